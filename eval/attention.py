@@ -1,9 +1,10 @@
-"""Write pictures of what a network sees in each image, as PNGs.
+"""Draw a network's attention and the principal components of its features as PNGs.
 
-One picture shows what the class token attends to in each head of the last block: alone, over the
-image, and the patches that hold 60 % of it (DINO, arXiv:2104.14294, figures 1, 3 and 8). The other
-shows the first three principal components of all images' patch features as red, green and blue (as
-in DINOv2, arXiv:2304.07193, figure 1). A ResNet has only the latter, from its last feature map.
+The first picture of an image shows the class token's attention in each head of the last block: the
+attention map, its overlay on the image, and the patches that receive 60 % of it (DINO,
+arXiv:2104.14294, figures 1, 3 and 8). The second picture shows the first three principal components
+of the patch features as red, green and blue (as in DINOv2, arXiv:2304.07193, figure 1). They are
+computed over all images. A ResNet gets only the second picture, from its last feature map.
 
     python -m ssl_pretrain.eval.attention runs/dino cat.jpg dog.jpg --size 480 --output attention
     python -m ssl_pretrain.eval.attention dino.pth cat.jpg backbone.name=vit_small_patch16_224
@@ -27,16 +28,16 @@ from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import FROM_ZERO
 from ssl_pretrain.views import crops
 
-MASS = 0.6  # share of a head's attention that its mask keeps, as in DINO's figure 1
+MASS = 0.6  # share of a head's attention that its mask covers, as in DINO's figure 1
 OPTIONS: dict[str, dict[str, Any]] = {
     "--size": {
         "type": FROM_ZERO,
         "default": 0,
-        "help": "size of the images in pixels (default: the run's evaluation size)",
+        "help": "side of the images in pixels (default: the run's evaluation size)",
     },
     "--output": {
         "type": Path,
-        "help": "folder (default: RUN/attention)",
+        "help": "folder of the pictures (default: RUN/attention)",
     },
 }
 
@@ -48,14 +49,14 @@ def main(arguments: list[str]) -> None:
         __doc__,
         OPTIONS,
         overrides_metavar="IMAGE",
-        overrides_help="image files, and key=value as for the other evaluations",
+        overrides_help="image files, and key=value settings as in the other evaluations",
     )
     options = parser.parse_intermixed_args(arguments)
     words = options.overrides
     options.overrides = [word for word in words if "=" in word and not Path(word).exists()]
     files = [Path(word) for word in words if word not in options.overrides]
     if not files:
-        raise ValueError("IMAGE: give at least one image file")
+        raise ValueError("IMAGE: no image file was given; give at least one")
     run = command_line.open_run(options)
     for path in write(run, files, options.output or run.path / "attention", options.size):
         print(path)
@@ -67,8 +68,8 @@ def write(run: Run, files: list[Path], folder: Path, size: int = 0) -> list[Path
     Args:
         run: Run to evaluate.
         files: Image files.
-        folder: Folder of the pictures.
-        size: Side of the images in pixels. Default: the run's evaluation size.
+        folder: Folder to write the pictures to.
+        size: Side of the images in pixels. 0 stands for the run's evaluation size.
 
     Raises:
         ValueError: If a file is not an image, or the size is not a multiple of the patch size.
@@ -78,12 +79,12 @@ def write(run: Run, files: list[Path], folder: Path, size: int = 0) -> list[Path
     maps = compute_maps(run, images)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, (file, image) in enumerate(zip(files, images)):
-        prefix = f"{number + 1:02d}_{file.stem}"
+    for index, (file, image) in enumerate(zip(files, images)):
+        prefix = f"{index + 1:02d}_{file.stem}"
         if maps.attention is not None:
-            picture = _attention_picture(image, maps.attention[number])
+            picture = _attention_picture(image, maps.attention[index])
             paths.append(_save(picture, folder / f"{prefix}_attention.png"))
-        picture = torch.cat([image.float() / 255, _enlarge(maps.components[number], size)], dim=2)
+        picture = torch.cat([image.float() / 255, _enlarge(maps.components[index], size)], dim=2)
         paths.append(_save(picture, folder / f"{prefix}_components.png"))
     return paths
 
@@ -98,46 +99,47 @@ class Maps:
 
 @torch.no_grad()
 def compute_maps(run: Run, images: Tensor) -> Maps:
-    """Return the maps of images, uint8 (n, 3, size, size).
+    """Return the attention and principal components of uint8 images (n, 3, size, size).
 
     Raises:
-        ValueError: If the network does not take images of this size.
+        ValueError: If the network does not accept images of this size.
     """
     model: Any = run.backbone.get_submodule("model")
     normalized = features.normalize(run, images)
     blocks = getattr(model, "blocks", None)
     if blocks is None or not isinstance(getattr(blocks[-1], "attn", None), Attention):
         return Maps(None, principal_components(_feature_map(model, normalized)))
-    patch, size = model.patch_embed.patch_size[0], images.shape[-1]
-    takes_size = size == run.view_size or getattr(model, "dynamic_img_size", False)
-    if size % patch or not takes_size:
+    patch_size, size = model.patch_embed.patch_size[0], images.shape[-1]
+    accepts_size = size == run.view_size or getattr(model, "dynamic_img_size", False)
+    if size % patch_size or not accepts_size:
         raise ValueError(
-            f"--size: {size} pixels do not fit patches of {patch}; give a multiple of {patch}"
+            f"--size: {size} pixels do not fit patches of {patch_size} pixels;"
+            f" give a multiple of {patch_size}"
         )
     inputs: list[Tensor] = []
     layer = blocks[-1].attn
     with layer.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0])):
         tokens = model.forward_features(normalized)
-    num_prefix, grid = model.num_prefix_tokens, (size // patch, size // patch)
-    weights = None
+    num_prefix, grid = model.num_prefix_tokens, (size // patch_size, size // patch_size)
+    attention = None
     if num_prefix:
-        weights = attention_weights(layer, inputs[0])[:, :, 0, num_prefix:].unflatten(2, grid)
+        attention = attention_weights(layer, inputs[0])[:, :, 0, num_prefix:].unflatten(2, grid)
     patches = tokens[:, num_prefix:].transpose(1, 2).unflatten(2, grid)
-    return Maps(weights, principal_components(patches))
+    return Maps(attention, principal_components(patches))
 
 
 def _feature_map(model: Any, images: Tensor) -> Tensor:
-    """Return the last feature map of a network, (images, dim, rows, columns).
+    """Return a network's last feature map, (images, dim, rows, columns).
 
     Raises:
-        ValueError: If the network does not take images of this size, or has no such map.
+        ValueError: If the network does not accept images of this size, or has no feature map.
     """
     try:
         outputs = model.forward_features(images)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
-            f"--size: the network cannot take {images.shape[-1]} pixels:"
-            f" {str(error).splitlines()[0]}"
+            f"--size: the network does not accept images of {images.shape[-1]} pixels:"
+            f" {str(error).splitlines()[0]}; give another size"
         ) from None
     if not isinstance(outputs, Tensor) or outputs.ndim != 4:
         raise ValueError("the network has no feature map to show; give a ViT or a CNN")
@@ -146,71 +148,83 @@ def _feature_map(model: Any, images: Tensor) -> Tensor:
 
 
 def attention_weights(layer: Attention, tokens: Tensor) -> Tensor:
-    """Return the attention of a layer for its input, (images, heads, tokens, tokens).
+    """Return a layer's attention for its input tokens, (images, heads, tokens, tokens).
 
-    The rows sum to 1.
+    Each row sums to 1.
     """
-    projected = layer.qkv(tokens).unflatten(2, (3, layer.num_heads, -1))
-    queries, keys, _ = projected.permute(2, 0, 3, 1, 4).unbind(0)
+    qkv = layer.qkv(tokens).unflatten(2, (3, layer.num_heads, -1))
+    queries, keys, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     queries, keys = layer.q_norm(queries), layer.k_norm(keys)
     return (queries * layer.scale @ keys.transpose(-2, -1)).softmax(dim=-1)
 
 
 def principal_components(patches: Tensor) -> Tensor:
-    """Return the first three principal components of patches (images, dim, rows, columns).
+    """Return the first three principal components of patch features, computed over all images.
 
-    They are computed over all images, their largest loading is positive, and the values between the
-    1st and 99th percentiles are stretched to [0, 1]: (images, 3, rows, columns).
+    The sign of a component makes its largest loading positive. Its values are scaled so that their
+    1st and 99th percentiles become 0 and 1, and clipped to [0, 1].
+
+    Args:
+        patches: Patch features, (images, dim, rows, columns).
+
+    Returns:
+        Tensor of shape (images, 3, rows, columns).
     """
-    count, dim, rows, columns = patches.shape
+    num_images, dim, rows, columns = patches.shape
     flat = patches.permute(0, 2, 3, 1).reshape(-1, dim).double()
     flat = flat - flat.mean(0)
     directions = torch.linalg.svd(flat, full_matrices=False).Vh
     directions = nn.functional.pad(directions, (0, 0, 0, max(0, 3 - len(directions))))[:3]
-    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    values = flat @ (directions * torch.where(largest < 0, -1.0, 1.0)).T
+    largest_loading = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    values = flat @ (directions * torch.where(largest_loading < 0, -1.0, 1.0)).T
     low, high = values.quantile(torch.tensor([0.01, 0.99], dtype=values.dtype), dim=0)
-    stretched = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    return stretched.reshape(count, rows, columns, 3).permute(0, 3, 1, 2).float().cpu()
+    colors = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return colors.reshape(num_images, rows, columns, 3).permute(0, 3, 1, 2).float().cpu()
 
 
 def mass_mask(weights: Tensor, mass: float = MASS) -> Tensor:
-    """Mask the fewest patches of (heads, rows, columns) that hold `mass` of each head."""
+    """Return, for each head, a mask of the fewest patches that receive `mass` of its attention.
+
+    Args:
+        weights: Attention, (heads, rows, columns).
+        mass: Share of each head's attention, in [0, 1].
+    """
     flat = weights.flatten(1)
-    ordered, order = (flat / flat.sum(1, keepdim=True)).sort(dim=1, descending=True)
-    is_needed = ordered.cumsum(1) - ordered < mass
+    shares, order = (flat / flat.sum(1, keepdim=True)).sort(dim=1, descending=True)
+    is_needed = shares.cumsum(1) - shares < mass
     return torch.empty_like(is_needed).scatter_(1, order, is_needed).view_as(weights)
 
 
 def _attention_picture(image: Tensor, weights: Tensor) -> Tensor:
     """Draw the attention in three rows, with one column for the mean and one per head.
 
-    The rows show the attention, the attention over the image, and the patches that hold 60 % of it.
+    The rows show the attention map, its overlay on the image, and the patches that receive 60 % of
+    the attention.
 
     Returns:
         The picture, (3, height, width) in [0, 1].
     """
     size, pixels = image.shape[-1], image.float() / 255
     heads = torch.cat([weights.mean(0, keepdim=True), weights]).cpu()
-    maps, overlays, masked = [torch.ones_like(pixels)], [pixels], [torch.ones_like(pixels)]
+    maps, overlays, masked_images = [torch.ones_like(pixels)], [pixels], [torch.ones_like(pixels)]
     for head, mask in zip(heads, mass_mask(heads)):
         enlarged = _enlarge((head / head.max().clamp(min=1e-12))[None], size)[0]
         colors = colormaps["inferno"](enlarged.numpy())[..., :3].astype(np.float32)
         colored = torch.from_numpy(colors).permute(2, 0, 1)
         maps.append(colored)
         overlays.append(0.45 * pixels + 0.55 * colored)
-        masked.append(pixels * (0.2 + 0.8 * _enlarge(mask[None].float(), size)))
-    return torch.cat([torch.cat(row, dim=2) for row in (maps, overlays, masked)], dim=1)
+        masked_images.append(pixels * (0.2 + 0.8 * _enlarge(mask[None].float(), size)))
+    return torch.cat([torch.cat(row, dim=2) for row in (maps, overlays, masked_images)], dim=1)
 
 
 def _enlarge(values: Tensor, size: int) -> Tensor:
-    """Enlarge (channels, rows, columns) to (channels, size, size), each patch a square."""
+    """Enlarge (channels, rows, columns) to (channels, size, size) without interpolation."""
     return nn.functional.interpolate(values[None], size=(size, size), mode="nearest")[0]
 
 
 def _read(file: Path, size: int) -> Tensor:
     if not file.is_file():
-        raise ValueError(f"{file}: no such image")
+        raise ValueError(f"{file}: no such file; give the path of an image")
     pixels = torch.from_numpy(decode(file.read_bytes(), str(file))).permute(2, 0, 1)
     return crops.evaluate(pixels, size, 1.0, "bicubic")
 

@@ -1,4 +1,4 @@
-"""Command line of the evaluations: shared options, opening the run, printing, exit status."""
+"""Shared command line of the evaluations, with its options, output and exit status."""
 
 import argparse
 import json
@@ -19,10 +19,10 @@ from ssl_pretrain.system import durable_files
 from ssl_pretrain.system.exit_status import DISK_REFUSED, LOST, SKIPPED, USER_ERROR
 from ssl_pretrain.system.output_streams import tolerate_lost_output
 
-RUN_HELP = "folder of the run, a file of weights, or timm:<tag>; weights need backbone.name=NAME"
+RUN_HELP = "run folder, or a weights file or timm:<tag> together with backbone.name=NAME"
 OVERRIDES_HELP = (
-    "data.* and evaluation.* settings, such as data.root=/new/place; weights without a run also"
-    " accept backbone.*, views.*, seed and output"
+    "data.* and evaluation.* settings, such as data.root=/new/place; also backbone.*, views.*, seed"
+    " and output for weights without a run"
 )
 SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     "--checkpoint": {
@@ -31,7 +31,7 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--skip-unlabeled": {
         "action": "store_true",
-        "help": "if labels are needed and there are none, print one line and exit with 77",
+        "help": "print one line and exit with status 77 if required labels are missing",
     },
     "--device": {"default": "auto", "help": "cpu or cuda (default: cuda where available)"},
 }
@@ -44,12 +44,12 @@ def build_parser(
     overrides_metavar: str = "key=value",
     overrides_help: str = OVERRIDES_HELP,
 ) -> argparse.ArgumentParser:
-    """Return a parser with the options of one evaluation and those that all evaluations share.
+    """Return a parser with the shared options and the options of one evaluation.
 
     Args:
         name: Module to run with `python -m`.
         description: Text above the list of options.
-        options: Options of this evaluation: each flag with its arguments for `add_argument`.
+        options: Arguments of `add_argument` for each flag of this evaluation.
         overrides_metavar: Name of the positional arguments after RUN in the help.
         overrides_help: Help text of those arguments.
     """
@@ -77,7 +77,7 @@ def evaluate_and_print(
 ) -> None:
     """Open the run on this rank's device, evaluate it, and print the result from the main rank.
 
-    If the evaluation tried several settings, their table `<name>_grid` is printed first.
+    If the evaluation tried several settings, their table `<name>_grid` comes first.
     """
     options = parser.parse_intermixed_args(arguments)
     with _join_ranks(options.device) as options.device:
@@ -100,16 +100,16 @@ def _join_ranks(device: str) -> Iterator[str]:
     Without torchrun, `device` is yielded unchanged.
 
     Raises:
-        ValueError: If several ranks are to run on the CPU of a machine with GPUs, because their
-            messages would go over the GPUs.
+        ValueError: If several ranks would run on the CPU of a machine with GPUs. Their collectives
+            would use the GPUs.
     """
     if "RANK" not in os.environ:
         yield device
         return
     if device == "cpu" and torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "--device cpu: several ranks on a CPU beside GPUs; hide the GPUs with"
-            " CUDA_VISIBLE_DEVICES= torchrun ..."
+            "--device cpu: several ranks cannot use the CPU while GPUs are visible; hide the GPUs"
+            " with CUDA_VISIBLE_DEVICES= torchrun ..."
         )
     rank_device = process_group.start()
     try:
@@ -121,9 +121,9 @@ def _join_ranks(device: str) -> Iterator[str]:
 def execute(main: Callable[[list[str]], None], name: str) -> None:
     """Run `main` on the arguments of this process and exit with a status.
 
-    An expected error is printed as one line. The status is 2 for a user's mistake, 74 for a disk
-    that refuses to write, and 69 for a lost worker. With --skip-unlabeled it is 77 for images
-    without labels.
+    An expected error is printed as one line. The status is 2 for a user's mistake, 74 for a failed
+    write to disk, and 69 for a lost worker. With --skip-unlabeled, it is 77 for images without
+    labels.
     """
     with tolerate_lost_output():
         try:

@@ -1,7 +1,7 @@
 """Write one self-contained page that compares runs.
 
-It shows the configuration keys that differ, the last numbers and the evaluations side by side, the
-curves of all runs in shared charts, and the alerts of each run.
+The page lists the configuration keys that differ, the last metrics and the evaluations of every
+run side by side. It also draws the curves of all runs in shared charts and lists each run's alerts.
 
     python -m ssl_pretrain.eval.compare runs/simclr_digits runs/second --output compare.html
 """
@@ -18,7 +18,7 @@ from ssl_pretrain.eval.html import charts, page, sections
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.system import durable_files
 
-NAMING_KEYS = ("output", "log.name", "log.tags")  # keys that name a run and therefore differ
+NAMING_KEYS = ("output", "log.name", "log.tags")  # keys that only name a run and are not compared
 
 
 def main(arguments: list[str]) -> None:
@@ -32,45 +32,45 @@ def main(arguments: list[str]) -> None:
         "runs", nargs="+", metavar="RUN", type=Path, help="folders of two or more runs"
     )
     parser.add_argument(
-        "--output", type=Path, help="the page (default: compare.html beside the first run)"
+        "--output", type=Path, help="page to write (default: compare.html next to the first run)"
     )
     options = parser.parse_args(arguments)
     print(f"comparison: {write(options.runs, options.output)}")
 
 
 def write(runs: list[Path], output: Path | None = None) -> Path:
-    """Write the page and return its path.
+    """Write the comparison page and return its path.
 
     Raises:
-        ValueError: If there are fewer than two runs, or a folder does not hold a run.
+        ValueError: If there are fewer than two runs, or one of the folders contains no run.
     """
     if len(runs) < 2:
         raise ValueError(
             f"{', '.join(map(str, runs))}: a comparison needs two or more runs; "
-            "ssl_pretrain.eval.report shows one"
+            "use ssl_pretrain.eval.report for a single run"
         )
     for run in runs:
         if not (run / "config.yaml").is_file():
             raise ValueError(
-                f"{run}: there is no config.yaml, so this is not the folder of a run; "
+                f"{run}: there is no config.yaml, so this is not a run folder; "
                 "give the `output` of a run's config"
             )
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]
-    by_name = dict(zip(names, runs))
-    metrics = {name: sections.read_metrics(run) for name, run in by_name.items()}
+    runs_by_name = dict(zip(names, runs))
+    metrics = {name: sections.read_metrics(run) for name, run in runs_by_name.items()}
     text = page.render(
         "compare.html.jinja",
         title="comparison",
         heading=" and ".join(names) if len(names) < 4 else f"{len(names)} runs",
         names=names,
         legend=sections.series_legend(names),
-        differences=[[key, *values] for key, values in differences(by_name).items()],
+        differences=[[key, *values] for key, values in differences(runs_by_name).items()],
         numbers=_last_values(metrics),
-        evaluations=_evaluations(by_name),
+        evaluations=_evaluations(runs_by_name),
         training=_charts(metrics),
-        alerts=[(name, sections.alerts(run)) for name, run in by_name.items()],
+        alerts=[(name, sections.alerts(run)) for name, run in runs_by_name.items()],
     )
     path = output or runs[0].parent / "compare.html"
     durable_files.replace(path, text)
@@ -82,59 +82,62 @@ def differences(runs: dict[str, Path]) -> dict[str, list[str]]:
 
     The value is `-` for a run whose configuration lacks the key.
     """
-    configs = [
+    flat_configs = [
         schema.flatten(yaml.safe_load((run / "config.yaml").read_text())) for run in runs.values()
     ]
-    keys = dict.fromkeys(key for config in configs for key in config if key not in NAMING_KEYS)
-    values = {key: [str(config.get(key, "-")) for config in configs] for key in keys}
+    keys = dict.fromkeys(key for config in flat_configs for key in config if key not in NAMING_KEYS)
+    values = {key: [str(config.get(key, "-")) for config in flat_configs] for key in keys}
     return {key: row for key, row in values.items() if len(set(row)) > 1}
 
 
 def _recorded_keys(metrics: dict[str, list[sections.Record]], group: str) -> list[str]:
-    """Return the keys of a group that any run recorded."""
+    """Return the metrics of a group that at least one run recorded."""
     keys = [key for records in metrics.values() for key in sections.recorded_keys(records, group)]
     return list(dict.fromkeys(keys))
 
 
 def _last_values(metrics: dict[str, list[sections.Record]]) -> list[list[str]]:
-    """Return a table of the last value of every curve, and of the best k-NN accuracy."""
-    rows = [["steps", *(f"{r[-1]['step']:,}" if r else "-" for r in metrics.values())]]
-    knn = [sections.curve(records, "knn") for records in metrics.values()]
-    if any(knn):
-        best = [f"{max(y for _, y in points):.2f}" if points else "-" for points in knn]
+    """Return a table of the steps, the best k-NN accuracy and the last value of every curve."""
+    rows = [["steps", *(f"{log[-1]['step']:,}" if log else "-" for log in metrics.values())]]
+    knn_curves = [sections.curve(records, "knn") for records in metrics.values()]
+    if any(knn_curves):
+        best = [f"{max(y for _, y in points):.2f}" if points else "-" for points in knn_curves]
         rows.append(["best k-NN accuracy, %", *best])
     for group in metric_names.GROUPS:
         for key in _recorded_keys(metrics, group):
             curves = [sections.curve(records, key) for records in metrics.values()]
-            name = metric_names.curve(key)
-            title = f"{group}: {name.title}{', %' if name.percent else ''}"
+            label = metric_names.curve(key)
+            title = f"{group}: {label.title}{', %' if label.percent else ''}"
             rows.append([title, *(f"{points[-1][1]:.6g}" if points else "-" for points in curves)])
     return rows
 
 
 def _evaluations(runs: dict[str, Path]) -> list[list[str]]:
-    """Return a table of the pretrained features' accuracy at the newest evaluated checkpoint."""
-    newest = [
+    """Return a table of the pretrained features' results, each at its newest checkpoint."""
+    newest_results = [
         {kind: steps[max(steps)] for kind, steps in results.by_step(run).items()}
         for run in runs.values()
     ]
     columns = dict.fromkeys(
         (kind, column)
-        for evaluations in newest
+        for evaluations in newest_results
         for kind, result in evaluations.items()
         for column in results.column_names(result)
     )
     return [
         [
             f"{sections.TITLES.get(kind, kind)}, {column}",
-            *(_pretrained(evaluations.get(kind, {}), column) for evaluations in newest),
+            *(
+                _format_pretrained(evaluations.get(kind, {}), column)
+                for evaluations in newest_results
+            ),
         ]
         for kind, column in sorted(columns, key=lambda key: key[0])
     ]
 
 
-def _pretrained(result: dict[str, Any], column: str) -> str:
-    """Format one number of the pretrained features and its step."""
+def _format_pretrained(result: dict[str, Any], column: str) -> str:
+    """Format one result of the pretrained features with its step, or "-" if there is none."""
     for row in result.get("rows", []):
         if row["features"] == "pretrained":
             return f"{results.format_number(row, column)} (step {result['step']:,})"
@@ -142,7 +145,7 @@ def _pretrained(result: dict[str, Any], column: str) -> str:
 
 
 def _charts(metrics: dict[str, list[sections.Record]]) -> list[tuple[str, list[page.Figure]]]:
-    """Return the charts of each group of metrics that any run recorded."""
+    """Return the charts of each group of metrics, without the groups that no run recorded."""
 
     def figure(key: str) -> page.Figure:
         series = {name: sections.curve(records, key) for name, records in metrics.items()}

@@ -1,13 +1,13 @@
 """Common corruptions of images (Hendrycks and Dietterich, ICLR 2019, arXiv:1903.12261).
 
-The definitions and constants are those of the `create_c` scripts of hendrycks/robustness. Images of
-up to MAX_SMALL_SIDE pixels use the constants of CIFAR-10-C, larger ones those of ImageNet-C. Twelve
-of the fifteen corruptions are implemented. Snow and motion blur need ImageMagick, and frost needs
-the authors' photographs.
+The definitions and constants are those of the `create_c` scripts in hendrycks/robustness. Images
+whose longer side is at most MAX_SMALL_SIDE use the constants of CIFAR-10-C, and larger images use
+those of ImageNet-C. Twelve of the fifteen corruptions are implemented. Snow and motion blur need
+ImageMagick, and frost needs the authors' photographs.
 
-Each corruption is a pure function of image, severity, index of the image, and seed. All severities
-of an image use the same counter-based random numbers. Elastic transformation interpolates exactly,
-whereas OpenCV rounds positions to 1/32 pixel.
+A corrupted image depends only on the image, its index, the severity and the seed. All severities of
+an image use the same counter-based random numbers. The elastic transform interpolates at exact
+positions, whereas the authors' OpenCV rounds positions to 1/32 pixel.
 """
 
 import io
@@ -23,21 +23,21 @@ from ssl_pretrain import rng as counter_rng
 from ssl_pretrain.system.jit import njit
 
 SEVERITIES = (1, 2, 3, 4, 5)
-MAX_SMALL_SIDE = 64  # pixels of the longer side up to which the constants are CIFAR-10-C's
+MAX_SMALL_SIDE = 64  # pixels; images up to this longer side use the constants of CIFAR-10-C
 
 
 @dataclass
 class ImageRng:
-    """Counter-based random numbers of one corruption of one image."""
+    """Counter-based random numbers for one corruption of one image."""
 
     seed: int
-    index: int
-    corruption: int
-    num_used: int = 0
+    index: int  # position of the image in its data set
+    corruption: int  # position of the corruption in NAMES
+    num_used: int = 0  # count of the numbers returned so far
 
     def uniform(self, *shape: int) -> np.ndarray:
-        """Return numbers in [0, 1)."""
-        first, self.num_used = self.num_used, self.num_used + int(np.prod(shape))
+        """Return the next numbers from the uniform distribution on [0, 1)."""
+        start, self.num_used = self.num_used, self.num_used + int(np.prod(shape))
         numbers = counter_rng.uniform(
             self.seed,
             0,
@@ -46,10 +46,10 @@ class ImageRng:
             counter_rng.Purpose.CORRUPTION,
             self.num_used,
         )
-        return numbers[0, first:].reshape(shape)
+        return numbers[0, start:].reshape(shape)
 
     def normal(self, *shape: int) -> np.ndarray:
-        """Return numbers of a standard normal distribution."""
+        """Return the next numbers from the standard normal distribution."""
         return special.ndtri(self.uniform(*shape).clip(1e-12, 1 - 1e-12))
 
 
@@ -59,9 +59,8 @@ def apply(name: str, image: np.ndarray, severity: int, index: int, seed: int = 0
     Args:
         name: One of NAMES.
         image: Image, uint8 (height, width, 3).
-        severity: 1 to 5.
-        index: Index of the image in its data set. Together with the seed it gives the random
-            numbers.
+        severity: Severity from 1 to 5.
+        index: Index of the image in its data set. It selects the random numbers, as the seed does.
         seed: Seed of the random numbers.
 
     Raises:
@@ -70,16 +69,16 @@ def apply(name: str, image: np.ndarray, severity: int, index: int, seed: int = 0
     if name not in CORRUPTIONS:
         raise ValueError(f"corruption: {name!r} is unknown; choose among: {', '.join(NAMES)}")
     if severity not in SEVERITIES:
-        raise ValueError(f"severity: {severity} is not one of 1 to 5")
+        raise ValueError(f"severity: {severity} is out of range; choose 1 to 5")
     corruption, is_small = CORRUPTIONS[name], max(image.shape[:2]) <= MAX_SMALL_SIDE
     constants = corruption.cifar10_c if is_small else corruption.imagenet_c
     rng = ImageRng(seed, index, NAMES.index(name))
     corrupted = corruption.function(image / 255.0, constants[severity - 1], rng)
-    return (corrupted.clip(0, 1) * 255).astype(np.uint8)  # truncated, as the authors do
+    return (corrupted.clip(0, 1) * 255).astype(np.uint8)  # truncates like the authors' code
 
 
-# Each corruption below takes an image, float64 (height, width, 3) in [0, 1], the constants of a
-# severity, and random numbers. It returns the corrupted image, which is clipped later.
+# Each corruption below takes an image, float64 (height, width, 3) in [0, 1], the constants of one
+# severity, and random numbers. It returns the corrupted image, which `apply` clips.
 
 
 def gaussian_noise(image: np.ndarray, std: float, rng: ImageRng) -> np.ndarray:
@@ -93,26 +92,29 @@ def shot_noise(image: np.ndarray, photons: float, rng: ImageRng) -> np.ndarray:
 
 
 def impulse_noise(image: np.ndarray, share: float, rng: ImageRng) -> np.ndarray:
-    """Set a random share of the values, each channel on its own, to 0 or 1."""
-    hit, white = rng.uniform(*image.shape) < share, rng.uniform(*image.shape) < 0.5
-    return np.where(hit, white, image)
+    """Set a random share of the values to 0 or 1, independently in each channel."""
+    is_noise, is_white = rng.uniform(*image.shape) < share, rng.uniform(*image.shape) < 0.5
+    return np.where(is_noise, is_white, image)
 
 
 def defocus_blur(image: np.ndarray, disk_size: tuple[float, float], rng: ImageRng) -> np.ndarray:
-    """Blur with a disk. `disk_size` is its radius in pixels and the `alias` of `disk`."""
+    """Blur with a disk. `disk_size` consists of `radius` and `alias`, the arguments of `disk`."""
     return ndimage.correlate(image, disk(*disk_size)[..., None], mode="mirror")
 
 
 def disk(radius: float, alias: float) -> np.ndarray:
-    """Return a disk of total weight 1, smoothed by a Gaussian of standard deviation `alias`.
+    """Return a disk-shaped kernel whose weights sum to 1, smoothed by a Gaussian.
 
-    The Gaussian spans 3 pixels, or 5 for a large disk.
+    Args:
+        radius: Radius of the disk in pixels.
+        alias: Standard deviation of the Gaussian in pixels. The Gaussian is 3 pixels wide, or 5 if
+            the radius exceeds 8.
     """
-    reach, taps = (8, 1) if radius <= 8 else (radius, 2)
-    positions = np.arange(-reach, reach + 1)
+    half_size, half_width = (8, 1) if radius <= 8 else (radius, 2)
+    positions = np.arange(-half_size, half_size + 1)
     kernel = (positions[:, None] ** 2 + positions**2 <= radius**2).astype(np.float64)
     kernel /= kernel.sum()
-    weights = np.exp(-(np.arange(-taps, taps + 1) ** 2) / (2 * alias**2))
+    weights = np.exp(-(np.arange(-half_width, half_width + 1) ** 2) / (2 * alias**2))
     for axis in (0, 1):
         kernel = ndimage.correlate1d(kernel, weights / weights.sum(), axis=axis, mode="mirror")
     return kernel
@@ -124,28 +126,28 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def glass_blur(image: np.ndarray, constants: tuple[float, int, int], rng: ImageRng) -> np.ndarray:
-    """Swap pixels with random ones nearby, and blur before and after.
+    """Blur, swap pixels with random neighbors, and blur once more.
 
-    `constants` holds the blur's standard deviation in pixels, the largest distance of a swap in
-    pixels per axis, and the number of rounds.
+    `constants` consists of the blur's standard deviation in pixels, the largest swap distance along
+    each axis in pixels, and the number of rounds.
     """
-    sigma, reach, num_rounds = constants
+    sigma, max_distance, num_rounds = constants
     pixels = (gaussian_blur(image, sigma) * 255).astype(np.uint8)
-    offsets = np.floor(rng.uniform(num_rounds, *image.shape[:2], 2) * 2 * reach)
-    _swap(pixels, offsets.astype(np.int64) - reach, reach)
+    offsets = np.floor(rng.uniform(num_rounds, *image.shape[:2], 2) * 2 * max_distance)
+    _swap(pixels, offsets.astype(np.int64) - max_distance, max_distance)
     return gaussian_blur(pixels / 255.0, sigma)
 
 
 @njit(cache=True, nogil=True)
-def _swap(pixels, offsets, reach):
-    """Swap each pixel, from the last to the first, with one near it."""
-    height, width, channels = pixels.shape
-    for turn in range(offsets.shape[0]):
-        for row in range(min(height - reach, height - 1), reach, -1):
-            for column in range(min(width - reach, width - 1), reach, -1):
-                other_row = row + offsets[turn, row, column, 1]
-                other_column = column + offsets[turn, row, column, 0]
-                for channel in range(channels):
+def _swap(pixels, offsets, max_distance):
+    """Swap each pixel with the one at its offset (x, y), from the last pixel to the first."""
+    height, width, num_channels = pixels.shape
+    for swap_round in range(offsets.shape[0]):
+        for row in range(min(height - max_distance, height - 1), max_distance, -1):
+            for column in range(min(width - max_distance, width - 1), max_distance, -1):
+                other_row = row + offsets[swap_round, row, column, 1]
+                other_column = column + offsets[swap_round, row, column, 0]
+                for channel in range(num_channels):
                     value = pixels[row, column, channel]
                     pixels[row, column, channel] = pixels[other_row, other_column, channel]
                     pixels[other_row, other_column, channel] = value
@@ -154,27 +156,27 @@ def _swap(pixels, offsets, reach):
 def zoom_blur(image: np.ndarray, zoom: tuple[float, float], rng: ImageRng) -> np.ndarray:
     """Average a square image with enlarged copies of its center.
 
-    `zoom` holds the end (exclusive) and the step of the factors, which start at 1.
+    The zoom factors start at 1. `zoom` consists of their end (exclusive) and their step.
     """
     factors = np.arange(1, *zoom)
     return (image + sum(enlarge(image, factor) for factor in factors)) / (len(factors) + 1)
 
 
 def enlarge(image: np.ndarray, factor: float) -> np.ndarray:
-    """Enlarge the center of a square image to the image's size."""
+    """Enlarge the center of a square image by this factor, to the size of the image."""
     side = len(image)
-    crop = int(np.ceil(side / factor))
-    first = (side - crop) // 2
-    center = image[first : first + crop, first : first + crop]
-    larger = ndimage.zoom(center, (factor, factor, 1), order=1)
-    first = (len(larger) - side) // 2
-    return larger[first : first + side, first : first + side]
+    crop_side = int(np.ceil(side / factor))
+    start = (side - crop_side) // 2
+    center = image[start : start + crop_side, start : start + crop_side]
+    enlarged = ndimage.zoom(center, (factor, factor, 1), order=1)
+    start = (len(enlarged) - side) // 2
+    return enlarged[start : start + side, start : start + side]
 
 
 def fog(image: np.ndarray, constants: tuple[float, float], rng: ImageRng) -> np.ndarray:
     """Add clouds, and scale the image so that its maximum does not grow.
 
-    `constants` holds the amount of fog and the `decay` of `plasma`.
+    `constants` consists of the amount of fog and the `decay` that `plasma` takes.
     """
     amount, decay = constants
     height, width = image.shape[:2]
@@ -186,30 +188,33 @@ def fog(image: np.ndarray, constants: tuple[float, float], rng: ImageRng) -> np.
 def plasma(side: int, decay: float, rng: ImageRng) -> np.ndarray:
     """Return clouds in [0, 1], (side, side), by midpoint displacement on a torus.
 
-    The noise is divided by `decay` from one level to the next finer one.
+    Each finer level divides the noise by `decay`.
     """
     grid, noise, step = np.zeros((side, side)), 100.0, side
 
-    def displace(total: np.ndarray) -> np.ndarray:
-        return total / 4 + noise * noise * (2 * rng.uniform(*total.shape) - 1)
+    def displace(neighbor_sums: np.ndarray) -> np.ndarray:
+        shape = neighbor_sums.shape
+        return neighbor_sums / 4 + noise * noise * (2 * rng.uniform(*shape) - 1)
 
     while step >= 2:
         half = step // 2
         corners = grid[::step, ::step]
-        pairs = corners + np.roll(corners, -1, axis=0)
-        centers = displace(pairs + np.roll(pairs, -1, axis=1))
-        above = centers + np.roll(centers, 1, axis=0)
-        before = centers + np.roll(centers, 1, axis=1)
+        corner_pairs = corners + np.roll(corners, -1, axis=0)
+        centers = displace(corner_pairs + np.roll(corner_pairs, -1, axis=1))
+        vertical_pairs = centers + np.roll(centers, 1, axis=0)
+        horizontal_pairs = centers + np.roll(centers, 1, axis=1)
         grid[half::step, half::step] = centers
-        grid[::step, half::step] = displace(above + corners + np.roll(corners, -1, axis=1))
-        grid[half::step, ::step] = displace(before + corners + np.roll(corners, -1, axis=0))
+        grid[::step, half::step] = displace(vertical_pairs + corners + np.roll(corners, -1, axis=1))
+        grid[half::step, ::step] = displace(
+            horizontal_pairs + corners + np.roll(corners, -1, axis=0)
+        )
         step, noise = half, noise / decay
     grid -= grid.min()
     return grid / grid.max()
 
 
 def brightness(image: np.ndarray, amount: float, rng: ImageRng) -> np.ndarray:
-    """Add `amount` to the value in HSV, which scales each pixel. Black becomes gray."""
+    """Scale each pixel so that its HSV value grows by `amount`. Black becomes gray."""
     value = image.max(axis=-1, keepdims=True)
     scaled = np.where(value > 0, image / np.where(value > 0, value, 1), 1.0)
     return scaled * (value + amount).clip(max=1)
@@ -226,33 +231,34 @@ def elastic_transform(
 ) -> np.ndarray:
     """Apply a random affine map, and displace every pixel by smooth noise.
 
-    `constants` holds the strength and the standard deviation of the noise, and the largest shift of
-    the three points that define the affine map, as shares of the side.
+    `constants` consists of the amplitude of the noise, the standard deviation of the Gaussian that
+    smooths it, and the largest shift of the three points that define the affine map. All three are
+    fractions of the shorter side.
     """
     side = min(image.shape[:2])
-    # The authors' constants for images of 224 pixels are multiples of 244.
+    # The authors' ImageNet-C constants are multiples of 244, although their images have 224 pixels.
     unit = side if side <= MAX_SMALL_SIDE else side * 244 / 224
-    strength, sigma, max_shift = (unit * constant for constant in constants)
+    amplitude, sigma, max_shift = (unit * constant for constant in constants)
     rows, columns = np.meshgrid(*(np.arange(length) for length in image.shape[:2]), indexing="ij")
     center, third = np.array(image.shape[:2]) // 2, side // 3
     corners = center + third * np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])  # (x, y)
-    displaced = corners + max_shift * (2 * rng.uniform(3, 2) - 1)
-    to_source = np.linalg.solve(np.column_stack([displaced, np.ones(3)]), corners)
+    shifted_corners = corners + max_shift * (2 * rng.uniform(3, 2) - 1)
+    to_source = np.linalg.solve(np.column_stack([shifted_corners, np.ones(3)]), corners)
     homogeneous = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
     x, y = np.moveaxis(homogeneous @ to_source, -1, 0)
     image = sample(image, y, x, "mirror")
-    across, down = (
-        strength
+    x_shift, y_shift = (
+        amplitude
         * ndimage.gaussian_filter(
             2 * rng.uniform(*rows.shape) - 1, sigma, mode="reflect", truncate=3
         )
         for _ in range(2)
     )
-    return sample(image, rows + down, columns + across, "reflect")
+    return sample(image, rows + y_shift, columns + x_shift, "reflect")
 
 
 def sample(image: np.ndarray, rows: np.ndarray, columns: np.ndarray, mode: str) -> np.ndarray:
-    """Return the image at these positions, interpolated linearly."""
+    """Interpolate the image linearly at these positions."""
     return np.stack(
         [
             ndimage.map_coordinates(channel, [rows, columns], order=1, mode=mode)
@@ -263,7 +269,7 @@ def sample(image: np.ndarray, rows: np.ndarray, columns: np.ndarray, mode: str) 
 
 
 def pixelate(image: np.ndarray, share: float, rng: ImageRng) -> np.ndarray:
-    """Shrink both sides to this share of their length and restore the size, with box filters."""
+    """Shrink both sides to `share` of their length and enlarge them again, with box filters."""
     height, width = image.shape[:2]
     small_size = max(1, int(width * share)), max(1, int(height * share))
     small = _to_pil(image).resize(small_size, Image.Resampling.BOX)
@@ -271,10 +277,10 @@ def pixelate(image: np.ndarray, share: float, rng: ImageRng) -> np.ndarray:
 
 
 def jpeg_compression(image: np.ndarray, quality: int, rng: ImageRng) -> np.ndarray:
-    """Encode as JPEG of this quality, on Pillow's scale, and decode."""
-    content = io.BytesIO()
-    _to_pil(image).save(content, "JPEG", quality=quality)
-    return np.asarray(Image.open(content)) / 255.0
+    """Encode as JPEG with Pillow's `quality`, and decode."""
+    buffer = io.BytesIO()
+    _to_pil(image).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer)) / 255.0
 
 
 def _to_pil(image: np.ndarray) -> Image.Image:
@@ -283,14 +289,14 @@ def _to_pil(image: np.ndarray) -> Image.Image:
 
 @dataclass(frozen=True)
 class Corruption:
-    """A corruption and its constants, one entry per severity."""
+    """A corruption and its constants for each severity, on small and on large images."""
 
     function: Callable[[np.ndarray, Any, ImageRng], np.ndarray]
     cifar10_c: tuple[Any, ...]
     imagenet_c: tuple[Any, ...]
 
 
-# The random numbers depend on the order.
+# The position of a corruption in this table selects its random numbers.
 CORRUPTIONS = {
     "gaussian_noise": Corruption(
         gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)

@@ -1,4 +1,4 @@
-"""The summary that `make demo` prints: evaluation results, curves, and what to try next."""
+"""Evaluate the demo's run and print a summary: accuracies, curves and next commands."""
 
 import time
 from pathlib import Path
@@ -10,31 +10,31 @@ from ssl_pretrain.eval import command_line, knn, report, results, runs
 from ssl_pretrain.eval.frozen import cached_linear
 from ssl_pretrain.eval.html import sections
 
-COLUMNS = {  # column title -> features in the result files
+COLUMNS = {  # the `features` entry of a result file's rows, by column title
     "raw pixels": "raw pixels",
     "random backbone": results.BETTER_RANDOM,
     "pretrained": "pretrained",
 }
 HELP = """usage: python -m ssl_pretrain.eval.demo_summary RUN [phase=seconds ...]
 
-Evaluate a run the way the demo does: k-NN, linear with all, 1 and 5 labels per class, and the
-report. Print the accuracy of raw pixels, the random backbone and the pretrained one side by side,
-the curves of the run, the duration of each phase, and what to try next.
+Evaluate a run as `make demo` does: by k-NN, by a linear classifier with all, 1 and 5 labels per
+class, and in a report. Print the accuracy of raw pixels, the random backbone and the pretrained one
+side by side, the curves of the run, the duration of each phase, and the commands to try next.
 
     python -m ssl_pretrain.eval.demo_summary runs/demo training=95"""
-BLOCKS = "▁▂▃▄▅▆▇█"
-NEXT = """next:
+SPARKLINE_BLOCKS = "▁▂▃▄▅▆▇█"
+NEXT_COMMANDS = """next:
   my images   python -m ssl_pretrain.data.inspect /path/to/my/images
   CIFAR-10    python launch/pretrain.py configs/simclr_cifar10_cpu.yaml
   8 GPUs      torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml"""
 
 
 def summary(run: str | Path, seconds: dict[str, float] | None = None) -> str:
-    """Compare raw pixels, the random backbone and the pretrained one, as text.
+    """Return a text that compares raw pixels, the random backbone and the pretrained one.
 
     Args:
         run: The folder of a run that has been evaluated.
-        seconds: Duration of each phase by its name.
+        seconds: Duration of each phase, by the name of the phase.
 
     Raises:
         ValueError: If the run has no k-NN or linear evaluation.
@@ -44,14 +44,14 @@ def summary(run: str | Path, seconds: dict[str, float] | None = None) -> str:
     for name in ("knn", "linear"):
         if name not in evaluations:
             raise ValueError(
-                f"{path}: has no {name} evaluation; "
+                f"{path}: this run has no {name} evaluation; "
                 f"run python -m ssl_pretrain.eval.{name} {path} first"
             )
     knn_result, linear_result = evaluations["knn"], evaluations["linear"]
     rows = [
-        [f"{title}, {column}", *_numbers(result, column)]
+        [f"{title}, {metric}", *_format_metric(result, metric)]
         for title, result in (("k-NN", knn_result), ("linear", linear_result))
-        for column in results.column_names(result)
+        for metric in results.column_names(result)
     ]
     protocol, linear_protocol = knn_result["protocol"], linear_result["protocol"]
     lines = [
@@ -75,19 +75,20 @@ def summary(run: str | Path, seconds: dict[str, float] | None = None) -> str:
         )
     page = path / "report.html"
     report_or_command = page if page.is_file() else f"python -m ssl_pretrain.eval.report {path}"
-    return "\n".join([*lines, f"report: {report_or_command}", "", NEXT])
+    return "\n".join([*lines, f"report: {report_or_command}", "", NEXT_COMMANDS])
 
 
-def _numbers(result: dict[str, Any], column: str) -> list[str]:
-    """Return the numbers of one column for the features in COLUMNS."""
+def _format_metric(result: dict[str, Any], metric: str) -> list[str]:
+    """Format one metric of a result for each of COLUMNS, as "-" where there is no value."""
     rows = {row["features"]: row for row in result["rows"]}
     return [
-        results.format_number(rows[features], column) if features in rows else "-"
+        results.format_number(rows[features], metric) if features in rows else "-"
         for features in COLUMNS.values()
     ]
 
 
 def _curves(run: Path) -> list[str]:
+    """Draw the loss and the k-NN accuracy of the run, one line each."""
     metrics = sections.read_metrics(run)
     lines = []
     for title, key, unit in (
@@ -103,8 +104,8 @@ def sparkline(values: list[float], width: int = 48) -> str:
     """Draw a curve as one line of at most `width` blocks, each the mean of a segment."""
     segments = np.array_split(np.array(values, dtype=float), min(width, len(values)))
     means = np.array([segment.mean() for segment in segments])
-    levels = (means - means.min()) / (np.ptp(means) or 1) * (len(BLOCKS) - 1)
-    return "".join(BLOCKS[int(level)] for level in levels.round())
+    levels = (means - means.min()) / (np.ptp(means) or 1) * (len(SPARKLINE_BLOCKS) - 1)
+    return "".join(SPARKLINE_BLOCKS[int(level)] for level in levels.round())
 
 
 def evaluate(path: str | Path) -> dict[str, float]:
@@ -133,7 +134,10 @@ def main(arguments: list[str]) -> None:
     for argument in arguments[1:]:
         name, equals, value = argument.partition("=")
         if not equals or not value.replace(".", "", 1).isdigit():
-            raise ValueError(f"{argument!r}: give phase=seconds, such as training=95")
+            raise ValueError(
+                f"{argument!r} is not the duration of a phase; give phase=seconds, "
+                "such as training=95"
+            )
         seconds[name] = float(value)
     print(f"\n{summary(arguments[0], seconds | evaluate(arguments[0]))}")
 

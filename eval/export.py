@@ -1,6 +1,6 @@
-"""Export the backbone of a run to a folder that loads anywhere.
+"""Export the backbone of a run to a folder that can be loaded without the run.
 
-`load(OUT)` returns the backbone.
+`load(OUT)` returns the exported backbone.
 """
 
 import hashlib
@@ -28,24 +28,25 @@ from ssl_pretrain.models import backbones, components, timm_networks
 from ssl_pretrain.system import durable_files
 
 WEIGHTS = "model.safetensors"
-TORCHVISION_TOLERANCE = 1e-5  # share of the largest feature
-NUM_PROBED = 512  # training images whose features must differ
-# Smallest effective rank of centered features, and smallest deviation of features of length 1.
-# Features below either are a point or a line.
+TORCHVISION_TOLERANCE = 1e-5  # largest difference, as a share of the largest feature
+NUM_PROBED = 512  # training images that are tested for collapse
+# Smallest accepted effective rank of the centered features, and smallest accepted spread of the
+# features scaled to length 1. Features below either limit have collapsed to a line or a point.
 MIN_RANK, MIN_SPREAD = 2.0, 0.01
-HELP = f"""Export the backbone of a run, without the projector, to a folder that loads anywhere.
+HELP = f"""Export the backbone of a run, without the projector.
 
-{WEIGHTS}: weights under timm's names, which are torchvision's for ResNets.
+{WEIGHTS}: weights under timm's names, which for ResNets are also torchvision's.
 {ARGUMENTS}: the arguments that build the network.
-{REFERENCE}: images and their features. Weights can load without an error into another
-network, such as those of 12 heads into 6, and this file reveals it.
-README.md: a model card with configuration, results and checksums.
-Untrained weights and features that are the same for all images are refused.
+{REFERENCE}: images and their features. Weights can load without an error into the wrong
+network, for example weights for 12 attention heads into a network with 6. The features reveal it.
+README.md: a model card with the configuration, results and checksums.
+Untrained weights are refused, and so are features that are the same for all images.
 
-    python -m ssl_pretrain.eval.export runs/demo    # to runs/demo/export
-    # also checked in torchvision
+    # write to runs/demo/export
+    python -m ssl_pretrain.eval.export runs/demo
+    # also check that torchvision loads the weights
     python -m ssl_pretrain.eval.export runs/imagenet exported/simclr --format torchvision
-    # also model.onnx and model_int8.onnx, checked and measured
+    # also write model.onnx and model_int8.onnx, with their checks and measurements
     python -m ssl_pretrain.eval.export runs/demo exported/demo --format onnx
 
     >>> from ssl_pretrain.eval import export
@@ -58,7 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "choices": ["timm", "torchvision", "onnx"],
         "default": ["timm"],
-        "help": "what else to write or check (default: timm)",
+        "help": "formats to write or check (default: timm)",
     },
     "--force": {
         "action": "store_true",
@@ -74,14 +75,14 @@ def main(arguments: list[str]) -> None:
         HELP,
         OPTIONS,
         overrides_metavar="OUT",
-        overrides_help="folder to write, new or an older export (default: RUN/export), and"
-        " key=value as for the other evaluations",
+        overrides_help="new folder or older export to write to (default: RUN/export), and"
+        " key=value overrides as in the other evaluations",
     )
     options = parser.parse_intermixed_args(arguments)
     folders = [word for word in options.overrides if "=" not in word]
     options.overrides = [word for word in options.overrides if "=" in word]
     if len(folders) > 1:
-        raise ValueError(f"give RUN and one OUT; got {' and '.join(folders)}")
+        raise ValueError(f"OUT: got {' and '.join(folders)}; give a single folder after RUN")
     run = command_line.open_run(options)
     out = Path(folders[0]) if folders else run.path / "export"
     export(run, out, options.format, options.force)
@@ -95,8 +96,8 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
 
     Args:
         run: Run to export.
-        folder: New folder, or an older export.
-        formats: "torchvision" checks that torchvision loads the weights, "onnx" also writes ONNX
+        folder: New folder or older export.
+        formats: "torchvision" checks that torchvision loads the weights. "onnx" also writes ONNX
             models.
         force: Export random or collapsed weights with a warning.
 
@@ -104,14 +105,14 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
         The folder.
 
     Raises:
-        ValueError: If the weights are random or the features collapsed, torchvision has no such
-            network, the folder holds something else, or onnx is not installed.
+        ValueError: If the weights are random, the features have collapsed, torchvision has no such
+            network, the folder contains something else, or onnx is not installed.
     """
     formats = formats or ["timm"]
     if "onnx" in formats:
         onnx.require_packages()
     if folder.exists() and any(folder.iterdir()) and not (folder / ARGUMENTS).exists():
-        raise ValueError(f"{folder}: is not empty and holds no export; give a new folder")
+        raise ValueError(f"{folder}: is not empty and contains no export; give a new folder")
     problems = find_problems(run)
     for problem in problems:
         if not force:
@@ -133,8 +134,8 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     save_file({"images": images, "features": expected}, folder / REFERENCE)
     (folder / ARGUMENTS).touch()
-    for file in (WEIGHTS, REFERENCE):  # safetensors makes them readable by the owner only
-        durable_files.copy_mode(folder / ARGUMENTS, folder / file)
+    for name in (WEIGHTS, REFERENCE):  # safetensors writes files that only the owner can read
+        durable_files.copy_mode(folder / ARGUMENTS, folder / name)
     arguments = build_arguments(run) | {"sha256": _sha256(folder / WEIGHTS), "formats": formats}
     (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=1) + "\n")
     load(folder)
@@ -146,7 +147,7 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
 def load(folder: str | Path) -> components.Backbone:
     """Load an exported backbone in evaluation mode on the CPU.
 
-    The features of the reference images are compared with those of the export.
+    The features of the reference images are checked against the exported ones.
 
     Raises:
         ValueError: If a file is missing or damaged, a key is missing or unexpected, or the features
@@ -162,8 +163,8 @@ def load(folder: str | Path) -> components.Backbone:
     arguments = json.loads((folder / ARGUMENTS).read_text())
     if _sha256(folder / WEIGHTS) != arguments["sha256"]:
         raise ValueError(
-            f"{folder / WEIGHTS}: is damaged, its SHA-256 is not the one in {ARGUMENTS}; copy or"
-            " export it again"
+            f"{folder / WEIGHTS}: is damaged: its SHA-256 differs from the one in {ARGUMENTS};"
+            " copy or export it again"
         )
     config = timm_networks.BackboneConfig(
         arguments["architecture"], arguments["stem"], args=arguments["args"]
@@ -175,7 +176,7 @@ def load(folder: str | Path) -> components.Backbone:
 
 
 def build_arguments(run: Run) -> dict[str, Any]:
-    """Return the arguments that build the backbone, and describe its input and origin."""
+    """Return the arguments that build the backbone, with its input format and its origin."""
     config, evaluation = run.config, run.config.evaluation
     name, args = config.backbone.name, dict(config.backbone.args)
     size_arguments = timm_networks.size_arguments(name, run.view_size)
@@ -201,20 +202,20 @@ def build_arguments(run: Run) -> dict[str, Any]:
 def check_torchvision(
     run: Run, weights: dict[str, Tensor], images: Tensor, expected: Tensor
 ) -> None:
-    """Raise ValueError unless torchvision's network of this name gives the expected features."""
+    """Raise ValueError unless torchvision's network of this name computes the expected features."""
     import torchvision
 
     name, stem = run.config.backbone.name, run.config.backbone.stem
     is_resnet = name.startswith(("resnet", "wide_resnet", "resnext"))
     if not is_resnet or name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(
-            f"--format torchvision: it has no {name} that takes timm's weights; it has ResNets,"
-            " such as resnet50"
+            f"--format torchvision: torchvision has no {name} that takes timm's weights; use this"
+            " format for ResNets, such as resnet50"
         )
     if stem != "imagenet":
         raise ValueError(
-            f"--format torchvision: its {name} has the imagenet stem, this backbone {stem}; load it"
-            " with eval.export.load"
+            f"--format torchvision: torchvision's {name} has the imagenet stem, but this backbone"
+            f" has the {stem} stem; load it with eval.export.load"
         )
     model: Any = torchvision.models.get_model(name, weights=None)
     model.fc = nn.Identity()
@@ -222,26 +223,28 @@ def check_torchvision(
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(
-            f"--format torchvision: its {name} refuses the weights:"
-            f" {str(error).splitlines()[-1].strip()}"
+            f"--format torchvision: torchvision's {name} refuses the weights:"
+            f" {str(error).splitlines()[-1].strip()}; load them with eval.export.load"
         ) from None
     with torch.no_grad():
         difference = (model.eval()(images) - expected).abs().max().item()
     if not difference <= TORCHVISION_TOLERANCE * max(1.0, expected.abs().max().item()):
         raise ValueError(
-            f"--format torchvision: its {name} loads the weights and gives features that differ by"
-            f" {difference:.2g}"
+            f"--format torchvision: torchvision's {name} loads the weights, but its features differ"
+            f" by {difference:.2g}; load them with eval.export.load"
         )
 
 
 def find_problems(run: Run) -> list[str]:
-    """Return problems that make the weights worthless: untrained, or the same for every image."""
+    """Return the reasons why an export would be worthless, such as collapsed features."""
     problems = []
-    random = dict(features.random_backbone(run).named_parameters())
-    if all(torch.equal(random[name], value) for name, value in run.backbone.named_parameters()):
+    initial_weights = dict(features.random_backbone(run).named_parameters())
+    if all(
+        torch.equal(initial_weights[name], value) for name, value in run.backbone.named_parameters()
+    ):
         problems.append(
-            f"every weight is the one that seed {run.config.seed} gives before the first step, so"
-            f" this is a random backbone (step {run.step})"
+            f"every weight still has its initial value from seed {run.config.seed}, so this is a"
+            f" random backbone (step {run.step})"
         )
     try:
         source = open_source(run.config.data, "train")
@@ -251,16 +254,16 @@ def find_problems(run: Run) -> list[str]:
         )
         return problems
     images = evaluation_split.EvaluationSplit(run, source).random_subset(NUM_PROBED)
-    pooled, _ = features.extract(run.backbone, images)
-    deviations = spectrum.spectrum(pooled).sqrt()
+    image_features, _ = features.extract(run.backbone, images)
+    deviations = spectrum.spectrum(image_features).sqrt()
     shares = deviations / deviations.sum().clamp(min=1e-12) + 1e-12
     rank = torch.exp(-(shares * shares.log()).sum()).item()  # RankMe, arXiv:2210.02885
     spread = deviations.norm().item()
     if not (rank >= MIN_RANK and spread >= MIN_SPREAD):
         problems.append(
-            f"the features of {len(images)} training images hardly differ: effective rank"
-            f" {rank:.1f} of {pooled.shape[1]} (at least {MIN_RANK:g}), spread {spread:.2g} (at"
-            f" least {MIN_SPREAD:g}): collapsed"
+            f"the features of {len(images)} training images have collapsed: effective rank"
+            f" {rank:.1f} of {image_features.shape[1]} (must be at least {MIN_RANK:g}), spread"
+            f" {spread:.2g} (must be at least {MIN_SPREAD:g})"
         )
     return problems
 

@@ -1,9 +1,10 @@
-r"""Accuracy of the whole network, fine-tuned on all labels from a run's weights.
+r"""Accuracy of a run's whole network after fine-tuning on all labels.
 
 --protocol simclr, the default: SGD for 20,000 steps on crops and flips (SimCLR, appendix B.8.1).
 --protocol deit: AdamW with mixup, cutmix, RandAugment, erasing and stochastic depth, for a ViT
-(DeiT, as MoCo v3 fine-tunes). Of several --lrs or --weight-decays, the best on a tenth of the
-labeled images is used. The result is printed and saved to RUN/eval/finetune_PROTOCOL.json.
+(DeiT, as in MoCo v3). If several --lrs or --weight-decays are given, those that are best on a
+held-out tenth of the labeled images are used. The result is printed and saved to
+RUN/eval/finetune_PROTOCOL.json.
 
     python -m ssl_pretrain.eval.finetune runs/demo --epochs 10 --rows random pretrained
     torchrun --nproc-per-node 8 -m ssl_pretrain.eval.finetune runs/imagenet --lrs 0.003 0.01 0.03
@@ -24,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--protocol": {
         "choices": ["simclr", "deit"],
         "default": "simclr",
-        "help": "see above (default: simclr)",
+        "help": "published protocol, described above (default: simclr)",
     },
 }
 
@@ -41,15 +42,15 @@ def main(arguments: list[str]) -> None:
 
 
 def evaluate(run: Run, protocol: str, options: selection.TuningOptions) -> dict[str, Any]:
-    """Measure the accuracy in percent after fine-tuning, for RUN/eval/finetune_<protocol>.json.
+    """Fine-tune the network and return its accuracy in percent.
 
     Args:
         run: Run to evaluate.
         protocol: Name of a published protocol, "simclr" or "deit".
-        options: Settings to try.
+        options: Settings to try and other options of the command line.
 
     Returns:
-        The content of the result file.
+        The content of RUN/eval/finetune_<protocol>.json.
 
     Raises:
         ValueError: If the images have no labels, or an option does not fit them.

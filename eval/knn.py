@@ -1,4 +1,4 @@
-"""Weighted k-NN accuracy of frozen features, beside raw pixels and a random backbone.
+"""Weighted k-NN accuracy of frozen features, compared with raw pixels and a random backbone.
 
 The k nearest training images of each test image vote for its class with weights
 exp(cosine similarity / temperature). Nothing is trained and no hyperparameter is selected, so this
@@ -11,7 +11,7 @@ RUN/eval/knn_grid.json has the accuracies for k of 10, 20, 100 and 200 and tempe
     python -m ssl_pretrain.eval.knn runs/demo --k 200 --temperature 0.1
     # the test images also shifted by 1 and 2 pixels
     python -m ssl_pretrain.eval.knn runs/demo --shifts 1 2
-    # queries held out of the training images, to choose k
+    # queries from held-out training images, to choose k
     python -m ssl_pretrain.eval.knn runs/demo --split train
     # the images have moved
     python -m ssl_pretrain.eval.knn runs/demo data.root=/new/place
@@ -39,7 +39,7 @@ from ssl_pretrain.schema import COUNT, FROM_ZERO, POSITIVE
 
 # DINO's grid (Caron et al., ICCV 2021, arXiv:2104.14294; eval_knn.py of facebookresearch/dino).
 GRID_KS = (10, 20, 100, 200)
-GRID_TEMPERATURES = (0.07, 0.1)  # DINO and InstDisc use 0.07, most work on CIFAR-10 0.1
+GRID_TEMPERATURES = (0.07, 0.1)  # DINO and InstDisc use 0.07, most CIFAR-10 papers use 0.1
 NORMALIZATION = (
     "features scaled to length 1, not centered; raw pixels centered on the training mean first"
 )
@@ -101,8 +101,8 @@ def evaluate(
     run: Run,
     k: int | None = None,
     temperature: float | None = None,
-    distances: list[int] | None = None,
-    queries: str = "val",
+    shift_distances: list[int] | None = None,
+    query_split: str = "val",
     backend: str = "auto",
     rows: Sequence[str] = features.ROWS,
 ) -> dict[str, Any]:
@@ -110,10 +110,11 @@ def evaluate(
 
     Args:
         run: Run to evaluate.
-        k: Number of neighbors that vote. Default: the run's.
-        temperature: Divisor of the similarities. Default: the run's.
-        distances: Shifts of the queries, in original pixels. Default: 1 and 2 for small images.
-        queries: "val" for the test images, "train" for held-out training images.
+        k: Number of neighbors that vote. Default: the run's `evaluation.k`.
+        temperature: Divisor of the similarities. Default: the run's `evaluation.temperature`.
+        shift_distances: Shifts of the queries, in original pixels. Default: 1 and 2 for small
+            images.
+        query_split: "val" for the test images, "train" for held-out training images.
         backend: "faiss", "torch" or "auto".
         rows: Features to evaluate, of `features.ROWS`.
 
@@ -121,37 +122,43 @@ def evaluate(
         The content of the result file.
 
     Raises:
-        ValueError: If the images have no labels, k does not fit them, or the features do not fit
-            into memory.
+        ValueError: If the images have no labels, k exceeds the number of training images, or the
+            features do not fit in memory.
     """
     began = time.monotonic()
     k = run.config.evaluation.k if k is None else k
     temperature = run.config.evaluation.temperature if temperature is None else temperature
     backend = knn_search.choose_backend(backend)
-    train, test = labeled_splits(run, "k-NN", queries)
+    train, test = labeled_splits(run, "k-NN", query_split)
     weighted_knn.check(k, temperature, len(train))
     check_memory(run, train, test, rows)
-    distances = features.default_shift_distances(test) if distances is None else distances
+    if shift_distances is None:
+        shift_distances = features.default_shift_distances(test)
     grid_ks = [grid_k for grid_k in GRID_KS if grid_k <= len(train)]
-    votes = [(k, temperature), *itertools.product(grid_ks, GRID_TEMPERATURES)]
+    vote_settings = [(k, temperature), *itertools.product(grid_ks, GRID_TEMPERATURES)]
     table, grid = [], []
     for representation in features.representations(run, train, rows):
-        row, grid_row = _measure(representation, train, test, votes, distances, backend)
+        row, grid_row = _measure(
+            representation, train, test, vote_settings, shift_distances, backend
+        )
         results.print_progress(row.summary())
         table.append(row)
         grid.append(grid_row)
-    name, seconds = "knn" if queries == "val" else "knn_train", time.monotonic() - began
-    protocol = describe_splits(run, train, test, queries, "random" in rows)
+    seconds = time.monotonic() - began
+    name = "knn" if query_split == "val" else "knn_train"
+    protocol = describe_splits(run, train, test, query_split, "random" in rows)
     protocol["normalization"] = NORMALIZATION
 
-    def save(name: str, entries: dict[str, Any], rows: list[results.Row]) -> dict[str, Any]:
-        rows = results.with_better_random(rows)
-        return results.save(run.path, name, protocol | entries, rows, run.provenance(), seconds)
+    def save(stem: str, entries: dict[str, Any], table_rows: list[results.Row]) -> dict[str, Any]:
+        table_rows = results.with_better_random(table_rows)
+        return results.save(
+            run.path, stem, protocol | entries, table_rows, run.provenance(), seconds
+        )
 
     save(f"{name}_grid", _describe_grid(len(train)), grid)
     entries = {"k": k, "temperature": temperature, "backend": backend}
-    if distances:
-        entries["shifts"] = _describe_shifts(test, distances)
+    if shift_distances:
+        entries["shifts"] = _describe_shifts(test, shift_distances)
     return save(name, entries, table)
 
 
@@ -159,42 +166,47 @@ def _measure(
     representation: features.Representation,
     train: EvaluationSplit,
     test: EvaluationSplit,
-    votes: list[knn_search.Vote],
-    distances: list[int],
+    vote_settings: list[knn_search.VoteSettings],
+    shift_distances: list[int],
     backend: str,
 ) -> tuple[results.Row, results.Row]:
-    """Return the row of the table, by the first vote, and the row of the grid, by the others."""
+    """Return the table's row for the first vote settings and the grid's row for all others."""
     embed = representation.embed
     search = knn_search.Search(
         *embed(train.rank_share), len(train.classes), backend, representation.centered
     )
-    accuracy, *grid_accuracies = search.accuracies(*features.embed_split(embed, test), votes)
+    accuracy, *grid_accuracies = search.accuracies(
+        *features.embed_split(embed, test), vote_settings
+    )
     row = results.Row(representation.name, {"clean": accuracy})
-    for distance in distances:
+    for distance in shift_distances:
         accuracies = [
-            search.accuracies(*features.embed_split(embed, test, offset), votes[:1])[0]
+            search.accuracies(*features.embed_split(embed, test, offset), vote_settings[:1])[0]
             for offset in features.shift_offsets(test, distance)
         ]
         row.metrics[f"shifted {distance}"] = sum(accuracies) / len(accuracies)
-    columns = [f"k {k}, T {temperature:g}" for k, temperature in votes[1:]]
+    columns = [f"k {k}, T {temperature:g}" for k, temperature in vote_settings[1:]]
     return row, results.Row(representation.name, dict(zip(columns, grid_accuracies)))
 
 
 def _describe_grid(num_train: int) -> dict[str, str]:
-    entries = {"k and temperature": "in each column's name (T); one search, with nothing selected"}
+    entries = {
+        "k and temperature": "in each column's name (T is the temperature), all from one search,"
+        " without selection"
+    }
     if too_large := [str(k) for k in GRID_KS if k > num_train]:
         entries["left out"] = f"k {', '.join(too_large)}: there are {num_train} training images"
     return entries
 
 
-def _describe_shifts(test: EvaluationSplit, distances: list[int]) -> str:
+def _describe_shifts(test: EvaluationSplit, shift_distances: list[int]) -> str:
     pixels = ", ".join(
         f"{distance} original = {features.shift_offsets(test, distance)[0][0]} evaluation pixels"
-        for distance in distances
+        for distance in shift_distances
     )
     return (
-        f"queries only, right, left, down and up ({4 * len(test)} queries per distance), black"
-        f" fill: {pixels}"
+        f"queries only, moved right, left, down and up ({4 * len(test)} queries per distance),"
+        f" black fill: {pixels}"
     )
 
 
@@ -211,20 +223,20 @@ def check_memory(
     dim = max(raw_dim if row == "raw" else feature_dim for row in rows)
     view_bytes = train.cache_bytes + test.cache_bytes if run.device.type == "cpu" else 0
     needed = knn_search.required_bytes(len(train), len(test), dim, len(train.classes), view_bytes)
-    held = f"holds at most {needed / memory.GIB:.2f} GiB"
+    demand = f"needs up to {needed / memory.GIB:.2f} GiB"
     try:
         free = memory.available(run.device)
     except ValueError:  # neither CUDA nor Linux
-        results.print_progress(f"k-NN {held}; the free memory is unknown on this system")
+        results.print_progress(f"k-NN {demand}; the free memory is unknown on this system")
         return
     num_ranks = process_group.world_size()
     per_rank = "" if num_ranks == 1 else f" on each of {num_ranks} ranks"
-    results.print_progress(f"k-NN {held}{per_rank}, of {free / memory.GIB:.2f} GiB free")
+    results.print_progress(f"k-NN {demand}{per_rank}; {free / memory.GIB:.2f} GiB is free")
     if needed > memory.USABLE_FRACTION * free:
         fewer_rows = "; --rows pretrained leaves out raw pixels, the widest features"
         raise ValueError(
             f"k-NN of {len(train):,} training and {len(test):,} test images with {dim:,} numbers"
-            f" each {held}{per_rank}, more than {memory.USABLE_FRACTION:.0%} of the"
+            f" each {demand}{per_rank}, more than {memory.USABLE_FRACTION:.0%} of the"
             f" {free / memory.GIB:.2f} GiB free. Use more ranks (torchrun --nproc-per-node N -m"
             f" ssl_pretrain.eval.knn ...), or fewer images (data.subset=N)"
             f"{fewer_rows if dim > feature_dim else ''}"

@@ -13,25 +13,25 @@ HELP = f"""Accuracy of linear classifiers on frozen features, raw pixels and a r
 
 --protocol cached, the default: each image is embedded once.
 {cached_linear.NUM_SETTINGS} classifiers, one per learning rate and weight decay, are trained
-together on nine tenths of the training images. The setting that is best on the last tenth is
+together on nine tenths of the training images. The setting that is best on the last tenth is then
 trained on all training images and tested once. For few labels see --labels-per-class.
 
 --protocol {" | ".join(LINEAR)}:
-the published protocols, on random crops and flips of the training images, which are embedded in
-every epoch. Learning rates around the published one are trained in the same pass. The table has the
-accuracy of the published setting and of the one selected on held-out training images.
+the published protocols. Random crops and flips of the training images are embedded anew in every
+epoch. Learning rates around the published one are trained in the same pass. The table shows the
+accuracy of the published setting and of the setting selected on held-out training images.
 
-The result is printed and saved to RUN/eval/linear.json or RUN/eval/linear_PROTOCOL.json. A file
-..._grid.json beside it has the accuracy of every setting.
+The result is printed and saved to RUN/eval/linear.json or RUN/eval/linear_PROTOCOL.json. The
+accuracy of every setting is saved next to it, in a file that ends in _grid.json.
 
     python -m ssl_pretrain.eval.linear runs/demo
     # also with 1 and with 5 labels per class
     python -m ssl_pretrain.eval.linear runs/demo --labels-per-class 1 5
     python -m ssl_pretrain.eval.linear runs/demo --protocol simclr --epochs 10
     torchrun --nproc-per-node 8 -m ssl_pretrain.eval.linear runs/imagenet --protocol moco
-    # DINO's convention: selected on the test images
+    # select on the test images, which is DINO's convention
     python -m ssl_pretrain.eval.linear runs/imagenet --protocol dino --select test
-    # the images have moved
+    # use images that were moved after training
     python -m ssl_pretrain.eval.linear runs/demo data.root=/new/place"""
 
 
@@ -39,31 +39,31 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--protocol": {
         "choices": ["cached", *LINEAR],
         "default": "cached",
-        "help": "see above (default: cached)",
+        "help": "protocol, described above (default: cached)",
     },
     "--epochs": {
         "type": COUNT,
-        "help": "passes over the images (default: 50, or the protocol's)",
+        "help": "passes over the images (default: 50 for cached, else the published number)",
     },
     "--rows": {
         "nargs": "+",
         "choices": features.ROWS,
-        "help": "features to evaluate (default: all; published protocols: pretrained)",
+        "help": "features to evaluate (default: all for cached, else pretrained)",
     },
     "--labels-per-class": {
         "type": COUNT,
         "nargs": "*",
         "default": [],
         "metavar": "N",
-        "help": "cached: also with N labels per class, by logistic regression (10 draws)",
+        "help": "cached: also fit logistic regressions to N labels per class (10 draws)",
     },
     "--lrs": {
         "type": POSITIVE,
         "nargs": "+",
         "metavar": "LR",
         "help": (
-            "published protocols: learning rates to try, at a batch of 256"
-            " (default: the published one times 0.1, 0.3, 1, 3, 10)"
+            "published protocols: learning rates to try, for a batch size of 256"
+            " (default: the published one times 0.1, 0.3, 1, 3 and 10)"
         ),
     },
     "--weight-decays": {
@@ -74,21 +74,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--batch-size": {
         "type": COUNT,
-        "help": "published protocols: images per step over all ranks (default: published)",
+        "help": "published protocols: images per step on all ranks (default: the published number)",
     },
     "--feature": {
         "choices": ["pooled", "last4", "cls_mean"],
         "help": (
-            "published protocols: pooled output, class tokens of a ViT's last four blocks, or"
-            " class token and mean patch token"
+            "published protocols: the pooled output, the class tokens of a ViT's last four blocks,"
+            " or the class token and the mean patch token (default: that of the protocol)"
         ),
     },
     "--select": {
         "choices": published_linear.SELECTIONS,
         "default": "held-out",
         "help": (
-            "published protocols: select on held-out training images, train on all and select"
-            " nothing, or select on the test images (DINO's convention)"
+            "published protocols: select on held-out training images (default), train on all images"
+            " without selecting, or select on the test images (DINO's convention)"
         ),
     },
 }
@@ -126,7 +126,7 @@ def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _refuse(options: argparse.Namespace, *names: str) -> None:
-    """Raise ValueError if an option was given that this protocol does not take."""
+    """Raise ValueError if one of these options was given. The protocol does not take them."""
     for name in names:
         if getattr(options, name):
             kind = "a published --protocol" if options.protocol == "cached" else "--protocol cached"

@@ -9,38 +9,40 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval.frozen.linear_heads import Init
 from ssl_pretrain.views.recipe import CropSampler, Interpolation
 
-LR_FACTORS = (1.0, 0.1, 0.3, 3.0, 10.0)  # learning rates to try over the published one
+LR_FACTORS = (1.0, 0.1, 0.3, 3.0, 10.0)  # multiples of the published learning rate to try
 
 
 @dataclass(frozen=True)
 class LinearProtocol:
-    """A linear classifier on a frozen backbone in evaluation mode.
+    """Training of a linear classifier on a frozen backbone in evaluation mode.
 
     The only augmentations are a random resized crop and a flip.
     """
 
     source: str
-    base_lr: float  # at a batch of 256
+    base_lr: float  # learning rate at a batch of 256
     batch_size: int
     epochs: int
     weight_decay: float  # applied to weights and biases
     nesterov: bool = False
     momentum: float = 0.9
-    milestones: tuple[int, ...] = ()  # epochs after which the rate is divided by 10; none: cosine
-    lr_changes_every_step: bool = False  # otherwise between epochs
+    # The learning rate is divided by 10 after each of these epochs. Without milestones, the rate
+    # follows a cosine.
+    milestones: tuple[int, ...] = ()
+    lr_changes_every_step: bool = False  # if False, the rate only changes between epochs
     init: Init = "normal"  # distribution of the initial weights, see LinearHeads
     init_std: float = 0.01  # standard deviation of normal initial weights; biases start at 0
     normalizes_features: bool = False  # batch norm with trained, undecayed scale and shift
-    trust: float = 0.0  # LARC's coefficient; 0: plain SGD
-    uses_dino_feature: bool = False  # for a ViT, as in DINO's README; otherwise the pooled output
-    # How training views are cropped and resized.
+    trust: float = 0.0  # LARC's coefficient, or 0 for plain SGD
+    uses_dino_feature: bool = False  # use DINO's feature of a ViT instead of the pooled output
+    # Cropping and resizing of the training views, and resizing of the test views.
     crop_sampler: CropSampler = "torchvision"
     interpolation: Interpolation = "bilinear"
     antialias: bool = True
     test_interpolation: Interpolation = "bilinear"
 
     def lr_factor(self, epoch: float) -> float:
-        """Return the factor of every learning rate after a number of epochs."""
+        """Return the factor that multiplies every learning rate after `epoch` epochs."""
         if not self.lr_changes_every_step:
             epoch = math.floor(epoch)
         if self.milestones:
@@ -65,7 +67,7 @@ LINEAR = {
         test_interpolation="bicubic",
     ),
     "swav": LinearProtocol(
-        "SwAV, eval_linear.py: facebookresearch/swav at 04b8f431; the same as of Barlow Twins",
+        "SwAV, eval_linear.py: facebookresearch/swav at 04b8f431; Barlow Twins uses the same",
         base_lr=0.3, batch_size=256, epochs=100, weight_decay=1e-6,
     ),
     "vicreg": LinearProtocol(
@@ -93,7 +95,7 @@ LINEAR = {
     ),
     "vissl": LinearProtocol(
         "VISSL, eval_resnet_8gpu_transfer_in1k_linear.yaml: facebookresearch/vissl at b6e26383; its"
-        " head of res5, on the pooled output",
+        " res5 head, on the pooled output",
         base_lr=0.01, batch_size=256, epochs=28, weight_decay=5e-4, nesterov=True,
         milestones=(8, 16, 24), normalizes_features=True, init="uniform",
     ),
@@ -102,13 +104,13 @@ LINEAR = {
 
 @dataclass(frozen=True)
 class LinearOptions:
-    """A linear protocol by name, settings to try, and departures from it.
+    """Name of a linear protocol, with the settings to try and the values to change.
 
     None keeps the published value.
     """
 
     protocol: str
-    lrs: list[float] | None = None  # at a batch of 256
+    lrs: list[float] | None = None  # learning rates at a batch of 256
     weight_decays: list[float] | None = None
     epochs: int | None = None
     batch_size: int | None = None
@@ -117,16 +119,16 @@ class LinearOptions:
 
     @property
     def published(self) -> LinearProtocol:
-        """The protocol without the departures."""
+        """The protocol without changes."""
         return LINEAR[self.protocol]
 
     def adapt_protocol(self, num_images: int) -> LinearProtocol:
-        """Return the protocol with the departures and a batch size that fits the images.
+        """Return the protocol with the changes and a batch size that fits the images.
 
         Milestones are scaled with the number of epochs.
 
         Raises:
-            ValueError: If there is no epoch, or the batch size does not fit the images.
+            ValueError: If there are no epochs, or the batch size does not fit the images.
         """
         published = self.published
         epochs = published.epochs if self.epochs is None else self.epochs
@@ -138,20 +140,22 @@ class LinearOptions:
                 f"--epochs {epochs}, --batch-size {batch_size}: give at least 1 epoch, and a batch"
                 f" of 1 to {num_images} images"
             )
-        scaled = tuple(round(epoch * epochs / published.epochs) for epoch in published.milestones)
-        return replace(published, epochs=epochs, batch_size=batch_size, milestones=scaled)
+        milestones = tuple(
+            round(epoch * epochs / published.epochs) for epoch in published.milestones
+        )
+        return replace(published, epochs=epochs, batch_size=batch_size, milestones=milestones)
 
     def grid(self) -> list[tuple[float, float]]:
         """Return the learning rate at a batch of 256 and the weight decay of each head.
 
         Raises:
-            ValueError: If only the published setting is trained and there are others to try.
+            ValueError: If the published setting is selected and other settings are given.
         """
         published = self.published
         if self.selection == "published":
             if self.lrs or self.weight_decays:
                 raise ValueError(
-                    "--select published: trains the published setting only; leave out --lrs and"
+                    "--select published: only the published setting is trained; leave out --lrs and"
                     " --weight-decays"
                 )
             return [(published.base_lr, published.weight_decay)]
@@ -161,7 +165,7 @@ class LinearOptions:
 
 
 def describe_linear(protocol: LinearProtocol, published: LinearProtocol, num_images: int) -> str:
-    """Describe the training of the heads, and where it departs from the published protocol."""
+    """Describe the training of the heads and its differences from the published protocol."""
     schedule = f"cosine to 0 by {'steps' if protocol.lr_changes_every_step else 'epochs'}"
     if protocol.milestones:
         schedule = f"a tenth of the rate after {', '.join(map(str, protocol.milestones))} epochs"
@@ -170,10 +174,10 @@ def describe_linear(protocol: LinearProtocol, published: LinearProtocol, num_ima
         batch += f" (published: {published.batch_size}, {num_images:,} images)"
     if protocol.epochs != published.epochs:
         epochs += f" (published: {published.epochs})"
-    normal = f"from normal weights of deviation {protocol.init_std:g}"
+    normal = f"from normal weights with standard deviation {protocol.init_std:g}"
     entries = [
         f"SGD with {'Nesterov ' if protocol.nesterov else ''}momentum {protocol.momentum:g}",
-        f"LARC of {protocol.trust:g} without clipping" if protocol.trust else "",
+        f"LARC with coefficient {protocol.trust:g}, without clipping" if protocol.trust else "",
         f"published learning rate {protocol.base_lr:g} at a batch of 256, times"
         f" {protocol.batch_size / 256:g} for this batch",
         batch,
@@ -194,11 +198,11 @@ def describe_linear(protocol: LinearProtocol, published: LinearProtocol, num_ima
 
 @dataclass(frozen=True)
 class TuningProtocol:
-    """Backbone and classifier trained together from the pretrained weights."""
+    """Training of the backbone and a classifier together from the pretrained weights."""
 
     source: str
-    optimizer: Literal["sgd", "adamw"]  # SGD has Nesterov momentum of 0.9
-    base_lr: float  # at a batch of `lr_batch_size`
+    optimizer: Literal["sgd", "adamw"]  # SGD uses a Nesterov momentum of 0.9
+    base_lr: float  # learning rate at a batch of `lr_batch_size`
     lr_batch_size: int
     batch_size: int
     epochs: float = 0.0  # unused if `steps` is set
@@ -212,15 +216,15 @@ class TuningProtocol:
     mixup: float = 0.0  # parameter of the beta distribution
     cutmix: float = 0.0  # parameter of the beta distribution
     smoothing: float = 0.0  # label smoothing
-    erasing: float = 0.0  # probability of an erased rectangle
-    randaugment: str = ""  # timm's name of a policy
-    drop_path: float = 0.0  # stochastic depth
+    erasing: float = 0.0  # probability of erasing a rectangle
+    randaugment: str = ""  # timm's name for a policy
+    drop_path: float = 0.0  # rate of stochastic depth
     head_starts_at_zero: bool = False
     has_slow_statistics: bool = False  # SimCLR's batch-norm momentum, at most 10 / steps_per_epoch
     interpolation: Interpolation = "bicubic"
 
 
-SEMI_EPOCHS = {1: 60, 10: 30}  # SimCLR, appendix B.5, by percent of labels
+SEMI_EPOCHS = {1: 60, 10: 30}  # epochs by percentage of labels (SimCLR, appendix B.5)
 
 TUNING = {
     "semi": TuningProtocol(
@@ -252,8 +256,8 @@ def fitting_batch_size(
 ) -> int:
     """Return the published batch size, or a smaller one for small data sets.
 
-    If the published batch size gives fewer than `min_steps` per epoch, the result is the largest
-    power of two that gives as many, but not less than 16 where there are 16 images. It is a
+    If an epoch would have fewer than `min_steps` steps, the result is the largest power of two that
+    allows `min_steps` steps, but at least 16 if there are that many images. The result is a
     multiple of the number of ranks.
     """
     if num_images < min_steps * published:

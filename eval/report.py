@@ -1,12 +1,12 @@
 """Write RUN/report.html, one page that needs no network and no other files.
 
-It shows the alerts of the run, the tables of RUN/eval/ with their protocols, the curves of
+The page shows the alerts of the run, the tables of RUN/eval/ with their protocols, the curves of
 RUN/metrics.jsonl, the training views, the nearest neighbors of ten queries by pixels and by
 features, a projection of the features, and the configuration.
 
     python -m ssl_pretrain.eval.knn runs/demo && python -m ssl_pretrain.eval.linear runs/demo
     python -m ssl_pretrain.eval.report runs/demo
-    python -m ssl_pretrain.eval.report runs/demo --follow     # a page that follows the training
+    python -m ssl_pretrain.eval.report runs/demo --follow     # a live page during training
 """
 
 import shlex
@@ -21,9 +21,9 @@ from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import PORT
 from ssl_pretrain.system import durable_files
 
-MAX_LEGEND = 20  # classes named below the projection
+MAX_LEGEND = 20  # largest number of classes in the legend of the projection
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--follow": {"action": "store_true", "help": "serve a page that follows the training"},
+    "--follow": {"action": "store_true", "help": "serve a live page during training"},
     "--port": {
         "type": PORT,
         "default": 0,
@@ -45,9 +45,9 @@ def main(arguments: list[str]) -> None:
 def write(run: Run) -> Path:
     """Write RUN/report.html and return its path."""
     metrics = sections.read_metrics(run.path)
-    bank, queries, kind = nearest_images.open_bank_and_queries(run)
+    bank, queries, query_kind = nearest_images.open_bank_and_queries(run)
     results.print_progress(
-        f"report: embedding {len(bank)} training images and {len(queries)} {kind}"
+        f"report: embedding {len(bank)} training images and {len(queries)} {query_kind}"
     )
     config_path = shlex.quote(str(run.path / "config.yaml"))
     text = page.render(
@@ -60,8 +60,8 @@ def write(run: Run) -> Path:
         checkpoint=run.checkpoint_path.name,
         facts=_facts(run, metrics),
         command=f"python -m ssl_pretrain.train {config_path} output=<new folder>",
-        nearest=_neighbors(nearest_images.find_neighbors(run, bank, queries), bank, kind),
-        projection=_projection(run, queries, kind),
+        nearest=_neighbors(nearest_images.find_neighbors(run, bank, queries), bank, query_kind),
+        projection=_projection(run, queries, query_kind),
         config=_config_text(run),
     )
     path = run.path / "report.html"
@@ -70,57 +70,60 @@ def write(run: Run) -> Path:
 
 
 def _facts(run: Run, metrics: list[sections.Record]) -> list[tuple[str, str]]:
-    """Return the names and values at the top of the page."""
+    """Return the name and value of each fact at the top of the page."""
     config = run.config
-    root, last = Path(config.data.root).name, metrics[-1] if metrics else {}
+    root, last_record = Path(config.data.root).name, metrics[-1] if metrics else {}
     facts = [
         ("method", config.method.name),
         ("backbone", config.backbone.name),
         ("data", root if config.data.source == "folder" else config.data.source),
         ("steps", f"{run.step:,}"),
-        ("epochs", f"{last.get('epoch', config.epochs):g}"),
+        ("epochs", f"{last_record.get('epoch', config.epochs):g}"),
         ("global batch", f"{config.global_batch_size:,}"),
     ]
     if len(metrics) > 1 and "time" in metrics[0]:
-        facts.append(("wall time", sections.duration(last["time"] - metrics[0]["time"])))
+        facts.append(("wall time", sections.duration(last_record["time"] - metrics[0]["time"])))
     if counts := [record["replaced_images"] for record in metrics if "replaced_images" in record]:
         facts.append(("unreadable images replaced", f"{sum(counts):,}"))
     return facts
 
 
 def _evaluations(run: Run, has_labels: bool) -> dict[str, Any]:
-    """Return the evaluations, and a note if there are none or some belong to other checkpoints."""
+    """Return the evaluations, with a note if there are none or if their checkpoints differ."""
     evaluations = results.load(run.path)
-    others = sorted({result["checkpoint"] for result in evaluations} - {run.checkpoint_path.name})
+    other_checkpoints = sorted(
+        {result["checkpoint"] for result in evaluations} - {run.checkpoint_path.name}
+    )
     note = ""
-    if others:
-        note = f"Some numbers belong to another checkpoint than the pictures: {', '.join(others)}."
+    if other_checkpoints:
+        names = ", ".join(other_checkpoints)
+        note = f"Some numbers are from a different checkpoint than the pictures: {names}."
     elif not evaluations and not has_labels:
         note = "Accuracies need labels, and these images have none."
     elif not evaluations:
         command = f"python -m ssl_pretrain.eval.knn {shlex.quote(str(run.path))}"
-        note = f"There are no evaluations yet. Run {command}, and ssl_pretrain.eval.linear."
+        note = f"There are no evaluations yet. Run {command} and ssl_pretrain.eval.linear."
     return {"note": note, "evaluations": [sections.evaluation(result) for result in evaluations]}
 
 
 def _neighbors(
-    queries: list[nearest_images.Query], bank: EvaluationSplit, kind: str
+    queries: list[nearest_images.Query], bank: EvaluationSplit, query_kind: str
 ) -> dict[str, Any]:
-    """Return the table of queries and their neighbors, in the form that the template expects."""
+    """Return the template's variables for the table of queries and their neighbors."""
     about = (
-        f"Nearest neighbors by cosine of {len(queries)} {kind} among {len(bank):,} training images."
-        " Pixels are centered on their training mean."
+        f"Nearest neighbors of {len(queries)} {query_kind} among {len(bank):,} training images, by"
+        " cosine similarity. The training mean is subtracted from the pixels."
     )
     if any(query.shift for query in queries):
         about += " The queries are shifted by 1 or 2 original pixels before the search."
     if any(query.label >= 0 for query in queries):
-        about += " Underlined in green: the class of the query. In red: another class."
+        about += " Neighbors of the query's class are underlined in green, others in red."
     names = [*bank.classes, ""]
 
     def cells(
         query: nearest_images.Query, neighbors: list[nearest_images.LabeledImage]
     ) -> tuple[list[dict[str, str]], str]:
-        """Return the cells of the neighbors, and how many of them are right."""
+        """Return the cells of the neighbors and the share of them that have the query's class."""
         marks = ["right" if label == query.label else "wrong" for _, label in neighbors]
         score = f"{marks.count('right')}/{len(marks)}"
         if query.label < 0:
@@ -151,8 +154,8 @@ def _cell(image: Any, label: str, mark: str) -> dict[str, str]:
     return {"source": page.pixels_source(image), "label": label, "mark": mark}
 
 
-def _projection(run: Run, queries: EvaluationSplit, kind: str) -> dict[str, Any]:
-    """Project pixels and features to two dimensions and draw both."""
+def _projection(run: Run, queries: EvaluationSplit, query_kind: str) -> dict[str, Any]:
+    """Return the charts of pixels and features projected to two dimensions, with their legend."""
     backbone_features, labels = features.extract(run.backbone, queries)
     pixels, _ = features.raw_pixels(queries)
     num_classes, label_array = len(queries.classes), labels.cpu().numpy()
@@ -167,8 +170,9 @@ def _projection(run: Run, queries: EvaluationSplit, kind: str) -> dict[str, Any]
     ]
     has_labels = bool((label_array >= 0).any())
     about = (
-        f"{len(queries):,} {kind}{', one color per class' if has_labels else ''}, by t-SNE of"
-        " vectors scaled to length 1 (scikit-learn, perplexity 30, PCA start, fixed seed)."
+        f"{len(queries):,} {query_kind}{', one color per class' if has_labels else ''}, projected"
+        " by t-SNE of vectors scaled to length 1 (scikit-learn, perplexity 30, initialized by PCA,"
+        " fixed seed)."
     )
     names = queries.classes[:MAX_LEGEND] if has_labels else []
     legend = [(name, charts.color(i, num_classes)) for i, name in enumerate(names)]

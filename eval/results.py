@@ -1,4 +1,4 @@
-"""Result files of evaluations, RUN/eval/<name>.json, and the same numbers as a text table."""
+"""Write and read the result files of evaluations, RUN/eval/<name>.json, and print their tables."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.system import durable_files
 
-BETTER_RANDOM = "random (better of two)"  # name of the row
+BETTER_RANDOM = "random (better of two)"  # name of the baseline's row
 ACCURACY = "accuracy, %"
 
 
@@ -30,7 +30,7 @@ class Row:
 
 
 def with_better_random(rows: list[Row]) -> list[Row]:
-    """Insert the baseline to beat, a row with the better random backbone in each column."""
+    """Insert the baseline to beat, a row with the better random backbone's number per column."""
     random_rows = [row for row in rows if row.features.startswith("random, ")]
     if not random_rows:
         return rows
@@ -62,7 +62,7 @@ def save(
     Args:
         run: Folder of the run.
         name: Name of the evaluation.
-        protocol: Everything a reader needs to reproduce the numbers, one entry per line of text.
+        protocol: Everything a reader needs to reproduce the numbers. Each entry prints as one line.
         rows: Rows of the table.
         provenance: Checkpoint, step and network, from `Run.provenance`.
         seconds: Duration of the evaluation.
@@ -78,29 +78,29 @@ def save(
     }
     if process_group.is_main():
         folder, text = run / "eval", json.dumps(result, indent=1) + "\n"
-        newest, copies = folder / f"{name}.json", [folder / provenance["checkpoint"]]
+        newest, targets = folder / f"{name}.json", [folder / provenance["checkpoint"]]
         if not newest.exists() or json.loads(newest.read_text()).get("step", -1) <= result["step"]:
-            copies.append(folder)
-        for copy in copies:
-            copy.mkdir(parents=True, exist_ok=True)
-            durable_files.replace(copy / newest.name, text)
+            targets.append(folder)
+        for target in targets:
+            target.mkdir(parents=True, exist_ok=True)
+            durable_files.replace(target / newest.name, text)
     return result
 
 
 def load(run: Path) -> list[dict[str, Any]]:
-    """Read the newest result of each evaluation of a run, sorted by name."""
+    """Read the newest result of each of a run's evaluations, sorted by name."""
     return [json.loads(path.read_text()) for path in sorted((run / "eval").glob("*.json"))]
 
 
 def by_step(run: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Read the results of every checkpoint, by name and step."""
-    steps: dict[str, dict[int, dict[str, Any]]] = {}
+    """Read the results of all checkpoints, keyed by the evaluation's name and the step."""
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
     folder = run / "eval"
     for path in [*sorted(folder.glob("step_*/*.json")), *sorted(folder.glob("*.json"))]:
         result = json.loads(path.read_text())
         if {"name", "step", "rows"} <= result.keys():
-            steps.setdefault(result["name"], {})[result["step"]] = result
-    return {name: dict(sorted(by_step.items())) for name, by_step in steps.items()}
+            by_name.setdefault(result["name"], {})[result["step"]] = result
+    return {name: dict(sorted(results.items())) for name, results in by_name.items()}
 
 
 def format_number(row: dict[str, Any], column: str) -> str:
@@ -121,7 +121,7 @@ def selected_hyperparameters(result: dict[str, Any]) -> dict[str, str]:
 
 
 def column_names(result: dict[str, Any]) -> list[str]:
-    """Return the columns of a result's table in order."""
+    """Return the column names of a result's table in order."""
     return list(dict.fromkeys(column for row in result["rows"] for column in row["metrics"]))
 
 
@@ -134,7 +134,7 @@ def table_cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Align cells as plain text, the first column to the left and the numbers to the right."""
+    """Format cells as plain text, with the first column flush left and the numbers flush right."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
@@ -152,10 +152,10 @@ def format_result(result: dict[str, Any]) -> str:
     lines = [f"{result['name']}:", *indented(result["protocol"]), ""]
     lines.append(format_table(*table_cells(result)))
     if hyperparameters := selected_hyperparameters(result):
-        lines += ["", "chosen:", *indented(hyperparameters)]
+        lines += ["", "selected hyperparameters:", *indented(hyperparameters)]
     return "\n".join(lines)
 
 
 def print_progress(line: str) -> None:
-    """Print a line to stderr from the main rank. Only results go to stdout."""
+    """Print a line to stderr on the main rank. Only results go to stdout."""
     process_group.print_once(line, file=sys.stderr)

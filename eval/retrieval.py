@@ -1,10 +1,11 @@
-"""Retrieval of images of the query's class, and near-duplicates, by frozen features.
+"""Measure retrieval by frozen features, and list near-duplicates.
 
-Each test image ranks all training images by cosine similarity. mAP is the mean average precision
-over the queries, where an image of the query's class is relevant. recall@n is the share of queries
-with a relevant image among the first n. Raw pixels and a random backbone are evaluated too. The
-result is printed and saved to RUN/eval/retrieval.json. Pairs of training and test images whose
-cosine reaches --duplicates are listed in RUN/eval/near_duplicates.csv, at most the 1000 nearest.
+Each test image is a query that ranks all training images by cosine similarity. The relevant images
+are those of the query's class. mAP is the mean average precision over the queries, and recall@n is
+the share of queries with a relevant image among the first n. Raw pixels and a random backbone are
+evaluated too. The result is printed and saved to RUN/eval/retrieval.json. Pairs of training or test
+images whose cosine similarity is at least --duplicates are listed in RUN/eval/near_duplicates.csv,
+which has at most the 1000 nearest pairs.
 
     python -m ssl_pretrain.eval.retrieval runs/demo
     python -m ssl_pretrain.eval.retrieval runs/demo --duplicates 0.999
@@ -33,18 +34,18 @@ from ssl_pretrain.schema import COSINE
 
 RECALL_RANKS = (1, 5, 10)
 MAX_PAIRS = 1000
-NUM_PRINTED = 10
+NUM_PRINTED_PAIRS = 10
 ROUNDING = 1e-6  # rounding error of a cosine in float32
 OPTIONS: dict[str, dict[str, Any]] = {
     "--duplicates": {
         "type": COSINE,
         "default": 0.995,
         "metavar": "COSINE",
-        "help": "smallest similarity of a pair in the list (default: 0.995)",
+        "help": "smallest cosine similarity of a listed pair (default: 0.995)",
     },
 }
 
-Pair = tuple[float, int, int]  # cosine, and two images a < b
+Pair = tuple[float, int, int]  # cosine similarity, and the numbers a < b of two images
 
 
 def main(arguments: list[str]) -> None:
@@ -61,7 +62,7 @@ def evaluate(run: Run, duplicates: float = 0.995) -> dict[str, Any]:
 
     Args:
         run: Run to evaluate.
-        duplicates: Smallest cosine of two images that are listed as near-duplicates.
+        duplicates: Smallest cosine similarity of a pair that is listed as near-duplicates.
 
     Returns:
         The content of the result file.
@@ -69,9 +70,9 @@ def evaluate(run: Run, duplicates: float = 0.995) -> dict[str, Any]:
     Raises:
         ValueError: If the images have no labels, or `duplicates` is not in (0, 1].
     """
-    began = time.monotonic()
+    start = time.monotonic()
     if not 0 < duplicates <= 1:
-        raise ValueError(f"--duplicates {duplicates}: give a cosine in (0, 1]; 0.995 is usual")
+        raise ValueError(f"--duplicates: {duplicates} is not in (0, 1]; give one such as 0.995")
     train, test = labeled_splits(run, "the retrieval evaluation")
     rows: list[results.Row] = []
     for representation in features.representations(run, train):
@@ -90,12 +91,12 @@ def evaluate(run: Run, duplicates: float = 0.995) -> dict[str, Any]:
         "near duplicates": f"{num_pairs} pairs at cosine {duplicates:g} or more among training and"
         f" test images; {path.name} has {len(pairs)}",
     }
-    seconds, rows = time.monotonic() - began, results.with_better_random(rows)
+    seconds, rows = time.monotonic() - start, results.with_better_random(rows)
     result = results.save(
         run.path, "retrieval", protocol, rows, run.provenance(), seconds, measure="%"
     )
     with path.open(newline="") as file:
-        for similarity, a, b in list(csv.reader(file))[1 : 1 + NUM_PRINTED]:
+        for similarity, a, b in list(csv.reader(file))[1 : 1 + NUM_PRINTED_PAIRS]:
             results.print_progress(f"near duplicates, cosine {similarity}: {a} and {b}")
     return result
 
@@ -105,13 +106,13 @@ def retrieval_metrics(
 ) -> dict[str, float]:
     """Return mAP and recall@n in percent.
 
-    A query whose class has no image in the bank counts as 0.
+    A query without a relevant image in the bank counts as 0.
 
     Args:
         bank: Features to rank, (n, dim).
-        bank_labels: Their classes, (n,).
+        bank_labels: Classes of the bank's images, (n,).
         queries: Features of the queries, (num_queries, dim).
-        labels: Their classes, (num_queries,).
+        labels: Classes of the queries, (num_queries,).
     """
     bank = F.normalize(bank.float(), dim=1)
     total = torch.zeros(1 + len(RECALL_RANKS), dtype=torch.float64, device=bank.device)
@@ -125,7 +126,7 @@ def retrieval_metrics(
         precision = (hits / positions * relevant).sum(dim=1, dtype=torch.float64)
         average_precision = precision / hits[:, -1].clamp(min=1)
         recalls = [hits[:, min(n, len(bank)) - 1] > 0 for n in RECALL_RANKS]
-        total += torch.stack([each.double().sum() for each in (average_precision, *recalls)])
+        total += torch.stack([values.double().sum() for values in (average_precision, *recalls)])
     names = ["mAP", *(f"recall@{n}" for n in RECALL_RANKS)]
     return dict(zip(names, (100 * total / len(queries)).tolist()))
 
@@ -135,7 +136,7 @@ def near_duplicates(features: Tensor, min_cosine: float) -> tuple[list[Pair], in
 
     Args:
         features: Features of all images, (n, dim).
-        min_cosine: Smallest similarity of a pair.
+        min_cosine: Smallest cosine similarity of a pair.
 
     Returns:
         At most MAX_PAIRS pairs, nearest first, and the number of all pairs.
@@ -158,8 +159,8 @@ def near_duplicates(features: Tensor, min_cosine: float) -> tuple[list[Pair], in
 def write_pairs(run: Run, train: EvaluationSplit, test: EvaluationSplit, pairs: list[Pair]) -> Path:
     """Write RUN/eval/near_duplicates.csv, which has the cosine and the two files of each pair."""
 
-    def file_of(image: int) -> str:
-        split, row = (train, image) if image < len(train) else (test, image - len(train))
+    def file_name(number: int) -> str:
+        split, row = (train, number) if number < len(train) else (test, number - len(train))
         return split.source.name(int(split.indices[row]))
 
     path = run.path / "eval" / "near_duplicates.csv"
@@ -167,7 +168,7 @@ def write_pairs(run: Run, train: EvaluationSplit, test: EvaluationSplit, pairs: 
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["cosine", "a", "b"])
-        writer.writerows([f"{cosine:.4f}", file_of(a), file_of(b)] for cosine, a, b in pairs)
+        writer.writerows([f"{cosine:.4f}", file_name(a), file_name(b)] for cosine, a, b in pairs)
     return path
 
 

@@ -24,8 +24,8 @@ The corruptions are those of ImageNet-C and CIFAR-10-C (Hendrycks and Dietterich
 applied to the evaluation views of the test images:
 {", ".join(corruptions.NAMES[:7])},
 {", ".join(corruptions.NAMES[7:])}.
-The neighbors are searched among clean training images, and nothing is trained. The result is
-printed and saved to RUN/eval/robustness.json. Its row `pretrained` is the mean over corruptions.
+Neighbors come from the clean training images, and nothing is trained. The result is printed and
+saved to RUN/eval/robustness.json. Its row `pretrained` is the mean over corruptions.
 
     python -m ssl_pretrain.eval.robustness runs/demo
     python -m ssl_pretrain.eval.robustness runs/demo --corruptions fog contrast --max-images 500"""
@@ -35,18 +35,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "default": list(corruptions.NAMES),
         "metavar": "NAME",
-        "help": "default: all",
+        "help": "corruptions to apply (default: all)",
     },
     "--max-images": {
         "type": FROM_ZERO,
         "default": 2000,
-        "help": "number of test images, a fixed random choice (default: 2000; 0: all)",
+        "help": "number of test images, always the same random choice (default: 2000; 0 uses all)",
     },
 }
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command line."""
+    """Evaluate the run that the command line names, and print the result."""
     command_line.evaluate_and_print(
         command_line.build_parser("ssl_pretrain.eval.robustness", HELP, OPTIONS),
         arguments,
@@ -55,20 +55,21 @@ def main(arguments: list[str]) -> None:
 
 
 def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, Any]:
-    """Measure the accuracy in percent by corruption and severity for RUN/eval/robustness.json.
+    """Measure the accuracy per corruption and severity, and save it to RUN/eval/robustness.json.
 
     Args:
         run: Run to evaluate.
-        names: Corruptions to apply, of `corruptions.NAMES`.
-        max_images: Number of test images, a fixed random choice. 0 stands for all.
+        names: Names of the corruptions to apply, from `corruptions.NAMES`.
+        max_images: Number of test images, always the same random choice. 0 uses all of them.
 
     Returns:
         The content of the result file.
 
     Raises:
-        ValueError: If the images have no labels, a corruption is unknown, or k does not fit.
+        ValueError: If the images have no labels, a corruption is unknown, or k is larger than the
+            number of training images.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     if unknown := [name for name in names if name not in corruptions.NAMES]:
         raise ValueError(
             f"--corruptions: {unknown[0]!r} is unknown; choose among:"
@@ -82,7 +83,7 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
 
     def accuracy(name: str, severity: int) -> float:
         queries, labels = extract_corrupted(run, test, name, severity)
-        predicted = weighted_knn.predict(
+        predictions = weighted_knn.predict(
             bank,
             bank_labels,
             queries,
@@ -90,7 +91,7 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
             temperature=evaluation.temperature,
             num_classes=len(train.classes),
         )
-        return 100 * (predicted == labels).double().mean().item()
+        return 100 * (predictions == labels).double().mean().item()
 
     rows = []
     for name in names:
@@ -109,7 +110,7 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
         "temperature": evaluation.temperature,
         "corruptions": f"{len(names)} at severities 1 to 5, with the constants of {constants},"
         f" applied to evaluation views of {run.image_size} pixels",
-        "mean": f"over severities; the row pretrained: over the {len(names)} corruptions",
+        "mean": f"over severities, and in the row `pretrained` also over {len(names)} corruptions",
     }
     return results.save(
         run.path,
@@ -117,7 +118,7 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
         protocol,
         [clean, *rows, results.Row("pretrained", means)],
         run.provenance(),
-        time.monotonic() - began,
+        time.monotonic() - start_time,
         measure="k-NN accuracy, %",
     )
 
@@ -126,16 +127,16 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
 def extract_corrupted(
     run: Run, split: EvaluationSplit, name: str, severity: int
 ) -> tuple[Tensor, Tensor]:
-    """Return features and labels of the images under one corruption, or unchanged for name ""."""
+    """Return features and labels of the corrupted images, or of the clean ones for name ""."""
     batches, first = [], 0
     for images, labels in split.batches():
         if name:
             indices = split.indices[first : first + len(images)].tolist()
-            corrupted = [
+            corrupted_images = [
                 corruptions.apply(name, image, severity, index)
                 for image, index in zip(images.permute(0, 2, 3, 1).numpy(), indices)
             ]
-            images = torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2)
+            images = torch.from_numpy(np.stack(corrupted_images)).permute(0, 3, 1, 2)
         first += len(images)
         batches.append((run.backbone(features.normalize(run, images)).float(), labels))
     return features.concatenate(batches, run.device)

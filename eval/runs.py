@@ -18,14 +18,14 @@ from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
 from ssl_pretrain.views import recipe
 
-# Sections of the configuration that an evaluation may override.
+# Sections of the configuration that an evaluation of a run or of external weights may override.
 RUN_SECTIONS = ("data", "evaluation")
 EXTERNAL_SECTIONS = ("backbone", "data", "views", "evaluation", "seed", "output")
 
 
 @dataclass
 class Run:
-    """A run and the network to evaluate: `backbone`, in evaluation mode, on `device`."""
+    """A run and its network to evaluate, which is in evaluation mode on `device`."""
 
     path: Path
     config: RunConfig
@@ -33,12 +33,12 @@ class Run:
     step: int
     network: str  # student, teacher, ...
     checkpoint_path: Path
-    view_size: int  # pixels of the largest training view, for which the backbone was built
-    image_size: int  # pixels of the evaluation views
+    view_size: int  # side in pixels of the largest training view, for which the backbone is built
+    image_size: int  # side in pixels of the evaluation views
     device: torch.device
 
     def provenance(self) -> dict[str, Any]:
-        """Return the entries of a result file that say which weights were evaluated."""
+        """Return the entries of a result file that identify the weights."""
         return {"checkpoint": self.checkpoint_path.name, "step": self.step, "network": self.network}
 
 
@@ -51,14 +51,15 @@ def load_run(
     """Load the network to evaluate from the newest intact checkpoint of a run.
 
     Args:
-        run: Folder of the run. Or a file of weights, or timm:<tag>, with backbone.name and data.*
-            among the overrides.
+        run: Folder of the run, a file of weights, or timm:<tag>. With weights, the overrides must
+            set data.* and, unless the tag names the network, backbone.name.
         checkpoint_path: One of the run's checkpoints. Default: the newest intact one.
-        overrides: key=value of `data` and `evaluation`, such as data.root if the images have moved.
-        device: cpu, cuda, ...; auto stands for cuda where it is available.
+        overrides: key=value settings of `data` and `evaluation`, such as data.root if the images
+            have moved.
+        device: A torch device, or auto for cuda if it is available and cpu otherwise.
 
     Raises:
-        ValueError: If there is no run or no intact checkpoint, or the weights do not fit the
+        ValueError: If there is no run, it has no intact checkpoint, or the weights do not fit the
             backbone.
     """
     path, overrides = Path(run), overrides or []
@@ -67,8 +68,8 @@ def load_run(
     if path.is_file() or str(run).startswith("timm:"):
         if checkpoint_path:
             raise ValueError(
-                f"--checkpoint {checkpoint_path}: belongs to a run, and {run} is weights without a"
-                " run; leave it out"
+                f"--checkpoint {checkpoint_path}: {run} is not a run and has no checkpoints; leave"
+                " the option out"
             )
         return load_external_weights(str(run), overrides, torch.device(device))
     if not path.is_dir():
@@ -115,37 +116,37 @@ def load_run(
 
 
 def load_external_weights(weights: str, overrides: list[str], device: torch.device) -> Run:
-    """Load a network that this project did not train. Its results go to `output`.
+    """Load a network that this project did not train. Its results go to the `output` folder.
 
-    Image size, crop, interpolation, mean and standard deviation are timm's for this network unless
-    the overrides set them.
+    Image size, crop, interpolation, mean and standard deviation default to timm's values for this
+    network.
 
     Args:
         weights: A file of weights, or timm:<tag>.
         overrides: key=value settings of the sections in `EXTERNAL_SECTIONS`. For a file of weights,
-            one of them names the network.
+            backbone.name must be one of them.
         device: Device of the network.
 
     Raises:
-        ValueError: If the network is not named or the weights do not fit it.
+        ValueError: If the name of the network is missing or the weights do not fit it.
     """
     _check_overrides(overrides, EXTERNAL_SECTIONS, weights)
-    run_config, from_timm = config.without_method(overrides, weights), weights.startswith("timm:")
+    run_config, is_timm = config.without_method(overrides, weights), weights.startswith("timm:")
     keys = {override.partition("=")[0] for override in overrides}
     name, tag = run_config.backbone.name, weights.removeprefix("timm:")
     if not keys & {"backbone", "backbone.name"}:
-        name, _, tag = tag.partition(".") if from_timm else ("", "", "")
+        name, _, tag = tag.partition(".") if is_timm else ("", "", "")
         if not tag:
             raise ValueError(
-                f"{weights}: the network of these weights is not known; give its timm name, as in"
+                f"{weights}: the network of these weights is unknown; give its timm name, as in"
                 " backbone.name=resnet50"
             )
-    init = f"timm:{tag}" if from_timm else weights
+    init = f"timm:{tag}" if is_timm else weights
     run_config.backbone = replace(run_config.backbone, name=name, init=init)
     size = run_config.evaluation.image_size or timm_networks.native_size(name)
     _set_timm_defaults(run_config, name, keys)
     image_size_check.check(run_config.backbone, {"evaluation.image_size": size})
-    path = Path(run_config.output or f"runs/{f'{name}.{tag}' if from_timm else Path(weights).stem}")
+    path = Path(run_config.output or f"runs/{f'{name}.{tag}' if is_timm else Path(weights).stem}")
     _write_config(path, run_config)
     backbone: nn.Module = backbones.build(run_config.backbone, size)
     notes = initialize(backbone, run_config.backbone)
@@ -168,8 +169,8 @@ def to_device(
     device: torch.device,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> nn.Module:
-    """Put a network on the device in evaluation mode, by default channels-last for speed."""
-    layout: Any = {"memory_format": memory_format}  # missing in torch's types
+    """Move a network to the device in evaluation mode, by default channels-last for speed."""
+    layout: Any = {"memory_format": memory_format}  # torch's annotations lack this argument
     return backbone.eval().to(device, **layout)
 
 
@@ -179,22 +180,22 @@ def _check_overrides(overrides: list[str], sections: tuple[str, ...], weights: s
         key, equals, _ = override.partition("=")
         if not equals or key.split(".")[0] not in sections:
             raise ValueError(
-                f"{override!r}: an evaluation{f' of {weights}' if weights else ''} takes key=value"
-                f" of {', '.join(sections[:-1])} and {sections[-1]} only, such as"
+                f"{override!r}: an evaluation{f' of {weights}' if weights else ''} only accepts"
+                f" key=value settings of {', '.join(sections[:-1])} and {sections[-1]}, such as"
                 " data.root=/new/place"
             )
 
 
 def _check_architecture(path: Path, run_config: RunConfig, folder: Path) -> None:
-    """Raise ValueError if the run's config.yaml names another network than the checkpoint."""
+    """Raise ValueError if the checkpoint's network differs from that in the run's config.yaml."""
     file = path / "config.yaml"
     saved_config = yaml.safe_load(file.read_text()) if file.is_file() else {}
     for key in ("name", "stem"):
         value = getattr(run_config.backbone, key)
-        other = schema.value_at(saved_config, f"backbone.{key}")
-        if other not in (None, value):
+        saved_value = schema.value_at(saved_config, f"backbone.{key}")
+        if saved_value not in (None, value):
             raise ValueError(
-                f"{folder}: has backbone.{key} {value}, and {file} says {other};"
+                f"{folder}: has backbone.{key} {value}, but {file} has {saved_value};"
                 " give a checkpoint of this run"
             )
 
@@ -217,14 +218,14 @@ def _write_config(path: Path, run_config: RunConfig) -> None:
     """Write the configuration to the folder of the results, on the main rank only.
 
     Raises:
-        ValueError: If the folder belongs to a run, or holds the results of other weights.
+        ValueError: If the folder contains a run or the results of other weights.
     """
     file = path / "config.yaml"
     previous = yaml.safe_load(file.read_text()) if file.is_file() else None
     has_other_weights = previous and previous.get("backbone") != asdict(run_config.backbone)
     if (path / "checkpoints").exists() or has_other_weights:
         raise ValueError(
-            f"output: {path} holds a run, or the results of other weights; give another folder"
+            f"output: {path} contains a run or the results of other weights; give another folder"
             " with output=FOLDER"
         )
     if process_group.is_main():

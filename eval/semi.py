@@ -1,9 +1,10 @@
-r"""Accuracy of the whole network, fine-tuned on few labels from a run's weights.
+r"""Accuracy of the whole network after fine-tuning a run's weights on few labels.
 
 The protocol is SimCLR's (appendix B.5): SGD on crops and flips without any regularization, for 60
-epochs on 1 % and 30 on 10 %. --subset gives files that list the labeled images, such as
-imagenet_subsets/1percent.txt of google-research/simclr. Without it, the same number of images of
-each class is drawn with --subset-seed. The result is printed and saved to RUN/eval/semi.json.
+epochs with 1 % and 30 epochs with 10 % of the labels. --subset takes files that list the labeled
+images, such as imagenet_subsets/1percent.txt of google-research/simclr. Without --subset, the same
+number of images per class is drawn with the seed --subset-seed. The result is printed and saved to
+RUN/eval/semi.json.
 
     python -m ssl_pretrain.eval.semi runs/demo --rows random pretrained
     # the learning rate is selected on a tenth of the labeled images
@@ -35,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--subset": {
         "nargs": "+",
         "metavar": "FILE",
-        "help": "lists of file names, one per line, instead of --percent",
+        "help": "files with one image name per line, instead of --percent",
     },
     "--subset-seed": {
         "type": FROM_ZERO,
@@ -74,7 +75,7 @@ def evaluate(
     Args:
         run: Run to evaluate.
         options: Settings to try.
-        percentages: Percentages of labeled training images, one column each.
+        percentages: Percentages of labeled training images. Each one gets its own column.
         lists: Files that list the labeled images, instead of `percentages`.
         subset_seed: Seed of the class-balanced choice.
 
@@ -93,7 +94,7 @@ def evaluate(
         subsets = {
             f"{percent:g} %": balanced_rows(train, percent, subset_seed) for percent in percentages
         }
-        origin = f"training images, the same number of each class, by seed {subset_seed}"
+        origin = f"training images, the same number per class, drawn with seed {subset_seed}"
     published = protocols.TUNING["semi"]
     entries, columns = {"source": published.source}, {}
     for name, rows in subsets.items():
@@ -105,9 +106,9 @@ def evaluate(
 
 
 def balanced_rows(train: EvaluationSplit, percent: float, seed: int) -> np.ndarray:
-    """Draw about `percent` of the rows of the training split, the same number of each class.
+    """Draw about `percent` % of the rows of the training split, the same number per class.
 
-    The rows are sorted. Every class has at least one.
+    The result is sorted and has at least one row per class.
 
     Raises:
         ValueError: If the percentage is not in (0, 100), or a class has too few images.
@@ -129,7 +130,7 @@ def read_list(train: EvaluationSplit, file: Path) -> np.ndarray:
     """Return the rows of the training images whose file names are in a list.
 
     Raises:
-        ValueError: If the list is missing or empty, or names an image that the data do not have.
+        ValueError: If the list is missing or empty, or names an image outside the training split.
     """
     if not file.is_file():
         raise ValueError(f"--subset {file}: no such file; give a list of file names, one per line")
@@ -143,7 +144,7 @@ def read_list(train: EvaluationSplit, file: Path) -> np.ndarray:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
             f"--subset {file}: {len(missing)} of its {len(names)} images are not in"
-            f" {train.source.where} ({first}); give the list of this data set"
+            f" {train.source.where} ({first}); give a list for this data set"
         )
     return np.unique([rows[name] for name in names])
 

@@ -1,11 +1,11 @@
 """Spectrum of a run's embeddings (the projector's output) and features.
 
 The vectors of training images in their evaluation views are scaled to length 1. Three numbers
-describe their covariance. The share of the 5 largest eigenvalues in the sum of all, in percent, is
-near 100 for a representation that collapsed into a few directions. The effective rank is the
-exponential of the entropy of the eigenvalues' shares. The variance is the sum in percent: 100 for
-vectors that fill the sphere evenly, 0 for a single point. No labels are needed. The result is
-printed and saved to RUN/eval/spectrum.json.
+describe their covariance. The top-5 share is the sum of the 5 largest eigenvalues in percent of the
+sum of all. It is near 100 for a representation that has collapsed into a few directions. The
+effective rank is the exponential of the entropy of the normalized eigenvalues. The variance is the
+sum of all eigenvalues in percent. It is 100 for vectors that fill the sphere evenly and 0 for a
+single point. No labels are needed. The result is printed and saved to RUN/eval/spectrum.json.
 
     python -m ssl_pretrain.eval.spectrum runs/demo
 """
@@ -25,7 +25,7 @@ from ssl_pretrain.eval.frozen.evaluation_split import BATCH_SIZE, EvaluationSpli
 from ssl_pretrain.eval.runs import Run, to_device
 from ssl_pretrain.models import backbones
 
-NUM_TOP = 5  # number of eigenvalues whose share is measured
+NUM_TOP = 5  # number of largest eigenvalues in the top-5 share
 MAX_IMAGES = 10000
 
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, Any]:
-    """Measure the spectra of a random and the pretrained network for RUN/eval/spectrum.json.
+    """Measure the random and the pretrained network and save RUN/eval/spectrum.json.
 
     Returns:
         The content of the result file.
@@ -48,26 +48,27 @@ def evaluate(run: Run) -> dict[str, Any]:
     Raises:
         ValueError: If the method has no projector.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     source = open_source(run.config.data, "train")
     images = EvaluationSplit(run, source).random_subset(MAX_IMAGES)
     rows = []
     for name in ("random, as built", "pretrained"):
         backbone, projector = backbone_and_projector(run, trained=name == "pretrained")
-        pooled, _ = features.extract(backbone, images)
-        embeddings = torch.cat([projector(chunk) for chunk in pooled.split(BATCH_SIZE)])
-        metrics = spectrum_metrics("embeddings", embeddings) | spectrum_metrics("features", pooled)
+        pooled_features, _ = features.extract(backbone, images)
+        embeddings = torch.cat([projector(batch) for batch in pooled_features.split(BATCH_SIZE)])
+        metrics = spectrum_metrics("embeddings", embeddings)
+        metrics |= spectrum_metrics("features", pooled_features)
         rows.append(results.Row(name, metrics))
     protocol = {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name};"
-        " random: before its first step",
-        "embeddings": f"projector's output, {embeddings.shape[1]} numbers; features: the"
-        f" backbone's, {pooled.shape[1]}",
-        "mode": "evaluation: batch norm with its running statistics",
+        " the random network has its initial weights",
+        "embeddings": f"output of the projector, {embeddings.shape[1]} dimensions; features:"
+        f" output of the backbone, {pooled_features.shape[1]} dimensions",
+        "mode": "evaluation mode, in which batch norm uses its running statistics",
         "normalization": "vectors scaled to length 1, then centered",
-        "measure": f"top-{NUM_TOP}: share of the {NUM_TOP} largest eigenvalues of the covariance in"
-        " the sum of all, in percent; rank: exp(entropy); variance: that sum, in percent of its"
-        " maximum",
+        "measure": f"top-{NUM_TOP}: sum of the {NUM_TOP} largest eigenvalues of the covariance, in"
+        " percent of the sum of all; rank: exponential of the entropy of the normalized"
+        " eigenvalues; variance: sum of all eigenvalues, in percent of its maximum",
         "images": f"{run.config.data.source}: {len(images)} training images in evaluation views",
     }
     return results.save(
@@ -76,7 +77,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         protocol,
         rows,
         run.provenance(),
-        time.monotonic() - began,
+        time.monotonic() - start,
         measure="spectrum",
     )
 
@@ -89,24 +90,25 @@ def backbone_and_projector(run: Run, trained: bool) -> tuple[nn.Module, nn.Modul
 
     Args:
         run: Run to evaluate.
-        trained: Load the weights of the checkpoint. Otherwise the weights are those before the
-            first step.
+        trained: True to load the weights of the checkpoint, False to return the initial weights.
 
     Raises:
-        ValueError: If the method has no projector, or the weights do not fit.
+        ValueError: If the method has no projector, or the weights do not match it.
     """
     if run.config.method.name == config.NO_METHOD:
         raise ValueError(
             f"{run.checkpoint_path}: weights without a run have no projector, whose output this"
-            " evaluation measures; see eval.knn and eval.linear"
+            " evaluation measures; use eval.knn or eval.linear"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.seed_of(run.config.seed, 0, 0))  # the trainer's seed
+        torch.manual_seed(
+            rng.derive_seed(run.config.seed, 0, 0)
+        )  # initializes the weights as training does
         method = run.config.method.build(backbones.build(run.config.backbone, run.view_size))
     if not hasattr(method, "projector"):
         raise ValueError(
             f"{run.path}: method {run.config.method.name} has no projector, whose output this"
-            " evaluation measures; see eval.knn and eval.linear"
+            " evaluation measures; use eval.knn or eval.linear"
         )
     if trained:
         _, tensors = read_checkpoint(run.checkpoint_path)
@@ -116,7 +118,7 @@ def backbone_and_projector(run: Run, trained: bool) -> tuple[nn.Module, nn.Modul
 
 
 def spectrum_metrics(name: str, vectors: Tensor) -> dict[str, float]:
-    """Return share of the top eigenvalues, effective rank and variance of (n, dim) vectors."""
+    """Return the top-5 share, the effective rank and the variance of vectors (n, dim)."""
     eigenvalues = spectrum(vectors)
     total = eigenvalues.sum()
     shares = eigenvalues / total.clamp(min=1e-30)
@@ -131,10 +133,10 @@ def spectrum_metrics(name: str, vectors: Tensor) -> dict[str, float]:
 def spectrum(vectors: Tensor) -> Tensor:
     """Return the eigenvalues of the covariance of vectors (n, dim) scaled to length 1.
 
-    They are float64 (dim,), largest first.
+    The result is float64, shape (dim,), in descending order.
     """
-    unit = nn.functional.normalize(vectors.double(), dim=1)
-    centered = unit - unit.mean(dim=0)
+    directions = nn.functional.normalize(vectors.double(), dim=1)
+    centered = directions - directions.mean(dim=0)
     return torch.linalg.eigvalsh(centered.T @ centered / len(centered)).clamp(min=0).flip(0)
 
 

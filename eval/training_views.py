@@ -1,4 +1,4 @@
-"""Training views of the linear and fine-tuning protocols, one random crop per image."""
+"""Training views for the linear and fine-tuning protocols, one random crop per image."""
 
 from ssl_pretrain.data import readers
 from ssl_pretrain.data.image_source import Source
@@ -15,9 +15,9 @@ def build_train_view(
     crop_sampler: CropSampler = "torchvision",
     antialias: bool = True,
 ) -> Crop:
-    """Return a random resized crop of 8 to 100 % of the area, flipped if the run's views are.
+    """Return a random resized crop of 8 to 100 % of the area, with flips if the run uses them.
 
-    Runs without flips have images whose class a flip may change, such as digits.
+    Runs disable flips for images such as digits, where a flip may change the class.
     """
     has_flips = any(crop.flip > 0 for crop in run.config.views.crops.values())
     return Crop(
@@ -33,16 +33,16 @@ def build_train_view(
 def build_train_loader(
     run: Run, source: Source, view: Crop, batch_size: int, finish: readers.Finish | None = None
 ) -> Loader:
-    """Return a loader of this rank's share of the training batches.
+    """Return a loader for this rank's share of the training batches.
 
-    The seed is 0. Images and crops are the same on any number of ranks.
+    The seed is always 0. The images and crops are the same on any number of ranks.
 
     Args:
         run: Run to evaluate.
         source: Training images.
         view: Crop of each image.
         batch_size: Images per step over all ranks.
-        finish: Further augmentation of a view, on the CPU.
+        finish: Further augmentation to apply to each view, on the CPU.
     """
     data, views = run.config.data, run.config.views
     kind = readers.ReaderKind.PROCESSES if finish else readers.choose_reader(data, source)[0]
@@ -59,7 +59,7 @@ def build_train_loader(
 
 
 def describe_view(view: Crop) -> str:
-    """Describe a training view for the protocol."""
+    """Return the text that describes a training view in a result's protocol."""
     entries = [
         f"random crops of {view.scale[0]:g} to {view.scale[1]:g} of the area, {view.interpolation}",
         "" if view.crop_sampler == "torchvision" else f"{view.crop_sampler} sampler",

@@ -1,4 +1,4 @@
-"""A saved view of runs in Weights & Biases: `python -m ssl_pretrain.launch.dashboard PROJECT`."""
+"""Save a view of runs in Weights & Biases: `python -m ssl_pretrain.launch.dashboard PROJECT`."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.monitoring.wandb import evaluations
 from ssl_pretrain.monitoring.wandb import run as wandb_run
 
-NAME = "ssl_pretrain"
+VIEW_NAME = "ssl_pretrain"
 HIDDEN_METRICS = ("skipped_steps", "replay_error")  # only useful when something is wrong
 OPEN_SECTIONS = (metric_names.LEARNING, metric_names.COLLAPSE)
 PICTURES = [metric_names.VIEWS_PICTURE, metric_names.NEIGHBORS_PICTURE]
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "project", nargs="?", default="", help="W&B project: log.project of the runs"
     )
-    parser.add_argument("--entity", default="", help="team or user (default: that of the key)")
-    parser.add_argument("--dry-run", action="store_true", help="print the view and create nothing")
-    parser.add_argument("--send", metavar="RUN", type=Path, help="send a run's evaluations instead")
+    parser.add_argument("--entity", default="", help="team or user (default: the API key's owner)")
+    parser.add_argument("--dry-run", action="store_true", help="print the view without creating it")
+    parser.add_argument("--send", metavar="RUN", type=Path, help="only send this run's evaluations")
     options = parser.parse_args(arguments)
     try:
         if options.send is not None:
@@ -71,7 +71,8 @@ def build(project: str, entity: str) -> Any:
         import wandb_workspaces.workspaces as workspaces
     except ImportError:
         raise ValueError(
-            "the dashboard needs wandb-workspaces: pip install 'ssl_pretrain[dashboard]'"
+            "the dashboard needs the package wandb-workspaces, which is not installed; run "
+            "pip install 'ssl_pretrain[dashboard]'"
         ) from None
 
     contents: dict[str, list[Any]] = {group: [] for group in metric_names.GROUPS}
@@ -83,7 +84,7 @@ def build(project: str, entity: str) -> Any:
     contents[metric_names.COLLAPSE].append(
         panels.LinePlot(title=spread.partition("/")[2], x="step", y=[spread])
     )
-    for title in metric_names.PREFIXES.values():  # one panel, with a line per module
+    for title in metric_names.PREFIXES.values():  # one panel each, with one line per module
         regex = f"{metric_names.NETWORK}/{title}.*"
         contents[metric_names.NETWORK].append(
             panels.LinePlot(title=title.strip(", "), x="step", metric_regex=regex)
@@ -100,11 +101,11 @@ def build(project: str, entity: str) -> Any:
         workspaces.Section(name=name, panels=content, is_open=name in (*OPEN_SECTIONS, "Pictures"))
         for name, content in contents.items()
     ]
-    return workspaces.Workspace(name=NAME, entity=entity, project=project, sections=sections)
+    return workspaces.Workspace(name=VIEW_NAME, entity=entity, project=project, sections=sections)
 
 
 def create(project: str, entity: str = "") -> str:
-    """Save the dashboard at W&B and return its address.
+    """Save the dashboard to W&B and return its URL.
 
     Raises:
         ValueError: If there is no key, W&B is set to send nothing, or W&B refuses the dashboard.
@@ -116,7 +117,7 @@ def create(project: str, entity: str = "") -> str:
     if wandb_run.resolve_mode("online")[0] != "online":
         raise ValueError(
             "W&B is set to send nothing (WANDB_MODE, WANDB_DISABLED or `wandb offline`); "
-            "undo that, or use --dry-run"
+            "let it send again, or use --dry-run"
         )
     try:
         import wandb
@@ -133,8 +134,8 @@ def create(project: str, entity: str = "") -> str:
 def send_evaluations(run: Path) -> None:
     """Send the results in RUN/eval/ to the run's W&B page, each at the step of its checkpoint.
 
-    Results are sent only once. The run must not be training. While it trains, its own client sends
-    the results along with the records.
+    Results are sent only once. The run must not be training, because the client of a training run
+    sends the results along with its records.
 
     Raises:
         ValueError: If the run has no checkpoint, or was not logged to W&B.
@@ -142,8 +143,8 @@ def send_evaluations(run: Path) -> None:
     manifest = read_manifest(newest_checkpoint(run))
     if not manifest.get("wandb_id"):
         raise ValueError(
-            f"{run}: this run was not logged to W&B, see log.wandb; find its numbers in "
-            f"{run / 'eval'} and {run / 'report.html'}"
+            f"{run}: this run was not logged to W&B (log.wandb), so it has no page there; read its "
+            f"results in {run / 'eval'} and {run / 'report.html'}"
         )
     if next(evaluations.unsent(run), None) is None:
         return
@@ -170,7 +171,7 @@ def send_finished(run: Path) -> None:
     if find_holder(run) is None and any(_has_page(path) for path in list_checkpoints(run)):
         try:
             send_evaluations(run)
-        except (ValueError, OSError) as error:  # the evaluations continue
+        except (ValueError, OSError) as error:  # must not end the evaluations that call this
             print(
                 f"W&B: the results were not sent ({error}); they are in {run / 'eval'}", flush=True
             )

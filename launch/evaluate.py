@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # run as a file from a clone
+if not __package__:  # this file was started by its path in a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ssl_pretrain.checkpoint.folder import is_finished
@@ -26,8 +26,8 @@ Run the evaluations that a run's checkpoints do not have yet.
 
 Each evaluation runs in its own process on this machine, or as a SLURM job. Results are written to
 RUN/eval/<checkpoint>/<name>.json, and those of the newest checkpoint also to RUN/eval/<name>.json.
-They are sent to the run's W&B page, if it has one, and shown in RUN/report.html. Evaluations that
-are done are not repeated."""
+They are sent to the run's W&B page, if it has one, and shown in RUN/report.html. Finished
+evaluations are not repeated."""
 EXAMPLES = """\
 examples:
   the evaluations of evaluation.at_end, for every checkpoint
@@ -91,9 +91,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--device",
         default="auto",
-        help="cpu or cuda (default: cuda, unless it is missing or RUN trains on this machine)",
+        help="cpu or cuda (default: cuda, unless there is none or RUN is training on this machine)",
     )
-    add("--share-gpu", action="store_true", help="use the GPU while RUN trains on this machine")
+    add("--share-gpu", action="store_true", help="use the GPU even while RUN is training on it")
     add(
         "--cluster",
         choices=["auto", "local", "slurm"],
@@ -109,13 +109,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--every-seconds",
         type=POSITIVE,
         default=30.0,
-        help="with --watch: time between two searches for new checkpoints (default: 30)",
+        help="with --watch: seconds between searches for new checkpoints (default: 30)",
     )
     add(
         "--give-up-minutes",
         type=POSITIVE,
         default=60.0,
-        help="with --watch: end after this time without a training process (default: 60)",
+        help="with --watch: give up after so many minutes without a training process (default: 60)",
     )
     return parser.parse_intermixed_args(arguments)
 
@@ -133,7 +133,7 @@ def check(options: argparse.Namespace) -> None:
     if wants_gpu and trainer and trainer.is_on_this_host():
         raise ValueError(
             f"--device {options.device}: process {trainer.pid} trains in {options.run} on this "
-            "machine and holds its GPUs; add --share-gpu to share them, or --device cpu"
+            "machine and uses its GPUs; add --share-gpu to share them, or --device cpu"
         )
 
 
@@ -141,7 +141,7 @@ def watch(jobs: EvaluationJobs, options: argparse.Namespace) -> int:
     """Evaluate every new checkpoint until the training has ended.
 
     Returns:
-        The exit status: 75 after a request to stop, and 1 if an evaluation failed.
+        The exit status, which is 0, 1 if an evaluation failed, or 75 after a stop request.
     """
     idle_since = None
     while True:
@@ -152,7 +152,7 @@ def watch(jobs: EvaluationJobs, options: argparse.Namespace) -> int:
         if idle_since and time.monotonic() - idle_since > 60 * options.give_up_minutes:
             print(
                 f"gave up: no process has trained in {jobs.run} for {options.give_up_minutes:g} "
-                "minutes, and the run has not reached its end",
+                "minutes, and the run is not finished; resume the run, then watch it again",
                 flush=True,
             )
             return status

@@ -1,4 +1,4 @@
-"""Evaluations of a run: their names, those that are due, and how each one runs."""
+"""Run the evaluations of a training run that are due, on this machine or as SLURM jobs."""
 
 import argparse
 import json
@@ -17,11 +17,11 @@ EVALUATIONS = (
     *("knn", "linear", "spectrum", "retrieval", "robustness"),
     *("semi", "finetune", "export", "report"),
 )
-HELD_FOLDER = ".held"  # in RUN/eval, for the checkpoints that are being evaluated
+HELD_FOLDER = ".held"  # folder in RUN/eval with links to the checkpoints that are being evaluated
 
 
 def check_names(names: list[str], option: str) -> None:
-    """Raise ConfigError if a name in the value of `option` is not that of an evaluation."""
+    """Raise ConfigError if `option` lists a name that is not an evaluation."""
     unknown = [name for name in names if name not in EVALUATIONS]
     if unknown:
         raise configuration.ConfigError(
@@ -30,23 +30,23 @@ def check_names(names: list[str], option: str) -> None:
 
 
 def evaluation_command(name: str, run: str | Path, *arguments: str) -> list[str]:
-    """Return the command of an evaluation."""
+    """Return the command line that runs the evaluation `name`."""
     return [sys.executable, "-m", f"ssl_pretrain.eval.{name}", str(run), *arguments]
 
 
 def run_at_end(config: configuration.RunConfig, options: dict[str, list[str]]) -> dict[str, int]:
-    """Run the evaluations of `evaluation.at_end` that the last checkpoint lacks.
+    """Run the evaluations in `evaluation.at_end` that are missing for the last checkpoint.
 
-    The settings of an evaluation that succeeded are kept in RUN/eval/<checkpoint>/.<name>.done. It
-    is repeated only if they change. The report is also repeated after any other evaluation has
-    succeeded. If an evaluation fails, the others still run.
+    An evaluation that succeeds saves its settings in RUN/eval/<checkpoint>/.<name>.done and is
+    repeated only if they change. The report is also repeated after any other evaluation has
+    succeeded. If an evaluation fails, the others still run. A request to stop skips the rest.
 
     Args:
         config: The run's configuration.
-        options: Further options by name of the evaluation.
+        options: Additional command-line options by name of the evaluation.
 
     Returns:
-        The exit status by name of the evaluations that were run, until a request to stop.
+        The exit status of each evaluation that was run, by name.
     """
     values = configuration.to_dict(config)
     folder = Path(config.output) / "eval" / newest_checkpoint(config.output).name
@@ -54,8 +54,8 @@ def run_at_end(config: configuration.RunConfig, options: dict[str, list[str]]) -
     for name in config.evaluation.at_end:
         arguments = options.get(name, [])
         settings = {key: values[key] for key in ("data", "evaluation")} | {"arguments": arguments}
-        text, note = json.dumps(settings, indent=1), folder / f".{name}.done"
-        is_done = note.is_file() and note.read_text() == text
+        settings_text, done_file = json.dumps(settings, indent=1), folder / f".{name}.done"
+        is_done = done_file.is_file() and done_file.read_text() == settings_text
         if is_done and not (name == "report" and 0 in statuses.values()):
             print(
                 f"--- {name}: done before; to repeat it, run "
@@ -74,12 +74,12 @@ def run_at_end(config: configuration.RunConfig, options: dict[str, list[str]]) -
             return statuses
         if statuses[name] == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(text)
+            done_file.write_text(settings_text)
     return statuses
 
 
 def report_stop() -> int:
-    """Print that the command was asked to stop and return its exit status."""
+    """Print how to continue after a request to stop, and return the exit status."""
     print("stopped; run the same command to continue with the remaining evaluations", flush=True)
     return STOPPED
 
@@ -133,7 +133,7 @@ class EvaluationJobs:
         """Run or submit the evaluations that are due, then the report.
 
         Returns:
-            The exit status: 75 after a request to stop, and 1 if an evaluation failed.
+            The exit status, which is 75 after a request to stop and 1 if an evaluation failed.
         """
         due = self.due()
         if self._on_slurm:
@@ -186,15 +186,16 @@ class EvaluationJobs:
             self.failed.append(f"{name} of {path.name}")
         else:
             print(
-                f"skipped {name} of {path.name}: the training pruned this checkpoint while it was "
-                "read",
+                f"skipped {name} of {path.name}: the training pruned this checkpoint during the "
+                "evaluation; to keep more, raise checkpoint.keep_last",
                 flush=True,
             )
 
     def device(self) -> str:
-        """Return the device to evaluate on.
+        """Return the device for evaluations.
 
-        It is the CPU while the run trains on this machine, unless the options say otherwise.
+        While the run trains on this machine, the device is the CPU unless an option overrides it. A
+        change to the CPU is printed.
         """
         options, trainer = self._options, find_holder(self.run)
         if options.device != "auto" or options.share_gpu:
@@ -211,7 +212,7 @@ class EvaluationJobs:
         return "cpu"
 
     def submit_after(self, job: str) -> list[str]:
-        """Submit every evaluation of the newest checkpoint, to start once `job` has succeeded.
+        """Submit every evaluation of the newest checkpoint. They start after `job` has succeeded.
 
         Returns:
             The job ids, in the order in which the jobs run.
@@ -220,10 +221,10 @@ class EvaluationJobs:
         return slurm_job.submit_chain(self._config, [*self._names, *report], job)
 
     def _submit(self, due: list[tuple[Path, str]]) -> None:
-        """Submit the evaluations that are due and not queued already."""
+        """Submit the evaluations that are due and not yet queued."""
         self._attempted |= {(path.name, name) for path, name in due}
-        file = self.run / "slurm" / "evaluations.json"  # job ids by checkpoint and evaluation
-        queue = json.loads(file.read_text()) if file.exists() else {}
+        queue_file = self.run / "slurm" / "evaluations.json"
+        queue = json.loads(queue_file.read_text()) if queue_file.exists() else {}  # job ids
         jobs = {
             f"{path.name}/{name}": slurm_job.EvaluationJob(
                 name, str(self.run), ("--checkpoint", str(path))
@@ -233,11 +234,12 @@ class EvaluationJobs:
         }
         ids = slurm_job.submit_evaluations(self._config, list(jobs.values()))
         if ids:
-            file.write_text(json.dumps(queue | dict(zip(jobs, ids)), indent=1))
+            queue_file.write_text(json.dumps(queue | dict(zip(jobs, ids)), indent=1))
             names = [" of ".join(reversed(key.split("/"))) for key in jobs]
-            lines = [f"{name}: {job}" for name, job in zip(names, ids)]
-            print(f"submitted to SLURM: {', '.join(lines)}", flush=True)
+            entries = [f"{name}: {job_id}" for name, job_id in zip(names, ids)]
+            print(f"submitted to SLURM: {', '.join(entries)}", flush=True)
         if self._wants_report and (ids or not self._names):
-            dependency = f"afterany:{':'.join(ids)}" if ids else ""  # even if some of them fail
+            # The report runs even if some evaluations fail.
+            dependency = f"afterany:{':'.join(ids)}" if ids else ""
             report = slurm_job.EvaluationJob("report", str(self.run))
             slurm_job.submit_evaluations(self._config, [report], dependency)

@@ -1,4 +1,4 @@
-"""Launching without a scheduler: on this machine, or by one printed torchrun command per host."""
+"""Launch without a scheduler: on this machine, or with one printed torchrun command per host."""
 
 import ctypes
 import re
@@ -27,9 +27,10 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def num_ranks(config: RunConfig) -> int:
-    """Return the number of ranks per machine: `launch.ranks`, else one per GPU, else one.
+    """Return the number of ranks per machine.
 
-    On a machine with GPUs there are never more ranks than GPUs.
+    It is `launch.ranks` if that is set, else the number of GPUs, and one on a machine without GPUs.
+    A machine with GPUs never has more ranks than GPUs.
     """
     num_gpus = torch.cuda.device_count()
     if not num_gpus:
@@ -40,12 +41,19 @@ def num_ranks(config: RunConfig) -> int:
 def train_command(
     path: str, overrides: Sequence[str], num_processes: int, max_restarts: int = 0
 ) -> list[str]:
-    """Return the command that trains on this machine, with torchrun unless there is one process."""
-    train = ["-m", "ssl_pretrain.train", path, *overrides]
+    """Return the command that trains on this machine. Several processes are run by torchrun."""
+    train_arguments = ["-m", "ssl_pretrain.train", path, *overrides]
     if num_processes == 1:
-        return [sys.executable, *train]
+        return [sys.executable, *train_arguments]
     options = ["--max-restarts", str(max_restarts), "--nproc-per-node", str(num_processes)]
-    return [sys.executable, "-m", "ssl_pretrain.launch.torchrun", "--standalone", *options, *train]
+    return [
+        sys.executable,
+        "-m",
+        "ssl_pretrain.launch.torchrun",
+        "--standalone",
+        *options,
+        *train_arguments,
+    ]
 
 
 def host_names(config: RunConfig) -> list[str]:
@@ -60,8 +68,8 @@ def host_names(config: RunConfig) -> list[str]:
     for host in hosts:
         if not HOST_NAME.fullmatch(host) or hosts.count(host) > 1:
             raise ConfigError(
-                f"launch.hosts: {host!r} in {config.launch.hosts!r} is not a valid name or address "
-                "of a host, or appears twice; give distinct hosts, such as a,b,10.0.0.3"
+                f"launch.hosts: {host!r} in {config.launch.hosts!r} is not a valid host name "
+                "or address, or appears twice; give distinct hosts, such as a,b,10.0.0.3"
             )
     return hosts
 
@@ -77,14 +85,14 @@ def check_one_machine(config: RunConfig) -> None:
 
 
 def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """Return each host of `launch.hosts` with its torchrun command.
+    """Return the name and the torchrun command of each host in `launch.hosts`.
 
     Without `launch.ranks`, every host is assumed to have as many GPUs as this machine.
 
-    All hosts meet at the first one, through torchrun's c10d rendezvous, whose agents outlive a lost
-    host. The remaining agents wait until the lost host's command is run again, and all ranks resume
-    from the newest checkpoint. A static rendezvous (--master-addr) does not let a host rejoin. The
-    environment variable makes each round use its own store. Without it, the ranks would find the
+    The hosts meet at the first one through torchrun's c10d rendezvous. If another host is lost, the
+    remaining agents wait until its command is run again, and then all ranks resume from the newest
+    checkpoint. A static rendezvous (--master-addr) does not let a host rejoin. The environment
+    variable makes each round of the rendezvous use its own store. Without it, ranks would find the
     addresses of ranks that have exited (seen with torch 2.13).
 
     Raises:
@@ -93,26 +101,26 @@ def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> lis
     hosts, launch = host_names(config), config.launch
     overrides = [override for override in overrides if not override.startswith("launch.hosts=")]
     commands = []
-    for number, host in enumerate(hosts):
+    for host_index, host in enumerate(hosts):
         options = {
             "--nnodes": len(hosts),
             "--rdzv-backend": "c10d",
             "--rdzv-endpoint": f"{hosts[0]}:{launch.port}",
             "--rdzv-id": Path(config.output).name,
-            "--rdzv-conf": f"is_host={int(number == 0)}",
+            "--rdzv-conf": f"is_host={int(host_index == 0)}",
             "--local-addr": host,
             "--max-restarts": launch.max_restarts,
             "--nproc-per-node": num_ranks(config),
         }
         words = [str(word) for option in options.items() for word in option]
         torchrun = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun", *words]
-        train = ["-m", "ssl_pretrain.train", path, *overrides]
-        commands.append((host, shlex.join([*torchrun, *train])))
+        train_arguments = ["-m", "ssl_pretrain.train", path, *overrides]
+        commands.append((host, shlex.join([*torchrun, *train_arguments])))
     return commands
 
 
 class StopRequest:
-    """A request to stop this launcher, and the process that it is forwarded to."""
+    """Request to stop this launcher, and the command that it is forwarded to."""
 
     def __init__(self) -> None:
         self.received = False
@@ -124,7 +132,7 @@ class StopRequest:
         self.forward()
 
     def forward(self) -> None:
-        """Ask the running command to stop. A second request ends its ranks at once."""
+        """Ask the running command to stop. A second request ends its ranks immediately."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 self.process.send_signal(signal.SIGTERM)
@@ -134,10 +142,10 @@ _stop = StopRequest()
 
 
 def launcher(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Decorate the main function of a launcher, which returns its exit status.
+    """Decorate the main function of a launcher.
 
     The launcher survives the loss of its terminal and forwards requests to stop. It reports a
-    ValueError or an OSError as one line, and returns 2.
+    ValueError or an OSError in one line and returns 2.
     """
 
     @wraps(main)
@@ -156,23 +164,25 @@ def launcher(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 def forwarding_stop_requests() -> Iterator[None]:
     """Forward requests to stop to the command that `run` waits for, and start no further command.
 
-    The handlers are set explicitly, because process 1 of a container has no default ones. SIGHUP
-    stays ignored under nohup. Python delivers signals to the main thread only, so this does nothing
-    in another thread.
+    The handlers are set explicitly, because process 1 of a container has no default handlers.
+    SIGHUP stays ignored under nohup. Python delivers signals to the main thread only, so in another
+    thread nothing is forwarded.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number, handler in previous.items():
-        if number != signal.SIGHUP or handler != signal.SIG_IGN:
-            signal.signal(number, _stop.receive)
+    previous_handlers = {
+        signal_number: signal.getsignal(signal_number) for signal_number in STOP_SIGNALS
+    }
+    for signal_number, handler in previous_handlers.items():
+        if signal_number != signal.SIGHUP or handler != signal.SIG_IGN:
+            signal.signal(signal_number, _stop.receive)
     try:
         yield
     finally:
         _stop.received = False
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for signal_number, handler in previous_handlers.items():
+            signal.signal(signal_number, signal.SIG_DFL if handler is None else handler)
 
 
 def stop_requested() -> bool:
@@ -188,7 +198,7 @@ def wait(seconds: float) -> None:
 
 
 def _end_with_launcher() -> None:
-    """Ask the kernel for a SIGTERM when the launcher dies, so that a SIGKILL leaves no ranks."""
+    """Ask the kernel for a SIGTERM when the launcher dies, so that no ranks outlive a SIGKILL."""
     if _LIBC is not None:
         _LIBC.prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
@@ -207,7 +217,7 @@ def run(command: Sequence[str]) -> int:
     _stop.process = subprocess.Popen(
         command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher
     )
-    if _stop.received:  # while the process was starting
+    if _stop.received:  # the request came while the process was starting
         _stop.forward()
     try:
         status = _stop.process.wait()

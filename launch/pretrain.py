@@ -17,10 +17,11 @@ from ssl_pretrain.planning import plan
 from ssl_pretrain.system.exit_status import SKIPPED, STOPPED
 
 DESCRIPTION = """\
-Pretrain, then run the evaluations of evaluation.at_end.
+Pretrain, then run the evaluations listed in evaluation.at_end.
 
-On a SLURM cluster both are submitted, and the command returns. Elsewhere the ranks start on this
-machine, one per GPU, or launch.ranks on CPU. The same command resumes a run that was stopped."""
+On a SLURM cluster both are submitted as jobs, and the command returns. Elsewhere the ranks start on
+this machine, one per GPU, or launch.ranks of them on CPU. Run the same command again to resume a
+run that was stopped."""
 EXAMPLES = """\
 examples:
   a minute on a laptop
@@ -29,11 +30,11 @@ examples:
     python launch/pretrain.py configs/simclr_cifar10_cpu.yaml data.root=cifar10.zip
   every GPU of this machine
     python launch/pretrain.py configs/simclr_imagenet.yaml data.root=/data/imagenet
-  SLURM, 64 GPUs
+  64 GPUs of a SLURM cluster
     python launch/pretrain.py configs/simclr_imagenet.yaml launch.nodes=8 launch.gpus_per_node=8
-  what would run on 8 ranks, without running it
+  show what would run on 8 ranks, without running it
     python launch/pretrain.py configs/simclr_imagenet.yaml --plan launch.ranks=8
-  one torchrun command for each of two hosts
+  print one torchrun command for each of two hosts
     python launch/pretrain.py configs/simclr_imagenet.yaml launch.hosts=a,b"""
 
 
@@ -75,7 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="print the resolved config, the learning rate and the sizes of everything, then exit",
+        help="print the resolved config, the learning rate and all sizes, then exit",
     )
     return parser.parse_intermixed_args(arguments)  # key=value may follow an option
 
@@ -104,14 +105,14 @@ def pretrain_and_evaluate(
     If an evaluation fails, the others still run.
 
     Args:
-        config: The run's configuration.
-        path: The YAML it was read from.
-        overrides: The overrides it was read with.
-        options: Options of evaluations by name, such as {"linear": ["--rows", "pretrained"]}.
+        config: Configuration of the run.
+        path: YAML file that the configuration was read from.
+        overrides: Overrides of that file, each as "key=value".
+        options: Command line options per evaluation, such as {"linear": ["--rows", "pretrained"]}.
 
     Returns:
         The exit status: 0 if the run is finished, 75 if it was asked to stop, 1 if an evaluation
-        failed, and that of training if training failed.
+        failed, or the status of training if training failed.
     """
     print("--- pretraining", flush=True)
     num_ranks = local.num_ranks(config)
@@ -130,7 +131,7 @@ def pretrain_and_evaluate(
         if status not in (0, SKIPPED)
     ]
     if failed:
-        message = f"error: failed: {', '.join(failed)}; the other evaluations were run"
+        message = f"error: {', '.join(failed)} failed; the other evaluations were run"
         print(message, file=sys.stderr, flush=True)
     return 1 if failed else 0
 
@@ -144,12 +145,12 @@ def pretrain_series(
 
     Args:
         runs: Configuration and overrides of each run.
-        path: The YAML that the overrides apply to.
-        options_of: Returns a run's options of evaluations, as `pretrain_and_evaluate` takes them.
+        path: YAML file that the overrides apply to.
+        options_of: Function that returns the `options` of `pretrain_and_evaluate` for a run.
 
     Returns:
-        The exit status: 75 if a run was asked to stop, after which no run is started, and 1 if a
-        run failed.
+        The exit status: 0 if all runs finished, 75 if a run was asked to stop, which also skips the
+        runs after it, or 1 if a run failed.
     """
     failed = []
     for number, (config, overrides) in enumerate(runs, start=1):
@@ -164,15 +165,16 @@ def pretrain_series(
         if status:
             failed.append(config.output)
     if failed:
-        print(f"error: failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"error: these runs failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _training_status(config: configuration.RunConfig, status: int) -> int:
-    """Return 0 for a finished training, 75 for a stopped one, and the status of one that failed."""
+    """Return 0 if training finished, 75 if it was stopped, and its own status if it failed."""
     if status == 0 and is_finished(config.output):
         return 0
-    was_killed = local.stop_requested() and status >= 128  # before it could handle the request
+    # A rank may be killed before it can handle the stop request.
+    was_killed = local.stop_requested() and status >= 128
     if status not in (0, STOPPED) and not was_killed:
         return status
     checkpoints = list_checkpoints(config.output)
@@ -182,7 +184,7 @@ def _training_status(config: configuration.RunConfig, status: int) -> int:
         else "starts from the beginning, because there is no checkpoint yet"
     )
     print(
-        f"stopped before the end of training, and not evaluated: the same command {next_start}",
+        f"stopped before the end of training and not evaluated; the same command {next_start}",
         flush=True,
     )
     return STOPPED

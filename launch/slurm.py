@@ -1,4 +1,4 @@
-"""Decide whether a run goes to SLURM, and which resources its job requests."""
+"""Decide whether a run is submitted to SLURM, and which resources its job requests."""
 
 import math
 import os
@@ -21,7 +21,7 @@ NAME_PATTERN = re.compile(rf"(?!-)[A-Za-z0-9{re.escape(NAME_SYMBOLS)}]*")
 def is_available() -> bool:
     """Return True if jobs can be submitted from this process.
 
-    SLURM must be installed, its controller must answer, and this must not be one of its jobs.
+    SLURM must be installed, its controller must answer, and this process must not be part of a job.
     """
     if shutil.which("sbatch") is None or "SLURM_JOB_ID" in os.environ:
         return False
@@ -32,7 +32,7 @@ def is_available() -> bool:
 
 
 def is_submitted(launch: LaunchConfig) -> bool:
-    """Return True if a run with these settings is submitted to SLURM."""
+    """Return True if these settings submit the run to SLURM."""
     if launch.cluster == "auto":
         return not launch.hosts and is_available()
     return launch.cluster == "slurm"
@@ -42,7 +42,7 @@ def check_no_slurm_keys(config: RunConfig, overrides: Sequence[str]) -> None:
     """Raise ConfigError if a run that starts on this machine sets keys that only SLURM uses."""
     reason = "SLURM does not answer on this machine"
     if "SLURM_JOB_ID" in os.environ:
-        reason = f"this process is part of SLURM job {os.environ['SLURM_JOB_ID']} already"
+        reason = f"this process is already part of SLURM job {os.environ['SLURM_JOB_ID']}"
     elif shutil.which("sbatch") is None:
         reason = "this machine has no sbatch"
     elif config.launch.cluster == "local":
@@ -51,8 +51,8 @@ def check_no_slurm_keys(config: RunConfig, overrides: Sequence[str]) -> None:
         config,
         overrides,
         reason,
-        "leave it out to train on this machine (launch.ranks: processes per machine, launch.hosts: "
-        "several machines), or add launch.cluster=slurm --plan to see what would be submitted",
+        "leave it out to train on this machine (launch.ranks sets the processes per machine, and "
+        "launch.hosts lists the machines), or add launch.cluster=slurm --plan to see the job",
         overrides_only=config.launch.cluster == "local",
     )
 
@@ -63,7 +63,7 @@ def num_ranks(config: RunConfig) -> int:
 
 
 def is_queued(job: str) -> bool:
-    """Return True if the job is waiting or running. An empty id belongs to no job."""
+    """Return True if a job with this id is waiting or running, False for an empty id."""
     if not job:
         return False
     queue = subprocess.run(
@@ -82,8 +82,8 @@ def request(config: RunConfig) -> dict[str, Any]:
     launch = config.launch
     gpus = {"gpus_per_node": launch.gpus_per_node} if launch.gpus_per_node else {}
     num_cpus = max(1, config.data.num_workers if launch.gpus_per_node else 1)
-    optional = {"mem_gb": launch.memory_gb}
-    optional |= {f"slurm_{key}": getattr(launch, key) for key in NAME_KEYS}
+    optional_parameters = {"mem_gb": launch.memory_gb}
+    optional_parameters |= {f"slurm_{key}": getattr(launch, key) for key in NAME_KEYS}
     return {
         "slurm_job_name": Path(config.output).name,
         "nodes": launch.nodes,
@@ -102,7 +102,7 @@ def request(config: RunConfig) -> dict[str, Any]:
             "requeue" if launch.requeue else "no_requeue": True,
             **gpus,
         },
-        **{key: value for key, value in optional.items() if value},
+        **{key: value for key, value in optional_parameters.items() if value},
     }
 
 
@@ -117,7 +117,7 @@ def _check_request(config: RunConfig) -> None:
         name = getattr(launch, key)
         if not NAME_PATTERN.fullmatch(name):
             raise ConfigError(
-                f"launch.{key}: {name!r} is not a valid name in SLURM; "
+                f"launch.{key}: {name!r} is not a valid SLURM name; "
                 f"use letters, digits and any of {NAME_SYMBOLS}"
             )
     if not config.output.isprintable() or "%" in config.output:

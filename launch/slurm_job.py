@@ -1,4 +1,4 @@
-"""SLURM jobs: what each of them runs, and how they are submitted with submitit.
+"""The SLURM jobs of a run, and their submission with submitit.
 
 submitit pickles a PretrainingJob or an EvaluationJob at submission and calls it in each task.
 """
@@ -23,18 +23,18 @@ from ssl_pretrain.launch import local, slurm
 from ssl_pretrain.system import stop_signals
 from ssl_pretrain.system.exit_status import LOST, STOPPED
 
-UNFINISHED = STOPPED  # exit status of every rank until the run has ended
-UNEXPECTED_ERROR = -1  # returned instead of a status if training raises an exception
+UNFINISHED = STOPPED  # exit status of every rank while the run is unfinished
+UNEXPECTED_ERROR = -1  # stands for an exception in training
 GRACE_SECONDS = 120  # longest time that SLURM may need to end the ranks after a requeue
 
 
 @dataclass
 class EvaluationJob:
-    """One evaluation of a run's newest checkpoint, unless `arguments` name another checkpoint."""
+    """Evaluation of a run's newest checkpoint, unless `arguments` select another one."""
 
     name: str
     run: str
-    arguments: tuple[str, ...] = ()  # for launch/evaluate.py
+    arguments: tuple[str, ...] = ()  # additional arguments of launch/evaluate.py
 
     def __call__(self) -> int:
         """Run launch/evaluate.py in this task."""
@@ -50,7 +50,7 @@ class EvaluationJob:
 
 @dataclass
 class PretrainingJob:
-    """Training on the ranks of a job. It holds only the command line, and no state or secret."""
+    """Training on all ranks of a job. Its pickle has the command line only, no state or secret."""
 
     path: str
     overrides: tuple[str, ...]
@@ -67,7 +67,7 @@ class PretrainingJob:
         except Exception as error:
             print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             status = UNEXPECTED_ERROR
-        if status in (UNEXPECTED_ERROR, LOST):  # a lost rank or node, rather than a mistake
+        if status in (UNEXPECTED_ERROR, LOST):  # a rank or node may be lost
             self._end_after_loss(run)
         if status not in (0, STOPPED):
             os._exit(status)
@@ -78,17 +78,17 @@ class PretrainingJob:
         return 0
 
     def _end_after_loss(self, run: Path) -> None:
-        """Exit, and requeue the job if the run has saved a checkpoint since it last failed.
+        """Exit, and requeue the job if the run has saved a checkpoint since its last failure.
 
         A failure that repeats at the same step is not retried.
         """
-        # This file holds the name of the newest checkpoint at this rank's last failure.
-        note = run / "slurm" / f"failed.{os.environ['RANK']}.json"
+        # This file stores the name of the newest checkpoint at this rank's last failure.
+        marker = run / "slurm" / f"failed.{os.environ['RANK']}.json"
         checkpoints = list_checkpoints(run)
         newest = json.dumps(checkpoints[-1].name) if checkpoints else ""
-        has_new_checkpoint = newest not in ("", note.read_text() if note.exists() else "")
+        has_new_checkpoint = newest not in ("", marker.read_text() if marker.exists() else "")
         if has_new_checkpoint:
-            note.write_text(newest)
+            marker.write_text(newest)
             if self.requeue:
                 _requeue_and_wait(delay=3.0 * int(os.environ["RANK"]))
         # Exit without cleanup, because a thread may hang in a collective with the lost rank.
@@ -101,7 +101,7 @@ def _set_rank_environment() -> None:
 
     environment = submitit.JobEnvironment()
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    port = 20000 + (7 * int(environment.raw_job_id) + restarts) % 20000  # new after each requeue
+    port = 20000 + (7 * int(environment.raw_job_id) + restarts) % 20000  # changes with each requeue
     os.environ.update(
         RANK=str(environment.global_rank),
         WORLD_SIZE=str(environment.num_tasks),
@@ -113,16 +113,16 @@ def _set_rank_environment() -> None:
 
 
 def _requeue_and_wait(delay: float) -> None:
-    """Ask SLURM to requeue this job, unless that has happened already, and wait to be ended."""
+    """Ask SLURM to requeue this job, unless another rank has done so, and wait to be killed."""
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(UNFINISHED))
     time.sleep(delay)
     job = os.environ["SLURM_JOB_ID"]
     state = subprocess.run(
         ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=60
     ).stdout
-    this_start = f"Restarts={os.environ.get('SLURM_RESTART_COUNT', '0')} "
-    if "JobState=RUNNING" in state and this_start in state:
-        print(f"asking SLURM to run job {job} again", flush=True)
+    current_restart = f"Restarts={os.environ.get('SLURM_RESTART_COUNT', '0')} "
+    if "JobState=RUNNING" in state and current_restart in state:
+        print(f"asking SLURM to requeue job {job}", flush=True)
         with suppress(subprocess.SubprocessError):
             subprocess.run(["scontrol", "requeue", job], timeout=60, check=False)
     time.sleep(GRACE_SECONDS)
@@ -154,7 +154,7 @@ def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
 def submit_chain(config: RunConfig, names: Sequence[str], pretraining: str) -> list[str]:
     """Submit evaluations of the newest checkpoint, to run one after the other.
 
-    They start once the pretraining job has succeeded. An evaluation that fails does not stop the
+    They start once the job `pretraining` has succeeded. An evaluation that fails does not stop the
     later ones, so the report, which comes last, shows the results of the others.
 
     Returns:
@@ -173,7 +173,7 @@ def submit_evaluations(
     """Submit evaluations, each as a job on one GPU or one CPU node.
 
     Args:
-        config: The run's configuration. Partition, time limit and so on apply to each job.
+        config: The run's configuration. Its partition, time limit and so on apply to each job.
         jobs: The evaluations.
         dependency: Dependency in SLURM's syntax, such as afterok:12. A job whose dependency can no
             longer be fulfilled is canceled.
@@ -205,11 +205,11 @@ def submit_evaluations(
 
 
 def submit_array(runs: Sequence[tuple[RunConfig, Sequence[str]]], path: str) -> list[str]:
-    """Submit one array with one job per run, each with the resources of the first run.
+    """Submit a job array with one job per run. Each job has the resources of the first run.
 
     Args:
         runs: Configuration and overrides of each run.
-        path: The YAML that the overrides apply to.
+        path: The YAML file that the overrides apply to.
 
     Returns:
         The job ids.
@@ -217,13 +217,13 @@ def submit_array(runs: Sequence[tuple[RunConfig, Sequence[str]]], path: str) -> 
     Raises:
         ConfigError: If submitit is missing, a value is invalid, or SLURM refuses the job.
     """
-    first, file = runs[0][0], str(Path(path).absolute())
-    with _private_executor(str(Path(first.output).parent)) as executor:
-        executor.update_parameters(**slurm.request(first))
+    first_config, yaml_path = runs[0][0], str(Path(path).absolute())
+    with _private_executor(str(Path(first_config.output).parent)) as executor:
+        executor.update_parameters(**slurm.request(first_config))
         with executor.batch():
             jobs = [
-                executor.submit(PretrainingJob(file, tuple(overrides), run.launch.requeue))
-                for run, overrides in runs
+                executor.submit(PretrainingJob(yaml_path, tuple(overrides), config.launch.requeue))
+                for config, overrides in runs
             ]
     return [job.job_id for job in jobs]
 
@@ -235,7 +235,7 @@ def _private_executor(output: str) -> Iterator[Any]:
     The folder is private because SLURM's jobs execute the pickles in it.
 
     Raises:
-        ConfigError: If submitit or a command of SLURM is missing, or SLURM refuses a job.
+        ConfigError: If submitit or a SLURM command is missing, or SLURM refuses a job.
     """
     try:
         import submitit

@@ -1,4 +1,4 @@
-"""Studies: YAMLs of configs/sweeps/ that pretrain several variants and compare them."""
+"""Studies, which pretrain several variants and compare them. Their YAMLs are in configs/sweeps/."""
 
 import argparse
 import re
@@ -19,24 +19,24 @@ class Variant:
     """One row of a study's table."""
 
     name: str = "???"
-    set: list[str] = field(default_factory=list)  # overrides on top of those of the study
+    set: list[str] = field(default_factory=list)  # overrides, applied after those of the study
 
 
 @dataclass
 class Study:
-    """Contents of a YAML of configs/sweeps/."""
+    """Contents of a study's YAML."""
 
     title: str = ""
     base: str = "configs/methods_digits.yaml"
-    set: list[str] = field(default_factory=list)  # overrides of all variants
-    small_heads: bool = False  # apply SMALL_CONFIG and PRESET_OVERRIDES of the method
+    set: list[str] = field(default_factory=list)  # overrides for all variants
+    small_heads: bool = False  # apply the method's SMALL_CONFIG and PRESET_OVERRIDES
     every_method: bool = False  # add one variant per method
     columns: list[str] = field(default_factory=lambda: list(study_table.DEFAULT_COLUMNS))
-    plot_against: str = ""  # numeric key on the x-axis; empty: one bar per variant
+    plot_against: str = ""  # numeric key on the x-axis; if empty, a bar is drawn per variant
     runs: list[Variant] = field(default_factory=list)
 
     def evaluations(self) -> list[str]:
-        """Return the evaluations from which the columns are read."""
+        """Return the names of the evaluations whose results fill the columns."""
         names = [study_table.COLUMNS[column].evaluation for column in self.columns]
         return list(dict.fromkeys(name for name in names if name))
 
@@ -92,9 +92,9 @@ def plan(
 
     Args:
         study: The study.
-        path: YAML of the study, which names the default output folder.
-        base: Base configuration that replaces the study's.
-        overrides: key=value for all runs. seed=0,1,2 plans three runs per variant.
+        path: YAML of the study. Its name is part of the default output folder.
+        base: Base configuration to use instead of the study's.
+        overrides: key=value settings for all runs. seed=0,1,2 plans three runs per variant.
     """
     base = base or study.base
     common = dict(override.partition("=")[::2] for override in overrides)
@@ -120,12 +120,13 @@ def plan(
 
 
 def small_model_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return the changes that the method named in `overrides` makes to a CPU preset.
+    """Return the overrides that adapt a small CPU configuration to the method in `overrides`.
 
-    They are its small head and its exceptions. The list is empty if no method is named.
+    They are the method's SMALL_CONFIG and PRESET_OVERRIDES. The list is empty if `overrides` names
+    no method.
     """
     prefix = "method.name="
-    names = [each.removeprefix(prefix) for each in overrides if each.startswith(prefix)]
+    names = [text.removeprefix(prefix) for text in overrides if text.startswith(prefix)]
     if not names:
         return []
     method = methods.find(names[-1])
@@ -136,8 +137,8 @@ def small_model_overrides(overrides: Sequence[str]) -> list[str]:
 def run_all(runs: Sequence[PlannedRun], base: str) -> int:
     """Pretrain and evaluate the runs that are not done, and return the exit status.
 
-    `linear` evaluates raw pixels and the random backbone only once per seed, because all variants
-    have the same ones.
+    Raw pixels and the random backbone are the same in all variants, so `linear` evaluates them only
+    once per seed.
     """
 
     def options_of(config: configuration.RunConfig) -> dict[str, list[str]]:
@@ -176,8 +177,8 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
     if status == STOPPED:
         return status
     folder = Path(runs[0].config.output).parent
-    done = [(run.variant, run.config) for run in runs if run.is_done()]
-    if not done:
+    evaluated_runs = [(run.variant, run.config) for run in runs if run.is_done()]
+    if not evaluated_runs:
         print(
             f"error: {folder}: no run of this study has been evaluated, so no table was written; "
             "run the study first",
@@ -187,22 +188,22 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
     missing = list(dict.fromkeys(run.variant for run in runs if not run.is_done()))
     table = options.table or folder / f"{Path(path).stem}.md"
     study_table.write(
-        study_table.Comparison(study.title, study.columns, done, study.plot_against),
+        study_table.Comparison(study.title, study.columns, evaluated_runs, study.plot_against),
         missing,
         _command_to_show(path, options.base, options.overrides),
         table,
     )
-    print(f"{table} and {table.with_suffix('.png').name}")
+    print(f"wrote {table} and {table.with_suffix('.png').name}")
     return status
 
 
 def _command_to_show(path: str, base: str | None, overrides: Sequence[str]) -> str:
     """Return the study's command without this machine's paths and settings."""
     pairs = [override.partition("=")[::2] for override in overrides]
-    shown = [
+    portable_overrides = [
         f"{key}={Path(value).name if key == 'data.root' else value}"
         for key, value in pairs
         if key != "output" and not key.startswith(("launch.", "log."))
     ]
     base_option = ["--base", base] if base else []
-    return shlex.join(["python", "launch/sweep.py", path, *base_option, *shown])
+    return shlex.join(["python", "launch/sweep.py", path, *base_option, *portable_overrides])

@@ -1,4 +1,4 @@
-"""Table and plot of a study: the means and deviations of each variant over its seeds."""
+"""Table and plot of a study, with the mean and standard deviation of each variant over seeds."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -12,13 +12,14 @@ from ssl_pretrain.eval import results
 from ssl_pretrain.monitoring import records
 from ssl_pretrain.system import markdown
 
-PIXELS = "raw pixels"  # the reference row that all variants share
+PIXELS = "raw pixels"  # name of a reference row, which is the same for all variants
 
 
 class RunNumbers:
     """Evaluations and training records of one run."""
 
     def __init__(self, run: Path):
+        # Metrics by evaluation and row.
         self.tables: dict[str, dict[str, dict[str, float]]] = {
             result["name"]: {row["features"]: row["metrics"] for row in result["rows"]}
             for result in results.load(run)
@@ -26,7 +27,7 @@ class RunNumbers:
         self.records = records.read(run / "metrics.jsonl")
 
     def minutes(self) -> float:
-        """Return the time from the first record to the last."""
+        """Return the minutes from the first record to the last."""
         return float(self.records[-1]["time"] - self.records[0]["time"]) / 60
 
     def last(self, metric: str) -> float:
@@ -35,7 +36,7 @@ class RunNumbers:
         return float(values[-1]) if values else float("nan")
 
     def above_random(self) -> float:
-        """Return the gain in k-NN accuracy over the random backbone, in points."""
+        """Return the gain in k-NN accuracy over the better random backbone, in points."""
         rows = self.tables["knn"]
         return rows["pretrained"]["clean"] - rows[results.BETTER_RANDOM]["clean"]
 
@@ -45,9 +46,9 @@ class Column:
     """A column of the table, with one number per run."""
 
     help: str
-    evaluation: str  # evaluation that has the number; empty: it is in the training records
+    evaluation: str  # name of the evaluation with the number, or empty for training records
     metric: str = ""  # column of that evaluation
-    compute: Callable[[RunNumbers], float] | None = None  # used instead of `metric` if given
+    compute: Callable[[RunNumbers], float] | None = None  # replaces the lookup of `metric`
 
     def value(self, run: RunNumbers) -> float:
         """Return the column's number for a run."""
@@ -58,7 +59,7 @@ class Column:
 
 DEFAULT_COLUMNS = {
     "linear, %": Column(
-        "test accuracy of a linear classifier on frozen features, whose learning rate is chosen "
+        "test accuracy of a linear classifier on frozen features, with the learning rate chosen "
         "on held-out training images",
         "linear",
         "all labels",
@@ -69,10 +70,11 @@ DEFAULT_COLUMNS = {
         "embeddings, top-5 of all",
     ),
     "effective rank": Column(
-        "exp of the entropy of the eigenvalues' shares", "spectrum", "embeddings, rank"
+        "exponential of the entropy of the eigenvalues' shares", "spectrum", "embeddings, rank"
     ),
     "variance, %": Column(
-        "sum of the eigenvalues, 100 for embeddings all over the sphere and 0 for a single point",
+        "sum of the eigenvalues, which is 100 for embeddings spread over the whole sphere and 0 "
+        "for a single point",
         "spectrum",
         "embeddings, variance",
     ),
@@ -84,7 +86,7 @@ DEFAULT_COLUMNS = {
 COLUMNS = DEFAULT_COLUMNS | {
     "k-NN, %": Column("test accuracy of weighted k-NN on frozen features", "knn", "clean"),
     "k-NN above random": Column(
-        "gain over the better of two random backbones, in points",
+        "gain in test accuracy over the better of two random backbones, in percentage points",
         "knn",
         compute=RunNumbers.above_random,
     ),
@@ -94,7 +96,7 @@ COLUMNS = DEFAULT_COLUMNS | {
         compute=lambda run: run.last("rankme"),
     ),
     "k-NN in the run, %": Column(
-        "last accuracy on held-out training images during training",
+        "last accuracy of weighted k-NN on held-out training images during training",
         "",
         compute=lambda run: 100 * run.last("knn"),
     ),
@@ -106,15 +108,15 @@ COLUMNS = DEFAULT_COLUMNS | {
 
 @dataclass
 class Comparison:
-    """The finished runs of a study, with one number per column."""
+    """The finished runs of a study, with one number per run and column."""
 
     title: str
     columns: list[str]
-    runs: list[tuple[str, RunConfig]]  # variant and configuration
-    plot_against: str = ""  # numeric key on the x-axis; empty: one bar per variant
+    runs: list[tuple[str, RunConfig]]  # variant and configuration of each run
+    plot_against: str = ""  # numeric key on the x-axis, or empty for one bar per variant
 
     def __post_init__(self) -> None:
-        self.numbers: list[dict[str, float]] = []  # per run, its numbers by column
+        self.numbers: list[dict[str, float]] = []  # numbers of each run, by column
         self.by_variant: dict[str, list[dict[str, float]]] = {}
         for variant, config in self.runs:
             run = RunNumbers(Path(config.output))
@@ -128,13 +130,13 @@ def has_reference_rows(config: RunConfig) -> bool:
 
 
 def write(comparison: Comparison, missing: Sequence[str], command: str, path: Path) -> None:
-    """Write the table as Markdown, and the plot beside it as a PNG of the same name.
+    """Write the table as a Markdown file, and the plot as a PNG file with the same base name.
 
     Args:
         comparison: One or more finished runs.
         missing: Variants with unfinished runs, listed below the table.
         command: The study's command, shown above the table.
-        path: The Markdown file.
+        path: Path of the Markdown file.
     """
     assert comparison.runs, "a table needs a finished run"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +172,7 @@ def describe(comparison: Comparison) -> str:
 
 
 def _reference_sentence(comparison: Comparison) -> str:
-    """Return a sentence about the reference rows, empty if no run has evaluated them."""
+    """Return a sentence about the reference rows, or "" if no run has evaluated them."""
     name = comparison.columns[0]
     column = COLUMNS[name]
     for _, config in comparison.runs:
@@ -184,7 +186,7 @@ def _reference_sentence(comparison: Comparison) -> str:
 
 
 def cell(seeds: Sequence[dict[str, float]], column: str) -> str:
-    """Format the mean of a column over seeds, with the deviation if there are several seeds."""
+    """Format a column's mean over seeds, with the standard deviation if there are several."""
     values = [numbers[column] for numbers in seeds]
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
@@ -214,9 +216,9 @@ def draw(comparison: Comparison, path: Path) -> None:
 def _draw_curve(panel: Any, comparison: Comparison, column: str, color: str) -> None:
     """Draw the mean over seeds as a curve and every run as a point."""
     by_x: dict[float, list[float]] = {}
-    value_at = attrgetter(comparison.plot_against)
+    read_x = attrgetter(comparison.plot_against)
     for (_, config), numbers in zip(comparison.runs, comparison.numbers):
-        by_x.setdefault(float(value_at(config)), []).append(numbers[column])
+        by_x.setdefault(float(read_x(config)), []).append(numbers[column])
     ticks = sorted(by_x)
     panel.plot(ticks, [statistics.mean(by_x[x]) for x in ticks], color=color)
     points = [(x, y) for x in ticks for y in by_x[x]]

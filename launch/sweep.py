@@ -1,4 +1,4 @@
-"""Start several runs: one per combination of values, or a study of configs/sweeps/ with its table.
+"""Start several runs: one per combination of values, or all runs of a study in configs/sweeps/.
 
 python launch/sweep.py CONFIG optim.base_lr=0.2,0.3 seed=0,1 [key=value ...]
 python launch/sweep.py configs/sweeps/temperature.yaml [key=value ...]
@@ -21,20 +21,20 @@ from ssl_pretrain.launch.evaluation_jobs import check_names
 DESCRIPTION = """\
 Pretrain once per combination of the given values, each run in its own folder below `output`.
 
-On a SLURM cluster the runs form one array of jobs. Elsewhere they start one after the other. A
-study of configs/sweeps/ lists its own runs and ends with a table and a plot. Finished runs are not
+On a SLURM cluster the runs form one job array. Elsewhere they run one after the other. A study in
+configs/sweeps/ lists its own runs and ends with a table and a plot. Finished runs are not
 repeated."""
 EXAMPLES = """\
 examples:
   four runs on this machine
     python launch/sweep.py configs/simclr_digits.yaml optim.base_lr=0.001,0.002 seed=0,1
-  an array of two jobs on SLURM
+  a job array of two runs on SLURM
     python launch/sweep.py configs/byol_imagenet.yaml optim.base_lr=0.2,0.45 launch.cluster=slurm
   print the folders of the runs without starting them
     python launch/sweep.py configs/simclr_digits.yaml seed=0,1,2 --list
   a study with three seeds
     python launch/sweep.py configs/sweeps/ablation.yaml seed=0,1,2
-  every method on the CPU preset
+  every method with the CPU preset
     python launch/sweep.py configs/sweeps/methods.yaml data.root=cifar10.zip"""
 
 
@@ -48,9 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return study.run_and_compare(definition, options)
     if not overrides:
         raise configuration.ConfigError(
-            "give the values to try, such as seed=0,1, or a study of configs/sweeps/"
+            f"{path}: there are no values to combine; add some, such as seed=0,1, or give a study "
+            "in configs/sweeps/"
         )
-    runs = [(configuration.load(path, each), each) for each in combinations(path, overrides)]
+    runs = [
+        (configuration.load(path, run_overrides), run_overrides)
+        for run_overrides in combinations(path, overrides)
+    ]
     on_slurm = slurm.is_submitted(runs[0][0].launch)
     for config, run_overrides in runs:
         check_names(config.evaluation.at_end, "evaluation.at_end")
@@ -76,20 +80,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("config", help="a YAML of configs/, or a study of configs/sweeps/")
+    add("config", help="configuration file, or a study in configs/sweeps/")
     add(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="any key of the config; values separated by commas make several runs",
+        help="any configuration key; comma-separated values start one run each",
     )
     add("--list", action="store_true", help="print the folders of the runs without starting them")
-    add("--base", metavar="CONFIG", help="study: base configuration that replaces the study's")
+    add("--base", metavar="CONFIG", help="study: configuration to use instead of the study's own")
     add(
         "--table",
         type=Path,
         metavar="FILE.md",
-        help="study: file to write the table to (default: a file beside the runs)",
+        help="study: file to write the table to (default: a file next to the runs)",
     )
     add(
         "--table-only",
@@ -100,34 +104,36 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def combinations(path: str, overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of each run. Its `output` is named by the values that differ.
+    """Return the overrides of each run, with an `output` named after the values that differ.
 
     Raises:
         ConfigError: If an override is not key=value.
     """
     choices: dict[str, list[str]] = {}
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
+        key, separator, value = override.partition("=")
+        if not separator:
             raise configuration.ConfigError(
-                f"{override!r}: an override is key=value, such as optim.base_lr=0.2,0.3"
+                f"{override!r}: not an override; give key=value, such as optim.base_lr=0.2,0.3"
             )
         choices[key] = _split_values(key, value)
     (folder,) = choices.pop("output", [f"runs/{Path(path).stem}_sweep"])
-    varying = [key for key, values in choices.items() if len(values) > 1]
+    varying_keys = [key for key, values in choices.items() if len(values) > 1]
     runs = []
     for values in itertools.product(*choices.values()):
         settings = dict(zip(choices, values))
-        name = ",".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in varying) or "run"
+        name = (
+            ",".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in varying_keys) or "run"
+        )
         run_overrides = [f"{key}={value}" for key, value in settings.items()]
         runs.append([*run_overrides, f"output={folder}/{name}"])
     return runs
 
 
 def _split_values(key: str, text: str) -> list[str]:
-    r"""Split the values to try at commas.
+    r"""Split comma-separated values.
 
-    A list, a mapping and `output` are one value. `\,` is a comma inside a value.
+    A list, a mapping and the value of `output` stay whole. `\,` is a comma inside a value.
     """
     if key == "output" or text.startswith(("[", "{")):
         return [text]

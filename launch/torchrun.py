@@ -1,8 +1,8 @@
-"""torchrun on this machine, with clean stops and the exit status of the ranks.
+"""Run torchrun on this machine, with clean stops and the exit status of the ranks.
 
 Plain torchrun answers a signal with a traceback and status 1, kills ranks that need more than 30
-seconds for their last checkpoint, and restarts ranks that ended on request. The arguments are those
-of torchrun:
+seconds for their last checkpoint, and restarts ranks that stopped on request. This command does
+none of that and takes torchrun's arguments:
 
     python -m ssl_pretrain.launch.torchrun --nproc-per-node 8 -m ssl_pretrain.train CONFIG
 """
@@ -27,7 +27,7 @@ FINAL_STATUSES = (STOPPED, USER_ERROR, DISK_REFUSED)  # a restart would end the 
 
 
 class Supervisor:
-    """Forwards signals to torchrun's ranks and prevents useless restarts."""
+    """Forward signals to torchrun's ranks and prevent useless restarts."""
 
     def __init__(self) -> None:
         self.rank_pids: list[int] = []
@@ -36,7 +36,7 @@ class Supervisor:
         self.exit_statuses: list[int] = []  # exit statuses of the ranks at the last failure
 
     def receive(self, number: int, frame: Any) -> None:
-        """Handle a signal that asks for a stop."""
+        """Handle a stop signal."""
         self.stop_requested = True
         self.num_unsent_signals += 1
         if self.rank_pids:
@@ -45,7 +45,7 @@ class Supervisor:
     def forward(self) -> None:
         """Send each rank one SIGTERM per signal received.
 
-        At the first one the ranks save a checkpoint. The second one ends them at once.
+        After the first one the ranks save a checkpoint and exit. A second one ends them at once.
         """
         while self.num_unsent_signals:
             self.num_unsent_signals -= 1
@@ -54,7 +54,7 @@ class Supervisor:
                     os.kill(pid, signal.SIGTERM)
 
     def install(self) -> None:
-        """Handle stop signals in this process, and extend the check that torchrun polls."""
+        """Handle stop signals in this process, and extend torchrun's regular check of the ranks."""
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -75,14 +75,15 @@ class Supervisor:
         LocalElasticAgent._monitor_workers = monitor  # type: ignore[method-assign]
 
     def exit_status(self) -> int:
-        """Return one exit status for ranks that failed.
+        """Return a single exit status for ranks that failed.
 
-        A final status has priority, then that of any rank that was not killed. If all ranks were
-        killed, the status is 75 after a stop request, which they had no time to handle, else 1.
+        A final status has priority over that of any other rank that was not killed. If all ranks
+        were killed, they had no time to handle a stop request. The status is then 75 if a stop was
+        requested, else 1.
         """
-        final = [status for status in FINAL_STATUSES if status in self.exit_statuses]
-        others = [status for status in self.exit_statuses if status > 0]
-        return [*final, *others, STOPPED if self.stop_requested else 1][0]
+        final_statuses = [status for status in FINAL_STATUSES if status in self.exit_statuses]
+        failures = [status for status in self.exit_statuses if status > 0]
+        return [*final_statuses, *failures, STOPPED if self.stop_requested else 1][0]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -78,7 +78,7 @@ class Training:
             yield schedules.Progress(step, self.num_steps, self.loader.steps_per_epoch), batch
 
     def set_learning_rates(self, progress: schedules.Progress) -> dict[str, float]:
-        """Set the optimizer's rates for a step and return them for the log."""
+        """Set the optimizer's learning rates for a step and return them for the log."""
         config = self.config
         return optimizers.set_rates(
             self.stepper.optimizer,
@@ -129,8 +129,9 @@ def build_training(
     run, execution = Path(config.output), Execution.resolve(config.parallel, device)
     with ExitStack() as stack:
         lock = stack.enter_context(RunLock(run))
-        batches = stack.enter_context(build_loader(config, execution))
-        source, num_steps = batches.source, round(config.epochs * batches.steps_per_epoch)
+        data_loader = stack.enter_context(build_loader(config, execution))
+        source = data_loader.source
+        num_steps = round(config.epochs * data_loader.steps_per_epoch)
         rank_agreement.check_data(source.fingerprint, len(source), config.data.root)
         stop = stack.enter_context(StopRequest(fake_preempt=fake_preempt))
         method = build_method(config, source)
@@ -141,19 +142,21 @@ def build_training(
             config.checkpoint,
             RunFacts(num_steps, stepper.micro_batch_size, source.fingerprint),
             configuration.to_dict(config),
-            batches.steps_per_epoch,
+            data_loader.steps_per_epoch,
             lock.check,
         )
         first_step = checkpoints.resume(partial(configuration.compare_for_resume, config=config))
         write_config(config, first_step)
-        logger = stack.enter_context(build_logger(config, checkpoints, batches, device, first_step))
+        logger = stack.enter_context(
+            build_logger(config, checkpoints, data_loader, device, first_step)
+        )
         checkpoints.facts.wandb_id = logger.wandb_id
         nan_guard = NanGuard(
             config.guard,
             run,
             config.log.every_steps,
             seed=config.seed,
-            steps_per_epoch=batches.steps_per_epoch,
+            steps_per_epoch=data_loader.steps_per_epoch,
             describe_bad_embeddings=stepper.describe_bad_embeddings,
             roll_back=checkpoints.roll_back,
         )
@@ -164,7 +167,7 @@ def build_training(
             num_steps=num_steps,
             execution=execution,
             lock=lock,
-            loader=batches,
+            loader=data_loader,
             stop=stop,
             stepper=stepper,
             checkpoints=checkpoints,
@@ -178,7 +181,7 @@ def build_training(
                 logger.past_records,
                 logger.alert,
             ),
-            online_knn=build_online_knn(config, batches, execution),
+            online_knn=build_online_knn(config, data_loader, execution),
         )
 
 
@@ -199,9 +202,9 @@ def build_method(config: RunConfig, source: Source | None = None) -> Method:
 
     Raises:
         ValueError: If the method needs labels and the source has none, or if the weights of
-            `backbone.init` do not fit.
+            `backbone.init` do not fit the backbone.
     """
-    torch.manual_seed(rng.seed_of(config.seed, 0, 0))
+    torch.manual_seed(rng.derive_seed(config.seed, 0, 0))
     backbone = backbones.build(config.backbone, recipe.expand_counts(config.views)[0].size)
     if notes := initial_weights.initialize(backbone, config.backbone):
         process_group.print_once(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}")
@@ -246,7 +249,7 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
             global_batch_size=config.global_batch_size,
         )
         process_group.print_once(
-            f"micro_batch_size: auto took {num_images} of {share} images at once ({estimate})"
+            f"micro_batch_size: auto chose {num_images} of {share} images per rank ({estimate})"
         )
     if num_images < share:
         check_accumulation(method, config.parallel)
@@ -254,7 +257,7 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
 
 
 def write_config(config: RunConfig, first_step: int) -> None:
-    """Write the resolved configuration on rank 0, and print the step from which a run resumes.
+    """Write the resolved configuration on rank 0, and print after which step a run resumes.
 
     Raises:
         SaveError: If the file cannot be written and `checkpoint.on_failure` is `stop`.
@@ -281,7 +284,7 @@ def flops_per_image(config: RunConfig) -> float:
 def build_logger(
     config: RunConfig,
     checkpoints: Checkpoints,
-    batches: Loader,
+    data_loader: Loader,
     device: torch.device,
     first_step: int,
 ) -> Logger:
@@ -291,7 +294,7 @@ def build_logger(
         Path(config.output),
         first_step=first_step,
         last_step=checkpoints.facts.last_step,
-        steps_per_epoch=batches.steps_per_epoch,
+        steps_per_epoch=data_loader.steps_per_epoch,
         global_batch_size=config.global_batch_size,
         config=checkpoints.config,
         wandb_id=checkpoints.facts.wandb_id,
@@ -301,9 +304,9 @@ def build_logger(
     )
 
 
-def build_online_knn(config: RunConfig, batches: Loader, execution: Execution) -> OnlineKNN:
+def build_online_knn(config: RunConfig, data_loader: Loader, execution: Execution) -> OnlineKNN:
     """Build the k-NN monitor. It transforms training images as evaluations do."""
-    settings, source, views = config.evaluation, batches.source, config.views
+    settings, source, views = config.evaluation, data_loader.source, config.views
     transform = partial(
         crops.evaluate,
         size=settings.image_size or recipe.expand_counts(views)[0].size,
@@ -312,7 +315,14 @@ def build_online_knn(config: RunConfig, batches: Loader, execution: Execution) -
     )
 
     def read(indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        return readers.read_images(source, indices, transform, 256, 0, config.data.max_replaced)
+        return readers.read_images(
+            source,
+            indices,
+            transform,
+            batch_size=256,
+            num_workers=0,
+            max_replaced=config.data.max_replaced,
+        )
 
     def read_normalized(indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels in read(indices):
@@ -327,7 +337,7 @@ def build_online_knn(config: RunConfig, batches: Loader, execution: Execution) -
         read_normalized,
         source.labels,
         rng.permutation(config.seed, 0, len(source)),
-        batches.steps_per_epoch,
+        data_loader.steps_per_epoch,
         execution.device,
         read_pixels,
     )

@@ -1,12 +1,12 @@
-"""Repeat one step of a run and report where values that are not finite first appear.
+"""Repeat one step of a run and report where non-finite values first appear.
 
     python -m ssl_pretrain.replay RUN STEP
 
 The images and views follow from the seed, the epoch and the indices of the images. Training starts
-from the newest checkpoint before the step and continues to the step. With `--from-checkpoint` the
-steps in between are left out, for a quick look. If the run skipped the step, the images must be
-those recorded in its folder `skipped/`, and a rollback before the step is repeated. Nothing is
-written.
+from the newest checkpoint before the step and continues to the step. With `--from-checkpoint`, the
+steps in between are left out for a quick look. If the run skipped the step, the images must match
+the record in the run's folder `skipped/`, and a rollback before the step is repeated. The command
+writes no files.
 
 The step runs in one process with the whole global batch as one micro-batch. A run on several ranks
 or with micro-batches is therefore repeated up to rounding, not bit for bit.
@@ -45,8 +45,8 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
         from_checkpoint: Leave out the steps between the checkpoint and this step.
 
     Raises:
-        ValueError: If the run has no checkpoint before the step or has not reached it, or if the
-            images are not those that the run skipped.
+        ValueError: If the run has not reached the step or has no checkpoint before it, or if the
+            images differ from those that the run skipped.
     """
     record_path = run / "skipped" / f"step_{step:08d}.json"
     record = json.loads(record_path.read_text()) if record_path.exists() else {}
@@ -60,8 +60,8 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
     with build.build_loader(config, execution) as loader:
         if record and record["indices"] != loader.indices(step - 1).tolist():
             raise ValueError(
-                f"{run}: step {step} now has other images than those that the run skipped; restore "
-                "the data set of the run"
+                f"{run}: the images of step {step} differ from those that the run skipped; restore "
+                "the run's data set"
             )
         method = build.build_method(config, loader.source)
         stepper = build.build_run_stepper(method, config, execution)
@@ -75,12 +75,12 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
             if index == step - 1:
                 probe = _Probe(method)
             logs = stepper(progress, batch).logs
-        shortcut = " without the steps between" if from_checkpoint else ""
+        shortcut = ", without the steps in between" if from_checkpoint else ""
         lines = [f"step {step} of {run}, from {path.name}{shortcut}"]
         if record:
             lines.append(
-                f"  skipped by the run; its {len(record['indices'])} images as recorded in "
-                f"skipped/, of epoch {record['epoch']}"
+                f"  skipped by the run in epoch {record['epoch']}; its {len(record['indices'])} "
+                "images match the record in skipped/"
             )
         lines += [f"  {name}: {value.item():.6g}" for name, value in logs.items()]
         lines += [
@@ -93,28 +93,28 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
 
 def _check_reached(run: Path, step: int) -> None:
     if not list_checkpoints(run):
-        return  # `_checkpoint_before` reports it
+        return  # `_checkpoint_before` raises the error
     manifest = read_manifest(newest_checkpoint(run))
-    last = manifest["last_step"]
-    if step > last:
+    last_step = manifest["last_step"]
+    if step > last_step:
         raise ValueError(
-            f"STEP: {step} is after the last step of {run}, {last}; give one from 1 to {last}"
+            f"STEP: {step} is after the last step of {run}; give a step from 1 to {last_step}"
         )
-    reached = max(manifest["step"], *_recorded_steps(run))
-    # The step that ended the run is not logged.
-    if step > reached + manifest["config"]["log"]["every_steps"]:
+    newest_step = max(manifest["step"], *_recorded_steps(run))
+    # A run may end at a step that it does not log.
+    if step > newest_step + manifest["config"]["log"]["every_steps"]:
         raise ValueError(
-            f"STEP: {run} has reached step {reached} of {last}, not {step}; give one from 1 to "
-            f"{reached}"
+            f"STEP: {run} has reached step {newest_step} of {last_step} and not {step}; give a "
+            f"step from 1 to {newest_step}"
         )
 
 
 def _recorded_steps(run: Path) -> list[int]:
-    """Return the steps recorded in skipped/ and metrics.jsonl, and 0."""
+    """Return 0 and the steps recorded in skipped/ and metrics.jsonl."""
     steps = [_step_of(path) for path in run.glob("skipped/step_*.json")]
     with suppress(OSError):
         for line in (run / "metrics.jsonl").read_text().splitlines():
-            with suppress(ValueError, KeyError, TypeError):  # a line cut short by a kill
+            with suppress(ValueError, KeyError, TypeError):  # a kill can truncate a line
                 steps.append(int(json.loads(line)["step"]))
     return [0, *steps]
 
@@ -122,20 +122,20 @@ def _recorded_steps(run: Path) -> list[int]:
 def _checkpoint_before(run: Path, step: int, record: dict[str, Any]) -> tuple[Path, int]:
     """Return the checkpoint that led to a step, and the step after which training continued."""
     paths = {_step_of(path): path for path in list_checkpoints(run)}
-    newest = max((saved for saved in paths if saved < step), default=None)
-    if newest is None:
+    start = max((saved_step for saved_step in paths if saved_step < step), default=None)
+    if start is None:
         raise ValueError(
-            f"{run}: no checkpoint before step {step} is left to start from. Give a later step"
+            f"{run}: no checkpoint before step {step} is left to start from; give a later step"
         )
-    if newest > record.get("rolled_back_after", newest):
-        return paths[newest], newest
-    restored = record.get("rolled_back_to", newest)
-    if restored not in paths:
+    if start > record.get("rolled_back_after", start):
+        return paths[start], start
+    restored_step = record.get("rolled_back_to", start)
+    if restored_step not in paths:
         raise ValueError(
-            f"{run}: step {step} followed a rollback to the checkpoint of step {restored}, which "
-            "no longer exists. Give a later step"
+            f"{run}: step {step} followed a rollback to the checkpoint of step {restored_step}, "
+            "which no longer exists; give a later step"
         )
-    return paths[restored], record.get("rolled_back_after", newest)
+    return paths[restored_step], record.get("rolled_back_after", start)
 
 
 def _step_of(path: Path) -> int:
@@ -143,7 +143,7 @@ def _step_of(path: Path) -> int:
 
 
 class _Probe:
-    """Hooks that find the first module whose output is not finite, and measure gradient norms."""
+    """Hooks that find the first module with a non-finite output and measure gradient norms."""
 
     def __init__(self, method: nn.Module):
         self._bad_output = ""
@@ -165,8 +165,8 @@ class _Probe:
     def describe(self) -> list[str]:
         """Return the lines of the report, with one gradient norm per child of the method."""
         return [f"  first output that is not finite: {self._bad_output or 'none'}"] + [
-            f"  gradient norm of {name}: {square**0.5:.6g}"
-            for name, square in self._squared_norms.items()
+            f"  gradient norm of {name}: {squared_norm**0.5:.6g}"
+            for name, squared_norm in self._squared_norms.items()
         ]
 
 
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="output folder of a run")
-    parser.add_argument("step", type=COUNT, help="the step, as in metrics.jsonl and skipped/")
+    parser.add_argument("step", type=COUNT, help="step number, as in metrics.jsonl and skipped/")
     parser.add_argument(
         "--from-checkpoint",
         action="store_true",

@@ -52,7 +52,7 @@ def _absorb(state, element):
 
 @njit(cache=True, nogil=True)
 def bits_at(seed, epoch, index, view, purpose, lane):
-    """Return 64 random bits. For jitted functions. Every argument is an integer."""
+    """Return 64 random bits, for use in jitted functions. All arguments are integers."""
     state = _absorb(np.uint64(0), seed)
     state = _absorb(state, epoch)
     state = _absorb(state, index)
@@ -63,7 +63,7 @@ def bits_at(seed, epoch, index, view, purpose, lane):
 
 @njit(cache=True, nogil=True)
 def uniform_at(seed, epoch, index, view, purpose, lane):
-    """Return one number in [0, 1), equal to `uniform(...)[i, lane]`. For jitted functions."""
+    """Return column `lane` of `uniform` for one index, for use in jitted functions."""
     return np.float64(bits_at(seed, epoch, index, view, purpose, lane) >> np.uint64(11)) * ULP
 
 
@@ -91,10 +91,10 @@ def uniform(
     Args:
         seed: Seed of the run, in [0, 2**63).
         epoch: Number of completed passes over the data.
-        indices: Numbers of the images in the data set, int64 of shape (n,), or one number.
-        view: Number of the view in the order of `views.recipe.expand_counts`.
+        indices: Indices of images in the data set, int64 of shape (n,), or a single index.
+        view: Index of the view in the order of `views.recipe.expand_counts`.
         purpose: Purpose of the numbers.
-        count: Numbers per index.
+        count: Number of values per index.
 
     Returns:
         float64 array of shape (n, count). A single index gives (1, count).
@@ -108,18 +108,18 @@ def uniform(
 def permutation(seed: int, epoch: int, n: int, purpose: Purpose = Purpose.ORDER) -> np.ndarray:
     """Return a random order of range(n) that differs between epochs: int64 of shape (n,).
 
-    The order sorts hashed keys by a stable sort, so it is the same on every machine and with every
-    version of numpy. The permutations of numpy's generators may change between versions.
+    The order comes from a stable sort of hashed keys, so it is the same on every machine and with
+    every version of numpy. The permutations of numpy's generators may change between versions.
     """
     keys = np.empty(n, dtype=np.uint64)
     _fill_bits(seed, epoch, int(purpose), keys)
     return np.argsort(keys, kind="stable")
 
 
-def seed_of(seed: int, step: int, micro_batch: int) -> int:
-    """Return a seed in [0, 2**63) for `torch.manual_seed`, for the dropout of one micro-batch.
+def derive_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Return the seed of one micro-batch for `torch.manual_seed`, in [0, 2**63).
 
-    It depends on the position of the micro-batch in the global batch instead of the rank, so K
-    micro-batches on one rank drop the same activations as K ranks.
+    It depends on the position of the micro-batch in the global batch and not on the rank. Dropout
+    with K micro-batches on one rank therefore drops the same activations as on K ranks.
     """
     return int(bits_at(seed, step, micro_batch, 0, int(Purpose.DROPOUT), 0)) >> 1

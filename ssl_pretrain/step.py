@@ -1,6 +1,6 @@
-"""One optimizer step over the global batch, in one piece or in micro-batches.
+"""Take an optimizer step over the global batch, as a whole or in micro-batches.
 
-Both ways give the same gradient.
+The gradient is the same in both cases.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ from ssl_pretrain.views.batch import Batch
 class StepOutput(NamedTuple):
     """Detached tensors on the device. Reading one makes the host wait for the device."""
 
-    embeddings: Embeddings  # this rank's, without the transient ones
-    targets: Embeddings  # this rank's, without the transient ones
+    embeddings: Embeddings  # embeddings of this rank that are not transient
+    targets: Embeddings  # targets of this rank that are not transient
     logs: dict[str, Tensor]  # scalars
 
 
@@ -34,15 +34,15 @@ class Stepper:
 
     Attributes:
         model: The method, wrapped for the ranks of the run.
-        optimizer: The optimizer of the method. Its rates are set before each step.
+        optimizer: The optimizer of the method. Its learning rates are set before each step.
         config: Parallel settings of the run.
         seed: Seed of the run, which determines dropout and drop path.
         micro_batch_size: Images per forward pass on this rank.
         global_batch_size: Images per step over all ranks.
         optim: Optimizer settings, used for clipping the gradient.
         execution: Device and formats of the model.
-        first_bad_step: First step, counted from 1, at which an embedding of this rank was not
-            finite. One scalar per embedding, -1 while it is finite.
+        first_bad_step: First step, counted from 1, at which each embedding of this rank was not
+            finite. The scalar of an embedding is -1 while all its values have been finite.
     """
 
     model: nn.Module
@@ -67,7 +67,7 @@ class Stepper:
         statistics_before = batch_norm.snapshot_statistics(method)
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # graphs may reuse their outputs' memory
+            torch.compiler.cudagraph_mark_step_begin()  # earlier outputs may be overwritten
         embeddings, targets, logs = self._backward(batch, progress.step)
         self._record_first_bad_step(embeddings, progress.step)
         frozen_prefixes = tuple(method.frozen(progress))
@@ -91,25 +91,26 @@ class Stepper:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches per step on this rank."""
+        """Number of micro-batches per step on this rank."""
         return self.global_batch_size // process_group.world_size() // self.micro_batch_size
 
     def describe_bad_embeddings(self) -> str:
         """List the embeddings that were not finite, with rank and first step.
 
-        The text is empty if there were none. This is a collective, so every rank has to call it.
+        The text is empty if all were finite. This is a collective, so every rank has to call it.
         """
-        on_this_rank = {name: int(step) for name, step in self.first_bad_step.items() if step >= 0}
+        local_steps = {name: int(step) for name, step in self.first_bad_step.items() if step >= 0}
         return ", ".join(
             f"{name} of rank {rank} since step {step}"
-            for rank, first_steps in enumerate(collectives.gather_objects(on_this_rank))
+            for rank, first_steps in enumerate(collectives.gather_objects(local_steps))
             for name, step in first_steps.items()
         )
 
     def _record_first_bad_step(self, embeddings: Embeddings, step: int) -> None:
         for name, z in embeddings.items():
-            first = self.first_bad_step.setdefault(name, torch.full((), -1, device=z.device))
-            first.copy_(torch.where((first < 0) & ~torch.isfinite(z).all(), step + 1, first))
+            first_step = self.first_bad_step.setdefault(name, torch.full((), -1, device=z.device))
+            is_first = (first_step < 0) & ~torch.isfinite(z).all()
+            first_step.copy_(torch.where(is_first, step + 1, first_step))
 
     def _backward(self, batch: Batch, step: int) -> StepOutput:
         """Compute the gradient of the global batch's loss with respect to the parameters."""
@@ -131,11 +132,11 @@ class Stepper:
     def _backward_accumulated(self, batch: Batch, step: int) -> StepOutput:
         """Add up the gradients of the micro-batches.
 
-        This is exact if the loss does not compare images with each other, because it is then the
-        mean of the micro-batches' losses.
+        This is exact if the loss does not compare images with each other, because the loss is then
+        the mean of the micro-batches' losses.
         """
         method, outputs = self.method, []
-        restore_statistics = _averaging_statistics(method, self.num_micro_batches)
+        update_statistics = _build_statistics_updater(method, self.num_micro_batches)
         for k, micro_batch in enumerate(self._micro_batches(batch)):
             self._seed(step, k)
             with self._reducing_after_last(k):
@@ -143,7 +144,7 @@ class Stepper:
                 targets = self._targets(micro_batch)
                 output = method.loss(embeddings, targets)
                 (output.loss / self.num_micro_batches).backward()
-            restore_statistics(k)  # after backward, which checks that the buffers are unchanged
+            update_statistics(k)  # after backward, which checks that the buffers are unchanged
             outputs.append(_without_transient(method, embeddings, targets, output))
         return StepOutput(
             concatenate_micro_batches([output.embeddings for output in outputs]),
@@ -155,11 +156,12 @@ class Stepper:
         )
 
     def _backward_in_two_passes(self, batch: Batch, step: int) -> StepOutput:
-        """Compute the gradient with respect to the embeddings first, then that of the weights.
+        """Compute the gradients of the embeddings first, and then those of the weights.
 
-        The first pass embeds all micro-batches without a graph. The loss over all of them gives the
-        gradient with respect to the embeddings. The second pass embeds each micro-batch again and
-        backpropagates its rows of that gradient (GradCache, Gao et al., arXiv:2101.06983).
+        The first pass embeds all micro-batches without a graph. The gradients of the loss over all
+        of them are computed with respect to the embeddings. The second pass embeds each micro-batch
+        again and backpropagates its rows of these gradients (GradCache, Gao et al.,
+        arXiv:2101.06983).
         """
         method = self.method
         micro_batches = self._micro_batches(batch)
@@ -168,10 +170,10 @@ class Stepper:
         output = method.loss(embeddings, targets)
         gradients = _gradients(output.loss, embeddings)
         replay_error = output.loss.new_zeros(())  # largest difference between the two passes
-        size = len(batch) // self.num_micro_batches
+        num_rows = len(batch) // self.num_micro_batches
         for k, micro_batch in enumerate(micro_batches):
             self._seed(step, k)
-            rows = slice(k * size, (k + 1) * size)
+            rows = slice(k * num_rows, (k + 1) * num_rows)
             with self._reducing_after_last(k):
                 replayed = self._embed(micro_batch)
                 torch.autograd.backward(
@@ -181,7 +183,7 @@ class Stepper:
             for name in gradients:
                 difference = (replayed[name].detach() - embeddings[name].detach()[rows]).abs().max()
                 replay_error = torch.maximum(replay_error, difference.to(replay_error.dtype))
-        with torch.no_grad():  # the second pass updated the statistics a second time
+        with torch.no_grad():  # undo the second pass's update of the statistics
             for buffer, value in zip(batch_norm.statistics(method), statistics):
                 buffer.copy_(value)
         output.logs["replay_error"] = replay_error
@@ -191,14 +193,14 @@ class Stepper:
         self, micro_batches: Sequence[Batch], step: int
     ) -> tuple[Embeddings, Embeddings]:
         """Return the embeddings of all micro-batches, as leaves of a graph, and the targets."""
-        restore_statistics = _averaging_statistics(self.method, self.num_micro_batches)
+        update_statistics = _build_statistics_updater(self.method, self.num_micro_batches)
         embeddings, targets = [], []
         with torch.no_grad():
             for k, micro_batch in enumerate(micro_batches):
                 self._seed(step, k)
                 embeddings.append(self._embed(micro_batch))
                 targets.append(self._targets(micro_batch))
-                restore_statistics(k)  # both the student's and the teacher's
+                update_statistics(k)  # updates those of the student and of the teacher
         leaves = {
             name: z.requires_grad_() for name, z in concatenate_micro_batches(embeddings).items()
         }
@@ -217,8 +219,8 @@ class Stepper:
 
         K micro-batches on one rank then draw the same numbers as K ranks.
         """
-        slice_of_batch = process_group.rank() * self.num_micro_batches + k
-        torch.manual_seed(rng.seed_of(self.seed, step, slice_of_batch))
+        slice_index = process_group.rank() * self.num_micro_batches + k
+        torch.manual_seed(rng.derive_seed(self.seed, step, slice_index))
 
     def _embed(self, batch: Batch) -> Embeddings:
         with self.execution.forward_context():
@@ -246,11 +248,11 @@ def build_stepper(
     Args:
         method: The method, on the CPU.
         parallel_config: Parallel settings of the run.
-        optim_config: The optimizer and its schedules.
-        execution: Device and formats.
+        optim_config: Settings of the optimizer and its schedules.
+        execution: Device and formats of the model.
         micro_batch_size: Images per forward pass on this rank.
         global_batch_size: Images per optimizer step over all ranks.
-        example: A micro-batch in the shapes of the run.
+        example: A micro-batch with the shapes of the run.
         seed: Seed of dropout and drop path.
     """
     model = wrap.wrap(
@@ -274,7 +276,7 @@ def build_stepper(
 
 
 def check_accumulation(method: Method, config: ParallelConfig) -> None:
-    """Refuse micro-batches that would train another loss.
+    """Refuse micro-batches that would change the loss.
 
     Raises:
         ValueError: If the loss couples the targets of different images, or if it compares images
@@ -318,21 +320,21 @@ def _without_transient(
     )
 
 
-def _averaging_statistics(method: Method, num_micro_batches: int) -> Callable[[int], None]:
-    """Return a function to call after each micro-batch, which averages batch norm's statistics.
+def _build_statistics_updater(method: Method, num_micro_batches: int) -> Callable[[int], None]:
+    """Return a function that averages batch norm's statistics if called after each micro-batch.
 
-    Every micro-batch starts from the same running statistics. After the last one they become the
-    mean of what each micro-batch alone would have left.
+    Every micro-batch starts from the same running statistics. After the last one, the statistics
+    are set to the mean of the values that each micro-batch alone has produced.
     """
     buffers = batch_norm.statistics(method)
-    start = [buffer.clone() for buffer in buffers]
+    initial_values = [buffer.clone() for buffer in buffers]
     totals = [torch.zeros_like(buffer) for buffer in buffers]
 
     @torch.no_grad()
-    def restore(k: int) -> None:
-        for buffer, initial, total in zip(buffers, start, totals):
+    def update(k: int) -> None:
+        for buffer, initial, total in zip(buffers, initial_values, totals):
             total += buffer
             is_last = k == num_micro_batches - 1
             buffer.copy_(total / num_micro_batches if is_last else initial)
 
-    return restore
+    return update

@@ -36,11 +36,11 @@ USER_ERRORS = (ValueError, configuration.ConfigError)  # other subclasses of Val
 
 @dataclass(frozen=True)
 class Outcome:
-    """End of a training process, in optimizer steps from the start of the run."""
+    """Last step of a training process, counted in optimizer steps from the start of the run."""
 
-    step: int  # steps done
+    step: int  # step at which training ended
     end_step: int  # step at which this process was due to stop
-    num_steps: int  # steps of the whole run
+    num_steps: int  # number of steps of the whole run
 
 
 def train(config: RunConfig, device: torch.device, stop_after: int | None = None) -> int:
@@ -64,7 +64,7 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
 def train_and_report(
     config: RunConfig, device: torch.device, stop_after: int | None, fake_preempt: int | None
 ) -> Outcome:
-    """Train as `train` does, and print and return where the run ended."""
+    """Train as `train` does, then print and return the outcome."""
     run = Path(config.output)
     workers.refuse_in_worker()
     with thread_lock.only_training_of_process(), collectives.explain_lost_ranks():
@@ -75,17 +75,18 @@ def train_and_report(
             step := checkpoints.finished_step(run, config.checkpoint, config.epochs, compare)
         ) is not None:
             process_group.print_once(
-                f"already finished: {run} has done its {step} steps, the last one saved in "
-                f"{folder.checkpoint_path(run, step)}. Nothing was trained or changed; give a new "
-                "output for another run"
+                f"already finished: {run} has done its {step} steps, and the last one is saved in "
+                f"{folder.checkpoint_path(run, step)}. Nothing was trained or changed; choose a "
+                "new output for another run"
             )
             return Outcome(step, step, step)
         outcome = _train(config, device, stop_after, fake_preempt)
     path = folder.checkpoint_path(run, outcome.step)
     summary = f"{outcome.step} of {outcome.num_steps} steps, saved in {path}"
-    finished = f"finished: {summary}. Evaluate it: python -m ssl_pretrain.eval.knn {run}"
-    stopped = f"stopped: {summary}. The same command resumes the run"
-    process_group.print_once(finished if outcome.step == outcome.num_steps else stopped)
+    message = f"stopped: {summary}. The same command resumes the run"
+    if outcome.step == outcome.num_steps:
+        message = f"finished: {summary}. Evaluate it with: python -m ssl_pretrain.eval.knn {run}"
+    process_group.print_once(message)
     return outcome
 
 
@@ -124,9 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     option("config", help="a YAML file, such as those in configs/")
     option("overrides", nargs="*", metavar="key=value", help="for example optim.base_lr=0.4")
     option("--plan", action="store_true", help="print the resolved configuration and its costs")
-    option("--stop-after", type=COUNT, metavar="STEPS", help="save and exit after so many steps")
-    option("--fake-preempt", type=COUNT, metavar="STEP", help="send rank 0 a stop signal, once")
-    options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
+    option("--stop-after", type=COUNT, metavar="STEPS", help="save and exit after this many steps")
+    option("--fake-preempt", type=COUNT, metavar="STEP", help="send rank 0 one stop signal at STEP")
+    options = parser.parse_intermixed_args(arguments)  # key=value may follow an option
     if (status := exit_status.status_to_repeat()) is not None:
         return status
     with stop_signals.remembering_signals(), output_streams.tolerate_lost_output():

@@ -19,8 +19,8 @@ from ssl_pretrain.views.recipe import Crop
 CONFIGS = Path(__file__).parents[1] / "configs"
 CHECKPOINT = "run/checkpoints/step_00000003"
 NOT_INTERPOLATED = (
-    "'${' is not allowed: nothing is interpolated, so that no secret of the environment enters a "
-    "logged config"
+    "'${' is not allowed: values are not interpolated, so that no secret from the environment ends "
+    "up in a logged configuration; write the value itself"
 )
 METHODS = ", ".join(methods.names())
 
@@ -58,7 +58,7 @@ WRONG_OVERRIDES = {
     f"choose one of: {METHODS}",
     "method.queue_size=3": "run.yaml: method.queue_size: no such key. "
     "Allowed: name, temperature, projector_dims, without_projector",
-    "optim": "'optim': an override is key=value, such as optim.base_lr=0.3",
+    "optim": "'optim': not an override; give key=value, such as optim.base_lr=0.3",
     "log.name=${oc.env:WANDB_API_KEY}": f"log.name: {NOT_INTERPOLATED}",
 }
 
@@ -74,7 +74,7 @@ WRONG_FILES = {
     "epochs: [1\n": "run.yaml: not valid YAML at line 2: "
     "did not find expected ',' or ']'. Write each key once, as 'key: value'",
     "": f"run.yaml: method.name is missing; choose one of: {METHODS}",
-    "- 1\n": "run.yaml: a configuration is a mapping of keys, got a list",
+    "- 1\n": "run.yaml: a configuration must be a mapping of keys, got a list",
     "log: {name: '${oc.env:HOME}'}\n": f"run.yaml: {NOT_INTERPOLATED}",
 }
 
@@ -88,7 +88,9 @@ def test_a_wrong_file_is_named(path, text):
 def test_a_missing_file_lists_its_neighbors(path):
     with pytest.raises(ConfigError) as error:
         load(path.with_name("other.yaml"))
-    assert str(error.value) == f"{path.with_name('other.yaml')}: no such file. There are: {path}"
+    assert (
+        str(error.value) == f"{path.with_name('other.yaml')}: no such file. Choose one of: {path}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,14 +110,15 @@ def test_a_missing_file_lists_its_neighbors(path):
         (
             "micro_batch_size=most",
             1,
-            "micro_batch_size: 'most'; "
-            "choose a number of images, 0 for a rank's whole share, or auto",
+            "micro_batch_size: 'most' is not a number of images; "
+            "give a number, 0 for a rank's whole share, or auto",
         ),
         (
             "micro_batch_size=5",
             2,
             "micro_batch_size: 5 does not divide this rank's share of 12 "
-            "(global_batch_size 24 / 2 ranks)",
+            "(global_batch_size 24 / 2 ranks); give a divisor of 12, 0 for the whole share, "
+            "or auto",
         ),
         (
             "micro_batch_size=6",
@@ -127,12 +130,14 @@ def test_a_missing_file_lists_its_neighbors(path):
         (
             "parallel.bn_group_images=7",
             1,
-            "parallel.bn_group_images: 7; choose global or a divisor of global_batch_size 24",
+            "parallel.bn_group_images: 7 is not valid; choose global or a divisor of "
+            "global_batch_size 24",
         ),
         (
             "parallel.bn_group_images=node",
             1,
-            "parallel.bn_group_images: 'node'; choose global or a divisor of global_batch_size 24",
+            "parallel.bn_group_images: 'node' is not valid; choose global or a divisor of "
+            "global_batch_size 24",
         ),
         (
             "epochs=0",
@@ -201,7 +206,7 @@ def test_a_key_is_explained():
     assert config.explain("log.every_steps") == (
         "log.every_steps (int, default 10)\n"
         "  Steps between two records of metrics.\n"
-        "  A resumed run may change it."
+        "  A resumed run may change this value."
     )
     assert config.explain("method.dino.center_momentum").startswith(
         "method.dino.center_momentum (float, default 0.9)\n"
@@ -254,7 +259,7 @@ def test_a_former_key_of_the_command_line_is_accepted_with_a_notice(path, overri
 def test_a_key_under_both_names_is_refused(path):
     path.write_text(tiny.YAML + "micro_batch_size: 12\nlocal_batch_size: 12\n")
     assert message(path) == (
-        "run.yaml: local_batch_size is the former name of micro_batch_size; give one of them"
+        "run.yaml: local_batch_size is the former name of micro_batch_size; give only the latter"
     )
 
 
@@ -278,7 +283,7 @@ def test_a_setting_is_free_warned_about_or_refused_on_a_resume(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config.compare_for_resume(saved, load(path, free), "c")
-    expected = "^epochs: 8 then, 9 now: the schedule changes from here on$"
+    expected = "^epochs was 8 and is now 9; the schedule changes from this step on$"
     with pytest.warns(UserWarning, match=expected):
         config.compare_for_resume(saved, load(path, ["epochs=9"]), "c")
     other = load(path, ["optim.base_lr=0.5", "method.temperature=0.5", "epochs=9"])
@@ -286,8 +291,8 @@ def test_a_setting_is_free_warned_about_or_refused_on_a_resume(path):
         config.compare_for_resume(saved, other, f"runs/a/{CHECKPOINT.removeprefix('run/')}")
     assert str(error.value) == (
         "runs/a/checkpoints/step_00000003 was saved with a different configuration: "
-        "method.temperature: 0.2 then, 0.5 now; optim.base_lr: 4.0 then, 0.5 now. "
-        "Give a new output, or start a new run from its weights with backbone.init=runs/a"
+        "method.temperature was 0.2 and is now 0.5; optim.base_lr was 4.0 and is now 0.5. "
+        "Choose a new output, or start a new run from its weights with backbone.init=runs/a"
     )
 
 
@@ -297,7 +302,7 @@ def test_a_key_that_the_saving_version_lacked_was_at_its_default(path):
     del saved["method"]["without_projector"]
     config.compare_for_resume(saved, run, CHECKPOINT)
     other = load(path, ["method.without_projector=true"])
-    with pytest.raises(ConfigError, match=r"method\.without_projector: False then, True now"):
+    with pytest.raises(ConfigError, match=r"method\.without_projector was False and is now True"):
         config.compare_for_resume(saved, other, CHECKPOINT)
 
 
@@ -308,7 +313,7 @@ def test_a_crops_option_that_the_saving_version_lacked_was_at_its_default(path):
         del crop["crop_sampler"], crop["antialias"]
     config.compare_for_resume(saved, run, CHECKPOINT)
     key = f"views.crops.{next(iter(saved['views']['crops']))}.antialias"
-    with pytest.raises(ConfigError, match=f"{key}: True then, False now"):
+    with pytest.raises(ConfigError, match=f"{key} was True and is now False"):
         config.compare_for_resume(saved, load(path, [f"{key}=false"]), CHECKPOINT)
-    with pytest.raises(ConfigError, match=r"views\.crops\.extra\.size: None then, 4 now"):
+    with pytest.raises(ConfigError, match=r"views\.crops\.extra\.size was None and is now 4"):
         config.compare_for_resume(saved, load(path, ["views.crops.extra.size=4"]), CHECKPOINT)

@@ -97,7 +97,7 @@ def test_the_flagship_has_the_papers_batch_and_learning_rate():
         "embeddings per loss: 16,384 (2 views x 8,192 images); negatives per anchor: 16,382",
         "learning rate: 6.78823 (0.075 x sqrt(8192))",
         "batch norm over 8,192 images; each rank's share of 1,024 images in 1 micro-batch, "
-        "at 8 ranks",
+        "on 8 ranks",
         "group adapted: 56 tensors",
         "group excluded: 111 tensors",
     ):

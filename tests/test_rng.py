@@ -52,8 +52,8 @@ def test_orders_and_seeds_do_not_change():
     assert rng.permutation(0, 0, 10).tolist() == [8, 7, 3, 5, 6, 2, 9, 4, 0, 1]
     assert rng.permutation(0, 1, 10).tolist() == [3, 1, 8, 4, 0, 9, 7, 5, 6, 2]
     assert rng.permutation(5, 0, 10, Purpose.SUBSET).tolist() == [2, 0, 5, 3, 1, 7, 8, 9, 6, 4]
-    assert rng.seed_of(0, 0, 0) == 2992097026366946029
-    assert rng.seed_of(3, 1000, 2) == 4919521272697531113
+    assert rng.derive_seed(0, 0, 0) == 2992097026366946029
+    assert rng.derive_seed(3, 1000, 2) == 4919521272697531113
 
 
 def test_the_purposes_keep_their_numbers():
@@ -154,7 +154,7 @@ def test_every_order_of_three_is_equally_frequent():
 
 def test_seeds_differ_by_step_and_micro_batch_and_suit_torch():
     seeds = [
-        rng.seed_of(seed, step, micro_batch)
+        rng.derive_seed(seed, step, micro_batch)
         for seed in range(3)
         for step in range(50)
         for micro_batch in range(8)

@@ -149,7 +149,7 @@ def test_auto_measures_and_takes_the_whole_batch(tmp_path, capsys):
     settings = config.load(tiny.write_config(tmp_path), AUTO)
     execution = Execution.resolve(settings.parallel, CPU)
     assert choose_micro_batch_size(build_method(settings), settings, execution) == 24
-    assert "micro_batch_size: auto took 24 of 24 images at once (" in capsys.readouterr().out
+    assert "micro_batch_size: auto chose 24 of 24 images per rank (" in capsys.readouterr().out
 
 
 def test_auto_takes_the_largest_micro_batch_that_fits(monkeypatch):
@@ -164,8 +164,8 @@ def test_auto_takes_the_largest_micro_batch_that_fits(monkeypatch):
     with pytest.raises(ValueError) as error:
         memory.largest_micro_batch(24, 4, measure, 60 * memory.GIB)
     assert str(error.value) == (
-        "micro_batch_size: auto: a micro-batch of 4 images does not fit "
-        "(20.00 GiB + 10240.00 MiB per image, 60.0 GiB free); take a smaller crop size or "
+        "micro_batch_size=auto: not even a micro-batch of 4 images fits "
+        "(20.00 GiB + 10240.00 MiB per image, 60.0 GiB free); use a smaller crop size or "
         "backbone, a smaller parallel.bn_group_images, or more ranks"
     )
 

@@ -142,7 +142,7 @@ def test_a_run_resumed_on_another_world_size_sees_the_same_batches(
     run_ranks(_train, path, [setting, f"output={tmp_path / 'grown'}"], steps, world_size=2)
     with pytest.warns(
         UserWarning,
-        match="resuming is exact but not bit for bit: world_size was 2 and is 1",
+        match="resuming is exact but not bit for bit: world_size was 2 and is now 1",
     ):
         _, grown = _train(path, [setting, f"output={tmp_path / 'grown'}"], stop_after=steps)
     for name, value in alone.items():

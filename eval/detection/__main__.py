@@ -1,4 +1,4 @@
-"""Command `python -m ssl_pretrain.eval.detection RUN`."""
+"""Train a detector on a run's backbone: `python -m ssl_pretrain.eval.detection RUN`."""
 
 import argparse
 from dataclasses import fields, replace
@@ -16,11 +16,11 @@ from ssl_pretrain.schema import COUNT, FROM_ZERO
 HELP = f"""\
 Train torchvision's Faster or Mask R-CNN on a run's backbone, for detection or segmentation.
 
-The backbone is trained further. The result is the average precision in percent that is reached from
-the pretrained backbone and from a random one, with mean and deviation over seeds. The protocols are
-{", ".join(PROTOCOLS)}.
-They are those of MoCo, and a small one for CPUs. Options change single values. The numbers and the
-protocol are printed and saved to RUN/eval/detection.json.
+The backbone is fine-tuned with the detector. The result is the average precision in percent from
+the pretrained backbone and from a random one, with mean and standard deviation over seeds. The
+protocols are {", ".join(PROTOCOLS)}.
+They are MoCo's, plus a small one for CPUs. Options override single values of a protocol. The result
+and the protocol are printed and saved to RUN/eval/detection.json.
 
     python -m ssl_pretrain.eval.detection runs/bccd --voc bccd_voc.zip --seeds 0 1 2
     torchrun --nproc-per-node 8 -m ssl_pretrain.eval.detection runs/moco --protocol voc_c4 \\
@@ -28,7 +28,7 @@ protocol are printed and saved to RUN/eval/detection.json.
     torchrun --nproc-per-node 8 -m ssl_pretrain.eval.detection runs/moco --protocol coco_fpn_1x \\
         --coco train.json val.json --folders train2017 val2017
 
-For Detectron2's own training:
+To train with Detectron2 instead, export the backbone:
 
     python -m ssl_pretrain.eval.detection runs/moco --export-detectron2 moco.pkl"""
 TRAIN_TEST = ("TRAIN", "TEST")
@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "default": [],
         "metavar": "ROOT",
-        "help": "folders or zips in Pascal VOC's layout, which are combined for training",
+        "help": "one or more folders or zips in Pascal VOC's layout, combined for training",
     },
     "--test-voc": {
         "metavar": "ROOT",
@@ -48,13 +48,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": 2,
         "default": ["trainval", "test"],
         "metavar": TRAIN_TEST,
-        "help": "lists of images in ImageSets/Main (default: trainval test)",
+        "help": "image lists in ImageSets/Main (default: trainval test)",
     },
     "--coco": {
         "nargs": 2,
         "default": [],
         "metavar": TRAIN_TEST,
-        "help": "files of annotations in COCO's JSON",
+        "help": "annotation files in COCO's JSON format",
     },
     "--folders": {
         "nargs": 2,
@@ -66,12 +66,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "default": [],
         "metavar": "NAME",
-        "help": "classes in the order of their labels (default: those of the images, sorted)",
+        "help": "class names in label order (default: all annotated classes, sorted)",
     },
     "--protocol": {
         "choices": list(PROTOCOLS),
         "default": "small",
-        "help": "protocol whose values the options below change (default: small)",
+        "help": "protocol to start from; other options override its values (default: small)",
     },
     "--init": {
         "nargs": "+",
@@ -89,7 +89,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": FROM_ZERO,
         "default": 0,
         "metavar": "N",
-        "help": "train and test on the first N training images, to check that they are overfitted",
+        "help": "train and test on the first N training images, as a check that training works",
     },
     "--export-detectron2": {
         "type": Path,
@@ -100,23 +100,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "type": COUNT,
         "metavar": "PIXELS",
-        "help": "short sides that images are resized to in training; the last one in tests",
+        "help": "short sides that training images are resized to; test images use the last one",
     },
 }
-PROTOCOL_OPTIONS = {  # field of Protocol -> help
+PROTOCOL_OPTIONS = {  # help of the option for each of these fields of Protocol
     "steps": "optimizer steps",
-    "warmup_steps": "steps in which the learning rate rises linearly",
+    "warmup_steps": "steps of linear learning rate warm-up",
     "batch": "images per step over all ranks",
     "lr": "learning rate after warm-up",
-    "metric": "voc07, voc12 or coco",
-    "norm": "batch norm: statistics of all ranks (sync), of this rank (batch), or frozen",
-    "precise_batches": "batches for the batch norm statistics in tests; 0: running statistics",
+    "metric": "definition of average precision: voc07, voc12 or coco",
+    "norm": "batch norm statistics: of all ranks (sync), of each rank (batch), or frozen",
+    "precise_batches": "batches that recompute the statistics for tests; 0 uses running averages",
     "max_side": "longest side of an image in pixels",
 }
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command's parser."""
+    """Build the parser, with an option for each entry of `PROTOCOL_OPTIONS`."""
     small, options = PROTOCOLS["small"], dict(OPTIONS)
     for name, description in PROTOCOL_OPTIONS.items():
         default = getattr(small, name)
@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command."""
+    """Train and test the detectors, or export the backbone for Detectron2."""
     options = parser().parse_intermixed_args(arguments)
     rank_device = process_group.start()
     try:
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> None:
         if options.export_detectron2:
             num_arrays = detectron2.export(model.model, options.export_detectron2)
             print(
-                f"{options.export_detectron2}: a pickle of {num_arrays} arrays for Detectron2. "
+                f"{options.export_detectron2}: wrote {num_arrays} arrays for Detectron2. "
                 "Add these lines to its config:\nINPUT.FORMAT RGB\n"
                 f"{detectron2.pixel_config(run.config.views.mean, run.config.views.std)}"
             )
@@ -156,7 +156,7 @@ def main(arguments: list[str]) -> None:
 
 
 def protocol_of(options: argparse.Namespace) -> Protocol:
-    """Return the chosen protocol, changed by the options that were given."""
+    """Return the chosen protocol with the values that the options override."""
     values = {field.name: getattr(options, field.name, None) for field in fields(Protocol)}
     changes: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
@@ -170,12 +170,13 @@ def load_images(options: argparse.Namespace) -> tuple[AnnotatedImages, Annotated
     """Load the training and test images.
 
     Raises:
-        ValueError: If the options name no images, or the two sets have different classes.
+        ValueError: Unless exactly one of --voc and --coco is given, or if the training and test
+            images have different classes.
     """
     if bool(options.voc) == bool(options.coco):
         raise ValueError(
-            "give the images: --voc ROOT [ROOT ...], or --coco TRAIN.json TEST.json with "
-            "--folders TRAIN TEST"
+            "--voc, --coco: exactly one of them is needed; give the images as --voc ROOT "
+            "[ROOT ...] or as --coco TRAIN.json TEST.json with --folders TRAIN TEST"
         )
     if options.coco:
         train = load_coco(options.coco[0], options.folders[0], options.classes)
@@ -183,8 +184,8 @@ def load_images(options: argparse.Namespace) -> tuple[AnnotatedImages, Annotated
     else:
         train_split, test_split = options.splits
         train = load_voc(options.voc[0], train_split, options.classes)
-        others = [load_voc(root, train_split, train.classes) for root in options.voc[1:]]
-        train = concatenate([train, *others])
+        other_sets = [load_voc(root, train_split, train.classes) for root in options.voc[1:]]
+        train = concatenate([train, *other_sets])
         test = load_voc(options.test_voc or options.voc[0], test_split, train.classes)
     if options.subset:
         train = train.for_training().subset(range(options.subset))

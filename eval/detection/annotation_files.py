@@ -1,4 +1,4 @@
-"""Read annotated images from Pascal VOC's XML or from COCO's JSON."""
+"""Read annotated images in the format of Pascal VOC (XML) or COCO (JSON)."""
 
 import json
 import zipfile
@@ -13,16 +13,18 @@ from ssl_pretrain.eval.detection.annotations import AnnotatedImages, Objects, ob
 def load_coco(
     annotations: str | Path, folder: str | Path, classes: Sequence[str] = ()
 ) -> AnnotatedImages:
-    """Load COCO's JSON. Categories are labeled from 1 in the order of their ids.
+    """Load images with annotations in COCO's JSON format.
+
+    Categories are labeled from 1 in the order of their ids.
 
     Args:
         annotations: The JSON file.
-        folder: Folder of its images.
-        classes: Names that the categories must have, in order. Default: any names.
+        folder: Folder of the images.
+        classes: Expected names of the categories, in order. Any names are accepted if it is empty.
 
     Raises:
-        ValueError: If the file is not COCO's JSON, has no image or no box, or has other categories
-            than `classes`.
+        ValueError: If the file is not in COCO's format, lacks images or boxes, or its categories
+            differ from `classes`.
     """
     path = Path(annotations)
     try:
@@ -31,13 +33,13 @@ def load_coco(
         images, boxes = content["images"], content["annotations"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: this is not COCO's JSON with images, annotations and categories "
-            f"({type(error).__name__}: {error})"
+            f"{path}: cannot be read as COCO's JSON ({type(error).__name__}: {error}); give a file "
+            "with images, annotations and categories"
         ) from None
     names = [category["name"] for category in categories]
     if classes and names != list(classes):
         raise ValueError(
-            f"{path}: its categories are {', '.join(names)}, but those of --classes or of the "
+            f"{path}: the categories are {', '.join(names)}, but those of --classes or of the "
             f"training images are {', '.join(classes)}; give files of one data set"
         )
     if not images or not boxes:
@@ -45,23 +47,23 @@ def load_coco(
             f"{path}: has {len(images)} images and {len(boxes)} boxes; give a file with both"
         )
     labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
-    by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    boxes_by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
     for box in boxes:
-        by_image[box["image_id"]].append(box)
+        boxes_by_image[box["image_id"]].append(box)
     return AnnotatedImages(
         path.name,
         [(Path(folder), image["file_name"]) for image in images],
-        [_parse_coco_boxes(by_image[image["id"]], labels) for image in images],
+        [_parse_coco_boxes(boxes_by_image[image["id"]], labels) for image in images],
         names,
     )
 
 
 def _parse_coco_boxes(boxes: list[dict[str, Any]], labels: dict[int, int]) -> Objects:
-    """Return the objects of one image, given the label of each category id."""
-    sizes = [box["bbox"] for box in boxes]
+    """Return the objects of one image. `labels` maps category ids to labels."""
+    rectangles = [box["bbox"] for box in boxes]
     segments = [box.get("segmentation") for box in boxes]
     return objects_with_area(
-        [[left, top, left + width, top + height] for left, top, width, height in sizes],
+        [[left, top, left + width, top + height] for left, top, width, height in rectangles],
         [labels[box["category_id"]] for box in boxes],
         [bool(box.get("iscrowd", 0)) for box in boxes],
         segments if all(segments) else [],
@@ -69,50 +71,50 @@ def _parse_coco_boxes(boxes: list[dict[str, Any]], labels: dict[int, int]) -> Ob
 
 
 def load_voc(root: str | Path, split: str, classes: Sequence[str] = ()) -> AnnotatedImages:
-    """Load images in Pascal VOC's layout: Annotations/, JPEGImages/ and ImageSets/Main/.
+    """Load images in Pascal VOC's layout, which has Annotations/, JPEGImages/ and ImageSets/Main/.
 
-    VOC's boxes count pixels from 1 and include both ends. They are converted to edges from 0, and
-    boxes without area are left out.
+    VOC numbers pixels from 1, and its boxes include their last row and column. The boxes are
+    converted to coordinates of their edges, which start at 0. Boxes without area are omitted.
 
     Args:
         root: A folder or a zip file.
         split: Name of a list in ImageSets/Main, such as train, val, trainval or test.
-        classes: Names in the order of their labels. Default: the names in the split, sorted.
+        classes: Class names in the order of their labels. By default, those of the split, sorted.
 
     Raises:
         ValueError: If the layout or the split does not exist, the split is empty, an annotation is
-            missing, or a name is not in `classes`.
+            missing, or a box has a class that is not in `classes`.
     """
     tree = _VocTree(Path(root))
-    names = tree.image_names(split)
-    parsed = [parse_voc_xml(tree.read(f"Annotations/{name}.xml"), name) for name in names]
-    annotated = sorted({kind for _, kinds, _ in parsed for kind in kinds})
-    if not classes and not annotated:
+    images = tree.image_names(split)
+    annotations = [parse_voc_xml(tree.read(f"Annotations/{image}.xml"), image) for image in images]
+    split_classes = sorted({name for _, names, _ in annotations for name in names})
+    if not classes and not split_classes:
         raise ValueError(
-            f"{root}: none of the {len(names)} images of {split!r} has a box in its annotation; "
+            f"{root}: none of the {len(images)} images of {split!r} has a box in its annotation; "
             "check the split"
         )
-    classes = list(classes) or annotated
-    unknown = [kind for kind in annotated if kind not in classes]
+    classes = list(classes) or split_classes
+    unknown = [name for name in split_classes if name not in classes]
     if unknown:
         raise ValueError(
             f"{root}: {split!r} has boxes of {', '.join(unknown)}, which are not among the classes "
-            f"{', '.join(classes)}; name them in --classes"
+            f"{', '.join(classes)}; add them to --classes"
         )
     labels = {name: label for label, name in enumerate(classes, start=1)}
     objects = [
-        objects_with_area(boxes, [labels[kind] for kind in kinds], difficult)
-        for boxes, kinds, difficult in parsed
+        objects_with_area(boxes, [labels[name] for name in names], difficult)
+        for boxes, names, difficult in annotations
     ]
-    files = [(Path(root), tree.image_path(name)) for name in names]
+    files = [(Path(root), tree.image_path(image)) for image in images]
     return AnnotatedImages(f"{Path(root).name}, {split}", files, objects, classes)
 
 
 def parse_voc_xml(xml: bytes, name: str) -> tuple[list[list[float]], list[str], list[bool]]:
-    """Read the boxes of one image, their classes, and whether they are marked as difficult.
+    """Return the boxes of one image, their classes and their marks as difficult.
 
     Raises:
-        ValueError: If the content is not VOC's XML.
+        ValueError: If the content is not in VOC's XML format.
     """
     sides = ("xmin", "ymin", "xmax", "ymax")
     try:
@@ -122,7 +124,9 @@ def parse_voc_xml(xml: bytes, name: str) -> tuple[list[list[float]], list[str], 
             for element in elements
         ]
     except (ElementTree.ParseError, ValueError) as error:
-        raise ValueError(f"Annotations/{name}.xml is not VOC's XML: {error}") from None
+        raise ValueError(
+            f"Annotations/{name}.xml cannot be read as VOC's XML: {error}; replace the file"
+        ) from None
     return (
         [[left - 1, top - 1, right, bottom] for left, top, right, bottom in corners],
         [element.findtext("name", "") for element in elements],
@@ -131,7 +135,7 @@ def parse_voc_xml(xml: bytes, name: str) -> tuple[list[list[float]], list[str], 
 
 
 class _VocTree:
-    """A folder or a zip in VOC's layout, which may be wrapped in one more folder."""
+    """A folder or zip in VOC's layout. The layout may start in a subfolder."""
 
     def __init__(self, root: Path):
         self._root, self._zip = root, None
@@ -145,8 +149,8 @@ class _VocTree:
         lists = [path for path in paths if "ImageSets/Main/" in path]
         if not lists:
             raise ValueError(
-                f"{root}: has no ImageSets/Main; Pascal VOC's layout is Annotations/, "
-                "ImageSets/Main/ and JPEGImages/"
+                f"{root}: has no ImageSets/Main; give a folder or zip in Pascal VOC's layout, with "
+                "Annotations/, ImageSets/Main/ and JPEGImages/"
             )
         self._prefix = lists[0].partition("ImageSets/Main/")[0]
         self._splits = {Path(path).stem for path in lists}
@@ -154,10 +158,10 @@ class _VocTree:
         self._images = {Path(path).stem: path for path in images}
 
     def image_names(self, split: str) -> list[str]:
-        """Return the names of a split's images, without their suffix."""
+        """Return the names of a split's images, without suffixes."""
         if split not in self._splits:
             raise ValueError(
-                f"{self._root}: ImageSets/Main has no {split!r}; "
+                f"{self._root}: ImageSets/Main has no split {split!r}; "
                 f"choose one of: {', '.join(sorted(self._splits))}"
             )
         lines = self.read(f"ImageSets/Main/{split}.txt").decode().splitlines()
@@ -169,20 +173,21 @@ class _VocTree:
         return names
 
     def read(self, name: str) -> bytes:
-        """Return the content of a file."""
+        """Return the content of a file, given its path in VOC's layout."""
         path = f"{self._prefix}{name}"
         try:
             return self._zip.read(path) if self._zip else (self._root / path).read_bytes()
         except (KeyError, FileNotFoundError):
             raise ValueError(
-                f"{self._root}: {path} is missing; the lists in ImageSets/Main need it"
+                f"{self._root}: {path} is missing; add it, or remove its image from the lists in "
+                "ImageSets/Main"
             ) from None
 
     def image_path(self, name: str) -> str:
-        """Return the path of an image below the root."""
+        """Return the path of an image relative to the root."""
         if name not in self._images:
             raise ValueError(
-                f"{self._root}: {self._prefix}JPEGImages has no image {name}, which a list in "
-                "ImageSets/Main names"
+                f"{self._root}: {self._prefix}JPEGImages has no image {name}; add it, or remove it "
+                "from the lists in ImageSets/Main"
             )
         return self._images[name]

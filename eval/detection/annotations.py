@@ -1,4 +1,4 @@
-"""Images with annotated objects, whatever format they were read from."""
+"""Images with annotated objects, independent of the annotations' file format."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ class Objects:
     """The annotated objects of one image.
 
     Attributes:
-        boxes: float32 (n, 4), the left, top, right and bottom edges in pixels. The left edge of the
-            image is 0.
+        boxes: float32 (n, 4), the left, top, right and bottom edges in pixels from the top left
+            corner of the image.
         labels: int64 (n,). The first class is 1, because 0 is the background.
-        ignored: bool (n,), True for VOC's difficult objects and COCO's crowds. They are not trained
-            on, and detecting one does not change the score.
-        segments: COCO's polygons or run lengths, one entry per object. Empty: boxes only.
+        ignored: bool (n,), True for VOC's difficult objects and COCO's crowds. Training leaves
+            these objects out, and detecting one does not change the score.
+        segments: COCO's polygons or run lengths, one entry per object. Empty if there are only
+            boxes.
     """
 
     boxes: np.ndarray
@@ -38,7 +39,7 @@ class Objects:
 def objects_with_area(
     boxes: list[list[float]], labels: list[int], ignored: list[bool], segments: Sequence[Any] = ()
 ) -> Objects:
-    """Return the objects, without those whose box has no area."""
+    """Return the objects whose boxes have a positive area."""
     edges = np.array(boxes, dtype=np.float32).reshape(-1, 4)
     valid = (edges[:, 2] > edges[:, 0]) & (edges[:, 3] > edges[:, 1])
     return Objects(
@@ -50,15 +51,15 @@ def objects_with_area(
 
 
 class AnnotatedImages:
-    """Images and their objects, by index.
+    """Indexed images with their annotated objects.
 
-    Pixels are read on demand, so that a copy for each loader worker is small.
+    Pixels are read on demand, so each loader worker only needs a small copy.
 
     Attributes:
         name: Name of the data set, for messages.
-        files: Folder or zip file of each image, and the image's path in it.
+        files: Folder or zip file of each image, and the image's path inside.
         objects: Objects of each image.
-        classes: Names of the classes. The label of the first one is 1.
+        classes: Names of the classes. The first class has label 1.
     """
 
     def __init__(
@@ -71,29 +72,29 @@ class AnnotatedImages:
         return len(self.files)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_zips": {}}  # another process cannot share open files
+        return self.__dict__ | {"_zips": {}}  # open files cannot be shared between processes
 
     def read(self, index: int) -> np.ndarray:
         """Return the RGB pixels of an image, uint8 (height, width, 3).
 
         Raises:
-            UnreadableImage: If the file is not an image. The message names it.
+            UnreadableImage: If the file is not an image. The message names the file.
         """
-        root, name = self.files[index]
-        if root.is_dir():
-            return decode((root / name).read_bytes(), name)
-        if root not in self._zips:
-            self._zips[root] = zipfile.ZipFile(root)
-        return decode(self._zips[root].read(name), name)
+        container, name = self.files[index]
+        if container.is_dir():
+            return decode((container / name).read_bytes(), name)
+        if container not in self._zips:
+            self._zips[container] = zipfile.ZipFile(container)
+        return decode(self._zips[container].read(name), name)
 
     def subset(self, indices: Sequence[int]) -> AnnotatedImages:
-        """Return these images only, in this order."""
+        """Return the images at `indices`, in that order."""
         files = [self.files[index] for index in indices]
         objects = [self.objects[index] for index in indices]
         return AnnotatedImages(self.name, files, objects, self.classes)
 
     def for_training(self) -> AnnotatedImages:
-        """Return the images that have an object to learn from.
+        """Return the images that have at least one object to learn from.
 
         Raises:
             ValueError: If there is no such image.

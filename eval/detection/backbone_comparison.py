@@ -1,4 +1,4 @@
-"""Compare detectors trained from a run's backbone and from a random one by average precision."""
+"""Compare the average precision of detectors with a run's backbone and with a random one."""
 
 import copy
 import time
@@ -29,24 +29,26 @@ def compare(
     """Train one detector per initialization and seed, and save their average precision.
 
     Args:
-        run: The run, in whose folder eval/detection.json is written.
+        run: Run to evaluate. The result is written to eval/detection.json in its folder.
         train: Training images.
         test: Test images.
-        protocol: How the detectors are built, trained and evaluated.
+        protocol: Settings for building, training and evaluating the detectors.
         inits: "random", "pretrained", or both.
         seeds: Seeds of the training batches and of the weights that are not pretrained.
 
     Returns:
-        The content of the file.
+        The content of eval/detection.json.
 
     Raises:
-        ValueError: If the protocol has masks but the annotations have none, or if training or the
+        ValueError: If the protocol needs masks that the annotations lack, or if training or the
             metric fails.
     """
     start = time.monotonic()
-    if protocol.masks and not all(o.segments or not len(o) for o in train.objects):
+    if protocol.masks and not all(
+        objects.segments or not len(objects) for objects in train.objects
+    ):
         raise ValueError(
-            f"{train.name}: has boxes without a segmentation, which the protocol's masks need; "
+            f"{train.name}: some boxes have no segmentation, which the protocol's masks need; "
             "choose a protocol without masks"
         )
     rows = [_compare_seeds(run, train, test, protocol, init, seeds) for init in inits]
@@ -69,7 +71,7 @@ def _compare_seeds(
     init: str,
     seeds: list[int],
 ) -> results.Row:
-    """Return the mean and the deviation over seeds, with the first and last losses as a note."""
+    """Return the mean and standard deviation over seeds, with a note on the training loss."""
     outcomes = []
     for seed in seeds:
         label = f"{init} backbone, seed {seed}"
@@ -78,14 +80,14 @@ def _compare_seeds(
         numbers = ", ".join(f"{name} {value:.1f}" for name, value in precision.items())
         results.print_progress(f"{label}: {numbers}")
         outcomes.append((precision, losses))
-    by_name = {name: [precision[name] for precision, _ in outcomes] for name in outcomes[0][0]}
-    mean = {name: float(np.mean(values)) for name, values in by_name.items()}
+    precisions = {name: [precision[name] for precision, _ in outcomes] for name in outcomes[0][0]}
+    mean = {name: float(np.mean(values)) for name, values in precisions.items()}
     spread = {
-        name: float(np.std(values, ddof=1)) for name, values in by_name.items() if len(seeds) > 1
+        name: float(np.std(values, ddof=1)) for name, values in precisions.items() if len(seeds) > 1
     }
-    first = np.mean([losses[:20] for _, losses in outcomes])
-    last = np.mean([losses[-20:] for _, losses in outcomes])
-    note = f"loss {first:.2f} in the first 20 steps, {last:.2f} in the last"
+    first_loss = np.mean([losses[:20] for _, losses in outcomes])
+    last_loss = np.mean([losses[-20:] for _, losses in outcomes])
+    note = f"loss {first_loss:.2f} in the first 20 steps, {last_loss:.2f} in the last 20"
     return results.Row(init, mean, spread, {"AP": note})
 
 
@@ -97,12 +99,13 @@ def train_and_test(
     init: str,
     seed: int,
 ) -> tuple[dict[str, float], list[float]]:
-    """Train one detector, and return its average precision and its loss at every step."""
-    torch.manual_seed(rng.seed_of(seed, 0, 0))
+    """Train one detector and return its average precision and its loss at every step."""
+    torch.manual_seed(rng.derive_seed(seed, 0, 0))
     model: Any = copy.deepcopy(run.backbone)
     if init == "random":
         model = backbones.build(replace(run.config.backbone, init="random"), run.view_size)
-        torch.manual_seed(rng.seed_of(seed, 0, 0))  # the same layers above both backbones
+        # Both detectors start from the same new layers.
+        torch.manual_seed(rng.derive_seed(seed, 0, 0))
     views, num_classes = run.config.views, len(train.classes)
     detector = detectors.build(model.model, num_classes, protocol, views.mean, views.std)
     local_batch_size = protocol.batch // process_group.world_size()
@@ -122,24 +125,24 @@ def describe(
     protocol: Protocol,
     seeds: list[int],
 ) -> dict[str, str]:
-    """Describe everything that the numbers depend on, by topic."""
-    kind = "Mask R-CNN" if protocol.masks else "Faster R-CNN"
-    drops = " and ".join(str(round(drop * protocol.steps)) for drop in protocol.drops)
-    first_and_last = dict.fromkeys((protocol.short_sides[0], protocol.short_sides[-1]))
-    sides = " to ".join(map(str, first_and_last))
-    spread = "; ± is the standard deviation over them" if len(seeds) > 1 else ""
+    """Describe the settings that affect the results, by topic."""
+    detector_name = "Mask R-CNN" if protocol.masks else "Faster R-CNN"
+    drop_steps = " and ".join(str(round(drop * protocol.steps)) for drop in protocol.drops)
+    end_sides = dict.fromkeys((protocol.short_sides[0], protocol.short_sides[-1]))
+    sides = " to ".join(map(str, end_sides))
+    spread_note = "; ± is the standard deviation over seeds" if len(seeds) > 1 else ""
     return {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name}, "
-        "trained further; the random one is initialized from the seed",
-        "detector": f"torchvision's {kind}, {protocol.architecture.upper()}, "
+        "fine-tuned; the random backbone is initialized from the seed",
+        "detector": f"torchvision's {detector_name}, {protocol.architecture.upper()}, "
         f"batch norm: {protocol.norm}, recalibrated on {protocol.precise_batches} batches; "
         "RoI align without Detectron2's half-pixel offset",
         "training": f"{protocol.steps} steps of {protocol.batch} images, SGD, learning rate "
-        f"{protocol.lr:g}, divided by 10 at steps {drops}, {protocol.warmup_steps} warm-up steps, "
-        f"short side {sides} pixels, horizontal flips",
+        f"{protocol.lr:g}, divided by 10 at steps {drop_steps}, {protocol.warmup_steps} warm-up "
+        f"steps, short side {sides} pixels, horizontal flips",
         "images": f"{train.name}: {len(train)} training; {test.name}: {len(test)} test; "
         f"classes: {', '.join(train.classes)}",
         "metric": f"{protocol.metric}; AP: mean over overlaps 0.5 to 0.95; "
         "boxes marked as difficult or crowd do not count",
-        "seeds": f"{', '.join(map(str, seeds))}{spread}",
+        "seeds": f"{', '.join(map(str, seeds))}{spread_note}",
     }

@@ -1,6 +1,7 @@
-"""torchvision's Faster and Mask R-CNN on a pretrained ResNet, with a pyramid (FPN) or res4 (C4).
+"""Build torchvision's Faster R-CNN or Mask R-CNN on a pretrained ResNet.
 
-As in Detectron2, res2 to res5 are the stages of the ResNet that timm calls layer1 to layer4.
+The detector uses a feature pyramid (FPN) or the output of res4 (C4). The stages of the ResNet are
+called res2 to res5, as in Detectron2. In timm they are layer1 to layer4.
 """
 
 from collections import OrderedDict
@@ -32,7 +33,7 @@ class Stages(nn.Module):
 
     Args:
         model: The ResNet.
-        num_stages: Number of stages.
+        num_stages: Number of stages to keep, counted from the first.
         num_outputs: Number of stages, counted from the last, whose outputs are returned.
     """
 
@@ -44,7 +45,7 @@ class Stages(nn.Module):
         self.num_outputs, self.out_channels = num_outputs, stage_channels(model)[num_stages - 1]
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Return the outputs under the names "0", "1" and so on."""
+        """Return the outputs of the last stages, named "0", "1" and so on."""
         outputs, x = [], self.stem(images)
         for layer in self.layers:
             x = layer(x)
@@ -53,7 +54,7 @@ class Stages(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid on res2 to res5, with a fifth level by pooling."""
+    """A feature pyramid on res2 to res5, whose fifth level is pooled from the fourth."""
 
     def __init__(self, model: nn.Module, out_channels: int):
         super().__init__()
@@ -76,10 +77,10 @@ def stage_channels(model: nn.Module) -> list[int]:
 
 
 def check_backbone(model: nn.Module, name: str) -> None:
-    """Raise ValueError if the network is not a ResNet of timm."""
+    """Raise ValueError unless the network is a timm ResNet."""
     if not all(hasattr(model, module) for module in (*STEM, "layer1", "layer4", "feature_info")):
         raise ValueError(
-            "backbone.name: detection needs a ResNet of timm, with stages layer1 to layer4, but "
+            "backbone.name: detection needs a timm ResNet with the stages layer1 to layer4, but "
             f"{name} has no such stages; evaluate it with eval.linear"
         )
 
@@ -96,21 +97,21 @@ def build(
     Args:
         model: A timm ResNet without classifier. Its parameters are trained further.
         num_classes: Number of classes without the background.
-        protocol: Architecture and sizes.
-        mean: Mean of each channel in pretraining, for pixel values from 0 to 1.
-        std: Standard deviation of each channel in pretraining.
+        protocol: Architecture and sizes of the detector.
+        mean: Channel means used in pretraining, for pixel values from 0 to 1.
+        std: Channel standard deviations used in pretraining.
     """
-    before, after, before_in_tests, after_in_tests = protocol.proposals
+    train_pre_nms, train_post_nms, test_pre_nms, test_post_nms = protocol.proposals
     settings: dict[str, Any] = {
         "num_classes": None,
         "image_mean": list(mean),
         "image_std": list(std),
         "min_size": tuple(protocol.short_sides),
         "max_size": protocol.max_side,
-        "rpn_pre_nms_top_n_train": before,
-        "rpn_post_nms_top_n_train": after,
-        "rpn_pre_nms_top_n_test": before_in_tests,
-        "rpn_post_nms_top_n_test": after_in_tests,
+        "rpn_pre_nms_top_n_train": train_pre_nms,
+        "rpn_post_nms_top_n_train": train_post_nms,
+        "rpn_pre_nms_top_n_test": test_pre_nms,
+        "rpn_post_nms_top_n_test": test_post_nms,
         "box_batch_size_per_image": protocol.regions,
     }
     build_modules = _c4_modules if protocol.architecture == "c4" else _fpn_modules
@@ -119,30 +120,30 @@ def build(
 
 
 def _anchor_sizes(protocol: Protocol) -> list[int]:
-    """Return the sizes of the anchors in pixels."""
+    """Return the five anchor sizes in pixels."""
     return [protocol.smallest_anchor * 2**level for level in range(5)]
 
 
-def _c4_modules(model: nn.Module, num_outputs: int, protocol: Protocol) -> dict[str, Any]:
+def _c4_modules(model: nn.Module, num_logits: int, protocol: Protocol) -> dict[str, Any]:
     """Return the modules of a detector on res4, whose box and mask heads share res5."""
     channels, sizes = stage_channels(model)[3], tuple(_anchor_sizes(protocol))
-    # res5 has a batch norm after it, as in MoCo's box head.
+    # A batch norm follows res5, as in MoCo's box head.
     res5 = nn.Sequential(model.get_submodule("layer4"), nn.BatchNorm2d(channels))
     modules: dict[str, Any] = {
         "backbone": Stages(model, num_stages=3, num_outputs=1),
         "rpn_anchor_generator": AnchorGenerator((sizes,), (ASPECT_RATIOS,)),
         "box_roi_pool": MultiScaleRoIAlign(["0"], 14, sampling_ratio=0),
         "box_head": nn.Sequential(res5, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        "box_predictor": FastRCNNPredictor(channels, num_outputs),
+        "box_predictor": FastRCNNPredictor(channels, num_logits),
     }
     if protocol.masks:
-        modules["mask_predictor"] = MaskRCNNPredictor(channels, 256, num_outputs)
+        modules["mask_predictor"] = MaskRCNNPredictor(channels, 256, num_logits)
         modules["mask_roi_pool"] = MultiScaleRoIAlign(["0"], 14, sampling_ratio=0)
         modules["mask_head"] = res5
     return modules
 
 
-def _fpn_modules(model: nn.Module, num_outputs: int, protocol: Protocol) -> dict[str, Any]:
+def _fpn_modules(model: nn.Module, num_logits: int, protocol: Protocol) -> dict[str, Any]:
     """Return the modules of a detector on a feature pyramid."""
     channels, ratios = protocol.pyramid_channels, (ASPECT_RATIOS,) * 5
     modules: dict[str, Any] = {"backbone": Pyramid(model, channels)}
@@ -156,41 +157,41 @@ def _fpn_modules(model: nn.Module, num_outputs: int, protocol: Protocol) -> dict
     sizes = tuple((size,) for size in _anchor_sizes(protocol))
     modules["rpn_anchor_generator"] = AnchorGenerator(sizes, ratios)
     modules["box_roi_pool"] = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, sampling_ratio=0)
-    modules["box_predictor"] = FastRCNNPredictor(protocol.head_dim, num_outputs)
+    modules["box_predictor"] = FastRCNNPredictor(protocol.head_dim, num_logits)
     if protocol.masks:
         layers = [channels] * 4
         modules["mask_head"] = MaskRCNNHeads(channels, layers, 1, norm_layer=nn.BatchNorm2d)
-        modules["mask_predictor"] = MaskRCNNPredictor(channels, channels, num_outputs)
+        modules["mask_predictor"] = MaskRCNNPredictor(channels, channels, num_logits)
     return modules
 
 
 def batch_norms(detector: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """Return the detector's batch norms."""
-    kind = nn.modules.batchnorm._BatchNorm
-    return [module for module in detector.modules() if isinstance(module, kind)]
+    """Return all batch norm layers of the detector."""
+    norm_class = nn.modules.batchnorm._BatchNorm
+    return [module for module in detector.modules() if isinstance(module, norm_class)]
 
 
 def with_norm(detector: nn.Module, norm: Norm, local_batch_size: int) -> nn.Module:
-    """Return the detector with batch norms of this kind, which may change it in place.
+    """Return the detector with batch norms of the requested kind.
 
     Args:
-        detector: The detector.
+        detector: Detector to convert, which may be changed in place.
         norm: "sync" normalizes by the statistics of all ranks, "batch" by those of this rank, and
-            "frozen" by those of pretraining. "sync" uses torch's SyncBatchNorm on GPUs and ours on
-            CPUs. On one rank it is the same as "batch".
+            "frozen" by those of pretraining. "sync" means torch's SyncBatchNorm on GPUs and this
+            project's own on CPUs. On one rank, "sync" is the same as "batch".
         local_batch_size: Images per step on this rank.
     """
     if norm == "frozen":
         for module in batch_norms(detector):
             module.requires_grad_(False)
     elif norm == "sync" and process_group.world_size() > 1:
-        batch_size = local_batch_size * process_group.world_size()
-        return batch_norm.convert(detector, local_batch_size, batch_size)
+        global_batch_size = local_batch_size * process_group.world_size()
+        return batch_norm.convert(detector, local_batch_size, global_batch_size)
     return detector
 
 
 def set_training_mode(detector: nn.Module, norm: Norm) -> None:
-    """Switch to training mode. Frozen norms stay in evaluation mode."""
+    """Switch to training mode. Frozen batch norms stay in evaluation mode."""
     detector.train()
     if norm == "frozen":
         for module in batch_norms(detector):

@@ -1,8 +1,9 @@
-"""Export a ResNet to Detectron2, where MoCo's published protocol can be trained.
+"""Export a ResNet to Detectron2, which can fine-tune it by MoCo's published protocol.
 
-Detectron2 reads its weights from a pickle of {"model", "__author__", "matching_heuristics"}, which
-this module writes. The config of the detector needs INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1
-False, MODEL.BACKBONE.FREEZE_AT 0, MODEL.RESNETS.NORM SyncBN, and the lines of `pixel_config`.
+Detectron2 reads weights from a pickled dict with the keys "model", "__author__" and
+"matching_heuristics", which this module writes. The config of the detector needs INPUT.FORMAT RGB,
+MODEL.RESNETS.STRIDE_IN_1X1 False, MODEL.BACKBONE.FREEZE_AT 0, MODEL.RESNETS.NORM SyncBN, and the
+lines of `pixel_config`.
 """
 
 import pickle
@@ -26,7 +27,7 @@ def rename(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Return timm's ResNet weights under Detectron2's names, such as res2.0.conv1.norm.weight.
 
     Raises:
-        ValueError: If a plain bottleneck ResNet does not have one of the weights.
+        ValueError: If one of the weights does not belong to a plain bottleneck ResNet.
     """
     return {
         detectron2_name(key): value.detach().cpu().float().numpy()
@@ -36,10 +37,10 @@ def rename(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def detectron2_name(key: str) -> str:
-    """Return Detectron2's name of one weight.
+    """Return Detectron2's name for one of timm's weights.
 
     Raises:
-        ValueError: If a plain bottleneck ResNet does not have this weight.
+        ValueError: If the weight does not belong to a plain bottleneck ResNet.
     """
     stem = re.fullmatch(r"(conv1|bn1)\.(\w+)", key)
     if stem:
@@ -54,17 +55,17 @@ def detectron2_name(key: str) -> str:
 
 
 def export(backbone: nn.Module, path: Path) -> int:
-    """Write the file for MODEL.WEIGHTS of a Detectron2 config, and return the number of arrays.
+    """Write the file for MODEL.WEIGHTS of a Detectron2 config, and return its number of arrays.
 
     Raises:
         ValueError: If the backbone is not a bottleneck ResNet with the ImageNet stem.
     """
     stem = getattr(backbone, "conv1", None)
-    has_stem = isinstance(stem, nn.Conv2d) and stem.kernel_size == (7, 7)
-    if not has_stem or not hasattr(backbone.get_submodule("layer1.0"), "conv3"):
+    has_imagenet_stem = isinstance(stem, nn.Conv2d) and stem.kernel_size == (7, 7)
+    if not has_imagenet_stem or not hasattr(backbone.get_submodule("layer1.0"), "conv3"):
         raise ValueError(
             "--export-detectron2: Detectron2's R_50_C4 is a bottleneck ResNet with a 7x7 stem, but "
-            "this backbone is another network; give a run of resnet50"
+            "this backbone is a different network; give a run of resnet50"
         )
     model = rename(backbone.state_dict())
     content = {"model": model, "__author__": "ssl_pretrain", "matching_heuristics": True}
@@ -75,7 +76,7 @@ def export(backbone: nn.Module, path: Path) -> int:
 
 
 def pixel_config(mean: Sequence[float], std: Sequence[float]) -> str:
-    """Return the lines of a Detectron2 config that set the normalization of images."""
+    """Return the lines of a Detectron2 config that set the mean and deviation of pixels."""
     return "\n".join(
         f"MODEL.{name} [{', '.join(f'{255 * value:.3f}' for value in values)}]"
         for name, values in (("PIXEL_MEAN", mean), ("PIXEL_STD", std))

@@ -1,4 +1,4 @@
-"""Average precision by Pascal VOC's definitions of 2007 and of 2010, and by COCO's pycocotools."""
+"""Average precision as defined by Pascal VOC, in 2007 and in 2010, and by COCO (pycocotools)."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from ssl_pretrain.eval.detection.annotations import Objects
 from ssl_pretrain.eval.detection.published_protocols import Metric
 
-THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # overlaps that AP averages over
+THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # overlaps (IoU) over which AP is averaged
 
 
 @dataclass
@@ -23,8 +23,8 @@ class Detections:
     Attributes:
         boxes: float32 (n, 4), as in Objects.
         scores: float32 (n,).
-        labels: int64 (n,), from 1.
-        masks: COCO's run lengths, one entry per box. Empty: boxes only.
+        labels: int64 (n,), counted from 1.
+        masks: One mask per box in COCO's run-length encoding, or empty for boxes without masks.
     """
 
     boxes: np.ndarray
@@ -40,17 +40,17 @@ def average_precision(
     classes: Sequence[str],
     sizes: Sequence[tuple[int, int]] = (),
 ) -> dict[str, float]:
-    """Return {"AP", "AP50", "AP75", "AP50 <class>", ...} in percent.
+    """Return "AP", "AP50", "AP75" and the "AP50 <class>" of each class, in percent.
 
-    AP is the mean over overlaps of 0.5 to 0.95.
+    AP is the mean over the overlap thresholds from 0.5 to 0.95.
 
     Args:
-        metric: The definition: "voc07", "voc12" or "coco".
+        metric: Definition to use, "voc07", "voc12" or "coco".
         truth: Annotated objects of each image.
         detections: Detections in each image.
         classes: Names of the classes.
-        sizes: Height and width of each image, needed to draw polygons. If they are given and there
-            are masks, COCO's metric adds "mask AP" and so on.
+        sizes: Height and width of each image, for drawing polygons. If they are given, "coco" also
+            returns "mask AP" and so on for detections with masks.
 
     Raises:
         ValueError: If there is no image or no object, or the numbers of images differ.
@@ -58,7 +58,7 @@ def average_precision(
     if not truth or len(truth) != len(detections):
         raise ValueError(
             f"average precision: there are detections for {len(detections)} images and annotations "
-            f"for {len(truth)}; give the same images for both, and one or more"
+            f"for {len(truth)}; give both for the same images, at least one"
         )
     if not any((~objects.ignored).any() for objects in truth):
         raise ValueError(
@@ -68,8 +68,8 @@ def average_precision(
     if metric != "coco":
         return voc_precision(truth, detections, classes, eleven_points=metric == "voc07")
     numbers = coco_precision(truth, detections, classes, sizes, "bbox")
-    has_true_masks = all(objects.segments or not len(objects) for objects in truth)
-    if sizes and has_true_masks and any(each.masks for each in detections):
+    has_annotated_masks = all(objects.segments or not len(objects) for objects in truth)
+    if sizes and has_annotated_masks and any(output.masks for output in detections):
         masks = coco_precision(truth, detections, classes, sizes, "segm")
         numbers |= {f"mask {name}": value for name, value in masks.items()}
     return numbers
@@ -83,23 +83,23 @@ def voc_precision(
 ) -> dict[str, float]:
     """Return Pascal VOC's average precision, the mean over the classes that have an object.
 
-    A detection belongs to the object that it overlaps most. It is right if the overlap reaches the
-    threshold and no detection with a higher score has matched the object. Boxes with edges from 0
-    have the same areas as in the development kit, which counts pixels and includes both ends.
+    A detection belongs to the object that it overlaps most. It is correct if the overlap reaches
+    the threshold and no detection with a higher score has matched that object. Box edges are
+    counted from 0. Their areas equal those of VOC's development kit, which counts both end pixels.
 
     Args:
         truth: Annotated objects of each image.
         detections: Detections in each image.
         classes: Names of the classes.
         eleven_points: Average the precision at recalls 0, 0.1, ..., 1, as in 2007, instead of
-            taking the area under the monotone curve, as from 2010.
+            taking the area under the monotone curve, as since 2010.
     """
     table = np.full((len(classes), len(THRESHOLDS)), np.nan)
     for label in range(1, len(classes) + 1):
         matches, num_objects = _ranked_matches(truth, detections, label)
         for column in range(len(THRESHOLDS) if num_objects else 0):
-            counted = matches[matches[:, column] >= 0, column]
-            table[label - 1, column] = _area_under_curve(counted == 1, num_objects, eleven_points)
+            outcomes = matches[matches[:, column] >= 0, column]
+            table[label - 1, column] = _area_under_curve(outcomes == 1, num_objects, eleven_points)
     return _summarize(table, classes)
 
 
@@ -110,7 +110,7 @@ def _ranked_matches(
 
     Returns:
         Matches (detections, thresholds), highest score first, and the number of objects to detect.
-        A match is 1 for a right detection, 0 for a wrong one, and -1 for one that does not count.
+        A match is 1 for a correct detection, 0 for a wrong one, and -1 for an ignored one.
     """
     scores, matches, num_objects = [], [], 0
     for objects, output in zip(truth, detections):
@@ -125,30 +125,33 @@ def _ranked_matches(
     return np.concatenate(matches)[order], num_objects
 
 
-def _match_image(detected: np.ndarray, boxes: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+def _match_image(
+    detection_boxes: np.ndarray, object_boxes: np.ndarray, ignored: np.ndarray
+) -> np.ndarray:
     """Return the matches (detections, thresholds) of one image and class, sorted by score."""
-    matches = np.zeros((len(detected), len(THRESHOLDS)), dtype=np.int8)
-    if not len(boxes) or not len(detected):
+    matches = np.zeros((len(detection_boxes), len(THRESHOLDS)), dtype=np.int8)
+    if not len(object_boxes) or not len(detection_boxes):
         return matches
-    overlaps = box_iou(*(torch.from_numpy(edges).double() for edges in (detected, boxes))).numpy()
+    pair = (torch.from_numpy(boxes).double() for boxes in (detection_boxes, object_boxes))
+    overlaps = box_iou(*pair).numpy()
     best_objects = overlaps.argmax(axis=1).tolist()
     for column, threshold in enumerate(THRESHOLDS):
-        matched: set[int] = set()
+        matched_boxes: set[int] = set()
         for row, box in enumerate(best_objects):
             if overlaps[row, box] < threshold - 1e-9:
                 continue
             if ignored[box]:
                 matches[row, column] = -1
-            elif box not in matched:
+            elif box not in matched_boxes:
                 matches[row, column] = 1
-                matched.add(box)
+                matched_boxes.add(box)
     return matches
 
 
-def _area_under_curve(is_right: np.ndarray, num_objects: int, eleven_points: bool) -> float:
+def _area_under_curve(is_correct: np.ndarray, num_objects: int, eleven_points: bool) -> float:
     """Return the area under the curve of precision over recall, for detections sorted by score."""
-    hits = np.cumsum(is_right)
-    recall, precision = hits / num_objects, hits / np.arange(1, len(is_right) + 1)
+    hits = np.cumsum(is_correct)
+    recall, precision = hits / num_objects, hits / np.arange(1, len(is_correct) + 1)
     if eleven_points:
         levels = np.linspace(0, 1, 11)
         return float(np.mean([precision[recall >= level].max(initial=0.0) for level in levels]))
@@ -193,7 +196,7 @@ def coco_precision(
         evaluation.accumulate()
     # (thresholds, recalls, classes) for objects of all areas and 100 boxes per image
     precision = evaluation.eval["precision"][:, :, :, 0, 2]
-    precision = np.where(precision < 0, np.nan, precision)  # -1 stands for a class without objects
+    precision = np.where(precision < 0, np.nan, precision)  # -1 marks a class without objects
     return _summarize(precision.mean(axis=1).T, classes)
 
 
@@ -230,7 +233,7 @@ def _coco_boxes(boxes: np.ndarray) -> list[list[float]]:
 
 
 def _coco_results(image: int, output: Detections, kind: str) -> list[dict[str, Any]]:
-    """Return the detections in an image as COCO's results."""
+    """Return the detections of one image in COCO's result format."""
     key = "segmentation" if kind == "segm" else "bbox"
     regions = output.masks if kind == "segm" else _coco_boxes(output.boxes)
     return [

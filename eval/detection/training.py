@@ -1,5 +1,6 @@
 """Train a detector on batches of annotated images, and detect objects in test images."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,16 +18,16 @@ from ssl_pretrain.eval.detection.annotations import AnnotatedImages
 from ssl_pretrain.eval.detection.metrics import Detections
 from ssl_pretrain.eval.detection.published_protocols import Protocol
 
-PROGRESS_STEPS = 20  # steps between two lines of progress
-Target = dict[str, Tensor]
+PROGRESS_STEPS = 20  # steps between progress lines
+Target = dict[str, Tensor]  # the objects of one image, as torchvision's detectors expect them
 
 
 class TrainingBatches(Dataset[list[tuple[Tensor, Target]]]):
-    """This rank's images and targets of each step, a pure function of (seed, step, batch slot)."""
+    """This rank's images and targets per step, determined by the seed, step and batch slot."""
 
     def __init__(self, images: AnnotatedImages, protocol: Protocol, seed: int):
         self.images, self.protocol, self.seed = images, protocol, seed
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # the latest epoch and its order
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # cached order of one epoch
 
     def __len__(self) -> int:
         return self.protocol.steps + self.protocol.precise_batches
@@ -50,7 +51,7 @@ class TrainingBatches(Dataset[list[tuple[Tensor, Target]]]):
         return transforms.to_dtype(image, torch.float32, scale=True), target
 
     def _target(self, index: int, height: int, width: int) -> Target:
-        """Return the objects to learn from, in the form that torchvision's detectors expect."""
+        """Return the training target of an image, without ignored objects."""
         objects = self.images.objects[index]
         is_target = ~objects.ignored
         target = {
@@ -58,7 +59,7 @@ class TrainingBatches(Dataset[list[tuple[Tensor, Target]]]):
             "labels": torch.from_numpy(objects.labels[is_target]),
         }
         if self.protocol.masks:
-            segments = [segment for segment, keep in zip(objects.segments, is_target) if keep]
+            segments = [segment for segment, is_kept in zip(objects.segments, is_target) if is_kept]
             target["masks"] = torch.from_numpy(decode_masks(segments, height, width))
         return target
 
@@ -74,7 +75,7 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 def decode_masks(segments: list[Any], height: int, width: int) -> np.ndarray:
-    """Draw COCO's polygons or run lengths as masks, uint8 (n, height, width)."""
+    """Convert COCO's polygons or run lengths to masks, uint8 (n, height, width)."""
     from pycocotools import mask
 
     masks = np.zeros((len(segments), height, width), dtype=np.uint8)
@@ -90,7 +91,7 @@ def decode_masks(segments: list[Any], height: int, width: int) -> np.ndarray:
 def to_device(
     batch: list[tuple[Tensor, Target]], device: torch.device
 ) -> tuple[list[Tensor], list[Target]]:
-    """Move a batch to a device, and return its images and its targets."""
+    """Return the images and the targets of a batch, moved to a device."""
     return (
         [image.to(device) for image, _ in batch],
         [{name: value.to(device) for name, value in target.items()} for _, target in batch],
@@ -111,12 +112,12 @@ def train(
         The loss of every step, averaged over the ranks.
 
     Raises:
-        ValueError: If the batch does not divide over the ranks, or the loss is not finite.
+        ValueError: If the batch does not divide evenly over the ranks, or a loss is not finite.
     """
     world_size = process_group.world_size()
     if protocol.batch % world_size:
         raise ValueError(
-            f"--batch: {protocol.batch} images do not divide over {world_size} ranks; "
+            f"--batch {protocol.batch}: the images do not divide evenly over {world_size} ranks; "
             f"give a multiple of {world_size}"
         )
     parameters = [parameter for parameter in detector.parameters() if parameter.requires_grad]
@@ -131,14 +132,15 @@ def train(
         detectors.set_training_mode(detector, protocol.norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(protocol, step)
-        # torchvision draws the size of each image and the regions to train on.
-        torch.manual_seed(rng.seed_of(seed, step, process_group.rank()))
+        # torchvision draws each image's size and the regions to train on from this generator.
+        torch.manual_seed(rng.derive_seed(seed, step, process_group.rank()))
         loss_terms = model(*to_device(next(batches), device))
         loss = torch.stack([*loss_terms.values()]).sum()
         losses.append(collectives.reduce_sum(loss.detach()).item() / world_size)
         if not np.isfinite(losses[-1]):
             raise ValueError(
-                f"detection: the loss of step {step + 1} is not finite; lower --lr {protocol.lr:g}"
+                f"--lr {protocol.lr:g}: the loss of step {step + 1} is not finite; give a smaller"
+                " learning rate"
             )
         optimizer.zero_grad()
         loss.backward()
@@ -146,8 +148,8 @@ def train(
             nn.utils.clip_grad_norm_(parameters, protocol.clip)
         optimizer.step()
         if (step + 1) % PROGRESS_STEPS == 0 or step + 1 == protocol.steps:
-            mean = np.mean(losses[-PROGRESS_STEPS:])
-            results.print_progress(f"  step {step + 1} of {protocol.steps}: loss {mean:.3f}")
+            mean_loss = np.mean(losses[-PROGRESS_STEPS:])
+            results.print_progress(f"  step {step + 1} of {protocol.steps}: loss {mean_loss:.3f}")
     recalibrate(model, detector, batches, protocol, device)
     return losses
 
@@ -155,7 +157,8 @@ def train(
 def learning_rate(protocol: Protocol, step: int) -> float:
     """Return the learning rate of a step.
 
-    It rises linearly from a thousandth of `protocol.lr` during warm-up. Each drop divides it by 10.
+    During warm-up, the rate rises linearly from a thousandth of `protocol.lr`. Each drop divides
+    the rate by 10.
     """
     warmup = min(1.0, 0.001 + 0.999 * step / protocol.warmup_steps) if protocol.warmup_steps else 1
     num_drops = sum(step >= round(drop * protocol.steps) for drop in protocol.drops)
@@ -170,9 +173,9 @@ def recalibrate(
     protocol: Protocol,
     device: torch.device,
 ) -> None:
-    """Average the statistics of each batch norm over `precise_batches` batches.
+    """Recompute the statistics of each batch norm as the mean over `precise_batches` batches.
 
-    This is PRECISE_BN of Detectron2.
+    Detectron2 calls this PRECISE_BN.
     """
     norms = detectors.batch_norms(detector)
     if protocol.norm == "frozen" or not protocol.precise_batches or not norms:
@@ -192,26 +195,26 @@ def recalibrate(
 def detect(
     detector: nn.Module, images: AnnotatedImages, device: torch.device
 ) -> tuple[list[Detections], list[tuple[int, int]]]:
-    """Return the detections in all images, and the height and width of each image.
+    """Return the detections in each image, and the height and width of each image.
 
-    Each rank processes its share of the images, and all ranks return the whole result.
+    Each rank processes a share of the images, and all ranks return the whole result.
     """
     detector.eval()
-    local: list[tuple[int, Detections, tuple[int, int]]] = []
+    local_entries: list[tuple[int, Detections, tuple[int, int]]] = []
     for index in range(process_group.rank(), len(images), process_group.world_size()):
         image = torch.from_numpy(images.read(index)).permute(2, 0, 1)
         (output,) = detector([transforms.to_dtype(image, torch.float32, scale=True).to(device)])
         arrays = {name: value.cpu().numpy() for name, value in output.items()}
         masks = _encode_masks(arrays["masks"][:, 0] > 0.5) if "masks" in arrays else []
         detections = Detections(arrays["boxes"], arrays["scores"], arrays["labels"], masks)
-        local.append((index, detections, (image.shape[1], image.shape[2])))
-    entries = [entry for per_rank in collectives.gather_objects(local) for entry in per_rank]
-    gathered = sorted(entries, key=lambda entry: entry[0])
-    return [detections for _, detections, _ in gathered], [size for _, _, size in gathered]
+        local_entries.append((index, detections, (image.shape[1], image.shape[2])))
+    rank_entries = collectives.gather_objects(local_entries)
+    entries = sorted(itertools.chain.from_iterable(rank_entries), key=lambda entry: entry[0])
+    return [detections for _, detections, _ in entries], [size for _, _, size in entries]
 
 
 def _encode_masks(masks: np.ndarray) -> list[Any]:
-    """Encode masks (n, height, width) as COCO's run lengths."""
+    """Convert masks (n, height, width) to COCO's run lengths."""
     from pycocotools import mask
 
     return [mask.encode(np.asfortranarray(pixels.astype(np.uint8))) for pixels in masks]

@@ -1,4 +1,4 @@
-"""The model card of an exported backbone, with how to load it, its results and its checksum."""
+"""Write the model card of an exported backbone: how to load it, its results and its checksum."""
 
 from importlib.metadata import version
 from typing import Any
@@ -10,7 +10,7 @@ from ssl_pretrain.eval import results
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.system import markdown
 
-# Keys whose values may be paths of the machine that trained the network.
+# Keys whose values may be paths on the training machine. The card leaves such paths empty.
 PATH_KEYS = (("data", "root"), ("data", "cache_dir"), ("backbone", "init"))
 
 
@@ -20,7 +20,7 @@ def render(run: Run, arguments: dict[str, Any], problems: list[str], onnx_sectio
     Args:
         run: Exported run.
         arguments: Content of timm.json.
-        problems: Problems that make the weights worthless.
+        problems: Reasons why the weights are worthless.
         onnx_section: Section about the ONNX models, if there are any.
     """
     is_published = arguments["method"] == configuration.NO_METHOD
@@ -41,17 +41,17 @@ def render(run: Run, arguments: dict[str, Any], problems: list[str], onnx_sectio
 def _description(run: Run, arguments: dict[str, Any], is_published: bool) -> str:
     view, source = arguments["input"], run.config.data.source
     origin = (
-        f"The {arguments['network']}'s backbone of step {arguments['step']:,}, pretrained by"
-        f" {arguments['method']} on {source}, without its projector."
+        f"Backbone of the {arguments['network']} at step {arguments['step']:,}, pretrained with"
+        f" {arguments['method']} on {source}. The projector is not included."
     )
     if is_published:
-        origin = "Weights that were not trained by this project, without their classifier."
+        origin = "Weights that were not trained by this project. Their classifier is not included."
     return (
         f"{origin}\n"
-        f"Input: float32 (n, 3, {view['size']}, {view['size']}), pixels in [0, 1] minus"
-        f" {view['mean']}, divided by {view['std']}; shorter side to"
-        f" {round(view['size'] / view['crop_ratio'])} pixels ({view['interpolation']}), central"
-        " square.\n"
+        f"Input: float32 (n, 3, {view['size']}, {view['size']}). Resize the shorter side to"
+        f" {round(view['size'] / view['crop_ratio'])} pixels ({view['interpolation']}), crop the"
+        f" central square, subtract {view['mean']} from pixels in [0, 1], and divide by"
+        f" {view['std']}.\n"
         f"Output: features (n, {arguments['facts']['feature_dim']})."
     )
 
@@ -62,12 +62,12 @@ def _loading(arguments: dict[str, Any]) -> str:
         "## Loading",
         _code_block(
             "from ssl_pretrain.eval import export\n\n"
-            'backbone = export.load("this folder")  # strict, and compared with reference features'
+            'backbone = export.load("this folder")  # also checks the reference features'
         ),
     ]
     if stem != "imagenet":
         sections.append(
-            f"timm and torchvision have no `{stem}` stem: their {name} is another network."
+            f"timm and torchvision have no `{stem}` stem, so their {name} is a different network."
         )
         return "\n\n".join(sections)
     call = ", ".join(f"{key}={value!r}" for key, value in arguments["create_model"].items())
@@ -77,7 +77,7 @@ def _loading(arguments: dict[str, Any]) -> str:
             f'backbone = timm.create_model("{name}", {call}, checkpoint_path="{weights}")'
         ),
         "Then `export.check(backbone, folder)` compares its features with the reference."
-        " `timm.json` has all arguments.",
+        " `timm.json` contains all arguments.",
     ]
     if "torchvision" in arguments["formats"]:
         sections.append(
@@ -95,7 +95,7 @@ def _code_block(code: str) -> str:
 
 
 def _results(run: Run) -> str:
-    """Return the results of this checkpoint with their protocols."""
+    """Return the section with this checkpoint's results and their protocols."""
     all_results, checkpoint = results.load(run.path), run.checkpoint_path.name
     sections = ["## Results"]
     for result in all_results:
@@ -104,10 +104,10 @@ def _results(run: Run) -> str:
             table = markdown.table(*results.table_cells(result))
             sections += [f"### {result['name']}", table, protocol]
     if len(sections) == 1:
-        others = f" ({len(all_results)} of other checkpoints)" if all_results else ""
+        others = f" ({len(all_results)} for other checkpoints)" if all_results else ""
         sections.append(
-            f"None of this checkpoint{others}. `python -m ssl_pretrain.eval.knn` and"
-            " `python -m ssl_pretrain.eval.linear` measure it."
+            f"There are no results for this checkpoint{others}. Evaluate it with"
+            " `python -m ssl_pretrain.eval.knn` or `python -m ssl_pretrain.eval.linear`."
         )
     return "\n\n".join(sections)
 
@@ -117,14 +117,16 @@ def _checks(arguments: dict[str, Any]) -> str:
         [
             "## Checks",
             f"SHA-256 of model.safetensors: `{arguments['sha256']}`",
-            markdown.table(["what the weights do not tell", ""], arguments["facts"].items()),
+            markdown.table(
+                ["property not stored in the weights", "value"], arguments["facts"].items()
+            ),
             f"Written with timm {version('timm')}, torch {version('torch')}.",
         ]
     )
 
 
 def _config(run: Run) -> str:
-    """Return the configuration without paths of the machine that trained it."""
+    """Return the section with the configuration, without paths on the training machine."""
     values = configuration.to_dict(run.config) | {"output": ""}
     for section, key in PATH_KEYS:
         if "/" in str(values[section][key]):

@@ -19,17 +19,17 @@ from ssl_pretrain.eval.runs import Run, to_device
 from ssl_pretrain.system import markdown
 
 FLOAT_MODEL, INT8_MODEL = "model.onnx", "model_int8.onnx"
-TOLERANCE = 1e-4  # between onnxruntime and torch, as a share of the largest feature
+TOLERANCE = 1e-4  # largest difference from torch, as a share of the largest feature
 NUM_CALIBRATION_IMAGES = 256  # training images that set the ranges of 8-bit activations
-MAX_IMAGES = 10_000  # images per split that the accuracy is measured on
-NUM_TIMED_IMAGES = 30  # one at a time
+MAX_IMAGES = 10_000  # largest number of images per split for the accuracies
+NUM_TIMED_IMAGES = 30  # images per latency, embedded one at a time
 INSTALL = "pip install 'ssl_pretrain[onnx]'"
 
-Embed = Callable[[Tensor], Tensor]  # normalized images to features, both on the CPU
+Embed = Callable[[Tensor], Tensor]  # maps normalized images to features, both on the CPU
 
 
 def require_packages() -> None:
-    """Raise ValueError with the install line if a package is missing."""
+    """Raise ValueError with the install command if a package is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -45,10 +45,10 @@ def write(run: Run, folder: Path, images: Tensor, expected: Tensor) -> str:
         run: Run to export.
         folder: Folder to write to.
         images: Reference images.
-        expected: Their features from torch.
+        expected: Features of these images, computed by torch.
 
     Returns:
-        Section of the model card with accuracy, latency and size.
+        Section of the model card, with accuracy, latency and size.
 
     Raises:
         ValueError: If the features of onnxruntime differ from torch's.
@@ -62,8 +62,9 @@ def write(run: Run, folder: Path, images: Tensor, expected: Tensor) -> str:
     largest = expected.abs().max().item()
     if not difference <= TOLERANCE * largest:
         raise ValueError(
-            f"{folder / FLOAT_MODEL}: its features differ from torch's by {difference:.2g}, where"
-            f" the largest is {largest:.2g}"
+            f"{folder / FLOAT_MODEL}: the features of the exported model differ from torch's by up"
+            f" to {difference:.2g}, and the largest feature is {largest:.2g}; do not use this file,"
+            " and export without --format onnx"
         )
     quantization = quantize(folder, run)
     embeds: dict[str, Embed] = {
@@ -96,7 +97,7 @@ def write(run: Run, folder: Path, images: Tensor, expected: Tensor) -> str:
 
 
 def convert(model: nn.Module, images: Tensor, path: Path) -> None:
-    """Export images (n, 3, size, size) to features (n, feature_dim) for any n."""
+    """Export a model that maps images (n, 3, size, size) to features (n, dim), for any n."""
     torch.onnx.export(
         model,
         (images,),
@@ -116,7 +117,7 @@ def open_session(path: Path) -> Embed:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def embed(images: Tensor) -> Tensor:
@@ -128,17 +129,19 @@ def open_session(path: Path) -> Embed:
 def quantize(folder: Path, run: Run) -> str:
     """Write the 8-bit model, and describe how the ranges of its activations are set.
 
-    The ranges of convolutions are fixed. Those of a ViT's matrix products follow each input.
+    Calibration images fix the ranges of a convolutional network. A ViT computes them per input.
     """
     import onnxruntime.quantization as quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared, target = str(folder / ".prepared.onnx"), str(folder / INT8_MODEL)
-    quant_pre_process(str(folder / FLOAT_MODEL), prepared, skip_symbolic_shape=True)
-    int8 = quantization.QuantType.QInt8
+    prepared_path, int8_path = str(folder / ".prepared.onnx"), str(folder / INT8_MODEL)
+    quant_pre_process(str(folder / FLOAT_MODEL), prepared_path, skip_symbolic_shape=True)
+    int8_type = quantization.QuantType.QInt8
     try:
         if hasattr(run.backbone.model, "blocks"):
-            quantization.quantize_dynamic(prepared, target, weight_type=int8, per_channel=True)
+            quantization.quantize_dynamic(
+                prepared_path, int8_path, weight_type=int8_type, per_channel=True
+            )
             return (
                 "weights of matrix products per channel, activations by each input's range"
                 " (onnxruntime's quantize_dynamic)"
@@ -146,20 +149,20 @@ def quantize(folder: Path, run: Run) -> str:
         train = EvaluationSplit(run, open_source(run.config.data, "train"))
         calibration = train.random_subset(NUM_CALIBRATION_IMAGES)
         quantization.quantize_static(
-            prepared,
-            target,
+            prepared_path,
+            int8_path,
             _CalibrationReader(calibration),
             per_channel=True,
             quant_format=quantization.QuantFormat.QDQ,
             activation_type=quantization.QuantType.QUInt8,
-            weight_type=int8,
+            weight_type=int8_type,
         )
         return (
             f"weights per channel, activations by the range over {len(calibration)} training images"
             " (onnxruntime's quantize_static, QDQ)"
         )
     finally:
-        Path(prepared).unlink(missing_ok=True)
+        Path(prepared_path).unlink(missing_ok=True)
 
 
 class _CalibrationReader:
@@ -176,36 +179,39 @@ class _CalibrationReader:
 
 
 def latencies(embeds: dict[str, Embed], images: Tensor) -> dict[str, float]:
-    """Return the median milliseconds that each model takes for one image.
+    """Return the median time of each model for one image, in milliseconds.
 
     The models take turns, so that other load on the machine slows all of them alike.
     """
     milliseconds: dict[str, list[float]] = {name: [] for name in embeds}
     for _ in range(NUM_TIMED_IMAGES + 1):
         for name, embed in embeds.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             embed(images[:1])
-            milliseconds[name].append(1000 * (time.perf_counter() - began))
+            milliseconds[name].append(1000 * (time.perf_counter() - start))
+    # The first pass is a warm-up.
     return {name: statistics.median(times[1:]) for name, times in milliseconds.items()}
 
 
 def measure_accuracies(run: Run, embeds: dict[str, Embed]) -> tuple[dict[str, float], str]:
     """Return the k-NN accuracy of each model in percent, and a description of the protocol.
 
-    Images without labels give no accuracy.
+    Without labeled test images there is no accuracy, and the description says so.
     """
     try:
         splits = labeled_splits(run, "k-NN")
     except ValueError as error:
         print_progress(str(error))
         return {}, "not measured, because there are no labeled test images"
-    vote = run.config.evaluation.k, run.config.evaluation.temperature
+    k, temperature = run.config.evaluation.k, run.config.evaluation.temperature
     bank, queries = (split.random_subset(MAX_IMAGES, sort=True) for split in splits)
     accuracies = {}
     for name, embed in embeds.items():
         search = knn_search.Search(*features.extract(embed, bank), len(bank.classes), "torch")
-        accuracies[name] = search.accuracies(*features.extract(embed, queries), [vote])[0]
+        (accuracies[name],) = search.accuracies(
+            *features.extract(embed, queries), [(k, temperature)]
+        )
     return accuracies, (
-        f"k {vote[0]}, temperature {vote[1]}, {len(queries):,} test images among {len(bank):,}"
+        f"k = {k}, temperature {temperature}, {len(queries):,} test images among {len(bank):,}"
         " training images"
     )

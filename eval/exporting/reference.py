@@ -1,4 +1,4 @@
-"""The reference features and the architecture, by which an exported network is recognized."""
+"""Reference features and architecture facts that identify an exported network."""
 
 import json
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from ssl_pretrain import rng
 
 REFERENCE, ARGUMENTS = "reference.safetensors", "timm.json"
 NUM_IMAGES = 2
-# Largest difference as a share of the largest feature. Rounding on another processor differs by a
-# hundredth of it, another network by a hundred times as much.
+# Largest accepted difference, relative to the largest feature. Rounding on another processor causes
+# a hundredth of this difference, and another network causes a hundred times as much.
 TOLERANCE = 1e-3
 
 
 def reference_images(size: int) -> Tensor:
-    """Return smooth noise, float32 (NUM_IMAGES, 3, size, size) of standard deviation about 1.
+    """Return smooth noise, float32 (NUM_IMAGES, 3, size, size), with standard deviation near 1.
 
-    It is the same on every machine.
+    The images are the same on every machine.
     """
 
     def noise(epoch: int, side: int) -> Tensor:
@@ -37,9 +37,10 @@ def reference_images(size: int) -> Tensor:
 
 @torch.no_grad()
 def check(model: nn.Module, folder: str | Path) -> None:
-    """Raise ValueError unless `model` gives the exported features for the reference images.
+    """Raise ValueError unless `model` computes the exported features of the reference images.
 
-    Weights can load strictly into another network, such as those of 12 heads into 6.
+    A strict load does not guarantee this. For example, the weights of a network with 12 heads also
+    load into one with 6.
 
     Args:
         model: Maps images to features on the CPU.
@@ -49,22 +50,22 @@ def check(model: nn.Module, folder: str | Path) -> None:
     features, expected = model.eval()(reference["images"]), reference["features"]
     if features.shape != expected.shape:
         raise ValueError(
-            f"{folder}: the model gives features {tuple(features.shape)}, the exported one"
-            f" {tuple(expected.shape)}; set num_classes=0"
+            f"{folder}: the features of the model have shape {tuple(features.shape)}, but the"
+            f" exported features have shape {tuple(expected.shape)}; set num_classes=0"
         )
     difference, largest = (features - expected).abs().max().item(), expected.abs().max().item()
     if not difference <= TOLERANCE * largest:
         arguments = json.loads((Path(folder) / ARGUMENTS).read_text())
         facts = ", ".join(f"{key} {value}" for key, value in arguments["facts"].items())
         raise ValueError(
-            f"{folder}: the weights loaded, and the features differ by {difference:.2g} where the"
-            f" largest is {largest:.2g}, so this is another network than the exported one. That has"
-            f" stem {arguments['stem']}, {facts}; build it with {ARGUMENTS}, or by eval.export.load"
+            f"{folder}: the weights loaded, but the features differ by {difference:.2g}, where the"
+            f" largest is {largest:.2g}, so this is not the exported network, which has stem"
+            f" {arguments['stem']}, {facts}; build it from {ARGUMENTS}, or with eval.export.load"
         )
 
 
 def architecture_facts(backbone: nn.Module) -> dict[str, Any]:
-    """Return facts that the weights do not tell: heads, epsilons, pooling, positions."""
+    """Return architecture facts that weights do not show, such as heads, epsilons and pooling."""
     model: Any = backbone.model
 
     def attributes(name: str, kind: type) -> list[Any]:
@@ -83,7 +84,7 @@ def architecture_facts(backbone: nn.Module) -> dict[str, Any]:
         facts["class_token"] = model.cls_token is not None
     if hasattr(model, "global_pool"):
         pool = model.global_pool
-        module_type = getattr(pool, "pool_type", type(pool).__name__)
-        facts["pooling"] = pool if isinstance(pool, str) else module_type
+        pool_type = getattr(pool, "pool_type", type(pool).__name__)
+        facts["pooling"] = pool if isinstance(pool, str) else pool_type
     facts["norm_eps"] = attributes("eps", float)
     return facts

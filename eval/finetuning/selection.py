@@ -81,7 +81,7 @@ TUNING_OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TuningOptions:
-    """Settings to try and departures from a published protocol. None keeps the published value."""
+    """Settings to try and overrides of a published protocol. None keeps the published value."""
 
     lrs: list[float] | None = None  # at the protocol's `lr_batch_size`
     weight_decays: list[float] | None = None
@@ -90,7 +90,7 @@ class TuningOptions:
     layer_decay: float | None = None
     mixup: float | None = None
     cutmix: float | None = None
-    ema: float = 0.0  # decay of the moving average of the weights; 0: none
+    ema: float = 0.0  # decay of the moving average of the weights; 0 turns it off
     rows: Sequence[str] = ("pretrained",)
 
 
@@ -98,7 +98,7 @@ class TuningOptions:
 class Column:
     """A column of the table: training images and the protocol to train on them."""
 
-    rows: np.ndarray  # indices into the training split
+    indices: np.ndarray  # images of the training split
     protocol: TuningProtocol
 
 
@@ -113,8 +113,8 @@ def adapt(published: TuningProtocol, options: TuningOptions, num_images: int) ->
     """Return the protocol with the options applied and a batch size that fits the images.
 
     Raises:
-        ValueError: If there is nothing to train, the batch does not fit or cannot be mixed in
-            pairs, or a value is out of range.
+        ValueError: If the training would have no steps, the batch does not fit the images or the
+            ranks, a rank's images cannot be mixed in pairs, or a value is out of range.
     """
     world_size = process_group.world_size()
     batch_size = options.batch_size or fitting_batch_size(
@@ -142,7 +142,7 @@ def adapt(published: TuningProtocol, options: TuningOptions, num_images: int) ->
     if not 0 < protocol.layer_decay <= 1 or not 0 <= options.ema < 1:
         raise ValueError(
             f"--layer-decay {protocol.layer_decay:g}, --ema {options.ema:g}: give a layer decay in"
-            " (0, 1] and a moving average in [0, 1)"
+            " (0, 1] and a moving-average decay in [0, 1)"
         )
     return protocol
 
@@ -156,7 +156,7 @@ def evaluate_columns(
     options: TuningOptions,
     entries: dict[str, str],
 ) -> dict[str, Any]:
-    """Measure the accuracy in percent of each network in each column, and save it.
+    """Measure and save the test accuracy of each network in each column, in percent.
 
     Args:
         run: Run to evaluate.
@@ -170,11 +170,11 @@ def evaluate_columns(
     Returns:
         The content of the result file.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     table = []
     for row_name, backbone in features.networks(run, train, options.rows):
         if row_name == "random, recalibrated":
-            continue  # training updates the statistics in any case
+            continue  # training updates the batch-norm statistics anyway
         is_random = row_name.startswith("random")
         row = results.Row("trained from random weights" if is_random else row_name, {})
         for title, column in columns.items():
@@ -190,7 +190,7 @@ def evaluate_columns(
         **entries,
         **{f"training, {title}": describe(column, options) for title, column in columns.items()},
     }
-    return results.save(run.path, name, protocol, table, run.provenance(), time.monotonic() - began)
+    return results.save(run.path, name, protocol, table, run.provenance(), time.monotonic() - start)
 
 
 def _tune_and_test(
@@ -202,28 +202,34 @@ def _tune_and_test(
     options: TuningOptions,
 ) -> tuple[float, str]:
     """Return the test accuracy in percent, and a note about the selected setting, if any."""
-    protocol, num_classes = column.protocol, len(train.classes)
+    num_classes = len(train.classes)
 
-    def tune(rows: np.ndarray, lr: float, weight_decay: float) -> nn.Module:
+    def fine_tune(indices: np.ndarray, lr: float, weight_decay: float) -> nn.Module:
         batch_size = fitting_batch_size(
-            protocol.batch_size, len(rows), process_group.world_size(), min_steps=1
+            column.protocol.batch_size, len(indices), process_group.world_size(), min_steps=1
         )
-        setting = replace(protocol, base_lr=lr, weight_decay=weight_decay, batch_size=batch_size)
-        model = trainer.build_network(run, backbone, setting, num_classes)
-        source = train.source.take(rows)
-        return trainer.train(run, model, source, setting, num_classes, options.ema)
+        protocol = replace(
+            column.protocol, base_lr=lr, weight_decay=weight_decay, batch_size=batch_size
+        )
+        model = trainer.build_network(run, backbone, protocol, num_classes)
+        source = train.source.take(indices)
+        return trainer.train(run, model, source, protocol, num_classes, options.ema)
 
     grid = list(
         itertools.product(
-            options.lrs or [protocol.base_lr], options.weight_decays or [protocol.weight_decay]
+            options.lrs or [column.protocol.base_lr],
+            options.weight_decays or [column.protocol.weight_decay],
         )
     )
     selected, note = grid[0], ""
     if len(grid) > 1:
-        train_rows, held_out_rows = (column.rows[rows] for rows in hold_out(len(column.rows)))
-        held_out = train.subset(held_out_rows)
+        train_rows, held_out_rows = hold_out(len(column.indices))
+        held_out = train.subset(column.indices[held_out_rows])
         accuracies, losses = zip(
-            *(trainer.scores(tune(train_rows, *setting), held_out) for setting in grid)
+            *(
+                trainer.scores(fine_tune(column.indices[train_rows], *setting), held_out)
+                for setting in grid
+            )
         )
         selected = grid[linear_heads.best_setting(accuracies, losses)]
         percentages = ", ".join(
@@ -232,11 +238,11 @@ def _tune_and_test(
         )
         name = linear_heads.setting_name(*selected)
         note = f"{name}, on {len(held_out)} held-out labeled images ({percentages})"
-    return 100 * trainer.scores(tune(column.rows, *selected), test)[0], note
+    return 100 * trainer.scores(fine_tune(column.indices, *selected), test)[0], note
 
 
 def describe(column: Column, options: TuningOptions) -> str:
-    """Describe the training of a column for the protocol."""
+    """Describe the training of a column, as an entry of the saved protocol."""
     protocol = column.protocol
     lrs = ", ".join(f"{lr:g}" for lr in options.lrs or [protocol.base_lr])
     decays = ", ".join(f"{decay:g}" for decay in options.weight_decays or [protocol.weight_decay])
@@ -244,7 +250,7 @@ def describe(column: Column, options: TuningOptions) -> str:
     entries = [
         "SGD with Nesterov momentum 0.9" if protocol.optimizer == "sgd" else "AdamW",
         f"learning rate {lrs} at a batch of {protocol.lr_batch_size}",
-        f"batch {protocol.batch_size} of {len(column.rows):,} labeled images",
+        f"batch {protocol.batch_size} of {len(column.indices):,} labeled images",
         f"{protocol.steps} steps" if protocol.steps else f"{protocol.epochs:g} epochs",
         f"warm-up {protocol.warmup_epochs:g} epochs, cosine to {protocol.min_lr:g}",
         f"weight decay {decays}"

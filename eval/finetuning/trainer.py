@@ -37,10 +37,10 @@ def build_network(
     """Return the backbone's timm model with a new classifier, on the run's device.
 
     Raises:
-        ValueError: If the protocol has stochastic depth and the model does not support it.
+        ValueError: If the protocol uses stochastic depth and the model does not support it.
     """
     config = replace(run.config.backbone, init="random", drop_path=protocol.drop_path)
-    torch.manual_seed(rng.seed_of(SEED, 0, 0))
+    torch.manual_seed(rng.derive_seed(SEED, 0, 0))
     tuned = backbones.build(config, run.view_size)
     backbones.load_strict(tuned, backbone.state_dict(), "the backbone to fine-tune")
     model: Any = tuned.model
@@ -55,13 +55,13 @@ def build_network(
 
 
 def build_optimizer(model: nn.Module, protocol: TuningProtocol) -> torch.optim.Optimizer:
-    """Return SGD or AdamW. A group's learning rate is multiplied by its `lr_scale`."""
-    undecayed: Any = getattr(model, "no_weight_decay", tuple)()
+    """Return the protocol's optimizer. `set_learning_rates` sets its learning rates."""
+    no_decay_names: Any = getattr(model, "no_weight_decay", tuple)()
     if protocol.layer_decay < 1:
         groups = param_groups_layer_decay(
             model,
             protocol.weight_decay,
-            undecayed,
+            no_decay_names,
             weight_decay_exclude_1d=not protocol.decays_norms_and_biases,
             layer_decay=protocol.layer_decay,
         )
@@ -69,7 +69,7 @@ def build_optimizer(model: nn.Module, protocol: TuningProtocol) -> torch.optim.O
         groups = [{"params": list(model.parameters()), "weight_decay": protocol.weight_decay}]
     else:
         groups = param_groups_weight_decay(
-            model, protocol.weight_decay, no_weight_decay_list=undecayed
+            model, protocol.weight_decay, no_weight_decay_list=no_decay_names
         )
     if protocol.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
@@ -87,18 +87,18 @@ def train(
     """Train `model` in place on all images of `source`.
 
     Gradients are averaged over ranks and batch norm is global, so any number of ranks trains the
-    same weights. The exception is mixup, which mixes images of the same rank.
+    same weights. The exception is mixup, which only mixes images within a rank.
 
     Args:
         run: Run to evaluate.
         model: Network from `build_network`.
         source: Labeled training images.
-        protocol: Protocol of the training.
+        protocol: Training protocol.
         num_classes: Number of classes.
-        ema: Decay of a moving average of the weights. 0 is none.
+        ema: Decay of the moving average of the weights. 0 turns averaging off.
 
     Returns:
-        The model in evaluation mode, or its moving average.
+        The model, or its moving average if there is one, in evaluation mode.
     """
     local_batch_size = protocol.batch_size // process_group.world_size()
     batch_norm.convert(model, local_batch_size, protocol.batch_size)
@@ -135,13 +135,13 @@ def train(
 def set_learning_rates(
     optimizer: torch.optim.Optimizer, protocol: TuningProtocol, fraction: float, epochs: float
 ) -> float:
-    """Set every group's learning rate to a linear warm-up and a cosine, scaled by the batch size.
+    """Set the learning rates by linear warm-up and cosine decay, scaled by the batch size.
 
     Args:
         optimizer: Optimizer from `build_optimizer`.
-        protocol: Protocol of the training.
-        fraction: Share of the training that is done, in [0, 1].
-        epochs: Length of the training.
+        protocol: Training protocol.
+        fraction: Completed fraction of the training, in [0, 1].
+        epochs: Length of the training in epochs.
 
     Returns:
         The learning rate of a group whose `lr_scale` is 1.
@@ -160,22 +160,22 @@ def set_learning_rates(
 
 def seed_step(step: int) -> None:
     """Seed the generators of stochastic depth, mixup and erasing by step and rank."""
-    value = rng.seed_of(SEED, step, process_group.rank())
-    torch.manual_seed(value)
-    _seed_python_and_numpy(value)
+    seed = rng.derive_seed(SEED, step, process_group.rank())
+    torch.manual_seed(seed)
+    _seed_python_and_numpy(seed)
 
 
-def _seed_python_and_numpy(value: int) -> None:
-    random.seed(value)
-    np.random.seed(value % 2**32)
+def _seed_python_and_numpy(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def build_mixing(
     protocol: TuningProtocol, num_classes: int, device: torch.device
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return a function from images and labels to augmented images and soft targets.
+    """Return a function that maps images and labels to augmented images and soft targets.
 
-    It erases rectangles and mixes images with others of the batch, as the protocol says.
+    The protocol decides whether the function erases rectangles and mixes images of the batch.
     """
     erase: Callable[[Tensor], Tensor] = nn.Identity()
     if protocol.erasing:
@@ -201,15 +201,17 @@ def average_gradients(model: nn.Module) -> None:
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    means = (collectives.reduce_sum(flat) / world_size).split([each.numel() for each in gradients])
+    sizes = [gradient.numel() for gradient in gradients]
+    means = (collectives.reduce_sum(flat) / world_size).split(sizes)
     for gradient, mean in zip(gradients, means):
         gradient.copy_(mean.view_as(gradient))
 
 
 def slow_down_statistics(model: nn.Module, steps_per_epoch: int) -> None:
-    """Set SimCLR's momentum of batch norm (appendix B.8.1).
+    """Set the momentum of batch norm as in SimCLR (appendix B.8.1).
 
-    TensorFlow's momentum is max(1 - 10 / steps_per_epoch, 0.9), and torch's is one minus that.
+    The paper's max(1 - 10 / steps_per_epoch, 0.9) is TensorFlow's momentum. PyTorch's momentum is
+    one minus that.
     """
     for module in model.modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, batch_norm.GroupBatchNorm)):
@@ -217,7 +219,7 @@ def slow_down_statistics(model: nn.Module, steps_per_epoch: int) -> None:
 
 
 def scores(model: nn.Module, split: EvaluationSplit) -> tuple[float, float]:
-    """Return accuracy in [0, 1] and cross entropy on evaluation views, the same on all ranks."""
+    """Return the accuracy in [0, 1] and the cross entropy on a split, the same on all ranks."""
     logits, labels = features.embed_split(partial(features.extract, model), split)
     accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
     return accuracy, nn.functional.cross_entropy(logits, labels).item()
@@ -226,21 +228,21 @@ def scores(model: nn.Module, split: EvaluationSplit) -> tuple[float, float]:
 def rand_augment(
     view: Tensor, epoch: int, index: int, *, policy: str, mean: tuple[float, ...]
 ) -> Tensor:
-    """Augment one view by timm's RandAugment (Cubuk et al., arXiv:1909.13719).
+    """Augment one view with timm's RandAugment (Cubuk et al., arXiv:1909.13719).
 
-    The random choices depend on the epoch and the image only.
+    The random choices only depend on the epoch and the image.
 
     Args:
         view: View, uint8 (3, size, size).
-        epoch: Epoch of the training.
+        epoch: Training epoch.
         index: Index of the image in its data set.
-        policy: timm's name of the policy.
-        mean: Color of pixels beyond the edges of the view, in [0, 1].
+        policy: timm's name for the policy.
+        mean: Fill color for pixels from outside the view, in [0, 1].
 
     Returns:
-        The augmented view, with the same shape and type.
+        The augmented view, with the same shape and data type.
     """
-    _seed_python_and_numpy(rng.seed_of(SEED, epoch, index))
+    _seed_python_and_numpy(rng.derive_seed(SEED, epoch, index))
     image = Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
     augmented = _build_policy(policy, mean, view.shape[-1])(image)
     return torch.from_numpy(np.array(augmented)).permute(2, 0, 1)

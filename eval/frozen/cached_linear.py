@@ -1,4 +1,4 @@
-"""Linear classifiers with selected hyperparameters, on features that are computed once."""
+"""Train linear classifiers on features that are computed once, and select hyperparameters."""
 
 import itertools
 import math
@@ -29,13 +29,13 @@ NUM_SETTINGS = len(LEARNING_RATES) * len(WEIGHT_DECAYS)
 MOMENTUM = 0.9
 BATCH_SIZE = 256
 PROTOCOL = {
-    "normalization": "every feature to mean 0, deviation 1 over the training images; raw pixels"
-    " too",
+    "normalization": "every feature and every raw pixel is scaled to mean 0 and standard deviation"
+    " 1 over the training images",
     "classifier": f"linear, SGD with Nesterov momentum {MOMENTUM}, batch {BATCH_SIZE},"
-    " {epochs} epochs, cosine to 0, from zero",
-    "selection": f"learning rate of {', '.join(f'{lr:g}' for lr in LEARNING_RATES)}, weight decay"
-    f" of {', '.join(f'{decay:g}' for decay in WEIGHT_DECAYS)}, by accuracy on a held-out tenth of"
-    " the training images; then trained on all of them",
+    " {epochs} epochs, cosine schedule to 0, weights initialized to zero",
+    "selection": f"learning rate from {', '.join(f'{lr:g}' for lr in LEARNING_RATES)} and weight"
+    f" decay from {', '.join(f'{decay:g}' for decay in WEIGHT_DECAYS)}, by accuracy on a held-out"
+    " tenth of the training images; then trained on all of them",
 }
 
 
@@ -50,36 +50,36 @@ def evaluate(
     Args:
         run: Run to evaluate.
         epochs: Passes over the training images.
-        labels_per_class: Numbers of labels per class to evaluate as well.
-        rows: Features to evaluate, of `features.ROWS`.
+        labels_per_class: Numbers of labels per class that are evaluated in addition to all labels.
+        rows: Names of the features to evaluate, from `features.ROWS`.
 
     Returns:
         The content of the result file.
 
     Raises:
-        ValueError: If the images have no labels or a class has too few.
+        ValueError: If the images have no labels, or a class has too few labels.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     train, test = labeled_splits(run, "the linear evaluation")
-    draws = {
+    subsets_by_column = {
         f"{number} per class": few_labels.draw_rows(train.labels, number, train.classes)
         for number in labels_per_class
     }
     table, grid = [], []
     for representation in features.representations(run, train, rows):
-        row, grid_row = _measure(representation, train, test, epochs, draws)
-        results.print_progress(row.summary())
-        table.append(row)
+        table_row, grid_row = _measure(representation, train, test, epochs, subsets_by_column)
+        results.print_progress(table_row.summary())
+        table.append(table_row)
         grid.append(grid_row)
     protocol = describe_splits(run, train, test, has_random_row="random" in rows)
     protocol |= {key: text.format(epochs=epochs) for key, text in PROTOCOL.items()}
-    if draws:
+    if subsets_by_column:
         protocol["few labels"] = few_labels.PROTOCOL
     grid_protocol = protocol | {
         "accuracy": "on the held-out tenth of the training images, by learning rate (lr) and weight"
         " decay (wd)"
     }
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     results.save(run.path, "linear_grid", grid_protocol, grid, run.provenance(), seconds)
     table = results.with_better_random(table)
     return results.save(run.path, "linear", protocol, table, run.provenance(), seconds)
@@ -90,9 +90,9 @@ def _measure(
     train: EvaluationSplit,
     test: EvaluationSplit,
     epochs: int,
-    draws: Mapping[str, list[np.ndarray]],
+    subsets_by_column: Mapping[str, list[np.ndarray]],
 ) -> tuple[results.Row, results.Row]:
-    """Return the row of the table and the row of the grid, which has every setting."""
+    """Return the row of the result table, and the row of the grid, which lists every setting."""
     train_features, train_labels = features.embed_split(representation.embed, train)
     test_features, test_labels = features.embed_split(representation.embed, test)
     standardize = fit_standardization(train_features)
@@ -105,7 +105,7 @@ def _measure(
     row = results.Row(
         representation.name, {"all labels": accuracy}, notes={"all labels": str(selected)}
     )
-    for column, subsets in draws.items():
+    for column, subsets in subsets_by_column.items():
         row.metrics[column], row.spread[column] = few_labels.accuracy_and_deviation(
             train_features, train_labels, test_features, test_labels, subsets
         )
@@ -118,24 +118,24 @@ def fit_standardization(train_features: Tensor) -> Callable[[Tensor], Tensor]:
     A constant feature is mapped to 0.
     """
     std, mean = torch.std_mean(train_features, dim=0, correction=0)
-    constant = std <= 1e-6 * std.max().clamp(min=1e-30)
-    divisor = std.masked_fill(constant, torch.inf)
-    return lambda features: (features - mean) / divisor
+    is_constant = std <= 1e-6 * std.max().clamp(min=1e-30)
+    divisor = std.masked_fill(is_constant, torch.inf)
+    return lambda raw: (raw - mean) / divisor
 
 
 @dataclass
 class Selection:
-    """The hyperparameters that do best on held-out training images."""
+    """Hyperparameters with the highest accuracy on held-out training images."""
 
     lr: float
     weight_decay: float
     held_out_accuracy: float
-    percentages: dict[str, float]  # accuracy on the held-out images by setting
+    percentages: dict[str, float]  # held-out accuracy in percent, by name of the setting
 
     def __str__(self) -> str:
         is_at_edge = self.lr in (LEARNING_RATES[0], LEARNING_RATES[-1])
         return (
-            f"learning rate {self.lr:g}{', at the edge of those tried' if is_at_edge else ''},"
+            f"learning rate {self.lr:g}{', at the edge of the grid' if is_at_edge else ''},"
             f" weight decay {self.weight_decay:g} ({100 * self.held_out_accuracy:.1f} % of held-out"
             " training images)"
         )
@@ -146,21 +146,23 @@ def select(
 ) -> Selection:
     """Select the learning rate and weight decay on held-out training images.
 
-    The highest accuracy is selected, and among equals the lowest cross entropy.
+    The highest accuracy wins. Ties go to the lowest cross entropy.
     """
-    fit, held_out = hold_out(len(train_features))
+    fit_rows, held_out_rows = hold_out(len(train_features))
     grid = list(itertools.product(LEARNING_RATES, WEIGHT_DECAYS))
     lrs, decays = map(list, zip(*grid))
-    weights = train_heads(train_features[fit], train_labels[fit], num_classes, lrs, decays, epochs)
-    accuracies, losses = linear_heads.scores(
-        weights, train_features[held_out], train_labels[held_out]
+    weights = train_heads(
+        train_features[fit_rows], train_labels[fit_rows], num_classes, lrs, decays, epochs
     )
-    head = linear_heads.best_setting(accuracies.tolist(), losses.tolist())
+    accuracies, losses = linear_heads.scores(
+        weights, train_features[held_out_rows], train_labels[held_out_rows]
+    )
+    best = linear_heads.best_setting(accuracies.tolist(), losses.tolist())
     percentages = {
         linear_heads.setting_name(*setting): 100 * accuracy
         for setting, accuracy in zip(grid, accuracies.tolist())
     }
-    return Selection(*grid[head], accuracies[head].item(), percentages)
+    return Selection(*grid[best], accuracies[best].item(), percentages)
 
 
 def train_heads(
@@ -171,21 +173,21 @@ def train_heads(
     weight_decays: list[float],
     epochs: int,
 ) -> Tensor:
-    """Train linear classifiers side by side on the same batches.
+    """Train one linear classifier per setting, all on the same batches.
 
     Each equals a linear layer that starts at zero and is trained by torch.optim.SGD(nesterov=True)
-    with a cosine schedule. All ranks hold all features, and each takes its share of every batch.
+    with a cosine schedule. Every rank has all features and takes its share of every batch.
 
     Args:
-        train_features: Features, (n, dim).
-        train_labels: Their classes, (n,).
+        train_features: Features, shape (num_images, dim).
+        train_labels: Classes of the images, shape (num_images,).
         num_classes: Number of classes.
         lrs: Learning rate of each classifier.
         weight_decays: Weight decay of each classifier.
         epochs: Passes over the features.
 
     Returns:
-        Weights (num_heads, dim + 1, num_classes). The last row is the bias.
+        Weights, shape (num_heads, dim + 1, num_classes). The last row of each head is the bias.
     """
     num_images, dim = train_features.shape
     heads = linear_heads.LinearHeads(
@@ -196,7 +198,7 @@ def train_heads(
         batches = order.split(BATCH_SIZE)
         for step, batch in enumerate(batches):
             rows = batch[process_group.rank() :: process_group.world_size()]
-            fraction = (epoch + step / len(batches)) / epochs
-            factor = 0.5 * (1 + math.cos(math.pi * fraction))
-            heads.step(train_features[rows], train_labels[rows], factor, len(batch))
+            progress = (epoch + step / len(batches)) / epochs
+            lr_factor = 0.5 * (1 + math.cos(math.pi * progress))
+            heads.step(train_features[rows], train_labels[rows], lr_factor, len(batch))
     return heads.weights.transpose(0, 1)

@@ -1,4 +1,4 @@
-"""The images of an evaluation: splits of the data in their evaluation views."""
+"""Data set splits in the views that evaluations use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class UnlabeledError(ValueError):
 
 
 class EvaluationSplit:
-    """Images of a source in their evaluation views, which small splits keep in memory.
+    """Images of a source in evaluation views. Small splits keep their views in memory.
 
     Args:
         run: Run whose configuration defines the evaluation view.
@@ -47,13 +47,13 @@ class EvaluationSplit:
         return len(self.indices)
 
     def subset(self, rows: np.ndarray) -> EvaluationSplit:
-        """Return the split that has only these rows."""
+        """Return a split of only these rows."""
         return EvaluationSplit(self.run, self.source, self.indices[rows])
 
     def random_subset(self, num_images: int, sort: bool = False) -> EvaluationSplit:
-        """Return a fixed random choice of at most `num_images` images.
+        """Return a fixed random subset of at most `num_images` images.
 
-        Their order is random, or that of the data set with `sort`.
+        The images are in random order, or in the order of the data set if `sort` is True.
         """
         rows = rng.permutation(0, 0, len(self), rng.Purpose.SUBSET)[:num_images]
         return self.subset(np.sort(rows) if sort else rows)
@@ -67,7 +67,7 @@ class EvaluationSplit:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the views that stay in memory, 0 if they exceed MAX_CACHE_BYTES."""
+        """Bytes of the cached views, 0 if they would exceed MAX_CACHE_BYTES."""
         view_bytes = len(self) * 3 * self.run.image_size**2
         return view_bytes if view_bytes <= MAX_CACHE_BYTES else 0
 
@@ -95,23 +95,24 @@ class EvaluationSplit:
 
 
 def rows_of(rank: int, num_images: int) -> np.ndarray:
-    """Return the rows of a rank, every world_size-th batch.
+    """Return the rows that a rank evaluates, every world_size-th batch.
 
-    With whole batches, the numbers do not depend on the number of ranks.
+    Ranks take whole batches, so the results do not depend on the number of ranks.
     """
     rows = np.arange(num_images)
     return rows[rows // BATCH_SIZE % process_group.world_size() == rank]
 
 
 def labeled_splits(
-    run: Run, purpose: str, queries: str = "val"
+    run: Run, purpose: str, query_split: str = "val"
 ) -> tuple[EvaluationSplit, EvaluationSplit]:
     """Return the labeled training images and the queries.
 
     Args:
         run: Run to evaluate.
         purpose: Name of the evaluation, for error messages.
-        queries: "val" for the test images, "train" for a held-out tenth of the training images.
+        query_split: "val" for the test images, "train" for a held-out tenth of the training
+            images.
 
     Raises:
         ValueError: If no image has a label, there is only one class or no test image, or the two
@@ -124,7 +125,7 @@ def labeled_splits(
             f" {len(train.classes)} ({', '.join(train.classes)}), so every answer would be right;"
             " put the images in one folder per class"
         )
-    if queries == "train":
+    if query_split == "train":
         rows, held_out_rows = hold_out(len(train))
         return EvaluationSplit(run, train, rows), EvaluationSplit(run, train, held_out_rows)
     test = open_labeled(run, "val", purpose)
@@ -138,7 +139,7 @@ def labeled_splits(
 
 
 def open_labeled(run: Run, split: Literal["train", "val"], purpose: str) -> Source:
-    """Open the images of a split that have a label.
+    """Open the labeled images of a split.
 
     Images without a label are left out and counted in the printed description of the data. One rank
     per machine lists the files first, and the other ranks read its list.
@@ -181,14 +182,14 @@ def check_classes(train: Source, test: Source) -> None:
         raise ValueError(
             f"data.val: {test.where} has {len(test.classes)} classes and {train.where}"
             f" {len(train.classes)}, and {len(unseen)} of the former were never trained on"
-            f" ({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}); give splits of one"
-            " data set"
+            f" ({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}); give splits of the"
+            " same data set"
         )
     if test.classes != train.classes[: len(test.classes)]:
         raise ValueError(
             f"data.val: the {len(test.classes)} classes of {test.where} are in a different order"
-            f" than the {len(train.classes)} of {train.where}; write both .beton files from one"
-            " data set"
+            f" than the {len(train.classes)} of {train.where}; write both .beton files from the"
+            " same data set"
         )
 
 
@@ -203,7 +204,7 @@ def describe_splits(
     run: Run,
     train: EvaluationSplit,
     test: EvaluationSplit,
-    queries: str = "val",
+    query_split: str = "val",
     has_random_row: bool = True,
 ) -> dict[str, Any]:
     """Return the protocol entries that all evaluations of a run share.
@@ -212,11 +213,11 @@ def describe_splits(
         run: Run to evaluate.
         train: Training images.
         test: Test images, or held-out training images.
-        queries: Origin of the test images, as in `labeled_splits`.
+        query_split: Origin of the test images, as in `labeled_splits`.
         has_random_row: The table has a row for the random backbone.
     """
     evaluation, size = run.config.evaluation, run.image_size
-    kind = "held-out training images" if queries == "train" else "test images"
+    kind = "held-out training images" if query_split == "train" else "test images"
     random_entry = {
         "random": "the network before its first step, from the run's seed; recalibrated: with the"
         " batch-norm statistics of training images"

@@ -1,6 +1,6 @@
-"""Frozen features to compare: raw pixels, the random backbone, the pretrained one.
+"""Compute the frozen features to compare: raw pixels, random backbone and pretrained backbone.
 
-The images may be shifted by a few pixels, to test invariance to translation. Each rank embeds its
+The images may be shifted by a few pixels to test invariance to translation. Each rank embeds its
 share of a split. A share consists of whole batches, so any number of ranks embeds the same batches.
 """
 
@@ -21,8 +21,8 @@ from ssl_pretrain.models import backbones
 from ssl_pretrain.views import color
 
 MAX_RECALIBRATION_IMAGES = 10000
-RAW_SIZE = 32  # pixels; larger views are averaged down to this, which gives 3,072 numbers
-MIN_UNSHIFTED_SIDE = 32  # pixels; images with a shorter side are shifted by default
+RAW_SIZE = 32  # pixels; larger views are averaged down to this height and width
+MIN_UNSHIFTED_SIDE = 32  # pixels; images whose shorter side is below this are shifted by default
 ROWS = ("raw", "random", "pretrained")
 
 Offset = tuple[int, int]  # pixels to the right and down
@@ -31,17 +31,17 @@ Embed = Callable[..., tuple[Tensor, Tensor]]  # (split, offset) -> features (n, 
 
 @dataclass
 class Representation:
-    """Features in one row of a result table."""
+    """The kind of features that one row of a result table evaluates."""
 
     name: str
     embed: Embed
-    centered: bool = False  # k-NN subtracts the training mean, as raw pixels need
+    centered: bool = False  # True if k-NN subtracts the training mean, which raw pixels need
 
 
 def representations(
     run: Run, train: EvaluationSplit, rows: Sequence[str] = ROWS
 ) -> Iterator[Representation]:
-    """Yield the features of each row in order, raw pixels first."""
+    """Yield the representation of each row, raw pixels first."""
     if "raw" in rows:
         yield Representation("raw pixels", raw_pixels, centered=True)
     for name, backbone in networks(run, train, rows):
@@ -53,7 +53,7 @@ def networks(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield the name and the backbone, in evaluation mode, of each row that has a network.
 
-    The random backbone has two rows, as built and with recalibrated batch norm.
+    A random backbone with batch norm has two rows, one as built and one recalibrated.
     """
     if "random" in rows:
         yield "random, as built", random_backbone(run)
@@ -68,11 +68,12 @@ def random_backbone(run: Run, train: EvaluationSplit | None = None) -> nn.Module
 
     Args:
         run: Run to evaluate.
-        train: Training images to recalibrate batch norm on. The running statistics become the mean
-            over shuffled batches of at most MAX_RECALIBRATION_IMAGES images.
+        train: Training images to recalibrate batch norm on, or None to keep the initial statistics.
+            The running statistics become the mean over shuffled batches of at most
+            MAX_RECALIBRATION_IMAGES images.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.seed_of(run.config.seed, 0, 0))  # the trainer's seed
+        torch.manual_seed(rng.derive_seed(run.config.seed, 0, 0))  # the trainer's seed
         architecture = replace(run.config.backbone, init="random")
         backbone = to_device(backbones.build(architecture, run.view_size), run.device)
     if train is None:
@@ -88,7 +89,7 @@ def random_backbone(run: Run, train: EvaluationSplit | None = None) -> nn.Module
 
 
 def recalibration_split(train: EvaluationSplit) -> EvaluationSplit:
-    """Return shuffled training images. In a folder's order, a batch would be of one class."""
+    """Return shuffled training images. In folder order, a batch would contain a single class."""
     return train.random_subset(MAX_RECALIBRATION_IMAGES)
 
 
@@ -101,7 +102,7 @@ def _batch_norms(backbone: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 def normalize(run: Run, images: Tensor) -> Tensor:
-    """Return uint8 views as the network's input: float32, normalized, on the run's device."""
+    """Convert uint8 views to the network's input: float32, normalized, on the run's device."""
     normalized = color.normalize(images.to(run.device), run.config.views.mean, run.config.views.std)
     return normalized.contiguous(memory_format=torch.channels_last)
 
@@ -110,7 +111,7 @@ def normalize(run: Run, images: Tensor) -> Tensor:
 def extract(
     backbone: Callable[[Tensor], Tensor], split: EvaluationSplit, offset: Offset = (0, 0)
 ) -> tuple[Tensor, Tensor]:
-    """Return features, float32 (n, feature_dim), and labels (n,) of the shifted images."""
+    """Return the features, float32 (n, feature_dim), and labels (n,) of the shifted images."""
     batches = [
         (backbone(normalize(split.run, shift(images, *offset))).float(), labels)
         for images, labels in split.batches()
@@ -119,7 +120,7 @@ def extract(
 
 
 def raw_pixels(split: EvaluationSplit, offset: Offset = (0, 0)) -> tuple[Tensor, Tensor]:
-    """Return the pixels of the shifted views, features in [0, 1], and the labels."""
+    """Return the pixels of the shifted views as features in [0, 1], and the labels."""
     batches = [
         (flatten_views(split.run, shift(images, *offset)), labels)
         for images, labels in split.batches()
@@ -128,9 +129,9 @@ def raw_pixels(split: EvaluationSplit, offset: Offset = (0, 0)) -> tuple[Tensor,
 
 
 def flatten_views(run: Run, images: Tensor) -> Tensor:
-    """Return uint8 views (n, 3, size, size) as raw pixels, float32 (n, 3 * side * side).
+    """Convert uint8 views (n, 3, size, size) to raw pixels, float32 (n, 3 * side * side).
 
-    The side is at most RAW_SIZE.
+    `side` is `size`, but at most RAW_SIZE.
     """
     values = images.to(run.device, torch.float32).div_(255)
     if run.image_size > RAW_SIZE:
@@ -141,7 +142,7 @@ def flatten_views(run: Run, images: Tensor) -> Tensor:
 def concatenate(
     batches: list[tuple[Tensor, Tensor]], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Concatenate batches of features and labels. A rank without images has no batch."""
+    """Concatenate batches of features and labels. The list is empty on a rank without images."""
     empty = torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64)
     features, labels = zip(*(batches or [empty]))
     return torch.cat(features), torch.cat(labels).to(device)
@@ -166,15 +167,15 @@ def gather_rows(rows: Tensor) -> Tensor:
         return rows
     shapes = collectives.gather_objects(tuple(rows.shape))
     longest = max(shape[0] for shape in shapes)
-    inner = next(shape[1:] for shape in shapes if shape[0])
-    padded = rows.new_zeros(longest, *inner)
-    padded[: len(rows)] = rows.view(len(rows), *inner)
+    row_shape = next(shape[1:] for shape in shapes if shape[0])
+    padded = rows.new_zeros(longest, *row_shape)
+    padded[: len(rows)] = rows.view(len(rows), *row_shape)
     gathered = collectives.gather(padded).split(longest)
     return torch.cat([rank_rows[: shape[0]] for rank_rows, shape in zip(gathered, shapes)])
 
 
 def shift(images: Tensor, dx: int, dy: int) -> Tensor:
-    """Shift images (n, channels, height, width) dx pixels right and dy down, filling with black."""
+    """Shift images (n, channels, height, width) by dx pixels right and dy down, padding with 0."""
     if not dx and not dy:
         return images
     height, width = images.shape[-2:]
@@ -183,19 +184,21 @@ def shift(images: Tensor, dx: int, dy: int) -> Tensor:
 
 
 def shift_offsets(split: EvaluationSplit, distance: int) -> list[Offset]:
-    """Return the shifts right, left, down and up by `distance` pixels of the original image.
+    """Return the offsets for shifts to the right, to the left, down and up.
 
-    The offsets are in pixels of the evaluation view, whose crop scales the shorter side of the
-    original to image_size / crop_ratio.
+    Args:
+        split: Images to shift.
+        distance: Distance in pixels of the original images. The returned offsets are in pixels of
+            the evaluation view, where the shorter side is scaled to image_size / crop_ratio.
     """
     run = split.run
     scale = run.image_size / run.config.evaluation.crop_ratio / _shorter_side(split)
-    pixels = round(distance * scale)
-    return [(pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)]
+    view_pixels = round(distance * scale)
+    return [(view_pixels, 0), (-view_pixels, 0), (0, view_pixels), (0, -view_pixels)]
 
 
 def default_shift_distances(split: EvaluationSplit) -> list[int]:
-    """Return the distances, in original pixels, that small images are shifted by."""
+    """Return the default shift distances in original pixels. Only small images are shifted."""
     return [1, 2] if _shorter_side(split) < MIN_UNSHIFTED_SIDE else []
 
 
@@ -207,5 +210,6 @@ def _shorter_side(split: EvaluationSplit) -> int:
         except UnreadableImage:
             split.source.check_present()
     raise ValueError(
-        f"data.root: none of the {len(split):,} images of {split.source.where} can be read"
+        f"data.root: none of the {len(split):,} images of {split.source.where} can be read; "
+        "check the files"
     )

@@ -1,4 +1,4 @@
-"""Accuracy when only a few images per class have a label."""
+"""Measure the accuracy when only a few images per class have a label."""
 
 import warnings
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from ssl_pretrain import rng
 
 NUM_DRAWS = 10
-# scikit-learn's inverse regularization. It is fixed, because with one label per class there are no
-# images to select it on.
+# Inverse strength of scikit-learn's regularization. It is fixed because with one label per class
+# there are no images left to select it on.
 C = 1.0
 PROTOCOL = (
     f"logistic regression (scikit-learn, C = {C}, fixed beforehand) on standardized features"
-    f" divided by the root of their number; mean ± deviation over {NUM_DRAWS} fixed draws of the"
-    " labeled images, the same for all rows"
+    f" divided by the square root of their dimension; mean ± deviation over {NUM_DRAWS} fixed draws"
+    " of the labeled images, the same for all rows"
 )
 
 
@@ -22,10 +22,12 @@ def draw_rows(labels: np.ndarray, num_per_class: int, classes: list[str]) -> lis
     """Draw the rows of `num_per_class` training images of each class, NUM_DRAWS times.
 
     Raises:
-        ValueError: If a class has fewer images, or the number is not positive.
+        ValueError: If a class has fewer images, or `num_per_class` is not positive.
     """
     if num_per_class < 1:
-        raise ValueError(f"--labels-per-class {num_per_class}: give at least 1")
+        raise ValueError(
+            f"--labels-per-class {num_per_class}: a class needs a labeled image; give at least 1"
+        )
     return [
         balanced_rows(labels, num_per_class, classes, seed, f"--labels-per-class {num_per_class}")
         for seed in range(NUM_DRAWS)
@@ -35,14 +37,14 @@ def draw_rows(labels: np.ndarray, num_per_class: int, classes: list[str]) -> lis
 def balanced_rows(
     labels: np.ndarray, num_per_class: int, classes: list[str], seed: int, option: str
 ) -> np.ndarray:
-    """Draw the rows of the same number of images of each class, class by class.
+    """Draw the rows of `num_per_class` images of each class, ordered by class.
 
     Args:
         labels: Class of each image.
         num_per_class: Number of images per class.
         classes: Names of the classes.
         seed: Seed of the draw.
-        option: Option of the command line that error messages name.
+        option: Command-line option that the error message names.
 
     Raises:
         ValueError: If a class has fewer images.
@@ -50,7 +52,7 @@ def balanced_rows(
     counts = np.bincount(labels, minlength=len(classes))
     if counts.min() < num_per_class:
         raise ValueError(
-            f"{option}: takes {num_per_class} images per class, and {classes[counts.argmin()]!r}"
+            f"{option}: takes {num_per_class} images per class, but {classes[counts.argmin()]!r}"
             f" has {counts.min()}; give a smaller number"
         )
     order = rng.permutation(seed, 0, len(labels), rng.Purpose.SUBSET)
@@ -66,14 +68,14 @@ def accuracy_and_deviation(
     test_labels: Tensor,
     draws: list[np.ndarray],
 ) -> tuple[float, float]:
-    """Return mean and standard deviation over the draws of the accuracy in percent.
+    """Return the mean and the standard deviation of the accuracy over the draws, in percent.
 
     The features must be standardized.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    scale = train_features.shape[1] ** -0.5  # C then means the same for 96 features and 3,072
+    scale = train_features.shape[1] ** -0.5  # so that C means the same at any width
     train, labels, test, truth = (
         values.cpu().numpy()
         for values in (train_features * scale, train_labels, test_features * scale, test_labels)

@@ -1,4 +1,4 @@
-"""Exact nearest-neighbor search by cosine similarity, in a bank that is spread over ranks."""
+"""Exact nearest-neighbor search by cosine similarity, in a feature bank spread over ranks."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,19 +10,19 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.monitoring import weighted_knn
 
-QUERY_BATCH_SIZE, BANK_TILE_SIZE = 1024, 16384  # a tile of similarities has 64 MiB
+QUERY_BATCH_SIZE, BANK_TILE_SIZE = 1024, 16384  # a tile of similarities takes 64 MiB
 
-Vote = tuple[int, float]  # k, and the temperature that divides the similarities
+VoteSettings = tuple[int, float]  # k, and the temperature that divides the similarities
 
 
 def choose_backend(backend: str) -> str:
     """Return "faiss" or "torch".
 
     Args:
-        backend: "faiss", "torch", or "auto" for faiss where it is installed.
+        backend: "faiss", "torch", or "auto" for faiss if it is installed and torch otherwise.
 
     Raises:
-        ValueError: If faiss is required and not installed.
+        ValueError: If `backend` is "faiss" and faiss is not installed.
     """
     if backend == "torch":
         return "torch"
@@ -31,7 +31,7 @@ def choose_backend(backend: str) -> str:
     except ImportError:
         if backend == "faiss":
             raise ValueError(
-                "--backend faiss: it is not installed; pip install 'ssl_pretrain[faiss]', or take"
+                "--backend faiss: faiss is not installed; pip install 'ssl_pretrain[faiss]', or use"
                 " --backend torch"
             ) from None
         return "torch"
@@ -41,10 +41,10 @@ def choose_backend(backend: str) -> str:
 def required_bytes(
     num_bank: int, num_queries: int, dim: int, num_classes: int, view_bytes: int
 ) -> int:
-    """Return an upper limit of the bytes that one rank holds during a search.
+    """Return an upper bound on the memory that a search takes on one rank, in bytes.
 
-    The rank holds its share of the bank and all queries twice (as embedded and normalized), tiles
-    of similarities, votes, and the cached views.
+    A rank stores its share of the bank and all queries twice (original and normalized), tiles of
+    similarities, votes, and the cached views.
     """
     num_rows = -(-num_bank // process_group.world_size()) + num_queries
     num_values = 2 * num_rows * dim + QUERY_BATCH_SIZE * (3 * BANK_TILE_SIZE + num_classes)
@@ -52,12 +52,12 @@ def required_bytes(
 
 
 class Search:
-    """Weighted k-NN classifier of a bank of training features.
+    """Weighted k-NN classifier over a bank of training features.
 
     Args:
         bank: This rank's training features, (n, dim). Ranks may have different n.
-        labels: Their classes, (n,).
-        num_classes: Number of classes on all ranks.
+        labels: Class of each feature, (n,).
+        num_classes: Number of classes over all ranks.
         backend: "faiss" or "torch".
         centered: Subtract the mean of the whole bank from the bank and from the queries.
     """
@@ -69,35 +69,37 @@ class Search:
         self.mean = _global_mean(bank) if centered else None
         self.bank = self._unit_length(bank)
 
-    def accuracies(self, queries: Tensor, labels: Tensor, votes: Sequence[Vote]) -> list[float]:
-        """Return the percentage of correctly classified queries for each vote."""
+    def accuracies(
+        self, queries: Tensor, labels: Tensor, vote_settings: Sequence[VoteSettings]
+    ) -> list[float]:
+        """Return the percentage of correctly classified queries for each k and temperature."""
         return [
-            100 * (predicted == labels).double().mean().item()
-            for predicted in self.predict(queries, votes)
+            100 * (predictions == labels).double().mean().item()
+            for predictions in self.predict(queries, vote_settings)
         ]
 
-    def predict(self, queries: Tensor, votes: Sequence[Vote]) -> list[Tensor]:
-        """Return the predicted class of each query, (queries,), for each vote.
+    def predict(self, queries: Tensor, vote_settings: Sequence[VoteSettings]) -> list[Tensor]:
+        """Return the predicted class of each query, (queries,), for each k and temperature.
 
-        All votes share one search.
+        All settings share one search.
         """
-        predictions: list[list[Tensor]] = [[] for _ in votes]
-        for similarities, labels in self.neighbors(queries, max(k for k, _ in votes)):
-            for predicted, (k, temperature) in zip(predictions, votes):
-                predicted.append(
+        predictions: list[list[Tensor]] = [[] for _ in vote_settings]
+        for similarities, labels in self.neighbors(queries, max(k for k, _ in vote_settings)):
+            for batches, (k, temperature) in zip(predictions, vote_settings):
+                batches.append(
                     weighted_knn.vote(
                         similarities[:, :k], labels[:, :k], temperature, self.num_classes
                     )
                 )
-        return [torch.cat(predicted) for predicted in predictions]
+        return [torch.cat(batches) for batches in predictions]
 
     def neighbors(self, queries: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield similarities and labels of the k nearest for batches of queries, in order.
+        """Yield the similarities and labels of the k nearest neighbors of each batch of queries.
 
-        Each is (batch, k), nearest first, and the same on every rank.
+        Both are (batch, k), nearest first, and the same on every rank.
         """
         for batch in queries.split(QUERY_BATCH_SIZE):
-            nearest = self._search_rank_share(self._unit_length(batch), min(k, len(self.bank)))
+            nearest = self._search_own_bank(self._unit_length(batch), min(k, len(self.bank)))
             yield _merge_ranks(*nearest, k)
 
     def _unit_length(self, vectors: Tensor) -> Tensor:
@@ -105,8 +107,8 @@ class Search:
             vectors = vectors - self.mean
         return F.normalize(vectors, dim=1)
 
-    def _search_rank_share(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return similarities and labels, (queries, k), of the nearest in this rank's bank."""
+    def _search_own_bank(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return similarities and labels, (queries, k), of the nearest rows in this rank's bank."""
         if k == 0:
             return queries.new_empty(len(queries), 0), self.labels.new_empty(len(queries), 0)
         search = _search_with_faiss if self.backend == "faiss" else _search_with_torch
@@ -115,8 +117,8 @@ class Search:
 
 
 def _global_mean(bank: Tensor) -> Tensor:
-    """Return the mean over all ranks, summed in float64 to be the same on any number of ranks."""
-    # The slice removes the row of zeros of a rank without images.
+    """Return the mean over all ranks, summed in float64 to be the same for any number of ranks."""
+    # On a rank without images the sum is a row of zeros, which the slice removes.
     rank_sum = bank.sum(dim=0, keepdim=True, dtype=torch.float64)[: len(bank)]
     total = features.gather_rows(rank_sum).sum(dim=0)
     return (total / sum(collectives.gather_objects(len(bank)))).to(bank.dtype)
@@ -131,13 +133,13 @@ def _merge_ranks(similarities: Tensor, labels: Tensor, k: int) -> tuple[Tensor, 
         k: Number of neighbors to keep.
 
     Returns:
-        Similarities and labels of the k nearest on any rank, each (queries, k), nearest first.
+        Similarities and labels of the k nearest over all ranks, each (queries, k), nearest first.
     """
     if process_group.world_size() == 1:
         return similarities, labels
 
-    def gather_columns(neighbors: Tensor, padding: float) -> Tensor:
-        padded = F.pad(neighbors, (0, k - neighbors.shape[1]), value=padding)
+    def gather_columns(values: Tensor, padding: float) -> Tensor:
+        padded = F.pad(values, (0, k - values.shape[1]), value=padding)
         gathered = collectives.gather(padded)
         return gathered.unflatten(0, (-1, len(padded))).transpose(0, 1).flatten(1)
 
@@ -157,18 +159,18 @@ def _search_with_torch(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, T
 
 
 def _search_with_faiss(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Search without building an index, which would hold a second copy of the bank."""
+    """Search without building an index, which would store a second copy of the bank."""
     import faiss
 
-    arrays = queries.cpu().numpy(), bank.cpu().numpy(), k
+    arguments = queries.cpu().numpy(), bank.cpu().numpy(), k
     if bank.is_cuda and faiss.get_num_gpus():
         neighbors = faiss.knn_gpu(
             faiss.StandardGpuResources(),
-            *arrays,
+            *arguments,
             metric=faiss.METRIC_INNER_PRODUCT,
             device=bank.device.index or 0,
         )
     else:
-        neighbors = faiss.knn(*arrays, metric=faiss.METRIC_INNER_PRODUCT)
+        neighbors = faiss.knn(*arguments, metric=faiss.METRIC_INNER_PRODUCT)
     similarities, rows = (torch.from_numpy(each).to(queries.device) for each in neighbors)
     return similarities, rows

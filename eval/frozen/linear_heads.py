@@ -12,32 +12,32 @@ from ssl_pretrain.distributed import collectives, process_group
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 LARC_EPS = 1e-8  # as in apex
-MAX_LOGITS = 2**24  # logits in memory at a time, 64 MiB in float32
+MAX_LOGITS = 2**24  # largest number of logits in memory at a time; 64 MiB in float32
 Init = Literal["normal", "uniform", "truncated"]
 
 
 class LinearHeads:
-    """Linear layers that are trained on the same batches by SGD in one matrix product.
+    """Linear layers that SGD trains on the same batches, with one matrix product for all of them.
 
     Each layer equals one that torch.optim.SGD trains alone. Each rank passes its rows of the global
-    batch, and all ranks hold the same weights.
+    batch, and all ranks have the same weights.
 
     Args:
         dim: Number of features.
         num_classes: Number of classes.
         lrs: Learning rate of each head.
-        weight_decays: Weight decay of each head, applied to biases too.
-        like: Tensor with the features' type and device.
+        weight_decays: Weight decay of each head, which also applies to its biases.
+        like: Tensor with the features' dtype and device.
         nesterov: Use Nesterov momentum.
         momentum: SGD's momentum.
-        init: Distribution of the initial weights, the same draw for every head. "normal": standard
-            deviation `init_std`, biases 0. "uniform": nn.Linear's default, biases too. "truncated":
-            Haiku's default, biases 0.
-        init_std: Standard deviation of normal initial weights. 0 makes them zero.
-        affine: Give each head a trained scale and shift of its features without weight decay, like
-            those of a batch norm before the linear layer.
+        init: Distribution of the initial weights, which are equal in all heads. "normal" has the
+            standard deviation `init_std` and zero biases. "uniform" is nn.Linear's default, also
+            for biases. "truncated" is Haiku's default, with zero biases.
+        init_std: Standard deviation of normal initial weights. With 0, these weights are zero.
+        affine: Train a scale and shift of the features per head, without weight decay, like those
+            of a batch norm before the linear layer.
         trust: Coefficient of LARC without clipping, which scales a gradient to this share of its
-            weights' norm, separately for weights and biases. 0 is plain SGD.
+            weights' norm, separately for weights and biases. 0 selects plain SGD.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LinearHeads:
 
     @property
     def weights(self) -> Tensor:
-        """Weights of the unscaled features, (dim + 1, heads, classes)."""
+        """Weights for features without scale and shift, (dim + 1, heads, classes)."""
         if self._affine is None:
             return self._weights
         scale, shift = self._affine
@@ -86,9 +86,9 @@ class LinearHeads:
 
         Args:
             features: This rank's features, (n, dim).
-            labels: Their classes, (n,).
-            factor: Current factor of every learning rate.
-            global_batch_size: Images on all ranks. Default: n on each.
+            labels: Classes of this rank's images, (n,).
+            factor: Factor of every learning rate in this step.
+            global_batch_size: Images on all ranks. Default: n images per rank.
         """
         errors = logits(self.weights, features).softmax(dim=2)
         errors[torch.arange(len(labels), device=labels.device), :, labels] -= 1
@@ -97,19 +97,19 @@ class LinearHeads:
         gradient = self._gradient.flatten(1)
         torch.mm(features.T, errors, out=gradient[:-1])
         torch.sum(errors, dim=0, out=gradient[-1])
-        summed = collectives.reduce_sum(self._gradient)
+        global_gradient = collectives.reduce_sum(self._gradient)
         if self._affine is not None:
-            affine_gradient = self._backpropagate(self._affine, summed)
+            affine_gradient = self._backpropagate(self._affine, global_gradient)
             self._descend(self._affine, self._affine_velocity, affine_gradient, factor)
         if self.trust:
-            self._scale_and_decay(summed[:-1], self._weights[:-1])
-            self._scale_and_decay(summed[-1:], self._weights[-1:])
+            self._scale_and_decay(global_gradient[:-1], self._weights[:-1])
+            self._scale_and_decay(global_gradient[-1:], self._weights[-1:])
         else:
-            summed.addcmul_(self._weights, self.decay)
-        self._descend(self._weights, self._velocity, summed, factor)
+            global_gradient.addcmul_(self._weights, self.decay)
+        self._descend(self._weights, self._velocity, global_gradient, factor)
 
     def _backpropagate(self, affine: Tensor, gradient: Tensor) -> Tensor:
-        """Turn the gradient of `weights` into that of the inner weights, in place.
+        """Convert the gradient of `weights` to the gradient of the inner weights, in place.
 
         Returns:
             The gradient of scale and shift.
@@ -125,11 +125,12 @@ class LinearHeads:
     def _scale_and_decay(self, gradient: Tensor, weights: Tensor) -> None:
         """Apply apex's LARC, which skips weights and gradients that are zero."""
         weight_norm, gradient_norm = (
-            torch.linalg.vector_norm(each, dim=(0, 2), keepdim=True) for each in (weights, gradient)
+            torch.linalg.vector_norm(values, dim=(0, 2), keepdim=True)
+            for values in (weights, gradient)
         )
         scale = self.trust * weight_norm / (gradient_norm + weight_norm * self.decay + LARC_EPS)
-        adapts = (weight_norm > 0) & (gradient_norm > 0)
-        gradient.addcmul_(weights, self.decay * adapts).mul_(torch.where(adapts, scale, 1.0))
+        has_scale = (weight_norm > 0) & (gradient_norm > 0)
+        gradient.addcmul_(weights, self.decay * has_scale).mul_(torch.where(has_scale, scale, 1.0))
 
     def _descend(self, weights: Tensor, velocity: Tensor, gradient: Tensor, factor: float) -> None:
         velocity.mul_(self.momentum).add_(gradient)
@@ -138,15 +139,18 @@ class LinearHeads:
 
 
 def initial_weights(dim: int, num_classes: int, init: Init, init_std: float) -> Tensor:
-    """Draw the weights before the first step, float64 (dim + 1, 1, classes), always the same."""
-    generator = torch.Generator().manual_seed(rng.seed_of(0, 0, 0))
+    """Return the weights before the first step, float64 (dim + 1, 1, classes).
+
+    The seed is fixed, so every call draws the same weights.
+    """
+    generator = torch.Generator().manual_seed(rng.derive_seed(0, 0, 0))
     shape = dim + 1, 1, num_classes
     weights = torch.zeros(shape, dtype=torch.float64)
     if init == "uniform":
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         return (2 * uniform - 1) / dim**0.5
     if init == "truncated":
-        std = 1 / dim**0.5  # before the cut at two standard deviations
+        std = 1 / dim**0.5  # before truncation at two standard deviations
         nn.init.trunc_normal_(weights[:-1], std=std, a=-2 * std, b=2 * std, generator=generator)
     elif init_std:
         normal = torch.randn(dim, *shape[1:], generator=generator, dtype=torch.float64)
@@ -179,7 +183,7 @@ class FeatureNorm:
 
 
 def logits(weights: Tensor, features: Tensor) -> Tensor:
-    """Return logits (n, heads, classes) of weights (dim + 1, heads, classes)."""
+    """Return the logits (n, heads, classes) of heads with weights (dim + 1, heads, classes)."""
     flat = weights.flatten(1)
     return torch.addmm(flat[-1], features, flat[:-1]).view(len(features), *weights.shape[1:])
 
@@ -190,27 +194,27 @@ def scores(weights: Tensor, features: Tensor, labels: Tensor) -> tuple[Tensor, T
     Args:
         weights: Weights (heads, dim + 1, classes). The last row is the bias.
         features: Features, (n, dim).
-        labels: Their classes, (n,).
+        labels: Classes of the images, (n,).
     """
     weights = weights.transpose(0, 1).contiguous()
     num_rows = max(1, MAX_LOGITS // weights[0].numel())
-    correct, losses = [], []
-    for chunk, truth in zip(features.split(num_rows), labels.split(num_rows)):
+    num_correct, losses = [], []
+    for chunk, chunk_labels in zip(features.split(num_rows), labels.split(num_rows)):
         chunk_logits = logits(weights, chunk)
-        correct.append((chunk_logits.argmax(dim=2) == truth[:, None]).sum(dim=0))
-        index = truth[:, None, None].expand(-1, chunk_logits.shape[1], 1)
+        num_correct.append((chunk_logits.argmax(dim=2) == chunk_labels[:, None]).sum(dim=0))
+        index = chunk_labels[:, None, None].expand(-1, chunk_logits.shape[1], 1)
         losses.append(-chunk_logits.log_softmax(dim=2).gather(2, index).sum(dim=(0, 2)))
-    accuracies = torch.stack(correct).sum(dim=0).double() / len(features)
+    accuracies = torch.stack(num_correct).sum(dim=0).double() / len(features)
     return accuracies, torch.stack(losses).sum(dim=0) / len(features)
 
 
 def best_setting(accuracies: Sequence[float], losses: Sequence[float]) -> int:
-    """Return the index of the highest accuracy, and among equals of the lowest cross entropy.
+    """Return the index of the highest accuracy. The lowest cross entropy breaks ties.
 
     A cross entropy of NaN counts as infinite.
     """
-    scores = list(zip(accuracies, -np.nan_to_num(losses, nan=np.inf)))
-    return max(range(len(scores)), key=scores.__getitem__)
+    sort_keys = list(zip(accuracies, -np.nan_to_num(losses, nan=np.inf)))
+    return max(range(len(sort_keys)), key=sort_keys.__getitem__)
 
 
 def setting_name(lr: float, weight_decay: float) -> str:

@@ -1,4 +1,4 @@
-"""The published linear protocols, which embed new crops of the images in every epoch."""
+"""Linear evaluation by published protocols, which embed new crops of the images every epoch."""
 
 import time
 from collections.abc import Sequence
@@ -23,16 +23,17 @@ from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.eval.training_views import build_train_loader, build_train_view, describe_view
 from ssl_pretrain.views.recipe import Crop
 
-VIT_SMALL_DIM = 384  # width of a ViT-S's tokens
-# Images that BYOL holds out (Grill et al., NeurIPS 2020, arXiv:2006.07733). Smaller data sets hold
-# out a tenth.
+VIT_SMALL_DIM = 384  # token width of a ViT-S
+# BYOL holds out this many images (Grill et al., NeurIPS 2020, arXiv:2006.07733). Smaller data sets
+# hold out a tenth of their images.
 MAX_HELD_OUT = 10_000
-SELECTIONS = {  # value of --select -> entry of the protocol
-    "held-out": "on {num_held_out:,} training images held out, by accuracy; not trained on them"
-    " afterwards",
-    "published": "none: the published setting, trained on all training images",
-    "test": "ON THE TEST IMAGES, as in DINO's convention: an upper bound, not comparable with"
-    " numbers selected otherwise",
+# The result file's description of each value of --select.
+SELECTIONS = {
+    "held-out": "by accuracy on {num_held_out:,} held-out training images, which the final heads"
+    " are not trained on",
+    "published": "no selection; the published setting is trained on all training images",
+    "test": "ON THE TEST IMAGES, as in DINO's convention; this is an upper bound and not comparable"
+    " with other selections",
 }
 
 
@@ -46,7 +47,7 @@ class Feature:
             class token and the mean of its patch tokens, as DINO uses for ViT-B.
 
     Raises:
-        ValueError: If the backbone has no such tokens.
+        ValueError: If the feature needs a class token and the backbone has none.
     """
 
     def __init__(self, backbone: nn.Module, name: str):
@@ -54,7 +55,8 @@ class Feature:
         model: Any = backbone.model
         if name != "pooled" and not getattr(model, "num_prefix_tokens", None):
             raise ValueError(
-                f"--feature {name}: {type(model).__name__} has no class token; give pooled"
+                f"--feature {name}: {type(model).__name__} has no class token; "
+                "give --feature pooled"
             )
         self.num_blocks = min(4, len(model.blocks)) if name == "last4" else 1
         num_vectors = {"pooled": 1, "last4": self.num_blocks, "cls_mean": 2}[name]
@@ -75,12 +77,12 @@ class Feature:
         return torch.cat(tokens, dim=1)
 
     def __str__(self) -> str:
-        kind = {
+        description = {
             "pooled": "pooled output of the backbone",
             "last4": f"class tokens of the last {self.num_blocks} blocks",
             "cls_mean": "class token and mean patch token of the last block",
         }[self.name]
-        return f"{kind}, {self.feature_dim} numbers"
+        return f"{description}, {self.feature_dim} numbers"
 
 
 def dino_feature_name(backbone: nn.Module) -> str:
@@ -92,13 +94,13 @@ def dino_feature_name(backbone: nn.Module) -> str:
 
 
 class ProbedNetwork:
-    """A frozen network and its linear heads, one row of the table.
+    """A frozen network and its linear heads, which fill one row of the table.
 
     Args:
         name: Name of the row.
         feature: Feature of the network that the heads classify.
         grid: Learning rate at a batch of 256 and weight decay of each head.
-        protocol: Protocol of the training.
+        protocol: Training protocol.
         num_classes: Number of classes.
         device: Device of the heads.
     """
@@ -130,14 +132,14 @@ class ProbedNetwork:
         self.norm = linear_heads.FeatureNorm(dim, like) if protocol.normalizes_features else None
 
     def step(self, views: Tensor, labels: Tensor, factor: float) -> None:
-        """Train the heads on one batch."""
+        """Train the heads on one batch, with their learning rates multiplied by `factor`."""
         values = self.feature(views).float()
         if self.norm:
             values = self.norm.normalize_batch(values)
         self.heads.step(values, labels, factor)
 
     def scores(self, split: EvaluationSplit) -> tuple[Tensor, Tensor]:
-        """Return accuracy in [0, 1] and cross entropy of each head, the same on all ranks."""
+        """Return each head's accuracy in [0, 1] and cross entropy, the same on all ranks."""
         values, labels = features.embed_split(partial(features.extract, self.feature), split)
         values = self.norm(values) if self.norm else values
         return linear_heads.scores(self.heads.weights.transpose(0, 1), values, labels)
@@ -148,26 +150,26 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the accuracy in percent by a published protocol and save it.
 
-    The result is saved to RUN/eval/linear_<protocol>.json, and the accuracy of every setting to
+    The result is saved to RUN/eval/linear_<protocol>.json, and the accuracies of all settings to
     RUN/eval/linear_<protocol>_grid.json.
 
     Args:
         run: Run to evaluate.
-        options: The protocol and the departures from it.
+        options: The protocol and any changes to it.
         rows: Networks to evaluate: "random", "pretrained" or both.
 
     Returns:
         The content of the result file.
 
     Raises:
-        ValueError: If the images have no labels, an option does not fit them, or `rows` has raw
-            pixels, which have no network.
+        ValueError: If the images have no labels, an option does not fit them, or `rows` includes
+            "raw".
     """
-    began = time.monotonic()
+    start = time.monotonic()
     if "raw" in rows:
         raise ValueError(
-            "--rows raw: the published protocols train on crops that go through a network; only"
-            " --protocol cached has a row of raw pixels"
+            "--rows raw: the published protocols only evaluate networks; leave it out or give"
+            " --protocol cached"
         )
     published = options.published
     evaluation = replace(run.config.evaluation, interpolation=published.test_interpolation)
@@ -178,11 +180,11 @@ def evaluate(
     if options.selection == "held-out":
         source, selection_split = source.take(train_rows), train.subset(held_out_rows)
     protocol, grid = options.adapt_protocol(len(source)), options.grid()
-    default = dino_feature_name(run.backbone) if protocol.uses_dino_feature else "pooled"
+    default_feature = dino_feature_name(run.backbone) if protocol.uses_dino_feature else "pooled"
     networks = [
         ProbedNetwork(
             name,
-            Feature(backbone, options.feature or default),
+            Feature(backbone, options.feature or default_feature),
             grid,
             protocol,
             len(train.classes),
@@ -207,11 +209,11 @@ def evaluate(
         "selection": SELECTIONS[options.selection].format(num_held_out=len(held_out_rows)),
     }
     grid_entries = entries | {
-        "accuracy": "of each learning rate (lr, at a batch of 256) and weight decay (wd), trained"
-        " in the same pass"
+        "accuracy": "one per learning rate (lr, at a batch of 256) and weight decay (wd), all"
+        " trained in the same pass"
     }
     suffix = "_test_selected" if options.selection == "test" else ""
-    name, seconds = f"linear_{options.protocol}{suffix}", time.monotonic() - began
+    name, seconds = f"linear_{options.protocol}{suffix}", time.monotonic() - start
     results.save(run.path, f"{name}_grid", grid_entries, grid_table, run.provenance(), seconds)
     table = results.with_better_random(table)
     return results.save(run.path, name, entries, table, run.provenance(), seconds)
@@ -223,13 +225,13 @@ def train_heads(
 ) -> None:
     """Train the heads of all networks on the same batches."""
     with build_train_loader(run, source, view, protocol.batch_size) as loader:
-        steps = loader.steps_per_epoch
-        for step, batch in zip(range(protocol.epochs * steps), loader.starting_at(0)):
-            images = batch.views[0].contiguous(memory_format=torch.channels_last)
+        epoch_steps = loader.steps_per_epoch
+        for step, batch in zip(range(protocol.epochs * epoch_steps), loader.starting_at(0)):
+            views = batch.views[0].contiguous(memory_format=torch.channels_last)
             for network in networks:
-                network.step(images, batch.labels, protocol.lr_factor(step / steps))
-            if (step + 1) % steps == 0:
-                results.print_progress(f"epoch {(step + 1) // steps} of {protocol.epochs}")
+                network.step(views, batch.labels, protocol.lr_factor(step / epoch_steps))
+            if (step + 1) % epoch_steps == 0:
+                results.print_progress(f"epoch {(step + 1) // epoch_steps} of {protocol.epochs}")
 
 
 def _measure(
@@ -238,19 +240,19 @@ def _measure(
     selection_split: EvaluationSplit,
     test: EvaluationSplit,
 ) -> tuple[results.Row, list[results.Row]]:
-    """Return the network's row of the table, and its rows of the grid, which has every setting."""
+    """Return the network's row of the table and its rows of the grid of all settings."""
     grid = network.grid
     names = [linear_heads.setting_name(*setting) for setting in grid]
     percentages = (100 * network.scores(test)[0]).tolist()
     row = results.Row(network.name, {})
     grid_rows = [results.Row(f"{network.name}, test images", dict(zip(names, percentages)))]
-    published = options.published.base_lr, options.published.weight_decay
-    if published in grid:
-        row.metrics["published setting"] = percentages[grid.index(published)]
+    published_setting = options.published.base_lr, options.published.weight_decay
+    if published_setting in grid:
+        row.metrics["published setting"] = percentages[grid.index(published_setting)]
     if options.selection == "published":
         return row, grid_rows
     accuracies, losses = network.scores(selection_split)
-    head = linear_heads.best_setting(accuracies.tolist(), losses.tolist())
+    best = linear_heads.best_setting(accuracies.tolist(), losses.tolist())
     column = "chosen on held-out images"
     if options.selection == "test":
         column = "chosen on the test images"
@@ -258,7 +260,7 @@ def _measure(
         held_out = dict(zip(names, (100 * accuracies).tolist()))
         grid_rows.insert(0, results.Row(f"{network.name}, held-out images", held_out))
     lrs = {lr for lr, _ in grid}
-    is_at_edge = len(lrs) > 1 and grid[head][0] in (min(lrs), max(lrs))
-    row.metrics[column] = percentages[head]
-    row.notes[column] = names[head] + (", at the edge of those tried" if is_at_edge else "")
+    is_at_edge = len(lrs) > 1 and grid[best][0] in (min(lrs), max(lrs))
+    row.metrics[column] = percentages[best]
+    row.notes[column] = names[best] + (", at the edge of the grid" if is_at_edge else "")
     return row, grid_rows

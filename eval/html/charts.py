@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 Points = Sequence[tuple[float, float]]
 
-MAX_POINTS = 600  # longer curves are averaged over stretches of equal length
+MAX_POINTS = 600  # longer curves are averaged in this many bins
 GRAY = "#858b91"  # legible on white and on near black
 PALETTE = (
     *("#4e79a7", "#f28e2b", "#e15759", "#4fa8a0", "#59a14f"),
@@ -28,7 +28,7 @@ STYLE: Any = {"svg.fonttype": "none", "path.simplify": False, "font.size": 10}
 def color(index: int, num_colors: int) -> str:
     """Return the color of series or class `index`, legible on white and on near black.
 
-    A negative index, as of images without a label, is gray.
+    Negative indices, the labels of unlabeled images, are gray.
     """
     if index < 0:
         return GRAY
@@ -48,13 +48,13 @@ def line_chart(
     marked: bool = False,
     logarithmic: bool = False,
 ) -> Markup:
-    """Draw curves in one frame, or return an empty text if no point is finite.
+    """Draw curves in one frame, or return empty markup if no point can be drawn.
 
     Args:
-        series: Points (x, y) of each curve, by its name.
+        series: The (x, y) points of each curve, keyed by its name.
         y_label: Name of the vertical axis, for screen readers only.
         x_label: Name of the horizontal axis.
-        marked: Mark each point. This is meant for curves of a few points.
+        marked: Mark each point. Intended for curves with few points.
         logarithmic: Use logarithmic axes, and leave out points that are not positive.
     """
     figure = Figure((4.6, 2.5))
@@ -64,8 +64,8 @@ def line_chart(
         if logarithmic:
             values = values[(values > 0).all(axis=1)]
         if len(values) > MAX_POINTS:
-            stretches = np.array_split(values, MAX_POINTS)
-            values = np.array([stretch.mean(axis=0) for stretch in stretches])
+            bins = np.array_split(values, MAX_POINTS)
+            values = np.array([points_in_bin.mean(axis=0) for points_in_bin in bins])
         if len(values):
             axes.plot(
                 *values.T,

@@ -1,4 +1,4 @@
-"""Serve a page about a run that trains, to this machine only. The page refreshes itself."""
+"""Serve a live page about a training run, on this machine only. The page refreshes itself."""
 
 import hashlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,46 +16,46 @@ REFRESH_SECONDS = 5
 
 
 def context(run: Path) -> dict[str, Any]:
-    """Return the variables of the page's templates, which need the run's files but no weights."""
+    """Return the variables of the page's templates, which do not depend on the weights."""
     metrics, path = sections.read_metrics(run), run / "config.yaml"
     settings = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
-    last: dict[str, Any] = metrics[-1] if metrics else {}
+    last_record: dict[str, Any] = metrics[-1] if metrics else {}
     facts = [
         ("method", str(schema.value_at(settings, "method.name") or "-")),
-        ("step", f"{last.get('step', 0):,}"),
+        ("step", f"{last_record.get('step', 0):,}"),
     ]
-    if "epoch" in last:
-        facts.append(("epoch", f"{last['epoch']:.2f} of {settings.get('epochs', '?')}"))
-    if isinstance(last.get("loss"), float):
-        facts.append(("loss", f"{last['loss']:.4f}"))
-    if "images_per_second" in last:
-        facts.append(("images per second", f"{last['images_per_second']:,.0f}"))
+    if "epoch" in last_record:
+        facts.append(("epoch", f"{last_record['epoch']:.2f} of {settings.get('epochs', '?')}"))
+    if isinstance(last_record.get("loss"), float):
+        facts.append(("loss", f"{last_record['loss']:.4f}"))
+    if "images_per_second" in last_record:
+        facts.append(("images per second", f"{last_record['images_per_second']:,.0f}"))
     view_size = 0
     if schema.value_at(settings, "views.crops") is not None:
         view_size = recipe.expand_counts(config.from_dict(settings).views)[0].size
-    newest = [steps[max(steps)] for steps in results.by_step(run).values()]
+    newest_results = [steps[max(steps)] for steps in results.by_step(run).values()]
     return {
         **sections.run_sections(run, metrics, view_size),
         "title": run.resolve().name,
         "facts": facts,
-        "evaluations": [sections.evaluation(result) for result in newest],
+        "evaluations": [sections.evaluation(result) for result in newest_results],
         "refresh_milliseconds": 1000 * REFRESH_SECONDS,
     }
 
 
 def _etag(run: Path) -> str:
-    """Return an ETag that changes with the files that the page shows."""
+    """Return an ETag that changes whenever a file shown on the page changes."""
     patterns = ("*.jsonl", "*.json", "*.png", "config.yaml", "neigh*/*", "eval/**/*.json")
     paths = sorted({path for pattern in patterns for path in run.glob(pattern)})
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return f'"{hashlib.sha256(repr(states).encode()).hexdigest()[:16]}"'
+    file_states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return f'"{hashlib.sha256(repr(file_states).encode()).hexdigest()[:16]}"'
 
 
 def is_own_host(host: str) -> bool:
-    """Return True if a Host header names this machine. Any port is accepted, as tunnels change it.
+    """Return True if a Host header names this machine.
 
-    Another site may make its own name point to this machine (DNS rebinding). The requests of its
-    pages carry that name, and are refused.
+    Any port is accepted, because tunnels change it. Another site may point its own name to this
+    machine (DNS rebinding). Requests from its pages carry that name and are refused.
     """
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
     return name.lower() in ("127.0.0.1", "localhost", "[::1]")
@@ -66,7 +66,7 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
 
     Args:
         run: The run's folder.
-        port: TCP port. 0 chooses a free one, which the result has as `server_port`.
+        port: TCP port. 0 chooses a free port, which is the `server_port` of the result.
 
     Raises:
         OSError: If the port is taken.
@@ -81,7 +81,9 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
 
         def _route(self) -> None:
             if not is_own_host(self.headers.get("Host", "")):
-                self._answer(403, "This page answers at http://127.0.0.1 and http://localhost only")
+                self._answer(
+                    403, "This page is served at http://127.0.0.1 and http://localhost only"
+                )
             elif self.path == "/":
                 self._answer(200, page.render("live.html.jinja", **context(run)))
             elif self.path == "/main":
@@ -112,7 +114,7 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
             self.wfile.write(body.encode())
 
         def log_message(self, format: str, *arguments: Any) -> None:
-            """Print nothing. `follow` has printed the address."""
+            """Do not print a line per request."""
 
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
 
@@ -121,11 +123,11 @@ def follow(run: Path, port: int = 0) -> None:
     """Serve the page until the process is interrupted.
 
     Raises:
-        ValueError: If there is no such folder.
+        ValueError: If the folder does not exist.
     """
     if not run.is_dir():
         raise ValueError(f"{run}: there is no such run folder; give the `output` of a run's config")
-    with server(run, port) as serving:
-        address = f"http://127.0.0.1:{serving.server_port}/"
+    with server(run, port) as page_server:
+        address = f"http://127.0.0.1:{page_server.server_port}/"
         print(f"live report of {run}: {address}   (this machine only; Ctrl-C to stop)", flush=True)
-        serving.serve_forever()
+        page_server.serve_forever()

@@ -15,53 +15,55 @@ from ssl_pretrain.eval.runs import Run
 
 NUM_QUERIES = 10
 NUM_NEIGHBORS = 6
-MAX_BANK = 10000  # training images to search for neighbors
-MAX_QUERIES = 1000  # images that queries are chosen from, all of which are projected
+MAX_BANK = 10000  # number of training images that are searched for neighbors
+MAX_QUERIES = 1000  # number of images to choose the queries from; all of them are projected
 DIRECTIONS = ("right", "left", "down", "up")
 
-LabeledImage = tuple[np.ndarray, int]  # uint8 (3, size, size), and the label or -1
+LabeledImage = tuple[np.ndarray, int]  # image, uint8 (3, size, size), and label, -1 if unknown
 
 
 @dataclass
 class Query:
-    """One query and the images nearest to it."""
+    """One query and its nearest neighbors, the nearest first."""
 
-    image: np.ndarray  # after the shift
-    label: int
-    shift: str  # such as "2 right", in original pixels; empty if the image was not shifted
-    by_pixels: list[LabeledImage]
-    by_features: list[LabeledImage]
+    image: np.ndarray  # uint8 (3, size, size), after the shift
+    label: int  # -1 if unknown
+    shift: str  # in original pixels, such as "2 right"; empty if the image was not shifted
+    by_pixels: list[LabeledImage]  # neighbors by raw pixels
+    by_features: list[LabeledImage]  # neighbors by learned features
 
 
 def open_bank_and_queries(run: Run) -> tuple[EvaluationSplit, EvaluationSplit, str]:
-    """Return a bank of training images, the images to choose queries from, and their description.
+    """Return the bank of training images, the images to choose queries from, and their name.
 
-    Queries are test images, or held-out training images if there is no test split.
+    The queries are "test images", or "held-out training images" if there is no test split.
     """
     train = open_source(run.config.data, "train")
-    order = rng.permutation(SPLIT_SEED, 0, len(train), rng.Purpose.SPLIT)
+    bank_rows = rng.permutation(SPLIT_SEED, 0, len(train), rng.Purpose.SPLIT)
     try:
-        queries = open_source(run.config.data, "val")
+        source = open_source(run.config.data, "val")
     except ValueError:
         num_held_out = max(1, min(MAX_QUERIES, len(train) // 10))
-        queries, query_order, kind = train, order[:num_held_out], "held-out training images"
-        order = order[num_held_out:]
+        source, query_rows, name = train, bank_rows[:num_held_out], "held-out training images"
+        bank_rows = bank_rows[num_held_out:]
     else:
-        query_order = rng.permutation(SPLIT_SEED, 0, len(queries), rng.Purpose.SPLIT)[:MAX_QUERIES]
-        kind = "test images"
-    bank = EvaluationSplit(run, train, np.sort(order[:MAX_BANK]))
-    return bank, EvaluationSplit(run, queries, np.sort(query_order)), kind
+        query_rows = rng.permutation(SPLIT_SEED, 0, len(source), rng.Purpose.SPLIT)[:MAX_QUERIES]
+        name = "test images"
+    bank = EvaluationSplit(run, train, np.sort(bank_rows[:MAX_BANK]))
+    return bank, EvaluationSplit(run, source, np.sort(query_rows)), name
 
 
 def find_neighbors(run: Run, bank: EvaluationSplit, queries: EvaluationSplit) -> list[Query]:
-    """Find the neighbors of ten queries, which are of ten classes if there are that many.
+    """Find the neighbors of ten queries, each from a different class if there are ten classes.
 
     Small images are shifted by one or two original pixels before the search.
     """
     split = queries.subset(_one_row_per_class(queries.labels))
     offsets, names = _shifts(split)
     pixels = torch.cat([views for views, _ in split.batches()])
-    images = torch.cat([features.shift(view[None], *by) for view, by in zip(pixels, offsets)])
+    images = torch.cat(
+        [features.shift(view[None], *offset) for view, offset in zip(pixels, offsets)]
+    )
     bank_features, labels = features.extract(run.backbone, bank)
     bank_pixels, _ = features.raw_pixels(bank)
     mean = bank_pixels.mean(dim=0)
@@ -87,17 +89,17 @@ def find_neighbors(run: Run, bank: EvaluationSplit, queries: EvaluationSplit) ->
 def _one_row_per_class(labels: np.ndarray) -> np.ndarray:
     """Return the rows of ten queries: the first image of each of ten evenly spaced classes.
 
-    If there are fewer classes or no labels, the first of the other images complete the ten.
+    If there are fewer classes or no labels, the first of the remaining images complete the ten.
     """
-    classes, first = np.unique(labels, return_index=True)
+    classes, first_rows = np.unique(labels, return_index=True)
     if len(classes) < NUM_QUERIES:
-        rest = np.setdiff1d(np.arange(len(labels)), first)
-        return np.concatenate([first, rest])[:NUM_QUERIES]
-    return first[np.linspace(0, len(classes) - 1, NUM_QUERIES).round().astype(int)]
+        other_rows = np.setdiff1d(np.arange(len(labels)), first_rows)
+        return np.concatenate([first_rows, other_rows])[:NUM_QUERIES]
+    return first_rows[np.linspace(0, len(classes) - 1, NUM_QUERIES).round().astype(int)]
 
 
 def _shifts(split: EvaluationSplit) -> tuple[list[features.Offset], list[str]]:
-    """Return the offset of each image in pixels of the view, and its name in original pixels."""
+    """Return each image's offset in view pixels, and its description in original pixels."""
     distances = features.default_shift_distances(split)
     if not distances:
         return [(0, 0)] * len(split), [""] * len(split)
@@ -110,13 +112,13 @@ def _shifts(split: EvaluationSplit) -> tuple[list[features.Offset], list[str]]:
 
 
 def _nearest(bank: Tensor, queries: Tensor) -> Tensor:
-    """Return the rows (queries, neighbors) of the bank that are nearest by cosine similarity."""
+    """Return the bank's rows with the largest cosine similarity, shape (queries, neighbors)."""
     similarity = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
     return similarity.topk(min(NUM_NEIGHBORS, len(bank)), dim=1).indices
 
 
 def project(vectors: Tensor) -> np.ndarray:
-    """Project vectors (n, dim) to (n, 2) by t-SNE of their directions, with a fixed seed."""
+    """Project vectors (n, dim) to points (n, 2) by t-SNE of their directions, with a fixed seed."""
     from sklearn.manifold import TSNE
 
     values = F.normalize(vectors, dim=1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Render self-contained HTML pages from the templates beside this module."""
+"""Render self-contained HTML pages from the templates in `eval/html/templates`."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-MAX_PICTURE_SIDE = 88  # pixels of a picture in a strip of neighbors
+MAX_PICTURE_SIDE = 88  # largest side in pixels, for pictures in a strip of neighbors
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def _templates() -> Environment:
 def render(template: str, **context: Any) -> str:
     """Render a template as text that UTF-8 can encode.
 
-    Bytes in file names that are not valid text become escape sequences.
+    Bytes of a file name that are not valid UTF-8 become escape sequences.
     """
     text = _templates().get_template(template).render(context)
     return text.encode(errors="backslashreplace").decode()
@@ -53,7 +53,7 @@ def image_source(image: Image.Image) -> str:
 
 
 def pixels_source(pixels: np.ndarray) -> str:
-    """Return the `src` of an <img> that embeds uint8 pixels (3, height, width), scaled to fit."""
+    """Return the `src` of an <img> that embeds uint8 pixels (3, height, width), shrunk to fit."""
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     return image_source(image)

@@ -1,4 +1,4 @@
-"""Sections of a page that only need a run's files, so they can be shown while it trains."""
+"""Sections of a report page that need only a run's files, so they also work during training."""
 
 import json
 import math
@@ -38,11 +38,11 @@ MAX_PIXELATED_SIZE = 64  # views up to this size are enlarged without smoothing
 
 @dataclass(frozen=True)
 class View:
-    """One training view."""
+    """A training view on the page."""
 
     source: str  # `src` of its <img>
     side: int  # width on the page in pixels
-    description: str  # the random choices behind it
+    description: str  # the random choices that produced it
 
 
 def run_sections(run: Path, metrics: list[Record], view_size: int) -> dict[str, Any]:
@@ -58,12 +58,12 @@ def run_sections(run: Path, metrics: list[Record], view_size: int) -> dict[str, 
 
 
 def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[Record]:
-    """Read the records of a file of the run, one per step, in the order of the steps."""
+    """Read a file of records in the run's folder, one record per step, sorted by step."""
     return records.read(run / name)
 
 
 def curve(metrics: list[Record], key: str) -> list[tuple[float, float]]:
-    """Return (epoch, value) of each record in which `key` is finite. Shares are in percent."""
+    """Return (epoch, value) of each record with a finite value of `key`, in percent for shares."""
     factor = 100 if metric_names.curve(key).percent else 1
     return [
         (record["epoch"], factor * record[key])
@@ -73,7 +73,7 @@ def curve(metrics: list[Record], key: str) -> list[tuple[float, float]]:
 
 
 def recorded_keys(metrics: list[Record], group: str) -> list[str]:
-    """Return the recorded keys of a group: those of `metric_names.CURVES`, then any others."""
+    """Return the recorded keys of a group in the order of `metric_names.CURVES`, then by name."""
     recorded = {key for record in metrics for key in record} - AXES
     known = [key for key in metric_names.CURVES if key in recorded]
     keys = [*known, *sorted(recorded.difference(known))]
@@ -121,7 +121,7 @@ def _evenly_spaced(items: Sequence[Any], max_count: int) -> list[Any]:
 
 
 def _embedding_figures(plots: list[Record]) -> list[page.Figure]:
-    """Draw the spectrum and the spread of the embeddings at some steps."""
+    """Draw the spectrum and the spread of the embeddings at evenly spaced steps."""
     spectra, spreads = {}, {}
     for entry in _evenly_spaced(plots, NUM_SPECTRA):
         name = f"step {entry['step']:,}"
@@ -135,7 +135,7 @@ def _embedding_figures(plots: list[Record]) -> list[page.Figure]:
     spread = charts.line_chart(spreads, "spread", "percent of the dimensions")
     return [
         page.Figure(spectrum, "Covariance spectrum of the embeddings", legend),
-        page.Figure(spread, "Spread of each dimension, from the flattest", legend),
+        page.Figure(spread, "Spread of each dimension, in ascending order", legend),
     ]
 
 
@@ -169,7 +169,7 @@ def _row_class(features: str) -> str:
 
 
 def evaluations_over_steps(run: Path) -> list[page.Figure]:
-    """Draw the numbers of the pretrained features by step, if several checkpoints have them."""
+    """Plot evaluation results of the pretrained features over steps, if several steps have them."""
     figures = []
     for name, steps in results.by_step(run).items():
         series: dict[str, list[tuple[float, float]]] = {}
@@ -188,7 +188,7 @@ def evaluations_over_steps(run: Path) -> list[page.Figure]:
 
 
 def views(run: Path, view_size: int) -> list[list[View]]:
-    """Cut the trainer's grid of views into rows, one per image. There are none without a grid.
+    """Cut the trainer's grid of views into rows, one per image. Return no rows if there is no grid.
 
     Args:
         run: The run's folder.
@@ -208,7 +208,9 @@ def views(run: Path, view_size: int) -> list[list[View]]:
         if len(descriptions) != len(lefts):
             descriptions = ["view"] * len(lefts)
         crops = [grid.crop((left, top, left + view_size, top + view_size)) for left in lefts]
-        rows.append([View(page.image_source(c), side, d) for c, d in zip(crops, descriptions)])
+        rows.append(
+            [View(page.image_source(crop), side, text) for crop, text in zip(crops, descriptions)]
+        )
     return rows
 
 
@@ -225,7 +227,7 @@ def neighbors_over_time(run: Path) -> list[page.Figure]:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration such as "3 h 05 min", "4 min 07 s" or "12 s"."""
+    """Format a duration as "3 h 05 min", "4 min 07 s" or "12 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -14,33 +14,33 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.schema import setting
 from ssl_pretrain.system.durable_files import SaveError
 
-# Called with `saved`, the configuration in a manifest, and `path`, its checkpoint. Raises
-# ValueError if this run may not continue from it.
+# Called with `saved`, the configuration in a checkpoint's manifest, and `path`, the checkpoint.
+# Raises ValueError if this run may not continue from that checkpoint.
 Compare = Callable[..., None]
 
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are saved, and which ones stay."""
+    """Settings for saving, keeping and resuming from checkpoints."""
 
     every_epochs: float = setting(5.0, "Epochs between two checkpoints.")
-    keep_last: int = setting(2, "Number of newest checkpoints that stay on disk.")
+    keep_last: int = setting(2, "Number of newest checkpoints to keep on disk.")
     keep_every_epochs: float = setting(
         0.0,
-        "Checkpoints at multiples of this many epochs are never deleted. 0: no such checkpoint.",
+        "Checkpoints at multiples of this many epochs are never deleted. 0 protects none.",
     )
     asynchronous: bool = setting(
         True,
-        "Write to disk while training continues. A step only waits for the copy to host memory.",
+        "Write to disk while training continues. Training only waits for the copy to host memory.",
     )
     on_failure: Literal["stop", "warn"] = setting(
         "stop",
-        "If the disk refuses a checkpoint, end the run, or warn and try again at the next save. "
-        "The last save of a run always stops it.",
+        "Reaction to a checkpoint that cannot be written. stop ends the run. warn continues it and "
+        "tries again at the next save. If the last save of a run fails, the run always ends.",
     )
     resume: bool = setting(
         True,
-        "Continue from the newest checkpoint in `output`. false: refuse an output that has one.",
+        "Continue from the newest checkpoint in `output`. false refuses an output that has one.",
     )
 
 
@@ -55,7 +55,7 @@ class RunFacts:
     last_step: int  # optimizer steps of the whole run
     micro_batch_size: int  # images per forward pass on each rank
     data: str  # fingerprint of the training images
-    wandb_id: str | None = None  # the same after a resume, so that W&B shows one run
+    wandb_id: str | None = None  # kept when the run resumes, so that W&B shows one run
 
 
 class Checkpoints:
@@ -64,8 +64,8 @@ class Checkpoints:
     Args:
         run: Folder of the run.
         state: The tensors to save and restore.
-        settings: When to save, and what to keep.
-        facts: Facts about the run, stored in each manifest as they are when it is saved.
+        settings: When to save, and which checkpoints to keep.
+        facts: Facts about the run. Each manifest stores their values at the time of the save.
         config: The resolved configuration as plain values, for the manifest.
         steps_per_epoch: Optimizer steps per epoch.
         check_lock: Called before every save. Raises if another run has taken over the folder.
@@ -86,7 +86,7 @@ class Checkpoints:
         self._check_lock, self._thread = check_lock, SaveThread()
 
     def due(self, step: int) -> bool:
-        """Return True if a checkpoint is due after a step: every `every_epochs`, and at the end."""
+        """Return True if a checkpoint is due after this step, or if the step is the last."""
         at_interval = _crosses_multiple(step, self.settings.every_epochs * self.steps_per_epoch)
         return step == self.facts.last_step or at_interval
 
@@ -97,12 +97,12 @@ class Checkpoints:
 
         Args:
             step: Optimizer steps done.
-            wait: Return only when the checkpoint is on disk, as for the last one of a run.
+            wait: Return only when the checkpoint is on disk. Used for the last one of a run.
 
         Raises:
-            SaveError: If the disk refused this save or the previous one. Older checkpoints are
+            SaveError: If this save or the previous one failed. Older checkpoints are
                 untouched, and the unfinished one is removed. With `wait`, `on_failure` does not
-                apply to this save, as its weights exist nowhere else.
+                apply to this save, because its weights exist nowhere else.
         """
         self._check_lock()
         earlier_problem, problem = self._thread.wait(), None
@@ -135,7 +135,7 @@ class Checkpoints:
             compare: Compares the checkpoint's configuration with this run's.
 
         Returns:
-            The number of steps done so far, 0 for a new run.
+            The number of steps done so far, which is 0 for a new run.
 
         Raises:
             ValueError: If the run cannot resume with this configuration or these images, if
@@ -148,7 +148,7 @@ class Checkpoints:
             return 0
         if not self.settings.resume:
             raise ValueError(
-                f"output: {self.run} already holds {checkpoints[-1].name} and checkpoint.resume is "
+                f"output: {self.run} already has {checkpoints[-1].name} and checkpoint.resume is "
                 "false; give another output, or set checkpoint.resume=true"
             )
         path = folder.newest_checkpoint(self.run)
@@ -157,12 +157,12 @@ class Checkpoints:
         if saved.get("data", self.facts.data) != self.facts.data:
             raise ValueError(
                 f"data.root: the training images are not those that {self.run} was trained on "
-                "(another list of files); give that data set, or a new output with "
+                "(the lists of files differ); give that data set, or a new output with "
                 f"backbone.init={self.run}"
             )
         machine = self._machine()
         differences = [
-            f"{key} was {value!r} and is {machine.get(key)!r}"
+            f"{key} was {value!r} and is now {machine.get(key)!r}"
             for key, value in saved["machine"].items()
             if machine.get(key) != value
         ]
@@ -180,7 +180,7 @@ class Checkpoints:
         self._thread.wait()
 
     def roll_back(self) -> str | None:
-        """Restore the newest intact checkpoint and return its name, None if there is none."""
+        """Restore the newest intact checkpoint and return its name, or None if there is none."""
         self._thread.wait()
         collectives.barrier()
         if not folder.list_checkpoints(self.run):
@@ -216,7 +216,7 @@ class Checkpoints:
         }
 
     def _machine(self) -> dict[str, Any]:
-        """Describe everything that must stay the same for a resume that is bit for bit."""
+        """Describe everything that must stay the same for a bit-for-bit resume."""
         parallel = self.config.get("parallel", {})
         modes = {key: parallel[key] for key in ("strategy", "compile") if key in parallel}
         machine = manifest.describe_machine()
@@ -224,19 +224,19 @@ class Checkpoints:
 
 
 def _crosses_multiple(step: int, interval: float) -> bool:
-    """Return True if a multiple of the interval lies in the step that ends at `step`."""
+    """Return True if a multiple of the interval lies in (step - 1, step]."""
     return interval > 0 and step > 0 and int(step / interval) > int((step - 1) / interval)
 
 
 def finished_step(
     run: Path, settings: CheckpointConfig, epochs: float, compare: Compare
 ) -> int | None:
-    """Return the last step of a run that has nothing left to train, None for any other run.
+    """Return the last step of a run that has nothing left to train, or None for any other run.
 
     Nothing is written. Only rank 0 reads the checkpoints.
 
     Raises:
-        ValueError: If the run has done these epochs already with another configuration.
+        ValueError: If the run has already trained for these epochs with another configuration.
     """
 
     def read_step() -> int | None:

@@ -1,8 +1,8 @@
-"""The folder `<run>/checkpoints`: finding, publishing and pruning checkpoints.
+"""Find, publish and prune the checkpoints of a run in `<run>/checkpoints`.
 
-The checkpoint of step 1000 is the folder `step_00001000`. It is written as `.writing-...` beside
-that name, fsynced and renamed, so it is complete or absent. A checkpoint that was damaged later is
-detected by its hashes, reported, and skipped in favor of the one before it.
+The checkpoint of step 1000 is the folder `step_00001000`. It is written under a name that begins
+with `.writing-`, fsynced and renamed, so it is either complete or absent. A checkpoint that was
+damaged later is detected by its hashes, reported, and skipped in favor of the one before it.
 """
 
 import os
@@ -22,7 +22,7 @@ WRITING_PREFIX = ".writing-"
 
 
 def checkpoint_path(run: str | Path, step: int) -> Path:
-    """Return the path of the run's checkpoint of a step, which need not exist."""
+    """Return the path of the checkpoint of a step, whether or not it exists."""
     return Path(run) / "checkpoints" / f"step_{step:08d}"
 
 
@@ -31,7 +31,7 @@ def _step_of(path: Path) -> int:
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
-    """Return the run's checkpoint folders in the order of their steps, damaged ones included."""
+    """Return the run's checkpoint folders sorted by step, including damaged ones."""
     paths = (Path(run) / "checkpoints").glob("step_*")
     return sorted(
         (path for path in paths if path.is_dir() and path.name[5:].isdecimal()), key=_step_of
@@ -67,9 +67,9 @@ def newest_checkpoint(run: str | Path) -> Path:
 
 
 def newest_checkpoint_after(run: Path, epochs: float) -> Path | None:
-    """Return the newest intact checkpoint if it has at least `epochs` epochs, else None.
+    """Return the newest intact checkpoint after at least `epochs` epochs, or None.
 
-    The files are hashed only if the newest manifest says that it has them.
+    Files are hashed only if the manifest of the newest checkpoint has reached that many epochs.
     """
 
     def has_reached(path: Path) -> bool:
@@ -88,7 +88,7 @@ def newest_checkpoint_after(run: Path, epochs: float) -> Path | None:
 
 
 def is_finished(run: str | Path) -> bool:
-    """Return True if the newest readable manifest is that of the run's last step."""
+    """Return True if the newest readable manifest is from the run's last step."""
     for path in reversed(list_checkpoints(run)):
         with suppress(ValueError, KeyError):
             manifest = manifests.read_manifest(path)
@@ -99,12 +99,12 @@ def is_finished(run: str | Path) -> bool:
 def prepare_folder(run: Path) -> None:
     """Remove unfinished checkpoints and check that new ones can be written.
 
-    Only the main rank does this, but all ranks must call this function, and all raise its error.
+    Only the main rank does the work, but every rank must call this function and raises its error.
 
     Raises:
         ValueError: If no checkpoint can be written. The message names the folder, the failed call
             and the reason.
-        SaveError: If the reason is a full or failing disk, which may recover.
+        SaveError: If the reason is a full or failing disk, which may be temporary.
     """
 
     def prepare() -> None:
@@ -118,20 +118,20 @@ def prepare_folder(run: Path) -> None:
 def _check_writable(folder: Path) -> None:
     """Try every file system call that a save needs."""
     probe = folder / f"{WRITING_PREFIX}probe-{uuid.uuid4().hex[:8]}"
-    renamed = probe.with_name(f"{probe.name}-renamed")
+    new_path = probe.with_name(f"{probe.name}-renamed")
     calls: dict[str, Callable[[], Any]] = {
         "make a folder": lambda: probe.mkdir(parents=True),
         "write a file": lambda: (probe / "probe").write_bytes(bytes(4096)),
         "fsync a file": lambda: durable_files.sync(probe / "probe"),
         "fsync a folder": lambda: durable_files.sync_folder(probe),
-        "rename a folder": lambda: os.rename(probe, renamed),
-        "remove a folder": lambda: shutil.rmtree(renamed),
+        "rename a folder": lambda: os.rename(probe, new_path),
+        "remove a folder": lambda: shutil.rmtree(new_path),
     }
     for name, call in calls.items():
         try:
             call()
         except OSError as error:
-            for path in (probe, renamed):
+            for path in (probe, new_path):
                 shutil.rmtree(path, ignore_errors=True)
             message = (
                 f"output: no checkpoint can be written to {folder}: {durable_files.reason(error)} "
@@ -143,7 +143,7 @@ def _check_writable(folder: Path) -> None:
 def discard_if_damaged(path: Path) -> None:
     """Remove whatever is at the path of a checkpoint, unless it is an intact checkpoint.
 
-    If it is a symbolic link, its target is not removed.
+    The target of a symbolic link is not removed.
     """
     if not os.path.lexists(path):
         return
@@ -164,9 +164,9 @@ def publish(
 
     Args:
         unfinished: The folder in which the checkpoint was written.
-        path: The path that it gets.
+        path: Final path of the checkpoint.
         manifest: The manifest without `files`.
-        files: The entry of each file in the manifest.
+        files: Manifest entry of each file, by its name.
     """
     manifest_file = unfinished / manifests.MANIFEST
     manifest_file.write_text(manifests.to_json(manifest | {"files": files}), encoding="utf-8")
@@ -183,8 +183,8 @@ def prune(newest: Path, keep_last: int, is_milestone: Callable[[int], bool]) -> 
 
     Args:
         newest: The checkpoint just saved. Checkpoints of later steps are not touched.
-        keep_last: Number of checkpoints to keep, including `newest`. It counts as 1 if it is 0.
-        is_milestone: Returns True for a step whose checkpoint is never removed.
+        keep_last: Number of checkpoints to keep, including `newest`. 0 counts as 1.
+        is_milestone: Returns True for steps whose checkpoints are never removed.
     """
     checkpoints = list_checkpoints(newest.parent.parent)
     paths = [path for path in checkpoints if _step_of(path) <= _step_of(newest)]

@@ -1,4 +1,4 @@
-"""The initial weights of a backbone, from a run, a file or timm."""
+"""Load the initial weights of a backbone from a run or a file."""
 
 from pathlib import Path
 
@@ -14,10 +14,13 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 def initialize(backbone: nn.Module, config: BackboneConfig) -> list[str]:
-    """Load the weights that `backbone.init` names. Return notes on what was omitted or converted.
+    """Load the weights that `backbone.init` names.
+
+    Returns:
+        Notes on weights that were omitted or converted.
 
     Raises:
-        ValueError: If the weights cannot be read, or do not fit this backbone.
+        ValueError: If the weights cannot be read or do not fit this backbone.
     """
     weights, notes = read_initial_weights(config.init, config.init_key)
     if weights is None:
@@ -28,7 +31,7 @@ def initialize(backbone: nn.Module, config: BackboneConfig) -> list[str]:
 
 
 def read_initial_weights(init: str, key: str = "") -> tuple[dict[str, Tensor] | None, list[str]]:
-    """Read the weights of a run, a .safetensors file or a torch file.
+    """Read weights from a run, a .safetensors file or a torch file.
 
     Args:
         init: The value of `backbone.init`.
@@ -36,10 +39,10 @@ def read_initial_weights(init: str, key: str = "") -> tuple[dict[str, Tensor] | 
 
     Returns:
         The weights and notes on their conversion. The weights are None for `random` and
-        `timm:<tag>`, which the backbone's constructor handles.
+        `timm:<tag>`, because the backbone's constructor initializes these.
 
     Raises:
-        ValueError: If there is no such file or run, or the file has another format.
+        ValueError: If the file or run does not exist or its format is unknown.
     """
     if init == "random" or init.startswith("timm:"):
         return None, []
@@ -62,7 +65,7 @@ def read_initial_weights(init: str, key: str = "") -> tuple[dict[str, Tensor] | 
 
 
 def read_evaluated_weights(path: Path) -> dict[str, Tensor]:
-    """Return the weights of the network that evaluations use, named as in a backbone."""
+    """Return the weights of a checkpoint's evaluated network, with the names of a backbone's."""
     manifest, tensors = read_checkpoint(path)
     prefix = f"{manifest['evaluated']}."
     return {

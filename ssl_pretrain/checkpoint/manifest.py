@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: its format, its content, and the verification of the files.
+"""Read and write the manifest of a checkpoint, and verify the files that it lists.
 
 The manifest is a JSON file that lists the size and SHA-256 of every other file and ends with a
-SHA-256 of its own text. Manifests of format 1, which do not have the latter, are still read, with
-every other check.
+SHA-256 of its own text. Manifests of format 1 end without that hash. They can still be read, and
+all other checks apply to them.
 """
 
 import functools
@@ -24,7 +24,7 @@ from ssl_pretrain.system.import_path import PACKAGE
 FORMAT = 2
 READABLE_FORMATS = (1, FORMAT)
 MANIFEST = "manifest.json"
-HASH_KEY = "manifest_sha256"  # last entry, the SHA-256 of the text before it
+HASH_KEY = "manifest_sha256"  # key of the last entry, which hashes the text before it
 METHOD_FILE = "method.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 SHARD_PREFIX = "shard-"
@@ -42,7 +42,7 @@ PACKAGES = ("ssl_pretrain", "torch", "torchvision", "timm", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Describe what must stay the same for a resume that is bit for bit."""
+    """Describe everything that must not change for a bit-for-bit resume."""
     return {
         "world_size": process_group.world_size(),
         "threads": torch.get_num_threads(),
@@ -58,7 +58,7 @@ def list_versions() -> dict[str, str]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read and check the manifest of a checkpoint folder without the files that it lists.
+    """Read and check a checkpoint's manifest, but not the files that it lists.
 
     Raises:
         ValueError: If the manifest is damaged, belongs to another folder, or has a format that this
@@ -69,7 +69,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         versions = manifest["versions"]
         raise ValueError(
             f"{path} has checkpoint format {manifest.get('format')!r}; this version reads format "
-            f"{FORMAT}. It was written by ssl_pretrain {versions.get('ssl_pretrain')} "
+            f"{FORMAT}. The checkpoint was written by ssl_pretrain {versions.get('ssl_pretrain')} "
             f"({versions.get('revision')}). Use that version, or start a new run"
         )
     return manifest
@@ -78,10 +78,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def verify(path: Path) -> dict[str, Any]:
     """Check the size and SHA-256 of every file of a checkpoint, and return its manifest.
 
-    A checkpoint can be intact although its format is newer than this version can read.
+    The format is not checked, so a checkpoint can be intact and too new for this version to read.
 
     Raises:
-        ValueError: If a file is missing, truncated, changed or unreadable. The message names it.
+        ValueError: If a file is missing, truncated, changed or unreadable. The message names the
+            file.
     """
     manifest = _parse(path)
     for name, expected in manifest["files"].items():
@@ -107,7 +108,7 @@ def to_json(manifest: dict[str, Any]) -> str:
 
 
 def describe_files(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """Return the manifest's entry for each file: its size in bytes and its SHA-256."""
+    """Return the manifest's entry for each file, with the size in bytes and the SHA-256."""
     return {path.name: {"bytes": path.stat().st_size, "sha256": _file_hash(path)} for path in paths}
 
 
@@ -129,7 +130,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _with_current_names(entries: dict[str, Any]) -> dict[str, Any]:
-    """Rename the entries of a manifest that an older version wrote."""
+    """Return entries with old names replaced by their current names."""
     return {schema.RENAMED.get(key, key): value for key, value in entries.items()}
 
 
@@ -145,8 +146,8 @@ def _hash_matches(text: str) -> bool:
 def _needs_no_hash(manifest: dict[str, Any], text: str) -> bool:
     """Return True for format 1, and for an unknown format whose text has no hash line.
 
-    One flipped bit cannot turn a manifest of this format into either, as the numbers 1 and 2 differ
-    in two bits and the hash line stays.
+    One flipped bit cannot turn a manifest of the current format into either of these. The digits 1
+    and 2 differ in two bits, and the hash line remains after any flip in the format.
     """
     if manifest.get("format") == 1:
         return HASH_KEY not in manifest
@@ -155,32 +156,32 @@ def _needs_no_hash(manifest: dict[str, Any], text: str) -> bool:
 
 def _wrong_entry(manifest: dict[str, Any]) -> str | None:
     """Describe the first entry that is missing or has the wrong type, or return None."""
-    for key, kind in REQUIRED_TYPES.items():
-        if not isinstance(manifest.get(key), kind) or isinstance(manifest[key], bool):
-            return f"{key} is missing or is not {TYPE_NAMES[kind]}"
+    for key, required_type in REQUIRED_TYPES.items():
+        if not isinstance(manifest.get(key), required_type) or isinstance(manifest[key], bool):
+            return f"{key} is missing or is not {TYPE_NAMES[required_type]}"
     names = manifest["files"].keys()
     for name, entry in manifest["files"].items():
         if not name or Path(name).name != name or name == MANIFEST:
-            return f"files: {name!r} is not the name of a file in that folder"
+            return f"files: {name!r} is not a file name in the checkpoint's folder"
         size, digest = (
             (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (0, 0)
         )
         if not isinstance(size, int) or not isinstance(digest, str):
-            return f"files: {name!r} has no bytes or no sha256"
+            return f"files: {name!r} has no valid bytes or sha256 entry"
     is_sharded = any(name.startswith(SHARD_PREFIX) for name in names)
     if not is_sharded and not {METHOD_FILE, OPTIMIZER_FILE} <= names:
-        return f"files: neither {METHOD_FILE} and {OPTIMIZER_FILE} nor a {SHARD_PREFIX}* file"
+        return f"files: needs {METHOD_FILE} and {OPTIMIZER_FILE}, or a {SHARD_PREFIX}* file"
     return None
 
 
 def _wrong_folder(path: Path, manifest: dict[str, Any]) -> str | None:
     """Describe a mismatch between the manifest and its folder, or return None."""
-    number = path.name.removeprefix("step_")
-    if number != path.name and number.isdecimal() and int(number) != manifest["step"]:
-        return f"it is the manifest of step {manifest['step']}"
+    step = path.name.removeprefix("step_")
+    if step != path.name and step.isdecimal() and int(step) != manifest["step"]:
+        return f"it belongs to the checkpoint of step {manifest['step']}"
     tensor_files = {file.name for file in path.glob("*.safetensors")}
     unlisted = sorted(tensor_files - manifest["files"].keys())
-    return f"files: {unlisted[0]} is in the folder but not in the list" if unlisted else None
+    return f"files: {unlisted[0]} is in the folder but not in the manifest" if unlisted else None
 
 
 def _file_hash(path: Path) -> str:

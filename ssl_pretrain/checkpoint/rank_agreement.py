@@ -1,7 +1,7 @@
 """Refuse to train unless all ranks have the same settings, code, versions, data and checkpoints.
 
-Each machine of a run has its own command line and its own copy of the code and the data. Ranks that
-differ in one of them would otherwise train together without noticing.
+Each machine of a run has its own command line and its own copy of the code and the data. Without
+this check, ranks that differ in any of them would train together and nobody would notice.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from ssl_pretrain.system.import_path import PACKAGE
 # Keys and sections that may differ between machines without changing the result.
 PER_MACHINE_KEYS = ("data.root", "data.cache_dir", "data.num_workers")
 PER_MACHINE_SECTIONS = ("launch", "plan")
-FOLDERS_NOT_COMPARED = {"eval", "launch"}  # training does not use them
-MAX_DIFFERENCES = 4  # differences that a message lists
-MOUNT_SECONDS = 90.0  # time that a network file system may take to show another machine's new files
+FOLDERS_NOT_COMPARED = {"eval", "launch"}  # code that training does not use
+MAX_DIFFERENCES = 4  # largest number of differences in one message
+MOUNT_SECONDS = 90.0  # longest wait for another machine's files on a network file system
 RETRY_SECONDS = 2.0
 
 
@@ -33,7 +33,7 @@ def check_programs(values: dict[str, Any], method_module: str) -> None:
 
     Args:
         values: The configuration as plain values.
-        method_module: Name of the method's module, which may be a user's own.
+        method_module: Name of the method's module, possibly one that the user wrote.
     """
     if process_group.world_size() == 1:
         return
@@ -85,36 +85,36 @@ def _require_equal(
         if elapsed[0] >= patience_seconds:  # rank 0's clock decides for all ranks
             break
         time.sleep(RETRY_SECONDS)
-    answers = collectives.gather_objects((socket.gethostname(), values))
-    raise ValueError(f"the ranks disagree: {_describe_differences(answers)}; {remedy}")
+    values_by_rank = collectives.gather_objects((socket.gethostname(), values))
+    raise ValueError(f"the ranks disagree: {_describe_differences(values_by_rank)}; {remedy}")
 
 
-def _describe_differences(answers: list[tuple[str, dict[str, Any]]]) -> str:
-    """List the keys that differ, each with its values and the ranks that have them.
+def _describe_differences(values_by_rank: list[tuple[str, dict[str, Any]]]) -> str:
+    """Describe the keys that differ, each with its values and the ranks that have them.
 
     Args:
-        answers: Host name and values of each rank.
+        values_by_rank: Host name and values of each rank.
     """
     descriptions = []
-    for key in sorted({key for _, values in answers for key in values}):
+    for key in sorted({key for _, values in values_by_rank for key in values}):
         ranks_by_value: dict[str, list[int]] = {}
-        for rank, (_, values) in enumerate(answers):
+        for rank, (_, values) in enumerate(values_by_rank):
             value = repr(values[key]) if key in values else "absent"
             ranks_by_value.setdefault(value, []).append(rank)
         if len(ranks_by_value) > 1:
             groups = [
-                f"{value} on {_describe_ranks(ranks, answers[ranks[0]][0])}"
+                f"{value} on {_describe_ranks(ranks, values_by_rank[ranks[0]][0])}"
                 for value, ranks in ranks_by_value.items()
             ]
             descriptions.append(f"{key}: {', '.join(groups)}")
     num_hidden = len(descriptions) - MAX_DIFFERENCES
-    more = [f"and {num_hidden} more"] if num_hidden > 0 else []
-    return "; ".join(descriptions[:MAX_DIFFERENCES] + more)
+    rest = [f"and {num_hidden} more"] if num_hidden > 0 else []
+    return "; ".join(descriptions[:MAX_DIFFERENCES] + rest)
 
 
 def _describe_ranks(ranks: list[int], first_host: str) -> str:
-    more = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
-    return f"rank {ranks[0]} ({first_host}){more}"
+    rest = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
+    return f"rank {ranks[0]} ({first_host}){rest}"
 
 
 def _source_hashes(method_module: str) -> dict[str, str]:
@@ -131,6 +131,7 @@ def _source_hashes(method_module: str) -> dict[str, str]:
 
 
 def _hash(path: Path) -> str:
+    """Return a short hash of a file, or why the file cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     except OSError as error:

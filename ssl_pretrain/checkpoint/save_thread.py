@@ -1,4 +1,4 @@
-"""A thread that writes one checkpoint while training goes on."""
+"""Write a checkpoint in a thread while training continues."""
 
 import sys
 import threading
@@ -11,14 +11,14 @@ from ssl_pretrain.system.exit_status import DISK_REFUSED
 from ssl_pretrain.system.watchdog import watchdog
 
 DISK_PATIENCE = 10.0  # multiple of parallel.timeout_seconds that a save may take
-POLL_SECONDS = 5.0
+POLL_SECONDS = 5.0  # longest time between two checks of whether a rank is still saving
 DISK_REMEDY = (
     "the disk is slow or does not answer; check that it can be written to, then start the run again"
 )
 
 
 class SaveThread:
-    """Run one save at a time, and report its failure from `wait`."""
+    """Runner of one save at a time. A failed save is reported by `wait`."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -26,7 +26,7 @@ class SaveThread:
         self._problem: str | None = None
 
     def start(self, write: Callable[[], None], step: int, folder: Path) -> None:
-        """Call `write`, which saves the checkpoint of a step in a folder, in a thread."""
+        """Start a thread that calls `write` to save the checkpoint of a step in a folder."""
         self._description = f"the checkpoint of step {step} in {folder}"
 
         def run() -> None:
@@ -44,8 +44,8 @@ class SaveThread:
     def wait(self) -> str | None:
         """Wait until no rank is saving. Return this rank's problem, or None.
 
-        While the disk is slow, this is reported now and then. After `DISK_PATIENCE` the process is
-        ended.
+        The main rank reports a slow disk every `parallel.timeout_seconds`. If the wait exceeds
+        `DISK_PATIENCE` times that, the watchdog ends the process.
         """
         self._wait_for_all_ranks()
         problem, self._thread, self._problem = self._problem, None, None
@@ -54,7 +54,7 @@ class SaveThread:
     def _wait_for_all_ranks(self) -> None:
         timeout, start = process_group.timeout_seconds(), time.monotonic()
         next_report, is_armed = timeout, False
-        activity = f"waiting for the disk to take {self._description}"
+        activity = f"waiting for the disk to write {self._description}"
         while True:
             if self._thread is not None:
                 self._thread.join(min(POLL_SECONDS, timeout / 4))
@@ -67,5 +67,5 @@ class SaveThread:
             waited = time.monotonic() - start
             if waited > next_report and process_group.is_main():
                 next_report = waited + timeout
-                message = f"still {activity}, for {waited:.0f} s so far. The disk is slow"
+                message = f"still {activity} after {waited:.0f} s. The disk is slow"
                 print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The tensors that a resumed run needs, which belong to the method and its optimizer."""
+"""Copy the tensors of a method and its optimizer to checkpoints, and restore them."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from ssl_pretrain.checkpoint.manifest import METHOD_FILE, OPTIMIZER_FILE
 from ssl_pretrain.checkpoint.save_thread import DISK_PATIENCE
 from ssl_pretrain.distributed import collectives, process_group
 
-FORMER_NAMES = {"centre": "center"}  # names of a method's tensors in old checkpoints, and today
+FORMER_NAMES = {"centre": "center"}  # current tensor names, by the names in old checkpoints
 
 
 class TrainingState:
     """The method and its optimizer, copied to checkpoints and restored from them.
 
     Args:
-        method: The method without a wrapper. Its parameters are whole, or sharded by FSDP.
+        method: The method without wrappers. Its parameters are whole, or sharded by FSDP.
         optimizer: Its parameter groups list the names of their parameters under `names`.
     """
 
@@ -30,7 +30,7 @@ class TrainingState:
         self.group = process_group.new_cpu_group(DISK_PATIENCE) if self.sharded else None
 
     def snapshot(self) -> tensor_files.Files:
-        """Return copies of all tensors in host memory, by file."""
+        """Return copies of all tensors in host memory, by file name."""
         moments = {
             f"{name}::{key}": value
             for name, parameter in self._trained_parameters().items()
@@ -48,7 +48,7 @@ class TrainingState:
         The caller has verified the checkpoint.
 
         Raises:
-            ValueError: If the checkpoint has other tensors than this method.
+            ValueError: If the tensors of the checkpoint differ from the method's.
         """
         if self.sharded or not (path / METHOD_FILE).exists():
             self._restore_shards(path)
@@ -71,8 +71,8 @@ class TrainingState:
         if weights != tensors.keys():
             differing = ", ".join(sorted(weights ^ tensors.keys())[:3])
             raise ValueError(
-                f"{path}: the checkpoint has other tensors than this method, such as {differing}. "
-                "Nothing was loaded"
+                f"{path}: the tensors of the checkpoint differ from this method's, such as "
+                f"{differing}. Nothing was loaded; resume with the method that was saved"
             )
         self.optimizer.state.clear()
         parameters = self._trained_parameters()
@@ -93,12 +93,15 @@ class TrainingState:
         An entry of the parameter's shape also gets its memory layout and its sharding. The fused
         optimizer kernels use raw memory, so a moment in another layout than its weight would be
         applied to the wrong elements.
+
+        Raises:
+            ValueError: If the method does not train a parameter of this name.
         """
         name, _, entry = key.rpartition("::")
         parameter = parameters.get(name)
         if parameter is None:
             raise ValueError(
-                f"the checkpoint has an optimizer state for {name!r}, which this method does not "
+                f"the checkpoint has optimizer state for {name!r}, which this method does not "
                 "train; resume with the method that was saved"
             )
         if shape == parameter.shape:

@@ -1,9 +1,9 @@
-"""The safetensors files of a checkpoint.
+"""Read and write the safetensors files of a checkpoint.
 
-Rank 0 writes whole tensors to method.safetensors and optimizer.safetensors. Sharded tensors (FSDP)
-are in one file per rank, in the safetensors storage of torch.distributed.checkpoint. An entry of
-the optimizer's state is named `<parameter>::<entry>`. Both kinds can be read on any number of
-ranks, sharded or not. No file is a pickle.
+Rank 0 writes whole tensors to method.safetensors and optimizer.safetensors. With FSDP, each rank
+writes its shards to one file, in the safetensors format of torch.distributed.checkpoint. Entries of
+the optimizer's state are named `<parameter>::<entry>`. Either kind of checkpoint can be read on any
+number of ranks, sharded or not. No file is a pickle.
 """
 
 import inspect
@@ -20,11 +20,11 @@ from ssl_pretrain.checkpoint import folder
 from ssl_pretrain.checkpoint.manifest import METHOD_FILE, describe_files, read_manifest, verify
 from ssl_pretrain.distributed import collectives, process_group
 
-Files = dict[str, dict[str, Tensor]]  # for each file, its tensors by name
+Files = dict[str, dict[str, Tensor]]  # the tensors of each file, by name
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Verify a checkpoint. Return its manifest and the method's whole tensors, on the CPU.
+    """Verify a checkpoint, and return its manifest and the method's whole tensors on the CPU.
 
     Raises:
         ValueError: If a file is damaged, or this version cannot read the checkpoint's format.
@@ -45,7 +45,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
 
 def write_whole(path: Path, unfinished: Path, files: Files, manifest: dict[str, Any]) -> None:
     """Write a checkpoint of whole tensors from one process, unless an intact one exists."""
-    if not _begin(path, unfinished):
+    if not _create_folder(path, unfinished):
         return
     try:
         for name, tensors in files.items():
@@ -61,13 +61,13 @@ def write_shards(
 ) -> None:
     """Write a sharded checkpoint, unless an intact one exists.
 
-    Each rank writes and hashes its own file. Rank 0 writes the manifest. A failure of one rank is
-    raised on all of them, as the others would wait for it otherwise.
+    Each rank writes and hashes its own file. Rank 0 writes the manifest. A failure on one rank is
+    raised on all ranks, because the others would otherwise wait for it.
 
     Raises:
-        OSError: If any rank could not write.
+        OSError: If a rank could not write.
     """
-    if not collectives.run_on_main(lambda: _begin(path, unfinished), group):
+    if not collectives.run_on_main(lambda: _create_folder(path, unfinished), group):
         return
     results = collectives.gather_objects(_write_own_shard(unfinished, files, group), group)
     problem = next((problem for _, problem in results if problem), None)
@@ -85,7 +85,7 @@ def write_shards(
     collectives.run_on_main(finish, group)
 
 
-def _begin(path: Path, unfinished: Path) -> bool:
+def _create_folder(path: Path, unfinished: Path) -> bool:
     """Create the folder to write into. Return False if an intact checkpoint exists."""
     folder.discard_if_damaged(path)
     if path.exists():
@@ -97,10 +97,10 @@ def _begin(path: Path, unfinished: Path) -> bool:
 def _write_own_shard(
     unfinished: Path, files: Files, group: Any
 ) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """Write this rank's file. Return its manifest entry, and the problem of any rank or None."""
+    """Write this rank's file. Return its manifest entry, and the failures of all ranks or None."""
     dcp = sharded_storage()
     writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-    tensors = {key: value for entries in files.values() for key, value in entries.items()}
+    tensors = {key: tensor for by_name in files.values() for key, tensor in by_name.items()}
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
         own_files = sorted(unfinished.glob(f"shard-{process_group.rank() + 1:05d}-*"))
@@ -113,13 +113,13 @@ def _write_own_shard(
 
 
 def read_shapes(path: Path) -> dict[str, Any]:
-    """Return the size and type of every tensor of a checkpoint by name, from the files' headers."""
+    """Read the size and type of each tensor of a checkpoint, by name, from the files' headers."""
     reader = sharded_storage().HuggingFaceStorageReader(str(path))
     return dict(reader.read_metadata().state_dict_metadata)
 
 
 def fill(tensors: dict[str, Tensor], path: Path, group: Any = None) -> None:
-    """Fill whole or sharded tensors from a checkpoint, in this process alone if group is None."""
+    """Fill whole or sharded tensors from a checkpoint. Without a group, only this process reads."""
     dcp = sharded_storage()
     reader = dcp.HuggingFaceStorageReader(str(path))
     with warnings.catch_warnings():

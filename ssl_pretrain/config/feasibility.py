@@ -16,7 +16,7 @@ from ssl_pretrain.parallel import execution
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch
 
-SLURM_KEYS = (  # names within the section `launch`
+SLURM_KEYS = (  # keys of the section `launch` that only a submission to SLURM uses
     *("nodes", "gpus_per_node", "cpus_per_rank", "memory_gb", "hours", "signal_seconds"),
     *("requeue", "chain", "partition", "account", "qos", "constraint"),
 )
@@ -26,7 +26,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """Check that the settings fit together and that the first step can run on this many ranks.
 
     Raises:
-        ConfigError: If a check fails. The message names the keys, their values and a remedy.
+        ConfigError: If a check fails.
     """
     try:
         schema.check(config)
@@ -48,27 +48,29 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def _check_micro_batch(config: RunConfig, world_size: int) -> None:
-    batch, images = config.global_batch_size, configured_micro_batch_size(config, world_size)
-    share = batch // world_size
-    if images is None:
+    global_size = config.global_batch_size
+    micro_size = configured_micro_batch_size(config, world_size)
+    local_size = global_size // world_size
+    if micro_size is None:
         return
-    if images < 1 or share % images:
+    if micro_size < 1 or local_size % micro_size:
         raise ConfigError(
-            f"micro_batch_size: {images} does not divide this rank's share of {share} "
-            f"(global_batch_size {batch} / {world_size} ranks)"
+            f"micro_batch_size: {micro_size} does not divide this rank's share of {local_size} "
+            f"(global_batch_size {global_size} / {world_size} ranks); give a divisor of "
+            f"{local_size}, 0 for the whole share, or auto"
         )
-    group = execution.bn_group_images(config.parallel, batch)
-    if images < share and group > images:
+    group_size = execution.bn_group_images(config.parallel, global_size)
+    if micro_size < local_size and group_size > micro_size:
         raise ConfigError(
-            f"micro_batch_size: {images} splits batch norm's groups of {group} images, which "
-            f"cannot be accumulated exactly; set micro_batch_size={share}, or "
-            f"parallel.bn_group_images={images}, which departs from the recipe's "
+            f"micro_batch_size: {micro_size} splits batch norm's groups of {group_size} images, "
+            f"which cannot be accumulated exactly; set micro_batch_size={local_size}, or "
+            f"parallel.bn_group_images={micro_size}, which departs from the recipe's "
             f"{config.parallel.bn_group_images}"
         )
 
 
 def configured_micro_batch_size(config: RunConfig, world_size: int) -> int | None:
-    """Return the images per forward pass on one rank, or None for `auto`.
+    """Return the number of images per forward pass on one rank, or None for `auto`.
 
     Raises:
         ConfigError: If `micro_batch_size` is neither a number nor auto.
@@ -78,8 +80,8 @@ def configured_micro_batch_size(config: RunConfig, world_size: int) -> int | Non
         return None
     if not value.lstrip("-").isdecimal():
         raise ConfigError(
-            f"micro_batch_size: {value!r}; "
-            "choose a number of images, 0 for a rank's whole share, or auto"
+            f"micro_batch_size: {value!r} is not a number of images; "
+            "give a number, 0 for a rank's whole share, or auto"
         )
     return int(value) or config.global_batch_size // world_size
 
@@ -95,12 +97,12 @@ def _try_method(config: RunConfig) -> None:
     """Run the method's forward pass on the meta device.
 
     Raises:
-        ValueError: If the method needs other views or more images, or cannot run on the backbone.
+        ValueError: If the method does not support the views, the batch size or the backbone.
     """
     backbone = dataclasses.replace(config.backbone, init="random")
-    group = execution.bn_group_images(config.parallel, config.global_batch_size)
+    group_size = execution.bn_group_images(config.parallel, config.global_batch_size)
     sizes = [crop.size for crop in recipe.expand_counts(config.views)]
-    num_images = min(2, group)
+    num_images = min(2, group_size)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         method = method_on_meta(dataclasses.replace(config, backbone=backbone))
         if method.couples != "nothing" and config.global_batch_size < 2:
@@ -109,46 +111,47 @@ def _try_method(config: RunConfig) -> None:
                 "no other image to compare with; give 2 or more"
             )
         with torch.device("meta"):
-            numbers = torch.zeros(num_images, dtype=torch.int64)
+            zeros = torch.zeros(num_images, dtype=torch.int64)  # in place of indices and labels
             images = [torch.zeros(num_images, 3, size, size) for size in sizes]
             try:
-                method(Batch(images, numbers, numbers))
+                method(Batch(images, zeros, zeros))
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
                 if not timm_networks.lacks_meta(error):
                     raise _forward_problem(config, error, sizes) from None
 
 
 def _forward_problem(config: RunConfig, error: Exception, sizes: list[int]) -> ValueError:
-    """Return an error that names the keys, for an error of the method's forward pass."""
+    """Return an error that names the keys behind an error of the method's forward pass."""
     if "more than 1 value per channel" in str(error):
         return ValueError(
-            "parallel.bn_group_images: batch norm cannot take its statistics from one image of "
-            "one position; give groups and a global_batch_size "
-            f"({config.global_batch_size}) of 2 images or more"
+            f"parallel.bn_group_images: {config.parallel.bn_group_images} with global_batch_size "
+            f"{config.global_batch_size} leaves batch norm one value per channel, which has no "
+            "variance; give groups and batches of 2 images or more"
         )
     if isinstance(error, ValueError):
         return error
     return ValueError(
         f"method.name: {config.method.name} cannot run on backbone.name {config.backbone.name} "
-        f"with views of {', '.join(map(str, sizes))} pixels: {str(error).splitlines()[0]}"
+        f"with views of {', '.join(map(str, sizes))} pixels: {str(error).splitlines()[0]}; "
+        "give another method, backbone or size"
     )
 
 
 def check_slurm_keys(
     config: RunConfig, overrides: Sequence[str], reason: str, remedy: str, *, overrides_only: bool
 ) -> None:
-    """Refuse the keys that only a submission to SLURM uses. Call it if nothing is submitted.
+    """Refuse keys that only a submission to SLURM uses, in a command that submits nothing.
 
     Args:
         config: The configuration.
         overrides: The `key=value` arguments of the command line.
         reason: Reason why nothing is submitted, for the message.
-        remedy: Remedy, for the message.
-        overrides_only: Refuse the keys on the command line only, because a YAML that was written
-            for a cluster may have them.
+        remedy: Remedy for the message.
+        overrides_only: Refuse the keys only on the command line. A YAML that was written for a
+            cluster may have them.
 
     Raises:
-        ConfigError: If such a key is not at its default. The message names each key and its value.
+        ConfigError: If such a key does not have its default value.
     """
     default, override_keys = LaunchConfig(), {text.partition("=")[0] for text in overrides}
     changes = [

@@ -1,4 +1,4 @@
-"""Explain the keys of a configuration, from the help of their settings."""
+"""Help for the keys of a configuration, taken from the fields of its dataclasses."""
 
 import argparse
 import dataclasses
@@ -13,34 +13,34 @@ from ssl_pretrain.methods.base import MethodConfig
 from ssl_pretrain.system.output_streams import redirect_to_null
 
 ON_RESUME = {
-    "same": "A resumed run must keep it.",
-    "free": "A resumed run may change it.",
-    "warn": "A resumed run may change it, with a warning.",
+    "same": "A resumed run must keep this value.",
+    "free": "A resumed run may change this value.",
+    "warn": "A resumed run may change this value, with a warning.",
 }
 
 
 class HelpAction(argparse.Action):
-    """The option `--help [KEY]`: print the help of the command, or of one key, and exit."""
+    """The option `--help [KEY]`, which prints the help of the command or of one key, and exits."""
 
-    def __init__(self, **settings: Any) -> None:
-        settings |= {"nargs": "?", "metavar": "KEY", "help": "print this help, or that of a key"}
-        super().__init__(**settings)
+    def __init__(self, **arguments: Any) -> None:
+        help_text = "print this help, or the help of one key, and exit"
+        super().__init__(**arguments | {"nargs": "?", "metavar": "KEY", "help": help_text})
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, key: Any, *_: Any) -> None:
-        """Print the help and exit, with an error if there is no such key."""
+        """Print the help and exit. An unknown key is an error."""
         try:
             print(explain(key) if key else parser.format_help(), flush=True)
         except ValueError as error:
             parser.error(str(error))
-        except BrokenPipeError:  # the reader, such as `head`, has ended
+        except BrokenPipeError:  # the reader, such as `head`, has exited
             redirect_to_null(1)
         parser.exit()
 
 
 def explain(key: str = "") -> str:
-    """Return the help of a key, or a list of a section's keys. An empty key lists the sections.
+    """Return the help of a key, or the keys of a section. An empty key lists the sections.
 
-    The keys of a method follow its name, as in `method.simclr.temperature`.
+    A method's name comes before its keys, as in `method.simclr.temperature`.
 
     Raises:
         ValueError: If there is no such key.
@@ -58,9 +58,12 @@ def explain(key: str = "") -> str:
     key_type, (parent, _, name) = declared_type(path), path.rpartition(".")
     if dataclasses.is_dataclass(key_type):
         section = typing.cast(type, key_type)
-        keys = [field.name for field in dataclasses.fields(section)]
-        width = max(map(len, keys))
-        return "\n".join(f"{key:{width}}  {schema.metadata(section, key)['help']}" for key in keys)
+        helps = {
+            field.name: schema.metadata(section, field.name)["help"]
+            for field in dataclasses.fields(section)
+        }
+        width = max(map(len, helps))
+        return "\n".join(f"{name:{width}}  {text}" for name, text in helps.items())
     section = declared_type(parent)
     if not dataclasses.is_dataclass(section):
         raise ValueError(f"{key}: has no help of its own; see {key.rpartition('.')[0]}")
@@ -74,7 +77,7 @@ def _describe_type(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " | ".join(choice or repr(choice) for choice in get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):
-        return " | ".join(_describe_type(inner) for inner in get_args(kind))
+        return " | ".join(_describe_type(option) for option in get_args(kind))
     if kind is types.NoneType:
         return "null"
     return str(kind) if get_origin(kind) else kind.__name__

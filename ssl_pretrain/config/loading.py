@@ -15,18 +15,18 @@ from ssl_pretrain.schema import Scalar
 
 NO_METHOD = "none"  # method.name for weights that were not trained by this project
 INTERPOLATION = (
-    "'${' is not allowed: nothing is interpolated, so that no secret of the environment enters a "
-    "logged config"
+    "'${' is not allowed: values are not interpolated, so that no secret from the environment ends "
+    "up in a logged configuration; write the value itself"
 )
 
 
 class ConfigError(ValueError):
-    """A mistake in a configuration. The message names the file, key, value and allowed values."""
+    """Error in a configuration. The message names the file, key, value and allowed values."""
 
 
 @contextmanager
 def name_file_in_errors(source: str) -> Iterator[None]:
-    """Turn a ValueError into a ConfigError whose message begins with the name of the file."""
+    """Turn a ValueError into a ConfigError whose message starts with the name of the file."""
     try:
         yield
     except ConfigError:
@@ -36,7 +36,7 @@ def name_file_in_errors(source: str) -> Iterator[None]:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the configuration of a YAML file with `key=value` overrides.
+    """Read a configuration from a YAML file and apply `key=value` overrides.
 
     Raises:
         ConfigError: If a key or a value is not allowed.
@@ -73,7 +73,7 @@ def without_method(overrides: Sequence[str], source: str) -> RunConfig:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as the plain values of a manifest."""
+    """Return the configuration as plain values, as manifests store them."""
     return dataclasses.asdict(config)
 
 
@@ -83,7 +83,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def override(values: dict[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
-    """Set `key=value` overrides in the values of a YAML file or a manifest.
+    """Apply `key=value` overrides to the values of a YAML file or a manifest.
 
     Raises:
         ConfigError: If an override is not key=value, or its key does not exist.
@@ -91,30 +91,31 @@ def override(values: dict[str, Any], overrides: Sequence[str], source: str) -> d
     pairs = [pair for pair in map(_split_override, overrides) if pair is not None]
     with name_file_in_errors(source):
         values = schema.rename_keys(values, source)
-        with_method = values  # its name decides the types of its keys, so it is set first
+        # method.name is set first, because it decides the types of the method's keys.
+        values_with_method = values
         for key, text in pairs:
             if key in ("method", "method.name"):
                 tree = schema.override(RunConfig, key, text, {"method": dict[str, str]})
-                with_method = schema.merge(with_method, tree)
-        replacements = {"method": _method_config(with_method)}
+                values_with_method = schema.merge(values_with_method, tree)
+        replacements = {"method": _method_config(values_with_method)}
         for key, text in pairs:
             values = schema.merge(values, schema.override(RunConfig, key, text, replacements))
     return values
 
 
 def _split_override(text: str) -> tuple[str, str] | None:
-    """Return the key and the value of an override, or None if the key no longer has an effect."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"{text!r}: an override is key=value, such as optim.base_lr=0.3")
+    """Return the key and value of an override, or None if the key no longer has an effect."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"{text!r}: not an override; give key=value, such as optim.base_lr=0.3")
     if "${" in text:
         raise ConfigError(f"{key}: {INTERPOLATION}")
-    present = schema.present_key(key, value)
-    return (present, value) if present else None
+    present_key = schema.present_key(key, value)
+    return (present_key, value) if present_key else None
 
 
 def _method_config(tree: dict[str, Any]) -> type[MethodConfig]:
-    """Return the Config of the tree's method."""
+    """Return the configuration class of the method that the tree names."""
     name = schema.value_at(tree, "method.name")
     name = name.text if isinstance(name, Scalar) else name
     if not name or name == "???":
@@ -126,13 +127,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file. Its scalars stay text until the types of their keys are known.
 
     Raises:
-        ConfigError: If there is no such file, or it is not a YAML mapping in UTF-8.
+        ConfigError: If the file does not exist or is not a YAML mapping in UTF-8.
     """
     if not path.is_file():
-        neighbors = sorted(map(str, path.parent.glob("*.yaml"))) if path.parent.is_dir() else []
-        hint = "Give the path of a YAML, such as configs/simclr_digits.yaml"
-        if neighbors:
-            hint = f"There are: {', '.join(neighbors)}"
+        yaml_files = sorted(map(str, path.parent.glob("*.yaml"))) if path.parent.is_dir() else []
+        hint = "Give the path of a YAML file, such as configs/simclr_digits.yaml"
+        if yaml_files:
+            hint = f"Choose one of: {', '.join(yaml_files)}"
         raise ConfigError(f"{path}: no such file. {hint}")
     content = path.read_bytes()
     try:
@@ -152,12 +153,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         kind = "a list" if isinstance(tree, list) else f"the text {tree.text!r}"
-        raise ConfigError(f"{path}: a configuration is a mapping of keys, got {kind}")
+        raise ConfigError(f"{path}: a configuration must be a mapping of keys, got {kind}")
     return tree
 
 
 def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
-    """Return the line and the problem of an error of PyYAML, as ` at line N: PROBLEM`."""
+    """Format an error of PyYAML as ` at line N: PROBLEM`."""
     if isinstance(error, yaml.reader.ReaderError):
         character = chr(error.character) if isinstance(error.character, int) else error.character
         line = text.count("\n", 0, max(0, text.find(str(character)))) + 1

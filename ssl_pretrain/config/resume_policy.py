@@ -16,16 +16,16 @@ from ssl_pretrain.views.recipe import Crop
 def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> None:
     """Refuse to resume a checkpoint with a configuration that would change the results.
 
-    The `on_resume` policy of a key decides whether its value may differ. If the checkpoint was
-    saved by an older version that lacks a key, the key counts as being at its default.
+    The `on_resume` policy of a key decides whether its value may differ. A key that the saved
+    configuration lacks, because an older version wrote it, is compared by its default.
 
     Args:
-        saved: The configuration in the checkpoint's manifest.
-        config: The configuration to resume with.
-        path: Folder of the checkpoint, for the message.
+        saved: Configuration in the checkpoint's manifest.
+        config: Configuration to resume with.
+        path: Folder of the checkpoint, for the error message.
 
     Raises:
-        ConfigError: If a key differs that must stay the same. The message lists all such keys.
+        ConfigError: If a key that must stay the same differs. The message lists all such keys.
     """
     old_values, new_values = (
         schema.flatten(schema.rename_keys(saved, path)),
@@ -33,7 +33,7 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
     )
     old_values = _defaults(config, old_values, new_values) | old_values
     differences = {
-        key: f"{key}: {old_values.get(key)!r} then, {new_values.get(key)!r} now"
+        key: f"{key} was {old_values.get(key)!r} and is now {new_values.get(key)!r}"
         for key in sorted(old_values.keys() | new_values.keys())
         if old_values.get(key) != new_values.get(key)
     }
@@ -42,12 +42,12 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
     if conflicts:
         raise ConfigError(
             f"{path} was saved with a different configuration: {'; '.join(conflicts)}. "
-            "Give a new output, or start a new run from its weights with "
+            "Choose a new output, or start a new run from its weights with "
             f"backbone.init={Path(path).parent.parent}"
         )
     for key, text in differences.items():
         if policies[key] == "warn":
-            warnings.warn(f"{text}: the schedule changes from here on", stacklevel=2)
+            warnings.warn(f"{text}; the schedule changes from this step on", stacklevel=2)
 
 
 def _defaults(
@@ -68,11 +68,11 @@ def _defaults(
 
 
 def resume_policy(key: str, method_config: type) -> Policy:
-    """Return the policy of a dotted key, which is that of its section if the section has one.
+    """Return the policy of a dotted key. A section's policy applies to all of its keys.
 
     Args:
-        key: The key, such as `optim.base_lr`.
-        method_config: The Config of the run's method.
+        key: Dotted key, such as `optim.base_lr`.
+        method_config: Config class of the run's method.
     """
     section: Any = RunConfig
     for name in key.split("."):

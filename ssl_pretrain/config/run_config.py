@@ -1,4 +1,4 @@
-"""The settings of a run. Most sections are declared beside their component."""
+"""The settings of a run. Most sections are declared in the module that uses them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -24,23 +24,23 @@ class PlanConfig:
     gpu: Literal["", "H100", "H200", "A100", "L40S"] = setting(
         "",
         "Type of GPU. The number of GPUs is launch.nodes x launch.gpus_per_node. "
-        "Empty: no estimate of memory and time.",
+        "Empty means no estimate of memory and time.",
     )
     intra_node_gb_per_second: float = setting(
         0.0,
-        "Bandwidth in GB/s, one way, from one GPU to the others of its node. "
-        "0: the GPU's data sheet.",
+        "Bandwidth in GB/s, one way, from one GPU to the others on its node. "
+        "0 takes it from the GPU's data sheet.",
     )
     inter_node_gb_per_second: float = setting(
         0.0,
         "Bandwidth in GB/s, one way, from one node to the others, all ports together. "
-        "0: the GPU's data sheet.",
+        "0 takes it from the GPU's data sheet.",
     )
     decoded_per_core: float = setting(
-        0.0, "Images per second that one CPU core decodes and crops. 0: the loader is not planned."
+        0.0, "Images per second that one CPU core decodes and crops. 0 leaves the loader out."
     )
     num_images: int = setting(
-        0, "Training images of the data set. 0: counted, which needs data that can be read."
+        0, "Training images in the data set. 0 counts them, which needs access to the data."
     )
 
 
@@ -49,24 +49,25 @@ class LaunchConfig:
     """Machines and processes of a run, for launch/pretrain.py."""
 
     cluster: Literal["auto", "slurm", "local"] = setting(
-        "auto", "Place where the run starts. auto: SLURM if sbatch is installed, else this machine."
+        "auto",
+        "Where the run starts. auto means SLURM if jobs can be submitted, else this machine.",
     )
-    ranks: int = setting(0, "Processes per machine. 0: one per GPU, or one on CPU.")
+    ranks: int = setting(0, "Processes per machine. 0 means one per GPU, or one on CPU.")
     max_restarts: int = setting(
         3,
-        "How often torchrun restarts all ranks from the newest checkpoint after losing one. "
+        "How many times torchrun restarts all ranks from the newest checkpoint after losing one. "
         "SLURM requeues the job instead.",
     )
     hosts: str = setting(
-        "", "Host names, such as a,b. Print one torchrun command per host without running it."
+        "", "Host names, such as a,b. One torchrun command per host is printed, and none is run."
     )
-    port: int = setting(29500, "Port of the first host, at which the ranks of several hosts meet.")
+    port: int = setting(29500, "Port on the first host through which the ranks connect.")
     nodes: int = setting(1, "SLURM: number of nodes.")
     gpus_per_node: int = setting(
-        0, "SLURM: GPUs per node. 0: CPU nodes, with `ranks` processes each."
+        0, "SLURM: GPUs per node. 0 means CPU nodes with `ranks` processes each."
     )
-    cpus_per_rank: int = setting(0, "SLURM: CPU cores per rank. 0: as many as data.num_workers.")
-    memory_gb: int = setting(0, "SLURM: memory per node in GB. 0: the cluster's default.")
+    cpus_per_rank: int = setting(0, "SLURM: CPU cores per rank. 0 means data.num_workers.")
+    memory_gb: int = setting(0, "SLURM: memory per node in GB. 0 means the cluster's default.")
     hours: float = setting(
         24.0,
         "SLURM: time limit of one job. A run that takes longer continues when the job is requeued, "
@@ -75,18 +76,18 @@ class LaunchConfig:
     signal_seconds: int = setting(
         120,
         "SLURM: seconds before the time limit at which the job is signaled. "
-        "One step and one checkpoint must fit into them.",
+        "One step and one checkpoint must fit into this time.",
     )
     requeue: bool = setting(
-        True, "SLURM: requeue the job after preemption, a time limit or the loss of a node."
+        True, "SLURM: requeue the job after preemption, the time limit or the loss of a node."
     )
     chain: int = setting(
-        1, "SLURM: number of jobs that follow each other, for clusters that do not requeue."
+        1, "SLURM: number of jobs that run one after the other, for clusters that do not requeue."
     )
-    partition: str = setting("", "SLURM: partition. Empty: the cluster's default.")
-    account: str = setting("", "SLURM: account. Empty: the user's default.")
-    qos: str = setting("", "SLURM: quality of service. Empty: the cluster's default.")
-    constraint: str = setting("", "SLURM: required features of the nodes. Empty: none.")
+    partition: str = setting("", "SLURM: partition. Empty means the cluster's default.")
+    account: str = setting("", "SLURM: account. Empty means the user's default.")
+    qos: str = setting("", "SLURM: quality of service. Empty means the cluster's default.")
+    constraint: str = setting("", "SLURM: required features of the nodes. Empty means none.")
 
 
 @dataclass
@@ -98,7 +99,7 @@ class EvaluationConfig:
         "Evaluation commands that launch/pretrain.py runs after training.",
     )
     image_size: int = setting(
-        0, "Height and width of the images in pixels. 0: the size of the first crop in views.crops."
+        0, "Height and width of the images in pixels. 0 means the size of the first crop."
     )
     crop_ratio: float = setting(
         0.875,
@@ -107,7 +108,7 @@ class EvaluationConfig:
         maximum=1,
     )
     interpolation: Literal["bilinear", "bicubic"] = setting(
-        "bilinear", "Interpolation when images are resized."
+        "bilinear", "Interpolation of the resize."
     )
     k: int = setting(20, "Number of nearest neighbors that vote.")
     temperature: float = setting(0.07, "Divisor of the neighbors' cosine similarities.")
@@ -115,7 +116,7 @@ class EvaluationConfig:
 
 @dataclass
 class RunConfig:
-    """Everything about one pretraining run."""
+    """All settings of one pretraining run."""
 
     method: MethodConfig = setting(MethodConfig(), "The self-supervised method and its loss.")
     backbone: BackboneConfig = setting(
@@ -126,7 +127,7 @@ class RunConfig:
     optim: OptimConfig = setting(OptimConfig(), "The optimizer and its schedule.")
     parallel: ParallelConfig = setting(ParallelConfig(), "How the ranks share the computation.")
     checkpoint: CheckpointConfig = setting(
-        CheckpointConfig(), "When checkpoints are saved, and which ones stay.", on_resume="free"
+        CheckpointConfig(), "When to save checkpoints, and which ones to keep.", on_resume="free"
     )
     log: LogConfig = setting(LogConfig(), "Metrics and Weights & Biases.", on_resume="free")
     online: OnlineConfig = setting(
@@ -152,10 +153,10 @@ class RunConfig:
     )
     micro_batch_size: int | str = setting(
         0,
-        "Images per forward pass on one rank. 0: the rank's whole share of the global batch. "
-        "auto: the largest micro-batch that fits in memory, found by trial.",
+        "Images per forward pass on one rank. 0 means the rank's whole share of the global batch. "
+        "auto means the largest micro-batch that fits in memory, found by trial.",
         on_resume="free",
     )
     output: str = setting(
-        "", "Folder of the run. Empty: runs/<name of the YAML>.", on_resume="free"
+        "", "Folder of the run. Empty means runs/<name of the YAML>.", on_resume="free"
     )

@@ -1,4 +1,4 @@
-"""Chunks of crops, the loader's unit of work, and how they are made from the images of a source."""
+"""Chunks of crops, the loader's unit of work, and the data set that cuts them from images."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,8 @@ from ssl_pretrain.data.order import Plan
 from ssl_pretrain.data.replacement import Replacement, find_spare
 from ssl_pretrain.data.shared_memory import SharedMemoryFull, allocate
 
-# (image uint8 (3, height, width), epoch, index) -> each crop, uint8 (3, size, size). Picklable.
+# A picklable function that cuts all crops, uint8 (3, size, size), from one image, uint8 (3, height,
+# width). Its other arguments are the epoch and the image's index.
 Cut = Callable[[Tensor, int, int], list[Tensor]]
 
 
@@ -25,9 +26,9 @@ class ChunkRequest(NamedTuple):
     """The images of one chunk.
 
     Attributes:
-        epoch: Number of passes over the data before this one.
-        indices: Numbers of the images.
-        step: The step whose batch the chunk belongs to.
+        epoch: Number of completed passes over the data.
+        indices: Indices of the images in the source.
+        step: Step whose batch contains the chunk.
         first_row: Row of the first image in this rank's batch.
     """
 
@@ -42,14 +43,14 @@ class Chunk:
     """The crops of a few images.
 
     Attributes:
-        pixels: uint8, flat: view 0 of all images, then view 1 and so on. A single tensor needs one
-            block of shared memory and one copy to the device.
+        pixels: Flat uint8 tensor with view 0 of all images, then view 1, and so on. A single tensor
+            needs one block of shared memory and one copy to the device.
         shapes: Shape of each view.
-        labels: int64 (n,).
-        replacements: The images that could not be read.
+        labels: Labels of the images, int64 (n,).
+        replacements: Records of the images that could not be read.
         seconds: Time spent on the chunk.
-        error: Why the chunk is incomplete. The trainer raises this error, so that a user reads its
-            message and not a worker's traceback.
+        error: Error that left the chunk incomplete, or None. The trainer raises it, so the user
+            sees its message instead of a worker's traceback.
     """
 
     pixels: Tensor
@@ -60,7 +61,7 @@ class Chunk:
     error: Exception | None = None
 
     def pin_memory(self) -> Self:
-        """Copy the pixels to pinned memory. torch's DataLoader calls this."""
+        """Copy the pixels to pinned memory. PyTorch's DataLoader calls this method."""
         return replace(self, pixels=self.pixels.pin_memory())
 
     def to(self, device: torch.device) -> Self:
@@ -68,36 +69,35 @@ class Chunk:
         return replace(self, pixels=self.pixels.to(device, non_blocking=True))
 
     def views(self) -> list[Tensor]:
-        """Return each view, uint8 (n, 3, size, size). They share the memory of `pixels`."""
+        """Return the views, each uint8 (n, 3, size, size), without copying the pixels."""
         n = len(self.labels)
         blocks = self.pixels.split([n * shape.numel() for shape in self.shapes])
         return [block.view(n, *shape) for block, shape in zip(blocks, self.shapes)]
 
 
 class ChunkPool(Protocol):
-    """Makes the chunks of requests: worker processes, compiled threads or the device itself."""
+    """A pool of worker processes, compiled threads or device kernels that makes chunks."""
 
     def take(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
-        """Return the chunks in the order of their requests. A new call ends the one before."""
+        """Return the chunks in the order of their requests. A new call ends the previous one."""
         ...
 
     def close(self) -> None:
-        """Release processes, threads, files and memory. Idempotent."""
+        """Release processes, threads, files and memory. A second call does nothing."""
         ...
 
 
 class CropDataset(Dataset[Chunk]):
-    """Makes the chunk of a request. Each image is read once, however many crops are cut from it."""
+    """Data set that makes one chunk per request and reads each image once for all of its crops.
+
+    Args:
+        source: Source of the images.
+        cut: Function that cuts all crops of one image.
+        plan: Order of the run, which determines the replacements of unreadable images. Without a
+            plan, as in a single pass, the next image of the source is the replacement.
+    """
 
     def __init__(self, source: Source, cut: Cut, plan: Plan | None = None):
-        """Read from a source.
-
-        Args:
-            source: The images.
-            cut: Cuts all crops of one image.
-            plan: The order of the run, from which an unreadable image gets its replacement. In a
-                single pass it is None, and the next image of the source is the replacement.
-        """
         self.source, self.cut, self.plan = source, cut, plan
 
     def __getitem__(self, request: ChunkRequest) -> Chunk:
@@ -110,7 +110,7 @@ class CropDataset(Dataset[Chunk]):
             except (FileNotFoundError, ValueError) as error:
                 return replace(chunk, error=error)
             labels[row] = self.source.label(number)
-            with self._naming_image(number):
+            with self._name_image_in_errors(number):
                 crops = self.cut(torch.from_numpy(pixels).permute(2, 0, 1), request.epoch, index)
                 if row == 0:
                     num_bytes = len(labels) * sum(crop.numel() for crop in crops)
@@ -123,7 +123,7 @@ class CropDataset(Dataset[Chunk]):
     def _read_or_replace(
         self, request: ChunkRequest, row: int, replacements: list[Replacement]
     ) -> tuple[np.ndarray, int]:
-        """Return the pixels for a row of the chunk, and the number of the image that they show.
+        """Return the pixels for a row of the chunk, and the index of the image that they show.
 
         Raises:
             ValueError: If the image is unreadable and no image is left to replace it.
@@ -153,15 +153,15 @@ class CropDataset(Dataset[Chunk]):
 
     def _read(self, number: int) -> np.ndarray:
         try:
-            with self._naming_image(number):
+            with self._name_image_in_errors(number):
                 return self.source.read(number)
         except UnreadableImage:
             self.source.check_present()
             raise
 
     @contextmanager
-    def _naming_image(self, number: int) -> Iterator[None]:
-        """Add the image's name to any unexpected error."""
+    def _name_image_in_errors(self, number: int) -> Iterator[None]:
+        """Add the image's index and name to any unexpected error."""
         try:
             yield
         except (UnreadableImage, SharedMemoryFull):
@@ -172,9 +172,10 @@ class CropDataset(Dataset[Chunk]):
             ) from error
 
     def _find_next(
-        self, index: int, chunk: np.ndarray, try_read: Callable[[int], bool]
+        self, index: int, chunk_indices: np.ndarray, try_read: Callable[[int], bool]
     ) -> int | None:
-        """Return the next readable image of the source, preferably one outside the chunk."""
-        following = [*range(index + 1, len(self.source)), *range(index)]
-        following.sort(key=set(chunk.tolist()).__contains__)  # stable, outside the chunk first
-        return next(filter(try_read, following), None)
+        """Return the index of the next readable image, preferably one outside the chunk."""
+        candidates = [*range(index + 1, len(self.source)), *range(index)]
+        # The sort is stable and moves the images outside the chunk to the front.
+        candidates.sort(key=set(chunk_indices.tolist()).__contains__)
+        return next(filter(try_read, candidates), None)

@@ -1,8 +1,8 @@
-"""A data set of image files: its training and validation split, with their labels.
+"""Open a data set of image files: its training and validation splits, with their labels.
 
-`data.train` and `data.val` name the splits. A split whose key is empty is found by its usual names,
-ignoring case: train, training; val, valid, validation, dev; test. The names are looked for at the
-top of the data set, below folders that only wrap it.
+`data.train` and `data.val` name the splits. If a key is empty, its split is found by one of the
+usual names, ignoring case: train, training; val, valid, validation, dev; test. The search covers
+the top folder of the data set, inside any folders that only wrap it.
 """
 
 import os
@@ -27,9 +27,9 @@ from ssl_pretrain.data.split_search import (
 )
 from ssl_pretrain.data.zip_archive import list_zip
 
-_REASONS_SHOWN = 8  # reasons for skipped files that a note lists
+_MAX_REASONS = 8  # number of reasons for skipped files that a note lists
 _VAL_REMEDY = (
-    "name the one that holds the validation images, or leave out what needs a validation split"
+    "name the one that contains the validation images, or leave out evaluations that need them"
 )
 
 SplitName = Literal["train", "val"]
@@ -39,11 +39,11 @@ class FileDataSet:
     """A folder, a zip or a list of image files.
 
     Args:
-        root: The folder, zip or list file.
-        train: `data.train`, the training split.
-        val: `data.val`, the validation split.
+        root: Path of the folder, zip or list file.
+        train: Value of `data.train`, which names the training split.
+        val: Value of `data.val`, which names the validation split.
         cache: Folder for cached listings.
-        value_range: `data.range`.
+        value_range: Value of `data.range`.
     """
 
     def __init__(self, root: Path, train: str, val: str, cache: Path, value_range: Range | None):
@@ -57,7 +57,7 @@ class FileDataSet:
 
         Args:
             split: "train" or "val".
-            classes: Classes of the training split. None for the training split itself.
+            classes: Classes of the training split, or None to open the training split itself.
 
         Raises:
             NoSuchSplit: If there is no validation split.
@@ -74,7 +74,7 @@ class FileDataSet:
         images = self._list_images(location, name, "data.root" if is_root else f"data.{split}")
         path, skipped_notes = location.full_path, _skipped_notes(images.files)
         if not len(images.files):
-            reason = f"data.root: {path} holds no image that Pillow decodes, at any depth"
+            reason = f"data.root: {path} contains no image that Pillow can decode, at any depth"
             raise ValueError("; ".join([reason, *skipped_notes]))
         folder = SplitFolder(
             name,
@@ -90,7 +90,7 @@ class FileDataSet:
         return source
 
     def _list_images(self, location: Location, split: str, key: str) -> FileList:
-        """List the images at a location. Only a list file has labels."""
+        """List the images at a location. Only a list file also contains their labels."""
         path = location.path
         if location.is_list:
             root = self.root if self.root.is_dir() else None
@@ -101,7 +101,8 @@ class FileDataSet:
             files = list_zip(path, self._cache)
         else:
             raise ValueError(
-                f"{key}: {path} is neither a folder, a .zip, nor a list of files (.csv, .tsv, .txt)"
+                f"{key}: {path} is a file of an unsupported kind; give a folder, a .zip, or a list "
+                "of files (.csv, .tsv, .txt)"
             )
         return FileList(_select(files, location), labels=None)
 
@@ -121,28 +122,28 @@ def _select(files: Listing, location: Location) -> Listing:
 
 
 def _skipped_notes(files: Listing) -> list[str]:
-    """Return a note on the files that are not read, the most frequent reason first."""
+    """Return a note on the files that are not read, if any, with the most frequent reason first."""
     reasons = sorted(files.skipped, key=lambda skipped: -skipped.count)
     if not reasons:
         return []
     descriptions = [
         f"{skipped.count:,} {skipped.reason} (first: {skipped.first})"
-        for skipped in reasons[:_REASONS_SHOWN]
+        for skipped in reasons[:_MAX_REASONS]
     ]
-    num_more = sum(skipped.count for skipped in reasons[_REASONS_SHOWN:])
-    more = f", and {num_more:,} more" if num_more else ""
-    return [f"left out in {files.root}: {', '.join(descriptions)}{more}"]
+    num_more = sum(skipped.count for skipped in reasons[_MAX_REASONS:])
+    ending = f", and {num_more:,} more" if num_more else ""
+    return [f"left out in {files.root}: {', '.join(descriptions)}{ending}"]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of a data set."""
+    """The splits of a data set, or the reasons why they are missing."""
 
     train: Location | None
     val: Location | None = None
     val_name: str = "val"  # "test" if only test images are held out
-    train_error: str = ""  # why there is no training split, with the remedy
-    val_error: str = ""
+    train_error: str = ""  # reason why there is no training split, with the remedy
+    val_error: str = ""  # the same for the validation split
     notes: list[str] = field(default_factory=list)
 
 
@@ -150,17 +151,17 @@ def _find_splits(root: Path, train: str, val: str, cache: Path) -> Splits:
     """Find the splits of a data set.
 
     Args:
-        root: A folder, a zip or a list file.
-        train: The training split: a folder, list or zip, absolute or below root. "." means root
-            itself, and "" finds it by its name.
-        val: The validation split, named like the training split. "none" if there is none.
+        root: Path of a folder, a zip or a list file.
+        train: Path of the training split, which is a folder, list or zip, absolute or relative to
+            root. "." means root itself. If it is empty, the split is found by its name.
+        val: Path of the validation split, given like `train`, or "none" if there is none.
         cache: Folder for cached listings.
     """
     base = open_tree(root, cache)
     splits = _find_train(root, base, train, val)
     if val == "none":
         return replace(
-            splits, val_error=f"data.val: {root} has no validation split, as data.val=none says"
+            splits, val_error=f"data.val: {root} has no validation split, because data.val is none"
         )
     if val:
         return _add_named_val(splits, base, val)
@@ -168,10 +169,12 @@ def _find_splits(root: Path, train: str, val: str, cache: Path) -> Splits:
 
 
 def _find_train(root: Path, base: FolderTree, train: str, val: str) -> Splits:
+    """Find the training split, or the reason why there is none."""
     if train in (".", "./"):
         return Splits(
             Location(root),
-            val_error=f"data.val: {root} has no validation split, as data.train=. takes all of it",
+            val_error=f"data.val: {root} has no validation split, because data.train=. uses all "
+            "images for training",
         )
     if train:
         location = _find_named(base, train)
@@ -180,7 +183,7 @@ def _find_train(root: Path, base: FolderTree, train: str, val: str) -> Splits:
         return Splits(
             None,
             train_error=f"data.train: {base.full_path} has no folder or list {train!r}"
-            f"{_existing_folders(base)}; name the one that holds the training images",
+            f"{_existing_folders(base)}; name the one that contains the training images",
         )
     if root.is_file() and isinstance(base, DiskFolder):
         return Splits(Location(root))
@@ -238,8 +241,8 @@ def _add_usual_val(splits: Splits, root: Path, base: FolderTree, cache: Path) ->
     if len(locations) > 1:
         return replace(
             splits,
-            val_error=f"data.val: {top.full_path} holds {' and '.join(names)}; say which has the "
-            f"validation images, as in data.val={names[0]}",
+            val_error=f"data.val: {top.full_path} contains {' and '.join(names)}; choose the one "
+            f"with the validation images, as in data.val={names[0]}",
         )
     if not locations:
         return replace(
@@ -270,7 +273,7 @@ def _find_named(base: FolderTree, name: str) -> Location | None:
 
 
 def _existing_folders(base: FolderTree) -> str:
-    """Return the names of the existing folders, for a message about one that does not exist."""
+    """Return the part of an error message that lists the existing folders."""
     top = top_folder(base)
     subject = "it" if top is base else top.full_path
     return f"; {subject} has {folder_names(top.folders)}" if top.folders else ""

@@ -1,4 +1,4 @@
-"""Read lists of images and tables of labels as people and programs write them."""
+"""Read lists of images and tables of labels in the formats that people and programs write."""
 
 import itertools
 import os
@@ -20,7 +20,7 @@ from ssl_pretrain.data.table_parsing import (
 )
 
 _PATH_TITLES = ("path", "paths", "file", "files", "filename", "filepath", "image", "images")
-_MAX_DROPPED_FOLDERS = 11
+_MAX_DROPPED_FOLDERS = 11  # leading folders that a rule may remove from each path
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FileList:
     """The rows of a list that belong to one split."""
 
     files: Listing  # the images, in the order of the list
-    labels: list[str] | None  # labels in the list, "" for none; None if the images are not listed
+    labels: list[str] | None  # label of each row, "" if it has none; None for a folder
     notes: tuple[str, ...] = ()  # how the list was read
     has_split_column: bool = False  # a column names the split of each row
 
@@ -36,17 +36,17 @@ class FileList:
 def open_list(
     path: Path, split: str, cache: Path, key: str = "data.root", root: Path | None = None
 ) -> FileList:
-    """Read a list of images: one row per image, with its path and perhaps its label.
+    """Read a list of images: one row per image, with its path and optionally its label.
 
     Args:
-        path: The list.
+        path: Path of the list.
         split: "train", "val" or "test". Only used if a column names the split of each row.
         cache: Folder for cached listings, for lists that name images without folders or suffixes.
         key: The configuration key of the list, for messages.
         root: Another folder that paths may be relative to.
 
     Raises:
-        ValueError: If the list is not text, or none of its first images exists.
+        ValueError: If the list is not text, or none of the first images in it exist.
     """
     folder = Path(os.path.abspath(path)).parent
     folders = [folder, *([root] if root else [])]
@@ -66,7 +66,7 @@ def open_list(
             first = next(filter(is_image, first_cells), first_cells[0])
             raise ValueError(
                 f"{key}: {path} begins with {first!r}, which is not in {folder}; "
-                "paths are relative to the list's folder"
+                "write paths relative to the list's folder"
             )
     table, split_note = Table.parse(text, table_format).select_split(split)
     paths = [rule.convert(cell) for cell in table.cells(table.path_column)]
@@ -83,21 +83,21 @@ def open_list(
     if num_repeated := len(paths) - len(set(paths)):
         notes.append(
             f"{num_repeated:,} of {len(paths):,} rows of {path} repeat the image of an "
-            "earlier row; it is used once per row"
+            "earlier row; that image is used once per row"
         )
     labels, label_notes = table.labels()
     return FileList(pack(str(rule.base), paths), labels, (*notes, *label_notes), bool(split_note))
 
 
 def labels_from_table(content: bytes, paths: Iterable[str]) -> dict[str, str]:
-    """Read labels from a table that is not a list of paths, such as `val_annotations.txt`.
+    """Read labels from a table that accompanies the images, such as `val_annotations.txt`.
 
     Args:
         content: The bytes of the table.
         paths: Paths of the images. The table may name them without folders and suffixes.
 
     Returns:
-        The label by path, for the images that the table names. Empty if it names none.
+        Labels by path, for the images that the table names. Empty if it names none.
     """
     names = NameIndex(paths)
     try:
@@ -114,11 +114,11 @@ def labels_from_table(content: bytes, paths: Iterable[str]) -> dict[str, str]:
 
 
 class NameIndex:
-    """Finds images by their file name, with or without its last folder and its suffix."""
+    """Index of images by file name, with or without the last folder and the suffix."""
 
     def __init__(self, paths: Iterable[str]):
         paths = list(paths)
-        self._paths: dict[str, str | None] = {}  # None where two images share the name
+        self._paths: dict[str, str | None] = {}  # None if several images share the name
         for num_levels, has_suffix in itertools.product((1, 2), (True, False)):
             level: dict[str, str | None] = {}
             for path in paths:
@@ -128,7 +128,7 @@ class NameIndex:
             self._paths = level | self._paths
 
     def find(self, cell: str) -> str | None:
-        """Return the path of the only image with this name, None if there are none or several."""
+        """Return the path of the image with this name, or None unless exactly one has it."""
         return self._paths.get(cell) or self._paths.get(os.path.basename(cell))
 
 
@@ -147,12 +147,12 @@ class _PathRule:
         return cell.replace("\\", "/") if self.has_backslashes else cell
 
     def has_file(self, cell: str) -> bool:
-        """Return True if the path in this cell leads to a file."""
+        """Return True if the path in this cell belongs to an existing file."""
         return os.path.isfile(self.base / self.convert(cell))
 
 
 def _best_rule(texts: list[str], bases: list[Path]) -> tuple[str, TableFormat, _PathRule]:
-    """Return the text, format and rule with which the largest share of sampled paths exists."""
+    """Return the text, format and rule that find the largest share of the sampled paths."""
     results = []
     for text, rule in itertools.product(texts, _rules(texts[0], bases)):
         table_format = detect_format(text, rule.has_file)
@@ -163,7 +163,7 @@ def _best_rule(texts: list[str], bases: list[Path]) -> tuple[str, TableFormat, _
 
 
 def _rules(text: str, bases: list[Path]) -> list[_PathRule]:
-    """Return the rules to try, the simplest first."""
+    """Return the rules to try, simplest first."""
     bases = list(dict.fromkeys(bases))
     lines = read_rows(first_lines(text), "", SAMPLE_ROWS)
     example = lines[-1][0] if lines else ""

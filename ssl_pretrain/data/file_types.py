@@ -1,8 +1,8 @@
-"""Tell images from other files, by their suffix or by their first bytes.
+"""Distinguish images from other files by their suffix or by their first bytes.
 
-The same rules hold for folders and zips. Hidden entries and the files that operating systems and
-storage servers leave beside the data are skipped. Skipped files are counted by reason, with one
-example each.
+The same rules apply to folders and zips. Hidden entries are skipped, and so are the files that
+operating systems and storage servers add to folders. Skipped files are counted by reason, with one
+example per reason.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ _SYSTEM_NAMES = frozenset(  # in lower case
         *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),  # storage servers
     ]
 )
-_UNFINISHED = frozenset(
+_UNFINISHED_SUFFIXES = frozenset(  # partial downloads and backups
     [".part", ".partial", ".crdownload", ".download", ".tmp", ".filepart", ".aria2", ".bak", ".swp"]
 )
 _SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavif", re.DOTALL
 )
-_SAMPLE_SIZE = 8  # approximate number of files with an unknown suffix to try before reading all
+_SAMPLE_SIZE = 8  # files to try per unknown suffix before reading all, approximately
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SkippedFiles:
 
     reason: str
     count: int
-    first: str  # the first of their paths in alphabetical order
+    first: str  # alphabetically first path
 
 
 class SkipCounter:
@@ -49,7 +49,7 @@ class SkipCounter:
         self._counts: dict[str, tuple[int, str]] = {}
 
     def add(self, reason: str, path: str) -> None:
-        """Count one file."""
+        """Count a skipped file."""
         count, first = self._counts.get(reason, (0, path))
         self._counts[reason] = (count + 1, min(first, path))
 
@@ -72,7 +72,7 @@ def entry_type(entry: os.DirEntry[str]) -> str:
     """Return "folder", "file", or the reason to skip the entry."""
     if is_skipped(entry.name):
         return HIDDEN
-    with contextlib.suppress(OSError):  # a symbolic link that points to itself
+    with contextlib.suppress(OSError):  # raised for a symbolic link that points to itself
         if entry.is_dir():
             return "folder"
         if entry.is_file():
@@ -83,7 +83,7 @@ def entry_type(entry: os.DirEntry[str]) -> str:
 
 
 def any_image_by_content(paths: Sequence[str]) -> bool:
-    """Return True if a file in a sample of these paths begins like an image."""
+    """Return True if any file in a sample of these paths has an image signature."""
     return any(_SIGNATURE.match(read_head(path)) for path in _sample(paths))
 
 
@@ -104,13 +104,13 @@ def images_by_content(
         groups.setdefault(os.path.splitext(path)[1].lower(), []).append(path)
     images = []
     for suffix, group in groups.items():
-        may_hold_images = (
-            suffix not in _UNFINISHED
+        may_contain_images = (
+            suffix not in _UNFINISHED_SUFFIXES
             and not suffix.endswith("~")
             and any(_SIGNATURE.match(head_of(path)) for path in _sample(group))
         )
         for path in group:
-            if may_hold_images and _SIGNATURE.match(head_of(path)):
+            if may_contain_images and _SIGNATURE.match(head_of(path)):
                 images.append(path)
             else:
                 skips.add(f"{suffix} files" if suffix else "files without a suffix", path)
@@ -118,7 +118,7 @@ def images_by_content(
 
 
 def read_head(path: str) -> bytes:
-    """Return the first bytes of a regular file, or no bytes if it cannot be read."""
+    """Return the first bytes of a regular file, or an empty result if it cannot be read."""
     if os.path.isfile(path):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             return file.read(SIGNATURE_BYTES)

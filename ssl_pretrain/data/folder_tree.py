@@ -18,54 +18,59 @@ from ssl_pretrain.data.file_types import (
 )
 from ssl_pretrain.data.zip_archive import list_zip, read_table
 
-_MAX_DEPTH = 12  # levels below a folder that are searched for an image
+_MAX_DEPTH = 12  # levels below a folder that are searched for images
 
-Entries = dict[str, list[str]]  # sorted names by type: "folder", "file", and reasons to skip others
+# Sorted names by type of entry. The types are "folder", "file" and the reasons to skip an entry.
+Entries = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Location:
-    """Position of a split: a folder, a zip, a folder inside a zip, or a list file."""
+    """Location of a split, which is a folder, a zip, a folder inside a zip, or a list file."""
 
     path: Path
-    within: str = ""  # folder inside the zip
-    excluded: tuple[str, ...] = ()  # folders in it that do not belong to the split
+    within: str = ""  # path of the folder inside the zip
+    excluded: tuple[str, ...] = ()  # subfolders that do not belong to the split
 
     @property
     def full_path(self) -> str:
-        """The path, continued inside the zip if there is one, for messages."""
+        """Path for messages, including the path inside a zip."""
         return os.path.join(self.path, self.within) if self.within else str(self.path)
 
     @property
     def is_list(self) -> bool:
-        """True for a list file."""
+        """True if the location is a list file."""
         return self.path.suffix.lower() in TABLE_SUFFIXES and not self.path.is_dir()
 
     @property
     def is_file(self) -> bool:
-        """True for a list file or a whole zip."""
+        """True if the location is a list file or a whole zip."""
         return not self.within and self.path.is_file()
 
 
 class FolderTree(ABC):
-    """One folder, without hidden and system entries."""
+    """A folder and its subfolders, without hidden and system entries."""
 
-    path: Path  # the folder, or the zip
-    within: str = ""  # folder inside the zip
+    path: Path  # path of the folder, or of the zip
+    within: str = ""  # path of the folder inside the zip
 
     @property
     def full_path(self) -> str:
-        """The path, continued inside the zip if there is one, for messages."""
+        """Path for messages, including the path inside a zip."""
         return self.location().full_path
 
     @property
     def folders(self) -> list[str]:
-        """Names of the folders in it, sorted by bytes. Raise ValueError if it cannot be listed."""
+        """Names of the subfolders, sorted by bytes.
+
+        Raises:
+            ValueError: If the folder cannot be listed.
+        """
         return self._entries["folder"]
 
     @property
     def files(self) -> list[str]:
-        """Names of the files in it, sorted by bytes. Inside a zip, only images and tables."""
+        """Names of the folder's files, sorted by bytes. Zips only list images and tables."""
         return self._entries["file"]
 
     @property
@@ -75,36 +80,36 @@ class FolderTree(ABC):
     @property
     @abstractmethod
     def has_direct_images(self) -> bool:
-        """True if an image lies directly in it."""
+        """True if the folder itself contains an image."""
 
     @abstractmethod
     def child(self, name: str) -> FolderTree:
-        """Return the folder `name` in it, without checking that it exists."""
+        """Return the subfolder `name`, without checking that it exists."""
 
     @abstractmethod
     def parent(self) -> FolderTree:
-        """Return the folder that contains it. The top folder of a zip is its own parent."""
+        """Return the parent folder. The top folder of a zip is its own parent."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """Return the content of a file in it. Raise OSError if that fails."""
+        """Return the content of the file `name`. Raise OSError if it cannot be read."""
 
     def has_images(self, depth: int = _MAX_DEPTH) -> bool:
-        """Return True if there is an image at any depth. The search ends at the first one."""
+        """Return True if the folder or a subfolder at most `depth` levels below has an image."""
         return self.has_direct_images or (
             depth > 0 and any(self.child(name).has_images(depth - 1) for name in self.folders)
         )
 
     def folders_with_images(self) -> Iterator[str]:
-        """Yield the names of the folders in it that hold an image at any depth."""
+        """Yield the names of the subfolders that contain an image at any depth."""
         return (name for name in self.folders if self.child(name).has_images())
 
     def location(self, excluded: tuple[str, ...] = ()) -> Location:
-        """Return its position as a split without the excluded folders in it."""
+        """Return the folder's location as a split without the excluded subfolders."""
         return Location(self.path, self.within, excluded)
 
     def descendant(self, path: str) -> FolderTree:
-        """Return a folder at any depth below it, or itself for an empty path."""
+        """Return the folder at a relative path. An empty path stands for the folder itself."""
         folder = self
         for name in filter(None, path.split("/")):
             folder = folder.child(name)
@@ -125,26 +130,29 @@ class DiskFolder(FolderTree):
                 for entry in scan:
                     entries.setdefault(entry_type(entry), []).append(entry.name)
         except OSError as error:
-            raise ValueError(f"data.root: {self.path} cannot be listed: {error.strerror}") from None
+            raise ValueError(
+                f"data.root: {self.path} cannot be listed: {error.strerror}; check that the "
+                "folder exists and can be read"
+            ) from None
         return {kind: sorted(names, key=os.fsencode) for kind, names in entries.items()}
 
     @functools.cached_property
     def has_direct_images(self) -> bool:
-        """True if a file in it has an image's suffix, or a sampled file an image's first bytes."""
+        """True if a file has an image's suffix, or one of a sample begins with an image's bytes."""
         return any(map(is_image, self.files)) or any_image_by_content(
             [os.path.join(self.path, name) for name in self.files]
         )
 
     def child(self, name: str) -> DiskFolder:
-        """Return the folder `name` in it, without checking that it exists."""
+        """Return the subfolder `name`, without checking that it exists."""
         return DiskFolder(self.path / name)
 
     def parent(self) -> DiskFolder:
-        """Return the folder that contains it on disk."""
+        """Return the parent folder."""
         return DiskFolder(self.path.parent)
 
     def read(self, name: str) -> bytes:
-        """Return the content of the file `name` in it. Raise OSError if that fails."""
+        """Return the content of the file `name`. Raise OSError if it cannot be read."""
         return (self.path / name).read_bytes()
 
 
@@ -160,24 +168,24 @@ class ZipFolder(FolderTree):
 
     @property
     def has_direct_images(self) -> bool:
-        """True if a file other than a table lies directly in it."""
+        """True if the folder itself contains a file that is not a table."""
         return any(not name.lower().endswith(TABLE_SUFFIXES) for name in self.files)
 
     def child(self, name: str) -> ZipFolder:
-        """Return the folder `name` in it, without checking that it exists."""
+        """Return the subfolder `name`, without checking that it exists."""
         return ZipFolder(self.path, self._index, os.path.join(self.within, name))
 
     def parent(self) -> ZipFolder:
-        """Return the folder that contains it. The top folder of a zip is its own parent."""
+        """Return the parent folder. The top folder of a zip is its own parent."""
         return ZipFolder(self.path, self._index, os.path.dirname(self.within))
 
     def read(self, name: str) -> bytes:
-        """Return the content of a table in it. Raise OSError if it is damaged or too large."""
+        """Return the content of the table `name`. Raise OSError if it is damaged or too large."""
         return read_table(self.path, os.path.join(self.within, name))
 
 
 def open_tree(root: Path, cache: Path) -> FolderTree:
-    """Return the folder or zip at `root`, or the folder that a list file lies in."""
+    """Return the tree of the folder or zip at `root`. For a list file, use its folder."""
     if root.suffix.lower() == ".zip" and root.is_file():
         listing = list_zip(root, cache)
         return ZipFolder(root, _entries_by_folder([*listing.paths(), *listing.tables]))
@@ -185,7 +193,7 @@ def open_tree(root: Path, cache: Path) -> FolderTree:
 
 
 def _entries_by_folder(paths: list[str]) -> dict[str, Entries]:
-    """Return the entries of each folder of a zip that holds these paths."""
+    """Return the entries of each folder, given the paths of all files in a zip."""
     folders: dict[str, set[str]] = defaultdict(set)
     files: dict[str, list[str]] = defaultdict(list)
     for path in paths:

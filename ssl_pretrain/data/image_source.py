@@ -1,4 +1,4 @@
-"""Sources of images: the interface that the loader and evaluations read, and sources of files."""
+"""The interface through which the loader and the evaluations read images, and a source of files."""
 
 import copy
 import errno
@@ -21,17 +21,18 @@ class NoSuchSplit(ValueError):
 
 
 class Source(ABC):
-    """The images of one split, by number from 0 to len - 1, in one fixed order.
+    """The images of one split in a fixed order, indexed from 0.
 
-    A source is small to pickle, as every loader worker gets a copy. Reading is safe from several
-    threads and processes.
+    A source is small when pickled, because every loader worker gets a copy. Several threads and
+    processes may read from it at the same time.
 
     Attributes:
-        where: The folder or file, for messages.
-        labels: int64 (n,), an index into `classes` per image, -1 for none. Supervised methods and
-            evaluations need labels.
-        classes: Names of the classes of the training split. The validation split has the same.
-        notes: Lines for the start of a run: how the layout was read, and what was skipped.
+        where: Folder or file of the images, for messages.
+        labels: Index of each image's class, int64 (n,), or -1 for an image without a label.
+            Supervised methods and evaluations need labels.
+        classes: Names of the classes of the training split. The validation split uses the same
+            classes.
+        notes: Lines to print at the start of a run, about the layout and skipped files.
     """
 
     def __init__(self, where: str, labels: np.ndarray, classes: list[str]):
@@ -44,7 +45,7 @@ class Source(ABC):
         return len(self.labels)
 
     def label(self, index: int) -> int:
-        """Return the label of one image, -1 for none."""
+        """Return the label of one image, or -1 if it has none."""
         return int(self.labels[index])
 
     @abstractmethod
@@ -70,14 +71,15 @@ class Source(ABC):
     def check_present(self) -> None:
         """Raise FileNotFoundError if the whole folder or file is missing.
 
-        Called after an unreadable image, to tell whether it is worth trying another one.
+        This is called when an image is unreadable. If the whole source is missing, no other image
+        is worth trying.
         """
 
     @property
     def fingerprint(self) -> str:
-        """Digest of paths, labels and order, as 16 hexadecimal digits. Ignores the pixels.
+        """Digest of the paths, labels and order, but not the pixels, as 16 hexadecimal digits.
 
-        A run resumes only with a source of the same fingerprint.
+        A run can only be resumed with a source that has the same fingerprint.
         """
         digest = hashlib.sha256(self._identity())
         digest.update(self.labels.tobytes())
@@ -86,14 +88,14 @@ class Source(ABC):
 
     @abstractmethod
     def _identity(self) -> bytes:
-        """Return bytes that differ between different lists of images."""
+        """Return bytes that identify the list of images."""
 
 
 class EncodedSource(Source):
-    """A source whose images are stored as the bytes of image files."""
+    """A source of encoded images, such as JPEG files."""
 
     def read_bytes(self, index: int) -> bytes:
-        """Return the stored bytes of one image. Raise UnreadableImage."""
+        """Return the stored bytes of one image. Raise UnreadableImage if that fails."""
         try:
             return self._stored_bytes(index)
         except OSError as error:
@@ -101,11 +103,11 @@ class EncodedSource(Source):
 
     @abstractmethod
     def _stored_bytes(self, index: int) -> bytes:
-        """Return the stored bytes of one image. Raise OSError."""
+        """Return the stored bytes of one image. Raise OSError if that fails."""
 
 
 class ImageFiles(EncodedSource):
-    """Image files of a folder, or of a zip that is read in place."""
+    """Image files in a folder or in a zip, which is read without unpacking."""
 
     def __init__(
         self,
@@ -117,22 +119,22 @@ class ImageFiles(EncodedSource):
     ):
         super().__init__(where, labels, classes)
         self.files = files
-        self.value_range = value_range  # `data.range`
+        self.value_range = value_range  # the setting `data.range`
         self._archive: int | None = None  # file descriptor of the zip
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_archive": None}  # an open file belongs to its process
+        return self.__dict__ | {"_archive": None}  # a descriptor is only valid in its own process
 
     def read(self, index: int) -> np.ndarray:
         """Read and decode one file as RGB pixels, uint8 (height, width, 3).
 
         Raises:
-            UnreadableImage: If the file cannot be read or decoded. The message has its path.
+            UnreadableImage: If the file cannot be read or decoded. The message contains the path.
         """
         return decode(self.read_bytes(index), self.name(index), self.value_range)
 
     def name(self, index: int) -> str:
-        """Return the path of one file, continued inside the zip if there is one, for messages."""
+        """Return the path of one file, for messages. In a zip, it starts with the zip's path."""
         return os.path.join(self.files.root, self.files.within, self.files.path(index))
 
     def take(self, indices: np.ndarray) -> Self:
@@ -160,14 +162,14 @@ class ImageFiles(EncodedSource):
 
 
 def _read_regular_file(path: str) -> bytes:
-    """Return the bytes of a file. Raise OSError for a pipe or device, which may have no end."""
+    """Return the bytes of a file. Raise OSError for a pipe or device, which may never end."""
     # With O_NONBLOCK, opening a pipe does not wait for its writer.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
         if status.st_size > MAX_BYTES:
-            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes are more than an image has")
+            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes are too many for an image")
         return file.read()
 
 
@@ -175,18 +177,18 @@ def require_labels(source: Source, purpose: str) -> None:
     """Raise ValueError unless every image has a label.
 
     Args:
-        source: The images.
-        purpose: What needs the labels, such as "k-NN", for the message.
+        source: Source of the images.
+        purpose: Name of the task that needs the labels, such as "k-NN", for the message.
     """
-    missing = np.flatnonzero(source.labels < 0)
-    if not len(missing):
+    unlabeled = np.flatnonzero(source.labels < 0)
+    if not len(unlabeled):
         return
-    number, example = "no", ""
-    if len(missing) < len(source):
-        number = f"{len(source) - len(missing)} of {len(source)}"
-        example = f" (the first without a label: {source.name(int(missing[0]))})"
+    count, example = "no", ""
+    if len(unlabeled) < len(source):
+        count = f"{len(source) - len(unlabeled)} of {len(source)}"
+        example = f" (the first without a label: {source.name(int(unlabeled[0]))})"
     raise ValueError(
-        f"data.root: {purpose} needs labels, and {source.where} has {number} labeled images"
+        f"data.root: {purpose} needs labels, and {source.where} has {count} labeled images"
         f"{example}; put the images in one folder per class (<class>/<file>), or list them in a "
         "CSV as path,label"
     )

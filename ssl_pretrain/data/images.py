@@ -1,24 +1,24 @@
-"""Decode an image file to RGB pixels, by one rule for every pixel format.
+"""Decode image files to RGB pixels, with one rule per pixel format.
 
-| in the file | becomes |
+| in the file | result |
 |---|---|
-| gray, 1-bit, palette | RGB, each gray value or palette entry as it is |
+| gray, 1-bit, palette | RGB, each gray value or palette entry unchanged |
 | alpha (RGBA, gray with alpha, a palette or color marked transparent) | composited on black |
 | CMYK, YCCK, YCbCr | RGB by Pillow's plain conversion; color profiles are not applied |
-| 16-bit gray | value / 257, rounded. With `data.range`, low becomes 0 and high 255 |
-| 32-bit integers above 65,535, floats | refused without `data.range`, else as 16-bit gray |
-| 16-bit color, gray with alpha | the high byte; refused if it is dark, or with `data.range` |
-| 16-bit gray TIFF whose zero is white | inverted, as Pillow inverts 8 bits |
-| EXIF orientation | applied: the image is stored upright |
-| several frames (GIF, WebP, PNG) | the first |
-| several pages (TIFF) | refused, unless the others are smaller copies |
-| four bands of which the fourth has no stated meaning, alpha of 0 everywhere, Lab | refused |
+| 16-bit gray | value / 257, rounded; with `data.range`, low becomes 0 and high 255 |
+| 32-bit integers above 65,535, floats | refused without `data.range`, else like 16-bit gray |
+| 16-bit color, gray with alpha | the high byte; refused if dark or with `data.range` |
+| 16-bit gray TIFF whose zero is white | inverted, as Pillow does for 8 bits |
+| EXIF orientation | applied, so that the pixels are upright |
+| several frames (GIF, WebP, PNG) | the first frame |
+| several pages (TIFF) | refused, unless the other pages are smaller copies |
+| four bands without a stated meaning of the fourth, alpha of 0 everywhere, Lab | refused |
 | more than 178,956,970 pixels | refused, as a possible decompression bomb |
-| 1x1 pixels | 1x1 pixels |
+| 1x1 pixels | read like any other image |
 
-A file is read by its content, not by its suffix, with the decoders of the installed Pillow. Formats
-that start another program (EPS) or that Pillow cannot decode by itself are left out. A file that
-begins like a JPEG is only read by JPEG decoders.
+The format is recognized by the content of a file, not by its suffix. The installed Pillow decodes
+it. Formats that start another program (EPS) or that Pillow cannot decode by itself are refused. A
+file that begins like a JPEG is only read by JPEG decoders.
 """
 
 import functools
@@ -34,9 +34,9 @@ from torchvision.io import decode_jpeg
 
 from ssl_pretrain.data import pixels as pixel_formats
 
-MAX_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS, where Pillow refuses
+MAX_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS, which is the limit of Pillow
 MAX_BYTES = 1 << 30  # no image of MAX_PIXELS pixels needs a larger file
-# EPS starts another program. IPTC passes its content to any decoder, EPS included. WMF needs
+# EPS starts another program. IPTC passes its content to any decoder, including EPS. WMF needs
 # Windows. Pillow has no decoders of its own for the others.
 _UNSAFE_FORMATS = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _JPEG_SIGNATURE = b"\xff\xd8"
@@ -55,26 +55,26 @@ _TURN_UPRIGHT = {
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be read: absent, damaged, or of a format without an agreed RGB.
+    """Error for an image that is absent, damaged or in a format without a rule for RGB.
 
     The message names the file and the reason.
     """
 
 
 class ImageHeader(NamedTuple):
-    """Description of an image file."""
+    """Properties of an image file."""
 
-    mode: str  # Pillow's name of the pixel format
+    mode: str  # Pillow's name for the pixel format
     width: int  # pixels, as stored
     height: int
     num_frames: int  # frames, or pages of a TIFF
-    # Values wider than 8 bits without the thousandth at either end. None for 8 bits.
+    # Range of the values, without the lowest and highest 0.1 %. None for 8-bit images.
     value_range: pixel_formats.Range | None = None
 
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Return Pillow's names of the formats that are read."""
+    """Return Pillow's names for the formats that are read."""
     Image.init()
     return tuple(name for name in Image.OPEN if name not in _UNSAFE_FORMATS)
 
@@ -82,9 +82,9 @@ def formats() -> tuple[str, ...]:
 @functools.cache
 def suffixes() -> frozenset[str]:
     """Return the suffixes of the formats that are read, in lower case."""
-    names = {*formats(), "MPO"}  # MPO begins as a JPEG and is opened as one
-    format_of = Image.registered_extensions()
-    return frozenset(suffix for suffix in format_of if format_of[suffix] in names)
+    names = {*formats(), "MPO"}  # an MPO begins like a JPEG and is opened as one
+    formats_by_suffix = Image.registered_extensions()
+    return frozenset(suffix for suffix in formats_by_suffix if formats_by_suffix[suffix] in names)
 
 
 def decode(
@@ -93,16 +93,16 @@ def decode(
     value_range: pixel_formats.Range | None = None,
     jpeg_only: bool = False,
 ) -> np.ndarray:
-    """Return RGB pixels by the rule above, uint8 (height, width, 3), writable, any memory order.
+    """Return writable RGB pixels by the rules above, uint8 (height, width, 3), in any memory order.
 
     Args:
-        content: The bytes of the file.
+        content: Bytes of the file.
         name: Name of the file, for messages.
-        value_range: `data.range`, for values wider than 8 bits.
+        value_range: Value of `data.range`, for images with more than 8 bits per value.
         jpeg_only: Refuse every format except JPEG.
 
     Raises:
-        UnreadableImage: If the file is damaged, truncated or refused. The message has `name`.
+        UnreadableImage: If the file is damaged, truncated or refused. The message names it.
     """
     if content.startswith(_JPEG_SIGNATURE):
         width, height = _jpeg_size(content)
@@ -116,16 +116,16 @@ def decode(
         has_16_bits = pixel_formats.has_16_bits(image)
         image.load()
         pixels = pixel_formats.to_rgb(image, value_range, has_16_bits)
-        # Read after loading, when Pillow has already turned a TIFF.
+        # Read the orientation after loading, because loading turns a TIFF upright.
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     return np.ascontiguousarray(_TURN_UPRIGHT.get(orientation, lambda pixels: pixels)(pixels))
 
 
 def read_header(content: bytes, name: str) -> ImageHeader:
-    """Describe an image file. Pixels are only decoded if they are wider than 8 bits.
+    """Return the properties of an image file. Pixels are only decoded if they exceed 8 bits.
 
     Raises:
-        UnreadableImage: If the file is damaged. The message has `name`.
+        UnreadableImage: If the file is damaged. The message names it.
     """
     with _open(content, name) as image:
         header = ImageHeader(image.mode, image.width, image.height, getattr(image, "n_frames", 1))
@@ -139,7 +139,7 @@ def read_header(content: bytes, name: str) -> ImageHeader:
 
 @contextmanager
 def _open(content: bytes, name: str) -> Iterator[Image.Image]:
-    """Open an image by its content, and turn all errors into UnreadableImage."""
+    """Open an image by its content and turn all errors into UnreadableImage."""
     if not content:
         raise UnreadableImage(f"{name}: the file is empty")
     is_jpeg = content.startswith(_JPEG_SIGNATURE)
@@ -159,22 +159,22 @@ def _reason(content: bytes, error: Exception) -> str:
         return str(error) or type(error).__name__
     if content.startswith(_TIFF_SIGNATURES):
         return (
-            "Pillow cannot read a TIFF of this compression or number of bands or bits; convert it "
-            "to gray or RGB of 8 or 16 bits"
+            "Pillow cannot read a TIFF with this compression or this number of bands or bits; "
+            "convert it to gray or RGB with 8 or 16 bits"
         )
-    return "no known image format"
+    return "not a known image format"
 
 
 def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MAX_PIXELS:
         raise UnreadableImage(
-            f"{name}: {width:,} x {height:,} pixels are more than the {MAX_PIXELS:,} that are "
-            "decoded (a decompression bomb?); cut it into smaller images"
+            f"{name}: {width:,} x {height:,} pixels exceed the limit of {MAX_PIXELS:,} "
+            "(possibly a decompression bomb); cut it into smaller images"
         )
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int]:
-    """Return width and height from a JPEG's first frame header, (0, 0) if there is none."""
+    """Return width and height from a JPEG's first frame header, or (0, 0) if there is none."""
     position = 2
     while position + 9 <= len(content) and content[position] == 0xFF:
         marker = content[position + 1]
@@ -193,7 +193,7 @@ def _jpeg_size(content: bytes) -> tuple[int, int]:
 
 
 def _decode_plain_jpeg(content: bytes) -> np.ndarray | None:
-    """Decode a gray or RGB JPEG to Pillow's pixels, bit for bit, in half the time if it is small.
+    """Decode a gray or RGB JPEG exactly as Pillow does, but twice as fast for small images.
 
     Return None for a damaged or CMYK image, which Pillow has to decode.
     """
@@ -202,7 +202,7 @@ def _decode_plain_jpeg(content: bytes) -> np.ndarray | None:
         pixels = decode_jpeg(encoded, apply_exif_orientation=True)
     except RuntimeError:
         return None
-    if len(pixels) == 4:  # torchvision converts CMYK differently
+    if len(pixels) == 4:  # torchvision and Pillow convert CMYK differently
         return None
     rgb = pixels if len(pixels) == 3 else pixels.repeat(3, 1, 1)
     return rgb.permute(1, 2, 0).numpy()

@@ -17,21 +17,21 @@ from ssl_pretrain.schema import FROM_ZERO, THREADS
 
 _SAMPLE_SIZE = 10_000
 _CLASSES_SHOWN = 20
-_MIN_LEVELS = 64  # number of gray levels below which a line warns
+_MIN_LEVELS = 64  # a warning is printed if 16-bit images use fewer gray levels
 
 _EPILOG = """\
 examples:
   python -m ssl_pretrain.data.inspect /data/imagenet            train/<class>/*, val/<class>/*
-  python -m ssl_pretrain.data.inspect /data/photos              any tree of images, labels or not
-  python -m ssl_pretrain.data.inspect photos.zip --sample 0     a zip, read in place; every image
-  python -m ssl_pretrain.data.inspect train.csv                 a list of paths, maybe with labels
+  python -m ssl_pretrain.data.inspect /data/photos              images in any tree, labeled or not
+  python -m ssl_pretrain.data.inspect photos.zip --sample 0     all images of a zip, read in place
+  python -m ssl_pretrain.data.inspect train.csv                 a list of paths, labeled or not
   python -m ssl_pretrain.data.inspect /data/coco --train train2017 --val val2017
-  python -m ssl_pretrain.data.inspect --source digits           the embedded data set
+  python -m ssl_pretrain.data.inspect --source digits           the built-in data set
 
 The configuration at the end is a starting point with a reason on each line. Save it as YAML and
 train with
   torchrun --nproc-per-node 8 -m ssl_pretrain.train my.yaml
-Exit status: 0; 1 if an image that was read is bad; 2 if the data set cannot be opened."""
+Exit status: 0 on success, 1 if any image read is bad, 2 if the data set cannot be opened."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(*_statistics_lines(statistics, len(source)), sep="\n")
     num_bad = len(statistics.bad)
     if statistics.ranges and not config.range and isinstance(source, ImageFiles):
-        # The suggested mean and deviation belong to the suggested range.
+        # The suggested mean and std must be measured with the suggested range.
         source.value_range = statistics.value_range
         print("\nmeasured again with the range suggested below")
         statistics = measure(source, args.sample, args.threads)
@@ -77,12 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--train",
         default="",
-        help="the training images, in root or absolute; .: all of root (default: found by name)",
+        help="the training images: a path in root, an absolute path, or . for all of root"
+        " (default: found by name)",
     )
     parser.add_argument(
         "--val",
         default="",
-        help="the validation images; none: there are none (default: found by name)",
+        help="the validation images, or 'none' (default: found by name)",
     )
     parser.add_argument(
         "--source", default="folder", help="digits, cifar10 or folder (default: folder)"
@@ -116,7 +117,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _class_lines(source: Source, all_classes: bool) -> list[str]:
-    """Return lines with the images per class, the smallest class first."""
+    """Return lines with the images per class.
+
+    The smallest class comes first, and the middle of a long list is left out. With `all_classes`,
+    every class is listed in label order.
+    """
     if not source.classes:
         return []
     counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
@@ -144,24 +149,24 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
             lines.append(f"  {name:<7} {_range_of(sides)} pixels")
         modes = [f"{mode} {count:,}" for mode, count in statistics.modes.most_common()]
         lines.append(f"  modes   {', '.join(modes)}")
-        unit = "(red, green, blue, in [0, 1]; each image weighs the same)"
+        unit = "(red, green, blue, in [0, 1]; each image has equal weight)"
         lines.append(f"  mean    {format_channels(statistics.mean)} {unit}")
         lines.append(f"  std     {format_channels(statistics.std)} {unit}")
     if statistics.ranges:
         low, high = statistics.value_range
         lines.append(
             f"  values  {low:g} to {high:g} in {len(statistics.ranges):,} images wider than 8 bits "
-            "(without the thousandth at either end)"
+            "(excluding the lowest and highest 0.1 %)"
         )
         if statistics.num_gray_levels < _MIN_LEVELS:
             lines.append(
-                f"          without data.range, {statistics.num_gray_levels} of 256 gray levels "
-                "would be left of 16-bit images"
+                "          without data.range, 16-bit images would keep only "
+                f"{statistics.num_gray_levels} of 256 gray levels"
             )
     if statistics.num_animated:
         lines.append(
-            f"  frames  {statistics.num_animated:,} images have several frames, of which the "
-            "first is read"
+            f"  frames  {statistics.num_animated:,} images have several frames; only the first is "
+            "read"
         )
     lines.append(f"  bad     {len(statistics.bad):,}")
     return lines + [f"    {printable(message)}" for message in statistics.bad]

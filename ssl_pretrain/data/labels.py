@@ -1,7 +1,7 @@
-"""Label the images of a split by their folders, by a list, or by a table beside them.
+"""Label the images of a split by their folders, by a list, or by a table of labels.
 
-Such tables are `val.csv`, `LOC_val_solution.csv`, or ILSVRC2012's ground truth. Uncertain labels
-are not used. An image without a label has -1, and a note counts these images and says why.
+Examples of tables are `val.csv`, `LOC_val_solution.csv` and ILSVRC2012's ground truth. Uncertain
+labels are not used. Images without a label get -1, and a note reports how many there are and why.
 """
 
 import io
@@ -24,26 +24,26 @@ _LABEL_WORDS = frozenset({"label", "labels", "annotation", "annotations", "metad
 _PREDICTION_WORDS = frozenset(
     ["submission", "prediction", "predictions", "pred", "preds", "result", "results", "sample"]
 )
-_MAX_TABLES = 20
-_MAX_WRAPPERS = 4  # folders around the class folders of a validation split
+_MAX_TABLES = 20  # number of tables to try
+_MAX_CLASS_DEPTH = 4  # number of folder levels that are searched for class folders
 
 
 @dataclass(frozen=True)
 class SplitFolder:
-    """The images of a split, and where tables of their labels may be.
+    """The images of a split, and the folders to search for tables of their labels.
 
-    Tables may lie in `tree` and in the folders above it, up to `root`.
+    Tables may be in `tree` and in the folders above it, up to `root`.
     """
 
     name: str  # "train", "val" or "test"
-    paths: list[str]
-    tree: FolderTree  # the folder of the split
-    root: FolderTree  # the folder of the data set
+    paths: list[str]  # one per image
+    tree: FolderTree  # folder of the split
+    root: FolderTree  # folder of the data set
     full_path: str  # path of the split's folder or list, for messages
 
 
 class UnusableTable(Exception):
-    """A table whose labels are damaged or uncertain. The message is the reason."""
+    """Error for a table whose labels are damaged or uncertain. The message gives the reason."""
 
 
 def label_images(
@@ -52,13 +52,15 @@ def label_images(
     """Label the images of a split.
 
     Args:
-        split: The images.
-        listed_labels: Labels from a list of the images, "" for none. None if there is no list.
-        classes: Classes of the training split, matched by name. None for the training split.
+        split: Images and their folders.
+        listed_labels: Label of each image in a list, "" if the list has none for the image. None if
+            the images do not come from a list.
+        classes: Classes of the training split, matched by name, or None to label the training split
+            itself.
 
     Returns:
-        The labels, int64 (n,), an index into the classes per image and -1 for none; the classes;
-        notes for the start of a run.
+        The labels, int64 (n,), which are indices into the classes or -1; the classes; and notes to
+        print at the start of a run.
 
     Raises:
         ValueError: If a validation split has a class that the training split lacks.
@@ -72,23 +74,23 @@ def label_images(
             table_labels, table_notes = _labels_from_tables(split, classes)
             notes = table_notes if table_labels else [*notes, *table_notes]
             names = [table_labels.get(path, "") for path in split.paths]
-    known = set(names) - {""}
+    distinct_names = set(names) - {""}
     if not classes:
-        # Folders called 1 to 10 are sorted as text, numbers in a list by their value.
-        is_numeric = listed_labels is not None and all(name.isdecimal() for name in known)
-        classes = sorted(known, key=int if is_numeric else os.fsencode)
-    elif unknown := known - set(classes):
+        # Folders called 1 to 10 are sorted as text, but numbers in a list are sorted by value.
+        is_numeric = listed_labels is not None and all(name.isdecimal() for name in distinct_names)
+        classes = sorted(distinct_names, key=int if is_numeric else os.fsencode)
+    elif unknown_names := distinct_names - set(classes):
         raise ValueError(
-            f"data.val: {split.full_path} has the class {min(unknown)!r}, which is not in the "
-            f"training split; that has {abbreviate(classes)}"
+            f"data.val: {split.full_path} has the class {min(unknown_names)!r}, but the training "
+            f"split has only {abbreviate(classes)}; check data.train and data.val"
         )
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = np.array([numbers.get(name, -1) for name in names], np.int64)
-    missing = np.flatnonzero(labels < 0)
-    if known and len(missing):
+    class_indices = {name: index for index, name in enumerate(classes)}
+    labels = np.array([class_indices.get(name, -1) for name in names], np.int64)
+    unlabeled = np.flatnonzero(labels < 0)
+    if distinct_names and len(unlabeled):
         notes.append(
-            f"{len(missing):,} of {len(labels):,} images in {split.full_path} have no label "
-            f"(first: {split.paths[missing[0]]})"
+            f"{len(unlabeled):,} of {len(labels):,} images in {split.full_path} have no label "
+            f"(first: {split.paths[unlabeled[0]]})"
         )
     return labels, classes, notes
 
@@ -96,19 +98,22 @@ def label_images(
 def _labels_from_folders(
     paths: list[str], classes: list[str] | None
 ) -> tuple[list[str], list[str]]:
-    """Return the class of each image by its folder, "" for none, and notes.
+    """Return the class of each image by its folder, "" if it has none, and notes.
 
     The class is the outermost folder that does not contain all images.
     """
-    # Composed, as macOS separates letters from their accents.
+    # NFC joins letters and their accents, which macOS stores separately.
     folders = [unicodedata.normalize("NFC", path).split("/")[:-1] for path in paths]
-    for depth in range(_MAX_WRAPPERS):
+    for depth in range(_MAX_CLASS_DEPTH):
         names = [levels[depth] if len(levels) > depth else "" for levels in folders]
-        distinct = set(names) - {""}
-        if distinct & set(classes or ()) or (len(distinct) > 1 and not classes):
+        distinct_names = set(names) - {""}
+        if distinct_names & set(classes or ()) or (len(distinct_names) > 1 and not classes):
             return names, []
     first_folders = sorted({levels[0] for levels in folders if levels})
-    notes = [f"its folders ({abbreviate(first_folders)}) are not classes of the training split"]
+    notes = [
+        f"the folders of the validation images ({abbreviate(first_folders)}) are not classes of "
+        "the training split"
+    ]
     return [""] * len(paths), notes if classes and first_folders else []
 
 
@@ -118,7 +123,7 @@ def _labels_from_tables(
     """Read labels from the first table that has them.
 
     Returns:
-        The class by path, empty if no table has labels, and notes on the tables.
+        The class of each path, empty if no table has labels, and notes on the tables.
     """
     notes = []
     for folder, name in itertools.islice(_candidate_tables(split), _MAX_TABLES):
@@ -126,17 +131,18 @@ def _labels_from_tables(
         try:
             labels = _read_table(folder, name, split.paths, classes)
         except UnusableTable as error:
-            notes.append(f"{table} gives no labels: {error}")
+            notes.append(f"{table} has no usable labels: {error}")
             continue
         if labels:
-            return labels, [f"labels of {split.full_path} from {table}"]
+            return labels, [f"the labels of {split.full_path} come from {table}"]
     return {}, notes
 
 
 def _candidate_tables(split: SplitFolder) -> Iterator[tuple[FolderTree, str]]:
-    """Yield the files that may hold the labels, each with its folder.
+    """Yield the files that may contain the labels, each with its folder.
 
-    They are named after the split. They lie in its folder, above it up to the root, or in a devkit.
+    The search covers the folder of the split, the folders above it up to the root, and development
+    kits. The files are named after the split or, inside its folder, after labels.
     """
     folders = [split.tree]
     while len(folders[-1].full_path) > len(split.root.full_path):
@@ -146,8 +152,9 @@ def _candidate_tables(split: SplitFolder) -> Iterator[tuple[FolderTree, str]]:
     for folder in tuple(folders):
         for name in folder.folders:
             if "devkit" in name.lower():
-                kit = folder.child(name)
-                folders += [kit, *(kit.child(inner) for inner in kit.folders if inner == "data")]
+                devkit = folder.child(name)
+                folders.append(devkit)
+                folders += [devkit.child(inner) for inner in devkit.folders if inner == "data"]
     split_words = {*SPELLINGS[split_of(os.path.basename(split.full_path)) or split.name]}
     for folder in folders:
         is_inside = folder.full_path.startswith(split.tree.full_path)
@@ -162,7 +169,7 @@ def _candidate_tables(split: SplitFolder) -> Iterator[tuple[FolderTree, str]]:
 def _read_table(
     folder: FolderTree, name: str, paths: list[str], classes: list[str] | None
 ) -> dict[str, str]:
-    """Return the class of each path, or nothing if this is no table of labels.
+    """Return the class of each path, or an empty dict if the file is not a table of labels.
 
     Raises:
         UnusableTable: If the labels are damaged or uncertain.
@@ -177,11 +184,11 @@ def _read_table(
     num_labels = len(set(labels.values()))
     if classes is None and 2 * num_labels > len(labels):
         raise UnusableTable(f"it has {num_labels:,} different labels for {len(labels):,} images")
-    known = set(classes or labels.values())
+    known_classes = set(classes or labels.values())
     for path, label in labels.items():
         # Boxes may follow the class, as in "n03995372 85 1 499 272".
-        labels[path] = label if label in known else label.split(" ")[0]
-        if labels[path] not in known:
+        labels[path] = label if label in known_classes else label.split(" ")[0]
+        if labels[path] not in known_classes:
             raise UnusableTable(
                 f"{label!r} is not a class of the training split, which has "
                 f"{abbreviate(classes or [])}"
@@ -196,9 +203,9 @@ def _lines(content: bytes) -> list[str]:
 def _labels_from_lines(
     folder: FolderTree, lines: list[str], paths: list[str], classes: list[str]
 ) -> dict[str, str]:
-    """Return the class of each path from a file with one class per line, which names no image.
+    """Return the class of each path from a file that has one class per line and no image names.
 
-    The lines are in the order of the images' names, or of the numbers in these names.
+    The lines are in the order of the image names, or of the numbers in these names.
     """
     rows = _rows_of_images(paths, len(lines))
     if not classes or not rows:
@@ -208,13 +215,18 @@ def _labels_from_lines(
         if not all(line.isdecimal() for line in lines):
             return {}
         class_of_line = _class_numbers(folder, classes)
-    if unknown := set(lines) - set(class_of_line):
-        raise UnusableTable(f"it has the class {min(unknown)}, which is not in the list of classes")
+    if unknown_lines := set(lines) - set(class_of_line):
+        raise UnusableTable(
+            f"it has the class {min(unknown_lines)}, which is not in the list of classes"
+        )
     return {path: class_of_line[lines[row]] for path, row in zip(paths, rows)}
 
 
 def _rows_of_images(paths: list[str], num_rows: int) -> list[int]:
-    """Return the row of each image by the number in its name, else by the order of the names."""
+    """Return the row of each image, by the number in its name or by the order of the names.
+
+    The list is empty if neither fits the number of rows.
+    """
     matches = [re.search(r"\d+(?=\.[^./]*$)", path) for path in paths]
     numbers = [int(match[0]) if match else 0 for match in matches]
     is_numbered = len(set(numbers)) == len(paths) and min(numbers) >= 1
@@ -227,10 +239,12 @@ def _rows_of_images(paths: list[str], num_rows: int) -> list[int]:
 
 
 def _class_numbers(folder: FolderTree, classes: list[str]) -> dict[str, str]:
-    """Return the class of each of ILSVRC2012's numbers, from `meta.mat` or a list of synsets."""
+    """Return the class of each ILSVRC2012 number, from `meta.mat` or a list of synsets."""
     if "meta.mat" in folder.files:
         return _read_meta(folder.read("meta.mat"), classes)
-    reason = "it numbers the classes, and no list of them (meta.mat, map_clsloc.txt) lies beside it"
+    reason = (
+        "it numbers the classes, but its folder has no list of them (meta.mat or map_clsloc.txt)"
+    )
     for name in folder.files:
         if not name.lower().endswith(TABLE_SUFFIXES):
             continue
@@ -248,14 +262,14 @@ def _class_numbers(folder: FolderTree, classes: list[str]) -> dict[str, str]:
         if synsets != sorted(synsets):
             return {str(number): synset for number, synset in enumerate(synsets, 1)}
         reason = (
-            f"it numbers the classes, and {name} lists them in alphabetical order, "
-            "which is not that of ILSVRC2012's numbers"
+            f"it numbers the classes, but {name} lists them in alphabetical order, "
+            "not in the order of ILSVRC2012's numbers"
         )
     raise UnusableTable(reason)
 
 
 def _read_meta(content: bytes, classes: list[str]) -> dict[str, str]:
-    """Return the class of each number in ILSVRC2012's `meta.mat`."""
+    """Return the class of each ILSVRC2012 number in a `meta.mat`."""
     from scipy.io import loadmat  # slow to import, and only needed for this file
 
     try:
@@ -263,7 +277,7 @@ def _read_meta(content: bytes, classes: list[str]) -> dict[str, str]:
         synsets = {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows}
     except Exception as error:  # scipy raises almost anything for a damaged file
         raise UnusableTable(f"meta.mat cannot be read: {type(error).__name__}: {error}") from None
-    numbers = {number: synset for number, synset in synsets.items() if synset in classes}
-    if not numbers:
+    class_of_number = {number: synset for number, synset in synsets.items() if synset in classes}
+    if not class_of_number:
         raise UnusableTable("meta.mat lists no class of the training split")
-    return numbers
+    return class_of_number

@@ -1,4 +1,4 @@
-"""Lists of image files: found below a folder, packed into two arrays, and cached between runs."""
+"""List image files below a folder, pack their paths into arrays, and cache them between runs."""
 
 import contextlib
 import hashlib
@@ -26,17 +26,17 @@ from ssl_pretrain.data.file_types import (
     read_head,
 )
 
-_CACHE_FORMAT = 3  # raise it when the content of the cache files changes
-# A folder changed more recently may change again within one tick of its file system's clock.
+_CACHE_FORMAT = 3  # increase it when the content of the cache files changes
+# A folder that changed more recently may change again within one tick of the file system's clock.
 _SETTLED_NS = 2_000_000_000
 _REPORT_SECONDS = 5
 
 
 class Span(NamedTuple):
-    """Position of a file inside a zip, as stated in the archive's directory."""
+    """Position of a file inside a zip, from the archive's central directory."""
 
     offset: int  # position of the local header
-    stored: int  # bytes in the archive
+    stored: int  # bytes in the archive, compressed
     method: int  # compression method
     size: int  # bytes of the decompressed file
     crc: int  # CRC-32 of the decompressed file
@@ -71,7 +71,7 @@ class Listing:
         return [os.fsdecode(data[start:end]) for start, end in itertools.pairwise(starts)]
 
     def take(self, indices: Sequence[int] | np.ndarray, within: str = "") -> Self:
-        """Return a listing of some images, all of them below `within`, relative to it."""
+        """Return a listing of some images below `within`, with paths relative to `within`."""
         paths, prefix_length = self.paths(), len(within) + 1 if within else 0
         subset = pack(self.root, [paths[index][prefix_length:] for index in indices])
         return replace(
@@ -84,7 +84,7 @@ class Listing:
 
 
 class Scan(NamedTuple):
-    """A new listing, the folders it came from, and the stamps of these folders."""
+    """A new listing, the folders that were scanned for it, and the stamps of these folders."""
 
     listing: Listing
     folders: list[str]
@@ -104,7 +104,7 @@ def pack(root: str, paths: Iterable[str], spans: np.ndarray | None = None) -> Li
 def stamp(status: os.stat_result) -> list[int]:
     """Return the times and the size that change with the content of a folder or file.
 
-    The time of the status change is among them, as programs can set the modification time.
+    The modification time alone is not enough, because programs can set it.
     """
     return [status.st_mtime_ns, status.st_ctime_ns, status.st_size]
 
@@ -112,7 +112,7 @@ def stamp(status: os.stat_result) -> list[int]:
 def list_folder(root: str | Path, cache: Path) -> Listing:
     """List the images below a folder, at any depth. Links are followed.
 
-    The listing is cached with the time of each folder's last change, and renewed when one differs.
+    The listing is cached with the stamps of its folders, and renewed when one of them changes.
 
     Raises:
         ValueError: If a folder cannot be listed.
@@ -123,25 +123,25 @@ def list_folder(root: str | Path, cache: Path) -> Listing:
 def scan_folder(root: str) -> Scan:
     """List the images below a folder without the cache.
 
-    Folders behind links come last, in the order of their names. Folders that were listed already
-    or contain the root are skipped, as their images would be listed twice.
+    Folders behind links come last, in the order of their names. Behind links, folders that are
+    listed already or contain the root are skipped, because their images would be listed twice.
     """
     files: list[str] = []
     folders: list[str] = []
     stamps: list[int] = []
-    skips = SkipCounter()
+    skip_counter = SkipCounter()
     visited = _ancestors(root)
-    waiting = [("", False)]
+    pending = [("", False)]
     links: list[str] = []
     last_report = time.monotonic()
-    while waiting or links:
-        folder, is_behind_link = waiting.pop() if waiting else (heapq.heappop(links), True)
+    while pending or links:
+        folder, is_behind_link = pending.pop() if pending else (heapq.heappop(links), True)
         path = os.path.join(root, folder)
         try:
-            status = os.stat(path)  # before the content, so that a change between makes it stale
+            status = os.stat(path)  # before the scan, so that a change in between is noticed
             identity = (status.st_dev, status.st_ino)
             if is_behind_link and status.st_ino and identity in visited:
-                skips.add("links to folders that are listed already", folder)
+                skip_counter.add("links to folders that are listed already", folder)
                 continue
             with os.scandir(path) as scan:
                 entries = [(entry_type(entry), entry) for entry in scan]
@@ -155,19 +155,21 @@ def scan_folder(root: str) -> Scan:
             if kind == "folder" and entry.is_symlink():
                 heapq.heappush(links, relative)
             elif kind == "folder":
-                waiting.append((relative, is_behind_link))
+                pending.append((relative, is_behind_link))
             elif kind == "file":
                 files.append(relative)
             else:
-                skips.add(kind, relative)
+                skip_counter.add(kind, relative)
         if time.monotonic() - last_report > _REPORT_SECONDS:
             last_report = time.monotonic()
             print(f"listing {root}: {len(files):,} files so far", file=sys.stderr, flush=True)
     images = [path for path in files if is_image(path)]
     others = [path for path in files if not is_image(path)]
-    images += images_by_content(others, lambda path: read_head(os.path.join(root, path)), skips)
+    images += images_by_content(
+        others, lambda path: read_head(os.path.join(root, path)), skip_counter
+    )
     images.sort(key=os.fsencode)
-    return Scan(replace(pack(root, images), skipped=skips.result()), folders, stamps)
+    return Scan(replace(pack(root, images), skipped=skip_counter.result()), folders, stamps)
 
 
 def _ancestors(root: str) -> set[tuple[int, int]]:
@@ -181,12 +183,12 @@ def _ancestors(root: str) -> set[tuple[int, int]]:
 
 
 def load_or_scan(root: str, cache: Path, scan: Callable[[str], Scan]) -> Listing:
-    """Return the cached listing if nothing has changed since, else scan and cache it.
+    """Return the cached listing if its folders are unchanged, else scan them and cache the result.
 
     A damaged or read-only cache only costs time.
     """
     path = cache / f"list-{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.npz"
-    with contextlib.suppress(Exception):  # absent, damaged, another format, or a missing folder
+    with contextlib.suppress(Exception):  # any cache that cannot be used is renewed
         return _load(path, root)
     listing, folders, stamps = scan(root)
     if len(listing) and time.time_ns() - max(stamps) > _SETTLED_NS:
@@ -197,13 +199,13 @@ def load_or_scan(root: str, cache: Path, scan: Callable[[str], Scan]) -> Listing
 
 
 def _load(path: Path, root: str) -> Listing:
-    """Load a listing from the cache. Raise any exception if it cannot be used."""
+    """Load a listing from the cache. Raises an exception of any type if it cannot be used."""
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    more = json.loads(arrays["more"].tobytes())
-    version = (int(arrays["format"]), arrays["root"].tobytes(), more["pillow"])
+    metadata = json.loads(arrays["more"].tobytes())
+    version = (int(arrays["format"]), arrays["root"].tobytes(), metadata["pillow"])
     if version != (_CACHE_FORMAT, os.fsencode(root), PIL.__version__):
-        raise ValueError("the listing is of another format or folder")
+        raise ValueError("the listing has another format, or is for another folder")
     folders = Listing(root, arrays["folders"], arrays["folder_ends"], arrays["spans"]).paths()
     statuses = [os.stat(os.path.join(root, folder) if folder else root) for folder in folders]
     if list(itertools.chain.from_iterable(map(stamp, statuses))) != arrays["stamps"].tolist():
@@ -213,13 +215,13 @@ def _load(path: Path, root: str) -> Listing:
         arrays["packed"],
         arrays["ends"],
         arrays["spans"],
-        skipped=tuple(SkippedFiles(*row) for row in more["left_out"]),
-        tables=tuple(more["tables"]),
+        skipped=tuple(SkippedFiles(*row) for row in metadata["left_out"]),
+        tables=tuple(metadata["tables"]),
     )
 
 
 def _save(path: Path, listing: Listing, folders: Listing, stamps: list[int]) -> None:
-    more = {
+    metadata = {
         "left_out": [astuple(skipped) for skipped in listing.skipped],
         "tables": listing.tables,
         "pillow": PIL.__version__,
@@ -235,13 +237,14 @@ def _save(path: Path, listing: Listing, folders: Listing, stamps: list[int]) -> 
             folders=folders.packed,
             folder_ends=folders.ends,
             stamps=np.array(stamps, np.int64),
-            more=np.frombuffer(json.dumps(more).encode(), np.uint8),  # escapes non-UTF-8 bytes
+            # JSON escapes bytes that are not UTF-8.
+            more=np.frombuffer(json.dumps(metadata).encode(), np.uint8),
         )
 
 
 @contextlib.contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that is renamed to `path` at the end, or removed after an error."""
+    """Open a temporary file that is renamed to `path` on success and removed after an error."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:

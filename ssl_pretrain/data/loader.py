@@ -1,9 +1,10 @@
 """Yield the same batches of views for any number of workers and ranks, and from any first step.
 
 A reader reads each image once and cuts all of its crops as uint8. Threads of compiled code do this
-if the images are in a .beton and FFCV is installed, else worker processes do. Both use the same
-order, random numbers and resizing, so they give the same views of the same bytes. Color is applied
-to whole batches on their device. No random state is carried, so a resumed run only needs the step.
+if the images are in a .beton file and FFCV is installed. Otherwise worker processes do it. Both use
+the same order, random numbers and resizing, so they produce the same views from the same bytes.
+Color is applied to whole batches on their device. There is no random state, so a resumed run only
+needs the step.
 """
 
 import itertools
@@ -36,9 +37,9 @@ class Loader:
 
     Attributes:
         reader: Reads the images and cuts their crops.
-        source: The images.
+        source: Source of the images.
         steps_per_epoch: Whole global batches per epoch.
-        num_read: Images in the batches so far.
+        num_read: Number of images in the batches so far.
         reading_seconds: Time that workers spent on these batches, summed over their chunks.
     """
 
@@ -63,22 +64,22 @@ class Loader:
         self._replacements = ReplacementLimit(reader.source, len(reader.source), max_replaced)
         on_gpu = reader.device.type == "cuda"
         self._stream = torch.cuda.Stream(reader.device) if on_gpu else None
-        # This also ends the workers of a loader that is dropped or still open at exit.
+        # This also ends the workers of a loader that is garbage-collected or still open at exit.
         weakref.finalize(self, reader.pool.close)
 
     @property
     def num_replaced(self) -> int:
-        """Number of unreadable images so far in the batches of this rank."""
+        """Number of unreadable images replaced so far in this rank's batches."""
         return self._replacements.total
 
     def starting_at(self, step: int) -> Iterator[Batch]:
-        """Return the batches of a step and of all later ones, without end.
+        """Return an endless iterator over the batches, beginning with that of `step`.
 
-        The workers begin at once. A new call ends the iterator of the previous one. Errors are
-        raised when a batch is taken.
+        The workers start immediately. A new call ends the iterator of the previous one. Errors are
+        raised when the next batch is requested.
 
         Raises:
-            RuntimeError: If an image could not be made into views, or a worker was killed.
+            RuntimeError: If an image could not be turned into views, or a worker was killed.
             ValueError: If more images are unreadable than `data.max_replaced` allows, or no image
                 is left to replace one.
             FileNotFoundError: If the source's folder or file no longer exists.
@@ -87,7 +88,7 @@ class Loader:
         return self._batches(step, self.reader.pool.take(requests))
 
     def close(self) -> None:
-        """End the workers and the iterators of `starting_at`. Idempotent."""
+        """End the workers and the iterators of `starting_at`. Further calls do nothing."""
         self.reader.pool.close()
 
     def __enter__(self) -> Self:
@@ -101,7 +102,7 @@ class Loader:
         return self.reader.plan.indices(step)
 
     def describe_views(self, step: int, num_images: int) -> list[list[str]]:
-        """Describe the views of the first images of this rank's batch, as [image][view]."""
+        """Describe the views of this rank's first images in a step, one list per image."""
         plan, view_crops = self.reader.plan, recipe.expand_counts(self.reader.views)
         numbers, epoch = self.indices(step)[:num_images], plan.epoch(step)
         colors = self._draw_colors(step, numbers)
@@ -120,17 +121,17 @@ class Loader:
         return texts
 
     def count_replaced(self, step: int, every_steps: int, last_step: int) -> dict[str, int]:
-        """Count the replaced images of all ranks, and end the run if there are too many.
+        """Count the replaced images of all ranks, and raise an error if there are too many.
 
-        A collective on the CPU.
+        This is a collective on the CPU.
 
         Args:
             step: Steps done, the same on every rank.
-            every_steps: Interval of the records.
+            every_steps: Number of steps between records.
             last_step: Last step of the run, which is recorded too.
 
         Returns:
-            `replaced_images` since the last record at a step that is recorded, else nothing.
+            `replaced_images` since the last record if this step is recorded, else an empty dict.
 
         Raises:
             ValueError: If more images were replaced in this epoch than `data.max_replaced` allows.
@@ -205,12 +206,12 @@ def build(
     device: torch.device | str,
     view_dtype: torch.dtype = torch.float32,
 ) -> Loader:
-    """Build the training batches of this rank. One rank per machine lists the files.
+    """Build the training batches of this rank. One rank per machine lists the files first.
 
     Args:
         data: The images and how they are read. At most one worker per core is started.
         views: The recipe of the views.
-        seed: Seed of the order and of every choice about a view.
+        seed: Seed of the image order and of every random choice about a view.
         global_batch_size: Images per step, over all ranks.
         device: Device of the batches.
         view_dtype: Type of the views on a GPU.
@@ -241,9 +242,9 @@ def build(
 
 
 def _request_chunks(plan: Plan, chunk_size: int, first_step: int) -> Iterator[ChunkRequest]:
-    """Yield the chunks of all batches from a step on, without end.
+    """Yield the requests for the chunks of all batches, endlessly, beginning with `first_step`.
 
-    The iterator of a method would keep the loader from being garbage-collected.
+    If this were a method, its iterator would keep the loader from being garbage-collected.
     """
     for step in itertools.count(first_step):
         indices = plan.indices(step)

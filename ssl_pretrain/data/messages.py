@@ -1,4 +1,4 @@
-"""Text for messages, and the progress of a long pass over a data set."""
+"""Format text for messages, and report the progress of long passes over a data set."""
 
 import sys
 import time
@@ -9,20 +9,20 @@ from rich.console import Console
 from rich.progress import track
 
 T = TypeVar("T")
-_REPORT_SECONDS = 2.0  # time between two lines if stderr is not a terminal
+_REPORT_SECONDS = 2.0  # time between two progress lines if stderr is not a terminal
 
 
 def abbreviate(names: Sequence[str], num_shown: int = 5) -> str:
-    """List the first few names, and the total count if there are more."""
-    more = f", ... ({len(names)} in all)" if len(names) > num_shown else ""
-    return ", ".join(names[:num_shown]) + more
+    """Join the first few names with commas, and add their total number if there are more."""
+    suffix = f", ... ({len(names)} in all)" if len(names) > num_shown else ""
+    return ", ".join(names[:num_shown]) + suffix
 
 
 def printable(text: str) -> str:
-    r"""Escape control characters, and bytes of file names that are not text, such as \x1b."""
+    r"""Escape control characters, as in \x1b, and bytes of file names that cannot be decoded."""
     return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
     )
 
 
@@ -31,9 +31,9 @@ def report_progress(results: Iterable[T], total: int, verb: str, num_done: int =
 
     Args:
         results: One result per image.
-        total: Number of images, including those done before.
-        verb: Past tense of what is done with an image, such as "read".
-        num_done: Number of images done before.
+        total: Total number of images, including those done before.
+        verb: Verb in the past tense for the messages, such as "read".
+        num_done: Number of images done before this call.
     """
     if sys.stderr.isatty():
         console = Console(stderr=True)
@@ -46,7 +46,7 @@ def _report_lines(results: Iterable[T], total: int, verb: str, num_done: int) ->
     for number, result in enumerate(results, start=1):
         yield result
         now = time.monotonic()
-        if number == 1:  # the first result includes the start of the workers
+        if number == 1:  # the time to the first result includes the start of the workers
             start = last_report = now
         if now - last_report > _REPORT_SECONDS and num_done + number < total:
             last_report = now

@@ -1,4 +1,4 @@
-"""Data sets that need no path: scikit-learn's handwritten digits, and CIFAR-10 from torchvision."""
+"""scikit-learn's handwritten digits and torchvision's CIFAR-10, data sets that need no path."""
 
 import io
 import sys
@@ -18,10 +18,10 @@ _VAL_PER_CLASS = 50
 
 
 class Digits(Source):
-    """1,797 images of 8x8 pixels in 16 gray levels: 1,297 for training, 500 for validation."""
+    """Gray images of 8x8 pixels, 1,297 for training and 500 for validation."""
 
     def __init__(self, split: str):
-        # Takes a second to import, which the other sources do not need.
+        # This import takes a second, and the other sources do not need it.
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -38,7 +38,7 @@ class Digits(Source):
         self._pixels = np.repeat(gray[..., None], 3, axis=3)
 
     def read(self, index: int) -> np.ndarray:
-        """Return the pixels of one digit, gray as RGB, uint8 (8, 8, 3)."""
+        """Return the gray pixels of one digit as RGB, uint8 (8, 8, 3)."""
         return self._pixels[index]
 
     def name(self, index: int) -> str:
@@ -52,18 +52,20 @@ class Digits(Source):
         return subset
 
     def check_present(self) -> None:
-        """Do nothing, as the digits are part of scikit-learn."""
+        """Do nothing, because the digits are part of scikit-learn."""
 
     def _identity(self) -> bytes:
         return b"digits" + self._numbers.tobytes()
 
 
 def pack_cifar10(root: str, cache: Path) -> Path:
-    """Return `cache`/cifar10.zip with train/<class>/ and test/<class>/, written if it is absent.
+    """Write CIFAR-10 to `cache`/cifar10.zip unless that file exists, and return its path.
+
+    The zip contains train/<class>/ and test/<class>/.
 
     Args:
-        root: The folder of torchvision's CIFAR-10. "" downloads it.
-        cache: The folder for the zip.
+        root: Folder of torchvision's CIFAR-10. If empty, the data set is downloaded.
+        cache: Folder for the zip.
 
     Raises:
         ValueError: If the images can be neither read nor downloaded.
@@ -71,7 +73,7 @@ def pack_cifar10(root: str, cache: Path) -> Path:
     path = cache / "cifar10.zip"
     if path.exists():
         return path
-    from torchvision.datasets import CIFAR10  # imports half of torchvision
+    from torchvision.datasets import CIFAR10  # slow to import
 
     with tempfile.TemporaryDirectory() as download_folder:
         try:
@@ -80,10 +82,10 @@ def pack_cifar10(root: str, cache: Path) -> Path:
                 split: CIFAR10(root or download_folder, train=split == "train", download=not root)
                 for split in ("train", "test")
             }
-        except Exception as error:  # urllib, tarfile and torchvision raise errors of their own
+        except Exception as error:  # urllib, tarfile and torchvision raise many kinds of errors
             raise ValueError(
                 f"data.root: CIFAR-10 cannot be loaded with torchvision ({error}); without a "
-                "network, set data.root to a folder or a .zip that holds train/<class>/ and "
+                "network, set data.root to a folder or a .zip with train/<class>/ and "
                 "test/<class>/"
             ) from error
     print(f"writing {path} (once)", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""Choose the images of each step: a pure function of (seed, epoch, step).
+"""Choose the images of each step as a pure function of (seed, epoch, step).
 
 The choice is the same for any number of ranks and workers. The random order is one permutation of
-all images. The quasi-random order is for data sets larger than memory. Blocks of 64 neighboring
-images are permuted, and then the images in each window of several blocks. The disk reads whole
-blocks, memory holds two windows, and each epoch still has each image once.
+all images. The quasi-random order is for data sets larger than memory. It permutes blocks of 64
+neighboring images, and then the images within each window of several blocks. The disk reads whole
+blocks, memory keeps two windows, and an epoch still uses no image twice.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from ssl_pretrain import rng
 from ssl_pretrain.rng import Purpose
 
-BLOCK = 64  # neighboring images: 4 MB at 60 KB per image, where a disk loses little by seeking
+BLOCK = 64  # images; about 4 MB at 60 KB each, so that a disk loses little time by seeking
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Plan:
 
     Attributes:
         seed: Seed of the run.
-        num_images: Images of the data set.
+        num_images: Number of images in the data set.
         global_batch_size: Images per step over all ranks.
-        rank: This rank.
+        rank: Number of this rank.
         world_size: Number of ranks.
-        window: Images that the quasi-random order mixes, 0 for the random order.
+        window: Number of images that the quasi-random order mixes, or 0 for the random order.
 
     Raises:
-        ValueError: If there is not one whole batch, or it does not divide evenly over the ranks.
+        ValueError: If the batch exceeds the data set, or does not divide evenly over the ranks.
     """
 
     seed: int
@@ -59,17 +59,17 @@ class Plan:
         return step // self.steps_per_epoch
 
     def indices(self, step: int) -> np.ndarray:
-        """Return the images of this rank in a step of the run, int64 (local_batch,), read-only.
+        """Return the indices of this rank's images in a step, int64 (local_batch,), read-only.
 
-        The images of all ranks, in the order of the ranks, are the global batch. No image occurs
-        twice in it, or in two steps of an epoch.
+        The images of all ranks, in the order of the ranks, form the global batch. No image occurs
+        twice in an epoch.
         """
         order, start = self.order(step)
         start += self.rank * self.local_batch_size
         return order[start : start + self.local_batch_size]
 
     def order(self, step: int) -> tuple[np.ndarray, int]:
-        """Return the order of all images in a step's epoch, and where its global batch begins.
+        """Return the order of all images in a step's epoch, and the start of its global batch.
 
         The order is int64 (num_images,), read-only.
         """
@@ -78,9 +78,9 @@ class Plan:
         return order, step_in_epoch * self.global_batch_size
 
     def next_blocks(self, step: int) -> np.ndarray:
-        """Return the first image of each block in the window after the one where a step begins.
+        """Return the first image of each block in the window after that of a step's first image.
 
-        The array is int64. It is empty in the random order and in the last window.
+        The array is int64. It is empty for the random order and in the last window.
         """
         if not 0 < self.window < self.num_images:
             return np.zeros(0, np.int64)
@@ -96,10 +96,10 @@ class Plan:
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
     """Return the number of whole global batches in one pass over the images.
 
-    The remaining images are left out in that epoch. Each epoch leaves out different ones.
+    The remaining images are left out. Each epoch leaves out different images.
 
     Raises:
-        ValueError: If there is not one whole batch.
+        ValueError: If the batch is empty or exceeds the data set.
     """
     if global_batch_size < 1:
         raise ValueError(
@@ -114,11 +114,11 @@ def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
 
 
 def check_divides(global_batch_size: int, world_size: int) -> None:
-    """Raise ValueError, with the nearest possible sizes, unless all ranks get as many images."""
+    """Raise ValueError, naming the nearest valid sizes, unless the batch divides over the ranks."""
     if global_batch_size % world_size == 0:
         return
-    below = global_batch_size // world_size * world_size
-    nearest = f"do are {below} and {below + world_size}" if below else f"does is {world_size}"
+    smaller = global_batch_size // world_size * world_size
+    nearest = f"do are {smaller} and {smaller + world_size}" if smaller else f"does is {world_size}"
     raise ValueError(
         f"global_batch_size: {global_batch_size} does not divide over {world_size} ranks; "
         f"the nearest that {nearest}"

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Range = tuple[float, float]  # the values that become black and white
+Range = tuple[float, float]  # values that become black and white
 
-# 16-bit color with at most this many levels in its high byte uses 14 bits or fewer.
-_MIN_LEVELS = 64
+# 16-bit color with no more levels than this in its high byte uses at most 14 bits.
+_TOO_FEW_LEVELS = 64
 _EXTRA_SAMPLES, _PHOTOMETRIC, _SUBFILE, _NUM_BANDS = 338, 262, 254, 277  # TIFF tags
-_COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # by TIFF's photometric interpretation
+_COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # keyed by photometric interpretation
 _RANGE_REMEDY = (
     "give data.range=[low, high] (python -m ssl_pretrain.data.inspect measures it), or convert "
     "the image to 8 or 16 bits"
@@ -29,7 +29,7 @@ def check_bands(image: Image.Image) -> None:
         )
     elif image.format in ("JPEG", "MPO") and image.mode == "CMYK" and "adobe" not in image.info:
         raise ValueError(
-            "four bands that are not marked as inks; choose three bands and save them as RGB"
+            "its four bands are not marked as inks; choose three bands and save them as RGB"
         )
 
 
@@ -40,16 +40,16 @@ def _check_tiff(image: Image.Image) -> None:
     is_alpha = num_extra == 1 and extra and extra[0] in (1, 2)
     if num_extra > 0 and not is_alpha:
         raise ValueError(
-            f"{num_bands} bands, the last of which is not marked as alpha; choose three bands "
-            "and save them as RGB"
+            f"the last of its {num_bands} bands is not marked as alpha; choose three bands and "
+            "save them as RGB"
         )
     num_pages = getattr(image, "n_frames", 1)
     for page in range(1, num_pages):
         image.seek(page)
         if not _tags(image).get(_SUBFILE, 0) & 1:  # not a smaller copy of the first page
             raise ValueError(
-                f"{num_pages} pages, of which only one would be read; save each page as a "
-                "separate file"
+                f"only one of its {num_pages} pages would be read; save each page as a separate "
+                "file"
             )
     image.seek(0)
 
@@ -57,7 +57,7 @@ def _check_tiff(image: Image.Image) -> None:
 def has_16_bits(image: Image.Image) -> bool:
     """Return True if a file has bands of 16 bits.
 
-    Call it before Pillow loads the pixels, because loading discards the tiles that hold the answer.
+    Call it before Pillow loads the pixels, because loading discards `image.tile`.
     """
     tiles = getattr(image, "tile", [])
     if not tiles or len(tiles[0]) < 4:
@@ -82,7 +82,7 @@ def to_rgb(image: Image.Image, value_range: Range | None, has_16_bits: bool) -> 
     Args:
         image: The image.
         value_range: `data.range`, for values wider than 8 bits.
-        has_16_bits: The file has 16 bits per band.
+        has_16_bits: True if the file has 16 bits per band.
 
     Raises:
         ValueError: If there is no agreed conversion, or the conversion would lose most of the
@@ -106,8 +106,8 @@ def to_rgb(image: Image.Image, value_range: Range | None, has_16_bits: bool) -> 
         raise ValueError(
             "its alpha is 0 everywhere, so nothing is visible; remove the alpha, or the image"
         )
-    wide = pixels.astype(np.uint16)
-    return ((wide[..., :3] * wide[..., 3:] + 127) // 255).astype(np.uint8)
+    rgba = pixels.astype(np.uint16)
+    return ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
 
 
 def _tags(image: Image.Image) -> Mapping[int, Any]:
@@ -121,7 +121,7 @@ def _to_levels(values: np.ndarray, mode: str, value_range: Range | None) -> np.n
         low, high = value_range
         fractions = (values.astype(np.float64) - low) / (high - low)
         if not np.isfinite(fractions).all():
-            raise ValueError("it holds values that are not finite")
+            raise ValueError("it has values that are not finite; replace them, or remove the image")
         return np.rint(255 * fractions.clip(0, 1)).astype(np.uint8)
     if mode == "F":
         raise ValueError(f"pixels of mode F have no agreed conversion to RGB; {_RANGE_REMEDY}")
@@ -132,7 +132,7 @@ def _to_levels(values: np.ndarray, mode: str, value_range: Range | None) -> np.n
 
 
 def _check_high_bytes(pixels: np.ndarray, value_range: Range | None) -> None:
-    """Raise ValueError if 16-bit color has few levels in its high bytes. Pillow drops the rest."""
+    """Raise ValueError if 16-bit color has few levels in the high bytes, which Pillow keeps."""
     if value_range is not None:
         raise ValueError(
             "data.range is for gray images without alpha, because Pillow keeps only the high byte "
@@ -140,8 +140,8 @@ def _check_high_bytes(pixels: np.ndarray, value_range: Range | None) -> None:
         )
     # The percentile ignores the few values that a sensor saturates.
     num_levels = int(np.percentile(pixels, 99.9, method="nearest")) + 1
-    if num_levels <= _MIN_LEVELS:
+    if num_levels <= _TOO_FEW_LEVELS:
         raise ValueError(
-            f"16-bit color that would keep {num_levels} of 256 levels, because Pillow reads only "
-            "its high byte; convert the image to 8 bits, scaled by its own range"
+            f"its 16-bit color would keep {num_levels} of 256 levels, because Pillow reads only "
+            "the high byte; convert the image to 8 bits, scaled by its own range"
         )

@@ -1,4 +1,4 @@
-"""Read the images of a source: at random for training, and once in order for evaluations."""
+"""Read the images of a source, at random for training and once in order for evaluations."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ from ssl_pretrain.views.recipe import Crop, ViewsConfig
 # little shared memory.
 MAX_CHUNK = 64
 MIN_CHUNK = 16
-BATCHES_AHEAD = 2  # batches that are made while the trainer uses one
+BATCHES_AHEAD = 2  # batches that are prepared while the trainer uses one
 
-# A further change of a view: (view uint8 (3, s, s), epoch, index) -> view. Picklable.
+# Function that changes a view, given (view uint8 (3, s, s), epoch, index). It must be picklable.
 Finish = Callable[[Tensor, int, int], Tensor]
 
 
 class ReaderKind(StrEnum):
-    """The ways to read images. The values are those of `data.loader` and `data.cache`."""
+    """Ways to read images. The values are those of `data.loader` and `data.cache`."""
 
     PROCESSES = "folder"
     THREADS = "ffcv"
@@ -48,15 +48,15 @@ class Reader:
     """The images of a run, and the pool that reads them and cuts their crops.
 
     Attributes:
-        kind: The way to read them.
+        kind: Way to read the images.
         source: The images.
-        views: The recipe of their views.
-        plan: Their order.
+        views: Recipe of the views.
+        plan: Order of the images.
         device: Device of the batches.
         num_workers: Number of processes or threads.
         chunk_size: Images per chunk.
-        pool: Makes the chunks.
-        note: Message to the user, or empty.
+        pool: Pool that prepares the chunks.
+        note: Message for the user, which may be empty.
     """
 
     kind: ReaderKind
@@ -84,18 +84,18 @@ def build_reader(
 
     Args:
         source: The images.
-        views: The recipe of their views.
-        plan: Their order.
-        kind: The way to read them.
+        views: Recipe of the views.
+        plan: Order of the images.
+        kind: Way to read the images.
         num_workers: Number of processes or threads.
         device: Device of the batches.
-        finish: Applied to each crop. Only processes can do this.
+        finish: Function that changes each crop. Only processes support it.
 
     Raises:
-        ValueError: If a key of `views` is invalid, or memory is too small.
+        ValueError: If a key of `views` is invalid, or the images do not fit in memory.
     """
     recipe.check(views)
-    assert finish is None or kind is ReaderKind.PROCESSES, "only processes finish a view"
+    assert finish is None or kind is ReaderKind.PROCESSES, "finish: only processes support it"
     device, view_crops = torch.device(device), recipe.expand_counts(views)
     chunk_size, note = plan.local_batch_size, ""
     pool: ChunkPool
@@ -130,9 +130,9 @@ def choose_reader(data: DataConfig, source: Source) -> tuple[ReaderKind, str]:
     if data.cache == "device":
         return ReaderKind.DEVICE_CACHE, "data.cache asks for all images on the device"
     if data.loader == "folder":
-        return ReaderKind.PROCESSES, "data.loader asks for it"
+        return ReaderKind.PROCESSES, "data.loader is set to folder"
     if not isinstance(source, Beton):
-        remedy = "python -m ssl_pretrain.data.beton write writes one"
+        remedy = "python -m ssl_pretrain.data.beton write creates one"
         if data.loader == "ffcv":
             raise ValueError(
                 f"data.loader: ffcv only reads .beton files, and {source.where} is not one; "
@@ -146,7 +146,7 @@ def choose_reader(data: DataConfig, source: Source) -> tuple[ReaderKind, str]:
         if data.loader == "ffcv":
             raise
         reason = str(error).removeprefix("data.loader: ")
-        return ReaderKind.PROCESSES, f"a .beton, but not by FFCV ({reason})"
+        return ReaderKind.PROCESSES, f"FFCV cannot read this .beton ({reason})"
     return ReaderKind.THREADS, f"{source.where} is a .beton, and FFCV is installed"
 
 
@@ -169,15 +169,15 @@ def read_images(
     num_workers: int,
     max_replaced: float = DataConfig.max_replaced,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Read images in the given order, each once, without anything random.
+    """Read each image once, in the given order and without randomness.
 
     Args:
         source: The images.
-        indices: Numbers of the images to read, (n,). None for all.
-        transform: Makes the view of an image, uint8 (3, height, width) -> uint8 (3, s, s). It has
-            to be picklable, like `partial(crops.evaluate, size=32)`.
-        batch_size: Images per batch. The last batch has the rest.
-        num_workers: Number of processes, 0 to read in this one.
+        indices: Indices of the images to read, (n,). None stands for all images.
+        transform: Picklable function from an image, uint8 (3, height, width), to its view, uint8
+            (3, s, s), such as `partial(crops.evaluate, size=32)`.
+        batch_size: Images per batch. The last batch may be smaller.
+        num_workers: Number of worker processes. With 0, this process reads the images.
         max_replaced: Share of the images that may be unreadable, as in `data.max_replaced`.
 
     Yields:
@@ -187,29 +187,32 @@ def read_images(
     Raises:
         ValueError: If more images are unreadable than `max_replaced` allows.
     """
-    numbers = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+    order = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     num_workers = min(num_workers, len(batches))
     dataset = CropDataset(source, partial(_make_view, transform))
     transfer = Transfer(batch_size)
     if num_workers:
-        first = dataset[ChunkRequest(0, numbers[:1])]
-        if first.error is not None:
-            raise first.error
+        first_chunk = dataset[ChunkRequest(0, order[:1])]
+        if first_chunk.error is not None:
+            raise first_chunk.error
         transfer = plan_transfer(
-            first.pixels.numel(),
+            first_chunk.pixels.numel(),
             batch_size,
             num_workers,
             num_chunks_ahead=2 * num_workers,
             num_images_held=2 * batch_size,
             num_ranks=process_group.local_world_size(),
         )
-    size = transfer.chunk_size
+    chunk_size = transfer.chunk_size
     requests = [
-        [ChunkRequest(0, batch[start : start + size]) for start in range(0, len(batch), size)]
+        [
+            ChunkRequest(0, batch[start : start + chunk_size])
+            for start in range(0, len(batch), chunk_size)
+        ]
         for batch in batches
     ]
-    limit = ReplacementLimit(source, len(numbers), max_replaced)
+    limit = ReplacementLimit(source, len(order), max_replaced)
     pool = ProcessPool(dataset, num_workers, transfer, pinned=False)
     try:
         chunks = pool.take(chain.from_iterable(requests))
@@ -221,8 +224,8 @@ def read_images(
                     raise chunk.error
                 pixels.append(chunk.views()[0])
                 labels.append(chunk.labels)
-            pixels_of_batch = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
-            yield pixels_of_batch, torch.from_numpy(np.concatenate(labels))
+            batch_pixels = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
+            yield batch_pixels, torch.from_numpy(np.concatenate(labels))
     finally:
         pool.close()
 

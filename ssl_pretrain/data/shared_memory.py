@@ -1,4 +1,4 @@
-"""Fit the chunks that worker processes send into the machine's shared memory."""
+"""Shared memory for the chunks of images that workers send to the trainer."""
 
 import shutil
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 SHARED_MEMORY = Path("/dev/shm")
-PREFETCH = 2  # smallest number of chunks that each worker makes ahead
-USABLE_SHARE = 0.8  # largest share to use of the memory that is free when the workers start
+PREFETCH = 2  # minimum number of chunks that each worker prepares in advance
+USABLE_SHARE = 0.8  # largest fraction to use of the shared memory that is free at startup
 REMEDY = (
     "give the container more shared memory (--shm-size=8g or --ipc=host), or set data.num_workers "
     "lower (0 needs none)"
@@ -23,7 +23,8 @@ class SharedMemoryFull(RuntimeError):
 def allocate(num_bytes: int) -> Tensor:
     """Return an uninitialized uint8 tensor, in shared memory if this is a worker process.
 
-    The queue would move it there later, in a thread that prints its error and drops the chunk.
+    Otherwise the worker's queue would move the chunk to shared memory in a background thread. If
+    memory is full, that thread prints an error and drops the chunk.
 
     Raises:
         SharedMemoryFull: If there is no room for it.
@@ -39,13 +40,13 @@ def allocate(num_bytes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Settings for the transfer of images from workers to the trainer.
+    """Settings for the transfer of images from the workers to the trainer.
 
     Attributes:
         chunk_size: Images per chunk.
-        prefetch: Chunks that each worker makes ahead.
+        prefetch: Chunks that each worker prepares in advance.
         is_copied: The trainer copies each chunk out of shared memory as soon as it arrives.
-        note: Message to the user if memory is so short that the run is slower, else empty.
+        note: Message to the user if low memory slows the run down, else empty.
     """
 
     chunk_size: int
@@ -63,14 +64,14 @@ def plan_transfer(
     num_images_held: int,
     num_ranks: int,
 ) -> Transfer:
-    """Choose chunks that fit into the shared memory that is free on this machine.
+    """Choose a chunk size that fits in the free shared memory of this machine.
 
     Args:
         image_bytes: Bytes of all views of one image.
         chunk_size: Images per chunk if there is room.
         num_workers: Processes per rank.
-        num_chunks_ahead: Chunks that all workers together make before they are needed.
-        num_images_held: Images that the trainer still uses if it does not copy them.
+        num_chunks_ahead: Chunks that the workers of a rank prepare in advance, all together.
+        num_images_held: Images that the trainer keeps in shared memory unless it copies them.
         num_ranks: Ranks on this machine.
 
     Raises:
@@ -82,10 +83,10 @@ def plan_transfer(
     if not SHARED_MEMORY.is_dir():
         return Transfer(chunk_size, prefetch)
     free_bytes = shutil.disk_usage(SHARED_MEMORY).free
-    capacity = USABLE_SHARE * free_bytes / (image_bytes * num_ranks)  # images of this rank
+    capacity = USABLE_SHARE * free_bytes / (image_bytes * num_ranks)  # images per rank
     if prefetch * num_workers * chunk_size + num_images_held <= capacity:
         return Transfer(chunk_size, prefetch)
-    min_chunks = PREFETCH * num_workers + 1  # those of the workers and the trainer's
+    min_chunks = PREFETCH * num_workers + 1  # all prefetched chunks and the one in use
     if capacity < min_chunks:
         raise ValueError(
             f"data.num_workers: {num_workers} workers for each of {num_ranks} ranks on this "

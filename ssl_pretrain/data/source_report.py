@@ -15,13 +15,13 @@ from ssl_pretrain.data.messages import printable, report_progress
 from ssl_pretrain.data.pixels import Range
 from ssl_pretrain.data.sources import DataConfig, open_source
 
-_CLASSES_SHOWN = 3
-_MIN_SHARE = 0.25  # smallest share of the 16-bit values that may be in use: 14 bits
+_MAX_CLASSES_SHOWN = 3
+_MIN_SHARE = 0.25  # smallest share of the 16-bit range that images may use, 14 bits
 _NUM_CHECKED = 32  # images whose values are measured before a run
 
 
 def layout_lines(config: DataConfig, train: Source) -> list[str]:
-    """Return lines that name the splits, their images and labels, and the skipped files.
+    """Return lines about the splits, their images and labels, and the skipped files.
 
     Args:
         config: The data set.
@@ -40,25 +40,25 @@ def layout_lines(config: DataConfig, train: Source) -> list[str]:
 
 
 def describe_counts(source: Source) -> str:
-    """Count the images of a source, its classes, and its images without a label."""
+    """Return the numbers of images, of classes and of images without a label as text."""
     images = f"{len(source):,} image" + ("s" if len(source) != 1 else "")
-    num_missing = int((source.labels < 0).sum())
-    if num_missing == len(source):
+    num_unlabeled = int((source.labels < 0).sum())
+    if num_unlabeled == len(source):
         return f"{images}, no labels"
-    present = np.unique(source.labels[source.labels >= 0])
-    names = [source.classes[label] for label in present[:_CLASSES_SHOWN]]
-    if len(present) > _CLASSES_SHOWN:
+    present_labels = np.unique(source.labels[source.labels >= 0])
+    names = [source.classes[label] for label in present_labels[:_MAX_CLASSES_SHOWN]]
+    if len(present_labels) > _MAX_CLASSES_SHOWN:
         names.append("...")
-    total = f" of {len(source.classes):,}" if len(present) < len(source.classes) else ""
-    noun = "class" if len(present) == 1 and not total else "classes"
-    missing = f", {num_missing:,} without a label" if num_missing else ""
-    return f"{images}, {len(present):,}{total} {noun} ({', '.join(names)}){missing}"
+    of_total = f" of {len(source.classes):,}" if len(present_labels) < len(source.classes) else ""
+    noun = "class" if len(present_labels) == 1 and not of_total else "classes"
+    without_label = f", {num_unlabeled:,} without a label" if num_unlabeled else ""
+    return f"{images}, {len(present_labels):,}{of_total} {noun} ({', '.join(names)}){without_label}"
 
 
 def _overlap_notes(train: Source, val: Source) -> list[str]:
     """Return a note if some validation images are also training images.
 
-    The paths are compared only if both splits share a folder, or one lies inside the other.
+    Paths are only compared if both splits are in the same folder, or one folder contains the other.
     """
     if not isinstance(train, ImageFiles) or not isinstance(val, ImageFiles):
         return []
@@ -80,20 +80,20 @@ def _overlap_notes(train: Source, val: Source) -> list[str]:
 
 @dataclass
 class ImageStatistics:
-    """Measurements of the images that were read."""
+    """Statistics of the images that were read."""
 
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height) as stored
     modes: Counter[str] = field(default_factory=Counter)  # Pillow's names of the pixel formats
-    ranges: list[Range] = field(default_factory=list)  # per image wider than 8 bits
+    ranges: list[Range] = field(default_factory=list)  # one per image of more than 8 bits
     num_animated: int = 0  # images with several frames, of which the first is read
-    bad: list[str] = field(default_factory=list)  # file and reason
-    # Mean and deviation of pixels in [0, 1], per channel. Each image has the same weight.
+    bad: list[str] = field(default_factory=list)  # unreadable files, each with the reason
+    # Mean and standard deviation of pixels in [0, 1], per channel. All images weigh the same.
     mean: np.ndarray = field(default_factory=lambda: np.zeros(3))
     std: np.ndarray = field(default_factory=lambda: np.ones(3))
 
     @property
     def value_range(self) -> Range:
-        """The values in use. A single value is widened to a range."""
+        """Range of the values in use. A single value is widened to a range of length 1."""
         low, high = min(low for low, _ in self.ranges), max(high for _, high in self.ranges)
         return (low, high) if low < high else (low, low + 1)
 
@@ -105,12 +105,12 @@ class ImageStatistics:
 
 
 def measure(source: Source, num_images: int = 0, num_threads: int = 4) -> ImageStatistics:
-    """Read some images, evenly spaced in the source, and report progress on stderr.
+    """Measure images that are evenly spaced in the source, and report progress on stderr.
 
     Args:
         source: The images.
-        num_images: Number of images to read; 0 reads all.
-        num_threads: Threads that read and decode.
+        num_images: Number of images to read, or 0 to read all.
+        num_threads: Number of threads that read and decode.
     """
     indices = _evenly_spaced(source, num_images)
     statistics = ImageStatistics()
@@ -135,7 +135,7 @@ def measure(source: Source, num_images: int = 0, num_threads: int = 4) -> ImageS
 
 
 def _evenly_spaced(source: Source, num_images: int) -> list[int]:
-    """Return numbers of images throughout the source, and so throughout its classes. 0: all."""
+    """Return evenly spaced image indices, which also spread over the classes. 0 returns all."""
     num_images = min(num_images or len(source), len(source))
     return np.linspace(0, len(source) - 1, num_images).astype(np.int64).tolist()
 
@@ -143,7 +143,7 @@ def _evenly_spaced(source: Source, num_images: int) -> list[int]:
 def _measure_image(source: Source, index: int) -> tuple[ImageHeader, np.ndarray] | str:
     """Return the header of an image, and its mean and mean square per channel, shape (2, 3).
 
-    For an unreadable image, return the reason.
+    For an unreadable image, return the reason as text.
     """
     try:
         pixels = source.read(index)
@@ -161,8 +161,8 @@ def _measure_image(source: Source, index: int) -> tuple[ImageHeader, np.ndarray]
 def check_range(source: Source) -> None:
     """Raise ValueError if 16-bit images would become a few dark levels without `data.range`.
 
-    Only some images are read, evenly spaced in the source. Those of 8 bits and of floats are
-    ignored.
+    Only a few images are read, evenly spaced in the source. Images with 8 bits or with
+    floating-point values are ignored.
     """
     if not isinstance(source, ImageFiles) or source.value_range is not None:
         return
@@ -179,9 +179,9 @@ def check_range(source: Source) -> None:
         return
     raise ValueError(
         f"data.range: not set, and the 16-bit images of {source.where} use values from {low:,.0f} "
-        f"to {high:,.0f} ({len(statistics.ranges)} of them measured), which would leave "
-        f"{statistics.num_gray_levels} of 256 gray levels; give the values that are to be black "
-        f"and white, such as data.range=[{low:.0f},{high:.0f}] (python -m "
-        "ssl_pretrain.data.inspect measures them), or data.range=[0,65535] to leave them as they "
-        "are"
+        f"to {high:,.0f} ({len(statistics.ranges)} were measured), which would leave "
+        f"{statistics.num_gray_levels} of 256 gray levels; give the values of black and "
+        f"white, such as data.range=[{low:.0f},{high:.0f}] (python -m "
+        "ssl_pretrain.data.inspect measures them), or data.range=[0,65535] to keep the full "
+        "range"
     )

@@ -1,7 +1,7 @@
 """Open a data set: the embedded digits, CIFAR-10, or any folder, zip, list of files or .beton.
 
-The class of an image is its first folder, as in torchvision's ImageFolder. Images beside the class
-folders have no label (-1). If there is one folder or none, no image has a label. Only evaluations
+The class of an image is its first folder, as in torchvision's ImageFolder. Images outside the class
+folders have no label (-1). If there is at most one folder, no image has a label. Only evaluations
 and supervised methods need labels.
 
     source: digits                                   1,797 embedded images, no download
@@ -42,12 +42,12 @@ _UNSUPPORTED_TABLES = (
 
 @dataclass
 class DataConfig:
-    """The images and how they are read."""
+    """Configuration of the images and how they are read."""
 
     source: Literal["digits", "cifar10", "folder"] = setting(
         "folder",
-        "Kind of data set. digits: scikit-learn's, no download. cifar10: its archive. "
-        "folder: images in a folder, a .zip, a list of files or a .beton.",
+        "Kind of data set. digits: the digits of scikit-learn, without a download. cifar10: the "
+        "archive of CIFAR-10. folder: images in a folder, a .zip, a list of files or a .beton.",
     )
     root: str = setting(
         "", "Path of the data: a folder, a .zip, a list of files or a .beton.", on_resume="free"
@@ -55,19 +55,20 @@ class DataConfig:
     train: str = setting(
         "",
         "Training images: a folder, list, .zip or .beton, absolute or relative to root. "
-        ".: root itself. Empty: found by its name.",
+        "A dot means root itself. If empty, the split is found by its name.",
         on_resume="free",
     )
     val: str = setting(
         "",
-        "Validation images, given like train. none: there are none. Empty: found by its name.",
+        "Validation images, given like train. The value none means that there are none. "
+        "If empty, the split is found by its name.",
         on_resume="free",
     )
-    subset: int = setting(0, "Number of training images to use, chosen at random once. 0: all.")
+    subset: int = setting(0, "Number of training images to use, chosen at random. 0 uses all.")
     num_workers: int = setting(
         4,
         "Threads (ffcv) or processes (folder) per rank that decode and crop. "
-        "0: one thread, or no extra process.",
+        "0 means one thread, or no extra process.",
         on_resume="free",
     )
     loader: Literal["auto", "ffcv", "folder"] = setting(
@@ -77,31 +78,35 @@ class DataConfig:
         on_resume="free",
     )
     cache: Literal["none", "device"] = setting(
-        "none", "device: upload all images once and crop them on the device, as for CIFAR-10."
+        "none",
+        "Cache of decoded images. device: upload all images once and crop them on the device, as "
+        "for CIFAR-10.",
     )
     order: Literal["random", "quasi_random"] = setting(
         "random",
         "Order of the images. quasi_random: mostly the order on disk, for data larger than memory.",
     )
     quasi_random_window: int = setting(
-        16384, "Images shuffled with each other by quasi_random. They must fit in memory."
+        16384,
+        "Number of images that quasi_random shuffles with each other. They must fit in memory.",
     )
     max_replaced: float = setting(
         0.01,
-        "Share of an epoch's images that may be unreadable and replaced by others. "
-        "The run stops above it.",
+        "Largest share of an epoch's images that may be unreadable and replaced by others. "
+        "If it is exceeded, the run stops.",
         on_resume="free",
         maximum=1,
     )
     range: list[float] = setting(
         [],
-        "[low, high] of 16-bit gray and float images, mapped to 0 and 255. []: 0 to 65535.",
+        "Values [low, high] of 16-bit gray and float images that become 0 and 255. "
+        "If empty, they are 0 and 65535.",
         minimum=-1e12,
         maximum=1e12,
     )
     cache_dir: str = setting(
         "",
-        "Folder for caches of file lists. Empty: ~/.cache/ssl_pretrain.",
+        "Folder for cached lists of files. If empty, it is ~/.cache/ssl_pretrain.",
         on_resume="free",
     )
 
@@ -123,10 +128,10 @@ def check(config: DataConfig) -> None:
 
 
 def open_source(config: DataConfig, split: SplitName, classes: list[str] | None = None) -> Source:
-    """Open the images of one split. Both splits number the classes of the training split.
+    """Open the images of one split. The classes of both splits are those of the training split.
 
     Args:
-        config: The data set.
+        config: Configuration of the data set.
         split: "train" or "val".
         classes: Classes of the training split, if it is open already.
 
@@ -160,8 +165,8 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
     if split == "train":
         if config.source == "cifar10" and splits.train is None:
             raise ValueError(
-                f"data.root: {data_set.root} has no folder 'train'; CIFAR-10 is train/<class>/ "
-                "and test/<class>/, in a folder or a .zip"
+                f"data.root: {data_set.root} has no folder 'train'; give a folder or a .zip that "
+                "contains train/<class>/ and test/<class>/"
             )
         return data_set.open_split("train", None)
     if classes is None and train_beton is not None:
@@ -178,7 +183,7 @@ def _open_files(config: DataConfig, has_train_beton: bool) -> FileDataSet:
     train, val = config.train, config.val
     if config.source == "cifar10":
         train, val = train or "train", val or "test"
-    if has_train_beton:  # other splits may be folders beside it
+    if has_train_beton:  # other splits may be folders next to the .beton
         root, train = root if root.is_dir() else root.parent, ""
     value_range = (float(config.range[0]), float(config.range[1])) if config.range else None
     return FileDataSet(root, train, val, cache, value_range)
@@ -193,7 +198,9 @@ def _root(config: DataConfig, cache: Path) -> Path:
     if not config.root and train.is_absolute():
         return train
     if not config.root:
-        raise ValueError(f"data.root: not set; {_ROOT_REMEDY}, as in data.root=/data/imagenet")
+        raise ValueError(
+            f"data.root: no path is set; {_ROOT_REMEDY}, as in data.root=/data/imagenet"
+        )
     if not root.exists():
         raise ValueError(f"data.root: {root} does not exist; {_ROOT_REMEDY}")
     suffix = root.suffix.lower()
@@ -209,7 +216,7 @@ def _root(config: DataConfig, cache: Path) -> Path:
 
 
 def _user_cache() -> Path:
-    """Return the folder for caches. Without a home, return one that cannot be written to."""
+    """Return the user's folder for caches. Without a home, it is a path that cannot be written."""
     home = os.path.expanduser("~")
     return Path(home if os.path.isabs(home) else os.devnull) / ".cache" / "ssl_pretrain"
 
@@ -217,7 +224,8 @@ def _user_cache() -> Path:
 def _beton_path(config: DataConfig, split: SplitName) -> Path | None:
     """Return the .beton of a split, or None if the split is read from image files.
 
-    It is `data.root`, is named by `data.train` or `data.val`, or has the name of the split.
+    The .beton is `data.root` itself, is named by `data.train` or `data.val`, or has the name of the
+    split.
     """
     name = config.train if split == "train" else config.val
     root = Path(config.root).expanduser()
@@ -242,9 +250,9 @@ def _beton_path(config: DataConfig, split: SplitName) -> Path | None:
 
 
 def _prefers_beton(loader: str, root: Path, name: str) -> bool:
-    """Return True if the .beton of a split is preferred to a folder of images beside it.
+    """Return True if the .beton of a split is preferred to a folder of its images.
 
-    The folder is preferred if FFCV is missing or the configuration says so.
+    If both exist, `data.loader` decides. With `auto`, the folder is preferred if FFCV is missing.
     """
     if not root.is_dir():
         return root.suffix.lower() == ".beton"
@@ -259,8 +267,8 @@ def _subset(source: Source, size: int) -> Source:
     """Return `size` images, the same for every seed of the run. 0 returns all of them."""
     if not 0 <= size <= len(source):
         raise ValueError(
-            f"data.subset: {size} of {len(source)} training images; give a number from 1 to "
-            f"{len(source)}, or 0 for all"
+            f"data.subset: {size} is not a possible number of training images; give a number from "
+            f"1 to {len(source)}, or 0 for all"
         )
     if not size:
         return source

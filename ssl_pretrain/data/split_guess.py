@@ -1,8 +1,8 @@
-"""Guess which images are for training, unless held-out images might be among them.
+"""Guess which images of a data set are for training.
 
 If no folder or list is named like a training split, all images are for training. A layout whose
-names or structure suggest other splits is refused, as training on held-out images would go
-unnoticed.
+names or structure suggest other splits is refused, because training on held-out images would
+go unnoticed.
 """
 
 import itertools
@@ -27,47 +27,48 @@ from ssl_pretrain.data.split_search import (
 
 # Words in the names of tables that do not list images.
 _RECORD_WORDS = frozenset({"log", "logs", "loss", "losses", "metrics", "result", "results"})
-_FILE_SPLITS = ("train", "val", "test", None)  # preferred order of lists
-_MAX_CHILDREN = 50  # folders of one folder that are searched
-_MAX_FOLDERS = 500  # folders that are searched in all
-_MAX_FILES = 1000  # names of images in one folder that are examined
-_MANY = 10  # among this many folders, one may be a class that is named like a split by chance
+_FILE_SPLITS = ("train", "val", "test", None)  # order of preference among lists
+_MAX_CHILDREN = 50  # subfolders that are searched per folder
+_MAX_FOLDERS = 500  # folders that are searched in total
+_MAX_FILES = 1000  # image names that are examined per folder
+_MANY_CLASSES = 10  # among this many, one may be named like a split by chance
 
-Guess = tuple[Location, list[str]]  # the training images, and notes
+Guess = tuple[Location, list[str]]  # the training images, and notes on the choice
 
 
 class AmbiguousSplits(ValueError):
     """A layout that suggests splits without naming them."""
 
     def __init__(self, reason: str, example: str = ""):
-        remedy = f", as in {example}" if example else ""
+        as_in = f", as in {example}" if example else ""
         super().__init__(
-            f"data.train: {reason}{remedy}, or give data.train=. if all images there are for "
+            f"data.train: {reason}{as_in}, or give data.train=. if all images there are for "
             "training"
         )
 
 
 def guess_training_split(base: FolderTree, val: str) -> Guess:
-    """Return the training images of a data set whose configuration does not name them.
+    """Return the location of the training images if the configuration does not name it.
 
     Args:
         base: The root of the data set.
         val: Name of the validation split in the configuration, or "".
 
     Raises:
-        AmbiguousSplits: If held-out images might be among them.
+        AmbiguousSplits: If held-out images might be among the guessed ones.
     """
     top = top_folder(base)
     locations = split_locations(top, "train")
     if len(locations) > 1:
         names = [os.path.basename(location.full_path) for location in locations]
         raise AmbiguousSplits(
-            f"{top.full_path} holds {' and '.join(names)}; say which has the training images",
+            f"{top.full_path} contains {' and '.join(names)}; say which has the training images",
             f"data.train={names[0]}",
         )
     if not locations and any(split_of_file(name) == "train" for name in top.files):
         raise AmbiguousSplits(
-            f"{top.full_path} holds lists of its splits, which are not read inside a zip; unpack it"
+            f"{top.full_path} contains lists of its splits, which are not read inside a zip; "
+            "unpack it"
         )
     if not locations:
         return _all_images(base, top, val)
@@ -77,7 +78,7 @@ def guess_training_split(base: FolderTree, val: str) -> Guess:
 
 
 def _training_folder(base: FolderTree, top: FolderTree, train: Location, val: str) -> Guess:
-    """Accept a folder called train, unless it may as well be one class of several."""
+    """Return a folder called train, unless it might just as well be one class of several."""
     name = os.path.basename(train.full_path)
     folder = top.child(name)
     others = [other for other in top.folders if other != name]
@@ -87,15 +88,15 @@ def _training_folder(base: FolderTree, top: FolderTree, train: Location, val: st
     num_classes = len(list(itertools.islice(folder.folders_with_images(), 2)))
     if is_only_split and num_classes < 2:
         siblings = [other for other in others if top.child(other).has_images()]
-        if len(siblings) + 1 >= _MANY:
+        if len(siblings) + 1 >= _MANY_CLASSES:
             return base.location(), [
                 f"{train.full_path} is read as one of {len(siblings) + 1} classes; "
                 f"give data.train={name} if it is the training split"
             ]
         if siblings:
             raise AmbiguousSplits(
-                f"{top.full_path} holds {name}/ beside {folder_names(siblings)}, so it may be the "
-                "training split or one class of several; say which",
+                f"{top.full_path} contains {name}/ next to {folder_names(siblings)}, so it may be "
+                "the training split or one class of several; say which",
                 f"data.train={name}",
             )
     _check_inner_splits(folder, f"{name}/")
@@ -113,9 +114,9 @@ def _all_images(base: FolderTree, top: FolderTree, val: str) -> Guess:
         return base.location(), []
     others = [name for name in names if name not in (*held_out, *suggestive)]
     num_classes = sum(top.child(name).has_images() for name in others) + len(suggestive)
-    if suggestive and len(suggestive) * _MANY > num_classes:
+    if suggestive and len(suggestive) * _MANY_CLASSES > num_classes:
         raise AmbiguousSplits(
-            f"{top.full_path} holds {folder_names([*held_out, *suggestive])}, whose names look "
+            f"{top.full_path} contains {folder_names([*held_out, *suggestive])}, whose names look "
             "like splits; say which is which",
             _example([*held_out, *suggestive]),
         )
@@ -124,17 +125,17 @@ def _all_images(base: FolderTree, top: FolderTree, val: str) -> Guess:
         return base.location(), notes
     if not num_classes and not top.has_direct_images:
         raise AmbiguousSplits(
-            f"{top.full_path} holds {folder_names(held_out)} and no training images; "
+            f"{top.full_path} contains {folder_names(held_out)} and no training images; "
             "say where they are",
             "data.train=FOLDER",
         )
     folders = folder_names(held_out)
-    notes.append(f"{folders} in {top.full_path} held out; everything else there is for training")
+    notes.append(f"held out: {folders} in {top.full_path}; everything else there is for training")
     return top.location(tuple(held_out)), notes
 
 
 def _example(names: list[str]) -> str:
-    """Return configuration keys for these folders, all of which look like splits."""
+    """Return example settings for these folders, all of which look like splits."""
     train = [name for name in names if not split_of(name) and suggested_split(name) == TRAIN]
     held_out = [name for name in names if name not in train]
     return " ".join(
@@ -157,14 +158,14 @@ def _check_structure(base: FolderTree, top: FolderTree) -> None:
     if len(kinds) > 1:
         names = ", ".join(sorted(kinds.values()))
         raise AmbiguousSplits(
-            f"{top.full_path} holds images whose names look like splits ({names}); "
+            f"{top.full_path} contains images whose names look like splits ({names}); "
             "list those of each split",
             "data.train=LIST data.val=LIST",
         )
 
 
 def _check_inner_splits(folder: FolderTree, prefix: str) -> None:
-    """Raise AmbiguousSplits if folders inside this one have the names of splits."""
+    """Raise AmbiguousSplits if folders inside this one are named like splits."""
     if splits := find_inner_splits(folder):
         train, held_out = splits
         raise AmbiguousSplits(
@@ -175,9 +176,9 @@ def _check_inner_splits(folder: FolderTree, prefix: str) -> None:
 
 
 def find_inner_splits(top: FolderTree) -> tuple[str, str] | None:
-    """Return the paths of a training and a held-out folder that lie side by side below `top`."""
+    """Return the paths of a training and a held-out folder in the same folder below `top`."""
     queue = [("", top, 0)]
-    for path, folder, depth in queue:  # grows, so that the nearest folders come first
+    for path, folder, depth in queue:  # the queue grows, nearest folders first
         kinds = {suggested_split(name): name for name in reversed(folder.folders)}
         if kinds.keys() >= {TRAIN, HELD_OUT} and folder.child(kinds[TRAIN]).has_images():
             return path + kinds[TRAIN], path + kinds[HELD_OUT]
@@ -188,8 +189,8 @@ def find_inner_splits(top: FolderTree) -> tuple[str, str] | None:
 
 
 def _check_same_classes(top: FolderTree) -> None:
-    """Raise AmbiguousSplits if folders hold the same folders, as splits hold the same classes."""
-    if top.has_direct_images or not 2 <= len(top.folders) < _MANY:
+    """Raise AmbiguousSplits if folders have the same subfolders, as splits of one data set do."""
+    if top.has_direct_images or not 2 <= len(top.folders) < _MANY_CLASSES:
         return
     folders = list(top.folders_with_images())
     classes = [set(top.child(name).folders) for name in folders]
@@ -197,14 +198,14 @@ def _check_same_classes(top: FolderTree) -> None:
     shared = sorted(all_classes.intersection(*classes))
     if len(folders) >= 2 and len(shared) >= 2 and all(names <= all_classes for names in classes):
         raise AmbiguousSplits(
-            f"{top.full_path} holds {folder_names(folders)} with the same folders in each "
+            f"{top.full_path} contains {folder_names(folders)} with the same folders in each "
             f"({folder_names(shared)}), so they may be splits; say which is which",
             f"data.train={folders[0]} data.val={folders[1]}",
         )
 
 
 def _folders_without_images(folder: FolderTree) -> Iterator[FolderTree]:
-    """Yield the subfolders that hold no image, and the folders in them."""
+    """Yield the subfolders without images, and the folders in them."""
     for name in folder.folders[:_MAX_CHILDREN]:
         child = folder.child(name)
         if not child.has_images():
@@ -217,7 +218,7 @@ def _check_lists(base: FolderTree, folder: FolderTree) -> None:
     kinds = _lists_by_kind(folder.files)
     if len(kinds) < 2:
         return
-    reason = f"{folder.full_path} holds lists whose names look like splits"
+    reason = f"{folder.full_path} contains lists whose names look like splits"
     if isinstance(base, ZipFolder):
         raise AmbiguousSplits(f"{reason}, which are not read inside a zip; unpack it")
     relative = os.path.relpath(folder.full_path, base.full_path)
@@ -232,9 +233,9 @@ def _check_lists(base: FolderTree, folder: FolderTree) -> None:
 
 
 def _lists_by_kind(files: Sequence[str]) -> dict[str, str]:
-    """Return the names of a list of training images and one of held-out images, as far as present.
+    """Return the names of the lists of training and of held-out images, if there are any.
 
-    One file may be both. The keys are `TRAIN` and `HELD_OUT`.
+    The keys are `TRAIN` and `HELD_OUT`. Both may name the same file.
     """
     tables = [name for name in files if name.lower().endswith(TABLE_SUFFIXES)]
     kinds: dict[str, str] = {}

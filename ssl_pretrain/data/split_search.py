@@ -1,4 +1,4 @@
-"""Search a data set for splits by the names that people usually give them."""
+"""Find the splits of a data set by the names that people usually give them."""
 
 import itertools
 import os
@@ -15,7 +15,7 @@ SPELLINGS = {
     "test": ("test", "testing"),
 }
 TRAIN, HELD_OUT = "train", "held out"
-MAX_WRAPPERS = 6
+MAX_WRAPPERS = 6  # nested folders to open in search of the images
 _PATTERNS = {
     TRAIN: re.compile(r"train(ing|set|val|imgs?|images?|data)?|trn"),
     HELD_OUT: re.compile(
@@ -32,25 +32,25 @@ def split_of(name: str) -> str | None:
 
 
 def split_of_file(name: str) -> str | None:
-    """Return the split that a list or a zip is named after."""
+    """Return the split that a list or a zip is named after, or None."""
     stem, suffix = os.path.splitext(name)
     return split_of(stem) if suffix.lower() in (*TABLE_SUFFIXES, ".zip") else None
 
 
 def suggested_split(name: str) -> str | None:
-    """Return `TRAIN` or `HELD_OUT` if a word suggests it, as in `train2017` or `images_val`."""
+    """Return `TRAIN` or `HELD_OUT` if a word in the name suggests it, as in `images_val`."""
     words = words_in_name(name)
     return next((kind for kind in _PATTERNS if any(map(_PATTERNS[kind].fullmatch, words))), None)
 
 
 def words_in_name(name: str) -> list[str]:
-    """Return the words in a file name without its suffix, in lower case."""
+    """Return the lower-case words of a file name, without its suffix."""
     words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", os.path.splitext(name)[0])
     return [word.lower() for word in words]
 
 
 def wrappers(base: FolderTree) -> Iterator[FolderTree]:
-    """Yield the root, then the only folder in it that holds images, the only one in that, etc."""
+    """Yield the root, then its only folder with images, then the only one in that, and so on."""
     yield base
     for _ in range(MAX_WRAPPERS):
         if base.has_direct_images:
@@ -63,21 +63,21 @@ def wrappers(base: FolderTree) -> Iterator[FolderTree]:
 
 
 def top_folder(base: FolderTree) -> FolderTree:
-    """Return the first wrapper that holds a training split.
+    """Return the first wrapper that contains a training split.
 
-    If there is none, return the first wrapper that holds a folder whose name suggests a split. If
-    there is no such folder either, return the innermost wrapper.
+    If there is none, return the first wrapper with a folder whose name suggests a split. If there
+    is no such folder either, return the innermost wrapper.
     """
     folders = list(wrappers(base))
     for folder in folders:
         if "train" in map(split_of, folder.folders) or "train" in map(split_of_file, folder.files):
             return folder
-    suggestive = (folder for folder in folders if any(map(suggested_split, folder.folders)))
-    return next(suggestive, folders[-1])
+    candidates = (folder for folder in folders if any(map(suggested_split, folder.folders)))
+    return next(candidates, folders[-1])
 
 
 def split_locations(top: FolderTree, split: str, prefer_files: bool = False) -> list[Location]:
-    """Return the folders named like a split. If there are none, return lists and zips.
+    """Return the folders named after a split, or the lists and zips if there are no folders.
 
     Args:
         top: The folder to search.
@@ -91,5 +91,5 @@ def split_locations(top: FolderTree, split: str, prefer_files: bool = False) -> 
 
 
 def folder_names(names: list[str]) -> str:
-    """Name the first few folders, for messages."""
+    """Return the first few folder names as text for messages."""
     return abbreviate([f"{name}/" for name in names])

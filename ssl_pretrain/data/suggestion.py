@@ -10,8 +10,8 @@ from ssl_pretrain.data.sources import DataConfig
 
 _SIZES = (16, 32, 64, 96, 128, 160, 224)  # candidate sizes of the crops, in pixels
 _MAX_CIFAR_SIZE = 64  # largest crop for which CIFAR-10's recipe is suggested
-_MAX_UPSCALING = 1.15
-_IMAGES_SEEN = 40e6  # images of all epochs, as in 800 epochs of CIFAR-10
+_MAX_UPSCALING = 1.15  # largest ratio of the crop size to the median of the shorter sides
+_IMAGES_SEEN = 40e6  # images seen in all epochs together, as in 800 epochs of CIFAR-10
 _CIFAR_RECIPE = {
     "temperature": "0.5",
     "weight_decay": "0.0001",
@@ -20,7 +20,7 @@ _CIFAR_RECIPE = {
     "lr_reason": "from SimCLR for CIFAR-10, like the temperature, weight decay and colors",
     "backbone": "resnet18",
     "stem": "small",
-    "stem_reason": "no stride in the first layers, which small images cannot afford",
+    "stem_reason": "no stride in the first layers, because the images are small",
     "strength": "0.4",
     "hue": "0.1",
     "blur": "0.0",
@@ -42,7 +42,7 @@ _IMAGENET_RECIPE = {
 }
 
 _TEMPLATE = """\
-# a starting point: save as my.yaml
+# a starting point, to be saved as my.yaml
 method:
   name: simclr
   temperature: {temperature}
@@ -78,20 +78,20 @@ epochs: {epochs}    # {images_seen:,} images seen; 100 epochs of ImageNet are 12
 
 
 def suggest_config(config: DataConfig, source: Source, statistics: ImageStatistics) -> str:
-    """Return a YAML that `ssl_pretrain.config` loads, with a reason beside each choice."""
+    """Return a YAML that `ssl_pretrain.config` loads. Comments give the reasons for its values."""
     num_images = len(source)
-    side = int(np.median([min(size) for size in statistics.sizes]))
-    size = max([_SIZES[0], *(size for size in _SIZES if size <= _MAX_UPSCALING * side)])
-    size_reason = f"the shorter sides have a median of {side} pixels"
-    if size > side:
-        size_reason += f"; with fewer than {_SIZES[0]} a backbone has too few pixels to stride over"
+    median_side = int(np.median([min(size) for size in statistics.sizes]))
+    size = max([_SIZES[0], *(size for size in _SIZES if size <= _MAX_UPSCALING * median_side)])
+    size_reason = f"the shorter sides have a median of {median_side} pixels"
+    if size > median_side:
+        size_reason += "; smaller crops are too small for the strides of a backbone"
     recipe = _CIFAR_RECIPE if size <= _MAX_CIFAR_SIZE else _IMAGENET_RECIPE
     batch = min(num_images, 2 ** int(np.log2(max(num_images / 4, 1))), recipe["max_batch"])
     epochs = int(np.clip(round(_IMAGES_SEEN / num_images, -2), 100, 800))
     value_range = ""
-    if statistics.ranges:  # images wider than 8 bits
+    if statistics.ranges:  # some images have more than 8 bits per channel
         low, high = config.range or statistics.value_range
-        reason = "the values that become 0 and 255, without the thousandth at either end"
+        reason = "the values that become 0 and 255, excluding the lowest and highest 0.1 %"
         value_range = f"  range: [{low:g}, {high:g}]    # {reason}\n"
     is_digits = config.source == "digits"
     splits = {"train": config.train, "val": config.val}
@@ -107,7 +107,7 @@ def suggest_config(config: DataConfig, source: Source, statistics: ImageStatisti
         workers_reason=(
             "none, as the images are tiny and in memory"
             if is_digits
-            else "as many as CPU cores per GPU"
+            else "as many as there are CPU cores per GPU"
         ),
         mean=format_channels(statistics.mean),
         std=format_channels(statistics.std),

@@ -1,6 +1,6 @@
 """Parse tables that name images: their encoding, delimiter, and columns of paths and labels.
 
-The encoding, delimiter and column of paths are those with which the named files exist.
+The encoding, the delimiter and the path column are chosen so that the listed files exist.
 """
 
 import codecs
@@ -20,8 +20,8 @@ from ssl_pretrain.data.split_search import split_of
 SAMPLE_ROWS = 20  # rows whose paths are looked up
 _MAX_COLUMNS = 50
 _DELIMITERS = (",", ";", "\t", "|", " ", "")
-_HEAD_CHARACTERS = 1 << 16  # beginning of a list, from which the format is detected
-# Titles in lower case, reduced to letters and digits.
+_HEAD_CHARACTERS = 1 << 16  # length of the sample that the format is detected from
+# Titles in lowercase, reduced to letters and digits.
 _NAME_TITLES = ("class", "classname", "labelname", "category", "target", "species")
 _LABEL_TITLES = ("label", "labels", *_NAME_TITLES, "classid", "labelid", "y")
 _INDEX_TITLES = ("", "index", "unnamed0", "rownames", "rowid")
@@ -41,7 +41,7 @@ class TableFormat:
 
 
 def decode_text(content: bytes, source: str) -> list[str]:
-    """Return the content as text, in each encoding that it may have.
+    """Decode the content in each plausible encoding.
 
     Raises:
         ValueError: If it is not text. The message begins with `source`.
@@ -50,17 +50,17 @@ def decode_text(content: bytes, source: str) -> list[str]:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return [content.decode("utf-16")]
         if b"\0" in content:
-            raise ValueError("it holds zero bytes")
+            raise ValueError("it contains NUL bytes")
         try:
             return [content.decode("utf-8-sig")]
-        except UnicodeDecodeError:  # file names in bytes, or the encoding of a spreadsheet
+        except UnicodeDecodeError:  # file names that are not UTF-8, or a spreadsheet
             return [content.decode("utf-8", "surrogateescape"), content.decode("cp1252", "replace")]
     except ValueError as error:
         raise ValueError(f"{source} is not a list of paths: {error}") from None
 
 
 def read_rows(text: str, delimiter: str, max_rows: int | None = None) -> list[list[str]]:
-    """Return the rows that are not empty, without comments at the top."""
+    """Return the rows that are not empty. Comments at the top are skipped."""
     # Some spreadsheets begin with a line such as "sep=;".
     text = re.sub(r"\A(sep=.\r?\n)?(#[ \t].*\r?\n)*", "", text)
     rows: Iterable[list[str]]
@@ -85,7 +85,7 @@ def detect_format(text: str, find_image: Callable[[str], object]) -> TableFormat
 
     Args:
         text: The table.
-        find_image: Returns anything true for a cell that names an image.
+        find_image: Returns a truthy value if a cell names an existing image.
     """
     best = TableFormat("", 0, has_header=False, match_share=-1.0)
     for delimiter in _DELIMITERS:
@@ -129,7 +129,7 @@ class Table:
         return [_cell(row, column) for row in self.rows]
 
     def select_split(self, split: str) -> tuple[Self, str]:
-        """Return the rows of one split and a note if a column names splits, else all rows.
+        """Return the rows of one split and a note, or all rows and "" without a split column.
 
         Test images are used for validation if no row belongs to a validation split.
         """
@@ -142,7 +142,7 @@ class Table:
         rows = [row for row, row_split in zip(self.rows, splits) if row_split == split]
         title = _cell(self.titles, column) or str(column + 1)
         return replace(self, rows=rows), (
-            f"the rows whose column {title!r} says {split}: {len(rows):,} of {len(self.rows):,}"
+            f"{len(rows):,} of {len(self.rows):,} rows are in the {split} split by column {title!r}"
         )
 
     def labels(self) -> tuple[list[str], list[str]]:
@@ -157,7 +157,7 @@ class Table:
         return max(map(len, self.rows), default=0)
 
     def _title(self, column: int) -> str:
-        """Return the title of a column as lower case letters and digits, "" if it has none."""
+        """Return the title of a column as lowercase letters and digits, "" if it has none."""
         return re.sub(r"[^a-z0-9]", "", _cell(self.titles, column).lower())
 
     @cached_property
@@ -186,8 +186,10 @@ class Table:
             if title in column_of:
                 return column_of[title], []
         if len(others) == 1:
-            names = self.titles[others[0] :][:1]
-            return others[0], [f"labels come from the column {name!r}" for name in names]
+            column = others[0]
+            if column >= len(self.titles):
+                return column, []
+            return column, [f"labels come from the column {self.titles[column]!r}"]
         titles = ", ".join(map(repr, self.titles))
         note = f"none of the columns {titles} is called label, so the images have no labels"
         return None, [note] if others else []

@@ -1,4 +1,4 @@
-"""Measure on the first steps whether the loader or the model is the bottleneck."""
+"""Measure during the first steps whether the loader or the model is the bottleneck."""
 
 import itertools
 import sys
@@ -13,20 +13,20 @@ from ssl_pretrain.data.readers import ReaderKind
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.views.batch import Batch
 
-# Minimal length of the measurement, which leaves out the first step, as that one warms up.
+# Minimum length of the measurement. The first step is a warm-up and is not measured.
 MIN_STEPS = 10
 MIN_SECONDS = 3.0
 
 
 @dataclass
 class Throughput:
-    """The measurement of this rank.
+    """Measurement of several steps on this rank.
 
     Attributes:
-        num_images: Images in the steps.
-        seconds: Duration of the steps.
+        num_images: Number of images in these steps.
+        seconds: Duration of these steps.
         waiting_seconds: Time that the trainer spent waiting for batches.
-        num_read: Images that the loader read in this time.
+        num_read: Number of images that the loader read in this time.
         reading_seconds: Time that workers spent on these images, summed over the workers.
     """
 
@@ -38,7 +38,7 @@ class Throughput:
 
 
 def report_bottleneck(loader: Loader, first_step: int, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches from a step on, and print one line on rank 0 after the first steps."""
+    """Yield the batches from `first_step` on. After some steps, rank 0 prints the bottleneck."""
     batches = loader.starting_at(first_step)
     yield from itertools.islice(batches, 1)
     _synchronize(device)
@@ -68,20 +68,20 @@ def _synchronize(device: torch.device) -> None:
 
 
 def describe(loader: Loader, throughput: Throughput) -> str:
-    """Return one line with both speed limits, and a remedy if the loader is the slower one."""
-    reader, ranks = loader.reader, process_group.world_size()
+    """Describe the speeds of loader and model in one line, with a remedy for a slow loader."""
+    reader, num_ranks = loader.reader, process_group.world_size()
     working_seconds = throughput.seconds - throughput.waiting_seconds
     num_workers = max(1, reader.num_workers)
     if reader.kind is ReaderKind.PROCESSES and reader.num_workers == 0:
-        # The trainer reads the images itself, which is all that it waits for.
+        # The trainer reads the images itself and waits for nothing else.
         working_seconds = throughput.seconds - throughput.reading_seconds
-    model_rate = ranks * throughput.num_images / max(working_seconds, 1e-9)
+    model_rate = num_ranks * throughput.num_images / max(working_seconds, 1e-9)
     if not throughput.reading_seconds:
         return (
             f"throughput: loader on the device, model {model_rate:,.0f} images/s: "
-            "nothing to wait for"
+            "the model never waits for data"
         )
-    loader_rate = ranks * num_workers * throughput.num_read / throughput.reading_seconds
+    loader_rate = num_ranks * num_workers * throughput.num_read / throughput.reading_seconds
     waiting_share = throughput.waiting_seconds / max(throughput.seconds, 1e-9)
     rates = (
         f"throughput: loader {loader_rate:,.0f} images/s, model {model_rate:,.0f} images/s, "
@@ -96,11 +96,11 @@ def remedy(loader: Loader) -> str:
     """Return the most effective way to make this loader faster."""
     num_workers, cores = loader.reader.num_workers, process_group.cores_per_rank()
     if num_workers < cores:
-        return f"raise data.num_workers from {num_workers} to {cores}, the cores of each rank"
+        return f"raise data.num_workers from {num_workers} to {cores}, the number of cores per rank"
     if loader.reader.kind is ReaderKind.PROCESSES:
         return (
-            "write a .beton (python -m ssl_pretrain.data.beton write), which is decoded once for "
-            "all views, or give the rank more cores"
+            "write a .beton (python -m ssl_pretrain.data.beton write), whose images are decoded "
+            "once for all views, or give the rank more cores"
         )
     return (
         "write the .beton with a smaller --max-side (docs/data.md lists the cost), or give "

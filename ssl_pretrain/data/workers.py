@@ -1,4 +1,4 @@
-"""Worker processes that make chunks of crops. They report their failures, and end with the run."""
+"""Worker processes that make chunks of crops. They report failures and end with the run."""
 
 import multiprocessing
 import os
@@ -21,25 +21,28 @@ from ssl_pretrain.system.exit_status import LostError
 
 UNGUARDED_SCRIPT = 78  # exit status of a worker that imports a script without a main guard
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
-# On macOS a process cannot tell who sent a signal, so workers obey every signal there.
+# On macOS a process cannot tell who sent a signal, so workers obey signals from anyone.
 BLOCKED_SIGNALS = STOP_SIGNALS if hasattr(signal, "sigtimedwait") else set()
 
 
 class LostWorkerError(LostError):
-    """A process that reads images was killed."""
+    """Error for a killed process that reads images."""
 
 
 class ProcessPool:
-    """Processes that make chunks ahead of the trainer, or the trainer itself if there are none."""
+    """Pool of processes that make chunks ahead of the trainer.
+
+    Without processes, the trainer makes the chunks itself.
+    """
 
     def __init__(self, dataset: CropDataset, num_workers: int, transfer: Transfer, pinned: bool):
         """Prepare the processes. They start with the first call of `take`.
 
         Args:
-            dataset: Makes the chunk of a request.
-            num_workers: Number of processes, 0 to make the chunks in this one.
+            dataset: Data set that makes the chunk of a request.
+            num_workers: Number of processes, or 0 to make the chunks in this process.
             transfer: How the processes hand over their chunks.
-            pinned: Copy the chunks to pinned memory.
+            pinned: True to copy the chunks to pinned memory.
         """
         self._requests = _RequestSampler()
         self._copies_chunks = transfer.is_copied
@@ -53,15 +56,15 @@ class ProcessPool:
             multiprocessing_context="forkserver" if num_workers else None,
             worker_init_fn=_obey_trainer_only,
             pin_memory=pinned,
-            generator=torch.Generator(),  # else iterating would draw from the trainer's generator
+            generator=torch.Generator(),  # else iterating would advance the trainer's generator
         )
 
     def take(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
-        """Return the chunks in the order of their requests. The processes begin at once.
+        """Return the chunks in the order of their requests. The processes start immediately.
 
         Raises:
-            LostWorkerError: If a worker is killed. Raised when a chunk is taken.
-            ValueError: If this process may not start workers.
+            LostWorkerError: If a worker is killed. It is raised during the iteration.
+            ValueError: If this process is not allowed to start workers.
         """
         self._requests.requests = requests
         if self._loader.num_workers == 0:
@@ -69,39 +72,39 @@ class ProcessPool:
         refuse_in_worker()
         if multiprocessing.current_process().daemon:
             raise ValueError(
-                f"data.num_workers: {self._loader.num_workers} in a daemonic process, such as "
-                "those of multiprocessing.Pool, which may not start processes; set "
+                f"data.num_workers: {self._loader.num_workers} workers cannot be started by a "
+                "daemonic process, such as a worker of multiprocessing.Pool; set "
                 "data.num_workers=0, or train in a concurrent.futures.ProcessPoolExecutor"
             )
         needs_main = b"__main__" in bytes(ForkingPickler.dumps(self._loader.dataset))
         _start_forkserver(needs_main)
-        with nullcontext() if needs_main else _without_main():
+        with nullcontext() if needs_main else _hide_main_module():
             try:
                 iterator = iter(self._loader)
             except (BrokenPipeError, EOFError, ConnectionError):
                 if needs_main:
                     raise _unguarded_script_error() from None
-                raise RuntimeError("a worker ended while it was started") from None
+                raise RuntimeError("a worker process ended while it was being started") from None
         chunks = raise_worker_errors(iterator)
         if self._copies_chunks:
             return (replace(chunk, pixels=chunk.pixels.clone()) for chunk in chunks)
         return chunks
 
     def close(self) -> None:
-        """End the processes and wait for them. Idempotent."""
+        """End the processes and wait for them. Further calls have no effect."""
         iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is None:
             return
-        # torch itself ends them only when the last reference is dropped.
+        # torch ends the processes only when the last reference to the iterator is dropped.
         iterator._shutdown_workers()  # type: ignore[attr-defined]
         for worker in iterator._workers:  # type: ignore[attr-defined]
-            if worker.is_alive():  # it waits for a file system that does not answer
+            if worker.is_alive():  # it waits for a file system that does not respond
                 worker.kill()
                 worker.join(5)
 
 
 class _RequestSampler:
-    """Sampler whose requests are replaced at each start, as a DataLoader cannot change samplers."""
+    """Sampler whose requests change at each start. A DataLoader cannot change its sampler."""
 
     requests: Iterable[ChunkRequest] = ()
 
@@ -112,9 +115,9 @@ class _RequestSampler:
 def _start_forkserver(needs_main: bool) -> None:
     """Start the process that workers fork from.
 
-    It has already imported everything, and it has no threads that a fork would break. It and the
-    workers block the signals that stop a run. A scheduler sends them to every process, but the
-    trainer still needs its workers while it saves a checkpoint, and ends them itself.
+    That process has already imported all modules, and it has no threads that a fork would break.
+    Like the workers, it blocks the signals that stop a run. A scheduler sends them to every
+    process, but the trainer needs its workers while it saves a checkpoint, and ends them itself.
 
     Args:
         needs_main: True if the workers import the program's main module.
@@ -122,19 +125,19 @@ def _start_forkserver(needs_main: bool) -> None:
     main = getattr(sys.modules["__main__"].__spec__, "name", None) if needs_main else None
     if main:
         # The forkserver imports the main module once for all workers. Each worker imports it again,
-        # and runpy would warn about that.
+        # and runpy would warn about the second import.
         sys.warnoptions.append("ignore::RuntimeWarning:runpy")
     multiprocessing.set_forkserver_preload(["ssl_pretrain.data.loader", *([main] if main else [])])
-    with _blocking(BLOCKED_SIGNALS & {signal.SIGHUP}):
-        # Closing the terminal would end the tracker, and semaphores would be left behind. The
+    with _block_signals(BLOCKED_SIGNALS & {signal.SIGHUP}):
+        # Otherwise closing the terminal would end the tracker and leave semaphores behind. The
         # tracker is started first, because starting it unblocks the other signals.
         resource_tracker.ensure_running()
-    with _blocking(BLOCKED_SIGNALS):
+    with _block_signals(BLOCKED_SIGNALS):
         forkserver.ensure_running()
 
 
 @contextmanager
-def _blocking(signals: set[signal.Signals]) -> Iterator[None]:
+def _block_signals(signals: set[signal.Signals]) -> Iterator[None]:
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -143,32 +146,34 @@ def _blocking(signals: set[signal.Signals]) -> Iterator[None]:
 
 
 @contextmanager
-def _without_main() -> Iterator[None]:
-    """Start processes that do not import the program's main module.
+def _hide_main_module() -> Iterator[None]:
+    """Let processes start without importing the program's main module.
 
     Workers do not need it, and a script without `if __name__ == "__main__":` would start training
     in each of them.
     """
     main = vars(sys.modules["__main__"])
-    hidden: dict[str, Any] = {name: main[name] for name in ("__spec__", "__file__") if name in main}
+    attributes: dict[str, Any] = {
+        name: main[name] for name in ("__spec__", "__file__") if name in main
+    }
     main["__spec__"] = None
     main.pop("__file__", None)
     try:
         yield
     finally:
-        main.update(hidden)
+        main.update(attributes)
 
 
 def _obey_trainer_only(_worker: int) -> None:
-    """End this worker when the trainer ends or sends SIGTERM, and at no other stop signal.
+    """End this worker when the trainer ends or sends SIGTERM, and ignore other stop signals.
 
-    torch watches the process that a worker was forked from. That is the forkserver and not the
+    torch watches the process that a worker was forked from. That process is the forkserver, not the
     trainer, so without this function a worker would outlive a killed trainer.
     """
     # The forkserver may have been started by another library, with other signals blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     trainer = multiprocessing.parent_process()
-    assert trainer is not None, "runs in a worker"
+    assert trainer is not None, "only a worker process calls this function"
 
     queues.Queue._on_queue_feeder_error = staticmethod(_exit_on_error)  # type: ignore[attr-defined]
 
@@ -176,8 +181,8 @@ def _obey_trainer_only(_worker: int) -> None:
         if not BLOCKED_SIGNALS:
             trainer.join()
         while trainer.is_alive():
-            received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-            if received is not None and received.si_pid == trainer.pid:
+            signal_info = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if signal_info is not None and signal_info.si_pid == trainer.pid:
                 break
         os._exit(1)
 
@@ -185,7 +190,7 @@ def _obey_trainer_only(_worker: int) -> None:
 
 
 def _exit_on_error(error: Exception, _object: object) -> None:
-    """End a worker that could not send its images, as the trainer would wait for them forever."""
+    """End a worker that could not send its images, for which the trainer would wait forever."""
     message = (
         f"error: a worker process could not send its images: {type(error).__name__}: {error}\n"
     )
@@ -194,7 +199,7 @@ def _exit_on_error(error: Exception, _object: object) -> None:
 
 
 def raise_worker_errors(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    """Yield the chunks of a DataLoader, and turn the failures of its workers into clear errors.
+    """Yield the chunks of a DataLoader and turn failures of its workers into clear errors.
 
     Raises:
         LostWorkerError: If a worker was killed.
@@ -221,13 +226,13 @@ def raise_worker_errors(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
 
 
 def _lost_worker_error(exit_status: int = 0) -> LostWorkerError:
-    """Return the error for a killed worker. An unknown exit status is 0."""
+    """Return the error for a killed worker. Pass 0 if the exit status is unknown."""
     is_signal = -exit_status in set(signal.Signals)
     by_signal = f" by {signal.Signals(-exit_status).name}" if is_signal else ""
     return LostWorkerError(
         f"data.num_workers: a process that reads images was killed{by_signal}, which happens "
         "when memory runs out; give the job more memory or set data.num_workers lower, then "
-        "start the command again"
+        "repeat the command"
     )
 
 
@@ -250,5 +255,5 @@ def _unguarded_script_error() -> ValueError:
     script = getattr(sys.modules["__main__"], "__file__", "the main module")
     return ValueError(
         f"data.num_workers: each worker process imports {script}, which starts training when it "
-        'is imported; put that below `if __name__ == "__main__":`, or set data.num_workers=0'
+        'is imported; put that call below `if __name__ == "__main__":`, or set data.num_workers=0'
     )

@@ -1,4 +1,4 @@
-"""Read images and tables from a zip in place, without unpacking it."""
+"""Read images and tables from a zip without unpacking it."""
 
 import contextlib
 import errno
@@ -24,11 +24,11 @@ from ssl_pretrain.data.file_types import (
 from ssl_pretrain.data.images import MAX_BYTES
 from ssl_pretrain.data.listing import Listing, Scan, Span, load_or_scan, pack, stamp
 
-_MAX_TABLE_BYTES = 1 << 28  # tables of labels are read whole
-_MAX_TABLES = 1000
-_MAX_GROWTH = 200  # decompressed bytes per stored byte, for members of more than _GROWTH_BYTES
-_GROWTH_BYTES = 1 << 28
-_LOCAL_HEADER_BYTES = 30
+_MAX_TABLE_BYTES = 1 << 28  # largest table of labels, because tables are read whole
+_MAX_TABLES = 1000  # largest number of tables in a listing
+_MAX_GROWTH = 200  # decompressed bytes per stored byte, for images of more than _GROWTH_BYTES
+_GROWTH_BYTES = 1 << 28  # decompressed bytes that are accepted whatever the growth
+_LOCAL_HEADER_BYTES = 30  # bytes of a member's header before its name
 # zipfile raises RuntimeError for an encrypted member or an unknown compression method.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError)
 
@@ -36,11 +36,11 @@ Members = dict[str, zipfile.ZipInfo]
 
 
 def list_zip(path: str | Path, cache: Path) -> Listing:
-    """List the images in a zip, with the position of each. Cached until the file changes.
+    """List the images in a zip with their positions. The list is cached until the file changes.
 
     Raises:
-        ValueError: If the file is not a zip, or an image in it is encrypted, neither stored nor
-            deflated, or of an impossible size.
+        ValueError: If the file is not a zip, or an image in it is encrypted, compressed by another
+            method than deflate, or of an impossible size.
     """
     return load_or_scan(os.path.abspath(path), cache, scan_zip)
 
@@ -75,7 +75,7 @@ def scan_zip(root: str) -> Scan:
 
 
 def _sort_members(archive: zipfile.ZipFile, skips: SkipCounter) -> tuple[Members, Members]:
-    """Return the images and the other files, by the path that unpacking would give them.
+    """Return the images and the other files, each by its path after unpacking.
 
     Members that are not read are counted in `skips`.
     """
@@ -114,12 +114,12 @@ def _span(root: str, path: str, member: zipfile.ZipInfo) -> Span:
     )
     if member.flag_bits & 1 or span.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(
-            f"data.root: {root} holds {path}, which is encrypted or of an unsupported compression; "
-            "repack it with `zip -r -0`"
+            f"data.root: {root} contains {path}, which is encrypted or compressed by an "
+            "unsupported method; pack the images again with `zip -r -0`"
         )
     if max(span.offset, span.stored, span.size) >= 2**63:
         raise ValueError(
-            f"data.root: {root} holds {path} with an impossible size; the zip is damaged"
+            f"data.root: {root} is damaged, because {path} has an impossible size; copy it again"
         )
     return span
 
@@ -127,7 +127,7 @@ def _span(root: str, path: str, member: zipfile.ZipInfo) -> Span:
 def _member_name(member: zipfile.ZipInfo) -> str:
     """Return the member's path with slashes.
 
-    Windows writes backslashes, and macOS writes UTF-8 without setting the flag for it.
+    Windows may write backslashes, and macOS writes UTF-8 without setting the flag for it.
     """
     name = member.filename
     if not member.flag_bits & 0x800:
@@ -140,18 +140,18 @@ def read_table(path: str | Path, name: str) -> bytes:
     """Return the bytes of a table in a zip.
 
     Args:
-        path: The zip.
-        name: The member's path with slashes.
+        path: Path of the zip.
+        name: Path of the table in the zip, with slashes.
 
     Raises:
-        OSError: If the member is damaged or too large for a table.
+        OSError: If the table is damaged or too large.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             members = {_member_name(info).removeprefix("./"): info for info in archive.infolist()}
             size = members[name].file_size
             if size > _MAX_TABLE_BYTES:
-                raise OSError(errno.EFBIG, f"{size:,} bytes are more than a table of labels has")
+                raise OSError(errno.EFBIG, f"{size:,} bytes are too many for a table of labels")
             return archive.read(members[name])
     except _ZIP_ERRORS as error:
         raise OSError(errno.EIO, str(error)) from None
@@ -165,9 +165,9 @@ def read_span(archive: int, span: Span) -> bytes:
         span: Position of the image.
 
     Raises:
-        OSError: If the zip is damaged, or the image grows more than images do (a zip bomb).
+        OSError: If the zip is damaged, or the image would grow implausibly (a zip bomb).
     """
-    # The lengths of name and extra field may differ between this header and the directory.
+    # The lengths of the name and the extra field may differ from those in the zip's directory.
     header = os.pread(archive, _LOCAL_HEADER_BYTES, span.offset)
     name_bytes = int.from_bytes(header[26:28], "little")
     extra_bytes = int.from_bytes(header[28:30], "little")
@@ -177,15 +177,17 @@ def read_span(archive: int, span: Span) -> bytes:
         raise OSError("the zip is damaged or was replaced")
     if span.size > MAX_BYTES or span.size > max(_GROWTH_BYTES, _MAX_GROWTH * span.stored):
         raise OSError(
-            f"unpacking it would turn {span.stored:,} into {span.size:,} bytes, "
+            f"decompressing the image would turn {span.stored:,} into {span.size:,} bytes, "
             "which no image needs (a zip bomb?)"
         )
     content = _inflate(stored, span.size) if span.method else stored
     if len(content) != span.size:
         difference = "more" if len(content) > span.size else "fewer"
-        raise OSError(f"it has {difference} than the {span.size:,} bytes that the zip states")
+        raise OSError(
+            f"the image has {difference} than the {span.size:,} bytes that the zip states"
+        )
     if zlib.crc32(content) != span.crc:
-        raise OSError("its checksum in the zip differs; the zip is damaged")
+        raise OSError("the checksum of the image differs from the zip's; the zip is damaged")
     return content
 
 

@@ -1,8 +1,9 @@
-"""Every collective of the package. With one process each collective is the identity.
+"""All collectives of the package. With one process each collective is the identity.
 
-Gradient rule. DDP *averages* gradients over ranks. A method therefore returns, on rank r, a loss
-L_r with mean_r(L_r) = L(global batch), and every collective has its true (summed) backward. DDP's
-average is then exactly dL/dparams of one process on the whole batch.
+The gradient rule follows from DDP, which averages the gradients of all ranks. A method returns, on
+rank r, a loss L_r with mean_r(L_r) = L(global batch), and the backward pass of every collective
+sums the gradients of all ranks. DDP's average then equals the gradient of one process on the whole
+batch.
 """
 
 import re
@@ -24,18 +25,19 @@ T = TypeVar("T")
 # torch 2.13 renamed both functions. torch 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-# Words of gloo, NCCL and the store about a rank that ended or does not answer.
+# How gloo, NCCL and the store describe a rank that has ended or does not answer.
 _LOST_RANK = re.compile(
     r"connection (was )?(closed|reset|refused)|timed? ?out|timeout|broken pipe"
     r"|remote process exited|failed to recv|recvvalue failed|sendbytes failed|connect.*failed"
     r"|no route to host",
     re.IGNORECASE | re.DOTALL,
 )
+# Their names, as they appear in error messages.
 _BACKEND = re.compile(r"gloo|nccl|tcpstore|store->|socket|\[c10d", re.IGNORECASE)
 
 
 class LostRankError(LostError):
-    """Another rank ended or did not answer. The message names this rank and its activity."""
+    """Another rank has ended or does not answer. The message names this rank and its activity."""
 
 
 class _Gather(torch.autograd.Function):
@@ -59,22 +61,22 @@ class _ReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _sum_of_copies(x, group)
+        return _sum_over_ranks(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_of_copies(grad, ctx.group), None
+        return _sum_over_ranks(grad, ctx.group), None
 
 
-def _sum_of_copies(x: Tensor, group: Any) -> Tensor:
-    """Return the sum over the ranks, and leave `x` as it is."""
+def _sum_over_ranks(x: Tensor, group: Any) -> Tensor:
+    """Return the sum of `x` over the ranks, without changing `x`."""
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
 
 
 def gather(x: Tensor, group: Any = None) -> Tensor:
-    """Concatenate `x` of all ranks, (local_batch, ...), to (global_batch, ...). Differentiable."""
+    """Concatenate `x`, (local_batch, ...), of all ranks to (global_batch, ...). Differentiable."""
     return _Gather.apply(x, group) if process_group.group_size(group) > 1 else x
 
 
@@ -84,21 +86,21 @@ def reduce_sum(x: Tensor, group: Any = None) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return True if each rank holds only a shard of the tensor, as FSDP's ranks do."""
+    """Return True if this rank has only a shard of the tensor, as with FSDP."""
     return isinstance(tensor, DTensor)
 
 
 def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return this rank's shards of sharded tensors, and the other tensors whole.
 
-    The results share memory with the tensors and have no graph.
+    The results share memory with the tensors and are detached from the autograd graph.
     """
     with torch.no_grad():
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def norms(*lists: Sequence[Tensor]) -> list[Tensor]:
-    """Return the 2-norms of the tensors of each list, in one collective if they are sharded."""
+    """Return the 2-norms of the tensors in each list, with one collective if they are sharded."""
     local = [torch.stack(torch._foreach_norm(shards(tensors))) for tensors in lists]
     first = lists[0][0]
     if not isinstance(first, DTensor):
@@ -110,7 +112,7 @@ def norms(*lists: Sequence[Tensor]) -> list[Tensor]:
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
-    """Return the values of all ranks in rank order. They are pickled on the way."""
+    """Return the values of all ranks, in rank order. They are sent as pickles."""
     if process_group.world_size() == 1:
         return [value]
     values: list[Any] = [None] * process_group.world_size()
@@ -122,18 +124,18 @@ def broadcast_object(value: Any, group: Any = None) -> Any:
     """Return rank 0's value on every rank."""
     if process_group.world_size() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=group or process_group.cpu_group())
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=group or process_group.cpu_group())
+    return values[0]
 
 
 def run_on_main(function: Callable[[], T], group: Any = None) -> T:
-    """Call a function on rank 0. Return its result on every rank, or raise its error there."""
+    """Call a function on rank 0, and return its result or raise its error on every rank."""
     result, error = None, None
     if process_group.is_main():
         try:
             result = function()
-        except (ValueError, OSError) as failure:  # raised below, after the others know
+        except (ValueError, OSError) as failure:  # raised below on every rank
             error = failure
     result, error = broadcast_object((result, error), group)
     if error is not None:
@@ -164,7 +166,7 @@ def measure_straggler(step: int, every_steps: int) -> dict[str, float]:
 
 @contextmanager
 def explain_lost_ranks() -> Iterator[None]:
-    """Turn the many errors of a collective that another rank left into one message.
+    """Replace the various errors of a collective that has lost a rank by a `LostRankError`.
 
     Raises:
         LostRankError: If another rank ended, or did not answer within `parallel.timeout_seconds`.

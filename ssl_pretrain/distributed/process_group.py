@@ -1,7 +1,6 @@
-"""The process group of a run: joining and leaving it, and the ranks it has.
+"""Join and leave the process group of a run, and describe its ranks.
 
-Without a process group this process is rank 0 of 1, and the functions that return a group return
-None.
+Without a process group, this process is rank 0 of 1, and functions that return a group return None.
 """
 
 import os
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from ssl_pretrain.system.exit_status import LostError
 from ssl_pretrain.system.watchdog import watchdog
 
-RENDEZVOUS_GRACE_SECONDS = 3.0  # torch's own timeout comes first, since its message says more
+RENDEZVOUS_GRACE_SECONDS = 3.0  # added so that torch, whose message says more, times out first
 NAME_SERVER_SECONDS = 30.0  # a name server may be late when a whole cluster starts
 MISSING_RANK_REMEDY = (
     "check that every rank was started, and that the port on the first rank's machine can be "
@@ -41,8 +40,8 @@ def start(
     Args:
         threads: CPU threads of this rank. 0 shares the machine's cores evenly among its ranks.
         deterministic: Use deterministic algorithms, for bit-for-bit runs on a GPU.
-        timeout_seconds: Limit of a collective, of a step, and of waiting for the other ranks. A
-            longer wait ends the run, with this rank's stacks on stderr.
+        timeout_seconds: Time limit of a collective, of a step, and of waiting for the other ranks.
+            A longer wait ends the run, with this rank's stacks on stderr.
 
     Raises:
         RendezvousError: If the address of rank 0 cannot be used, or a rank is missing.
@@ -53,9 +52,9 @@ def start(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
-    if cuda:
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank()) if has_cuda else torch.device("cpu")
+    if has_cuda:
         torch.cuda.set_device(device)
         # Shapes never change, so the search for the fastest algorithm pays off within an epoch.
         torch.backends.cudnn.benchmark = not deterministic
@@ -68,8 +67,8 @@ def start(
             MISSING_RANK_REMEDY,
         )
         try:
-            _join("nccl" if cuda else "gloo", timeout, device if cuda else None)
-            _cpu_group = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
+            _join("nccl" if has_cuda else "gloo", timeout, device if has_cuda else None)
+            _cpu_group = dist.new_group(backend="gloo", timeout=timeout) if has_cuda else None
         finally:
             watchdog.disarm()
         watchdog.activity = "preparing the run"
@@ -85,20 +84,20 @@ def _join(backend: str, timeout: timedelta, device: torch.device | None) -> None
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     address = f"rank {rank} of {size} at {host}:{port} (MASTER_ADDR, MASTER_PORT)"
-    start = time.monotonic()
+    start_time = time.monotonic()
     while True:
         try:
             socket.getaddrinfo(host, None)
             break
         except OSError as error:
             seconds = min(NAME_SERVER_SECONDS, timeout.total_seconds())
-            if time.monotonic() - start > seconds:
+            if time.monotonic() - start_time > seconds:
                 raise RendezvousError(
                     f"{address}: this machine does not know that host: {error}; "
                     "give the name or address of the first rank's machine"
                 ) from None
             time.sleep(1)
-    start = time.monotonic()
+    start_time = time.monotonic()
     try:
         dist.init_process_group(
             backend, timeout=timeout, device_id=device, **_fresh_store(host, port, timeout)
@@ -111,19 +110,19 @@ def _join(backend: str, timeout: timedelta, device: torch.device | None) -> None
                 "(launch.port, torchrun --master-port)"
             )
         raise RendezvousError(
-            f"{address}: the ranks did not meet after {time.monotonic() - start:.0f} s "
+            f"{address}: the ranks did not meet after {time.monotonic() - start_time:.0f} s "
             f"(parallel.timeout_seconds {timeout.total_seconds():g}): "
             f"{str(error).strip().splitlines()[0]}; {remedy}"
         ) from None
 
 
 def _fresh_store(host: str, port: str, timeout: timedelta) -> dict[str, Any]:
-    """Return arguments of `init_process_group` for a store that no earlier start of the ranks used.
+    """Return arguments of `init_process_group` for a store that no earlier start has used.
 
     torchrun's agent keeps one store over all its restarts (torch 2.13), in which a rank would find
-    the addresses of dead ranks. The agent counts its restarts, and each count gives a new prefix.
-    It does not count restarts on behalf of another machine, so `launch.local` makes it create a new
-    store for each of those.
+    the addresses of dead ranks. The agent counts its restarts, and each count has its own prefix.
+    It does not count the restarts that another machine causes, so `launch.local` makes it create a
+    new store for each of those.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -149,14 +148,14 @@ def stop() -> None:
 def fake_process_group(ranks: int) -> Iterator[None]:
     """Pretend to be rank 0 of a group whose collectives send and receive nothing.
 
-    `--plan` uses it to run a rank's program on tensors without memory.
+    `--plan` uses it to run the program of one rank on tensors without memory.
     """
     if ranks == 1:
         yield
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    assert not dist.is_initialized(), "a plan is made outside a run"
+    assert not dist.is_initialized(), "a plan cannot be made inside a run"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         yield
@@ -206,27 +205,27 @@ def cores_per_rank() -> int:
 
 
 def timeout_seconds() -> float:
-    """Return the limit of a collective, a step and a wait for images, as given to `start`."""
+    """Return the time limit that was given to `start`."""
     return _timeout_seconds
 
 
 def cpu_group() -> Any:
-    """Return the group of all ranks for objects and stop requests, which is on gloo."""
+    """Return the gloo group of all ranks, for objects and stop requests."""
     return _cpu_group
 
 
 def group_size(group: Any = None) -> int:
-    """Return the number of ranks in a group, by default of all ranks."""
+    """Return the number of ranks in a group, or of all ranks by default."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def new_subgroup(ranks_per_group: int) -> Any:
-    """Split the ranks into consecutive groups and return this rank's. None means all ranks."""
+    """Split the ranks into consecutive groups. Return this rank's group, or None for all ranks."""
     return dist.new_subgroups(ranks_per_group)[0] if ranks_per_group < world_size() else None
 
 
 def new_cpu_group(patience: float = 1.0) -> Any:
-    """Create a group of all ranks whose messages never mix with those of the training.
+    """Create a gloo group of all ranks, whose messages never mix with those of training.
 
     Args:
         patience: Timeout of the group, as a multiple of `timeout_seconds`.

@@ -30,11 +30,11 @@ NO_STEP_REMEDY = (
 
 
 class StopRequest:
-    """Agreement of all ranks on a request to stop, and the signs of life for the watchdog.
+    """Request to stop, on which all ranks agree, and progress reports to the watchdog.
 
     A signal sets a flag. All ranks exchange their flags once per step, on a CPU group. The exchange
-    costs no time, because the next step computes meanwhile and the answer is used one step later. A
-    second signal ends this process at once.
+    takes no extra time, because it runs during the next step and its result is used one step later.
+    A second signal ends this process at once.
 
     Args:
         signals: Signals that request a stop.
@@ -49,11 +49,11 @@ class StopRequest:
         self._signals = StopSignals(signals)
 
     def watch(self, batches: Iterable[Batch], first_step: int) -> Iterator[Batch]:
-        """Yield the batches. The watchdog limits the wait for each batch and the step after it.
+        """Yield the batches, while the watchdog limits the wait for each batch and each step.
 
         Args:
             batches: The batches of the steps after `first_step`.
-            first_step: Optimizer steps done before. The step after them also compiles.
+            first_step: Number of optimizer steps done before. The next step also compiles.
         """
         iterator, timeout = iter(batches), process_group.timeout_seconds()
         for step in itertools.count(first_step + 1):
@@ -71,11 +71,11 @@ class StopRequest:
             yield batch
 
     def exchange(self, step: int = -1) -> bool:
-        """Send this rank's request and give a sign of life at the end of a step.
+        """Send this rank's flag to the other ranks and report to the watchdog, after each step.
 
         Returns:
-            True if any rank had been asked to stop when the previous step ended. All ranks get the
-            same answer.
+            True if any rank had received a request when the previous step ended. All ranks return
+            the same value.
         """
         watchdog.beat(process_group.timeout_seconds(), f"ending step {step}", NO_STEP_REMEDY)
         if step == self._fake_preempt and process_group.is_main():
@@ -92,7 +92,7 @@ class StopRequest:
         return is_requested
 
     def _wait(self) -> bool:
-        """Wait for the pending exchange, and return True if any rank had a request in it."""
+        """Wait for the pending exchange, and return True if any rank had sent a request."""
         if self._pending is None:
             return False
         flag, work = self._pending
@@ -104,7 +104,7 @@ class StopRequest:
         return self
 
     def __exit__(self, exception_type: object, *_exception: object) -> None:
-        if exception_type is None:  # after an error the others may never answer
+        if exception_type is None:  # after an error, the other ranks may never answer
             self._wait()
         watchdog.disarm()
         self._signals.close()

@@ -1,4 +1,4 @@
-"""The process that holds a run's folder: its description in lock.json, and its flock."""
+"""The lock of a run's folder, made of an flock and a description of the process in lock.json."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class LockHolder:
-    """Content of lock.json. Entries that an older version did not write have their defaults."""
+    """Content of lock.json. Entries missing from an older version's file keep their defaults."""
 
     host: str = ""
     pid: int = -1
     born: str = ""  # start time of the process, because process ids are reused
-    boot: str = ""  # id of the kernel's last boot
-    namespace: str | None = None  # process ids of another container mean other processes
-    flock: str = ""  # name of the folder's flock, if the process holds it
+    boot: str = ""  # id of the current boot of the kernel
+    namespace: str | None = None  # namespace of the process id, such as that of a container
+    flock: str = ""  # name of the folder's flock, if the process has taken it
     job: str = ""  # SLURM job id
 
     @classmethod
@@ -51,7 +51,7 @@ class LockHolder:
         return json.dumps(asdict(self))
 
     def is_on_same_host(self, other: LockHolder) -> bool:
-        """Return True if both processes run on one host that was not rebooted in between."""
+        """Return True if both processes run on the same host, with no reboot in between."""
         return (self.host, self.boot) == (other.host, other.boot)
 
     def is_on_this_host(self) -> bool:
@@ -59,16 +59,16 @@ class LockHolder:
         return self.is_on_same_host(LockHolder.this_process())
 
     def shares_process_ids(self, other: LockHolder) -> bool:
-        """Return True if the process id of one is valid for the other."""
+        """Return True if a process id means the same process to both."""
         namespaces = {self.namespace, other.namespace}
         return self.is_on_same_host(other) and (len(namespaces) == 1 or None in namespaces)
 
     def is_same_job(self, other: LockHolder) -> bool:
-        """Return True if both belong to one SLURM job, which was then requeued in between."""
+        """Return True if both processes belong to the same SLURM job, such as after a requeue."""
         return bool(self.job) and self.job == other.job
 
     def has_exited(self) -> bool:
-        """Return True if the process has ended. Its id must be valid for the caller."""
+        """Return True if the process has ended. The process id must be valid for the caller."""
         return start_time(self.pid) != self.born
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class LockHolder:
 
 
 def start_time(pid: int) -> str:
-    """Return the start time of a process by the kernel's count, empty if it has ended."""
+    """Return the start time of a process in the kernel's clock ticks, or "" if it has ended."""
     with suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     with suppress(OSError, TypeError):
@@ -98,14 +98,14 @@ def _boot_id() -> str:
 
 
 class FolderFlock:
-    """An flock on a run's folder. It leaves no file behind and ends with its process.
+    """An flock on a run's folder. It needs no file and is released when its process ends.
 
     Attributes:
-        is_held: True if the last attempt to take the flock succeeded and it was not released since.
+        is_held: True while this process has the flock.
         is_refused: True if another process had the flock at the last attempt. Both are False on a
             file system without flock for folders.
-        name: The folder's device and inode, since two mounts of one network file system may have
-            separate locks.
+        name: Device and inode of the folder. They differ between two mounts of one network file
+            system, which may have separate locks.
     """
 
     def __init__(self, folder: Path):
@@ -114,14 +114,14 @@ class FolderFlock:
         self._descriptor: int | None = None
 
     def take(self) -> bool:
-        """Try to take the flock without waiting, and return True if it is held."""
+        """Try to take the flock without waiting, and return True if this process has it."""
         if not self.is_held:
-            self._try(fcntl.LOCK_EX)
+            self._try_flock(fcntl.LOCK_EX)
         return self.is_held
 
     def take_and_release(self) -> bool:
-        """Take a shared flock for a moment, and return True if that was possible."""
-        self._try(fcntl.LOCK_SH)
+        """Try to take a shared flock, release it, and return True if the attempt succeeded."""
+        self._try_flock(fcntl.LOCK_SH)
         was_free = self.is_held
         self.release()
         return was_free
@@ -131,20 +131,20 @@ class FolderFlock:
         self._close()
         self.is_held = False
 
-    def _try(self, kind: int) -> None:
+    def _try_flock(self, operation: int) -> None:
         self.is_refused = False
         try:
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             return
         try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
         except OSError as error:
             os.close(descriptor)
             self.is_refused = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
             return
         self.is_held, self.name, self._descriptor = True, device_and_inode(descriptor), descriptor
-        if kind == fcntl.LOCK_EX:  # a worker that outlives the run must not hold the folder
+        if operation == fcntl.LOCK_EX:  # a worker that outlives the run must not keep the flock
             os.register_at_fork(after_in_child=self._close)
 
     def _close(self) -> None:
@@ -155,6 +155,6 @@ class FolderFlock:
 
 
 def device_and_inode(file: int | Path) -> str:
-    """Return the identity of a file or folder, given by its path or descriptor, on this machine."""
+    """Return this machine's identifier of a file or folder, given by its path or descriptor."""
     status = os.stat(file)
     return f"{status.st_dev}:{status.st_ino}"

@@ -24,12 +24,14 @@ from ssl_pretrain.system import durable_files
 
 @dataclass
 class GuardConfig:
-    """Limits of the skipped steps and rollbacks that a run survives."""
+    """Limits on skipped steps and rollbacks."""
 
     max_skipped_steps: int = setting(
         10, "Consecutive steps with a gradient that is not finite before a rollback.", minimum=1
     )
-    max_rollbacks: int = setting(1, "Rollbacks per process before the run ends. 0: none.")
+    max_rollbacks: int = setting(
+        1, "Rollbacks per process before the run ends. 0 disables rollbacks."
+    )
 
 
 class NanGuard:
@@ -38,12 +40,13 @@ class NanGuard:
     Args:
         config: The limits.
         run: Folder of the run.
-        every_steps: Interval at which the host reads the device, as the logger does.
+        every_steps: Steps between two reads of the device, as in the logger.
         seed: Seed of the run, recorded with each skipped step.
         steps_per_epoch: Optimizer steps per epoch.
-        describe_bad_embeddings: Returns the names of embeddings that are not finite, or an empty
-            text. It is called on every rank.
-        roll_back: Restores the newest checkpoint and returns its name, or None if there is none.
+        describe_bad_embeddings: Function that returns the names of embeddings that are not finite,
+            or an empty text. It is called on every rank.
+        roll_back: Function that restores the newest checkpoint and returns its name. It returns
+            None if there is no checkpoint.
     """
 
     def __init__(
@@ -61,11 +64,14 @@ class NanGuard:
         self.seed, self.steps_per_epoch = seed, steps_per_epoch
         self._describe_bad_embeddings, self._roll_back = describe_bad_embeddings, roll_back
         self._num_rollbacks = self._num_skipped_in_a_row = 0
-        self._last_rollback: dict[str, int] = {}  # steps before and after it
-        self._unread: list[tuple[int, Tensor, Tensor]] = []  # step, skipped, image indices
+        self._last_rollback: dict[str, int] = {}  # steps before and after the rollback
+        # Step, skipped flag and image indices of each step whose flag was not read yet.
+        self._pending: list[tuple[int, Tensor, Tensor]] = []
 
     def check(self, step: int, indices: Tensor, logs: dict[str, Tensor]) -> None:
-        """Note a step's result. Every `every_steps`, roll back or stop if too many were skipped.
+        """Record whether a step was skipped, and roll back or stop after too many skipped steps.
+
+        The device is read every `every_steps` steps.
 
         Args:
             step: Optimizer steps done.
@@ -76,15 +82,16 @@ class NanGuard:
             FloatingPointError: If too many steps were skipped, and `max_rollbacks` is reached or
                 there is no checkpoint.
         """
-        self._unread.append((step, logs["skipped_steps"], indices))
-        if step % self.every_steps and len(self._unread) < self.every_steps:
+        self._pending.append((step, logs["skipped_steps"], indices))
+        if step % self.every_steps and len(self._pending) < self.every_steps:
             return
-        flags = torch.stack([skipped for _, skipped, _ in self._unread]).tolist()
-        for (number, _, batch_indices), skipped in zip(self._unread, flags):  # same on all ranks
+        flags = torch.stack([skipped for _, skipped, _ in self._pending]).tolist()
+        # The flags are the same on all ranks.
+        for (pending_step, _, batch_indices), skipped in zip(self._pending, flags):
             self._num_skipped_in_a_row = self._num_skipped_in_a_row + 1 if skipped else 0
             if skipped:
-                self._record(number, batch_indices)
-        self._unread.clear()
+                self._record(pending_step, batch_indices)
+        self._pending.clear()
         if self._num_skipped_in_a_row >= self.config.max_skipped_steps:
             self._recover(step)
 
@@ -92,8 +99,8 @@ class NanGuard:
         problem = (
             f"step {step}: {self._num_skipped_in_a_row} steps in a row had a non-finite gradient"
         )
-        if bad := self._describe_bad_embeddings():
-            problem += f"; embeddings that are not finite: {bad}"
+        if bad_embeddings := self._describe_bad_embeddings():
+            problem += f"; embeddings that are not finite: {bad_embeddings}"
         may_roll_back = self._num_rollbacks < self.config.max_rollbacks
         checkpoint = self._roll_back() if may_roll_back else None
         if checkpoint is None:

@@ -1,4 +1,4 @@
-"""The lock of a run's folder, which keeps a second run out and lets a restarted one take over."""
+"""Lock a run's folder, so that a second run stays out and a restarted run can take over."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ssl_pretrain.fault_tolerance.lock_holder import FolderFlock, LockHolder, de
 from ssl_pretrain.system import durable_files
 from ssl_pretrain.system.exit_status import USER_ERROR
 
-TOUCH_SECONDS = 30.0
-STALE_SECONDS = 180.0  # another machine's lock that was not touched for this long is stale
-UNREADABLE_SECONDS = 3.0  # a lock is empty for a moment, until its content is written
+TOUCH_SECONDS = 30.0  # interval between two touches of the lock
+STALE_SECONDS = 180.0  # a lock of another machine is stale if it was not touched for this long
+UNREADABLE_SECONDS = 3.0  # longest time that a new lock may be empty, until its content is written
 DYING_SECONDS = 10.0  # longest time the kernel takes to close the files of a killed process
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5  # interval between two attempts to take the lock
 # Errors of a file system without hard links.
 NO_LINKS = durable_files.UNSUPPORTED | {errno.EPERM, errno.EMLINK, errno.EXDEV}
 
@@ -35,9 +35,9 @@ class RunLock:
     also has an flock on the folder. An flock ends with its process, so containers that share a host
     name but not process ids exclude each other.
 
-    A stale lock is taken over. A lock is stale if its process has exited, or if it belongs to this
-    very SLURM job, which was requeued. The lock of another machine or container is stale if it was
-    not touched for three minutes by the file system's own clock. Entering waits for that.
+    A stale lock is taken over. A lock is stale if its process has exited, or if it belongs to the
+    same SLURM job, which was requeued. The lock of another machine or container is stale if it was
+    not touched for three minutes, measured by the file system's clock. Entering waits until then.
 
     Raises:
         ValueError: If another run holds the folder. The message names its process, machine and job.
@@ -46,8 +46,8 @@ class RunLock:
 
     def __init__(self, run: Path):
         self.run, self.path = run, run / "lock.json"
-        self._ended, self._last_check = threading.Event(), time.monotonic()
-        self._checking = threading.Lock()
+        self._exit_event, self._last_check = threading.Event(), time.monotonic()
+        self._check_lock = threading.Lock()
         self._flock = FolderFlock(run)
         self._own = LockHolder.this_process()
 
@@ -58,20 +58,21 @@ class RunLock:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._ended.set()
-        with self._checking:
+        self._exit_event.set()
+        with self._check_lock:
             if process_group.is_main() and self._holder() == self._own:
                 try:
                     self.path.unlink(missing_ok=True)
-                except OSError as error:  # must not hide why the run ended
+                except OSError as error:  # only a warning, which does not hide why the run ended
                     warnings.warn(
-                        f"{self.path} could not be removed: {durable_files.reason(error)}",
+                        f"{self.path} could not be removed: {durable_files.reason(error)}. "
+                        "Remove it if the next run is refused",
                         stacklevel=2,
                     )
             self._flock.release()
 
     def check(self) -> None:
-        """Make sure that this run still holds the folder, if the last check was long ago.
+        """Check that this run still holds the folder, unless the last check was recent.
 
         Call it before a step or a save. While this process was suspended or the file system did not
         answer, another run may have taken over.
@@ -84,7 +85,7 @@ class RunLock:
             raise ValueError(problem)
 
     def _take(self) -> None:
-        """Take the lock, or raise the error for the user."""
+        """Take the lock, or raise an error with a message for the user."""
         candidate = self.path.with_name(f".lock-{os.getpid()}-{time.monotonic_ns()}")
         try:
             self.run.mkdir(parents=True, exist_ok=True)
@@ -101,13 +102,13 @@ class RunLock:
             raise ValueError(problem)
 
     def _wait_and_take(self, candidate: Path) -> str | None:
-        """Take the lock. Return None, or a message that names the run that holds the folder.
+        """Take the lock and return None, or return a message that names the run in the folder.
 
-        Wait while a lock of another machine is neither touched nor stale.
+        Wait while the lock of another machine is neither touched nor stale.
 
         Args:
-            candidate: A temporary file beside lock.json that becomes lock.json. Its modification
-                time tells the time by the file system's clock.
+            candidate: Temporary file that becomes lock.json. Its modification time is the current
+                time by the file system's clock.
         """
         first_touch, deadline = self._last_touch(), time.monotonic() + DYING_SECONDS
         while True:
@@ -119,11 +120,11 @@ class RunLock:
             holder = self._holder()
             silent_seconds = candidate.stat().st_mtime - self._last_touch()
             is_stale = self._is_stale(holder, silent_seconds)
-            # A suspended machine or container keeps its flock. It counts as silent all the same,
-            # and `check` ends it when it wakes.
+            # A suspended machine or container keeps its flock but still counts as silent. When it
+            # wakes, `check` ends its run.
             is_elsewhere = holder is not None and not holder.is_on_same_host(self._own)
             is_excluded = self._flock.is_refused and not is_elsewhere
-            if is_excluded:  # by a process of this machine, which may be closing its files
+            if is_excluded:  # a process of this machine has the flock, and may be closing its files
                 is_requeued = holder is not None and holder.is_same_job(self._own)
                 is_overdue = time.monotonic() > deadline
                 if not is_stale or (is_overdue and not is_requeued):
@@ -153,10 +154,10 @@ class RunLock:
 
     def _in_use(self, holder: LockHolder | None, silent_seconds: float) -> str:
         """Return the message that another run holds the folder."""
-        name = holder or f"an unknown process on {self._own.host}"
+        process = holder or f"an unknown process on {self._own.host}"
         job = f", SLURM job {holder.job}" if holder and holder.job else ""
         return (
-            f"output: {self.run} is in use by {name}{job}, whose last sign of life was "
+            f"output: {self.run} is in use by {process}{job}, whose last sign of life was "
             f"{max(0, silent_seconds):.0f} s ago; give another output, or end that run"
         )
 
@@ -190,11 +191,11 @@ class RunLock:
         Returns:
             A message if another run holds the lock, else None.
         """
-        with self._checking:
+        with self._check_lock:
             try:
                 holder = LockHolder.from_json(self.path.read_bytes())
             except FileNotFoundError:
-                return None if self._ended.is_set() else self._restore()
+                return None if self._exit_event.is_set() else self._restore()
             except OSError:  # the file system does not answer, which is no sign of another run
                 return None
             if holder is None:
@@ -209,14 +210,15 @@ class RunLock:
     def _restore(self) -> str | None:
         """Write the lock again. Return a message if another run holds it, else None."""
         print(
-            f"warning: {self.path} was removed while this run holds its folder; written again",
+            f"warning: {self.path} was removed or damaged while this run holds its folder; "
+            "writing it again",
             file=sys.stderr,
             flush=True,
         )
         with suppress(OSError):
             if device_and_inode(self.run) != self._flock.name:  # a new folder has a new flock
                 self._flock.release()
-        with suppress(ValueError, OSError):  # the caller compares the holder
+        with suppress(ValueError, OSError):  # the holder is compared below
             self._take()
         self._last_check = time.monotonic()
         holder = self._holder()  # None if the disk refuses the lock; that is no sign of another run
@@ -233,16 +235,16 @@ class RunLock:
 
         An exception could not end the run, because the main thread may be waiting in a collective.
         """
-        while not self._ended.wait(TOUCH_SECONDS):
+        while not self._exit_event.wait(TOUCH_SECONDS):
             problem = self._touch_or_restore()
-            if problem and not self._ended.is_set():
+            if problem and not self._exit_event.is_set():
                 with suppress(OSError):
                     os.write(2, f"error: {problem}\n".encode())
                 os._exit(USER_ERROR)
 
 
 def find_holder(run: Path) -> LockHolder | None:
-    """Return the process that trains in this folder now, or None."""
+    """Return the process that currently trains in this folder, or None."""
     lock = RunLock(run)
     holder = lock._holder()
     if holder is None:

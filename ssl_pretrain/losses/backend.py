@@ -1,4 +1,4 @@
-"""Ways to compute sums over pairs of embeddings: in plain tiles, or by Triton kernels."""
+"""Choose how to compute sums over pairs of embeddings: in plain tiles or by Triton kernels."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Backend:
-    """Way to compute sums over pairs of embeddings.
+    """Settings for computing sums over pairs of embeddings.
 
     Attributes:
         tile_rows: Anchors per tile.
@@ -30,7 +30,7 @@ class Backend:
     def run_fused(self, anchors: Tensor, compute: Callable[[ModuleType], T]) -> T | None:
         """Return `compute(kernels)`, or None if the kernels do not support these embeddings.
 
-        The kernels need float32 and Triton. If a launch does not fit a device, a warning is printed
+        The kernels need float32 and Triton. If a kernel does not fit a device, a warning is printed
         and the device uses plain tiles from then on.
         """
         if not self.fused or find_spec("triton") is None:
@@ -46,21 +46,21 @@ class Backend:
             return None
 
 
-# On a CPU a tile of this size stays in the cache.
+# A CPU's tile stays in its cache.
 BACKENDS = {"cpu": Backend(512, 1024), "cuda": Backend(8192, 8192, fused=True)}
-_chosen: ContextVar[Backend | None] = ContextVar("backend", default=None)
+_override: ContextVar[Backend | None] = ContextVar("backend", default=None)
 
 
 def backend_for(anchors: Tensor) -> Backend:
     """Return the backend set by `use_backend`, or else the one for the device of the anchors."""
-    return _chosen.get() or BACKENDS[anchors.device.type]
+    return _override.get() or BACKENDS[anchors.device.type]
 
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
     """Use a backend for all sums inside the context, on any device."""
-    token = _chosen.set(backend)
+    token = _override.set(backend)
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _override.reset(token)

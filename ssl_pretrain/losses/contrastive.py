@@ -61,11 +61,12 @@ def info_nce(
 
     Implements equation 1 of He et al., CVPR 2020 (arXiv:1911.05722). The negatives are the rows of
     the queue. Without a queue they are all other keys of all ranks, as in MoCo v3 and NNCLR. Only
-    queries are anchors, so symmetric losses call it twice.
+    queries are anchors, so symmetric losses call this function twice.
 
     Args:
         queries: Embeddings, shape (local_batch, dim). Normalized inside.
-        keys: Same shape. Row i is the positive of ``queries[i]``. They may carry a gradient.
+        keys: Embeddings of the same shape, which may require gradients. Row i is the positive of
+            ``queries[i]``.
         temperature: Divisor of the cosine similarities. MoCo uses 0.07 (v1), 0.2 (v2) and 1.0 (v3).
         queue: Past keys of unit length, shape (queue_size, dim), the same on all ranks.
 
@@ -101,7 +102,7 @@ def supervised_contrastive(
     Implements equation 2, L_out, of Khosla et al., NeurIPS 2020 (arXiv:2004.11362), where the mean
     over positives is outside the logarithm. The positives of an embedding are all other embeddings
     with its label, on all ranks, including the other view of its image. The authors also multiply
-    the loss by temperature / base_temperature, which is done in methods/supcon.py.
+    the loss by temperature / base_temperature. Here methods/supcon.py does that.
 
     Args:
         z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
@@ -147,7 +148,7 @@ def decoupled(
         z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
         z_b: Embeddings of the second view, same shape.
         temperature: Divisor of the cosine similarities.
-        sigma: Sharpness of the weights. None for equal weights.
+        sigma: Temperature of the weights. None weights all pairs equally.
 
     Returns:
         Scalar mean over this rank's 2 * local_batch anchors, in nats. The mean over ranks is the
@@ -175,15 +176,15 @@ def decoupled(
 def debiased(z_a: Tensor, z_b: Tensor, *, temperature: float, tau_plus: float) -> Tensor:
     """Debiased contrastive loss: NT-Xent corrected for negatives of the anchor's own class.
 
-    Implements equation 8 of Chuang et al., NeurIPS 2020 (arXiv:2007.00224). With N negatives, their
-    sum becomes
+    Implements equation 8 of Chuang et al., NeurIPS 2020 (arXiv:2007.00224). The sum over N
+    negatives is replaced by
     max((sum - N * tau_plus * positive) / (1 - tau_plus), N * exp(-1 / temperature)).
 
     Args:
         z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
         z_b: Embeddings of the second view, same shape.
         temperature: Divisor of the cosine similarities.
-        tau_plus: Probability, in [0, 1), that a negative has the class of the anchor. 0 is NT-Xent.
+        tau_plus: Probability, in [0, 1), that a negative has the anchor's class. 0 means NT-Xent.
 
     Returns:
         Scalar mean over this rank's 2 * local_batch anchors, in nats. The mean over ranks is the
@@ -208,14 +209,14 @@ def hard_negative(
     """Contrastive loss with hard negatives: `debiased`, where close negatives count for more.
 
     Implements equation 4 of Robinson et al., ICLR 2021 (arXiv:2010.04592). A negative with logit s
-    is weighted by exp(beta * s) over the mean of these weights.
+    is weighted by exp(beta * s), divided by the mean of these weights.
 
     Args:
         z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
         z_b: Embeddings of the second view, same shape.
         temperature: Divisor of the cosine similarities.
         tau_plus: Probability, in [0, 1), that a negative has the class of the anchor.
-        beta: Concentration on hard negatives. 0 is `debiased`.
+        beta: Concentration on hard negatives. 0 means `debiased`.
 
     Returns:
         Scalar mean over this rank's 2 * local_batch anchors, in nats. The mean over ranks is the
@@ -241,8 +242,8 @@ def hard_negative(
     if beta:  # log of the sum of weight * exp(s), divided by the mean weight
         # Normalizing again makes autograd add the gradients in the order of earlier versions.
         unit_a, unit_b = _unit_pair(name, "z_a", z_a, "z_b", z_b, temperature)
-        weights = _log_sum_over_negatives(name, unit_a, unit_b, beta / temperature)
-        negatives = negatives - weights + math.log(num_negatives)
+        log_weights = _log_sum_over_negatives(name, unit_a, unit_b, beta / temperature)
+        negatives = negatives - log_weights + math.log(num_negatives)
     # All terms are divided by the sum over negatives, so nothing overflows at low temperatures.
     relative_positive = torch.exp(positive - negatives)
     estimate = (1 - tau_plus * num_negatives * relative_positive) / (1 - tau_plus)
@@ -297,12 +298,12 @@ def _log_sum_over_negatives(name: str, z_a: Tensor, z_b: Tensor, scale: float) -
 
     The shape is (2 * local_batch,).
     """
-    rows = len(z_a)
-    if rows * process_group.world_size() < 2:
+    num_images = len(z_a)
+    if num_images * process_group.world_size() < 2:
         raise ValueError(
             f"{name}: needs at least 2 images in the global batch, got 1, which has no negative"
         )
-    excluded = (0, rows, -rows)  # the anchor itself and its positive
+    excluded = (0, num_images, -num_images)  # the anchor itself and its positive
     negatives, _ = log_sum_exp_among(torch.cat([z_a, z_b]), scale=scale, excluded=excluded)
     return negatives
 

@@ -68,7 +68,7 @@ def off_diagonal_energy(matrix: GlobalMatrix) -> Tensor:
 def cross_correlation(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> GlobalMatrix:
     """Return the correlation of each dimension of `z_a` with each of `z_b` over the global batch.
 
-    Implements equation 2 of Zbontar et al., ICML 2021 (arXiv:2103.03230). On one process it is::
+    Implements equation 2 of Zbontar et al., ICML 2021 (arXiv:2103.03230). In a single process::
 
         z_a, z_b = ((z - z.mean(0)) / (z.var(0, correction=0) + eps).sqrt() for z in (z_a, z_b))
         correlation = z_a.T @ z_b / len(z_a)
@@ -90,7 +90,7 @@ def cross_correlation(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> GlobalM
 def global_covariance(z: Tensor) -> GlobalMatrix:
     """Return the covariance of the dimensions of `z` over the global batch of N images.
 
-    Implements equation 3 of Bardes et al., ICLR 2022 (arXiv:2105.04906). On one process it is::
+    Implements equation 3 of Bardes et al., ICLR 2022 (arXiv:2105.04906). In a single process::
 
         centered = z - z.mean(0)
         covariance = centered.T @ centered / (len(z) - 1)

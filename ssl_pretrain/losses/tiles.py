@@ -1,7 +1,7 @@
-"""Sums over all pairs of embeddings, tile by tile, so that no matrix of all pairs is stored.
+"""Sums over all pairs of embeddings, tile by tile, without storing a matrix of all pairs.
 
-Forward keeps one log-sum-exp per anchor. Backward recomputes each tile, as FlashAttention
-(arXiv:2205.14135) does for softmax. Everything is computed in float32, or in float64 if the
+The forward pass stores one log-sum-exp per anchor. The backward pass recomputes each tile, as
+FlashAttention (arXiv:2205.14135) does for softmax. All values are float32, or float64 if the
 embeddings are float64, even under autocast.
 """
 
@@ -17,7 +17,8 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses import similarity
 from ssl_pretrain.losses.backend import Backend, backend_for
 
-# exp(40) and a sum of 2**30 such terms are normal float32 numbers, so no maximum is subtracted.
+# Up to this logit, no maximum is subtracted, because exp(40) and a sum of 2**30 such terms are
+# normal float32 numbers.
 LARGEST_SAFE_LOGIT = 40.0
 
 
@@ -32,16 +33,17 @@ def log_sum_exp(
 ) -> Tensor:
     """Return log sum_j exp(anchors[i] @ candidates[j]), differentiable in both.
 
-    On one process it is ``torch.logsumexp(anchors @ candidates.T, dim=1)``.
+    On one process, this is ``torch.logsumexp(anchors @ candidates.T, dim=1)``.
 
     Args:
         anchors: Embeddings of this rank, divided by the temperature, shape (num_anchors, dim).
-        candidates: Embeddings of all ranks, shape (num_candidates, dim). If they were gathered with
-            a graph, their gradient is reduced to their ranks.
-        bound: Largest absolute value of a logit. If it is small, no maxima are searched.
+        candidates: Embeddings of all ranks, shape (num_candidates, dim). If gathering them was
+            differentiable, their gradients are reduced to the ranks that they came from.
+        bound: Largest absolute value of a logit. A small bound makes subtracting maxima
+            unnecessary.
         local_start: Index of this rank's first candidate, for `excluded`.
         excluded: Offsets d. The pairs (i, local_start + i + d) are left out of the sums.
-        backend: Way to compute the sums. By default the one that suits the device.
+        backend: Implementation of the sums. The default suits the device.
 
     Returns:
         Tensor of shape (num_anchors,).
@@ -60,24 +62,24 @@ def log_sum_exp_among(
     labels: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the embeddings of all ranks, each against all others.
+    """Compute the log-sum-exp of each embedding's similarities to the embeddings of all ranks.
 
-    The matrix of similarities is symmetric, so only forward gathers the embeddings. Backward
-    gathers a few numbers per embedding, the log-sum-exps and their gradients, and computes
-    grad_i = scale * sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j.
+    The matrix of similarities is symmetric, so only the forward pass gathers the embeddings. The
+    backward pass gathers a few numbers per embedding, the log-sum-exps and their gradients, and
+    computes grad_i = scale * sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j.
 
     Args:
         z: Embeddings of this rank, of unit length, shape (rows, dim).
         scale: 1 / temperature.
         excluded: Offsets d within this rank's rows. The pairs (i, i + d) are left out of the sums.
-            It has to contain -d for each d.
-        labels: Labels of the rows, shape (rows,), if means over positives are wanted too.
-        backend: Way to compute the sums. By default the one that suits the device.
+            For each d, -d must be included too.
+        labels: Labels of the rows, shape (rows,), for the means over positives.
+        backend: Implementation of the sums. The default suits the device.
 
     Returns:
         log sum_j exp(scale * z_i @ z_j), shape (rows,), and the mean of scale * z_i @ z_j over the
-        other rows j with the label of i, shape (rows,). The mean is 0 if there are no such rows, or
-        no labels.
+        other rows j with the label of i, shape (rows,). The mean is 0 without such rows or without
+        `labels`.
     """
     backend = backend or backend_for(z)
     with torch.autocast(z.device.type, enabled=False):
@@ -151,13 +153,13 @@ class _LogSumExpAmong(torch.autograd.Function):
                 if is_safe and tile.mirror is not None:
                     sums.sum[tile.mirror] += logits.sum(0)
             lse = sums.log()
-        classes, positives = None, torch.zeros_like(lse)
+        classes, positive_means = None, torch.zeros_like(lse)
         if labels is not None:
             classes = similarity.number_classes(collectives.gather(labels))
-            positives = similarity.mean_positive(z, all_z, classes, local_start, scale)
+            positive_means = similarity.mean_positive(z, all_z, classes, local_start, scale)
         ctx.save_for_backward(z, all_z, lse, classes)
         ctx.arguments = scale, local_start, excluded, is_safe, backend
-        return lse, positives
+        return lse, positive_means
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, positives_grad: Tensor) -> Any:
@@ -210,12 +212,12 @@ def _tiled_gradient(
     """Return sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j for this rank's rows i."""
     scale, local_start, excluded, is_safe, backend = arguments
     total = torch.zeros_like(z)
-    shares = all_grad * torch.exp(-all_lse) if is_safe else None
+    coefficients = all_grad * torch.exp(-all_lse) if is_safe else None
     for tile, logits in _logits(z * scale, all_z, local_start, excluded, backend, half=is_safe):
         rows = slice(local_start + tile.rows.start, local_start + tile.rows.stop)
         columns = tile.columns
-        if shares is not None:
-            weights = logits.exp_().mul_(shares[rows, None] + shares[None, columns])
+        if coefficients is not None:
+            weights = logits.exp_().mul_(coefficients[rows, None] + coefficients[None, columns])
         else:
             weights = (logits - all_lse[rows, None]).exp_().mul_(all_grad[rows, None])
             weights += logits.sub_(all_lse[None, columns]).exp_().mul_(all_grad[None, columns])
@@ -229,8 +231,8 @@ class _RunningSums:
     """Sums of exponentials, one per row.
 
     Args:
-        like: Tensor whose number of rows, type and device the sums get.
-        is_safe: True if the logits are so small that no maximum has to be subtracted.
+        like: Tensor with the number of rows, data type and device of the sums.
+        is_safe: True if the logits are small enough for exp without subtracting the maximum.
     """
 
     def __init__(self, like: Tensor, is_safe: bool):
@@ -239,16 +241,16 @@ class _RunningSums:
         self.maximum = None if is_safe else like.new_full((rows,), smallest)
 
     def add_to_rows(self, tile: _Tile, logits: Tensor) -> None:
-        """Add a tile to its rows. `logits` is overwritten by its exponentials."""
+        """Add a tile to the sums of its rows, and overwrite `logits` with exponentials."""
         if self.maximum is None:
             self.sum[tile.rows] += logits.exp_().sum(1)
             return
-        before = self.maximum[tile.rows].clone()
-        maximum = torch.maximum(before, logits.amax(1))
-        exponentials = logits.sub_(maximum[:, None]).exp_()
-        rescaled = self.sum[tile.rows] * torch.exp(before - maximum)
-        self.sum[tile.rows] = rescaled + exponentials.sum(1)
-        self.maximum[tile.rows] = maximum
+        old_maximum = self.maximum[tile.rows].clone()
+        new_maximum = torch.maximum(old_maximum, logits.amax(1))
+        exponentials = logits.sub_(new_maximum[:, None]).exp_()
+        rescaled_sum = self.sum[tile.rows] * torch.exp(old_maximum - new_maximum)
+        self.sum[tile.rows] = rescaled_sum + exponentials.sum(1)
+        self.maximum[tile.rows] = new_maximum
 
     def log(self) -> Tensor:
         return self.sum.log() if self.maximum is None else self.sum.log() + self.maximum
@@ -257,8 +259,9 @@ class _RunningSums:
 class _Tile(NamedTuple):
     rows: slice  # anchors of this rank
     columns: slice  # candidates of all ranks
-    is_local: bool  # True if the candidates are this rank's
-    # This rank's rows whose logits are those of the transposed tile, which is skipped if `half`.
+    is_local: bool  # True if the candidates belong to this rank
+    # Rows of the tile with the transposed logits, which is skipped if `half`. None if there is no
+    # such tile.
     mirror: slice | None
 
 
@@ -280,10 +283,10 @@ def _logits(
         local_start: As in `log_sum_exp`.
         excluded: As in `log_sum_exp`.
         backend: Backend with the size of the tiles.
-        half: Skip the tiles below the diagonal of this rank's rows against themselves.
+        half: Skip the tiles below the diagonal where both embeddings belong to this rank.
     """
     height = backend.tile_rows
-    # With square tiles the diagonal only crosses tiles that start on it.
+    # With square tiles, the diagonal only crosses tiles that start on it.
     width = height if half else backend.tile_columns
     buffer = anchors.new_empty(min(height, len(anchors)) * min(width, len(candidates)))
     for tile in _tiles(len(anchors), len(candidates), local_start, height, width):
@@ -301,7 +304,7 @@ def _logits(
 def _tiles(
     num_rows: int, num_columns: int, local_start: int, height: int, width: int
 ) -> Iterator[_Tile]:
-    """Yield tiles that cover every pair once. None holds columns of this rank and of others."""
+    """Yield tiles that cover every pair once. No tile mixes columns of this rank and of others."""
     local_stop = local_start + num_rows
     bounds = (
         (0, local_start, False),

@@ -1,10 +1,10 @@
 """Two fused CUDA kernels for the sums of `tiles`, which never store the matrix of logits.
 
-A tile of logits stays in registers. Forward is an online log-sum-exp over tiles of candidates, and
-backward recomputes each tile. Few anchors against many candidates would leave most of a
-GPU idle, so several programs share the candidates of an anchor and their results are combined
-afterwards. Inputs and outputs are float32. Tensor cores compute each product from three TF32
-products, with about the precision of float32.
+A tile of logits stays in registers. The forward pass is an online log-sum-exp over tiles of
+candidates, and the backward pass recomputes each tile. Few anchors with many candidates would leave
+most of a GPU idle, so several programs share the candidates of an anchor and their results are
+combined afterwards. Inputs and outputs are float32. Tensor cores compute each product from three
+TF32 products, with about the precision of float32.
 """
 
 import warnings
@@ -20,9 +20,9 @@ from triton.runtime.errors import OutOfResources
 
 __all__ = ["OutOfResources", "disable", "fits", "log_sum_exp", "weighted_sum"]
 
-MAX_DIM = 256  # largest embedding whose blocks fit into shared memory
-_NUM_PROGRAMS = 264  # programs to aim for: twice the multiprocessors of an H100
-_NEVER = 2**30  # an offset that excludes no pair
+MAX_DIM = 256  # largest dimension of embeddings whose blocks fit into shared memory
+_NUM_PROGRAMS = 264  # target number of programs, twice the multiprocessors of an H100
+_NO_OFFSET = 2**30  # an offset that excludes no pair
 
 
 class Blocks(NamedTuple):
@@ -34,9 +34,9 @@ class Blocks(NamedTuple):
     num_stages: int  # iterations whose loads overlap
 
 
-# Block sizes by the bytes of shared memory that one program may use, and then by padded dimension.
-# Among the sizes that fit, these spill the fewest registers. tests/losses/test_tiles_compile.py
-# compiles each for an architecture with that limit.
+# Block sizes by the bytes of shared memory that one program may use, then by padded dimension.
+# Of the sizes that fit, these spill the fewest registers. tests/losses/test_tiles_compile.py
+# compiles each entry for an architecture with that limit.
 _BLOCKS: dict[int, dict[int, Blocks]] = {
     232_448: {
         64: Blocks(64, 64, 4, 3),
@@ -54,11 +54,11 @@ _BLOCKS: dict[int, dict[int, Blocks]] = {
         256: Blocks(16, 16, 4, 2),
     },  # sm_86, sm_89
 }
-_disabled_devices: set[torch.device] = set()  # devices on which a launch did not fit
+_disabled_devices: set[torch.device] = set()  # devices whose limits a launch exceeded
 
 
 def fits(anchors: Tensor) -> bool:
-    """Return True if the kernels can take these embeddings, shape (num_anchors, dim)."""
+    """Return True if the kernels support these embeddings, shape (num_anchors, dim)."""
     return (
         anchors.dtype == torch.float32
         and anchors.shape[1] <= MAX_DIM
@@ -67,10 +67,10 @@ def fits(anchors: Tensor) -> bool:
 
 
 def blocks_for(padded: int, shared_memory: int) -> Blocks:
-    """Return the block sizes for embeddings padded to `padded` numbers.
+    """Return the block sizes for embeddings padded to `padded` dimensions.
 
     Args:
-        padded: Power of two, at least 16 and at most `MAX_DIM`.
+        padded: Power of two from 16 to `MAX_DIM`.
         shared_memory: Bytes of shared memory that one program may use on the device.
     """
     limit = next((limit for limit in _BLOCKS if limit <= shared_memory), min(_BLOCKS))
@@ -102,8 +102,8 @@ def log_sum_exp(
         candidates: Embeddings of all ranks, shape (num_candidates, dim).
         local_start: Index of this rank's first candidate. The rank has as many candidates as
             anchors.
-        excluded: Up to three offsets d. The pairs (i, local_start + i + d) do not count if that
-            candidate is this rank's.
+        excluded: Up to three offsets d. The pair (i, local_start + i + d) is excluded if that
+            candidate belongs to this rank.
 
     Returns:
         float32 tensor of shape (num_anchors,).
@@ -139,26 +139,26 @@ def weighted_sum(
         excluded: As in `log_sum_exp`.
         anchor_terms: (lse, gradient) of the anchors, each of shape (num_anchors,).
         candidate_terms: (lse, gradient) of the candidates, each of shape (num_candidates,).
-        swapped: Exchange the roles, so that `anchors` are the candidates of `log_sum_exp`. The
-            meaning of `local_start` and `excluded` stays that of `log_sum_exp`.
+        swapped: True if `anchors` are the candidates of `log_sum_exp` and `candidates` are its
+            anchors. `local_start` and `excluded` keep their meaning.
 
     Returns:
         float32 tensor of shape (num_anchors, dim).
     """
     assert anchor_terms is not None or candidate_terms is not None, (
-        "anchor_terms or candidate_terms has to be given"
+        "anchor_terms or candidate_terms must be given"
     )
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
     grid, sizes, constants = _plan_launch(anchors, candidates)
     partial_results = anchors.new_empty(grid[1], *anchors.shape)
     placeholders = anchors, anchors  # the kernel needs pointers, but does not read them
-    rows = [x.contiguous() for x in anchor_terms or placeholders]
-    columns = [x.contiguous() for x in candidate_terms or placeholders]
+    row_terms = [tensor.contiguous() for tensor in anchor_terms or placeholders]
+    column_terms = [tensor.contiguous() for tensor in candidate_terms or placeholders]
     num_local = len(candidates if swapped else anchors)
     pairs = local_start, num_local, *_offsets(excluded), swapped
     constants |= {"BY_ROW": anchor_terms is not None, "BY_COLUMN": candidate_terms is not None}
     _weighted_sum[grid](
-        anchors, candidates, partial_results, *rows, *columns, *sizes, *pairs, **constants
+        anchors, candidates, partial_results, *row_terms, *column_terms, *sizes, *pairs, **constants
     )
     return partial_results[0] if grid[1] == 1 else partial_results.sum(0)
 
@@ -169,9 +169,9 @@ def _plan_launch(
     """Divide the pairs among programs.
 
     Returns:
-        The grid, which is the number of blocks of anchors and the number of programs that share the
-        candidates. The numbers of anchors, of candidates, and of candidates per program. The
-        constants that the kernels are compiled with.
+        The grid: the number of anchor blocks and the number of programs that share the candidates.
+        The sizes: the numbers of anchors, of candidates and of candidates per program. The
+        constants with which the kernels are compiled.
     """
     padded = max(16, triton.next_power_of_2(anchors.shape[1]))
     blocks = blocks_for(padded, _shared_memory(anchors.device))
@@ -197,7 +197,7 @@ def _plan_launch(
 def _shared_memory(device: torch.device) -> int:
     """Return the bytes of shared memory that a program may use.
 
-    Triton's interpreter has no limit and takes the blocks of sm_90.
+    Triton's interpreter has no limit and uses the blocks of sm_90.
     """
     if device.type != "cuda":
         return max(_BLOCKS)
@@ -208,7 +208,7 @@ def _shared_memory(device: torch.device) -> int:
 
 def _offsets(excluded: Sequence[int]) -> tuple[int, int, int]:
     assert len(excluded) <= 3, f"the kernels take at most three offsets, got {len(excluded)}"
-    first, second, third = (*excluded, *[_NEVER] * (3 - len(excluded)))
+    first, second, third = (*excluded, *[_NO_OFFSET] * (3 - len(excluded)))
     return first, second, third
 
 
@@ -216,8 +216,8 @@ def _offsets(excluded: Sequence[int]) -> tuple[int, int, int]:
 def _is_included(row, column, local_start, num_local, first, second, third, SWAPPED: tl.constexpr):
     """Return a mask that is False for excluded pairs.
 
-    A pair of anchor i and candidate local_start + i + d is excluded if d is an excluded offset and
-    the candidate is one of the `num_local` of this rank.
+    The pair of anchor i and candidate local_start + i + d is excluded if d is an excluded offset
+    and the candidate is one of the `num_local` candidates of this rank.
     """
     if SWAPPED:
         anchor, candidate = column, row - local_start
@@ -247,7 +247,7 @@ def _load_rows(pointer, rows, count, DIM: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _tile(
-    a,
+    anchor_tile,
     rows,
     candidates,
     columns,
@@ -263,12 +263,12 @@ def _tile(
     PRECISION: tl.constexpr,
 ):
     """Return the candidates of a tile and its logits, which are -inf for excluded pairs."""
-    c = _load_rows(candidates, columns, num_candidates, DIM, PADDED)
-    logits = tl.dot(a, tl.trans(c), input_precision=PRECISION)
-    included = (columns < num_candidates)[None, :] & _is_included(
+    candidate_tile = _load_rows(candidates, columns, num_candidates, DIM, PADDED)
+    logits = tl.dot(anchor_tile, tl.trans(candidate_tile), input_precision=PRECISION)
+    is_included = (columns < num_candidates)[None, :] & _is_included(
         rows[:, None], columns[None, :], local_start, num_local, first, second, third, SWAPPED
     )
-    return c, tl.where(included, logits, float("-inf"))
+    return candidate_tile, tl.where(is_included, logits, float("-inf"))
 
 
 @triton.jit
@@ -293,14 +293,14 @@ def _log_sum_exp(
 ):
     """Store the log-sum-exp of ROWS anchors over this program's share of the candidates."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    a = _load_rows(anchors, rows, num_anchors, DIM, PADDED)
+    anchor_tile = _load_rows(anchors, rows, num_anchors, DIM, PADDED)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     begin = tl.program_id(1) * per_split
     for start in range(begin, tl.minimum(begin + per_split, num_candidates), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         _, logits = _tile(
-            a,
+            anchor_tile,
             rows,
             candidates,
             columns,
@@ -316,7 +316,7 @@ def _log_sum_exp(
             PRECISION,
         )
         new_largest = tl.maximum(largest, tl.max(logits, axis=1))
-        # While all pairs of a row are excluded, its maximum is -inf.
+        # The maximum is -inf as long as all pairs of a row are excluded.
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
         largest = new_largest
@@ -355,7 +355,7 @@ def _weighted_sum(
 ):
     """Store the weighted sums of ROWS anchors over this program's share of the candidates."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    a = _load_rows(anchors, rows, num_anchors, DIM, PADDED)
+    anchor_tile = _load_rows(anchors, rows, num_anchors, DIM, PADDED)
     if BY_ROW:
         lse_of_row = tl.load(row_lse + rows, mask=rows < num_anchors, other=0.0)
         gradient_of_row = tl.load(row_gradient + rows, mask=rows < num_anchors, other=0.0)
@@ -363,8 +363,8 @@ def _weighted_sum(
     begin = tl.program_id(1) * per_split
     for start in range(begin, tl.minimum(begin + per_split, num_candidates), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        c, logits = _tile(
-            a,
+        candidate_tile, logits = _tile(
+            anchor_tile,
             rows,
             candidates,
             columns,
@@ -386,7 +386,7 @@ def _weighted_sum(
             lse = tl.load(column_lse + columns, mask=columns < num_candidates, other=0.0)
             gradient = tl.load(column_gradient + columns, mask=columns < num_candidates, other=0.0)
             weights += tl.exp(logits - lse[None, :]) * gradient[None, :]
-        total += tl.dot(weights, c, input_precision=PRECISION)
+        total += tl.dot(weights, candidate_tile, input_precision=PRECISION)
     dims = tl.arange(0, PADDED)
     origin = results + tl.program_id(1) * num_anchors * DIM
     pointers = origin + rows[:, None] * DIM + dims[None, :]

@@ -1,8 +1,8 @@
 """Alignment and uniformity (Wang and Isola, ICML 2020, arXiv:2005.10242).
 
-Both views of an image are pulled together while all images spread over the unit sphere. Uniformity
-is computed for each view separately and averaged, as in the authors' code (ssnl/align_uniform,
-README).
+The two views of an image are pulled together while all images spread over the unit sphere.
+Uniformity is computed for each view separately and averaged, as in the authors' code (README of
+ssnl/align_uniform).
 """
 
 import math
@@ -30,7 +30,7 @@ class Config(MethodConfig):
     align_weight: float = setting(1.0, "Weight of the alignment loss.")
     uniform_weight: float = setting(1.0, "Weight of the uniformity loss.")
     alpha: float = setting(2.0, "Power of the distance between two views of an image.")
-    t: float = setting(2.0, "Sharpness of the Gaussian between two images.")
+    t: float = setting(2.0, "Sharpness of the Gaussian kernel between two images.")
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> Method:
@@ -71,7 +71,7 @@ def log_mean_gaussian(z: Tensor, t: float) -> Tensor:
 
     Args:
         z: Embeddings of unit length, shape (local_batch, dim).
-        t: Sharpness of the Gaussian.
+        t: Sharpness of the Gaussian kernel.
 
     Returns:
         Scalar, at most 0 and the same on all ranks.
@@ -79,5 +79,5 @@ def log_mean_gaussian(z: Tensor, t: float) -> Tensor:
     # |z_i - z_j|^2 = 2 - 2 z_i @ z_j for unit vectors
     row_sums, _ = tiles.log_sum_exp_among(z, scale=2 * t)
     total = collectives.reduce_sum(torch.exp(row_sums - 2 * t).sum())
-    count = len(z) * process_group.world_size()
-    return torch.log(total) - math.log(count * (count - 1))
+    num_rows = len(z) * process_group.world_size()
+    return torch.log(total) - math.log(num_rows * (num_rows - 1))

@@ -1,13 +1,13 @@
 """Barlow Twins (Zbontar et al., ICML 2021, arXiv:2103.03230).
 
-The loss pulls the cross-correlation of two views' embeddings towards the identity. Projector and
+The loss pulls the cross-correlation of two views' embeddings toward the identity. Projector and
 loss follow facebookresearch/barlowtwins at 8e8d284c (main.py).
 
 In that code the all-reduce of the correlation has no backward pass, so on W ranks the gradient is
-1/W of the true one. `gradient_scale: authors` reproduces it. To take the same steps with the true
+1/W of the true one. `gradient_scale: authors` reproduces this. To take the same steps with the true
 gradient, multiply optim.weight_decay by W and divide optim.excluded_lr_ratio by W. LARS makes the
 steps of adapted weights independent of the gradient's scale, but adds weight decay to the gradient
-first. Biases and batch norm are not adapted. The authors used their learning rate for them, 0.0048,
+first. Biases and batch norm are not adapted. The authors' learning rate for those, 0.0048, was used
 with W = 16.
 """
 
@@ -39,7 +39,7 @@ class Config(MethodConfig):
     redundancy_weight: float = setting(0.0051, "Weight lambda of the redundancy reduction term.")
     loss_scale: float = setting(1.0, "Factor of the loss (0.1 in solo-learn's CIFAR-10 recipe).")
     gradient_scale: Literal["true", "authors"] = setting(
-        "true", "Factor of the gradient. true: 1. authors: 1 / world_size, as in their code."
+        "true", "Factor of the gradient, which is 1 for true and 1 / world_size for authors."
     )
 
     def build(self, backbone: Backbone) -> Method:
@@ -74,5 +74,5 @@ class BarlowTwins(Method):
 
 def divide_gradient(value: Tensor, divisor: int) -> Tensor:
     """Return `value` unchanged, with its gradient divided by `divisor`."""
-    share = value / divisor
-    return share + (value - share).detach()
+    scaled = value / divisor
+    return scaled + (value - scaled).detach()

@@ -1,4 +1,4 @@
-"""The interface between a method and the training step: contract 1 of the design."""
+"""Interface between a method and the training step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ class LossOutput(NamedTuple):
     """Result of `Method.loss`."""
 
     loss: Tensor  # scalar on this rank; its mean over ranks is the loss of the global batch
-    logs: dict[str, Tensor]  # scalars worth a curve
+    logs: dict[str, Tensor]  # scalars to plot over steps
 
 
 class Monitored(NamedTuple):
     """Tensors that the collapse metrics watch. Rows are this rank's images."""
 
-    embeddings: Tensor  # (local_batch, ...), the student's, of the first view
+    embeddings: Tensor  # student embeddings of the first view, (local_batch, ...)
     pair: tuple[Tensor, Tensor] | None = None  # embeddings of two views of the same images
-    assignments: Tensor | None = None  # (local_batch,), index of each image's prototype
+    assignments: Tensor | None = None  # index of each image's prototype, (local_batch,)
     num_prototypes: int = 0
 
 
@@ -38,15 +38,15 @@ class Method(nn.Module):
     Each subclass has its own file. Methods never import each other.
 
     Attributes:
-        couples: Which tensors of different images meet in the loss. Decides how a batch that does
-            not fit in memory is split (contract 4 of the design).
+        couples: Tensors through which the loss compares different images. They determine how a
+            batch that does not fit in memory is split.
         transient: Names of embeddings and targets that are dropped between `loss` and
             `after_step`, because they are too large to keep for every micro-batch.
         needs_labels: True if the data set must have labels.
         evaluated: Name of the submodule that is evaluated and exported.
-        network: Name of that network in tables.
-        step_taken: 1.0 if the optimizer took the step, 0.0 if it skipped a gradient that is not
-            finite. It is on the device, and `after_step` multiplies every update by it.
+        network: Name of the evaluated network in tables.
+        step_taken: 1.0 if the optimizer took the step, or 0.0 if it skipped the step because the
+            gradient was not finite. It is on the device. `after_step` multiplies each update by it.
     """
 
     couples: Literal["nothing", "targets", "embeddings"] = "nothing"
@@ -64,20 +64,20 @@ class Method(nn.Module):
     def forward(self, batch: Batch) -> Embeddings:
         """Return the student's embeddings with their graph, one row per image in every tensor.
 
-        Only the running statistics of batch norm change.
+        This changes no state except the running statistics of batch norm.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
-        """Return what the loss needs without a gradient, such as teacher outputs and labels.
+        """Return the inputs of the loss that need no gradient, such as teacher outputs and labels.
 
-        Called once per micro-batch.
+        This is called once per micro-batch.
         """
         return {}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return this rank's loss and its logs. Pure: no state and no argument changes."""
+        """Return this rank's loss and its logs, without changing any state or argument."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -91,20 +91,20 @@ class Method(nn.Module):
         """
 
     def frozen(self, progress: Progress) -> Sequence[str]:
-        """Return prefixes of the names of parameters that stay fixed in this step."""
+        """Return name prefixes of the parameters that do not change in this step."""
         return ()
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
         """Return the tensors that the collapse metrics watch, from the arguments of `after_step`.
 
-        By default that is the pair `z_a` and `z_b`, or else the method's first embedding.
+        By default these are the pair `z_a` and `z_b`, or else the method's first embeddings.
         """
         if "z_a" not in embeddings:
             return Monitored(next(iter(embeddings.values())))
         return Monitored(embeddings["z_a"], (embeddings["z_a"], embeddings["z_b"]))
 
     def if_step_taken(self, new: Tensor, old: Tensor) -> Tensor:
-        """Return `new` if the step was taken, else `old`. The host does not wait for the device."""
+        """Return `new` if the step was taken, else `old`, without synchronizing with the device."""
         return torch.where(torch.as_tensor(self.step_taken, device=new.device) > 0, new, old)
 
     def two_views(self, batch: Batch, *, local_views: bool = False) -> tuple[Tensor, Tensor]:
@@ -115,15 +115,15 @@ class Method(nn.Module):
             local_views: True if the batch may have any number of local views as well.
 
         Raises:
-            ValueError: If the batch has other views than the method takes.
+            ValueError: If the number or the sizes of the views do not suit the method.
         """
         views = batch.views
-        right_number = len(views) >= 2 if local_views else len(views) == 2
-        if not right_number or views[0].shape != views[1].shape:
+        has_right_count = len(views) >= 2 if local_views else len(views) == 2
+        if not has_right_count or views[0].shape != views[1].shape:
             sizes = ", ".join(str(view.shape[-1]) for view in views)
-            accepted = "2 global views and any number of local ones"
+            expected = "2 global views and any number of local ones"
             raise ValueError(
-                f"{self.config.name}: takes {accepted if local_views else '2 views of one size'}, "
+                f"{self.config.name}: takes {expected if local_views else '2 views of one size'}, "
                 f"got {len(views)} ({sizes} pixels); set views.crops.*.count"
             )
         return views[0], views[1]
@@ -133,20 +133,20 @@ class Method(nn.Module):
 class MethodConfig:
     """Fields that the configurations of all methods share."""
 
-    name: str = setting("???", "Name of the method: the name of its file in methods/.")
+    name: str = setting("???", "Name of the method and of its file in methods/.")
 
     def check(self, run: Any, world_size: int) -> None:
         """Raise ValueError, naming key and remedy, if the `RunConfig` does not suit the method."""
 
     def build(self, backbone: Backbone) -> Method:
         """Build the method on top of a backbone. Every method's `Config` overrides it."""
-        raise NotImplementedError(f"{type(self).__module__}: a method's Config builds its Method")
+        raise NotImplementedError(f"{type(self).__module__}: Config must override `build`")
 
 
 class GroupedPairs(Method):
     """A method whose loss compares all embeddings of two views and pulls groups of images together.
 
-    A group is one image, or the images of one label if `pairs: labels`.
+    A group is one image, or with `pairs: labels` all images of one label.
     """
 
     couples = "embeddings"
@@ -168,7 +168,7 @@ class GroupedPairs(Method):
 
 
 def by_size(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
-    """Return `network(view)` of each view, with neighboring views of one size in one call.
+    """Return `network(view)` for each view. Consecutive views of equal size share one call.
 
     Batch norm then normalizes over all of them together, as in SwAV and DINO.
     """

@@ -2,8 +2,8 @@
 
 The student predicts a teacher's embedding of the other view. Heads, loss and order of updates
 follow google-deepmind/deepmind-research at f5de0ede (byol/). The teacher is updated after the
-optimizer, with the momentum of the same step. Its batch norm runs in training mode on its own
-features.
+optimizer, with the momentum of the same step. The teacher's batch norm runs in training mode on its
+own features.
 """
 
 from dataclasses import dataclass
@@ -37,12 +37,12 @@ class Config(MethodConfig):
         "The paper uses 0.99 for 100 and 300 epochs and 0.996 for 1,000.",
     )
     without_predictor: bool = setting(
-        False, "Ablation: no predictor, which collapses (table 5b of the paper)."
+        False, "Omit the predictor. This ablation collapses (table 5b of the paper)."
     )
     teacher_starts: Literal["copied", "redrawn"] = setting(
         "copied",
-        "Initial weights of the teacher. copied: the student's. "
-        "redrawn: random weights of its own, as in the authors' code. Needs backbone.init=random.",
+        "Initial weights of the teacher. copied: equal to the student's. redrawn: drawn "
+        "independently, as in the authors' code, which requires backbone.init=random.",
     )
 
     def check(self, run: Any, world_size: int) -> None:
@@ -72,7 +72,7 @@ class BYOL(Method):
             self.teacher.reinitialize()
 
     def forward(self, batch: Batch) -> Embeddings:
-        """Return the prediction from each view's embedding, each (local_batch, dim)."""
+        """Return the predictions from both views' embeddings, each (local_batch, dim)."""
         p_a, p_b = (
             self.predictor(self.projector(self.backbone(view))) for view in self.two_views(batch)
         )
@@ -80,15 +80,15 @@ class BYOL(Method):
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
-        """Return the teacher's embedding of each view, each (local_batch, dim)."""
+        """Return the teacher's embeddings of both views, each (local_batch, dim)."""
         z_a, z_b = (self.teacher(view) for view in batch.views)
         return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the squared distance of each prediction to the teacher's embedding, summed.
+        """Return the squared distances between predictions and embeddings, summed over both views.
 
-        Each prediction is compared with the teacher's embedding of the other view, both scaled to
-        unit length. The log is the mean cosine of the first prediction and its target.
+        Each prediction is compared with the teacher's embedding of the other view. Both are scaled
+        to unit length. The mean cosine of the first view's predictions and targets is logged.
         """
         a_to_b = squared_distance(embeddings["p_a"], targets["z_b"])
         b_to_a = squared_distance(embeddings["p_b"], targets["z_a"])
@@ -106,6 +106,6 @@ class BYOL(Method):
 
 
 def squared_distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared distance of the vectors scaled to unit length, which is 2 - 2 cos."""
+    """Return the mean squared distance of the normalized vectors, which is 2 - 2 cos."""
     prediction, target = F.normalize(upcast(prediction), dim=1), F.normalize(upcast(target), dim=1)
     return (prediction - target).square().sum(1).mean()

@@ -5,7 +5,7 @@ masked context network and the loss follow the paper's appendix. Logits are dot 
 64-dimensional predictions, scaled by 0.1, with the projections of every patch of every image.
 
 Batch norm would leak information about the predicted patches into the other patches of an image, so
-give the backbone layer norm (backbone.args.norm_layer: groupnorm1).
+use a backbone with layer norm (backbone.args.norm_layer: groupnorm1).
 """
 
 from dataclasses import dataclass
@@ -37,18 +37,20 @@ class Config(MethodConfig):
     """Configuration of CPC."""
 
     name: str = "cpc"
-    patch_size: int = setting(64, "Height and width of a patch in pixels. 8 on CIFAR-10.")
-    stride: int = setting(32, "Pixels between patches: 7 x 7 patches from 256 pixels.")
+    patch_size: int = setting(64, "Height and width of a patch in pixels, such as 8 for CIFAR-10.")
+    stride: int = setting(
+        32, "Pixels from one patch to the next. The default cuts 256 pixels into 7 x 7 patches."
+    )
     context_dim: int = setting(256, "Width of the context network.")
-    num_blocks: int = setting(5, "Blocks of the context network.")
+    num_blocks: int = setting(5, "Number of blocks of the context network.")
     num_directions: int = setting(
-        4, "Number of directions of prediction, the first of down, up, right and left."
+        4, "Number of prediction directions, in the order down, up, right and left."
     )
     rows_ahead: list[int] = setting(
-        [3, 4, 5], "Distances in rows to the patches that are predicted. Nearer rows are ignored."
+        [3, 4, 5], "Distances in rows to the predicted patches. Nearer rows are not predicted."
     )
     target_dim: int = setting(64, "Width of the predictions and their targets.")
-    scale: float = setting(0.1, "Factor of the predictions.")
+    scale: float = setting(0.1, "Factor that multiplies the predictions.")
 
     def build(self, backbone: Backbone) -> Method:
         """Build CPC on top of a backbone."""
@@ -56,7 +58,7 @@ class Config(MethodConfig):
 
 
 class Context(nn.Module):
-    """Residual blocks in which a row of patches sees itself and the rows before it."""
+    """Residual blocks in which a row of patches depends only on itself and the rows before it."""
 
     def __init__(self, dim: int, config: Config):
         super().__init__()
@@ -78,10 +80,10 @@ class Context(nn.Module):
         )
 
     def forward(self, grid: Tensor) -> Tensor:
-        """Predict the patches of later rows from features of shape (rows, dim, side, side).
+        """Predict the patches of later rows from features of shape (images, dim, side, side).
 
         Returns:
-            Predictions, shape (rows, len(rows_ahead), target_dim, side, side).
+            Predictions, shape (images, len(rows_ahead), target_dim, side, side).
         """
         for block in self.blocks:
             grid = grid + block(grid)
@@ -109,8 +111,8 @@ class CPC(Method):
             (local_batch, num_directions, len(rows_ahead), target_dim, side, side).
         """
         patches = self.patches(batch)
-        rows = self.backbone(patches.flatten(0, 2)).view(*patches.shape[:3], -1)
-        grid = rows.permute(2, 3, 0, 1)  # (local_batch, feature_dim, side, side)
+        features = self.backbone(patches.flatten(0, 2)).view(*patches.shape[:3], -1)
+        grid = features.permute(2, 3, 0, 1)  # (local_batch, feature_dim, side, side)
         predictions = [context(rotate(grid, i)) for i, context in enumerate(self.contexts)]
         return {
             "targets": self.project(grid).flatten(1),
@@ -132,7 +134,8 @@ class CPC(Method):
         if side <= max(self.config.rows_ahead):
             raise ValueError(
                 f"method.rows_ahead: {list(self.config.rows_ahead)} does not fit a grid of "
-                f"{side} x {side} patches; lower it, method.stride or method.patch_size"
+                f"{side} x {side} patches; give smaller distances, or lower method.stride or "
+                "method.patch_size"
             )
         return view.unfold(2, size, stride).unfold(3, size, stride).permute(2, 3, 0, 1, 4, 5)
 
@@ -143,7 +146,7 @@ class CPC(Method):
         """
         predictions = similarity.upcast(embeddings["predictions"])
         grid = similarity.upcast(embeddings["targets"]).unflatten(1, predictions.shape[3:])
-        candidates = collectives.gather(as_rows(grid))  # every patch of every image
+        candidates = collectives.gather(as_rows(grid))  # all patches of all images
         loss = predictions.new_zeros(())
         for direction in range(predictions.shape[1]):
             for i, ahead in enumerate(self.config.rows_ahead):
@@ -155,7 +158,7 @@ class CPC(Method):
         return LossOutput(loss, {"info_nce": loss / len(self.config.rows_ahead)})
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
-        """Monitor the flattened grid of targets. A single view has no pair."""
+        """Monitor the flattened grid of targets. A single view makes no pairs to compare."""
         return Monitored(embeddings["targets"])
 
 
@@ -169,7 +172,8 @@ def rotate(grid: Tensor, direction: int) -> Tensor:
 
     Args:
         grid: Shape (images, dim, side, side).
-        direction: Predict from the rows above (0), below (1), to the left (2) or to the right (3).
+        direction: Position of the rows to predict from, which is above (0), below (1), to the left
+            (2) or to the right (3).
     """
     rotations = grid, grid.flip(2), grid.transpose(2, 3), grid.flip(3).transpose(2, 3)
     return rotations[direction]

@@ -1,7 +1,7 @@
 """Debiased contrastive learning (Chuang et al., NeurIPS 2020, arXiv:2007.00224).
 
-The loss of SimCLR is corrected for negatives of the anchor's class. The head, the loss and a
-separate forward pass for each view follow chingyaoc/DCL at 30189fb7 (main.py, model.py).
+The loss of SimCLR is corrected for negatives that share the anchor's class. The projector, the loss
+and the separate forward pass of each view follow chingyaoc/DCL at 30189fb7 (main.py, model.py).
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SMALL_CONFIG = {"projector_dims": [256, 128]}
 
 @dataclass
 class Config(MethodConfig):
-    """Configuration of the debiased contrastive loss."""
+    """Configuration of debiased contrastive learning."""
 
     name: str = "debiased"
     temperature: float = setting(0.5, "Divisor of the cosine similarities.")
@@ -30,7 +30,7 @@ class Config(MethodConfig):
 
 
 class Debiased(Method):
-    """SimCLR with a loss corrected for negatives that share the anchor's class."""
+    """SimCLR with the debiased contrastive loss."""
 
     couples = "embeddings"
 

@@ -2,8 +2,8 @@
 
 This is SimCLR with the positive removed from the denominator of its loss. The loss sums both
 directions, as in raindrop313/DCL (dcl.py), which is commonly taken for the authors' code. `sigma`
-selects the weighted form, DCLW. Gradients flow through its weights, as in that code. In lightly
-they do not.
+selects the weighted form, DCLW. Gradients flow through the weights of DCLW, as in that code but not
+in lightly.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Config(MethodConfig):
     name: str = "decoupled"
     temperature: float = setting(0.1, "Divisor of the cosine similarities.")
     sigma: float | None = setting(
-        None, "Parameter of DCLW's von Mises-Fisher weighting (paper: 0.5). null: DCL."
+        None, "Parameter of DCLW's von Mises-Fisher weighting (paper: 0.5). null selects DCL."
     )
     projector_dims: list[int] = setting([2048, 2048, 128], "Widths of the projector's layers.")
 
@@ -58,12 +58,12 @@ class Decoupled(Method):
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the DCL loss, or DCLW if `sigma` is set, summed over both directions.
 
-        The log is the mean cosine of positive pairs.
+        The mean cosine similarity of positive pairs is logged.
         """
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
-        mean = contrastive.decoupled(  # equation 6 or 7
+        mean_loss = contrastive.decoupled(  # equation 6 or 7
             z_a, z_b, temperature=self.config.temperature, sigma=self.config.sigma
         )
         return LossOutput(
-            2 * mean, {"positive_cosine": similarity.mean_cosine(z_a.detach(), z_b.detach())}
+            2 * mean_loss, {"positive_cosine": similarity.mean_cosine(z_a.detach(), z_b.detach())}
         )

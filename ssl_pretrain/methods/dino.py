@@ -1,10 +1,10 @@
 """DINO (Caron et al., ICCV 2021, arXiv:2104.14294).
 
-From any view the student predicts a teacher's centered and sharpened output for a global view.
+The student sees any view and predicts a teacher's centered and sharpened output for a global view.
 Head, loss and order of updates follow facebookresearch/dino at 7c446df5 (main_dino.py,
 vision_transformer.py).
 
-Logits are transient, so all that remains of a micro-batch are its embeddings and one mean.
+Logits are transient, so only the embeddings and one mean of a micro-batch are kept.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class Config(MethodConfig):
         0.04, "Temperature of the teacher's softmax in the first epoch."
     )
     teacher_temperature_warmup_epochs: int = setting(
-        0, "Epochs of the teacher temperature's warm-up. It changes once per epoch."
+        0, "Epochs over which the teacher's temperature warms up. It changes once per epoch."
     )
     momentum: float = setting(0.996, "Momentum of the teacher at step 0. It ends at 1.")
     center_momentum: float = setting(0.9, "Momentum of the center of the teacher's logits.")
@@ -75,7 +75,7 @@ class Config(MethodConfig):
     )
     vit_starts: Literal["as_built", "authors"] = setting(
         "as_built",
-        "Initial weights of a ViT. authors: a class token of deviation 0.02. timm's has 1e-6.",
+        "Class token of a new ViT. Its deviation is timm's 1e-6 for as_built and 0.02 for authors.",
     )
 
     def check(self, run: Any, world_size: int) -> None:
@@ -109,7 +109,7 @@ class UnitRows(nn.Linear):
 
 
 class Head(nn.Module):
-    """Three linear layers with GELU to a normalized embedding, then the prototypes' logits."""
+    """Head that maps features to normalized embeddings, and those to the prototypes' logits."""
 
     def __init__(self, in_dim: int, config: Config):
         super().__init__()
@@ -150,7 +150,7 @@ class DINO(Method):
         super().__init__(config, backbone)
         class_token = getattr(backbone.model, "cls_token", None)
         if class_token is not None and config.vit_starts == "authors":
-            nn.init.trunc_normal_(class_token, std=0.02)  # the rest of timm's ViT starts alike
+            nn.init.trunc_normal_(class_token, std=0.02)  # timm starts the rest as the authors do
         self.head = Head(backbone.feature_dim, config)
         self.teacher = Teacher(backbone=backbone, head=self.head)
         self.register_buffer("center", torch.zeros(config.num_prototypes))
@@ -188,19 +188,19 @@ class DINO(Method):
         }
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the mean cross entropy over all pairs of a teacher's and another student's view.
+        """Return the mean cross entropy over all pairs of a teacher's view and another view.
 
-        The log is the mean entropy of the teacher's output for the first view, in nats.
+        The mean entropy of the teacher's output for the first view is logged, in nats.
         """
         probabilities = [
             F.softmax((logits - self.center) / self.teacher_temperature, dim=1)
             for logits in targets["logits"].unbind(1)
         ]
-        students = embeddings["logits"]
-        num_views = students.shape[1]
-        loss = students.new_zeros((), dtype=upcast(students).dtype)
-        for view, student_logits in enumerate(students.unbind(1)):
-            logits = upcast(student_logits) / self.config.temperature
+        student_logits = embeddings["logits"]
+        num_views = student_logits.shape[1]
+        loss = student_logits.new_zeros((), dtype=upcast(student_logits).dtype)
+        for view, view_logits in enumerate(student_logits.unbind(1)):
+            logits = upcast(view_logits) / self.config.temperature
             others = [q for teacher_view, q in enumerate(probabilities) if teacher_view != view]
             # The sum over q of -(q * log_softmax(logits)).sum(1), simplified because q sums to 1.
             log_normalizer = torch.logsumexp(logits, dim=1)
@@ -238,7 +238,7 @@ class DINO(Method):
 def temperature_at(config: Config, epoch: int) -> float:
     """Return the teacher's temperature in an epoch.
 
-    It changes by equal amounts from epoch to epoch of the warm-up.
+    It changes by the same amount in every epoch of the warm-up.
     """
     warmup = config.teacher_temperature_warmup_epochs
     if epoch >= warmup:

@@ -1,7 +1,8 @@
 """Contrastive learning with hard negatives (Robinson et al., ICLR 2021, arXiv:2010.04592).
 
 Close negatives get a larger weight. The projector, the loss and a separate forward pass for each
-view follow joshr17/HCL at 7b4647fa (image/main.py). With beta = 0 the loss is the debiased one.
+view follow joshr17/HCL at 7b4647fa (image/main.py). With beta = 0 the loss is the
+debiased contrastive loss.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Config(MethodConfig):
     projector_dims: list[int] = setting([512, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> Method:
-        """Build contrastive learning with hard negatives on top of a backbone."""
+        """Build the hard-negative method on top of a backbone."""
         return HardNegative(self, backbone)
 
 
@@ -45,7 +46,7 @@ class HardNegative(Method):
         return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the hard-negative loss, and log the mean cosine of positive pairs."""
+        """Return the hard-negative loss, and log the mean cosine similarity of positive pairs."""
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
         loss = contrastive.hard_negative(  # equation 4
             z_a,

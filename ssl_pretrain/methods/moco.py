@@ -1,11 +1,10 @@
 """MoCo v1 (He et al., CVPR 2020, arXiv:1911.05722) and v2 (Chen et al., 2020, arXiv:2003.04297).
 
-Queries find their keys among a queue of past keys. Head, queue and order of updates follow
-facebookresearch/moco at 7397dfe1 (moco/builder.py). The authors update the momentum encoder before
-the forward pass of the keys. Here it is updated after the step, which gives the next batch the same
-weights. The recipe's groups of batch norm have 32 images (parallel.bn_group_images), as on one of
-the authors' GPUs. Key views are shuffled between the groups, so a key's group differs from its
-query's.
+Each query has to find its key among a queue of past keys. The head, the queue and the order of
+updates follow facebookresearch/moco at 7397dfe1 (moco/builder.py). The authors update the teacher
+before it computes the keys. Here it is updated after the step, so the next batch sees the same
+weights. In the recipe a batch norm group has 32 images (parallel.bn_group_images), as on one of the
+authors' GPUs. Key views are shuffled between the groups, so a key's group differs from its query's.
 """
 
 from dataclasses import dataclass
@@ -43,14 +42,14 @@ class Config(MethodConfig):
     queue_size: int = setting(65536, "Number of keys in the queue.")
     momentum: float = setting(0.999, "Momentum of the teacher.")
     shuffled_batch_norm: bool = setting(
-        True, "Exchange key views between batch norm's groups, so that statistics do not leak."
+        True, "Exchange key views between batch norm groups, so that statistics reveal no pairs."
     )
     without_queue: bool = setting(
         False, "Ablation: no queue. The negatives are the other keys of the batch."
     )
 
     def check(self, run: Any, world_size: int) -> None:
-        """Check that the queue holds whole global batches and that shuffling sees a whole one.
+        """Check that the queue size and the micro-batch size suit the global batch size.
 
         Raises:
             ValueError: If `queue_size` is not a multiple of the global batch size, or if
@@ -58,8 +57,8 @@ class Config(MethodConfig):
         """
         if not self.without_queue:
             check_queue(self.queue_size, run.global_batch_size)
-        whole_batch = (0, run.global_batch_size // world_size)
-        if self.shuffled_batch_norm and run.micro_batch_size not in whole_batch:
+        allowed_sizes = (0, run.global_batch_size // world_size)
+        if self.shuffled_batch_norm and run.micro_batch_size not in allowed_sizes:
             raise ValueError(
                 f"micro_batch_size: {run.micro_batch_size} cannot be combined with "
                 "method.shuffled_batch_norm, which exchanges key views over the whole global batch "
@@ -85,12 +84,12 @@ class MoCo(Method):
         self.couples = "embeddings" if config.without_queue else "nothing"
 
     def forward(self, batch: Batch) -> Embeddings:
-        """Return the queries, the student's embeddings of the first view, (local_batch, dim)."""
+        """Return the queries: student embeddings of the first view, (local_batch, dim)."""
         return {"queries": self.projector(self.backbone(self.two_views(batch)[0]))}
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
-        """Return the keys, the teacher's unit embeddings of the second view, (local_batch, dim)."""
+        """Return the normalized keys: teacher embeddings of the second view, (local_batch, dim)."""
         keys = (
             forward_shuffled(self.teacher, batch.views[1], batch.indices)
             if self.config.shuffled_batch_norm
@@ -110,7 +109,7 @@ class MoCo(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Push the keys to the queue and update the teacher."""
+        """Push the keys onto the queue and update the teacher."""
         if self.queue is not None:
             self.queue.push(targets["keys"], self.step_taken)
         self.teacher.update(self, self.config.momentum, self.step_taken)
@@ -121,10 +120,11 @@ class MoCo(Method):
 
 
 def forward_shuffled(network: nn.Module, views: Tensor, indices: Tensor) -> Tensor:
-    """Return `network(views)`, computed with the images of the global batch in another order.
+    """Return `network(views)`, computed with the global batch in a different order.
 
-    A key then shares its batch-norm group with other images than its query does. The permutation is
-    a hash of the images' numbers, so every rank computes the same one without random state.
+    A key's batch norm group then contains different images than its query's group. The
+    permutation is a hash of the images' numbers, so every rank computes the same one without random
+    state.
 
     Args:
         network: The teacher.

@@ -2,8 +2,8 @@
 
 The negatives are the keys of the whole batch instead of a queue, the student has a predictor, and
 backbones are ResNets or ViTs. Heads, loss and order of updates follow facebookresearch/moco-v3 at
-c349e6e2 (moco/builder.py, vits.py). The authors update the momentum encoder before the forward pass
-of the keys. Here it is updated after the step, with the next step's momentum.
+c349e6e2 (moco/builder.py, vits.py). The authors update the teacher just before it computes the
+keys. This code updates it at the end of the previous step, with the same momentum.
 """
 
 import math
@@ -41,8 +41,8 @@ class Config(MethodConfig):
     name: str = "moco_v3"
     hidden_dim: int = setting(4096, "Width of the hidden layers of projector and predictor.")
     dim: int = setting(256, "Width of the embeddings.")
-    num_projector_layers: int = setting(2, "Layers of the projector.")
-    predictor_last_norm: bool = setting(False, "Batch norm after the predictor's last layer.")
+    num_projector_layers: int = setting(2, "Number of layers in the projector.")
+    predictor_last_norm: bool = setting(False, "Add batch norm after the predictor's last layer.")
     temperature: float = setting(1.0, "Divisor of the cosine similarities.")
     momentum: float = setting(
         0.99, "Momentum of the teacher at step 0 (paper: 0.996 for 1,000 epochs). It ends at 1."
@@ -53,8 +53,8 @@ class Config(MethodConfig):
     )
     vit_starts: Literal["as_built", "authors"] = setting(
         "as_built",
-        "Initial weights of a ViT. authors: their initialization and fixed positions. "
-        "Needs backbone.init=random.",
+        "Initial weights of a ViT. as_built: those of the backbone. authors: the authors' "
+        "initialization with fixed positional embeddings, which requires backbone.init=random.",
     )
 
     def check(self, run: Any, world_size: int) -> None:
@@ -91,7 +91,7 @@ class MoCoV3(Method):
         self.teacher = Teacher(backbone=backbone, projector=self.projector)
 
     def forward(self, batch: Batch) -> Embeddings:
-        """Return the queries: each view's prediction, each (local_batch, dim)."""
+        """Return the queries, which are both views' predictions, each (local_batch, dim)."""
         p_a, p_b = (
             self.predictor(self.projector(self.backbone(view))) for view in self.two_views(batch)
         )
@@ -99,7 +99,7 @@ class MoCoV3(Method):
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
-        """Return the keys: the teacher's embedding of each view, each (local_batch, dim)."""
+        """Return the keys, which are the teacher's embeddings, each (local_batch, dim)."""
         z_a, z_b = (self.teacher(view) for view in batch.views)
         return {"z_a": z_a, "z_b": z_b}
 
@@ -124,7 +124,7 @@ class MoCoV3(Method):
 
 @torch.no_grad()
 def initialize_as_authors(vit: Any) -> None:
-    """Initialize a timm ViT as the authors do and fix its positions (vits.py)."""
+    """Initialize a timm ViT as the authors do and freeze its positional embeddings (vits.py)."""
     for name, module in vit.named_modules():
         if isinstance(module, nn.Linear):
             num_layers = 3 if name.endswith("qkv") else 1  # q, k and v count as three layers
@@ -148,7 +148,8 @@ def _xavier_uniform(layer: Any, fan_in: int, fan_out: int) -> None:
 def sine_cosine_positions(height: int, width: int, dim: int) -> Tensor:
     """Return positional embeddings of a grid of patches, shape (1, height * width, dim).
 
-    Sine and cosine of the first coordinate, then of the second, at dim / 4 wavelengths.
+    They are the sine and cosine of the first coordinate, then of the second, at dim / 4
+    wavelengths.
     """
     wavelengths = 10000 ** (torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
     first, second = torch.meshgrid(

@@ -29,7 +29,7 @@ class Config(MethodConfig):
         "views", "Positives. views: two views of an image. labels: images of one class."
     )
     length_weight: float = setting(
-        0.002, "Weight of a quarter of the embeddings' mean squared length."
+        0.002, "Weight of the penalty, a quarter of the embeddings' mean squared length."
     )
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
@@ -39,7 +39,7 @@ class Config(MethodConfig):
 
 
 class NPair(GroupedPairs):
-    """N-pair loss of inner products, with a penalty on the length of the embeddings."""
+    """N-pair loss on inner products, with a penalty on the length of the embeddings."""
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the N-pair loss plus the weighted penalty on squared lengths, and log both."""

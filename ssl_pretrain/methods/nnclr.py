@@ -1,8 +1,8 @@
 """NNCLR (Dwibedi et al., ICCV 2021, arXiv:2104.14548).
 
-The positive of an image is its nearest neighbor in a queue of past embeddings. There is no
-official code. Heads follow the paper as lightly (at e8d317fc) and solo-learn (at 9187ea39,
-nnclr.py) interpret it.
+The positive of an image is its nearest neighbor in a queue of past embeddings. The authors
+published no code. The projector and the predictor follow the paper as lightly (at e8d317fc) and
+solo-learn (at 9187ea39, nnclr.py) interpret it.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Config(MethodConfig):
 
 
 class NNCLR(Method):
-    """Contrastive learning in which an image's nearest neighbor in a queue is its positive."""
+    """Contrastive learning whose positives are nearest neighbors in a queue."""
 
     couples = "embeddings"
 
@@ -65,11 +65,11 @@ class NNCLR(Method):
         return {"z_a": z_a.detach(), "z_b": z_b.detach(), **predictions}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the InfoNCE loss of nearest neighbors and predictions, averaged over directions.
+        """Return the InfoNCE loss of neighbors and predictions, averaged over both directions.
 
         The nearest neighbors of one view's embeddings are the queries, and the predictions of the
-        other view are the keys. The log is the mean cosine of the first view's embeddings with
-        their neighbors.
+        other view are the keys. The logged `neighbor_cosine` is the mean cosine of the first
+        view's embeddings and their neighbors.
         """
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
         temperature = self.config.temperature
@@ -81,13 +81,13 @@ class NNCLR(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Push the first view's embeddings, at unit length, to the queue."""
+        """Normalize the first view's embeddings and push them to the queue."""
         self.queue.push(F.normalize(similarity.upcast(embeddings["z_a"])), self.step_taken)
 
 
 @torch.no_grad()
 def nearest(z: Tensor, queue: Tensor) -> Tensor:
-    """Return the row of the queue with the largest cosine to each embedding.
+    """Return, for each embedding, the row of the queue with the largest cosine.
 
     Args:
         z: Embeddings, shape (local_batch, dim).

@@ -1,8 +1,9 @@
 """Pairwise contrastive loss (Hadsell, Chopra, LeCun, CVPR 2006, equation 4).
 
-Positive pairs are pulled together, and negative pairs are pushed apart up to a margin. Positives
-are images of one class, or two views of one image. Positive and negative pairs each have weight one
-half, because the paper samples them equally often. There is no official code.
+Positive pairs are pulled together, and negative pairs are pushed apart up to a margin. A positive
+pair consists of two views of an image, or of two images of the same class. Positive and negative
+pairs each have weight one half, because the paper samples them equally often. There is no official
+code.
 """
 
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ class Config(MethodConfig):
 
     name: str = "pairwise"
     pairs: Literal["views", "labels"] = setting(
-        "views", "Positives. views: two views of an image. labels: images of one class."
+        "views", "Positive pairs. views: two views of an image. labels: images of the same class."
     )
-    margin: float = setting(1.0, "Distance beyond which a negative no longer counts.")
+    margin: float = setting(1.0, "Distance beyond which negative pairs have no loss.")
     unit_length: bool = setting(False, "Normalize the embeddings. The paper does not.")
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 

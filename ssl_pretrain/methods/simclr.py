@@ -1,7 +1,7 @@
 """SimCLR (Chen et al., ICML 2020, arXiv:2002.05709) and v2 (NeurIPS 2020, arXiv:2006.10029).
 
 Two views of an image attract each other, and the other images of the batch are negatives. Head,
-initialization and the sum of both directions follow google-research/simclr at 383d4143
+initialization and the sum over both directions follow google-research/simclr at 383d4143
 (model_util.py, objective.py).
 """
 
@@ -21,13 +21,13 @@ SMALL_CONFIG = {"projector_dims": [256, 128], "temperature": 0.2}
 
 @dataclass
 class Config(MethodConfig):
-    """Configuration of SimCLR with the head of v2. For v1 set projector_dims [2048, 128]."""
+    """Configuration of SimCLR with the head of v2. For v1 set projector_dims to [2048, 128]."""
 
     name: str = "simclr"
-    temperature: float = setting(0.1, "Divisor of the cosine similarities. 0.5 on CIFAR-10.")
+    temperature: float = setting(0.1, "Divisor of the cosine similarities (0.5 on CIFAR-10).")
     projector_dims: list[int] = setting([2048, 2048, 128], "Widths of the projector's layers.")
     without_projector: bool = setting(
-        False, "Ablation: no projector. The loss is computed on the features."
+        False, "Compute the loss on the features, without a projector, as an ablation."
     )
 
     def build(self, backbone: Backbone) -> Method:
@@ -57,11 +57,11 @@ class SimCLR(Method):
         return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the NT-Xent loss summed over both directions, and log its mean over them."""
+        """Return the NT-Xent loss summed over both directions, and log their mean."""
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
         mean = contrastive.nt_xent(z_a, z_b, temperature=self.config.temperature)
         logs = {
             "nt_xent": mean,
             "positive_cosine": similarity.mean_cosine(z_a.detach(), z_b.detach()),
         }
-        return LossOutput(2 * mean, logs)  # the authors sum both directions
+        return LossOutput(2 * mean, logs)  # the authors sum over both directions

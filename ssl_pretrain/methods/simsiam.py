@@ -1,9 +1,9 @@
 """SimSiam (Chen and He, CVPR 2021, arXiv:2011.10566).
 
-Two views, a predictor and a stopped gradient, without a teacher or negatives. Heads and loss
-follow facebookresearch/simsiam at a7bc1772 (simsiam/builder.py). The frozen bias before the last
-batch norm is left out, because the norm removes it. To give the predictor the constant learning
-rate of the paper, set optim.constant_lr_names: [predictor].
+A predictor and a stop-gradient prevent collapse without a teacher or negatives. The projector, the
+predictor and the loss follow facebookresearch/simsiam at a7bc1772 (simsiam/builder.py). The frozen
+bias before the last batch norm is left out, because the norm removes it. To give the predictor the
+constant learning rate of the paper, set optim.constant_lr_names: [predictor].
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ class Config(MethodConfig):
 
     name: str = "simsiam"
     projector_dims: list[int] = setting(
-        [2048, 2048, 2048], "Widths of the projector's layers. [2048, 2048] on CIFAR-10."
+        [2048, 2048, 2048], "Widths of the projector's layers. CIFAR-10 recipe: [2048, 2048]."
     )
     predictor_dim: int = setting(
-        512, "Width of the predictor's hidden layer, a quarter of its output's."
+        512, "Width of the predictor's hidden layer, a quarter of its output width."
     )
     without_stop_gradient: bool = setting(
         False, "Ablation: no stop-gradient, which collapses (table 1 of the paper)."
@@ -38,7 +38,7 @@ class Config(MethodConfig):
 
 
 class SimSiam(Method):
-    """Siamese student with a predictor and a stop-gradient, without teacher or negatives."""
+    """Student with a predictor and a stop-gradient, without a teacher or negatives."""
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)

@@ -28,13 +28,15 @@ class Config(MethodConfig):
     base_temperature: float = setting(
         0.07,
         "The loss is multiplied by temperature / base_temperature. "
-        "google-research uses the temperature itself.",
+        "google-research multiplies by the temperature alone.",
     )
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
     unit_features: bool = setting(
         False, "Normalize the features before the projector, as google-research does."
     )
-    last_bias: bool = setting(True, "Bias in the projector's last layer. google-research: false.")
+    last_bias: bool = setting(
+        True, "Use a bias in the projector's last layer. google-research has none."
+    )
 
     def build(self, backbone: Backbone) -> Method:
         """Build SupCon on top of a backbone."""
@@ -66,14 +68,14 @@ class SupCon(Method):
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
-        """Return the label of each image, (local_batch,)."""
+        """Return the labels of the images, (local_batch,)."""
         return {"labels": batch.labels}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the supervised contrastive loss times temperature / base_temperature."""
         z_a, z_b, temperature = embeddings["z_a"], embeddings["z_b"], self.config.temperature
-        mean = supervised_contrastive(  # equation 2
+        mean_loss = supervised_contrastive(  # equation 2
             z_a, z_b, targets["labels"], temperature=temperature
         )
-        loss = mean * temperature / self.config.base_temperature
-        return LossOutput(loss, {"supervised_contrastive": mean})
+        loss = mean_loss * temperature / self.config.base_temperature
+        return LossOutput(loss, {"supervised_contrastive": mean_loss})

@@ -48,16 +48,18 @@ class Config(MethodConfig):
     )
     num_iterations: int = setting(3, "Iterations of Sinkhorn-Knopp.")
     freeze_prototypes_steps: int = setting(
-        313, "First steps with fixed prototypes: one epoch at a batch of 4,096."
+        313,
+        "Initial steps with frozen prototypes (default: one ImageNet epoch at batch size 4,096).",
     )
     queue_size: int = setting(
         0,
-        "Past images that the assignments include (3,840 at a batch of 256). 0: no queue.",
+        "Past images that the assignments include, 0 for no queue. "
+        "The paper uses 3,840 at batch size 256.",
     )
     queue_from_epoch: int = setting(15, "Epoch from which the queue is used.")
 
     def check(self, run: Any, world_size: int) -> None:
-        """Raise ValueError if there is a queue that whole global batches do not fill exactly."""
+        """Raise ValueError unless the queue, if any, holds a whole number of global batches."""
         if self.queue_size:
             check_queue(self.queue_size, run.global_batch_size)
 
@@ -97,10 +99,10 @@ class SwAV(Method):
         return {"z_a": z_a, "z_b": z_b, "scores": scores}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the mean cross entropy of assignments and scores over pairs of different views.
+        """Return the mean cross entropy between assignments and scores over pairs of views.
 
-        The assignments of each global view are predicted from every other view. The log is the mean
-        entropy of the second view's assignments, in nats.
+        The assignments of each global view are predicted from every other view. The mean entropy of
+        the second view's assignments is logged, in nats.
         """
         scores = upcast(embeddings["scores"])
         num_views = scores.shape[1]
@@ -120,18 +122,18 @@ class SwAV(Method):
 
         Every prototype gets an equal share of the global batch and of the queue, once it is full.
         """
-        present = scores.new_ones(len(scores))
+        valid = scores.new_ones(len(scores))
         rows = scores
         if self.queue is not None:
-            share = len(self.queue.rows) // process_group.world_size()  # each rank scores a share
+            share = len(self.queue.rows) // process_group.world_size()  # each rank scores its share
             start = process_group.rank() * share
             past = self.queue.rows[start : start + share, view].to(scores.dtype)
             rows = torch.cat([scores, past @ upcast(self.prototypes.weight).T])
             full = (self.queue.filled == len(self.queue.rows)).to(scores.dtype)
-            present = torch.cat([present, full.expand(share)])
+            valid = torch.cat([valid, full.expand(share)])
         q = sinkhorn(
             rows,
-            present,
+            valid,
             epsilon=self.config.epsilon,
             num_iterations=self.config.num_iterations,
         )
@@ -161,20 +163,20 @@ class SwAV(Method):
         )
 
 
-def sinkhorn(scores: Tensor, present: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
+def sinkhorn(scores: Tensor, valid: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
     """Return the assignments of this rank's rows to prototypes (section 3.1).
 
     Each row sums to 1, and every prototype has the same share of all ranks' rows.
 
     Args:
         scores: Shape (rows, num_prototypes), at least float32, as exp(1 / 0.05) overflows float16.
-        present: Shape (rows,), 1 for the rows that count and 0 for the others.
+        valid: Shape (rows,), 1 for the rows that count and 0 for the others.
         epsilon: Weight of the assignments' entropy.
         num_iterations: Rounds of normalizing prototypes and rows.
     """
-    q = torch.exp(scores / epsilon) * present[:, None]
+    q = torch.exp(scores / epsilon) * valid[:, None]
     q = q / collectives.reduce_sum(q.sum())
     for _ in range(num_iterations):
         q = q / (collectives.reduce_sum(q.sum(0)) * q.shape[1])
-        q = q / (q.sum(1, keepdim=True) + (1 - present[:, None]))
+        q = q / (q.sum(1, keepdim=True) + (1 - valid[:, None]))
     return q

@@ -1,8 +1,8 @@
 """Triplet loss with semi-hard mining (Schroff, Kalenichenko, Philbin, CVPR 2015, arXiv:1503.03832).
 
-Every pair of an anchor and a positive is compared with the closest negative beyond the positive, or
-with the farthest negative if there is none. Negatives are mined from the global batch by the rule
-of tensorflow/addons 0.20 (losses/triplet.py).
+Each anchor-positive pair is completed by the closest negative that is farther from the anchor than
+the positive, or by the farthest negative if none is. Negatives are mined from the global batch,
+as in tensorflow/addons 0.20 (losses/triplet.py).
 """
 
 from dataclasses import dataclass
@@ -51,13 +51,14 @@ class Triplet(GroupedPairs):
 
 
 def semi_hard_distance(pairs: Pairs) -> Tensor:
-    """Return the squared distance from the anchor to the negative that each pair is compared with.
+    """Return the squared distance from the anchor to the semi-hard negative of each pair.
 
-    It is the closest negative beyond the pair's candidate, or the farthest if there is none. The
-    result has the shape of `pairs.squared_distance` and carries its gradient.
+    That is the closest negative farther away than the pair's candidate, or else the farthest one.
+    The result has the shape of `pairs.squared_distance`, and gradients flow through it.
     """
     distance = pairs.squared_distance.detach()
-    ascending, candidate = distance.masked_fill(~pairs.negative, float("inf")).sort(dim=1)
-    last = (pairs.negative.sum(1, keepdim=True) - 1).clamp(min=0)
-    position = torch.searchsorted(ascending, distance, right=True).minimum(last)
-    return pairs.squared_distance.gather(1, candidate.gather(1, position))
+    negative_distance = distance.masked_fill(~pairs.negative, float("inf"))
+    sorted_distance, sorted_candidates = negative_distance.sort(dim=1)
+    last_position = (pairs.negative.sum(1, keepdim=True) - 1).clamp(min=0)
+    position = torch.searchsorted(sorted_distance, distance, right=True).minimum(last_position)
+    return pairs.squared_distance.gather(1, sorted_candidates.gather(1, position))

@@ -1,8 +1,8 @@
 """VICReg (Bardes, Ponce, LeCun, ICLR 2022, arXiv:2105.04906).
 
-The loss needs neither negatives nor a teacher. Projector and loss follow facebookresearch/vicreg at
-4e12602f (main_vicreg.py). The variance term is averaged over both views and the covariance term is
-summed over them. Both are computed over the global batch.
+The loss needs neither negatives nor a teacher. The projector and the loss follow
+facebookresearch/vicreg at 4e12602f (main_vicreg.py). The variance term is averaged over both views,
+and the covariance term is summed over them. Both are computed over the global batch.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Config(MethodConfig):
     """Configuration of VICReg."""
 
     name: str = "vicreg"
-    projector_dims: list[int] = setting([8192, 8192, 8192], "Widths of the expander's layers.")
+    projector_dims: list[int] = setting([8192, 8192, 8192], "Widths of the projector's layers.")
     invariance_weight: float = setting(25.0, "Weight lambda of the invariance term.")
     variance_weight: float = setting(25.0, "Weight mu of the variance term.")
     covariance_weight: float = setting(1.0, "Weight nu of the covariance term.")
@@ -55,7 +55,7 @@ class VICReg(Method):
         return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the weighted sum of invariance, variance and covariance terms, and log each."""
+        """Return the weighted sum of the three terms, and log each term."""
         z_a, z_b = upcast(embeddings["z_a"]), upcast(embeddings["z_b"])
         dim = z_a.shape[1]
         covariance_a, covariance_b = global_covariance(z_a), global_covariance(z_b)  # equation 3

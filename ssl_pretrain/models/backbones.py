@@ -9,19 +9,19 @@ from ssl_pretrain.models import image_size_check, published_weights, timm_networ
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.timm_networks import BackboneConfig
 
-REMEDY = "give backbone.name, stem and args of the run that trained them"
+REMEDY = "set backbone.name, backbone.stem and backbone.args as in the run that trained them"
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.compile, FSDP1
 
 
 def build(config: BackboneConfig, image_size: int) -> Backbone:
     """Build a backbone for views of `image_size` pixels.
 
-    Its weights are random or those of `timm:<tag>`. Weights from a file or a run are loaded
-    afterwards by `load_strict`.
+    The weights are random, or those of the configuration's `timm:<tag>`. Weights from a file or a
+    run are loaded afterwards by `load_strict`.
 
     Raises:
-        ValueError: If timm has no such model or weights or refuses an argument, if the stem cannot
-            be made small, or if the network does not return one vector per image of that size.
+        ValueError: If timm has no such model or weights, refuses an argument, or cannot make the
+            stem small, or if the network does not return one vector per image of that size.
     """
     width = image_size_check.feature_dim(config, image_size, image_size)
     return Backbone(timm_networks.create(config, image_size), width)
@@ -34,12 +34,12 @@ def on_meta(config: BackboneConfig, image_size: int) -> Backbone:
 
 def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the prefixes of wrapped modules from the names of weights."""
-    plain = {}
+    plain_weights = {}
     for key, value in weights.items():
         for prefix in PREFIXES:
             key = key.replace(f".{prefix}", ".").removeprefix(prefix)
-        plain[key] = value
-    return plain
+        plain_weights[key] = value
+    return plain_weights
 
 
 def load_strict(
@@ -54,25 +54,25 @@ def load_strict(
     Args:
         backbone: The network.
         weights: Tensors under the names of this project, of timm, or of the code that published
-            them. Tensors of a classifier or of other networks are left out.
-        source: Name of the weights in messages.
-        prefix: Prefix of the backbone's keys in `weights`. Empty to search for it.
-        exact: Refuse weights of which something would have to be left out or converted. Used for
+            them. Tensors of a classifier or of other networks are ignored.
+        source: Name of the weights for messages.
+        prefix: Prefix of the backbone's keys in `weights`. If it is empty, it is searched for.
+        exact: True to refuse weights if any of them would be ignored or converted. Used for
             checkpoints of this project.
 
     Returns:
-        Notes on what was left out or converted.
+        Notes on the weights that were ignored or converted.
 
     Raises:
-        ValueError: If a key is missing, unexpected or of another shape. The message lists such keys
-            and names `source`.
+        ValueError: If a key is missing, unexpected or has another shape. The message lists such
+            keys and names `source`.
     """
-    weights, expected = plain_keys(weights), backbone.state_dict()
+    weights, state = plain_keys(weights), backbone.state_dict()
     prefix = next(iter(plain_keys({prefix: torch.empty(0)})))
     if prefix and not any(key.startswith(prefix) for key in weights):
         raise ValueError(
-            f"{source}: backbone.init_prefix: no name in it starts with {prefix!r}; "
-            f"it has {', '.join(list(weights)[:3])}, ..."
+            f"{source}: backbone.init_prefix: no tensor name starts with {prefix!r}; "
+            f"choose a prefix of names such as {', '.join(list(weights)[:3])}"
         )
     if not exact and isinstance(backbone, Backbone):
         match = published_weights.match(backbone.model, weights, prefix or None)
@@ -83,15 +83,17 @@ def load_strict(
             )
         _load(backbone.model, match.weights)
         return [note for note in match.notes if note != "prefix 'model.'"]
-    if weights and not set(weights) & set(expected):  # timm's names, without our prefix
+    if weights and not set(weights) & set(state):  # timm's names without this project's prefix
         weights = {f"model.{key}": value for key, value in weights.items()}
-    reshaped = [
-        f"{key} {tuple(weights[key].shape)} for {tuple(expected[key].shape)}"
-        for key in set(expected) & set(weights)
-        if weights[key].shape != expected[key].shape
+    shape_mismatches = [
+        f"{key} {tuple(weights[key].shape)} for {tuple(state[key].shape)}"
+        for key in set(state) & set(weights)
+        if weights[key].shape != state[key].shape
     ]
     problems = published_weights.describe_keys(
-        sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected)), sorted(reshaped)
+        sorted(set(state) - set(weights)),
+        sorted(set(weights) - set(state)),
+        sorted(shape_mismatches),
     )
     if problems:
         raise ValueError(
@@ -102,7 +104,7 @@ def load_strict(
 
 
 def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy the weights into a module, unless it is on the meta device, which has no memory."""
+    """Copy the weights into a module. A module on the meta device has no memory and is skipped."""
     if not next(module.parameters()).is_meta:
         module.load_state_dict(weights, strict=True)
 
@@ -111,15 +113,15 @@ def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the names and modules of the repeated blocks of every backbone in `module`.
 
     They are in `blocks` of a ViT, in `layer1` to `layer4` of a ResNet, and in `stages` of other
-    timm networks. Each is sharded, compiled or recomputed as a unit. Some networks have none.
+    timm networks. Each block is sharded, compiled or recomputed as a unit. Some networks have none.
     """
     return [
-        (f"{name}.model.{key}.{number}".lstrip("."), block)
+        (f"{name}.model.{key}.{block_name}".lstrip("."), block)
         for name, backbone in module.named_modules()
         if isinstance(backbone, Backbone)
         for key, stack in backbone.model.named_children()
         if key.rstrip("0123456789") in ("blocks", "layer", "stages")
-        for number, block in stack.named_children()
+        for block_name, block in stack.named_children()
     ]
 
 

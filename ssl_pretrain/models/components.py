@@ -1,4 +1,4 @@
-"""Components that methods are built of: backbones, heads, teachers and queues."""
+"""Components shared by the methods: backbones, MLPs, teachers and queues."""
 
 import copy
 
@@ -43,8 +43,8 @@ def mlp(
         batch_norm: Normalize the hidden layers.
         last_batch_norm: Normalize the output too.
         last_affine: Give the output's norm a scale and a shift.
-        last_shift: Give the output's norm a shift. SimCLR's has a scale only (`center=False`).
-        hidden_bias: Give hidden layers a bias even if a norm follows and removes it, as the authors
+        last_shift: Give the output's norm a shift. SimCLR's norm has only a scale (`center=False`).
+        hidden_bias: Give hidden layers a bias even if a norm follows and cancels it, as the authors
             of BYOL, SwAV and VICReg do.
         last_bias: Give the last layer a bias if no norm follows it.
         init_std: Standard deviation of the initial weights. None for torch's default.
@@ -57,15 +57,15 @@ def mlp(
     layers: list[nn.Module] = []
     for i, (width_in, width_out) in enumerate(zip((in_dim, *dims), dims)):
         is_last = i == len(dims) - 1
-        normed = last_batch_norm if is_last else batch_norm
-        bias = last_bias and not normed if is_last else hidden_bias or not normed
-        layer = nn.Linear(width_in, width_out, bias=bias)
+        has_norm = last_batch_norm if is_last else batch_norm
+        has_bias = last_bias and not has_norm if is_last else hidden_bias or not has_norm
+        layer = nn.Linear(width_in, width_out, bias=has_bias)
         if init_std is not None:
             nn.init.normal_(layer.weight, std=init_std)
-            if bias:
+            if has_bias:
                 nn.init.zeros_(layer.bias)
         layers.append(layer)
-        if normed:
+        if has_norm:
             norm = nn.BatchNorm1d(width_out, affine=not is_last or last_affine)
             if is_last and last_affine and not last_shift:
                 norm.register_parameter("bias", None)
@@ -76,11 +76,11 @@ def mlp(
 
 
 class Teacher(nn.Module):
-    """Copies of a student's modules, applied one after the other, that no gradient trains.
+    """Copies of a student's modules, applied in order and not trained by gradients.
 
-    Parameters are a moving average of the student's. Buffers are the teacher's own, because the
-    authors of BYOL, DINO and MoCo run its batch norm in training mode on its own features. Dropout
-    and drop path are off, whatever the student does.
+    The parameters are a moving average of the student's. The buffers are the teacher's own, because
+    the authors of BYOL, DINO and MoCo run the teacher's batch norm in training mode on its own
+    features. Dropout and drop path are off, even if the student uses them.
 
     Args:
         modules: The student's modules by name, in the order in which they are applied.
@@ -117,16 +117,16 @@ class Teacher(nn.Module):
         """
         for name, module in self.named_children():
             weights = _shards(module)
-            steps = list(torch._foreach_sub(_shards(student.get_submodule(name)), weights))
-            rate = torch.as_tensor(step_taken, dtype=weights[0].dtype, device=weights[0].device)
-            torch._foreach_mul_(steps, (1.0 - momentum) * rate)
-            torch._foreach_add_(weights, steps)
+            updates = list(torch._foreach_sub(_shards(student.get_submodule(name)), weights))
+            factor = torch.as_tensor(step_taken, dtype=weights[0].dtype, device=weights[0].device)
+            torch._foreach_mul_(updates, (1.0 - momentum) * factor)
+            torch._foreach_add_(weights, updates)
 
     @torch.no_grad()
     def reinitialize(self) -> None:
-        """Give the teacher other initial weights than the student's, from the same distributions.
+        """Give the teacher its own initial weights, with the same distributions as the student's.
 
-        The numbers of each weight tensor are permuted.
+        The elements of each weight tensor are permuted at random.
         """
         for parameter in self.parameters():
             if parameter.ndim > 1:
@@ -139,7 +139,7 @@ def _shards(module: nn.Module) -> list[Tensor]:
 
 
 def rising_momentum(progress: schedules.Progress, start: float) -> float:
-    """Return a teacher's momentum, which rises from `start` to 1 by half a cosine.
+    """Return a teacher's momentum, which rises from `start` to 1 along half a cosine.
 
     BYOL (Grill et al., NeurIPS 2020, arXiv:2006.07733, section 3.3), DINO and MoCo v3 use it.
     """
@@ -149,13 +149,13 @@ def rising_momentum(progress: schedules.Progress, start: float) -> float:
 class Queue(nn.Module):
     """The latest rows that all ranks pushed, in the order of the global batch.
 
-    The oldest rows are overwritten first. All ranks hold the same queue.
+    The oldest rows are overwritten first. The queue is the same on all ranks.
 
     Args:
         size: Number of rows.
         shape: Shape of a row.
-        random: Start with random rows of unit length, as MoCo and NNCLR do. False starts with
-            zeros, as SwAV does.
+        random: Start with random rows of unit length, as MoCo and NNCLR do, instead of zeros, as
+            SwAV does.
     """
 
     rows: Tensor  # (size, *shape)
@@ -171,10 +171,10 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, rows: Tensor, step_taken: Tensor | float) -> None:
-        """Replace the oldest rows by those of all ranks.
+        """Replace the oldest rows with the new rows of all ranks.
 
         Args:
-            rows: This rank's rows, shape (local_batch, *shape).
+            rows: New rows of this rank, shape (local_batch, *shape).
             step_taken: 1 to push, 0 to change nothing. If it is a tensor, the host does not wait
                 for its value.
         """
@@ -192,10 +192,10 @@ class Queue(nn.Module):
 def check_queue(queue_size: int, global_batch_size: int) -> None:
     """Raise ValueError unless whole global batches fill the queue exactly."""
     if queue_size < 1 or queue_size % global_batch_size:
-        below = queue_size // global_batch_size * global_batch_size
+        lower = queue_size // global_batch_size * global_batch_size
         multiples = (
-            f"the nearest multiples are {below} and {below + global_batch_size}"
-            if below
+            f"the nearest multiples are {lower} and {lower + global_batch_size}"
+            if lower
             else f"the smallest is {global_batch_size}"
         )
         raise ValueError(

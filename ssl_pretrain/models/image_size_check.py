@@ -1,7 +1,7 @@
 """Check that a network takes images of a size, and measure the width of its features.
 
-The network is tried on the meta device, which takes no memory and little time. timm's
-`num_features` is not always the width of the output.
+The network runs on the meta device, which takes no memory and little time. The width is measured
+because timm's `num_features` is not always the width of the output.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,21 +22,21 @@ from ssl_pretrain.models.timm_networks import (
 
 
 def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
-    """Try the network on images of every size, on the meta device.
+    """Run the network on images of every size, on the meta device.
 
     Args:
         config: The backbone. It is built for the first size.
-        sizes: Image sizes in pixels by the keys that set them.
+        sizes: Image sizes in pixels, by configuration key.
 
     Raises:
         ValueError: If a size does not fit. The message names the key, the size and sizes that fit.
     """
-    key = "init_key" if config.init_key else "init_prefix"
+    weights_key = "init_key" if config.init_key else "init_prefix"
     is_file = config.init != "random" and not config.init.startswith("timm:")
-    if getattr(config, key) and not is_file:
+    if getattr(config, weights_key) and not is_file:
         raise ValueError(
-            f"backbone.{key}: {getattr(config, key)!r} is for a file of weights, "
-            f"and backbone.init is {config.init!r}"
+            f"backbone.{weights_key}: {getattr(config, weights_key)!r} selects weights in a file, "
+            f"but backbone.init is {config.init!r}; leave it empty, or give a file there"
         )
     if config.init == "timm:":
         raise ValueError(
@@ -52,12 +52,12 @@ def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
 
 
 def feature_dim(config: BackboneConfig, built_for: int, size: int) -> int:
-    """Measure the width of the features on the network's output.
+    """Measure the width of the features from the network's output.
 
     Args:
         config: The backbone.
         built_for: Image size in pixels that the network is built for.
-        size: Image size in pixels that it is tried with.
+        size: Image size in pixels that it runs on.
 
     Raises:
         ValueError: If the network cannot be built, does not take the size, or does not return one
@@ -77,7 +77,7 @@ def _cached_feature_dim(config_yaml: str, built_for: int, size: int) -> int:
 
 
 class _WrongSizeError(Exception):
-    """A network that does not take images of a size. Its message is the first line of `error`."""
+    """The network does not take images of this size. The message is the first line of `error`."""
 
     def __init__(self, error: Exception):
         super().__init__((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))
@@ -103,16 +103,16 @@ def _measure(config: BackboneConfig, built_for: int, size: int) -> int:
             raise _WrongSizeError(error_on_cpu) from None
     if len(widths) != 1 or not all(isinstance(width, int) for width in widths):
         raise ValueError(
-            f"backbone.args: {config.name} with {dict(config.args)} gives "
+            f"backbone.args: {config.name} with {dict(config.args)} returns "
             f"{' and '.join(sorted(map(str, widths)))} "
-            "for an image, and one vector is needed; leave out global_pool, features_only and "
+            "for an image, but one vector is needed; leave out global_pool, features_only and "
             "whatever else changes the output"
         )
     return int(widths.pop())
 
 
 def _output_widths(model: nn.Module, size: int) -> set[int | str]:
-    """Return the widths of the output in evaluation and in training.
+    """Return the widths of the output in evaluation mode and in training mode.
 
     An output that is not one vector per image is described in words.
     """
@@ -132,25 +132,25 @@ def _output_widths(model: nn.Module, size: int) -> set[int | str]:
 
 
 def _describe_wrong_size(config: BackboneConfig, built_for: int, size: int, reason: str) -> str:
-    """Describe what is wrong with a size, and name the nearest sizes that fit."""
+    """Describe why a size does not fit, and name the nearest sizes that fit."""
     patch = _patch_size(config)
     step = patch or 32
-    below = list(range((size - 1) // step * step, 0, -step))[:8]
-    above = range((size // step + 1) * step, size + 8 * step, step)
-    fitting = {
+    smaller_sizes = list(range((size - 1) // step * step, 0, -step))[:8]
+    larger_sizes = range((size // step + 1) * step, size + 8 * step, step)
+    fitting_sizes = {
         _first_fitting_size(config, built_for, size, candidates)
-        for candidates in (below, above, [native_size(config.name)])
+        for candidates in (smaller_sizes, larger_sizes, [native_size(config.name)])
     } - {0}
     patches = f" (patches of {patch})" if patch else ""
-    sizes = ", ".join(map(str, sorted(fitting)))
-    remedy = f"sizes that fit: {sizes}" if fitting else "no size near it fits"
+    sizes = ", ".join(map(str, sorted(fitting_sizes)))
+    remedy = f"sizes that fit: {sizes}" if fitting_sizes else "no nearby size fits"
     return f"{size} pixels do not fit backbone.name {config.name}{patches}: {reason}; {remedy}"
 
 
 def _first_fitting_size(
     config: BackboneConfig, built_for: int, size: int, candidates: Iterable[int]
 ) -> int:
-    """Return the first candidate that the network takes, or 0."""
+    """Return the first candidate that the network takes, or 0 if it takes none."""
     for candidate in candidates:
         try:
             _measure(config, candidate if built_for == size else built_for, candidate)

@@ -1,9 +1,9 @@
 """Find the tensors of a backbone among published weights.
 
-All keys of the network have to be present in their shapes, under one common prefix. Other networks
-of the same file, a classifier or a decoder are left out and reported. timm ships a converter with
-each of its models, which renames the tensors of other code bases and resamples the positions of
-another image size.
+Every key of the network must be present with the right shape, under one common prefix. Other
+networks, classifiers and decoders in the file are left out and reported. timm's models come with
+converters, which rename the tensors of other code bases and resample the position embeddings of
+other image sizes.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from torch import nn
 from ssl_pretrain.models import torchvision_names
 from ssl_pretrain.models.weights_file import Weights, named_tensors
 
-# Words of a prefix in the order of preference, for files in which several networks fit.
+# Words in a prefix, most preferred first, for files in which several networks fit.
 PREFERRED_WORDS = (
     "",
     "backbone",
@@ -33,9 +33,9 @@ PREFERRED_WORDS = (
 )
 CLASSIFIERS = ("fc", "head", "head_dist", "classifier", "heads", "linear", "last_linear")
 PRETRAINING_ONLY = ("mask_token", "masked_embed", "decoder")  # in MAE, iBOT and DINOv2
-# timm's names for a module's converter of weights.
+# Functions in timm's modules that convert weights.
 CONVERTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
-MAX_PREFIX_WORDS = 4  # module.teacher.backbone.model
+MAX_PREFIX_WORDS = 4  # as in module.teacher.backbone.model
 
 
 @dataclass
@@ -55,12 +55,12 @@ class Mismatch:
 
 
 def match(model: nn.Module, weights: Weights, prefix: str | None = None) -> Match | str:
-    """Find the model's tensors in `weights`, or describe what is wrong with them.
+    """Find the model's tensors in `weights`, or return a description of why they do not fit.
 
     Args:
-        model: A timm model. Its state dict has the keys that are needed.
+        model: A timm model, whose state dict has the keys to find.
         weights: Tensors under any names.
-        prefix: Prefix of the model's keys. None to search for it.
+        prefix: Prefix of the model's keys, or None to search for it.
     """
     candidates = [prefix] if prefix is not None else prefixes(weights, model)
     mismatches = [Mismatch("none of its tensors")]
@@ -82,26 +82,27 @@ def prefixes(weights: Iterable[str], model: nn.Module) -> list[str]:
         *words, _ = key.split(".")
         for depth in range(min(MAX_PREFIX_WORDS, len(words)) + 1):
             counts["".join(f"{word}." for word in words[:depth])] += 1
-    enough = len(model.state_dict()) / 2
+    min_count = len(model.state_dict()) / 2
     return sorted(
-        (prefix for prefix, count in counts.items() if count >= enough or not prefix), key=_rank
+        (prefix for prefix, count in counts.items() if count >= min_count or not prefix),
+        key=_preference,
     )
 
 
-def _rank(prefix: str) -> tuple[int, str]:
-    """Return the sort key of a prefix. Prefixes with an unknown word come last."""
+def _preference(prefix: str) -> tuple[int, str]:
+    """Return the sort key of a prefix. Prefixes with an unknown word are last."""
     words = [word for word in prefix.split(".") if word]
     if not all(word in PREFERRED_WORDS for word in words):
         return len(PREFERRED_WORDS), prefix
-    decisive = [word for word in words if word not in ("backbone", "model", "module")]
-    return min(map(PREFERRED_WORDS.index, decisive), default=0), prefix
+    specific_words = [word for word in words if word not in ("backbone", "model", "module")]
+    return min(map(PREFERRED_WORDS.index, specific_words), default=0), prefix
 
 
 def _choose(matches: dict[str, Match]) -> Match | str:
-    best, *others = sorted(matches, key=_rank)
+    best, *others = sorted(matches, key=_preference)
     if (
         others
-        and _rank(others[0])[0] == _rank(best)[0]
+        and _preference(others[0])[0] == _preference(best)[0]
         and not _equal(matches[best].weights, matches[others[0]].weights)
     ):
         return (
@@ -120,28 +121,28 @@ def _match_prefix(
     model: nn.Module, weights: Weights, prefix: str, convert: bool
 ) -> Match | Mismatch:
     expected = model.state_dict()
-    inside = {
+    tensors = {
         key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
     }
     notes = [f"prefix {prefix!r}"] if prefix else []
-    if num_outside := len(weights) - len(inside):
+    if num_outside := len(weights) - len(tensors):
         notes.append(f"{num_outside} tensors outside it left out")
     if convert:
-        converted = _convert_by_timm(model, inside)
-        if converted is None:
+        converted_tensors = _convert_by_timm(model, tensors)
+        if converted_tensors is None:
             return Mismatch("timm has no converter for it")
-        notes += _describe_changes(inside, converted)
-        inside = converted
-    present = [key for key in expected if key in inside]
-    absent = [key for key in expected if key not in inside]
+        notes += _describe_changes(tensors, converted_tensors)
+        tensors = converted_tensors
+    present = [key for key in expected if key in tensors]
+    absent = [key for key in expected if key not in tensors]
     missing = [key for key in absent if not key.endswith("num_batches_tracked")]
     reshaped = [
-        f"{key} {tuple(inside[key].shape)} for {tuple(expected[key].shape)}"
+        f"{key} {tuple(tensors[key].shape)} for {tuple(expected[key].shape)}"
         for key in present
-        if inside[key].shape != expected[key].shape
+        if tensors[key].shape != expected[key].shape
     ]
-    extra = [key for key in inside if key not in expected]
-    ignorable = [key for key in extra if inside[key].ndim == 0 or _is_ignorable(model, key)]
+    extra = [key for key in tensors if key not in expected]
+    ignorable = [key for key in extra if tensors[key].ndim == 0 or _is_ignorable(model, key)]
     unexpected = [key for key in extra if key not in ignorable]
     if missing or unexpected or reshaped:
         text = describe_keys(sorted(missing), sorted(unexpected), sorted(reshaped))
@@ -150,7 +151,7 @@ def _match_prefix(
         key
         for key in present
         if expected[key].is_floating_point()
-        and not (inside[key].is_floating_point() and inside[key].isfinite().all())
+        and not (tensors[key].is_floating_point() and tensors[key].isfinite().all())
     ]
     if unusable:
         text = (
@@ -161,7 +162,7 @@ def _match_prefix(
     if ignorable:
         notes.append(f"left out {_names_or_number(sorted(ignorable))}")
     return Match(
-        {key: inside[key] for key in present} | {key: expected[key] for key in absent}, notes
+        {key: tensors[key] for key in present} | {key: expected[key] for key in absent}, notes
     )
 
 
@@ -183,10 +184,10 @@ def _convert_by_timm(model: nn.Module, weights: Weights) -> Weights | None:
     convert = next((getattr(module, name) for name in CONVERTERS if hasattr(module, name)), None)
     if convert is None:
         return None
-    renamed = torchvision_names.rename(weights)
+    renamed_weights = torchvision_names.rename(weights)
     try:
         with torch.device("cpu"):
-            arguments = (dict(renamed), model)[: len(inspect.signature(convert).parameters)]
+            arguments = (dict(renamed_weights), model)[: len(inspect.signature(convert).parameters)]
             return named_tensors(convert(*arguments))
     except Exception:  # a converter may fail in any way on files that timm does not know
         return None

@@ -1,8 +1,8 @@
 """Create timm networks by name, on the meta device where that suffices.
 
-timm imports wandb, if it is installed, for one function of its own training script. That takes
-longer than torch itself, in every command and on every rank. So wandb is hidden while timm is
-imported, and the function loads it when it is called.
+If wandb is installed, timm imports it for one function of timm's training script. That takes longer
+than the import of torch, in every command and on every rank. So wandb is hidden while timm is
+imported, and the function imports wandb when it is called.
 """
 
 import importlib
@@ -23,7 +23,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class _LazyWandb:
-    """Stands in for the module wandb and imports it on first use."""
+    """Replacement for the module wandb, which is imported on first use."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(importlib.import_module("wandb"), name)
@@ -46,36 +46,36 @@ timm = _import_timm()
 
 @dataclass
 class BackboneConfig:
-    """The network that is pretrained and its initial weights."""
+    """Network to pretrain and its initial weights."""
 
-    name: str = setting("resnet50", "Name in timm: resnet50, vit_small_patch16_224, ...")
+    name: str = setting("resnet50", "timm's name, such as resnet50 or vit_small_patch16_224.")
     stem: Literal["imagenet", "no_pool", "small"] = setting(
         "imagenet",
-        "First layers of a ResNet, for small images. no_pool: no max-pooling. "
-        "small: no max-pooling and stride 1.",
+        "First layers of a ResNet. For small images, no_pool omits max-pooling, and small also "
+        "sets the stride to 1.",
     )
     init: str = setting(
         "random",
         "Initial weights: random, timm:<tag>, a .safetensors or .pth file, or the folder of a run.",
     )
     init_key: str = setting(
-        "", "Key in the file that holds the weights, such as teacher. Empty: found automatically."
+        "", "Key of the weights in the file, such as teacher. If empty, it is found automatically."
     )
     init_prefix: str = setting(
         "",
         "Prefix of the backbone's keys in the file, such as module.encoder_q. "
-        "Empty: found automatically.",
+        "If empty, it is found automatically.",
     )
     drop_path: float = setting(0.0, "Rate of stochastic depth.", below=1)
-    args: dict[str, Any] = setting({}, "More arguments of the timm model, such as patch_size.")
+    args: dict[str, Any] = setting({}, "Other arguments of the timm model, such as patch_size.")
 
 
 def create(config: BackboneConfig, image_size: int) -> nn.Module:
     """Create the network without a classifier, for views of `image_size` pixels.
 
     Raises:
-        ValueError: If timm has no such model or weights or refuses an argument, or the stem cannot
-            be made small.
+        ValueError: If timm lacks the model or its weights or refuses an argument, or the stem
+            cannot be changed.
     """
     _check_name(config.name)
     if config.args.get("in_chans", 3) != 3:
@@ -97,10 +97,10 @@ def _construct(config: BackboneConfig, args: dict[str, Any]) -> nn.Module:
     name, pretrained = f"{config.name}.{tag}" if tag else config.name, bool(tag)
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
-    except Exception as error:  # a network's constructor may fail in any way
+    except Exception as error:  # constructors raise errors of many types
         if isinstance(error, RuntimeError) and lacks_meta(error):
-            raise  # the caller builds it on the CPU instead
-        text = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            raise  # the caller then builds the network on the CPU
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         if "drop_path_rate" in str(error) and config.drop_path:
             raise ValueError(
                 f"backbone.drop_path: {config.drop_path} is not possible for {config.name}, which "
@@ -109,7 +109,7 @@ def _construct(config: BackboneConfig, args: dict[str, Any]) -> nn.Module:
         if isinstance(error, TypeError) or (config.args and not pretrained):
             raise ValueError(
                 f"backbone.args: {config.name} refuses {dict(config.args)}: "
-                f"{text if config.args else error}"
+                f"{reason if config.args else error}; change backbone.args"
             ) from None
         if not pretrained:
             raise
@@ -121,9 +121,9 @@ def _construct(config: BackboneConfig, args: dict[str, Any]) -> nn.Module:
 
 
 def size_arguments(name: str, image_size: int) -> dict[str, Any]:
-    """Return constructor arguments for views of `image_size` pixels and, if possible, other sizes.
+    """Return the constructor arguments that make a network accept views of `image_size` pixels.
 
-    They depend on what the network's constructor takes.
+    If the constructor supports it, the network also accepts other sizes.
     """
     arguments = {"img_size": image_size, "dynamic_img_size": True, "strict_img_size": False}
     return {key: value for key, value in arguments.items() if key in constructor_arguments(name)}
@@ -131,10 +131,10 @@ def size_arguments(name: str, image_size: int) -> dict[str, Any]:
 
 @cache
 def constructor_arguments(name: str) -> frozenset[str]:
-    """Return the constructor arguments of a timm network that its entry point passes on."""
+    """Return the names of the constructor arguments that a timm network's entry point passes on."""
     model = without_memory(lambda: timm.create_model(name, num_classes=0))
     names: set[str] = set()
-    for base in type(model).__mro__:  # a class that takes **kwargs passes them to the next
+    for base in type(model).__mro__:  # a class with **kwargs passes them to the next class
         parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
         names |= set(parameters)
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -155,9 +155,9 @@ def _shrink_stem(model: nn.Module, name: str, without_stride: bool) -> None:
         return
     # 7x7 with stride 2 becomes 3x3 with stride 1, as in SimCLR's CIFAR runs (appendix B.9).
     if isinstance(stem, nn.Conv2d):
-        small = nn.Conv2d(3, stem.out_channels, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
-        model.conv1 = small
+        small_stem = nn.Conv2d(3, stem.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(small_stem.weight, mode="fan_out", nonlinearity="relu")
+        model.conv1 = small_stem
     else:
         for layer in stem.modules():
             if isinstance(layer, nn.Conv2d):
@@ -170,7 +170,7 @@ def native_size(name: str) -> int:
 
 
 def pretrained_cfg(name: str) -> Any:
-    """Return timm's record of a network: input size, mean, deviation, classifier.
+    """Return timm's record of a network, such as its input size, mean and classifier.
 
     Raises:
         ValueError: If timm has no such model.
@@ -187,11 +187,11 @@ def _check_name(name: str) -> None:
             f"give backbone.name={network} backbone.init=timm:{tag}"
         )
     if not timm.is_model(name):
-        close = get_close_matches(name, timm.list_models(), n=3)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        similar = get_close_matches(name, timm.list_models(), n=3)
+        hint = f" Did you mean {' or '.join(map(repr, similar))}?" if similar else ""
         raise ValueError(
             f"backbone.name: {name!r} is not a timm model.{hint} "
-            "Names: python -c 'import timm; print(timm.list_models())'"
+            "To list all names, run python -c 'import timm; print(timm.list_models())'"
         )
 
 
@@ -212,5 +212,5 @@ def without_memory(construct: Callable[[], Network]) -> Network:
 
 
 def lacks_meta(error: BaseException) -> bool:
-    """Return True if the error says that the meta device lacks an operation."""
+    """Return True if the error means that the meta device lacks an operation."""
     return isinstance(error, NotImplementedError) or "meta" in str(error).lower()

@@ -8,7 +8,7 @@ import re
 
 from torch import Tensor
 
-# Patterns for the start of a key and their replacements. The first pattern that matches is used.
+# Each rule is a pattern for the start of a key and its replacement. The first match is used.
 Rules = tuple[tuple[str, str], ...]
 _LAYER = r"encoder\.layers\.encoder_layer_(\d+)\."
 VIT: Rules = (
@@ -43,7 +43,7 @@ SWIN: Rules = (
     (r"features\.{even}\.", "layers.{stage}.downsample."),
     (r"head\.", "head.fc."),
 )
-# The rules of each network by a key that only this network has.
+# The rules of each network, by a key that only its weights contain.
 NETWORKS: dict[str, Rules] = {
     "encoder.layers.encoder_layer_0.ln_1.weight": VIT,
     "features.1.0.layer_scale": CONVNEXT,
@@ -53,37 +53,37 @@ NUM_STAGES = 4
 
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under timm's names, or unchanged if no rules are for them."""
+    """Return the weights under timm's names, or unchanged if no rules apply to them."""
     for marker, rules in NETWORKS.items():
         if marker in weights:
-            expanded = _per_stage(rules)
-            renamed = {_renamed(key, expanded): value for key, value in weights.items()}
+            stage_rules = _expand_stages(rules)
+            timm_weights = {_rename_key(key, stage_rules): value for key, value in weights.items()}
             return {
                 key: value.flatten() if key.endswith(".gamma") else value
-                for key, value in renamed.items()
+                for key, value in timm_weights.items()
                 if not key.endswith("relative_position_index")
             }
     return weights
 
 
-def _per_stage(rules: Rules) -> list[tuple[str, str]]:
-    """Return the rules with all stage numbers filled in.
+def _expand_stages(rules: Rules) -> list[tuple[str, str]]:
+    """Return the rules with one copy per stage, each with the stage's numbers filled in.
 
-    torchvision gives stages odd numbers, and the downsampling before each an even one.
+    In torchvision's names, a stage has an odd number and the downsampling before it an even one.
     """
-    expanded = []
+    stage_rules = []
     for pattern, replacement in rules:
-        first = 1 if "{even}" in pattern else 0  # nothing is downsampled before the first stage
-        for stage in range(first, NUM_STAGES if "{" in pattern else 1):
+        first_stage = 1 if "{even}" in pattern else 0  # no downsampling before stage 0
+        for stage in range(first_stage, NUM_STAGES if "{" in pattern else 1):
             numbers = {"{odd}": str(2 * stage + 1), "{even}": str(2 * stage), "{stage}": str(stage)}
             rule = pattern, replacement
             for name, number in numbers.items():
                 rule = rule[0].replace(name, number), rule[1].replace(name, number)
-            expanded.append(rule)
-    return expanded
+            stage_rules.append(rule)
+    return stage_rules
 
 
-def _renamed(key: str, rules: list[tuple[str, str]]) -> str:
+def _rename_key(key: str, rules: list[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
         if match := re.match(pattern, key):
             return match.expand(replacement) + key[match.end() :]

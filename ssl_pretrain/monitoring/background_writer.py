@@ -1,4 +1,4 @@
-"""Background writing of a run's small files, so that a slow or full disk delays no step."""
+"""Write a run's small files in the background, so that a slow or full disk delays no step."""
 
 import queue
 import threading
@@ -18,26 +18,26 @@ class BackgroundWriter:
     A line that the disk refuses stays in memory and is written with the next one, or at the end.
 
     Args:
-        say: Prints a message. It is called when a file that could not be written is complete again.
+        say: Function that prints a message. It is called when refused lines have been written.
 
     Attributes:
-        problems: Messages about files that could not be written since `take_problems`.
+        problems: Messages about files that could not be written since the last `take_problems`.
     """
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
         self._queue: queue.SimpleQueue[tuple[Path, str] | None] = queue.SimpleQueue()
-        self._refused: dict[Path, str] = {}  # text that is not on the disk yet
+        self._refused_text: dict[Path, str] = {}  # lines that the disk has refused so far, per file
         self.problems: list[str] = []
         self._thread = threading.Thread(target=self._write_all, daemon=True)
         self._thread.start()
 
     def append(self, path: Path, line: str) -> None:
-        """Queue a line for the end of a file."""
+        """Queue a line to be appended to a file."""
         self._queue.put((path, f"{line}\n"))
 
     def try_write(self, path: Path, write: Callable[[], object]) -> bool:
-        """Write a file in this thread, once, and return True unless the disk refuses it."""
+        """Call `write` once in the calling thread, and return True unless the disk refuses it."""
         try:
             write()
             return True
@@ -56,7 +56,7 @@ class BackgroundWriter:
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             self.problems.append(
-                f"the disk did not take the last records within {CLOSE_SECONDS:.0f} s"
+                f"the last records could not be written in {CLOSE_SECONDS:.0f} s; check the disk"
             )
 
     def _write_all(self) -> None:
@@ -66,9 +66,10 @@ class BackgroundWriter:
             while not self._queue.empty():  # one fsync for all lines that are queued
                 entries.append(self._queue.get())
             is_closing = None in entries
-            texts = dict(self._refused) if is_closing else {}  # one last attempt at refused lines
+            # The last round tries all refused lines once more.
+            texts = dict(self._refused_text) if is_closing else {}
             for path, text in filter(None, entries):
-                texts[path] = texts.get(path, self._refused.get(path, "")) + text
+                texts[path] = texts.get(path, self._refused_text.get(path, "")) + text
             for path, text in texts.items():
                 self._write(path, text)
 
@@ -76,11 +77,11 @@ class BackgroundWriter:
         try:
             durable_files.append(path, text)
         except OSError as error:
-            if path not in self._refused:
+            if path not in self._refused_text:
                 self.problems.append(refusal_message(path, error))
-            self._refused[path] = text
+            self._refused_text[path] = text
         else:
-            if self._refused.pop(path, None) is not None:
+            if self._refused_text.pop(path, None) is not None:
                 self._say(f"{path} can be written again and is complete")
 
 
@@ -93,7 +94,11 @@ def refusal_message(path: Path, error: OSError) -> str:
 
 
 def raise_or_warn(problem: str | None, on_failure: str) -> None:
-    """Handle rank 0's problem with a file on every rank, as `checkpoint.on_failure` says.
+    """Handle rank 0's problem with a file on every rank, as `on_failure` requires.
+
+    Args:
+        problem: Message about the problem on rank 0, or None.
+        on_failure: Value of `checkpoint.on_failure`.
 
     Raises:
         SaveError: If there is a problem and `on_failure` is `stop`.
@@ -106,5 +111,5 @@ def raise_or_warn(problem: str | None, on_failure: str) -> None:
 
 
 def continue_message(problem: str) -> str:
-    """Return the warning about a file problem that does not stop the run."""
+    """Return the warning about a problem with a file that does not stop the run."""
     return f"{problem}. Training continues because checkpoint.on_failure is warn"

@@ -1,4 +1,4 @@
-"""Collapse and network metrics of a run, measured every `health.every_steps` for every method.
+"""Measure collapse and network metrics every `health.every_steps` steps, for every method.
 
 docs/health.md explains each metric and its healthy values. `collapse_alerts.py` decides which
 values raise an alert.
@@ -23,17 +23,16 @@ from ssl_pretrain.schema import setting
 
 @dataclass
 class HealthConfig:
-    """Measurements of the embeddings, and the reaction to collapse."""
+    """Settings for measuring embeddings and for the reaction to collapse."""
 
     every_steps: int = setting(
-        50, "Steps between two measurements. 50 costs under 1 % of the training time. 0: never."
+        50,
+        "Steps between two measurements, or 0 for none. 50 costs under 1 % of the training time.",
     )
-    max_rows: int = setting(
-        1024, "Embeddings of all ranks per measurement, which bounds the size of the spectrum."
-    )
+    max_rows: int = setting(1024, "Largest number of embeddings per measurement, over all ranks.")
     on_collapse: Literal["warn", "stop"] = setting(
         "warn",
-        "Reaction to collapse. stop: end the run with exit status 2 and keep its checkpoints.",
+        "Reaction to collapse. stop ends the run with exit status 2 after the alert.",
     )
 
 
@@ -42,14 +41,14 @@ class CollapseError(RuntimeError):
 
 
 class CollapseMonitor:
-    """Monitor of a method while it trains, which changes no random number, weight or mode.
+    """Monitor of a method while it trains. It changes no random number, weight or mode.
 
     Args:
         config: The `health` section of the configuration.
-        method: The method. The outputs of its backbone are measured too.
+        method: The method. The features of its backbone are measured too.
         optimizer: The method's optimizer, whose steps are measured too.
-        first_step: Steps that the run has done already.
-        past_records: Records of a resumed run so far, on rank 0.
+        first_step: Number of steps that the run has already done.
+        past_records: Earlier records of a resumed run, on rank 0.
         raise_alert: Called with the title and the text of each alert, on rank 0.
     """
 
@@ -109,7 +108,7 @@ class CollapseMonitor:
                 )
 
     def _prepare(self, step: int) -> None:
-        """Observe the coming step if it is due."""
+        """Prepare to observe a step if it is due."""
         if self._hook is not None:
             self._hook.remove()
         self._features = self._hook = None
@@ -122,7 +121,7 @@ class CollapseMonitor:
 
 
 class NetworkMonitor:
-    """Monitor of gradients, updates and the distance of the teacher, in the steps it observes.
+    """Monitor of gradients, updates and the teacher's distance, in the steps that it observes.
 
     Attributes:
         metrics: Scalars on the device, from the last step if it was observed.
@@ -132,11 +131,12 @@ class NetworkMonitor:
         self.metrics: dict[str, Tensor] = {}
         self._method = method
         self._is_observing = False
-        self._modules: dict[str, list[nn.Parameter]] = {}  # backbone, projector, ...
+        # Trained parameters, by submodule of the method, such as backbone.
+        self._modules: dict[str, list[nn.Parameter]] = {}
         for name, parameter in method.named_parameters():
             if parameter.requires_grad:
                 self._modules.setdefault(name.partition(".")[0], []).append(parameter)
-        self._before: dict[str, list[Tensor]] = {}
+        self._old_parameters: dict[str, list[Tensor]] = {}
         optimizer.register_step_pre_hook(lambda *_: self._before_step())
         optimizer.register_step_post_hook(lambda *_: self._after_step())
 
@@ -152,15 +152,15 @@ class NetworkMonitor:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if gradients:
                 self.metrics[f"gradient_norm_{module}"] = norm(gradients)
-            self._before[module] = [parameter.detach().clone() for parameter in parameters]
+            self._old_parameters[module] = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        for module, before in self._before.items():
-            after = [parameter.detach() for parameter in self._modules[module]]
-            self.metrics[f"update_ratio_{module}"] = relative_distance(after, before)
+        for module, old in self._old_parameters.items():
+            new = [parameter.detach() for parameter in self._modules[module]]
+            self.metrics[f"update_ratio_{module}"] = relative_distance(new, old)
         teacher = getattr(self._method, "teacher", None)
-        if self._before and isinstance(teacher, Teacher):
+        if self._old_parameters and isinstance(teacher, Teacher):
             student = [
                 parameter.detach()
                 for name, _ in teacher.named_children()
@@ -168,7 +168,7 @@ class NetworkMonitor:
             ]
             weights = [parameter.detach() for parameter in teacher.parameters()]
             self.metrics["teacher_distance"] = relative_distance(weights, student)
-        self._before = {}
+        self._old_parameters = {}
 
 
 def relative_distance(tensors: list[Tensor], reference: list[Tensor]) -> Tensor:

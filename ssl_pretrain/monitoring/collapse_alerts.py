@@ -1,9 +1,9 @@
-"""Rules that decide when the collapse metrics raise an alert, with causes known from other runs.
+"""Rules that decide when the collapse metrics raise an alert, with known causes and remedies.
 
 Many healthy runs begin with similar embeddings, so a bad value alone raises no alert. The value
 must also have fallen from a better one, or have been bad for `GRACE_STEPS`. It must be bad in
-`MIN_CONSECUTIVE` measurements, or severe. If pairs of views are measured, they must be hard to
-match. docs/health.md shows when each alert was raised in runs made to collapse.
+`MIN_CONSECUTIVE` measurements in a row, or severe. If pairs of views are measured, they must be
+hard to match. docs/health.md shows when each alert was raised in runs that were made to collapse.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 MIN_CONSECUTIVE = 2  # bad measurements in a row that raise an alert
 SEVERE_FRACTION = 0.5  # a single value below this fraction of both limits raises an alert
 GUARD_METRIC = "positive_chance"
-CHANCE_THRESHOLD = 0.5  # up to this value of the guard metric the views of an image still match
+CHANCE_THRESHOLD = 0.5  # the views of an image match up to this value of the guard metric
 GRACE_STEPS = 1000  # a value that stays bad this long raises an alert even if it has not fallen
 
 
@@ -39,7 +39,7 @@ class Rule:
     fallen_below: float
     symptom: str
     remedies: str
-    is_guarded: bool = True  # a value is bad only if the guard metric, where measured, agrees
+    is_guarded: bool = True  # the guard metric, if measured, must agree that a value is bad
 
     def is_bad(self, value: float, metrics: dict[str, Any]) -> bool:
         """Return True if the value is bad and the guard metric does not contradict it."""
@@ -48,7 +48,7 @@ class Rule:
         return value < self.bad_below and not (self.is_guarded and views_match)
 
     def weight(self, value: float, best: float) -> int:
-        """Return the number of measurements that a bad value counts as, 0 unless it has fallen."""
+        """Return how many measurements a bad value counts as, which is 0 unless it has fallen."""
         limits = (self.bad_below, self.fallen_below * best)
         if all(value < SEVERE_FRACTION * limit for limit in limits):
             return MIN_CONSECUTIVE
@@ -66,7 +66,7 @@ RULES = (
             "the same output for every image, whatever the loss is"
         ),
         remedies=(
-            "Causes found by others: a missing stop-gradient, predictor or teacher (SimSiam, "
+            "Known causes: a missing stop-gradient, predictor or teacher (SimSiam, "
             "BYOL), a variance weight of 0 or all weights 1 (VICReg), or a learning rate too high "
             "for the batch. Halve optim.base_lr or lengthen the warm-up"
         ),
@@ -81,7 +81,7 @@ RULES = (
             "images are close to rounding errors"
         ),
         remedies=(
-            "What helped others: the variance term (VICReg: variance_weight 25, equation 1), or "
+            "Known remedies: the variance term (VICReg: variance_weight 25, equation 1), or "
             "batch norm at the end of the head (SimCLR, SimSiam)"
         ),
     ),
@@ -92,10 +92,10 @@ RULES = (
         fallen_below=0.5,
         symptom=(
             "the embeddings have collapsed to a few directions. Images still differ, but only "
-            "along those"
+            "along these directions"
         ),
         remedies=(
-            "What helped others: a larger covariance or decorrelation weight (VICReg, Barlow "
+            "Known remedies: a larger covariance or decorrelation weight (VICReg, Barlow "
             "Twins), a lower temperature, weaker color jitter, or a wider head. A linear head "
             "collapses this way (Jing et al., arXiv:2110.09348)"
         ),
@@ -121,18 +121,18 @@ class _State:
     """Past measurements of one rule's metric."""
 
     best: float = -math.inf
-    num_fallen: int = 0  # bad measurements in a row that had fallen from the best
+    num_fallen: int = 0  # fallen measurements in a row, where a severe one counts double
     first_bad_step: int | None = None
     is_raised: bool = False
 
 
 class AlertHistory:
-    """Rules and their state over successive measurements.
+    """State of the rules over successive measurements.
 
     Each alert is raised once, and again only after its metric has recovered.
 
     Args:
-        past_records: Records of a resumed run so far. Their alerts are not raised again.
+        past_records: Earlier records of a resumed run. Their alerts are not raised again.
     """
 
     def __init__(self, past_records: list[dict[str, Any]]):
@@ -145,7 +145,7 @@ class AlertHistory:
 
         Args:
             step: Optimizer steps done.
-            metrics: The measurement. Missing and non-finite values are ignored.
+            metrics: Measured value of each metric. Missing and non-finite values are ignored.
         """
         alerts = []
         for rule in RULES:

@@ -1,6 +1,6 @@
 """Collapse metrics of one batch over all ranks, and what healthy and collapsed values look like.
 
-In every matrix of embeddings or features a row is an image.
+Each row of a matrix of embeddings or features is one image.
 """
 
 import math
@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Monitored
 
-EPSILON = 1e-7  # RankMe's, added to each share of the spectrum
-FIRST, LAST = 5, 100  # the power law is fitted to these eigenvalues, counted from 1
-NUM_POINTS = 64  # points of a curve that are stored
+EPSILON = 1e-7  # added to each share of the spectrum, as in RankMe
+FIRST_EIGENVALUE, LAST_EIGENVALUE = 5, 100  # range of the power-law fit, counted from 1
+NUM_POINTS = 64  # largest number of points stored per curve
 
 Scalars = dict[str, Tensor]
 Curves = dict[str, Tensor]
@@ -26,8 +26,8 @@ def measure(
 ) -> tuple[Scalars, Curves]:
     """Measure the embeddings of all ranks, without waiting for the device.
 
-    If any tensor is not finite, all metrics are NaN. A decomposition of it would raise an error,
-    and the NaN guard reports such a step better.
+    If any tensor has a non-finite value, all scalars are NaN. Decomposing such a tensor would
+    raise an error, and the NaN guard gives a better report of the step.
 
     Args:
         monitored: The method's tensors on this rank.
@@ -105,7 +105,7 @@ def _pair_metrics(z_a: Tensor, z_b: Tensor) -> Scalars:
 
 
 def _zero_unless_finite(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows and a flag, or zeros if any number is not finite."""
+    """Return the rows, or zeros if any value is not finite, and whether all values are finite."""
     finite = torch.isfinite(rows).all()
     return torch.where(finite, rows, torch.zeros_like(rows)), finite
 
@@ -135,10 +135,11 @@ def centered(z: Tensor) -> Tensor:
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:
-    """Return the effective rank RankMe (Garrido et al., ICML 2023, arXiv:2210.02885, equation 1).
+    """Return RankMe (Garrido et al., ICML 2023, arXiv:2210.02885, equation 1).
 
-    It is the exponential of the entropy of the normalized singular values. It ranges from 1, if all
-    rows are on a line or zero, to the number of values, if all values are equal.
+    This effective rank is the exponential of the entropy of the normalized singular values. It
+    ranges from 1, if all rows lie on one line through the origin, to the number of values, if all
+    values are equal.
     """
     share = singular_values / singular_values.sum().clamp(min=1e-30) + EPSILON
     return torch.exp(-(share * share.log()).sum())
@@ -150,14 +151,16 @@ def alpha_req(variances: Tensor) -> Tensor:
     alpha-ReQ (Agrawal et al., NeurIPS 2022, arXiv:2202.05808). About 1 is best for downstream
     tasks. If it is large, few directions hold nearly all the variance.
 
-    The fit is least squares of logarithms over the variances `FIRST` to `LAST`. Each point has the
-    weight 1 / i, so that every octave counts the same. With fewer than two points it is NaN.
+    A line is fitted by least squares to the logarithms of variances `FIRST_EIGENVALUE` to
+    `LAST_EIGENVALUE`. Point i has weight 1 / i, so that every octave counts equally. The result is
+    NaN with fewer than two points.
 
     Args:
         variances: Eigenvalues of the covariance, largest first.
     """
-    usable = variances[: min(LAST, len(variances))][FIRST - 1 :]
-    index = torch.arange(FIRST, FIRST + len(usable), device=usable.device, dtype=usable.dtype)
+    usable = variances[: min(LAST_EIGENVALUE, len(variances))][FIRST_EIGENVALUE - 1 :]
+    end = FIRST_EIGENVALUE + len(usable)
+    index = torch.arange(FIRST_EIGENVALUE, end, device=usable.device, dtype=usable.dtype)
     positive = usable > 1e-12 * variances[:1].clamp(min=1e-30)
     weight = torch.where(positive, 1 / index, torch.zeros_like(index))
     x, y = index.log(), usable.clamp(min=1e-300).log()
@@ -169,14 +172,14 @@ def alpha_req(variances: Tensor) -> Tensor:
 def deviations(z: Tensor) -> Tensor:
     """Return the standard deviation of each dimension of unit-length embeddings, times sqrt(dim).
 
-    SimSiam (Chen and He, arXiv:2011.10566, section 4.1). All are 1 on a uniform sphere and 0 if the
-    embeddings have collapsed to a point.
+    SimSiam (Chen and He, arXiv:2011.10566, section 4.1). All are about 1 if the embeddings
+    are spread uniformly over the sphere, and 0 if they have collapsed to a point.
     """
     return F.normalize(z, dim=1).std(0, unbiased=False) * math.sqrt(z.shape[1])
 
 
 def alignment(z_a: Tensor, z_b: Tensor) -> Tensor:
-    """Return the mean squared distance of the unit-length embeddings of two views.
+    """Return the mean squared distance between the unit-length embeddings of two views.
 
     Wang and Isola (ICML 2020, arXiv:2005.10242, section 4.1, alpha = 2). It is 0 for equal views
     and 2 for unrelated ones.
@@ -191,19 +194,21 @@ def alignment(z_a: Tensor, z_b: Tensor) -> Tensor:
 def uniformity(z: Tensor, t: float = 2.0) -> Tensor:
     """Return the log of the mean of exp(-t |z_i - z_j|^2) over pairs of unit-length embeddings.
 
-    Wang and Isola, section 4.1. It is 0 if all are equal, and at best -2 t in many dimensions.
+    Wang and Isola, section 4.1. It is 0 if all embeddings are equal. Its best value in high
+    dimensions is about -2 t.
     """
     unit = F.normalize(z, dim=1)
     count = len(unit)
-    others = ~torch.eye(count, dtype=torch.bool, device=z.device)
-    return torch.log(((2 * t * (unit @ unit.T - 1)).exp() * others).sum() / (count * (count - 1)))
+    off_diagonal = ~torch.eye(count, dtype=torch.bool, device=z.device)
+    kernel = (2 * t * (unit @ unit.T - 1)).exp()
+    return torch.log((kernel * off_diagonal).sum() / (count * (count - 1)))
 
 
 def positive_rank(z_a: Tensor, z_b: Tensor) -> Tensor:
-    """Return the rank of an image's second view among all second views by cosine, mean over images.
+    """Return the mean rank of an image's second view among all second views, by cosine.
 
-    The first rank is 1. Ties count half, so that a collapsed batch of N images has (N + 1) / 2,
-    which is also the value of random embeddings.
+    Ranks start at 1. Ties count half, so that the mean rank of a collapsed batch of N images is
+    (N + 1) / 2, the same as for random embeddings.
     """
     similarity = F.normalize(z_a, dim=1) @ F.normalize(z_b, dim=1).T
     positive = similarity.diagonal()[:, None]

@@ -1,4 +1,4 @@
-"""Terminal output of a run: its progress, and each warning of all ranks once."""
+"""Terminal output of a run: its progress, and the warnings of all ranks, each shown once."""
 
 import os
 import sys
@@ -19,8 +19,8 @@ class Console:
     """A progress bar on a terminal, and plain lines in a file or a SLURM log.
 
     Args:
-        last_step: Steps of the whole run.
-        past_records: Records of a resumed run. Their step times count in the estimated time left.
+        last_step: Step at which the run ends.
+        past_records: Records of a resumed run. Their step times count toward the ETA.
         stream: Destination. Standard output by default.
     """
 
@@ -111,7 +111,7 @@ class Console:
 
 
 class WarningCollector:
-    """Receiver of Python's warnings while it is installed.
+    """Handler of Python's warnings that shows each one once.
 
     Rank 0 shows its own warnings at once. The other ranks keep theirs until rank 0 gathers them.
 
@@ -139,11 +139,11 @@ class WarningCollector:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def take(self) -> list[str]:
-        """Return the warnings that were not shown yet, and remove them from the collector."""
+        """Return the warnings not yet shown, and remove them from the collector."""
         pending, self.pending = self.pending, []
         return pending
 
-    def show_others(self, by_rank: list[list[str]]) -> None:
+    def show_from_ranks(self, by_rank: list[list[str]]) -> None:
         """Show the gathered warnings on rank 0, each with the ranks that it came from."""
         if self.show is None:
             return

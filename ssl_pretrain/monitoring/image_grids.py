@@ -1,4 +1,4 @@
-"""Pictures that a run saves: views as the network sees them, and queries with their neighbors."""
+"""Draw the pictures that a run saves. They show views, and queries with their nearest neighbors."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
 
-NUM_IMAGES = 8
-BORDER = 3  # pixels of the frame around a neighbor
+NUM_IMAGES = 8  # rows of a grid of views
+BORDER = 3  # width in pixels of the frame around a neighbor
 GREEN, RED = (0.18, 0.56, 0.36), (0.78, 0.27, 0.24)
 
 
@@ -18,7 +18,7 @@ def view_grid(views: list[Tensor], mean: list[float], std: list[float]) -> Tenso
     Args:
         views: Normalized views, each (batch, 3, size, size).
         mean: Channel means that the normalization subtracted.
-        std: Channel deviations that the normalization divided by.
+        std: Channel standard deviations by which the normalization divided.
 
     Returns:
         Picture (3, height, width) in [0, 1].
@@ -35,12 +35,14 @@ def view_grid(views: list[Tensor], mean: list[float], std: list[float]) -> Tenso
 
 
 def neighbor_grid(queries: Tensor, neighbors: Tensor, same_class: Tensor) -> Tensor:
-    """Draw one row per query. Neighbors of its class have a green frame, others a red one.
+    """Draw each query and its neighbors in a row.
+
+    Neighbors of the query's class have a green frame, and others have a red frame.
 
     Args:
-        queries: uint8 (num_queries, 3, size, size).
-        neighbors: uint8 (num_queries, k, 3, size, size).
-        same_class: bool (num_queries, k).
+        queries: Images, uint8 (num_queries, 3, size, size).
+        neighbors: Images, uint8 (num_queries, k, 3, size, size).
+        same_class: True for neighbors of the query's class, bool (num_queries, k).
 
     Returns:
         Picture (3, height, width) in [0, 1].
@@ -55,6 +57,6 @@ def neighbor_grid(queries: Tensor, neighbors: Tensor, same_class: Tensor) -> Ten
 
 
 def save(picture: Tensor, path: Path) -> None:
-    """Write a picture as PNG, in a folder that is created if needed."""
+    """Write a picture as a PNG. Its folder is created if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(picture, path)

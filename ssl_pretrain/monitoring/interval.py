@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Summary:
-    """Metrics of one interval over all ranks, which differ between ranks only in the seconds."""
+    """Metrics of one interval, reduced over all ranks. Only `seconds` differs between ranks."""
 
     logs: dict[str, float]  # means over steps and ranks; `skipped_steps` is a sum over steps
     num_steps: int
@@ -54,7 +54,7 @@ class Interval:
 
         Args:
             step: Optimizer steps done.
-            flags: Conditions on this rank that all ranks must know.
+            flags: Conditions on this rank that all ranks must know about.
         """
         num_steps = max(1, step - self._start_step)
         seconds = max(time.monotonic() - self._start, 1e-9)

@@ -1,11 +1,11 @@
-"""A linear classifier on frozen features, fitted on their device within seconds."""
+"""A linear classifier on frozen features, fitted within seconds on the device of the features."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MAX_ITERATIONS = 50  # L-BFGS
-WEIGHT_DECAY = 1e-4  # L2 penalty beside the mean cross entropy
+MAX_ITERATIONS = 50  # maximum number of L-BFGS iterations
+WEIGHT_DECAY = 1e-4  # weight of the L2 penalty, which is added to the mean cross entropy
 
 
 def predict(
@@ -13,22 +13,23 @@ def predict(
 ) -> Tensor:
     """Classify images by multinomial logistic regression.
 
-    Features are standardized by the mean and deviation of the training features and divided by the
-    square root of their dimension, so that one weight decay fits all widths. L-BFGS starts from
-    zero and uses a line search. No random number is drawn, and no gradient reaches the features.
+    Features are standardized with the mean and standard deviation of the training features and
+    divided by the square root of their dimension, so the same weight decay suits all widths.
+    L-BFGS starts from zero and uses a line search. The fit draws no random numbers and sends no
+    gradient to the features.
 
     Args:
-        train_features: Shape (num_train, dim), any precision.
-        train_labels: Classes in [0, num_classes), (num_train,).
-        test_features: Shape (num_test, dim), any precision.
+        train_features: Features in any precision, shape (num_train, dim).
+        train_labels: Classes in [0, num_classes), shape (num_train,).
+        test_features: Features in any precision, shape (num_test, dim).
         num_classes: Number of classes.
 
     Returns:
-        Predicted classes, int64, (num_test,).
+        Predicted classes, int64, shape (num_test,).
     """
     train, test = train_features.detach().float(), test_features.detach().float()
     std, mean = torch.std_mean(train, dim=0, correction=0)
-    is_informative = std > 1e-6 * std.max().clamp(min=1e-30)  # constant features are left out
+    is_informative = std > 1e-6 * std.max().clamp(min=1e-30)  # False for constant features
     scale = torch.where(is_informative, 1 / std, 0.0) * train.shape[1] ** -0.5
     train, test = (
         F.pad((features - mean) * scale, (0, 1), value=1.0) for features in (train, test)

@@ -1,4 +1,4 @@
-"""The logger of a run: metrics.jsonl, the terminal, pictures, and the same in Weights & Biases."""
+"""Log metrics, alerts and pictures to the run's folder, the terminal and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from ssl_pretrain.schema import setting
 from ssl_pretrain.system import durable_files
 
 T = TypeVar("T")
-MIN_STEPS_BETWEEN_CURVES = 500  # for W&B; plots.jsonl has the curves of every measurement
-NEIGHBORS_CAPTION = "left: the query; then its nearest training images, green if of its class"
+MIN_STEPS_BETWEEN_CURVES = 500  # applies to W&B; plots.jsonl has all curves
+NEIGHBORS_CAPTION = (
+    "query on the left, then its nearest training images, green if their class is the query's"
+)
 
 
 @dataclass
 class LogConfig:
-    """Metrics and Weights & Biases."""
+    """Settings of metric records and Weights & Biases."""
 
     every_steps: int = setting(10, "Steps between two records of metrics.", minimum=1)
     wandb: Literal["auto", "online", "offline", "off"] = setting(
@@ -37,38 +39,38 @@ class LogConfig:
         "Weights & Biases. auto: online if there is an API key, else off. "
         "WANDB_MODE and WANDB_DISABLED are respected.",
     )
-    project: str = setting("ssl_pretrain", "W&B project.")
-    name: str = setting("", "Name of the W&B run. Empty: the name of the output folder.")
+    project: str = setting("ssl_pretrain", "Name of the W&B project.")
+    name: str = setting("", "Name of the W&B run. If empty, the name of the output folder is used.")
     tags: list[str] = setting([], "Tags of the W&B run.")
     stall_seconds: float = setting(900.0, "Seconds without a record before W&B sends an alert.")
     peak_tflops: float = setting(
         0.0,
         "Peak bfloat16 TFLOP/s of one GPU, for the model FLOPs utilization. "
-        "0: taken from the GPU's name if it is known.",
+        "If 0, the peak is looked up by the GPU's name.",
     )
 
 
 class Logger:
-    """Writer of a run's records, on rank 0 every `every_steps`, with the values of all ranks.
+    """Logger of a run. Rank 0 writes a record for all ranks every `every_steps` steps.
 
     Args:
         settings: The `log` section of the configuration.
         run: The run's folder.
-        first_step: Steps that the run has done already.
-        last_step: Steps of the whole run.
+        first_step: Number of steps that the run has already done.
+        last_step: Number of steps of the whole run.
         steps_per_epoch: Optimizer steps per epoch.
         global_batch_size: Images per optimizer step.
-        config: Resolved configuration, shown at W&B.
-        wandb_id: W&B run to continue, None for a new one.
-        flops_per_image: Floating-point operations of a training step per image; 0 if unknown.
-        peak_tflops: Peak of a rank's device; 0 if unknown.
-        on_failure: If the disk refuses a record, `stop` sets `must_stop`, and `warn` prints a
-            warning and keeps the record in memory.
+        config: Resolved configuration, shown in W&B.
+        wandb_id: Identifier of the W&B run to continue, or None to start a new one.
+        flops_per_image: Floating-point operations of a training step per image, or 0 if unknown.
+        peak_tflops: Peak TFLOP/s of a rank's device, or 0 if unknown.
+        on_failure: Reaction to a record that cannot be written. `stop` sets `must_stop`. `warn`
+            prints a warning and keeps the record in memory.
 
     Attributes:
-        past_records: Records of a resumed run so far, on rank 0.
-        must_stop: True on all ranks if the run has to end because of the disk.
-        wandb_id: Identity of the run at W&B, which its checkpoints store.
+        past_records: Records that a resumed run has already written, on rank 0.
+        must_stop: True on all ranks if the run has to end because a record was not written.
+        wandb_id: Identifier of the run in W&B, which its checkpoints store.
 
     Raises:
         SaveError: If the records of a resumed run cannot be trimmed and `on_failure` is `stop`.
@@ -94,11 +96,11 @@ class Logger:
         self.wandb_id, self.on_failure, self.must_stop = wandb_id, on_failure, False
         self._flops, self._peak_tflops = flops_per_image, settings.peak_tflops or peak_tflops
         self._interval = Interval(first_step)
-        self._metrics: dict[str, float] = {}  # measured since the last record
-        self._curves: dict[str, list[float]] | None = None  # for the next record sent to W&B
+        self._metrics: dict[str, float] = {}  # monitor results since the last record
+        self._curves: dict[str, list[float]] | None = None  # sent to W&B with the next record
         self._curves_step = -MIN_STEPS_BETWEEN_CURVES
         self._has_skipped = False  # True if the last record had skipped steps
-        self._problem: str | None = None  # message about the file for which the run stops
+        self._problem: str | None = None  # message about the file that was not written
         self._wandb: wandb_run.WandbRun | None = None
         self.past_records = self._trim(first_step)
         self.console = Console(last_step, self.past_records)
@@ -121,7 +123,7 @@ class Logger:
             self.wandb_id = self._wandb.run_id
 
     def time_waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield the batches, and record the time spent waiting for them as `data_wait`."""
+        """Yield the batches and record the time spent waiting for them as `data_wait`."""
         return self._interval.time_waiting(batches)
 
     def log_step(
@@ -131,10 +133,10 @@ class Logger:
         learning_rates: dict[str, float],
         measurements: Measurements | None = None,
     ) -> None:
-        """Log a step, and write a record if one is due.
+        """Log a step and write a record if one is due.
 
         Args:
-            step: Optimizer steps done, this one included.
+            step: Optimizer steps done, including this one.
             logs: Scalars on the device. Their means over the interval are written.
             learning_rates: Values of the schedules at this step.
             measurements: Results of the monitors.
@@ -151,7 +153,7 @@ class Logger:
         )
         has_warnings, has_disk_problem = summary.flags  # the same on every rank
         if has_warnings:
-            self._warnings.show_others(collectives.gather_objects(self._warnings.take()))
+            self._warnings.show_from_ranks(collectives.gather_objects(self._warnings.take()))
         if has_disk_problem:
             self._handle_disk_problem()
         if process_group.is_main():
@@ -169,11 +171,11 @@ class Logger:
         """Save views.png and views.json at the first step of the run.
 
         Args:
-            step: Optimizer steps done, this one included.
+            step: Optimizer steps done, including this one.
             views: Views of this batch as the network sees them.
             mean: Channel means that the normalization subtracted.
-            std: Channel deviations that the normalization divided by.
-            describe: Returns the augmentations of each image's views as text.
+            std: Channel standard deviations that the normalization divided by.
+            describe: Function that returns the augmentations of each image's views as text.
         """
         if step > 1 or not process_group.is_main():
             return
@@ -198,7 +200,7 @@ class Logger:
         self._send("alert", title=title, text=text, tag=tag or title.replace(" ", "-"))
 
     def close(self, succeeded: bool = True) -> None:
-        """Write the last records and end the run in W&B, as crashed unless it succeeded."""
+        """Write the last records and end the W&B run, as crashed unless `succeeded` is true."""
         self.console.close()
         self._files.close()
         self._warnings.remove()
@@ -209,20 +211,20 @@ class Logger:
     def __enter__(self) -> Logger:
         return self
 
-    def __exit__(self, kind: object, *_exception: object) -> None:
+    def __exit__(self, error_type: object, *_exception: object) -> None:
         """Close the logger.
 
         Raises:
             SaveError: If a file could not be written and `on_failure` is `stop`.
         """
-        self.close(kind is None)
-        if kind is None:
+        self.close(error_type is None)
+        if error_type is None:
             background_writer.raise_or_warn(
                 self._problem or self._files.take_problems(), self.on_failure
             )
 
     def _trim(self, first_step: int) -> list[dict[str, Any]]:
-        """Remove the records after the resumed step and return the others, on rank 0."""
+        """Remove the records after the resumed step. Return the others on rank 0."""
         problem, past_records = None, []
         if process_group.is_main():
             path = self.run / "metrics.jsonl"
@@ -237,17 +239,17 @@ class Logger:
     def _record(
         self, step: int, summary: Summary, learning_rates: dict[str, float]
     ) -> dict[str, Any]:
-        speed = summary.num_steps * self.global_batch_size / summary.seconds
+        images_per_second = summary.num_steps * self.global_batch_size / summary.seconds
         return {
             "step": step,
             "epoch": step / self.steps_per_epoch,
             **summary.logs,
             **learning_rates,
-            "images_per_second": speed,
+            "images_per_second": images_per_second,
             "seconds_per_step": summary.seconds / summary.num_steps,
             "data_wait": summary.data_wait,
             "memory_gib": summary.memory_gib,
-            **self._flops_metrics(speed),
+            **self._flops_metrics(images_per_second),
             **self._metrics,
             "time": time.time(),
         }

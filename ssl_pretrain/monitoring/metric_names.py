@@ -1,6 +1,6 @@
 """Titles and descriptions of the metrics of a run, and their names in earlier versions.
 
-W&B, the dashboard and the HTML reports take the group and the title of a metric from here.
+W&B, the dashboard and the HTML reports use the groups and titles of this module.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ class Curve(NamedTuple):
     group: str
     title: str
     description: str = ""
-    percent: bool = False  # a fraction in [0, 1], shown times 100
+    percent: bool = False  # True for a fraction in [0, 1] that is shown times 100
 
 
 LEARNING, COLLAPSE, NETWORK = "Learning", "Collapse", "Network"
@@ -28,7 +28,9 @@ CURVES = {
     "knn": Curve(
         LEARNING, "k-NN accuracy", "frozen features, on training images outside the bank", True
     ),
-    "probe": Curve(LEARNING, "linear accuracy", "the same features on the same images", True),
+    "probe": Curve(
+        LEARNING, "linear accuracy", "linear classifier on the images and features of k-NN", True
+    ),
     "lr": Curve(LEARNING, "learning rate"),
     "weight_decay": Curve(LEARNING, "weight decay"),
     "skipped_steps": Curve(
@@ -46,7 +48,7 @@ CURVES = {
         COLLAPSE, "RankMe", "effective rank of the embeddings, not centered; 1 means collapse"
     ),
     "effective_rank_centered": Curve(
-        COLLAPSE, "effective rank, centered", "effective rank of what differs between images"
+        COLLAPSE, "effective rank, centered", "effective rank of the embeddings minus their mean"
     ),
     "rank_share": Curve(
         COLLAPSE,
@@ -62,7 +64,8 @@ CURVES = {
     "embedding_std": Curve(
         COLLAPSE,
         "spread",
-        "standard deviation of unit-length embeddings times sqrt(dim): 1 is uniform, 0 collapsed",
+        "standard deviation of unit-length embeddings times sqrt(dim); "
+        "1 is uniform, 0 is collapsed",
     ),
     "embedding_std_min": Curve(COLLAPSE, "spread of the flattest dimension"),
     "embedding_scale": Curve(
@@ -72,7 +75,7 @@ CURVES = {
     ),
     "uniformity": Curve(COLLAPSE, "uniformity", "0 is collapsed, -4 is best"),
     "alignment": Curve(
-        COLLAPSE, "alignment", "squared distance of two views of an image: 0 equal, 2 unrelated"
+        COLLAPSE, "alignment", "squared distance of two views; 0 if they are equal, 2 if unrelated"
     ),
     "pair_cosine": Curve(COLLAPSE, "cosine of positive pairs"),
     "positive_rank": Curve(
@@ -84,7 +87,10 @@ CURVES = {
         "1 means the two views of an image cannot be matched",
     ),
     "prototype_usage": Curve(
-        COLLAPSE, "prototypes in use", "share of those that the measured images can reach", True
+        COLLAPSE,
+        "prototypes in use",
+        "share of the prototypes that the measured images can reach",
+        True,
     ),
     "prototype_entropy": Curve(
         COLLAPSE,
@@ -119,7 +125,7 @@ CURVES = {
 AXES = ("step", "epoch", "evaluated_step")
 PREFIXES = {"gradient_norm_": "gradient, ", "update_ratio_": "update over weights, "}
 
-# Metrics and files of runs made by earlier versions, with their present names.
+# Current names of metrics and files, by the names that earlier versions gave them.
 RENAMED = {
     "alarms.jsonl": "alerts.jsonl",
     "neighbours": "neighbors",
@@ -146,7 +152,7 @@ def display_name(key: str) -> str:
 
 
 def evaluation(result: str, column: str) -> str:
-    """Return the name in W&B of one column of an evaluation of the pretrained features."""
+    """Return the W&B name of a column in the result of an evaluation of pretrained features."""
     return f"{EVALUATION}/{result}, {column}"
 
 
@@ -156,6 +162,7 @@ def with_current_names(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def existing_paths(run: Path, name: str) -> list[Path]:
-    """Return the paths in a run folder under a name and its earlier names, the earliest first."""
-    earlier = [old for old, new in RENAMED.items() if new == name]
-    return [run / each for each in (*earlier, name) if (run / each).exists()]
+    """Return the existing files of a run under this name and its earlier names, earlier first."""
+    earlier_names = [old for old, new in RENAMED.items() if new == name]
+    paths = [run / file_name for file_name in (*earlier_names, name)]
+    return [path for path in paths if path.exists()]

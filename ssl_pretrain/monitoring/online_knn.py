@@ -1,4 +1,4 @@
-"""k-NN and linear accuracy of the backbone, measured during a run on training images."""
+"""Measure the k-NN and linear accuracy of the backbone during a run, on training images."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.schema import setting
 
 T = TypeVar("T")
-# Yields batches of normalized images and labels, in the order of the indices that it is given.
+# Yields batches of normalized images and labels, in the order of the given indices.
 ReadImages = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]
 NUM_QUERIES, NUM_NEIGHBORS = 8, 6  # rows and columns of the picture
 
@@ -26,19 +26,20 @@ NUM_QUERIES, NUM_NEIGHBORS = 8, 6  # rows and columns of the picture
 class OnlineConfig:
     """Accuracies measured during a run."""
 
-    knn_every_epochs: float = setting(1.0, "Epochs between two measurements. 0: never.")
+    knn_every_epochs: float = setting(1.0, "Epochs between two measurements, or 0 for none.")
     k: int = setting(20, "Number of nearest neighbors that vote.")
     temperature: float = setting(0.07, "Divisor of the neighbors' cosine similarities.")
     probe: bool = setting(True, "Also fit a linear classifier to the same features.")
     max_train: int = setting(10000, "Training images in the bank of neighbors.")
-    max_test: int = setting(2000, "Training images used as queries. The bank does not hold them.")
+    max_test: int = setting(2000, "Training images used as queries. They are not in the bank.")
     on_failure: Literal["stop", "warn"] = setting(
-        "warn", "If a measurement fails on any rank, end the run, or warn and continue."
+        "warn",
+        "Reaction to a measurement that fails on any rank. stop ends the run, warn continues.",
     )
 
 
 class MeasureError(RuntimeError):
-    """A measurement failed on some rank. Every rank raises it."""
+    """A measurement failed on some rank. Every rank raises this error."""
 
 
 class OnlineKNN:
@@ -46,10 +47,11 @@ class OnlineKNN:
 
     The bank and the queries are labeled training images, chosen by one fixed permutation, so the
     test set has no influence on a run. The accuracy is meant for a curve over the run. eval/knn.py
-    gives the number to report.
+    measures the accuracy to report.
 
-    Each rank embeds every world_size-th image. Padding gives all ranks the same number of forward
-    passes, which sharded weights need. The measured images are the same on any number of ranks.
+    Each rank embeds every world_size-th image. The images are padded so that all ranks do the same
+    number of forward passes, which sharded weights need. The measured images are the same on any
+    number of ranks.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class OnlineKNN:
             read_images: Reads the evaluation views of training images by their indices.
             labels: Classes of all training images, (num_train,), -1 for unlabeled ones.
             order: A fixed permutation of the indices of the training images. The first labeled
-                ones, at most a fifth, become the queries, and the next ones the bank.
+                ones, at most a fifth, become the queries, and the next ones become the bank.
             steps_per_epoch: Optimizer steps of one epoch.
             device: Device of the backbone.
             read_pixels: Reads images by their indices, uint8 (num_images, 3, size, size). Without
@@ -89,7 +91,7 @@ class OnlineKNN:
             weighted_knn.check(config.k, config.temperature, len(self.bank), "online.")
         elif config.knn_every_epochs > 0:
             process_group.print_once(
-                f"online k-NN: off, because only {len(labeled)} training images have labels"
+                f"online k-NN is off, because only {len(labeled)} training images have labels"
             )
 
     @property
@@ -123,7 +125,7 @@ class OnlineKNN:
 
     @torch.no_grad()
     def measure(self, backbone: nn.Module) -> Measurements:
-        """Measure the backbone, and leave the state of the training as it was.
+        """Measure the backbone without changing the state of the training.
 
         Returns:
             Accuracies in [0, 1], the same on all ranks, and a picture of neighbors on rank 0. Empty
@@ -167,14 +169,14 @@ class OnlineKNN:
 
         predictions, picture = _on_every_rank(classify)
         num_correct = {
-            name: collectives.reduce_sum((predicted == labels).sum().double()).item()
-            for name, predicted in predictions.items()
+            name: collectives.reduce_sum((classes == labels).sum().double()).item()
+            for name, classes in predictions.items()
         }
         accuracies = {name: count / len(self.queries) for name, count in num_correct.items()}
         return Measurements(accuracies, neighbors=picture)
 
     def _draw_neighbors(self, bank: Tensor, queries: Tensor) -> Tensor | None:
-        """Draw the first queries with their nearest images of the bank, on rank 0."""
+        """Draw the first queries with their nearest images in the bank, on rank 0."""
         if self.read_pixels is None or not process_group.is_main():
             return None
         similarities = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
@@ -205,7 +207,7 @@ class OnlineKNN:
 def _on_every_rank(function: Callable[[], T]) -> T:
     """Call a function on every rank and return its result, unless a rank has failed.
 
-    If a failed rank left without the others, they would wait forever in the next collective.
+    If only the failed rank raised, the others would wait forever in the next collective.
 
     Raises:
         MeasureError: If any rank failed. The message names these ranks and their errors. Every rank

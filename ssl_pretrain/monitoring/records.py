@@ -1,4 +1,4 @@
-"""Records of a run: measurements of its monitors, and files with one JSON object per line."""
+"""Measurements of a run's monitors, and files of records with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ssl_pretrain.system import durable_files
 
 @dataclass
 class Measurements:
-    """Results of the monitors after one step, each empty unless it was due."""
+    """Results of the monitors after one step. Results that were not due are empty."""
 
-    metrics: dict[str, float] = field(default_factory=dict)  # joined to the next record
+    metrics: dict[str, float] = field(default_factory=dict)  # added to the next record
     curves: dict[str, list[float]] = field(default_factory=dict)  # one line of plots.jsonl
     neighbors: Tensor | None = None  # picture (3, height, width) in [0, 1], on rank 0
 
@@ -39,10 +39,10 @@ def encode(record: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a file, one per step, in the order of the steps.
+    """Read the records of a file, one per step, sorted by step.
 
-    A line that was cut short by a kill is left out. Of two records of a step, the later one counts.
-    Metrics have their present names, whatever version wrote them.
+    A line that was cut short by a kill is left out. If a step has two records, the later one
+    counts. Metrics get their current names, whichever version wrote them.
     """
     records = {}
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
@@ -57,8 +57,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 def trim(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Remove the records after `last_step` from a file and return the others.
 
-    A resumed run calls this, because it will write those records again. The file is replaced
-    atomically, and only if it changes.
+    A resumed run calls this function, because it will write those records again. The file is
+    replaced atomically, and only if it changes.
     """
     records = [record for record in read(path) if record["step"] <= last_step]
     content = "".join(f"{encode(record)}\n" for record in records)

@@ -14,11 +14,11 @@ Group = dict[str, Any]
 class SGD(torch.optim.Optimizer):
     """Momentum SGD, v = momentum * v + gradient + weight_decay * p and p = p - lr * v.
 
-    The step is masked on the device by the protocol of torch's fused kernels, which `GradScaler`
-    also uses. `optimizer.found_inf` is a scalar tensor, set before `step`. If it is 1, the kernel
-    changes neither weights nor buffers, and the host does not wait for its value. The fused Adam
-    and AdamW of torch follow the same protocol. `torch.optim.SGD` breaks it if the first step is
-    masked, because it creates momentum buffers without initializing them.
+    A step is masked on the device by the protocol of torch's fused kernels, which `GradScaler` also
+    uses. `optimizer.found_inf` is a scalar tensor, set before `step`. If it is 1, the kernel
+    changes neither weights nor buffers. The host does not wait for its value. The fused Adam and
+    AdamW of torch follow the same protocol. `torch.optim.SGD` breaks the protocol if the first step
+    is masked, because it creates momentum buffers without initializing them.
 
     Each rank updates its own shards of sharded parameters.
 
@@ -92,7 +92,7 @@ class LARS(SGD):
         trust_coefficient: Length of a step relative to the weights.
         convention: `classic` puts the rate inside the buffer, v = momentum * v + lr * trust * u and
             p = p - v (google-research/simclr, lars_optimizer.py). `popular` puts it outside,
-            v = momentum * v + trust * u and p = p - lr * v. They differ while lr changes.
+            v = momentum * v + trust * u and p = p - lr * v. The two differ while lr changes.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class LARS(SGD):
     ):
         if convention not in ("classic", "popular"):
             raise ValueError(
-                f"optim.momentum_convention: {convention!r}; choose classic or popular"
+                f"optim.momentum_convention: {convention!r} is unknown; choose classic or popular"
             )
         self.convention = convention
         super().__init__(params, momentum=momentum, adapt=True, trust_coefficient=trust_coefficient)
 
     def _step_group(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
         updates = collectives.shards(gradients)
-        if group["weight_decay"]:  # in place, because copying all gradients costs more than adding
+        if group["weight_decay"]:  # added in place, because a copy of all gradients is expensive
             torch._foreach_add_(updates, collectives.shards(params), alpha=group["weight_decay"])
         is_classic = self.convention == "classic"
         if group["adapt"]:
@@ -150,8 +150,8 @@ class LARC(SGD):
             return
         weights, updates = collectives.shards(params), collectives.shards(gradients)
         weight_norms, gradient_norms = collectives.norms(params, gradients)
-        norms = gradient_norms + group["weight_decay"] * weight_norms + 1e-8
-        rate = group["trust_coefficient"] * weight_norms / norms
+        denominators = gradient_norms + group["weight_decay"] * weight_norms + 1e-8
+        rate = group["trust_coefficient"] * weight_norms / denominators
         if self.clip:
             rate = (rate / group["lr"]).clamp(max=1.0) if group["lr"] else torch.ones_like(rate)
         nonzero = (weight_norms > 0) & (gradient_norms > 0)

@@ -1,4 +1,4 @@
-"""The optimizer of a run: configuration, parameter groups, learning rates and masked steps."""
+"""Configure and build the optimizer of a run, set its learning rates, and take masked steps."""
 
 import math
 from collections.abc import Iterable
@@ -16,14 +16,14 @@ from ssl_pretrain.schema import setting
 
 @dataclass
 class OptimConfig:
-    """The optimizer and its schedule. The scaled learning rate is printed by `--plan`."""
+    """Settings of the optimizer and its schedule. `--plan` prints the scaled learning rate."""
 
     name: Literal["lars", "larc", "adamw", "adam", "sgd"] = setting("lars", "Optimizer.")
     base_lr: float = setting(0.3, "Learning rate before it is scaled with the batch size.")
     lr_scaling: Literal["linear", "sqrt", "none"] = setting(
         "linear",
-        "Scaled learning rate. linear: base_lr * global_batch_size / 256. "
-        "sqrt: base_lr * sqrt(global_batch_size). none: base_lr.",
+        "Rule for the scaled learning rate, which is base_lr * global_batch_size / 256 for linear, "
+        "base_lr * sqrt(global_batch_size) for sqrt, and base_lr for none.",
     )
     final_lr_ratio: float = setting(
         0.0, "Learning rate at the end of the cosine, as a fraction of the scaled one."
@@ -39,12 +39,12 @@ class OptimConfig:
     milestone_factor: float = setting(0.1, "Factor of the learning rate at each milestone.")
     changes_every: Literal["step", "epoch"] = setting(
         "step",
-        "How often the learning rate changes. "
-        "epoch: all steps use the rate of the epoch's first step, as in MoCo v2 and SimSiam.",
+        "How often the learning rate changes. With epoch, "
+        "all steps use the rate of the epoch's first step, as in MoCo v2 and SimSiam.",
     )
     excluded_lr_ratio: float = setting(
         1.0,
-        "Learning rate of the excluded parameters divided by the others' (Barlow Twins: 0.024).",
+        "Learning rate of the excluded parameters, relative to the others (Barlow Twins: 0.024).",
     )
     constant_lr_names: list[str] = setting(
         [],
@@ -53,18 +53,19 @@ class OptimConfig:
     weight_decay: float = setting(1e-4, "Weight decay.")
     final_weight_decay: float | None = setting(
         None,
-        "Weight decay at the end of a half cosine (DINO: from 0.04 to 0.4). null: it is constant.",
+        "Weight decay at the end of a half cosine (DINO: from 0.04 to 0.4). "
+        "null keeps it constant.",
     )
     momentum: float = setting(0.9, "Momentum of lars, larc and sgd.", below=1)
     momentum_convention: Literal["classic", "popular"] = setting(
         "classic",
-        "classic: the learning rate is inside the momentum buffer (SimCLR). "
-        "popular: it multiplies the buffer (BYOL, MoCo v3, Barlow Twins).",
+        "Place of the learning rate. It is inside the momentum buffer for classic (SimCLR), and "
+        "multiplies the buffer for popular (BYOL, MoCo v3, Barlow Twins).",
     )
-    nesterov: bool = setting(False, "Nesterov momentum. sgd only.")
+    nesterov: bool = setting(False, "Use Nesterov momentum, with sgd only.")
     trust_coefficient: float = setting(0.001, "Trust coefficient eta of lars and larc.")
     larc_clip: bool = setting(
-        False, "larc only: no tensor's rate exceeds lr (solo-learn: true, SwAV: false)."
+        False, "Limit each tensor's rate to lr, with larc only (solo-learn: true, SwAV: false)."
     )
     betas: list[float] = setting(
         [0.9, 0.999], "Decay rates of the moments of adamw and adam.", below=1
@@ -74,18 +75,19 @@ class OptimConfig:
     )
     exclude_by: Literal["ndim", "name", "none"] = setting(
         "ndim",
-        "How parameters are excluded from weight decay and from the adaptation of LARS. "
-        "ndim: biases and norms, which have at most one dimension. name: by exclude_names.",
+        "How to choose the parameters without weight decay and without the adaptation of LARS. "
+        "ndim excludes biases and norms, which have at most one dimension. name excludes by "
+        "exclude_names.",
     )
-    exclude_names: list[str] = setting([], "Parts of parameter names, for exclude_by=name.")
-    clip_norm: float = setting(0.0, "Largest norm of the gradient. 0: no clipping.")
+    exclude_names: list[str] = setting([], "Substrings of excluded names, for exclude_by=name.")
+    clip_norm: float = setting(0.0, "Largest norm of the gradient. 0 means no clipping.")
     clip_by: Literal["whole", "tensor"] = setting(
-        "whole", "Norm that clip_norm bounds: the whole gradient's, or each tensor's (DINO)."
+        "whole", "Norm that clip_norm limits, of the whole gradient or of each tensor (DINO)."
     )
 
 
 def check(config: OptimConfig) -> None:
-    """Raise ValueError, naming the key, if a value cannot be meant."""
+    """Raise ValueError, naming the key, if a value makes no sense."""
     if len(config.betas) != 2:
         raise ValueError(
             f"optim.betas: {config.betas} has {len(config.betas)} numbers; "
@@ -118,7 +120,8 @@ def parameter_groups(config: OptimConfig, module: nn.Module) -> list[dict[str, A
     for prefix in config.constant_lr_names:
         if not any(name.startswith(prefix) for name, _ in trained):
             raise ValueError(
-                f"optim.constant_lr_names: no trained parameter's name starts with {prefix!r}"
+                f"optim.constant_lr_names: no trained parameter's name starts with {prefix!r}; "
+                "give a prefix such as predictor, or leave it out"
             )
     groups: dict[tuple[bool, bool], dict[str, Any]] = {
         (constant, excluded): {
@@ -184,7 +187,8 @@ def rates(
     else:
         num_passed = sum(epochs_done >= milestone for milestone in config.milestones)
         lr = peak * config.milestone_factor**num_passed
-        lr = start + (lr - start) * fraction / warmup if fraction < warmup else lr
+        if fraction < warmup:
+            lr = start + (lr - start) * fraction / warmup
     if config.final_weight_decay is not None:
         decay = schedules.cosine(progress.fraction, start=decay, final=config.final_weight_decay)
     return {"lr": lr, "weight_decay": decay}
@@ -198,12 +202,12 @@ def set_rates(
     global_batch_size: int,
 ) -> dict[str, float]:
     """Set the optimizer's rates for a step and return them. See `rates` for the arguments."""
-    current = rates(config, progress, epochs, global_batch_size)
+    step_rates = rates(config, progress, epochs, global_batch_size)
     for group in optimizer.param_groups:
-        lr = scaled_lr(config, global_batch_size) if group["constant"] else current["lr"]
+        lr = scaled_lr(config, global_batch_size) if group["constant"] else step_rates["lr"]
         group["lr"] = lr * (1.0 if group["adapt"] else config.excluded_lr_ratio)
-        group["weight_decay"] = current["weight_decay"] if group["adapt"] else 0.0
-    return current
+        group["weight_decay"] = step_rates["weight_decay"] if group["adapt"] else 0.0
+    return step_rates
 
 
 @torch.no_grad()
@@ -219,9 +223,9 @@ def guarded_step(
     and the host does not wait for it. It is the same on every rank because the gradients are.
 
     Args:
-        optimizer: An optimizer of `build`.
+        optimizer: An optimizer built by `build`.
         clip_norm: Largest norm of the gradient. 0 means no clipping.
-        clip_by: `whole` clips the whole gradient, `tensor` each tensor's.
+        clip_by: `whole` clips the whole gradient. `tensor` clips the gradient of each tensor.
         frozen: Parameters that stay fixed in this step. Their gradients count for clipping, as in
             DINO's code, and then become None.
 
@@ -241,7 +245,7 @@ def guarded_step(
         torch._foreach_mul_(gradients, list((clip_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
     for parameter in frozen:
         parameter.grad = None
-    masked: Any = optimizer  # see SGD for the protocol
+    masked: Any = optimizer  # `SGD` describes the protocol
     masked.found_inf, masked.grad_scale = skipped, None
     masked.step()
     return norm, skipped

@@ -1,6 +1,6 @@
-"""Progress of a run, and schedules of rates.
+"""Progress of a run, and the schedules that depend on it.
 
-Everything is a pure function of the step's number, so a resumed run needs no other state.
+Everything is a pure function of the step number, so a resumed run needs no other state.
 """
 
 import math
@@ -13,9 +13,9 @@ class Progress:
     """Position of an optimizer step in its run.
 
     Attributes:
-        step: Optimizer steps done before this one, so 0 for the first.
-        num_steps: Optimizer steps of the whole run.
-        steps_per_epoch: Optimizer steps of one pass over the data.
+        step: Number of optimizer steps before this one, 0 for the first.
+        num_steps: Number of optimizer steps in the whole run.
+        steps_per_epoch: Number of optimizer steps in one pass over the data.
     """
 
     step: int
@@ -40,7 +40,7 @@ class Progress:
 def warmup_cosine(
     fraction: float, *, warmup: float, start: float = 0.0, peak: float = 1.0, final: float = 0.0
 ) -> float:
-    """Return a linear warm-up from `start` to `peak`, then half a cosine down to `final`.
+    """Linear warm-up from `start` to `peak`, then half a cosine down to `final`.
 
     The cosine is equation 5 of SGDR (Loshchilov and Hutter, ICLR 2017, arXiv:1608.03983).
 
@@ -58,10 +58,10 @@ def warmup_cosine(
 
 
 def cosine(fraction: float, *, start: float, final: float) -> float:
-    """Return half a cosine from `start` at fraction 0 to `final` at fraction 1."""
+    """Half a cosine from `start` at fraction 0 to `final` at fraction 1."""
     return final + (start - final) * (1 + math.cos(math.pi * fraction)) / 2
 
 
 def linear(position: float, *, start: float, final: float, end: float = 1.0) -> float:
-    """Return a line from `start` at position 0 to `final` at `end`, constant afterwards."""
+    """Straight line from `start` at position 0 to `final` at `end`, constant afterwards."""
     return start + (final - start) * min(1.0, position / end) if end > 0 else final

@@ -1,6 +1,6 @@
 """Batch norm over fixed groups of the global batch, on any device.
 
-torch's SyncBatchNorm runs on CUDA only.
+torch's SyncBatchNorm only runs on CUDA.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from ssl_pretrain.distributed import collectives, process_group
 class GroupBatchNorm(nn.Module):
     """Batch norm over groups of `group_images` consecutive images of the global batch.
 
-    A forward pass may hold several views of the same images, stacked view by view. It then has
-    views * images rows, and a group holds all views of its images. A group is either a slice of
+    A forward pass may contain several views of the same images, stacked view by view. It then has
+    views * images rows, and a group contains all views of its images. A group is either a slice of
     this rank's images or all images of several ranks.
 
     Args:
@@ -35,8 +35,9 @@ class GroupBatchNorm(nn.Module):
         super().__init__()
         if source.momentum is None or source.running_mean is None:
             raise ValueError(
-                "batch norm without running statistics or with a cumulative momentum cannot be "
-                "grouped"
+                f"parallel.bn_group_images: {group_images} does not support a batch norm without "
+                "running statistics or with a cumulative average of them; set it to "
+                f"{micro_batch_size}, the images per forward pass"
             )
         self.eps, self.momentum = source.eps, float(source.momentum)
         self.micro_batch_size, self.group = micro_batch_size, group
@@ -51,7 +52,7 @@ class GroupBatchNorm(nn.Module):
         self.train(source.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize (rows, channels, ...), in evaluation mode by the running statistics."""
+        """Normalize (rows, channels, ...). Evaluation mode uses the running statistics."""
         if self.training:
             y = self._across_ranks(x) if self.ranks_per_group > 1 else self._within_rank(x)
         else:
@@ -80,7 +81,7 @@ class GroupBatchNorm(nn.Module):
         weight = self.weight.repeat(groups) if self.weight is not None else None
         bias = self.bias.repeat(groups) if self.bias is not None else None
         y = F.batch_norm(grouped, mean, variance, weight, bias, True, self.momentum, self.eps)
-        with torch.no_grad():  # each group updated its own copy of the running statistics
+        with torch.no_grad():  # each group has updated its own copy of the running statistics
             self.num_batches_tracked += 1
             self.running_mean.copy_(mean.view(groups, channels).mean(0))
             self.running_var.copy_(variance.view(groups, channels).mean(0))
@@ -88,7 +89,7 @@ class GroupBatchNorm(nn.Module):
 
 
 class _Synchronized(torch.autograd.Function):
-    """Normalization over the rows of several ranks.
+    """Batch normalization over the rows of several ranks.
 
     The forward pass combines the ranks' means, sums of squared deviations and counts. The backward
     pass reduces two sums over ranks.
@@ -118,21 +119,22 @@ class _Synchronized(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
         x, mean, variance, weight, total = ctx.saved_tensors
         wide, grad = x.to(mean.dtype), grad.to(mean.dtype)
-        inverse = (variance + ctx.eps).rsqrt()
-        # Two sums over this rank's rows, with the mean and deviation of the group.
+        inverse_std = (variance + ctx.eps).rsqrt()
+        # Two sums over this rank's rows, with the mean and standard deviation of the group.
         _, sum_product, sum_grad = torch.ops.aten.native_batch_norm_backward(
-            grad, wide, weight, None, None, mean, inverse, True, ctx.eps, [False, True, True]
+            grad, wide, weight, None, None, mean, inverse_std, True, ctx.eps, [False, True, True]
         )
         local_sums = torch.stack([sum_grad, sum_product])
         mean_grad, mean_product = (collectives.reduce_sum(local_sums, ctx.group) / total).unbind()
-        # scale * (grad - mean_grad - normalized * mean_product) as an affine map of x and grad
-        scale = inverse if weight is None else inverse * weight
-        slope = -scale * inverse * mean_product
+        # Write scale * (grad - mean_grad - normalized * mean_product) as an affine map of x and
+        # grad.
+        scale = inverse_std if weight is None else inverse_std * weight
+        slope = -scale * inverse_std * mean_product
         offset = -scale * mean_grad - slope * mean
-        per_channel = (1, -1, *[1] * (x.ndim - 2))
-        x_grad = torch.addcmul(offset.view(per_channel), wide, slope.view(per_channel))
-        x_grad = torch.addcmul(x_grad, grad, scale.view(per_channel)).to(x.dtype)
-        # Weight and bias get this rank's sums. DDP averages them over ranks like other gradients.
+        channel_shape = (1, -1, *[1] * (x.ndim - 2))
+        x_grad = torch.addcmul(offset.view(channel_shape), wide, slope.view(channel_shape))
+        x_grad = torch.addcmul(x_grad, grad, scale.view(channel_shape)).to(x.dtype)
+        # The gradients of weight and bias are this rank's sums. DDP averages them over ranks.
         weight_grad = sum_product if weight is not None else None
         return x_grad, weight_grad, sum_grad if ctx.has_bias else None, None, None
 
@@ -140,8 +142,8 @@ class _Synchronized(torch.autograd.Function):
 def convert(module: nn.Module, micro_batch_size: int, group_images: int) -> nn.Module:
     """Make every batch norm in `module` normalize over groups of `group_images` images, in place.
 
-    torch's own batch norm stays if one forward pass is exactly one group. CUDA ranks that share a
-    group use torch's SyncBatchNorm.
+    torch's own batch norm is kept if each forward pass is exactly one group. CUDA ranks that share
+    a group use torch's SyncBatchNorm.
 
     Args:
         module: The network.
@@ -149,7 +151,7 @@ def convert(module: nn.Module, micro_batch_size: int, group_images: int) -> nn.M
         group_images: Images per group.
 
     Raises:
-        ValueError: If the groups split a rank's images unevenly.
+        ValueError: If the groups do not divide the images or the ranks evenly.
     """
     world_size, ranks = process_group.world_size(), group_images // micro_batch_size
     if group_images % micro_batch_size and micro_batch_size % group_images:
@@ -163,13 +165,14 @@ def convert(module: nn.Module, micro_batch_size: int, group_images: int) -> nn.M
     if ranks > 1 and world_size % ranks:
         raise ValueError(
             f"parallel.bn_group_images: {group_images} images span {ranks} ranks of "
-            f"{micro_batch_size} images, and {ranks} does not divide the {world_size} ranks"
+            f"{micro_batch_size} images, and {ranks} does not divide the {world_size} ranks; "
+            f"choose {micro_batch_size} times a divisor of {world_size}"
         )
     group = process_group.new_subgroup(ranks) if ranks > 1 else None
     for name, child in list(module.named_modules()):
         if isinstance(child, _BatchNorm):
-            on_cuda = child.weight is not None and child.weight.is_cuda
-            if ranks > 1 and on_cuda and not hasattr(child, "act"):
+            is_on_cuda = child.weight is not None and child.weight.is_cuda
+            if ranks > 1 and is_on_cuda and not hasattr(child, "act"):
                 grouped = nn.SyncBatchNorm.convert_sync_batchnorm(child, group)
             else:
                 grouped = GroupBatchNorm(child, micro_batch_size, group_images, group)
@@ -200,7 +203,7 @@ def _means_and_variances(module: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def snapshot_statistics(module: nn.Module) -> Tensor | None:
-    """Return a copy of all running means and variances as one vector, or None without any."""
+    """Return a copy of all running means and variances as a vector, or None if there are none."""
     buffers = _means_and_variances(module)
     return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else None
 
@@ -209,8 +212,7 @@ def snapshot_statistics(module: nn.Module) -> Tensor | None:
 def restore_statistics(module: nn.Module, snapshot: Tensor | None, condition: Tensor) -> None:
     """Restore a snapshot if the condition, a boolean scalar on the device, is true.
 
-    It removes the batch of a skipped step from the statistics. The host does not wait for the
-    device.
+    This removes the batch of a skipped step from the statistics, without waiting for the device.
     """
     if snapshot is not None:
         buffers = _means_and_variances(module)

@@ -18,9 +18,9 @@ from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import timm
 from ssl_pretrain.parallel import batch_norm
 
-# Operations whose outputs `selective` stores: matrix products. Norms, activation functions and
+# Matrix products, whose outputs the mode `selective` stores. Norms, activation functions and
 # additions are cheap to recompute.
-_EXPENSIVE = {
+_EXPENSIVE_OPERATIONS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -36,12 +36,13 @@ def recompute_activations(method: nn.Module, mode: Literal["none", "blocks", "se
     """Make every trained block recompute its activations in the backward pass.
 
     Recomputation draws the same random numbers and does not change batch norm's statistics. Modules
-    keep their names, so checkpoints can be loaded with or without it.
+    keep their names, so checkpoints can be loaded with and without recomputation.
 
     Args:
-        method: The method. Blocks without trained parameters, such as a teacher's, have no backward
-            pass and are skipped.
-        mode: `blocks` stores only the input of each block, `selective` also its matrix products.
+        method: Method to change. Blocks without trained parameters, such as a teacher's, have no
+            backward pass and are skipped.
+        mode: `blocks` only stores the input of each block. `selective` also stores the outputs of
+            matrix products.
     """
     if mode == "none":
         return
@@ -59,47 +60,47 @@ def recompute_activations(method: nn.Module, mode: Literal["none", "blocks", "se
 Context = AbstractContextManager[object]
 
 
-def _checkpoint_contexts(norms: list[Any], selective: bool) -> tuple[Context, Context]:
+def _checkpoint_contexts(norms: list[Any], is_selective: bool) -> tuple[Context, Context]:
     """Return the contexts of a block's forward pass and of its recomputation."""
-    if not selective:
-        return nullcontext(), _frozen_statistics(norms, nullcontext())
+    if not is_selective:
+        return nullcontext(), _freeze_statistics(norms, nullcontext())
     forward, recomputation = create_selective_checkpoint_contexts(_policy)
-    return forward, _frozen_statistics(norms, recomputation)
+    return forward, _freeze_statistics(norms, recomputation)
 
 
 def _policy(context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
-    expensive = operation in _EXPENSIVE
-    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
+    is_expensive = operation in _EXPENSIVE_OPERATIONS
+    return CheckpointPolicy.MUST_SAVE if is_expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextmanager
-def _frozen_statistics(norms: list[Any], recomputation: Context) -> Iterator[None]:
-    """Recompute with momentum 0 and restore the counters, so batch norm's statistics stay fixed."""
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+def _freeze_statistics(norms: list[Any], recomputation: Context) -> Iterator[None]:
+    """Keep batch norm's statistics fixed during recomputation."""
+    state = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
         with recomputation:
             yield
     finally:
-        for norm, (momentum, count) in zip(norms, before):
+        for norm, (momentum, count) in zip(norms, state):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
 
 
 def compile_blocks(method: nn.Module, cuda_graphs: bool) -> None:
-    """Compile the forward pass of every block. Blocks of one shape share their code.
+    """Compile the forward pass of every block. Blocks of the same shape share compiled code.
 
     Args:
-        method: The method. If it has dropout or drop path, random numbers come from torch's
+        method: Method to change. If it has dropout or drop path, random numbers come from PyTorch's
             generator, as they do without compilation.
         cuda_graphs: Replay the kernels of each block as one CUDA graph.
     """
-    import torch._dynamo.config  # loads the compiler, which takes seconds
+    import torch._dynamo.config  # takes seconds, because it loads the compiler
     import torch._inductor.config
 
     blocks = [block for _, block in backbones.blocks(method)]
-    # Beyond this limit dynamo silently leaves blocks uncompiled.
+    # Beyond this limit, dynamo silently leaves blocks uncompiled.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))
     torch._inductor.config.fallback_random |= has_dropout(method)
@@ -112,7 +113,7 @@ def compile_blocks(method: nn.Module, cuda_graphs: bool) -> None:
 
 
 def has_dropout(module: nn.Module) -> bool:
-    """Return True if a layer has dropout or drop path with a rate above 0."""
+    """Return True if any layer is a dropout or drop path with a rate above 0."""
     return any(
         (isinstance(child, _DropoutNd) and child.p > 0)
         or (isinstance(child, timm.layers.DropPath) and (child.drop_prob or 0.0) > 0)

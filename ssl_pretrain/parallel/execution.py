@@ -20,14 +20,14 @@ class ParallelConfig:
 
     strategy: Literal["ddp", "fsdp", "hybrid"] = setting(
         "ddp",
-        "ddp: every rank holds all weights. fsdp: weights are sharded over all ranks. "
+        "ddp: every rank has all weights. fsdp: weights are sharded over all ranks. "
         "hybrid: weights are sharded within each node.",
         on_resume="free",
     )
     reshard_after_forward: bool = setting(
         True,
-        "fsdp and hybrid: free a block's gathered weights after its forward and gather them again "
-        "for its backward. false: keep them, which is faster and takes more memory.",
+        "fsdp and hybrid: free a block's gathered weights after its forward pass and gather them "
+        "again for its backward pass. false: keep them, which is faster and takes more memory.",
         on_resume="free",
     )
     gradients: Literal["float32", "bfloat16"] = setting(
@@ -35,8 +35,8 @@ class ParallelConfig:
     )
     activation_checkpointing: Literal["none", "blocks", "selective"] = setting(
         "none",
-        "Activations recomputed during backward. blocks: all of each block. "
-        "selective: all but the matrix products.",
+        "Activations to recompute in the backward pass. blocks: all activations of each block. "
+        "selective: all except the outputs of matrix products.",
         on_resume="free",
     )
     compile: bool = setting(False, "Compile each block with torch.compile.", on_resume="free")
@@ -48,7 +48,7 @@ class ParallelConfig:
     )
     bn_group_images: int | str = setting(
         "global",
-        "Images that share batch norm's statistics, which is part of the recipe. "
+        "Number of images that share batch norm statistics, a part of the training recipe. "
         "global: the whole global batch.",
     )
     precision: Literal["auto", "float32", "bfloat16", "float64"] = setting(
@@ -62,7 +62,7 @@ class ParallelConfig:
     )
     threads: int = setting(
         0,
-        "CPU threads per rank. 0: the ranks of a machine share its cores equally.",
+        "CPU threads per rank. If 0, the ranks of a machine share its cores equally.",
         on_resume="free",
     )
     accumulation: Literal["auto", "one_pass", "two_passes"] = setting(
@@ -75,7 +75,7 @@ class ParallelConfig:
     )
     timeout_seconds: float = setting(
         600.0,
-        "Seconds a collective may wait before the run ends.",
+        "Seconds that a collective operation may wait before the run ends.",
         on_resume="free",
         above=0,
         maximum=1e9,
@@ -94,8 +94,8 @@ class Execution:
     @classmethod
     def resolve(cls, config: ParallelConfig, device: torch.device) -> Self:
         """Return the execution that a configuration asks for on this device."""
-        automatic = "bfloat16" if device.type == "cuda" else "float32"
-        precision = automatic if config.precision == "auto" else config.precision
+        auto_precision = "bfloat16" if device.type == "cuda" else "float32"
+        precision = auto_precision if config.precision == "auto" else config.precision
         return cls(
             device,
             torch.float64 if precision == "float64" else torch.float32,
@@ -112,17 +112,17 @@ class Execution:
         return torch.bfloat16 if self.device.type == "cuda" and self.autocast else torch.float32
 
     def forward_context(self) -> AbstractContextManager[object]:
-        """Return a context for the forward pass, with bfloat16 autocast if it is on.
+        """Return a context for the forward pass, with bfloat16 autocast if that is enabled.
 
         Weights, batch norm statistics and losses stay float32.
         """
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
 
     def place_views(self, views: list[Tensor]) -> list[Tensor]:
-        """Convert views to the model's memory format and to a dtype that it takes.
+        """Convert views to a dtype and a memory format that the model accepts.
 
-        The loader's bfloat16 views stay bfloat16. Evaluations run without autocast and pass float32
-        views, which stay float32. For a float64 model all views become float64.
+        bfloat16 views from the loader stay bfloat16. Evaluations run without autocast and pass
+        float32 views, which stay float32. For a float64 model all views become float64.
         """
         keeps_dtype = self.dtype != torch.float64
         return [
@@ -134,7 +134,7 @@ class Execution:
         ]
 
     def place_module(self, module: nn.Module, sharded: bool = False) -> nn.Module:
-        """Move a module to the device, in its dtype and memory format.
+        """Move a module to the device and convert it to the dtype and the memory format.
 
         Sharded weights stay contiguous, because a shard is a range of rows.
         """
@@ -148,8 +148,7 @@ def check(config: ParallelConfig) -> None:
     """Refuse settings that exclude each other.
 
     Raises:
-        ValueError: If two settings exclude each other. The message names the keys, their values and
-            a remedy.
+        ValueError: If two settings exclude each other. The message names both and a remedy.
     """
     if config.compile and config.activation_checkpointing == "selective":
         raise ValueError(
@@ -178,10 +177,10 @@ def bn_group_images(config: ParallelConfig, global_batch_size: int) -> int:
     """
     if config.bn_group_images == "global":
         return global_batch_size
-    group = int(config.bn_group_images) if str(config.bn_group_images).isdecimal() else 0
-    if group < 1 or global_batch_size % group:
+    num_images = int(config.bn_group_images) if str(config.bn_group_images).isdecimal() else 0
+    if num_images < 1 or global_batch_size % num_images:
         raise ValueError(
-            f"parallel.bn_group_images: {config.bn_group_images!r}; choose global or a divisor of "
-            f"global_batch_size {global_batch_size}"
+            f"parallel.bn_group_images: {config.bn_group_images!r} is not valid; choose global "
+            f"or a divisor of global_batch_size {global_batch_size}"
         )
-    return group
+    return num_images

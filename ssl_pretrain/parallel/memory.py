@@ -15,7 +15,9 @@ GIB = 2**30
 
 
 def available(device: torch.device) -> int:
-    """Return the bytes that this rank can still allocate on its GPU or of its share of host memory.
+    """Return the bytes that this rank can still allocate on its device.
+
+    On a CPU, the ranks of a machine share the free memory of the host equally.
 
     Raises:
         ValueError: If the device is a CPU and the system is not Linux.
@@ -27,7 +29,7 @@ def available(device: torch.device) -> int:
 
 
 def peak(function: Callable[[], object], device: torch.device) -> int:
-    """Run `function` and return the peak of the memory that it adds, in bytes.
+    """Run `function` and return the peak memory in bytes that it adds to the memory in use.
 
     Raises:
         ValueError: If the device is a CPU and the system is not Linux.
@@ -39,7 +41,7 @@ def peak(function: Callable[[], object], device: torch.device) -> int:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with suppress(OSError, AttributeError):  # not glibc
+    with suppress(OSError, AttributeError):  # the C library may not be glibc
         ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, so its reuse is counted
     before = _from_proc("/proc/self/status", "VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -52,13 +54,13 @@ def largest_micro_batch(
 ) -> tuple[int, str]:
     """Return the largest micro-batch that fits in memory on every rank, and how it was estimated.
 
-    Two small micro-batches are measured and a line is drawn through them.
+    The memory of two small micro-batches is measured and extrapolated linearly.
 
     Args:
-        share: Images of an optimizer step on this rank, which the micro-batch size has to divide.
-        multiple: Divisor of every micro-batch size: the images of a batch norm group, or 1.
-        measure: Function that returns the bytes that a micro-batch of a given size takes.
-        free: Bytes that are free on this rank.
+        share: This rank's images per optimizer step. The micro-batch size has to divide it.
+        multiple: Divisor of every micro-batch size, which is the size of a batch norm group or 1.
+        measure: Function that returns the peak memory in bytes for a micro-batch size.
+        free: Free bytes on this rank.
 
     Raises:
         ValueError: If not even the smallest micro-batch fits.
@@ -67,18 +69,21 @@ def largest_micro_batch(
     small = next((size for size in sizes if size >= 8), sizes[-1])
     larger = next((size for size in sizes if size >= 2 * small), small)
     measure(small)  # the first run also allocates lasting memory, such as workspaces
-    low, high = measure(small), measure(larger)
-    slope = max(0.0, (high - low) / (larger - small)) if larger > small else low / small
-    fixed = max(0.0, low - slope * small)
-    fitting = [size for size in sizes if fixed + slope * size <= USABLE_FRACTION * free]
-    largest = min(collectives.gather_objects(fitting[-1] if fitting else 0))
+    small_bytes, larger_bytes = measure(small), measure(larger)
+    slope = small_bytes / small
+    if larger > small:
+        slope = max(0.0, (larger_bytes - small_bytes) / (larger - small))
+    intercept = max(0.0, small_bytes - slope * small)
+    usable = USABLE_FRACTION * free
+    fitting_sizes = [size for size in sizes if intercept + slope * size <= usable]
+    largest = min(collectives.gather_objects(fitting_sizes[-1] if fitting_sizes else 0))
     estimate = (
-        f"{fixed / GIB:.2f} GiB + {slope / 2**20:.2f} MiB per image, {free / GIB:.1f} GiB free"
+        f"{intercept / GIB:.2f} GiB + {slope / 2**20:.2f} MiB per image, {free / GIB:.1f} GiB free"
     )
     if not largest:
         raise ValueError(
-            f"micro_batch_size: auto: a micro-batch of {sizes[0]} images does not fit "
-            f"({estimate}); take a smaller crop size or backbone, a smaller "
+            f"micro_batch_size=auto: not even a micro-batch of {sizes[0]} images fits "
+            f"({estimate}); use a smaller crop size or backbone, a smaller "
             "parallel.bn_group_images, or more ranks"
         )
     return largest, estimate
@@ -90,18 +95,18 @@ def explain(error: BaseException) -> str:
         return str(error)
     message = str(error).partition(" If reserved")[0]
     return (
-        f"rank {process_group.rank()}: {message} Set micro_batch_size=auto, which takes the most "
-        "images that fit and trains with the gradient of the whole batch, or use smaller crops or "
-        "more ranks. Then start the run again"
+        f"rank {process_group.rank()}: {message} Set micro_batch_size=auto, which finds the "
+        "largest micro-batch that fits and trains with the gradient of the whole batch, or use "
+        "smaller crops or more ranks. Then start the run again"
     )
 
 
 def _from_proc(file: str, entry: str) -> int:
-    """Return an entry of a file in /proc in bytes."""
+    """Return the value of an entry in a /proc file, in bytes."""
     try:
         lines = Path(file).read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:"))
     except (OSError, StopIteration):
         raise ValueError(
-            "micro_batch_size: auto measures memory on CUDA and on Linux only; give a number"
+            "micro_batch_size: auto needs a GPU or Linux to measure memory; give a number"
         ) from None

@@ -1,4 +1,4 @@
-"""Find the largest micro-batch that fits in memory, by a trial on blank images."""
+"""Find the largest micro-batch that fits in memory, by trials on blank images."""
 
 import copy
 from functools import partial
@@ -15,7 +15,7 @@ from ssl_pretrain.views.recipe import ViewsConfig
 
 
 def blank_batch(views: ViewsConfig, num_images: int, execution: Execution) -> Batch:
-    """Return black images in the run's shapes and formats, all of class 0."""
+    """Return a batch of black images in the run's shapes and formats, all of class 0."""
     zeros = partial(torch.zeros, num_images, device=execution.device)
     images = [
         zeros(3, crop.size, crop.size, dtype=execution.view_dtype)
@@ -42,9 +42,9 @@ def find_micro_batch_size(
     Args:
         method: The method, on the CPU.
         config: Parallel settings of the run.
-        views: The views of an image.
-        execution: Device and formats.
-        share: Images of an optimizer step on this rank.
+        views: Settings of the views.
+        execution: Device and formats of the run.
+        share: Images per optimizer step on this rank.
         global_batch_size: Images per optimizer step over all ranks.
 
     Raises:

@@ -49,7 +49,7 @@ def wrap(
 ) -> nn.Module:
     """Move a method to its device, convert its batch norms, compile its blocks and distribute it.
 
-    FSDP replaces the parameters by shards, so the optimizer has to be built afterwards.
+    FSDP replaces the parameters with shards, so the optimizer has to be built afterwards.
 
     Args:
         method: The method, on the CPU.
@@ -65,7 +65,7 @@ def wrap(
         The method itself on one rank and under FSDP, else a DistributedDataParallel.
 
     Raises:
-        ValueError: If settings exclude each other or do not fit the batch.
+        ValueError: If settings conflict with each other or do not fit the batch.
     """
     check(config)
     world_size, sharded = process_group.world_size(), is_sharded(config)
@@ -80,7 +80,7 @@ def wrap(
         return method
     if world_size == 1:
         return method
-    static_graph = micro_batch_size * world_size == global_batch_size  # no accumulation
+    static_graph = micro_batch_size * world_size == global_batch_size  # no gradient accumulation
     model = DistributedDataParallel(method, static_graph=static_graph, **_NO_BUFFER_SYNC)
     if config.gradients == "bfloat16":
         model.register_comm_hook(None, bf16_compress_hook)
@@ -100,7 +100,7 @@ def unwrap(model: nn.Module) -> Method:
 
 
 def without_sync(model: nn.Module) -> AbstractContextManager[object]:
-    """Return a context in which gradients add up on each rank instead of being reduced over ranks.
+    """Return a context in which each rank accumulates gradients without reducing them over ranks.
 
     Use it for all but the last micro-batch of a step.
     """
@@ -131,12 +131,13 @@ def warm_up(model: nn.Module, execution: Execution, example: object) -> None:
 
 
 def _shard(method: nn.Module, config: ParallelConfig, execution: Execution) -> None:
-    """Shard each block, then each backbone, which evaluations call alone, then the rest.
+    """Shard each block, then each backbone, which evaluations call by itself, then the rest.
 
     A teacher has the same units as the student and thus the same shards, so its moving average
     needs no collective. Buffers such as statistics, queues and centers are not sharded.
     """
-    for tensor in [*method.parameters(), *method.buffers()]:  # start from rank 0's, as DDP does
+    # Every rank starts with the tensors of rank 0, as in DDP.
+    for tensor in [*method.parameters(), *method.buffers()]:
         dist.broadcast(tensor.detach(), src=0)
     mesh = _mesh(config, execution.device.type)
     networks = [module for module in method.modules() if isinstance(module, components.Backbone)]
@@ -154,7 +155,7 @@ def _shard(method: nn.Module, config: ParallelConfig, execution: Execution) -> N
     # would be the teacher, which has no backward pass.
     sharded.set_modules_to_backward_prefetch([networks[0]])
     register_fsdp_forward_method(method, "targets")
-    # A view of a forward's output is unsafe only if it is changed in place, and `loss` is pure.
+    # A view of a forward output is unsafe only if it is changed in place, and `loss` is pure.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
@@ -169,17 +170,17 @@ def _mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
 def _mixed_precision(
     unit: nn.Module, config: ParallelConfig, execution: Execution
 ) -> MixedPrecisionPolicy:
-    """Return the formats in which a unit's weights and gradients travel between ranks.
+    """Return the dtypes in which a unit's weights and gradients are sent between ranks.
 
-    Under autocast the weights travel in bfloat16, to which matrix products convert them anyway.
-    Units with batch norm are exempt, since its weights have to be as precise as its statistics.
+    Under autocast weights are sent in bfloat16, to which matrix products convert them anyway.
+    Units with batch norm are exempt, since its weights must be as precise as its statistics.
     Inputs are not converted, so the residual stream of a ViT stays float32.
     """
     if execution.dtype == torch.float64:
         return MixedPrecisionPolicy(cast_forward_inputs=False)
-    low = execution.autocast and not batch_norm.statistics(unit)
+    in_bfloat16 = execution.autocast and not batch_norm.statistics(unit)
     return MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if low else None,
+        param_dtype=torch.bfloat16 if in_bfloat16 else None,
         reduce_dtype=torch.bfloat16 if config.gradients == "bfloat16" else torch.float32,
         cast_forward_inputs=False,
     )
@@ -189,9 +190,9 @@ def _mixed_precision(
 def check_replicas(model: nn.Module, tolerance: float = 1e-4) -> None:
     """Compare every tensor of the model over all ranks, teachers and statistics included.
 
-    Call it before a checkpoint, which holds rank 0's copy only. Equal gradients and updates keep
-    DDP's copies equal, unless memory is faulty or a reduction is missing. Sharded tensors are only
-    checked for finite values.
+    Call it before saving a checkpoint, which stores only rank 0's copy. Equal gradients and updates
+    keep DDP's copies equal, unless memory is faulty or a reduction is missing. Sharded tensors are
+    only checked for finite values.
 
     Raises:
         ReplicaError: On every rank, if a tensor's norm differs by more than the relative tolerance.
@@ -204,14 +205,15 @@ def check_replicas(model: nn.Module, tolerance: float = 1e-4) -> None:
         if value.is_floating_point() and value.numel()
     }
     shards = collectives.shards(tensors.values())
-    shards = [value if value.numel() else value.new_zeros(1) for value in shards]  # empty shards
+    # An empty shard has no largest value, so a zero takes its place.
+    shards = [value if value.numel() else value.new_zeros(1) for value in shards]
     local_norms = [
         torch.linalg.vector_norm(value, order, dtype=torch.float64)
         for order in (math.inf, 2)
         for value in shards
     ]
-    gathered = collectives.gather(torch.stack(local_norms))
-    largest, norms = gathered.view(process_group.world_size(), 2, -1).unbind(1)
+    all_norms = collectives.gather(torch.stack(local_norms))
+    largest, norms = all_norms.view(process_group.world_size(), 2, -1).unbind(1)
     if not (finite := largest.isfinite().all(0)).all():
         first = list(tensors)[int((~finite).nonzero()[0])]
         raise FloatingPointError(
@@ -232,7 +234,7 @@ def check_replicas(model: nn.Module, tolerance: float = 1e-4) -> None:
 
 @torch.no_grad()
 def average_statistics(model: nn.Module, config: ParallelConfig, global_batch_size: int) -> None:
-    """Average batch norm's running statistics over ranks, unless one group is the global batch."""
+    """Average batch norm's running statistics over ranks, unless each group is the global batch."""
     world_size, buffers = process_group.world_size(), batch_norm.statistics(model)
     one_group = bn_group_images(config, global_batch_size) == global_batch_size
     if world_size > 1 and not one_group and buffers:

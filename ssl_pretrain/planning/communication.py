@@ -1,4 +1,4 @@
-"""Messages that a step sends between ranks, and the time they take over a cluster's links."""
+"""Predict the messages that a step sends between ranks and their time on a cluster's links."""
 
 import math
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from ssl_pretrain.parallel import batch_norm
 from ssl_pretrain.parallel.execution import ParallelConfig
 from ssl_pretrain.planning.hardware import Machine
 
-BUCKET_BYTES = 25 * 2**20  # size of DDP's last bucket, whose reduction nothing hides
+BUCKET_BYTES = 25 * 2**20  # size of DDP's last bucket, which is reduced after the computation
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Number of GPUs and how they are spread over nodes."""
+    """Number of nodes and of GPUs per node."""
 
     nodes: int
     gpus_per_node: int
@@ -34,29 +34,29 @@ class Message:
     collective: str  # allgather, reduce_scatter or allreduce
     size: float  # bytes of all ranks' shards together
     ranks: int
-    times: int = 1
-    across: bool = False  # True if it crosses nodes even though the ranks would fit in one node
+    times: int = 1  # number of repetitions
+    across: bool = False  # True if the ranks are on different nodes even if they would fit on one
 
     @property
     def sent(self) -> float:
-        """Bytes that each rank sends over a ring."""
+        """Bytes that each rank sends over a ring in all repetitions."""
         rounds = 2 if self.collective == "allreduce" else 1
         return rounds * (self.ranks - 1) / self.ranks * self.size * self.times
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Messages sent while a GPU computes."""
+    """Messages that are sent while a GPU computes."""
 
     messages: list[Message]
     compute_seconds: float
-    uncovered: list[Message]  # those that no computation can hide
+    uncovered: list[Message]  # messages that cannot overlap with the computation
 
 
 def seconds(machine: Machine, cluster: Cluster, messages: Iterable[Message]) -> float:
     """Return the time of consecutive collectives.
 
-    Each takes the ring bandwidth of its slowest link plus the latency of a tree.
+    The time of a collective is that of a ring over its slowest link, plus the latency of a tree.
     """
     total = 0.0
     for message in messages:
@@ -73,7 +73,7 @@ def seconds(machine: Machine, cluster: Cluster, messages: Iterable[Message]) -> 
 def exposed_and_hidden(
     machine: Machine, cluster: Cluster, blocking: list[Message], overlaps: list[Overlap]
 ) -> tuple[float, float]:
-    """Return the seconds of communication that lengthen a step, and the hidden seconds."""
+    """Return the seconds of communication that lengthen a step, and those that overlap with it."""
     exposed, hidden = seconds(machine, cluster, blocking), 0.0
     for overlap in overlaps:
         total = seconds(machine, cluster, overlap.messages)
@@ -85,7 +85,7 @@ def exposed_and_hidden(
 
 
 def ddp_overlap(size: float, ranks: int, backward_seconds: float) -> Overlap:
-    """Return the all-reduce of `size` bytes of gradients. Nothing hides its last bucket."""
+    """Return the all-reduce of `size` bytes of gradients, with the last bucket as uncovered."""
     gradients = Message("allreduce", size, ranks)
     last_bucket = Message("allreduce", min(size, BUCKET_BYTES), ranks)
     return Overlap([gradients], backward_seconds, [last_bucket])
@@ -95,11 +95,11 @@ def batch_norm_messages(norms: dict[str, list[int]], ranks: int, itemsize: int) 
     """Return the messages of batch norms whose groups span several ranks.
 
     Args:
-        norms: Channels of each batch norm that runs, by pass, "forward" or "backward".
+        norms: Number of channels of each batch norm, by pass ("forward" or "backward").
         ranks: Ranks per group.
-        itemsize: Bytes of a number.
+        itemsize: Bytes per number.
     """
-    forward = [  # two sums per channel and a count
+    forward = [  # each message has two sums per channel and a count
         Message("allgather", (2 * channels + 1) * itemsize * ranks, ranks)
         for channels in norms["forward"]
     ]
@@ -110,29 +110,29 @@ def batch_norm_messages(norms: dict[str, list[int]], ranks: int, itemsize: int) 
 
 
 def num_shards(config: ParallelConfig, cluster: Cluster) -> int:
-    """Return the number of ranks among which each weight is split, 1 under DDP."""
+    """Return the number of ranks over which each weight is sharded, which is 1 for DDP."""
     return {"ddp": 1, "fsdp": cluster.ranks, "hybrid": cluster.gpus_per_node}[config.strategy]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Weights that FSDP gathers together: a block, the rest of a backbone, or all other weights."""
+    """Weights of a block, of the rest of a backbone, or all others, which FSDP gathers together."""
 
-    num_weights: int  # padded to equal shards
-    num_trained: int  # weights with a gradient, also padded
-    num_calls: int  # per forward pass
+    num_weights: int  # includes the padding to equal shards
+    num_trained: int  # number of weights with a gradient, with the same padding
+    num_calls: int  # number of calls per forward pass
     is_student: bool
     is_block: bool
     has_batch_norm: bool  # weights of batch norm stay in full precision
 
 
 def units(method: nn.Module, calls: dict[str, int], shards: int) -> list[Unit]:
-    """Return the units of a method.
+    """Divide a method's weights into the units that FSDP gathers.
 
     Args:
         method: The method on the meta device.
-        calls: Calls of each backbone in a step, by its name.
-        shards: Ranks among which each weight is split.
+        calls: Number of calls per step of each backbone, by name.
+        shards: Number of ranks over which each weight is sharded.
     """
     rest = _sizes(method, shards)
     result = []
@@ -155,14 +155,14 @@ def units(method: nn.Module, calls: dict[str, int], shards: int) -> list[Unit]:
 def weight_messages(
     units: list[Unit], config: ParallelConfig, cluster: Cluster, low_precision: bool, itemsize: int
 ) -> tuple[list[Message], list[Message]]:
-    """Return the messages of FSDP in the forward pass and in the backward pass.
+    """Return FSDP's messages in the forward pass and in the backward pass.
 
     Args:
-        units: Weights gathered together.
-        config: How the ranks compute.
-        cluster: The GPUs.
+        units: Units of the method.
+        config: Parallel settings.
+        cluster: Numbers of nodes and GPUs.
         low_precision: True if weights are sent in bfloat16, except in units with batch norm.
-        itemsize: Bytes of a number in full precision.
+        itemsize: Bytes per number in full precision.
     """
     ranks = num_shards(config, cluster)
     forward, backward = [], []
@@ -174,7 +174,8 @@ def weight_messages(
         if unit.is_student and config.reshard_after_forward:
             backward.append(Message("allgather", size, ranks, times))
         backward.append(Message("reduce_scatter", gradient_size, ranks, times))
-        if ranks < cluster.ranks:  # the copies of a shard
+        if ranks < cluster.ranks:
+            # Nodes with copies of the same shards reduce their gradients.
             backward.append(
                 Message("allreduce", gradient_size / ranks, cluster.nodes, times, across=True)
             )
@@ -192,7 +193,7 @@ def _difference(total: tuple[int, int], subset: tuple[int, int]) -> tuple[int, i
 
 
 def _padded(parameters: Iterable[Tensor], shards: int) -> int:
-    """Return the number of weights, with each parameter's first dimension padded to the shards."""
+    """Return the number of weights, with first dimensions padded to multiples of `shards`."""
     return sum(
         -(-len(p) // shards) * (p.numel() // len(p)) * shards for p in parameters if p.numel()
     )

@@ -1,9 +1,9 @@
 """Estimate the memory and the time of an optimizer step on GPUs that this machine does not have.
 
-The real program of a step is traced on fake tensors (`step_trace`). The machine's rates give the
-time of each operation (`hardware`). Everything else follows from the configuration: gradients sent
-between ranks, batch norm's statistics, the loader. The estimate leaves out memory that an allocator
-wastes, compilation, and the slowdown of kernels that run beside collectives.
+The real code of a step is traced on fake tensors (`step_trace`). The time of each operation follows
+from the rates of the GPU (`hardware`). The time of communication and of the loader follows from the
+configuration. The estimate leaves out memory that the allocator wastes, compilation, and the
+slowdown of kernels that run at the same time as collectives.
 """
 
 from bisect import bisect_left
@@ -26,32 +26,33 @@ from ssl_pretrain.planning.step_trace import NUM_COLORED, MicroBatch
 from ssl_pretrain.planning.trace import Trace
 from ssl_pretrain.views import recipe
 
-RESERVED_BYTES = 1.5 * GIB  # assumed for the CUDA context and workspaces of cuBLAS, cuDNN and NCCL
-NUM_UPLOADED = 3  # batches of uint8 views on the device at once (data/native)
+# Assumed size of the CUDA context and the workspaces of cuBLAS, cuDNN and NCCL.
+RESERVED_BYTES = 1.5 * GIB
+NUM_UPLOADED = 3  # number of uint8 batches of views on the device at a time (data/native)
 
 
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one optimizer step, by component."""
 
-    compute: float  # forward and backward passes and the teacher, of all micro-batches
+    compute: float  # all passes of the student and the teacher, over all micro-batches
     views: float  # color augmentation
     loss: float
     optimizer: float  # includes the updates after the step, such as the teacher's
     exposed: float  # communication that no computation hides
     hidden: float  # communication during the backward pass
-    data: float  # waiting for the loader
-    arithmetic: float  # share of `compute` that is bound by arithmetic, not by memory
-    flops: float  # number of operations of the model on this rank
+    data: float  # time spent waiting for the loader
+    arithmetic: float  # share of `compute` that is limited by arithmetic and not by memory
+    flops: float  # number of floating-point operations of the model on this rank
 
     @property
     def total(self) -> float:
-        """Length of the step."""
+        """Seconds of the whole step."""
         return self.compute + self.views + self.loss + self.optimizer + self.exposed + self.data
 
     @property
     def bound(self) -> str:
-        """Name of the resource that takes most of the step."""
+        """Name of the resource that takes the most time."""
         seconds = {
             "arithmetic": self.compute * self.arithmetic,
             "memory": self.compute * (1 - self.arithmetic) + self.views,
@@ -65,9 +66,9 @@ class StepTime:
 
 @dataclass
 class Estimate:
-    """Memory and time of a configuration's step on a cluster of GPUs.
+    """Memory and time of one optimizer step on a cluster of GPUs.
 
-    Each trace takes about a second and is made when it is first needed.
+    Each trace takes about a second and is only made when it is needed.
     """
 
     run: RunConfig
@@ -92,7 +93,7 @@ class Estimate:
 
     @cached_property
     def loss(self) -> Callable[[int], Trace]:
-        """Function that returns the trace of the loss for a number of images on this rank."""
+        """Function that traces the loss for a number of images on this rank."""
 
         def trace_loss(images: int) -> Trace:
             results = self.micro_batch.results_for(images)
@@ -102,7 +103,7 @@ class Estimate:
 
     @cached_property
     def optimizer(self) -> tuple[Trace, int]:
-        """Trace of the optimizer's step, and the bytes of its state."""
+        """Trace of the optimizer's step, and the bytes of the optimizer's state."""
         results, ranks = self.micro_batch.results_for(self.share), self.cluster.ranks
         return step_trace.trace_optimizer(self.run, self.method, self.execution, results, ranks)
 
@@ -114,17 +115,17 @@ class Estimate:
 
     @property
     def share(self) -> int:
-        """Images of the global batch on one rank."""
+        """Number of images of the global batch on one rank."""
         return self.run.global_batch_size // self.cluster.ranks
 
     @property
     def num_shards(self) -> int:
-        """Number of ranks among which each weight is split, 1 under DDP."""
+        """Number of ranks that each weight is sharded over, which is 1 under DDP."""
         return communication.num_shards(self.run.parallel, self.cluster)
 
     @cached_property
     def units(self) -> list[Unit]:
-        """Weights that FSDP gathers together."""
+        """Groups of weights that FSDP gathers together."""
         return communication.units(self.method, self.micro_batch.backbone_calls, self.num_shards)
 
     @cached_property
@@ -136,7 +137,7 @@ class Estimate:
         """Return the bytes on each GPU at the peak of a step, by component.
 
         Args:
-            images: The micro-batch size.
+            images: Micro-batch size.
         """
         method, itemsize = self.method, self.execution.dtype.itemsize
         weights = sum(self._bytes(p) for p in method.parameters())
@@ -165,10 +166,10 @@ class Estimate:
         return float(self.micro_batch.trace_for(images).phase("forward").bytes_held[-1])
 
     def peak(self, images: int) -> float:
-        """Return the most bytes in use in the passes, the loss or the optimizer, with gradients."""
+        """Return the peak of the bytes for activations, gradients, the loss and the optimizer."""
         if self.two_passes(images):
             loss_bytes = float(self.loss(self.share).peak)
-        else:  # the loss is computed beside the activations of the micro-batch
+        else:  # the micro-batch's activations stay in memory during the loss
             loss_bytes = self.loss(images).peak + self.activations(images)
         bytes_on_other_ranks = self.gradient_bytes * (1 - 1 / self.num_shards)
         pass_bytes = self.micro_batch.trace_for(images).peak - bytes_on_other_ranks
@@ -186,27 +187,29 @@ class Estimate:
         return images < self.share and (accumulation == "two_passes" or is_coupled)
 
     def largest_micro_batch(self) -> tuple[int, str]:
-        """Return the largest micro-batch size that fits, 0 if none does, and the reason."""
-        room = USABLE_FRACTION * self.machine.memory
-        group = bn_group_images(self.run.parallel, self.run.global_batch_size)
+        """Return the largest micro-batch size that fits, or 0 if none does, and an explanation."""
+        usable_bytes = USABLE_FRACTION * self.machine.memory
+        group_images = bn_group_images(self.run.parallel, self.run.global_batch_size)
         has_batch_norm = bool(batch_norm.statistics(self.method))
-        smallest = min(group, self.share) if has_batch_norm else 1
+        smallest = min(group_images, self.share) if has_batch_norm else 1
         multiples = range(smallest, self.share + 1, smallest)
         sizes = [images for images in multiples if self.share % images == 0]
 
         def too_large(images: int) -> bool:
-            return sum(self.memory(images).values()) > room
+            return sum(self.memory(images).values()) > usable_bytes
 
         num_fitting = bisect_left(sizes, True, key=too_large)
         if num_fitting:
             return sizes[num_fitting - 1], f"of its share of {self.share:,}"
-        reason = "not even one image fits"
+        smallest_text = "one image takes"
         if has_batch_norm:
-            reason = f"batch norm over {group:,} images takes {smallest:,} at once"
-        needed = sum(self.memory(smallest).values())
+            smallest_text = (
+                f"batch norm over {group_images:,} images needs {smallest:,} at once, which take"
+            )
+        needed_bytes = sum(self.memory(smallest).values())
         return 0, (
-            f"{reason}, {needed / GIB:.1f} GiB of {room / GIB:.1f}; "
-            "use more GPUs or a smaller group"
+            f"{smallest_text} {needed_bytes / GIB:.1f} GiB, more than the usable "
+            f"{usable_bytes / GIB:.1f} GiB; use more GPUs or a smaller group"
         )
 
     def step_time(self, images: int) -> StepTime:
@@ -232,9 +235,9 @@ class Estimate:
                 self._overlaps(images, forward + targets, backward),
             )
         views = self.share * self.color_seconds
-        busy = compute + views + loss_seconds + optimizer + exposed
+        busy_seconds = compute + views + loss_seconds + optimizer + exposed
         decoded_per_second = machine.decoded_per_core * max(1, self.run.data.num_workers)
-        decoding = self.share / decoded_per_second if decoded_per_second else 0.0
+        decoding_seconds = self.share / decoded_per_second if decoded_per_second else 0.0
         return StepTime(
             compute,
             views,
@@ -242,7 +245,7 @@ class Estimate:
             optimizer,
             exposed,
             hidden,
-            data=max(0.0, decoding - busy),
+            data=max(0.0, decoding_seconds - busy_seconds),
             arithmetic=float(bounds[:, 0].sum() / bounds.sum()),
             flops=num_micro_batches * sum(float(phase.flops.sum()) for phase in phases),
         )
@@ -259,18 +262,18 @@ class Estimate:
         ]
 
     def _overlaps(self, images: int, forward: float, backward: float) -> list[Overlap]:
-        """Return the messages of weights and gradients, with the computation beside them."""
+        """Return the messages of weights and gradients, with the computation that hides them."""
         settings, dtype, cluster = self.run.parallel, self.execution.dtype, self.cluster
         if settings.strategy == "ddp":
             is_halved = settings.gradients == "bfloat16" and dtype == torch.float32
-            size = self.gradient_bytes / (2 if is_halved else 1)
-            return [communication.ddp_overlap(size, cluster.ranks, backward)]
-        gathered, reduced = communication.weight_messages(
+            num_bytes = self.gradient_bytes / (2 if is_halved else 1)
+            return [communication.ddp_overlap(num_bytes, cluster.ranks, backward)]
+        gathers, reductions = communication.weight_messages(
             self.units, settings, cluster, self.execution.autocast, dtype.itemsize
         )
         num_forwards = 2 if self.two_passes(images) else 1
         overlaps = [
-            *num_forwards * [Overlap(gathered, forward, gathered[:1])],
-            Overlap(reduced, backward, reduced[-1:]),
+            *num_forwards * [Overlap(gathers, forward, gathers[:1])],
+            Overlap(reductions, backward, reductions[-1:]),
         ]
         return self.share // images * overlaps

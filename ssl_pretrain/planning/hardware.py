@@ -18,28 +18,28 @@ ROOFLINE_SHARE = 0.75  # eager training steps are assumed to reach this share of
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one GPU and its links, per second. Bandwidths are in bytes and one way."""
+    """Rates of one GPU and its links per second. Bandwidths are bytes in one direction."""
 
     name: str
     memory: float  # bytes
-    matmul: float  # bfloat16 products with float32 sums, dense
-    wide_matmul: float  # float32, without tensor cores
-    convolution: float
-    bandwidth: float  # memory bandwidth
+    matmul: float  # FLOP/s of dense bfloat16 products with float32 sums
+    wide_matmul: float  # FLOP/s of float32 products without tensor cores
+    convolution: float  # FLOP/s of convolutions
+    bandwidth: float  # bytes/s of the memory
     intra_node: float  # from one GPU to the others of its node
     inter_node: float  # from one node to the others
     attained: float = 1.0  # share of the roofline that a training step reaches
     launch_seconds: float = 7e-6  # time that the host takes per eager operation
     latency_seconds: float = 7e-6  # time that a collective takes per level of a tree of ranks
-    decoded_per_core: float = 0.0  # images decoded by one core; 0: the loader is not planned
+    decoded_per_core: float = 0.0  # images decoded by one core, or 0 to ignore the loader
 
     def seconds(self, trace: Trace) -> float:
-        """Return the time of a computation, or of launching its operations if that is longer."""
-        launching = int((trace.bytes_moved > 0).sum()) * self.launch_seconds
-        return max(sum(self.bounds(trace)) / self.attained, launching)
+        """Return the time of a computation, or the time of its launches if that is longer."""
+        launch_time = int((trace.bytes_moved > 0).sum()) * self.launch_seconds
+        return max(sum(self.bounds(trace)) / self.attained, launch_time)
 
     def bounds(self, trace: Trace) -> tuple[float, float]:
-        """Return the seconds of operations bound by arithmetic and of those bound by memory.
+        """Return the seconds of compute-bound operations and those of memory-bound operations.
 
         At full rates an operation takes the longer of its arithmetic time and its memory time.
         """
@@ -47,23 +47,23 @@ class Machine:
         rate[trace.wide] = self.wide_matmul
         rate[trace.kind == CONVOLUTION] = self.convolution
         arithmetic, memory = trace.flops / rate, trace.bytes_moved / self.bandwidth
-        by_arithmetic = arithmetic > memory
-        return float(arithmetic[by_arithmetic].sum()), float(memory[~by_arithmetic].sum())
+        compute_bound = arithmetic > memory
+        return float(arithmetic[compute_bound].sum()), float(memory[~compute_bound].sum())
 
 
 @dataclass(frozen=True)
 class DataSheet:
-    """Published rates of a GPU. Only GPUs with a memory size can be planned."""
+    """Published rates of a GPU. Training can only be planned for GPUs with a memory size."""
 
     bf16: float  # dense TFLOP/s in bfloat16, or in float16 for GPUs without bfloat16
     memory: float = 0  # GB
     fp32: float = 0  # TFLOP/s without tensor cores
     bandwidth: float = 0  # memory bandwidth, TB/s
-    link: float = 0  # GB/s, one way, of a GPU's links in its node
-    node: float = 0  # GB/s, one way, of all network ports of a node
+    link: float = 0  # GB/s in one direction, all links of a GPU within its node
+    node: float = 0  # GB/s in one direction, all network ports of a node
 
 
-# NVIDIA's data sheets, by a part of the name that CUDA reports. The first match counts.
+# NVIDIA's data sheets, keyed by a part of the name that CUDA reports. The first match counts.
 # Nodes: DGX H100 and H200 have 8 ports of 400 Gbit/s, and DGX A100 has 8 ports of 200 Gbit/s. Two
 # ports of 200 Gbit/s are assumed for a node with L40S.
 DATA_SHEETS = {
@@ -86,13 +86,13 @@ DATA_SHEETS = {
 
 
 def peak_tflops(device: torch.device) -> float:
-    """Return the peak of a device in bfloat16, 0 if it is unknown."""
+    """Return the peak bfloat16 TFLOP/s of a device, or 0 if it is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((sheet.bf16 for model, sheet in DATA_SHEETS.items() if model in name), 0.0)
 
 
 def from_data_sheet(name: str, sheet: DataSheet) -> Machine:
-    """Return the rates that training reaches on a GPU."""
+    """Return the rates that training is expected to reach on a GPU."""
     matmul = sheet.bf16 * TERA * MATMUL_SHARE
     return Machine(
         name,
@@ -113,7 +113,7 @@ MACHINES = {
 
 
 def machine(config: PlanConfig) -> Machine:
-    """Return the machine that `plan.gpu` names. Rates in the configuration replace its own."""
+    """Return the machine that `plan.gpu` names, with the rates that the configuration sets."""
     rates: dict[str, Any] = {
         "intra_node": config.intra_node_gb_per_second * GIGA,
         "inter_node": config.inter_node_gb_per_second * GIGA,

@@ -1,4 +1,4 @@
-"""Describe the run of a configuration and its costs, without running it, for `--plan`."""
+"""Describe what a configuration would run and what it would cost, for `--plan`."""
 
 import os
 
@@ -17,12 +17,12 @@ from ssl_pretrain.planning.communication import Cluster
 from ssl_pretrain.planning.estimate import Estimate, StepTime
 from ssl_pretrain.views import recipe
 
-NUM_IMAGENET = 1_281_167  # training images
-MAX_NAMES = 6  # a parameter group with more names is listed in part
+NUM_IMAGENET = 1_281_167  # number of training images in ImageNet-1k
+MAX_NAMES = 6  # parameter groups with more names are listed in part
 
 
 def num_ranks(run: RunConfig, default: int) -> int:
-    """Return the number of ranks of the cluster in the configuration, `default` if it has none."""
+    """Return the number of ranks on the configured cluster, or `default` if there is none."""
     launch = run.launch
     if run.plan.gpu and launch.gpus_per_node:
         return launch.nodes * launch.gpus_per_node
@@ -33,12 +33,12 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
     """Describe the resolved configuration, learning rate, parameters, steps and embeddings.
 
     Raises:
-        ConfigError: If training would refuse the configuration too.
+        ConfigError: If training would refuse the configuration.
     """
     config.check(run, world_size)
     method = method_on_meta(run)
     notes = initialize(method.backbone, run.backbone)
-    costs = ["memory and time: plan.gpu=H100 computes them, as do H200, A100 and L40S"]
+    remedy = ["memory and time: set plan.gpu to H100, H200, A100 or L40S to estimate them"]
     lines = [
         "# resolved configuration",
         config.to_yaml(run),
@@ -48,7 +48,7 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
         *_describe_steps(run),
         *([f"weights: {run.backbone.init}: {'; '.join(notes)}"] if notes else []),
         *_describe_batch(run, method, world_size),
-        *(_describe_estimate(run, world_size) if run.plan.gpu else costs),
+        *(_describe_estimate(run, world_size) if run.plan.gpu else remedy),
     ]
     return "\n".join(lines)
 
@@ -105,7 +105,7 @@ def _describe_steps(run: RunConfig) -> list[str]:
     except (ValueError, OSError) as error:
         if run.data.root and os.path.exists(os.path.expanduser(run.data.root)):
             raise  # the run would be refused as well
-        return [f"steps per epoch: unknown, as the data cannot be read here: {error}"]
+        return [f"steps per epoch: unknown, because the data cannot be read: {error}"]
     num_images = len(source)
     steps = order.steps_per_epoch(num_images, run.global_batch_size)
     return [
@@ -118,7 +118,7 @@ def _describe_steps(run: RunConfig) -> list[str]:
 def _describe_batch(run: RunConfig, method: Method, world_size: int) -> list[str]:
     views, batch = recipe.expand_counts(run.views), run.global_batch_size
     rows = len(views) * batch
-    negatives = "none: images do not couple"
+    negatives = "none, because the loss does not compare images"
     if method.couples != "nothing":
         negatives = f"{rows - 2:,}, every other embedding of the batch"
     share, images = batch // world_size, config.configured_micro_batch_size(run, world_size)
@@ -132,12 +132,12 @@ def _describe_batch(run: RunConfig, method: Method, world_size: int) -> list[str
         f"embeddings per loss: {rows:,} ({len(views)} views x {batch:,} images); "
         f"negatives per anchor: {negatives}",
         f"batch norm over {bn_group_images(run.parallel, batch):,} images; each rank's share of "
-        f"{share:,} images in {micro_batches}, at {world_size} rank{'s' * (world_size > 1)}",
+        f"{share:,} images in {micro_batches}, on {world_size} rank{'s' * (world_size > 1)}",
     ]
 
 
 def _describe_estimate(run: RunConfig, world_size: int) -> list[str]:
-    """Describe the memory of each GPU and the time of a step, by component."""
+    """Describe the memory per GPU and the time per step, by component."""
     machine = hardware.machine(run.plan)
     per_node = run.launch.gpus_per_node or world_size
     cluster = Cluster(world_size // per_node, per_node)
@@ -147,7 +147,7 @@ def _describe_estimate(run: RunConfig, world_size: int) -> list[str]:
     step = estimate.step_time(images)
     nodes = f", {cluster.nodes} nodes of {per_node}" if cluster.nodes > 1 else ""
     embedded_twice = ", each embedded twice" if estimate.two_passes(images) else ""
-    size = f"{largest:,} {reason}" if largest else f"none: {reason}"
+    size = f"{largest:,} {reason}" if largest else f"none, because {reason}"
     lines = [
         f"# on {cluster.ranks} x {machine.name}{nodes}: rates from data sheets",
         *_describe_memory(estimate, images),
@@ -156,7 +156,7 @@ def _describe_estimate(run: RunConfig, world_size: int) -> list[str]:
         *_describe_time(estimate, step),
     ]
     if run.parallel.compile:
-        lines.append("parallel.compile: the times are of blocks that are not compiled")
+        lines.append("parallel.compile: the times are those without compilation")
     return [*lines, _describe_duration(run, cluster, step)]
 
 
@@ -169,10 +169,10 @@ def _describe_memory(estimate: Estimate, images: int) -> list[str]:
     activations = estimate.activations(images) / images / 2**20
     gradients, loss = estimate.gradient_bytes / GIB, estimate.loss(images).peak / GIB
     return [
-        f"memory of each GPU with a micro-batch of {images:,} images: "
+        f"memory per GPU with a micro-batch of {images:,} images: "
         f"{total / GIB:.2f} of {capacity / GIB:.1f} GiB; {verdict}",
         *(f"  {size / GIB:9.3f} GiB  {name}" for name, size in memory.items() if size),
-        f"  in the peak of the step: {activations:.1f} MiB of activations per image, "
+        f"  at the peak of the step: {activations:.1f} MiB of activations per image, "
         f"{gradients:.3f} GiB of gradients, {loss:.3f} GiB in the loss",
     ]
 
@@ -181,7 +181,7 @@ def _describe_time(estimate: Estimate, step: StepTime) -> list[str]:
     machine, batch = estimate.machine, estimate.run.global_batch_size
     loader = "waiting for the loader"
     if not machine.decoded_per_core:
-        loader = "the loader: not planned; give plan.decoded_per_core"
+        loader = "the loader, not estimated; set plan.decoded_per_core"
     seconds = {
         "forward, teacher, backward": step.compute,
         "color augmentation of the views": step.views,
@@ -192,11 +192,11 @@ def _describe_time(estimate: Estimate, step: StepTime) -> list[str]:
     }
     flops = step.flops / step.total
     return [
-        f"a step: {step.total * 1e3:,.1f} ms, {batch / step.total:,.0f} images/s; "
+        f"time per step: {step.total * 1e3:,.1f} ms, {batch / step.total:,.0f} images/s; "
         f"bound by {step.bound}",
         *(f"  {value * 1e3:11.3f} ms  {name}" for name, value in seconds.items()),
         f"  {step.hidden * 1e3:.3f} ms of communication hidden by the backward pass; "
-        f"{flops / 1e12:,.1f} TFLOP/s per GPU, {flops / machine.matmul:.0%} of its rate",
+        f"{flops / 1e12:,.1f} TFLOP/s per GPU, {flops / machine.matmul:.0%} of its peak",
         f"  {step.arithmetic:.0%} of the computation is bound by arithmetic, the rest by memory",
     ]
 
@@ -208,14 +208,14 @@ def _describe_duration(run: RunConfig, cluster: Cluster, step: StepTime) -> str:
     hours = run.epochs * epoch_seconds / 3600
     assumption = "" if num_known else "if it were ImageNet, "
     return (
-        f"epochs per day: {86400 / epoch_seconds:,.1f}; the run of {run.epochs} epochs: "
+        f"epochs per day: {86400 / epoch_seconds:,.1f}; the run of {run.epochs} epochs takes "
         f"{hours:,.1f} hours, {hours * cluster.ranks:,.0f} GPU-hours "
         f"({assumption}{num_images:,} images)"
     )
 
 
 def _count_images(run: RunConfig) -> int:
-    """Return the number of training images, 0 if the data cannot be read."""
+    """Return the number of training images, or 0 if the data cannot be read."""
     try:
         return len(sources.open_source(run.data, "train"))
     except (ValueError, OSError):

@@ -1,7 +1,7 @@
-"""Trace computations on tensors without memory, and count their floating-point operations.
+"""Trace computations on fake tensors, and count their floating-point operations.
 
-The real program runs on fake tensors, which have a shape and no storage, so that a step of any
-size takes about a second. A multiplication and an addition are two operations.
+The real program runs on fake tensors, which have a shape but no memory, so that a step of any
+size takes about a second. A multiplication and an addition count as two operations.
 """
 
 import weakref
@@ -26,8 +26,8 @@ from ssl_pretrain.planning.trace import CONVOLUTION, MATMUL, OTHER, Trace
 from ssl_pretrain.views.batch import Batch
 
 aten = torch.ops.aten
-# Positions of the arguments that an operation reads twice. Batch norm reads its input for the
-# statistics and again to normalize. Backward passes of batch norm and convolutions read the
+# Positions of the arguments that each operation reads twice. Batch norm reads its input for the
+# statistics and again to normalize it. Backward passes of batch norm and convolutions read the
 # gradient twice.
 READ_TWICE = {
     "native_batch_norm": (0,),
@@ -51,9 +51,8 @@ def trace(
     """Trace `function` on fake tensors and return the trace with the function's results.
 
     Args:
-        prepare: Makes the inputs. It is not part of the trace.
-        function: The computation. It takes the inputs, and a function that marks the beginning of
-            a phase.
+        prepare: Makes the inputs before the trace begins.
+        function: The computation. It takes the inputs, and a function that begins a phase.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = prepare()
@@ -71,7 +70,7 @@ class Recorder(TorchDispatchMode):
         self.collectives: list[tuple[str, int]] = []
         self.norms: dict[str, list[int]] = {"forward": [], "backward": []}
         self.phase_starts: dict[str, int] = {}
-        self._storage_bytes: dict[int, int] = {}  # by storage, until it is freed
+        self._storage_bytes: dict[int, int] = {}  # by storage; freed storages are removed
         self._held_bytes = 0
 
     def mark(self, name: str) -> None:
@@ -96,7 +95,7 @@ class Recorder(TorchDispatchMode):
         name = function._overloadpacket.__name__
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
         for tensor in outputs:
-            self._hold(tensor)
+            self._count_until_freed(tensor)
         if function.namespace == "c10d":
             # The first argument of a reduce-scatter is its result, one rank's shard.
             tensors = [args[1]] if name == "_reduce_scatter_base_" else _tensors(args[0])
@@ -112,8 +111,8 @@ class Recorder(TorchDispatchMode):
         self.rows.append((flops, moved, self._held_bytes, kind, wide))
         return out
 
-    def _hold(self, tensor: Tensor) -> None:
-        """Count a storage as held until it is freed."""
+    def _count_until_freed(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor in `_held_bytes` until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._storage_bytes:
@@ -129,25 +128,27 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_backward_flops(
+    gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
     return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
 
 
-# torch's formulas, and two that it lacks: attention on a CPU and products added in place.
+# torch's formulas, and those that it lacks for attention on a CPU and for addmm in place.
 FORMULAS: dict[Any, Any] = {
     **flop_registry,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     aten.addmm_: flop_registry[aten.addmm],
 }
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
-    """Return the floating-point operations of an operation, and its kind."""
+    """Return the number of floating-point operations of an operation, and its kind."""
     if packet not in FORMULAS:
         return 0, OTHER
     kind = CONVOLUTION if "conv" in packet.__name__ else MATMUL
@@ -157,7 +158,7 @@ def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
 def _bytes_moved(
     function: Any, name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]
 ) -> int:
-    """Return the bytes that an operation reads and writes, 0 for an allocation or a view."""
+    """Return the bytes that an operation reads and writes. Allocations and views move none."""
     storages = {tensor.untyped_storage()._cdata for tensor in inputs}
     mutable = function._schema.is_mutable
     is_view = not mutable and all(out.untyped_storage()._cdata in storages for out in outputs)
@@ -165,24 +166,24 @@ def _bytes_moved(
         return 0
     targets: list[Tensor] = outputs
     if mutable and not outputs:  # foreach and fused operations write to their inputs
-        targets = list(_mutated(function, args))
+        targets = list(_written_arguments(function, args))
     read_twice = [args[position] for position in READ_TWICE.get(name, ())]
     return sum(_num_bytes(tensor) for tensor in (*inputs, *targets, *read_twice))
 
 
-def _mutated(function: Any, args: Any) -> Iterator[Tensor]:
+def _written_arguments(function: Any, args: Any) -> Iterator[Tensor]:
     for argument, value in zip(function._schema.arguments, args):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield from _tensors(value)
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    """Return the bytes that a tensor occupies, counting an expanded value once."""
+    """Return the bytes that a tensor occupies, counting expanded values once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def flops_per_image(method: Method, batch: Batch) -> float:
-    """Return the floating-point operations of a training step per image.
+    """Return the number of floating-point operations per image in a training step.
 
     The backward pass of the student counts as two of its forward passes. The teacher has a forward
     pass only. As usual, only matrix products and convolutions count, and recomputed forward passes
@@ -206,7 +207,7 @@ def make_fake(
 ) -> None:
     """Move a module from the meta device to fake CPU tensors, in place.
 
-    Call it in the `prepare` of `trace`. Parameters shared by modules stay shared.
+    Call this in the `prepare` argument of `trace`. Parameters shared by modules stay shared.
     """
     parameters: dict[int, nn.Parameter] = {}
     for child in module.modules():

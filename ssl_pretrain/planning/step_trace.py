@@ -1,4 +1,4 @@
-"""Trace the parts of one rank's optimizer step: micro-batch, loss, optimizer and color."""
+"""Trace the parts of one rank's step: micro-batch, loss, optimizer and color augmentation."""
 
 import copy
 from collections import Counter
@@ -32,7 +32,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Results:
-    """Shapes of what a forward pass returns."""
+    """Shapes of the embeddings and the targets of a micro-batch."""
 
     embeddings: dict[str, TensorSpec]
     targets: dict[str, TensorSpec]
@@ -45,14 +45,14 @@ class MicroBatch:
     traces: LinearTrace
     small: Results
     large: Results
-    backbone_calls: dict[str, int]  # runs of each backbone, by its name
+    backbone_calls: dict[str, int]  # forward passes of each backbone, by its name
 
     def trace_for(self, images: int) -> Trace:
-        """Return the trace for a number of images."""
+        """Return the trace of a micro-batch with this many images."""
         return self.traces.trace_for(images)
 
     def results_for(self, images: int) -> Results:
-        """Return the shapes of the results for a number of images."""
+        """Return the shapes of the results of a micro-batch with this many images."""
         return Results(
             self.traces.shapes(self.small.embeddings, self.large.embeddings, images),
             self.traces.shapes(self.small.targets, self.large.targets, images),
@@ -65,10 +65,10 @@ def trace_micro_batch(
     """Trace micro-batches of two sizes, which determine the traces of all sizes.
 
     Args:
-        run: The configuration.
+        run: Configuration of the run.
         method: The method of the run, on the meta device.
         execution: Number formats and memory layout.
-        sizes: Images of the two micro-batches, the smaller one first.
+        sizes: Number of images in each of the two micro-batches, the smaller one first.
     """
     (small, small_results, calls), (large, large_results, _) = (
         _trace_images(run, method, execution, images) for images in sizes
@@ -112,7 +112,7 @@ def _trace_images(
 
 
 def trace_loss(method: Method, execution: Execution, results: Results, ranks: int) -> Trace:
-    """Trace the loss of one rank's images against those of all ranks, and its gradient.
+    """Trace the loss of one rank's images against the images of all ranks, and its gradient.
 
     Args:
         method: The method on the meta device.
@@ -132,7 +132,7 @@ def trace_loss(method: Method, execution: Execution, results: Results, ranks: in
         loss, _ = network.loss(embeddings, targets)
         torch.autograd.grad(loss, leaves, allow_unused=True)
 
-    tiles = replace(BACKENDS["cuda"], fused=False)  # operations inside a kernel leave no trace
+    tiles = replace(BACKENDS["cuda"], fused=False)  # operations inside a kernel are not traced
     with process_group.fake_process_group(ranks), use_backend(tiles):
         return trace(prepare, differentiate)[0]
 
@@ -140,7 +140,7 @@ def trace_loss(method: Method, execution: Execution, results: Results, ranks: in
 def trace_optimizer(
     run: RunConfig, method: Method, execution: Execution, results: Results, ranks: int
 ) -> tuple[Trace, int]:
-    """Trace the optimizer's step and the updates after it, and return the bytes of its state."""
+    """Trace the optimizer's step and the updates after it. Also return the bytes of its state."""
     network = copy.deepcopy(method)
 
     def prepare() -> tuple[torch.optim.Optimizer, Tensors, Tensors]:

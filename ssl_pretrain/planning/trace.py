@@ -1,4 +1,4 @@
-"""Records of a computation's operations: what each computes, moves and keeps in memory."""
+"""Traces of a computation, with the cost, memory traffic and memory use of each operation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MATMUL, CONVOLUTION, OTHER = range(3)
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a tensor that a computation returned."""
+    """Shape, dtype and `requires_grad` of a tensor that a computation returned."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -22,17 +22,17 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
-        """Return the shape, dtype and `requires_grad` of a tensor as a spec."""
+        """Return the spec of a tensor."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
 
     def empty(self) -> Tensor:
-        """Return an uninitialized tensor of this spec on the current default device."""
+        """Return an uninitialized tensor with this spec on the current default device."""
         return torch.empty(self.shape, dtype=self.dtype, requires_grad=self.requires_grad)
 
 
 @dataclass
 class Trace:
-    """Operations of a computation in order. Each array has one entry per operation."""
+    """Operations of a computation in their order. Each array has one entry per operation."""
 
     flops: np.ndarray
     bytes_moved: np.ndarray  # bytes read and written
@@ -40,8 +40,9 @@ class Trace:
     kind: np.ndarray  # MATMUL, CONVOLUTION or OTHER
     wide: np.ndarray  # True for float32 and float64, which use no tensor cores
     collectives: list[tuple[str, int]]  # name, and bytes of all ranks together
-    norms: dict[str, list[int]]  # channels of each batch norm, "forward" and "backward"
-    phase_starts: dict[str, int] = field(default_factory=lambda: {"": 0})  # first index, by phase
+    norms: dict[str, list[int]]  # channels of each batch norm, by "forward" and "backward"
+    # Index of each phase's first operation.
+    phase_starts: dict[str, int] = field(default_factory=lambda: {"": 0})
 
     def phase(self, name: str) -> Trace:
         """Return the operations of one phase."""
@@ -59,21 +60,21 @@ class Trace:
 
     @property
     def peak(self) -> int:
-        """Largest number of bytes in memory."""
+        """Largest number of bytes in use after any operation, relative to the start."""
         return int(self.bytes_held.max(initial=0))
 
 
 @dataclass
 class LinearTrace:
-    """A computation for any number of images, from its traces for two numbers.
+    """Trace of a computation for any number of images, interpolated from two traces.
 
-    Two are enough, because operations, bytes and shapes are linear in the number of images.
+    Two traces are enough, because operations, bytes and shapes are linear in the number of images.
     """
 
     small: Trace
     large: Trace
-    num_small: int
-    num_large: int
+    num_small: int  # number of images of the small trace
+    num_large: int  # number of images of the large trace
 
     def __post_init__(self) -> None:
         assert np.array_equal(self.small.kind, self.large.kind), (
@@ -97,7 +98,7 @@ class LinearTrace:
     def shapes(
         self, small: Mapping[str, TensorSpec], large: Mapping[str, TensorSpec], images: int
     ) -> dict[str, TensorSpec]:
-        """Return the shapes of results for a number of images, given those of both traces."""
+        """Return the specs of results for a number of images, given the specs of both traces."""
         weight = self.weight(images)
         return {
             name: replace(

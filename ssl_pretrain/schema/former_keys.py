@@ -1,4 +1,4 @@
-"""Former names of keys, accepted in old YAMLs, in old runs and on the command line."""
+"""Former names of keys, which are accepted in old YAML files and runs and in overrides."""
 
 import warnings
 from collections.abc import Mapping
@@ -7,16 +7,16 @@ from typing import Any
 
 from ssl_pretrain.schema.yaml_tree import Scalar, value_at
 
-RENAMED = {  # former key: present key, in the same section
+RENAMED = {  # present key by former key, both in the same section
     "local_batch_size": "micro_batch_size",
     "method.centre_momentum": "method.center_momentum",
 }
-# Keys that no longer have an effect, with the value for which that holds. None: every value.
+# Keys that no longer have an effect if they have this value. None stands for every value.
 REMOVED = {"plan.calibration": None, "plan.gpu": "here"}
 
 
 def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return the tree with the present names of its keys, and warn about the former ones.
+    """Return the tree with the present names of its keys, and warn about former names.
 
     Args:
         values: The tree of a YAML file, or the values of a manifest.
@@ -28,18 +28,20 @@ def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     tree, notices = deepcopy(dict(values)), []
     for key in (*RENAMED, *REMOVED):
         section, _, name = key.rpartition(".")
-        keys = value_at(tree, section) if section else tree
-        if not isinstance(keys, dict) or name not in keys:
+        siblings = value_at(tree, section) if section else tree
+        if not isinstance(siblings, dict) or name not in siblings:
             continue
-        value = keys[name].text if isinstance(keys[name], Scalar) else keys[name]
+        value = siblings[name].text if isinstance(siblings[name], Scalar) else siblings[name]
         if key in RENAMED:
             new_name = RENAMED[key].rpartition(".")[2]
-            if new_name in keys:
-                raise ValueError(f"{key} is the former name of {RENAMED[key]}; give one of them")
-            keys[new_name] = keys.pop(name)
+            if new_name in siblings:
+                raise ValueError(
+                    f"{key} is the former name of {RENAMED[key]}; give only the latter"
+                )
+            siblings[new_name] = siblings.pop(name)
             notices.append(f"{key} is now {RENAMED[key]}")
         elif REMOVED[key] in (None, value):
-            del keys[name]
+            del siblings[name]
             notices.append(f"{key}: {value} no longer has an effect")
     if notices:
         warnings.warn(f"{source}: {'; '.join(notices)}", stacklevel=3)

@@ -1,6 +1,6 @@
-"""Fields of configuration dataclasses: help text, resume policy and range.
+"""Declare fields of configuration dataclasses, with help text, resume policy and range.
 
-The same ranges check the numbers of command-line options.
+The same kind of range checks the numbers of command-line options.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar
 
-MAX_INT = 2**31 - 1  # upper bound of integers whose setting declares none
+MAX_INT = 2**31 - 1  # upper bound of integers whose setting does not declare one
 
 T = TypeVar("T")
 Policy = Literal["same", "free", "warn"]
@@ -23,7 +23,7 @@ Policy = Literal["same", "free", "warn"]
 
 @dataclass(frozen=True)
 class Bounds:
-    """The range of a number. Both ends are included unless they are open."""
+    """Range of a number. Both ends are included unless they are open."""
 
     low: float = 0
     high: float = math.inf
@@ -32,9 +32,9 @@ class Bounds:
 
     def contain(self, value: float) -> bool:
         """Return True if the value is finite and in the range."""
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return math.isfinite(value) and above and below
+        respects_low = value > self.low if self.open_low else value >= self.low
+        respects_high = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and respects_low and respects_high
 
     def __str__(self) -> str:
         low = f"{'>' if self.open_low else '>='} {self.low:,}".replace(",", "")
@@ -42,7 +42,7 @@ class Bounds:
         return low if self.high == math.inf else f"{low} and {high}"
 
 
-# Ranges by name, for settings that declare none.
+# Ranges of settings that do not declare one, by the name of the setting.
 USUAL_BOUNDS: tuple[tuple[re.Pattern[str], Bounds], ...] = (
     (re.compile(r"(.*_)?temperature"), Bounds(open_low=True)),
     (re.compile(r"(.*_)?seconds|hours"), Bounds(high=1e9)),
@@ -66,15 +66,15 @@ def setting(
 ) -> T:
     """Declare a field of a configuration dataclass.
 
-    Without a declared range, a number has the range of its name in `USUAL_BOUNDS`, or is finite and
-    at least 0.
+    A number without a declared range has the range of its name in `USUAL_BOUNDS`, or else must be
+    finite and at least 0.
 
     Args:
         default: Default value. Each instance gets its own copy of a list, dict or section.
         help: Meaning, unit and special values, in sentences.
-        on_resume: Policy for a resumed run. same: the value must not change. free: it may change,
-            because it does not affect what is computed. warn: it may change, with a warning.
-            A section's policy covers all its keys.
+        on_resume: Policy for a resumed run. "same": the value must not change. "free": it may
+            change, because it does not affect what is computed. "warn": it may change, with a
+            warning. A section's policy covers all its keys.
         minimum: Smallest number allowed.
         maximum: Largest number allowed.
         above: Exclusive lower end, instead of `minimum`.
@@ -102,12 +102,12 @@ def metadata(kind: type, name: str) -> Mapping[str, Any]:
 
 @cache
 def hints(kind: type) -> dict[str, Any]:
-    """Return the types of a dataclass's fields, by name."""
+    """Return the type of each field of a dataclass, by name."""
     return typing.get_type_hints(kind)
 
 
 def bounds(field: dataclasses.Field[Any]) -> Bounds:
-    """Return a field's range: its declared one, the usual one for its name, or at least 0."""
+    """Return a field's declared range, or the usual one for its name, or all numbers from 0."""
     by_name = (usual for pattern, usual in USUAL_BOUNDS if pattern.fullmatch(field.name))
     return field.metadata.get("bounds") or next(by_name, Bounds())
 
@@ -116,8 +116,8 @@ def check(section: Any, key: str = "") -> None:
     """Check every number and every string in a dataclass and its sections.
 
     Raises:
-        ValueError: If a number is out of range or a string has a NUL character. The message names
-            the key and the value.
+        ValueError: If a number is out of range or a string contains a NUL character. The message
+            names the key and the value.
     """
     for field in dataclasses.fields(section):
         full_key = f"{key}.{field.name}".lstrip(".")
@@ -130,7 +130,8 @@ def _check_value(value: Any, key: str, limits: Bounds) -> None:
     elif isinstance(value, str):
         if "\0" in value:
             raise ValueError(
-                f"{key}: {value!r} has a NUL character, which no name or path may hold; remove it"
+                f"{key}: {value!r} contains a NUL character, which names and paths must not have; "
+                "remove it"
             )
     elif isinstance(value, Mapping):
         for name, element in value.items():
@@ -162,6 +163,7 @@ def number_type(kind: type[int] | type[float], limits: Bounds) -> Callable[[str]
     return convert
 
 
+# Types of command-line options.
 COUNT = number_type(int, Bounds(1, MAX_INT))
 FROM_ZERO = number_type(int, Bounds(0, MAX_INT))
 POSITIVE = number_type(float, Bounds(open_low=True))

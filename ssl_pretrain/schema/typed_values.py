@@ -1,7 +1,7 @@
 """Convert text and YAML trees to the declared types of keys.
 
-A text key keeps its text unchanged, a number key takes a number, and `null` has a meaning only for
-a key that may be empty.
+A text key keeps its text unchanged, a number key takes a number, and `null` means no value, for
+keys that may be empty.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ def declared_type(kind: Any, key: str, replacements: Mapping[str, Any]) -> Any:
     Args:
         kind: The dataclass in which the key starts.
         key: Names joined by dots, such as `optim.base_lr`.
-        replacements: Types that replace the declared ones, by dotted key.
+        replacements: Types to use instead of the declared ones, by dotted key.
 
     Raises:
-        ValueError: If there is no such key. The message suggests one.
+        ValueError: If there is no such key. The message suggests a similar one.
     """
     parents: list[str] = []
     for name in key.split("."):
@@ -87,7 +87,7 @@ def build(
     Args:
         kind: A dataclass, or the type of one value.
         tree: Dicts, lists and `Scalar`s of YAML, or the plain values of a manifest.
-        replacements: Types that replace the declared ones, by dotted key.
+        replacements: Types to use instead of the declared ones, by dotted key.
         key: Dotted key of the value.
 
     Raises:
@@ -120,14 +120,14 @@ def build(
 def _build_section(kind: type, tree: Any, replacements: Mapping[str, Any], key: str) -> Any:
     values = {}
     for name, value in _mapping(tree, key).items():
-        full = f"{key}.{name}".lstrip(".")
-        _check_name(kind, full)
-        values[name] = build(hints(kind)[name], value, replacements, full)
+        full_key = f"{key}.{name}".lstrip(".")
+        _check_name(kind, full_key)
+        values[name] = build(hints(kind)[name], value, replacements, full_key)
     return kind(**values)
 
 
 def _mapping(tree: Any, key: str) -> Mapping[str, Any]:
-    if tree is None or tree == Scalar(""):  # a section in which every line is a comment
+    if tree is None or tree == Scalar(""):  # a section whose lines are all comments
         return {}
     if not isinstance(tree, Mapping):
         raise ValueError(
@@ -234,7 +234,7 @@ def _guess(tree: Any) -> Any:
 
 
 def _describe(tree: Any) -> str:
-    """Return the description of a value for a message."""
+    """Describe a value for an error message."""
     if isinstance(tree, Scalar):
         return repr(tree.text)
     if isinstance(tree, Mapping):

@@ -1,6 +1,6 @@
-"""The structure of a YAML text: dicts and lists whose scalars stay text.
+"""Parse YAML into dicts and lists in which every scalar stays text.
 
-YAML guesses the type of a scalar from its looks: `010` is 8, and `no` is a boolean. This module
+YAML guesses the type of a scalar from its spelling: `010` is 8, and `no` is a boolean. This module
 keeps the text of each scalar, and `typed_values` converts it to the declared type of its key.
 """
 
@@ -15,17 +15,17 @@ MERGE = "tag:yaml.org,2002:merge"
 
 @dataclass(frozen=True)
 class Scalar:
-    """Text of a YAML scalar or of a command line's `key=text`."""
+    """Text of a YAML scalar, or of the value in a `key=value` argument."""
 
     text: str
-    plain: bool = True  # written without quotes
+    plain: bool = True  # False if the scalar is quoted
 
 
 def parse_yaml(text: str) -> Any:
     """Parse a YAML text into dicts, lists and `Scalar`s.
 
     Raises:
-        yaml.YAMLError: If the text is not YAML, or a mapping has a key twice.
+        yaml.YAMLError: If the text is not YAML, or a mapping contains a key twice.
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
@@ -38,11 +38,11 @@ def parse_yaml(text: str) -> Any:
 def _structure(loader: Any, node: yaml.Node, parents: tuple[int, ...]) -> Any:
     if id(node) in parents:
         raise _problem("an alias contains itself", node)
-    path = (*parents, id(node))
+    ancestors = (*parents, id(node))
     if isinstance(node, yaml.ScalarNode):
         return Scalar(node.value, plain=not node.style)  # the style is None or "" without quotes
     if isinstance(node, yaml.SequenceNode):
-        return [_structure(loader, element, path) for element in node.value]
+        return [_structure(loader, element, ancestors) for element in node.value]
     assert isinstance(node, yaml.MappingNode), "a YAML node is a scalar, a sequence or a mapping"
     keys: set[str] = set()
     for key, _ in node.value:
@@ -51,8 +51,8 @@ def _structure(loader: Any, node: yaml.Node, parents: tuple[int, ...]) -> Any:
         if key.value in keys and key.tag != MERGE:
             raise _problem(f"found duplicate key {key.value}", key)
         keys.add(key.value)
-    loader.flatten_mapping(node)  # `<<: *anchor`; the mapping's own keys come last and win
-    return {key.value: _structure(loader, value, path) for key, value in node.value}
+    loader.flatten_mapping(node)  # resolves `<<: *anchor`; the mapping's own keys win
+    return {key.value: _structure(loader, value, ancestors) for key, value in node.value}
 
 
 def _problem(text: str, node: yaml.Node) -> yaml.YAMLError:
@@ -61,13 +61,13 @@ def _problem(text: str, node: yaml.Node) -> yaml.YAMLError:
 
 def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Merge two trees, mapping by mapping. Values of `other` take precedence."""
-    merged = dict(tree)
+    result = dict(tree)
     for key, value in other.items():
-        old = merged.get(key)
+        old = result.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             value = merge(old, value)
-        merged[key] = value
-    return merged
+        result[key] = value
+    return result
 
 
 def value_at(tree: Any, key: str) -> Any:
@@ -78,7 +78,7 @@ def value_at(tree: Any, key: str) -> Any:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a tree by dotted key. An empty mapping is a value."""
+    """Return the values of a tree by dotted key. An empty mapping counts as a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         is_section = isinstance(value, Mapping) and value

@@ -1,4 +1,7 @@
-"""Small files that survive a crash or a power cut, on file systems that lack some features."""
+"""Write small files that survive a crash or a power cut.
+
+File systems that cannot fsync a folder or set a file's mode are tolerated.
+"""
 
 import errno
 import os
@@ -16,7 +19,7 @@ DISK_FAILURES = {
 
 
 class SaveError(OSError):
-    """The disk refused a file of the run. Files written before are untouched."""
+    """A file of the run cannot be written to disk. Files written earlier are unchanged."""
 
 
 def is_disk_failure(error: BaseException) -> bool:
@@ -25,9 +28,9 @@ def is_disk_failure(error: BaseException) -> bool:
 
 
 def save_error(error: OSError, message: str) -> SaveError | ValueError:
-    """Return a SaveError if the disk failed in a way that may pass, else a ValueError."""
-    may_pass = is_disk_failure(error) and error.errno != errno.EROFS
-    return SaveError(message) if may_pass else ValueError(message)
+    """Return a SaveError if the disk may recover from the failure, and a ValueError otherwise."""
+    may_recover = is_disk_failure(error) and error.errno != errno.EROFS
+    return SaveError(message) if may_recover else ValueError(message)
 
 
 def reason(error: OSError) -> str:
@@ -36,10 +39,10 @@ def reason(error: OSError) -> str:
 
 
 def replace(path: Path, text: str) -> None:
-    """Replace a file atomically, through a temporary file beside it that is fsynced and renamed.
+    """Replace a file atomically by renaming an fsynced temporary file in the same folder.
 
     Raises:
-        OSError: If the file cannot be written. The old one is then untouched.
+        OSError: If the file cannot be written. The old file is then unchanged.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -51,39 +54,39 @@ def replace(path: Path, text: str) -> None:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):  # the error of a write does not name the file
+        if isinstance(error, OSError):  # the original error may not name the file
             raise OSError(error.errno, reason(error), str(path)) from None
         raise
     sync_folder(path.parent)
 
 
 def append(path: Path, text: str) -> None:
-    """Add text to the end of a file and fsync it.
+    """Append text to a file and fsync the file.
 
     Raises:
         OSError: If the text cannot be written. A partial write is undone.
     """
-    existed = path.exists()
+    is_new = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        end = os.fstat(descriptor).st_size
+        old_size = os.fstat(descriptor).st_size
         try:
-            rest = memoryview(text.encode())
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+            remaining = memoryview(text.encode())
+            while remaining:
+                remaining = remaining[os.write(descriptor, remaining) :]
             os.fsync(descriptor)
         except BaseException:
             with suppress(OSError):
-                os.ftruncate(descriptor, end)
+                os.ftruncate(descriptor, old_size)
             raise
     finally:
         os.close(descriptor)
-    if not existed:
+    if is_new:
         sync_folder(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Fsync a file or a folder by its path."""
+    """Fsync a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -92,7 +95,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable, where the file system supports that."""
+    """Make the entries of a folder durable, if the file system supports that."""
     try:
         sync(path)
     except OSError as error:
@@ -101,6 +104,6 @@ def sync_folder(path: Path) -> None:
 
 
 def copy_mode(source: Path, target: Path) -> None:
-    """Copy the permissions of a file to one whose writer ignores the umask and sets 0600."""
-    with suppress(OSError):  # a file system without modes
+    """Copy the permissions of `source` to `target`, whose writer sets 0600 despite the umask."""
+    with suppress(OSError):  # some file systems have no modes
         target.chmod(source.stat().st_mode & 0o777)

@@ -1,10 +1,10 @@
 """Exit statuses of a run, and those after which torchrun must not restart the ranks.
 
-torchrun restarts all ranks when one of them exits with a nonzero status. That is right after a lost
-rank. It is useless after a user's mistake, because the restarted ranks would fail in the same way.
-It is wrong for a run that was asked to stop. A rank that exits in one of these two ways therefore
-writes its status to a file in the folder that torchrun made for this launch. Restarted ranks that
-find this file exit at once with the same status.
+torchrun restarts all ranks when one of them exits with a nonzero status. A restart is right after a
+rank was lost. It is useless after a user's mistake, because the restarted ranks would fail in the
+same way, and wrong for a run that was asked to stop. In these two cases a rank therefore writes its
+status to a file in the folder that torchrun made for this launch. Restarted ranks that find this
+file exit immediately with the same status.
 """
 
 import os
@@ -16,13 +16,13 @@ from ssl_pretrain.system import durable_files
 # Exit statuses. Those above 2 come from sysexits.h. docs/reliability.md explains them to users.
 USER_ERROR = 2  # the same command would fail in the same way
 LOST = 69  # EX_UNAVAILABLE: a rank did not join, ended early, or stopped responding
-DISK_REFUSED = 74  # EX_IOERR
+DISK_REFUSED = 74  # EX_IOERR: a file could not be written
 STOPPED = 75  # EX_TEMPFAIL: saved after a request to stop; the same command resumes the run
-SKIPPED = 77  # an evaluation found no labels and was told to skip such images
+SKIPPED = 77  # an evaluation that was told to skip images without labels found no labels
 
 
 class LostError(RuntimeError):
-    """A rank or a process that the run depends on has ended or does not answer."""
+    """Error for a rank or process of the run that has ended or does not respond."""
 
 
 def record_failure(error: BaseException) -> int:
@@ -37,8 +37,8 @@ def record_failure(error: BaseException) -> int:
 def record_stop() -> int:
     """Return the exit status for a stop request, and record it if restarted ranks must repeat it.
 
-    With torchrun on several hosts and restarts allowed it is 0. After any other status the agents
-    would wait for each other to restart the ranks.
+    With torchrun on several hosts and with restarts, the status is 0. After any other status, the
+    agents would wait for each other to restart the ranks.
     """
     has_several_hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
     may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
@@ -46,7 +46,7 @@ def record_stop() -> int:
 
 
 def status_to_repeat() -> int | None:
-    """Return the recorded status if torchrun has restarted these ranks, else None."""
+    """Return the recorded status if torchrun has restarted the ranks, else None."""
     path = _status_path()
     if path is not None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         with suppress(OSError, ValueError):
@@ -67,5 +67,5 @@ def _status_path() -> Path | None:
 
     torchrun's error file is FOLDER/attempt_N/<rank>/error.json.
     """
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    return Path(file).parents[2] / "ended" if file.count("/") > 3 else None
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    return Path(error_file).parents[2] / "ended" if error_file.count("/") > 3 else None

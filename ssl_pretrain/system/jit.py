@@ -1,9 +1,9 @@
-"""Machine code by numba, cached on disk if possible and compiled again if not.
+"""Compile functions with numba, and cache them on disk if possible.
 
 numba refuses to start if it cannot write to any folder for its cache. It raises an error if a
-cached file is empty, damaged or cannot be written. A cache only saves time, so none of these may
-end a run. This module chooses a folder for the cache before numba is imported, and treats a file
-that fails its checksum as absent. All modules of the project import `njit` from this module.
+cached file is empty, damaged or cannot be written. A cache only saves time, so none of these errors
+may end a run. This module chooses a folder for the cache before numba is imported, and treats a
+file with a wrong checksum as absent. All modules of the project import `njit` from this module.
 """
 
 import hashlib
@@ -21,34 +21,34 @@ from ssl_pretrain.system.import_path import PACKAGE
 
 # Folders whose modules have cached functions. numba keeps their cache in `__pycache__`.
 CACHED_FOLDERS = (PACKAGE, PACKAGE / "views", PACKAGE / "data" / "native", PACKAGE / "eval")
-VARIABLE = "NUMBA_CACHE_DIR"
+CACHE_VARIABLE = "NUMBA_CACHE_DIR"
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
 def choose_cache_folder() -> None:
     """Set NUMBA_CACHE_DIR to a private temporary folder if no other folder can be written to.
 
-    numba's own choices come first: NUMBA_CACHE_DIR, the `__pycache__` folders beside the source,
-    and the user's cache folder. Worker processes inherit the choice.
+    numba's own choices come first: NUMBA_CACHE_DIR, the `__pycache__` folders of the source, and
+    the user's cache folder. Worker processes inherit the choice.
     """
-    if os.environ.get(VARIABLE):
-        has_folder = _is_writable(Path(os.environ[VARIABLE]))
+    if os.environ.get(CACHE_VARIABLE):
+        has_folder = _is_writable(Path(os.environ[CACHE_VARIABLE]))
     else:
         folders = [folder for folder in CACHED_FOLDERS if folder.is_dir()]
-        beside_source = all(_is_writable(folder / "__pycache__") for folder in folders)
-        has_folder = beside_source or _is_writable(_user_cache())
+        is_source_writable = all(_is_writable(folder / "__pycache__") for folder in folders)
+        has_folder = is_source_writable or _is_writable(_user_cache())
     if not has_folder:
         try:
-            os.environ[VARIABLE] = str(private_folder())
-        except OSError:  # without any folder everything is compiled in memory
-            os.environ.pop(VARIABLE, None)
+            os.environ[CACHE_VARIABLE] = str(private_folder())
+        except OSError:  # without any folder, functions are compiled in memory
+            os.environ.pop(CACHE_VARIABLE, None)
 
 
 def private_folder() -> Path:
     """Create or reuse a temporary folder that only this user can write to.
 
-    Cached machine code is executed. If another user may have written to the folder of this name,
-    this process gets a new one.
+    Cached machine code is executed, so it must not come from another user. If the usual folder is
+    not private, this process creates a new one.
     """
     folder = Path(tempfile.gettempdir()) / f"ssl_pretrain-numba-{os.geteuid()}"
     with suppress(OSError):
@@ -62,7 +62,7 @@ def private_folder() -> Path:
 
 
 def _user_cache() -> Path:
-    """Return the folder that numba would use in the user's home."""
+    """Return the folder in the user's home that numba would use."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "numba" if os.path.isabs(base) else Path(os.devnull)  # never writable
 
@@ -81,20 +81,20 @@ choose_cache_folder()
 import numba  # noqa: E402  # NUMBA_CACHE_DIR is read when numba is imported
 from numba.core import caching  # noqa: E402
 
-if VARIABLE in os.environ:
+if CACHE_VARIABLE in os.environ:
     # The environment variable has no effect if numba was imported before this module.
-    numba.config.CACHE_DIR = os.environ[VARIABLE]  # type: ignore[attr-defined]
+    numba.config.CACHE_DIR = os.environ[CACHE_VARIABLE]  # type: ignore[attr-defined]
 
 
 def njit(*, cache: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a function as `numba.njit` does, with a cache whose faults never end the process."""
+    """Compile a function as `numba.njit` does, with a cache whose errors never end the process."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
             dispatcher = numba.njit(cache=cache, **options)(function)
-        except (RuntimeError, OSError):  # no folder for a cache
+        except (RuntimeError, OSError):  # there is no folder for a cache
             return numba.njit(**options)(function)
-        if cache and hasattr(dispatcher, "_cache"):  # absent under NUMBA_DISABLE_JIT
+        if cache and hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT makes plain functions
             dispatcher._cache._cache_file.__class__ = CheckedCacheFile
         return dispatcher
 
@@ -116,7 +116,7 @@ class CheckedCacheFile(caching.IndexDataCacheFile):
             return None
 
     def save(self, key: Any, data: Any) -> None:
-        """Write the code to the cache. If the disk is full, it stays in memory."""
+        """Write the code to the cache. If the disk is full, the code is only in memory."""
         with suppress(OSError):
             super().save(key, data)
 

@@ -1,4 +1,4 @@
-"""Markdown tables."""
+"""Format Markdown tables."""
 
 from collections.abc import Iterable, Sequence
 

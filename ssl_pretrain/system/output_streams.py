@@ -11,7 +11,7 @@ TEMPORARY_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)  # writing may suc
 
 
 class TolerantStream:
-    """A stream that never raises, even after `tee` was killed or the log's disk is full.
+    """A stream that never raises, even if `tee` is killed or the log's disk is full.
 
     Text that cannot be written is dropped. A stream that has lost its reader is redirected to the
     null device, and the other stream reports that once.
@@ -58,12 +58,12 @@ class TolerantStream:
 
 @contextmanager
 def tolerate_lost_output() -> Iterator[None]:
-    """Survive the loss of standard output and error, which may also be closed from the start."""
+    """Tolerate the loss of standard output or error. Either may be closed from the start."""
     previous, streams = (sys.stdout, sys.stderr), []
     for descriptor, name, stream in ((1, "stdout", sys.stdout), (2, "stderr", sys.stderr)):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the next file to be opened would receive the output
+        except OSError:  # closed, so the next file to be opened would receive the output
             redirect_to_null(descriptor)
         stream = stream or os.fdopen(descriptor, "w", closefd=False)
         streams.append(TolerantStream(stream, name))
@@ -77,7 +77,7 @@ def tolerate_lost_output() -> Iterator[None]:
 
 
 def redirect_to_null(*descriptors: int) -> None:
-    """Discard what is written to these file descriptors from now on."""
+    """Discard everything that is written to these file descriptors from now on."""
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in descriptors:
         os.dup2(null, descriptor)

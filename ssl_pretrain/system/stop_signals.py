@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. The first is remembered, a second one ends the process."""
+"""Signals that ask a run to stop. The first is remembered, and a second one ends the process."""
 
 import os
 import signal
@@ -12,25 +12,28 @@ from ssl_pretrain.system.output_streams import redirect_to_null
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 IMPATIENT_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a second one of these ends the process
-GRACE_SECONDS = 1.0  # a launcher passes on the Ctrl-C that the terminal sent to every process
+# A second signal within this time is ignored, because a launcher also forwards the Ctrl-C that the
+# terminal sends to every process.
+GRACE_SECONDS = 1.0
 
-_stop_requested = False  # remembered until a run can answer
+_stop_requested = False  # True from the first stop signal to the end of the run
 _first_impatient_seconds: float | None = None  # monotonic time of the first impatient signal
 
 
 def remember_signals() -> None:
-    """Remember a request to stop while the run is being prepared and cannot answer it.
+    """Remember a request to stop while the run is being prepared and cannot respond to it.
 
-    This replaces handlers that would act at once, in the middle of a step, such as a scheduler's.
+    This replaces handlers that would act immediately, in the middle of a step, such as those of a
+    scheduler.
     """
-    for number in (*STOP_SIGNALS, signal.SIGCONT):  # SIGCONT comes with SLURM's SIGTERM
+    for number in (*STOP_SIGNALS, signal.SIGCONT):  # SLURM sends SIGCONT along with SIGTERM
         if not _is_ignored(number):
             signal.signal(number, _remember)
 
 
 @contextmanager
 def remembering_signals() -> Iterator[None]:
-    """Remember requests to stop until a run answers them, and restore the handlers at the end."""
+    """Remember requests to stop until a run responds, and restore the handlers at the end."""
     with closing(StopSignals()):
         yield
 
@@ -51,26 +54,27 @@ def _end_at_second_signal(number: int) -> None:
     if _first_impatient_seconds is None:
         _first_impatient_seconds = now
     elif now - _first_impatient_seconds > GRACE_SECONDS:
-        _announce(number, "\na second signal ({}): ended at once, nothing saved\n")
+        _announce(number, "\n{} is the second signal: the process ends without saving\n")
         os._exit(128 + number)
 
 
 def _announce(number: int, message: str) -> None:
-    """Write the message to standard error, with the signal's name for `{}`."""
+    """Write the message to standard error, with the signal's name in place of `{}`."""
     with suppress(OSError):
         os.write(2, message.format(signal.Signals(number).name).encode())
 
 
 def _is_ignored(number: int) -> bool:
-    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN  # nohup
+    """Return True for SIGHUP under nohup."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 class StopSignals:
-    """Handlers of the stop signals during a run. `requested` is set by the first signal.
+    """Handlers of the stop signals during a run. The first signal sets `requested`.
 
-    A thread counts the signals, because the main thread runs no Python while it waits for another
-    rank or for a dead disk. Handlers can only be set in the main thread. A program that trains in
-    another thread keeps its own handlers and stops the run in its own way.
+    A thread counts the signals, because the main thread runs no Python code while it waits for
+    another rank or an unresponsive disk. Handlers can only be set in the main thread. A program
+    that trains in another thread keeps its own handlers and stops the run in its own way.
     """
 
     def __init__(self, signals: tuple[int, ...] = STOP_SIGNALS) -> None:
@@ -81,7 +85,7 @@ class StopSignals:
         if not self.has_handlers:
             return
         numbers = [number for number in signals if not _is_ignored(number)]
-        # The loader's processes block these signals, and so do processes forked from them.
+        # A process that was forked from a loader's process inherits a mask that blocks the signals.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
         self._terminals = list(filter(os.isatty, (1, 2)))
         self._pipe_out, self._pipe_in = os.pipe()
@@ -93,7 +97,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: Any) -> None:
         self._request()
-        if number == signal.SIGHUP:  # output to a closed terminal would raise at every line
+        if number == signal.SIGHUP:  # every line of output to a closed terminal would raise
             redirect_to_null(*self._terminals)
 
     def _request(self) -> None:
@@ -111,7 +115,8 @@ class StopSignals:
                     is_announced = True
                     _announce(
                         number,
-                        "\n{}: saving and stopping after this step; a second signal ends at once\n",
+                        "\n{}: the run saves and stops after this step; a second signal ends it "
+                        "without saving\n",
                     )
                 _end_at_second_signal(number)
 

@@ -9,7 +9,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def only_training_of_process() -> Iterator[None]:
-    """Refuse a second training at the same time, because both would use one random generator.
+    """Refuse to train in two threads at a time, because they would share a random generator.
 
     Raises:
         ValueError: If another thread of this process is training.
@@ -17,7 +17,7 @@ def only_training_of_process() -> Iterator[None]:
     if not _lock.acquire(blocking=False):
         raise ValueError(
             "another thread of this process is training, and two at a time would change each "
-            "other's weights; train one after the other, or start each in a process of its own"
+            "other's weights; train one after the other, or start each one in its own process"
         )
     try:
         yield

@@ -1,7 +1,8 @@
-"""End a process that waits in vain, with a message that names what it waited for.
+"""End a process that no longer makes progress, with a message that names its activity.
 
 A thread counts the seconds since the last sign of life. Time in which the whole process was
-suspended does not count. A hung call that holds Python's interpreter lock is ended by faulthandler.
+suspended does not count. If a hung call holds Python's global interpreter lock, the thread cannot
+run, and faulthandler ends the process.
 """
 
 import faulthandler
@@ -14,13 +15,13 @@ from contextlib import suppress
 from ssl_pretrain.system.exit_status import LOST
 
 TICK_SECONDS = 1.0
-COMPILE_FACTOR = 10.0  # how many times its limit a first step may take while it compiles
+COMPILE_FACTOR = 10.0  # a first step that compiles may take this many times its limit
 BUSY_SHARE = 0.1  # a process that uses more than this share of a core counts as computing
 BACKUP_SECONDS = 60.0  # faulthandler waits this much longer than the watchdog
 
 
 class Watchdog:
-    """Count the seconds without a sign of life while armed, and end the process after too many."""
+    """Timer that ends the process after too many seconds without a sign of life while armed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,15 +34,15 @@ class Watchdog:
     def beat(
         self, seconds: float, activity: str, remedy: str, status: int = LOST, compiles: bool = False
     ) -> None:
-        """Give a sign of life, and arm the watchdog for the next activity.
+        """Record a sign of life and arm the watchdog for the next activity.
 
         Args:
             seconds: Time that the next activity may take.
-            activity: Its name in messages, such as "training step 5".
+            activity: Name of that activity in messages, such as "training step 5".
             remedy: Advice for the user if the watchdog ends the process.
             status: Exit status of the process if the watchdog ends it.
-            compiles: True if the activity compiles code first. Time in which this process computes
-                is then not counted, up to `COMPILE_FACTOR` times `seconds`.
+            compiles: True if the activity compiles code first. The limit is then up to
+                `COMPILE_FACTOR` times `seconds` as long as this process is computing.
         """
         with self._lock:
             self._limit, self._silence, self._status = seconds, 0.0, status
@@ -59,22 +60,26 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _count_silence(self) -> None:
-        last, last_busy = time.monotonic(), time.process_time()
+        previous_time, previous_cpu_time = time.monotonic(), time.process_time()
         while True:
             self._armed.wait()
             time.sleep(min(TICK_SECONDS, max(0.05, self._limit / 4)))
-            now, busy = time.monotonic(), time.process_time()
-            elapsed = min(now - last, 2 * TICK_SECONDS)  # the rest was a suspension
+            now, cpu_time = time.monotonic(), time.process_time()
+            # A longer interval means that the process was suspended.
+            elapsed = min(now - previous_time, 2 * TICK_SECONDS)
             with self._lock:
                 if self._armed.is_set():
-                    if self._compile_budget > 0 and busy - last_busy > BUSY_SHARE * elapsed:
+                    if (
+                        self._compile_budget > 0
+                        and cpu_time - previous_cpu_time > BUSY_SHARE * elapsed
+                    ):
                         self._compile_budget -= elapsed
                     else:
                         self._silence += elapsed
                     self._arm_faulthandler()
                     if self._silence > self._limit:
                         self._end_process()
-            last, last_busy = now, busy
+            previous_time, previous_cpu_time = now, cpu_time
 
     def _arm_faulthandler(self) -> None:
         with suppress(ValueError, OSError, OverflowError):  # stderr may be closed

@@ -1,4 +1,4 @@
-"""A batch of views, which the loader yields and a method takes, and its copy to a device."""
+"""The batch of views that a method takes, and copies of tensors to a device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Batch:
             They are float32, or bfloat16 if the GPU computes in bfloat16.
         labels: int64 (B,), -1 for an image without a label.
         indices: int64 (B,), numbers of the images in the source. An unreadable image keeps its
-            number, and has the pixels and the label of its replacement.
+            number, but has the pixels and the label of its replacement.
     """
 
     views: list[Tensor]
@@ -36,7 +36,7 @@ class Batch:
         )
 
     def slice(self, number: int, num_slices: int) -> Batch:
-        """Return one of `num_slices` slices of equal length.
+        """Return slice `number` of `num_slices` slices of equal length, counted from 0.
 
         Raises:
             ValueError: If the images do not divide evenly.

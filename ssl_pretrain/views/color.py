@@ -4,13 +4,13 @@ The random numbers come from `color_parameters`. The operations are applied in t
 jitter (its four operations in a random order per image), grayscale, blur, solarization, then
 (x - mean) / std. The host knows which images an operation changes, so it never waits for a GPU.
 
-The arithmetic is torchvision's (`transforms.v2.functional`), on float32 in [0, 1]. A recipe can ask
-for that of SimCLR's and BYOL's code (TensorFlow and JAX):
+The arithmetic is torchvision's (`transforms.v2.functional`), on float32 in [0, 1]. A recipe can
+select the arithmetic of SimCLR's and BYOL's code (TensorFlow and JAX) instead:
 
-- brightness_mode: add. Brightness is added instead of multiplied.
-- contrast_mean: channel. Contrast blends with the mean of each channel instead of the mean gray.
-- saturation_mode: hsv. Saturation is scaled in HSV at constant value instead of blended with gray.
-- blur_border: zero. The blur pads with zeros instead of a reflection.
+- `brightness_mode: add` adds brightness instead of multiplying by it.
+- `contrast_mean: channel` blends with the mean of each channel instead of the mean gray.
+- `saturation_mode: hsv` scales saturation in HSV at constant value instead of blending with gray.
+- `blur_border: zero` pads with zeros instead of a reflection.
 """
 
 from dataclasses import fields
@@ -40,7 +40,7 @@ def apply(
         std: Standard deviation of red, green and blue.
 
     Raises:
-        ValueError: If `pixels` is not uint8 (n, 3, height, width) with the n of the parameters.
+        ValueError: If `pixels` is not uint8 (n, 3, height, width) with the n of `parameters`.
     """
     _check(pixels, len(parameters.jitter))
     if pixels.device.type != "cpu":
@@ -66,7 +66,7 @@ def apply_to_group(
     std: list[float],
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Return the finished views of one kind of crop. On CUDA a few kernels make all of them.
+    """Return the finished views of one kind of crop. On CUDA a few kernels compute all of them.
 
     Args:
         pixels: Crops of each view, uint8 (n, 3, size, size).
@@ -74,7 +74,7 @@ def apply_to_group(
         crop: Recipe of the views.
         mean: Mean of red, green and blue in [0, 1].
         std: Standard deviation of red, green and blue.
-        dtype: Type of the views on CUDA, where they are channels_last. Elsewhere it is float32.
+        dtype: Type of the views on CUDA, where they are channels_last. Elsewhere they are float32.
     """
     if pixels[0].device.type not in FUSED_DEVICES or find_spec("triton") is None:
         return [apply(*pair, crop, mean, std) for pair in zip(pixels, parameters)]

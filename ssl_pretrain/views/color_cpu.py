@@ -1,8 +1,8 @@
-"""Apply the colors of views on the CPU, in compiled code.
+"""Apply the color operations of views on the CPU, in compiled code.
 
-All operations are applied to an image before the next image, so that it stays in the processor's
+All operations are applied to one image before the next, so that each image stays in the processor's
 cache. Otherwise each operation would read and write every image in memory. The arithmetic is that
-of `color_torch`, in float32. Sums are taken in another order, which changes the seventh digit.
+of `color_torch`, in float32. Sums are computed in another order, which changes the seventh digit.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +14,13 @@ from ssl_pretrain.system.jit import njit
 from ssl_pretrain.views.color_parameters import ColorParameters, strengths
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
-# A product and a sum may be rounded together, which is twice as fast and more accurate.
+# Flags that let the compiler round a product and a sum together, which is twice as fast and more
+# accurate. `_SUM` also lets it compute a sum in the lanes of a vector.
 _CONTRACT = {"contract"}
-_SUM = {"contract", "reassoc", "nsz"}  # sums may also be taken in the lanes of a vector
-# The compiler makes use of this freedom differently when it compiles a helper alone and within
-# `_apply`. A process that compiles would use the former code, one that loads from the cache the
-# latter. Every helper is inlined into `_apply`, so that both compute the same bits.
+_SUM = {"contract", "reassoc", "nsz"}
+# With these flags, the code of a helper that is compiled alone differs from its code within
+# `_apply`. A process that compiles would run the former, and a process that loads from the cache
+# the latter. Every helper is inlined into `_apply`, so that both compute the same bits.
 _helper = partial(njit, nogil=True, forceinline=True)
 RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 ZERO, ONE, TWO, THREE, FOUR, SIX = (np.float32(number) for number in (0, 1, 2, 3, 4, 6))
@@ -35,16 +36,16 @@ def apply(
     num_threads: int,
     out: np.ndarray,
 ) -> None:
-    """Write the finished views to `out`.
+    """Apply the color operations, normalize, and write the views to `out`.
 
     Args:
         pixels: Crops, uint8 (n, 3, height, width).
-        parameters: Random numbers of these n views.
+        parameters: Random parameters of the n views.
         crop: Recipe of the views.
         mean: Mean of red, green and blue in [0, 1], float32 (3,).
         std: Standard deviation of red, green and blue, float32 (3,).
         num_threads: Number of threads that share the images.
-        out: float32 (n, 3, height, width).
+        out: Output, float32 (n, 3, height, width).
     """
     recipe = (
         strengths(crop),
@@ -111,7 +112,7 @@ def _apply(recipe, rows):
 
 @_helper(error_model="numpy")
 def _adjust(image, operation, factor, recipe):
-    """Apply one operation of the color jitter: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    """Apply brightness (operation 0), contrast (1), saturation (2) or hue (3) of the jitter."""
     adds, by_channel, in_hsv = recipe[1], recipe[2], recipe[3]
     if operation == 0 and adds:
         _shift(image.reshape(-1), factor)
@@ -152,7 +153,7 @@ def _shift(image, delta):
 @_helper(fastmath=_SUM)
 def _mean_gray(red, green, blue):
     total = 0.0
-    for first in range(0, len(red), 1024):  # short sums in float32, their sum in float64
+    for first in range(0, len(red), 1024):  # sums of 1024 values in float32 are added in float64
         short = ZERO
         for i in range(first, min(first + 1024, len(red))):
             short += red[i] * RED + green[i] * GREEN + blue[i] * BLUE
@@ -190,7 +191,7 @@ def _blend_with_gray(red, green, blue, factor):
 
 @_helper(error_model="numpy")
 def _scale_saturation(red, green, blue, factor):
-    """Multiply HSV's saturation at constant hue and value, as `color_torch` does."""
+    """Multiply the saturation of HSV at constant hue and value, as in `color_torch`."""
     for i in range(len(red)):
         r, g, b = red[i], green[i], blue[i]
         high = max(max(r, g), b)
@@ -203,7 +204,7 @@ def _scale_saturation(red, green, blue, factor):
 
 @_helper(error_model="numpy")
 def _rotate_hue(red, green, blue, shift):
-    """Rotate the hue by `shift` sixths of a turn, without branches, so that it is vectorized."""
+    """Rotate the hue by `shift` sixths of a turn. The loop has no branches and is vectorized."""
     for i in range(len(red)):
         r, g, b = red[i], green[i], blue[i]
         low, high = min(min(r, g), b), max(max(r, g), b)
@@ -237,7 +238,7 @@ def _fill_kernel(kernel, sigma):
 
 @_helper()
 def _blur(image, kernel, padded, rows, zero_border):
-    """Blur along the rows, then along the columns. `rows` has one row of zeros below the image."""
+    """Blur along the rows, then along the columns. The last row of the buffer `rows` is zero."""
     height, width = image.shape
     radius = len(kernel) // 2
     for y in range(height):
@@ -268,7 +269,7 @@ def _blur(image, kernel, padded, rows, zero_border):
 
 @_helper()
 def _row_at(row, length, zero_border):
-    """Return the row to read for `row`. Outside it is the reflection, or row `length`, of zeros."""
+    """Map a row outside of the image to its reflection, or to row `length`, which is zero."""
     if zero_border:
         return row if 0 <= row < length else length
     row = abs(row)

@@ -19,14 +19,14 @@ class ColorParameters:
     """Random color parameters of one view of n images, one row per image.
 
     Attributes:
-        jitter: bool (n,).
-        order: int64 (n, 4), the operation of each of the four stages.
-        factors: float32 (n, 4), one per operation: the factors of brightness, contrast and
-            saturation, and the shift of the hue. Brightness is a summand if the recipe adds it.
-        grayscale: bool (n,).
-        blur: bool (n,).
+        jitter: bool (n,), True for images with color jitter.
+        order: int64 (n, 4), operations of the color jitter in the order of their application.
+        factors: float32 (n, 4), the factors of brightness, contrast and saturation and the shift of
+            the hue. If the recipe adds brightness, its entry is added instead of multiplied.
+        grayscale: bool (n,), True for images turned gray.
+        blur: bool (n,), True for blurred images.
         sigma: float32 (n,), standard deviation of the blur in pixels.
-        solarize: bool (n,).
+        solarize: bool (n,), True for solarized images.
     """
 
     jitter: np.ndarray
@@ -41,14 +41,14 @@ class ColorParameters:
 def draw_colors(
     crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int
 ) -> ColorParameters:
-    """Draw the parameters of one view of n images from the ranges of torchvision.
+    """Draw the parameters of one view of n images from the same ranges as torchvision.
 
     Args:
         crop: Recipe of the view.
         seed: Seed of the run.
-        epoch: Number of passes over the data before this one.
-        indices: Numbers of the images in the data set, (n,) integers.
-        view: Number of the view, in the order of `recipe.expand_counts`.
+        epoch: Number of completed passes over the data.
+        indices: Indices of the images in the data set, integers of shape (n,).
+        view: Index of the view, in the order of `recipe.expand_counts`.
     """
 
     def uniform(purpose: Purpose, count: int) -> np.ndarray:
@@ -74,12 +74,12 @@ def draw_colors(
 
 
 def strengths(crop: Crop) -> np.ndarray:
-    """Return the strength of each operation of the color jitter, (4,). An unused one has 0."""
+    """Return the strength of each operation of the color jitter, shape (4,). Unused ones have 0."""
     return np.array([crop.brightness, crop.contrast, crop.saturation, crop.hue])
 
 
 def describe_view(crop: Crop, box: Box, parameters: ColorParameters, row: int) -> str:
-    """Describe the random choices of a row's view in words, in the order of its operations."""
+    """Describe the random choices of one row's view in words, in the order of the operations."""
     words = [f"{box.width}x{box.height} pixels at ({box.left}, {box.top})"]
     if box.flip:
         words.append("flipped")

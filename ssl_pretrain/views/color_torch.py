@@ -1,6 +1,6 @@
 """Apply the color operations of views with torch, on any device.
 
-Each operation is applied at once to all images that it was drawn for.
+Each operation is applied in one call to all images for which it was drawn.
 """
 
 from functools import lru_cache
@@ -20,7 +20,7 @@ LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue (I
 def apply(
     pixels: Tensor, parameters: ColorParameters, crop: Crop, mean: list[float], std: list[float]
 ) -> Tensor:
-    """Return the finished views. The arguments are those of `color.apply`."""
+    """Return the normalized views. The arguments are those of `color.apply`."""
     images = pixels.to(torch.float32).div_(255)
     rows, values = _upload_parameters(parameters, crop, pixels.device)
     operations = (
@@ -30,23 +30,23 @@ def apply(
         _hue,
     )
 
-    for number, stage_rows in enumerate(rows[:16]):
-        operation = number % 4
+    for position, stage_rows in enumerate(rows[:16]):
+        operation = position % 4
         if len(stage_rows):
             factor = values[:, operation].index_select(0, stage_rows).view(-1, 1, 1, 1)
-            adjusted = operations[operation](images.index_select(0, stage_rows), factor)
-            images.index_copy_(0, stage_rows, adjusted)
+            adjusted_images = operations[operation](images.index_select(0, stage_rows), factor)
+            images.index_copy_(0, stage_rows, adjusted_images)
     grayscale, blur, solarize = rows[16:]
     if len(grayscale):
         gray = _gray(images.index_select(0, grayscale)).expand(-1, 3, -1, -1)
         images.index_copy_(0, grayscale, gray)
     if len(blur):
         sigma = values[:, 4].index_select(0, blur)
-        sharp = images.index_select(0, blur)
-        images.index_copy_(0, blur, _blur(sharp, sigma, blur_taps(crop), crop.blur_border))
+        sharp_images = images.index_select(0, blur)
+        images.index_copy_(0, blur, _blur(sharp_images, sigma, blur_taps(crop), crop.blur_border))
     if len(solarize):
-        plain = images.index_select(0, solarize)
-        images.index_copy_(0, solarize, _solarize(plain, crop.solarize_threshold))
+        original_images = images.index_select(0, solarize)
+        images.index_copy_(0, solarize, _solarize(original_images, crop.solarize_threshold))
     return standardize(images, mean, std)
 
 
@@ -67,13 +67,13 @@ def _upload_parameters(
     ]
     masks += [parameters.grayscale, parameters.blur, parameters.solarize]
     rows = [np.flatnonzero(mask) for mask in masks]
-    on_device = upload(torch.from_numpy(np.concatenate(rows)), device)
+    device_rows = upload(torch.from_numpy(np.concatenate(rows)), device)
     values = torch.from_numpy(np.column_stack([parameters.factors, parameters.sigma]))
-    return on_device.split(list(map(len, rows))), upload(values, device)
+    return device_rows.split(list(map(len, rows))), upload(values, device)
 
 
-# The operations below take a factor (m, 1, 1, 1) and images, float32 (m, 3, height, width) in
-# [0, 1], which they may overwrite.
+# The operations below take images in [0, 1], float32 (m, 3, height, width), and a factor per image,
+# (m, 1, 1, 1). They may overwrite the images.
 
 
 def _scale_brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ def _saturation_in_hsv(images: Tensor, factor: Tensor) -> Tensor:
     """Multiply HSV's saturation by the factor at constant hue and value, and limit it to 1.
 
     Saturation is chroma / value. Hue and value stay the same if the distances of all channels to
-    the largest channel are multiplied by one number. It is the factor, or the number that makes the
-    smallest channel 0.
+    the largest channel are multiplied by one number. That number is the factor, but at most the
+    number that makes the smallest channel 0.
     """
     low, high = images.amin(dim=1, keepdim=True), images.amax(dim=1, keepdim=True)
     chroma = (high - low).clamp_min_(torch.finfo(torch.float32).tiny)
@@ -119,12 +119,12 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     low = torch.minimum(torch.minimum(red, green), blue)
     high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - low
-    # Any value suits gray, whose chroma is 0.
-    safe = chroma.clamp_min(torch.finfo(torch.float32).tiny)
-    from_green = (blue - red).div_(safe).add_(2)
-    from_blue = (red - green).div_(safe).add_(4)
+    # Gray has chroma 0 and no hue, so any divisor will do.
+    divisor = chroma.clamp_min(torch.finfo(torch.float32).tiny)
+    from_green = (blue - red).div_(divisor).add_(2)
+    from_blue = (red - green).div_(divisor).add_(4)
     sixths = torch.where(high == green, from_green, from_blue)
-    sixths = torch.where(high == red, (green - blue).div_(safe), sixths)
+    sixths = torch.where(high == red, (green - blue).div_(divisor), sixths)
     sixths = sixths.add_(6 * shift).remainder_(6)
     rotated = torch.cat(
         [
@@ -147,27 +147,27 @@ def _solarize(images: Tensor, threshold: float) -> Tensor:
 
 
 def _blur(images: Tensor, sigma: Tensor, taps: int, border: str = "reflect") -> Tensor:
-    """Blur each image with a Gaussian of its own sigma (m,). The border is "reflect" or "zero".
+    """Blur each image with a Gaussian of its own sigma. The border is "reflect" or "zero".
 
-    One depthwise convolution along the rows and one along the columns have every channel of every
-    image as a channel. They take 2 * taps products per pixel, while torchvision's square kernel
-    takes taps^2.
+    Two depthwise convolutions, along the rows and along the columns, treat every channel of every
+    image as a separate channel. They need 2 * taps products per pixel, whereas torchvision's
+    square kernel needs taps^2.
     """
-    m, channels, height, width = images.shape
+    num_images, channels, height, width = images.shape
     radius = taps // 2
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32, device=images.device)
-    kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1)  # (m, taps)
+    kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1)  # one row per image
     kernel = kernel.repeat_interleave(channels, dim=0)
     mode = "constant" if border == "zero" else "reflect"
-    padded = F.pad(images, (radius, radius, radius, radius), mode=mode)
-    stack = padded.flatten(0, 1)[None]
-    stack = F.conv2d(stack, kernel[:, None, None, :], groups=m * channels)
-    stack = F.conv2d(stack, kernel[:, None, :, None], groups=m * channels)
-    return stack.view(m, channels, height, width)
+    padded_images = F.pad(images, (radius, radius, radius, radius), mode=mode)
+    stack = padded_images.flatten(0, 1)[None]
+    stack = F.conv2d(stack, kernel[:, None, None, :], groups=num_images * channels)
+    stack = F.conv2d(stack, kernel[:, None, :, None], groups=num_images * channels)
+    return stack.view(num_images, channels, height, width)
 
 
 def standardize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """Return (images - mean) / std, in the memory of `images`."""
+    """Return (images - mean) / std, which overwrites `images`."""
     shift, scale = _constants(tuple(mean), tuple(std), images.device)
     return images.sub_(shift).div_(scale)
 

@@ -2,9 +2,9 @@
 
 `color_torch` runs one operation at a time. That takes 289 kernels per view and moves 66 MiB per
 224-pixel view. A program of these kernels applies all operations to a tile of pixels in registers.
-Contrast needs the mean of its image, so a first kernel applies the operations before it and
+Contrast needs the mean of its image, so a first kernel applies the operations before contrast and
 computes the mean. The blur is separable. Images to be blurred pass through two buffers, one before
-the blur along the rows and one before the blur along the columns. The arithmetic is that of
+the blur along the rows and one before the blur along the columns. The arithmetic is the same as in
 `color_torch`.
 """
 
@@ -21,7 +21,7 @@ from ssl_pretrain.views.recipe import Crop, blur_taps
 _PIXELS = 1024  # pixels per program
 _MEAN_PIXELS = 2048  # pixels per iteration of the loop over an image in `_means`
 
-# Columns of the table that `pack` returns. The first four are the operations of the stages.
+# Columns of the table that `pack` returns. The first four contain the operations of the stages.
 _FACTORS = tl.constexpr(4)
 _SIGMA = tl.constexpr(8)
 _GRAYSCALE = tl.constexpr(9)
@@ -32,11 +32,11 @@ _NUM_COLUMNS = tl.constexpr(13)
 
 
 def pack(parameters: ColorParameters, crop: Crop) -> np.ndarray:
-    """Return the parameters of n views as one float32 table (n, 13), which takes one copy.
+    """Return the parameters of n views as one float32 table (n, 13), to upload in one copy.
 
-    Its columns are the operations of the four stages (-1 for none), their factors, the sigma, two
-    flags for grayscale and solarization, the view's slot in the blur buffers (-1 for none) and, in
-    row k, the view in slot k.
+    The columns are the operations of the four stages (-1 for none), their factors, the sigma of the
+    blur, two flags for grayscale and solarization, the view's slot in the blur buffers (-1 for
+    none) and, in row k, the view in slot k.
     """
     order, blurred_views = parameters.order, np.flatnonzero(parameters.blur)
     is_active = parameters.jitter[:, None] & (strengths(crop)[order] > 0)
@@ -67,10 +67,10 @@ def apply(
 
     Args:
         pixels: Crops, uint8 (n, 3, height, width).
-        parameters: Random numbers of these n views.
+        parameters: Random color parameters of the n views.
         crop: Recipe of the views.
-        mean: Mean of red, green and blue in [0, 1].
-        std: Standard deviation of red, green and blue.
+        mean: Means of red, green and blue, for values in [0, 1].
+        std: Standard deviations of red, green and blue.
         dtype: Type of the views, float32 or bfloat16.
     """
     n, _, height, width = pixels.shape
@@ -116,7 +116,7 @@ def _gray(red, green, blue):
 
 @triton.jit
 def _load(pixels, image, offsets, mask, area):
-    """Return red, green and blue in [0, 1] of an image's pixels at `offsets`."""
+    """Return red, green and blue of an image's pixels at `offsets`, as values in [0, 1]."""
     source = pixels + image.to(tl.int64) * 3 * area + offsets
     red = tl.load(source, mask=mask, other=0).to(tl.float32) / 255.0
     green = tl.load(source + area, mask=mask, other=0).to(tl.float32) / 255.0
@@ -138,25 +138,25 @@ def _saturate(red, green, blue, factor, HSV: tl.constexpr):
             value - (value - blue) * ratio,
         )
     else:
-        rest = _gray(red, green, blue) * (1.0 - factor)
+        gray = _gray(red, green, blue) * (1.0 - factor)
         return (
-            _clamp(red * factor + rest),
-            _clamp(green * factor + rest),
-            _clamp(blue * factor + rest),
+            _clamp(red * factor + gray),
+            _clamp(green * factor + gray),
+            _clamp(blue * factor + gray),
         )
 
 
 @triton.jit
 def _rotate_hue(red, green, blue, shift):
-    """Rotate the hue by `shift` turns of HSV's hexagon, at constant value and chroma."""
+    """Rotate the hue by `shift` turns of the HSV hexagon, at constant value and chroma."""
     low = tl.minimum(tl.minimum(red, green), blue)
     high = tl.maximum(tl.maximum(red, green), blue)
     chroma = high - low
-    safe = tl.maximum(chroma, 1.1754944e-38)  # any value suits gray, whose chroma is 0
+    divisor = tl.maximum(chroma, 1.1754944e-38)  # gray has chroma 0, and any hue suits it
     sixths = tl.where(
         high == red,
-        (green - blue) / safe,
-        tl.where(high == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
+        (green - blue) / divisor,
+        tl.where(high == green, (blue - red) / divisor + 2.0, (red - green) / divisor + 4.0),
     )
     sixths = sixths + 6.0 * shift
     sixths = sixths - 6.0 * tl.floor(sixths / 6.0)
@@ -179,17 +179,20 @@ def _adjust(
     ADDS: tl.constexpr,
     HSV: tl.constexpr,
 ):
-    """Apply one stage of the jitter: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 nothing."""
+    """Apply one stage of the jitter.
+
+    `code` is 0 for brightness, 1 for contrast, 2 for saturation, 3 for hue, and -1 for nothing.
+    """
     if code == 0:
         if ADDS:
             red, green, blue = _clamp(red + factor), _clamp(green + factor), _clamp(blue + factor)
         else:
             red, green, blue = _clamp(red * factor), _clamp(green * factor), _clamp(blue * factor)
     elif code == 1:
-        rest = 1.0 - factor
-        red = _clamp(red * factor + mean_red * rest)
-        green = _clamp(green * factor + mean_green * rest)
-        blue = _clamp(blue * factor + mean_blue * rest)
+        mean_weight = 1.0 - factor
+        red = _clamp(red * factor + mean_red * mean_weight)
+        green = _clamp(green * factor + mean_green * mean_weight)
+        blue = _clamp(blue * factor + mean_blue * mean_weight)
     elif code == 2:
         red, green, blue = _saturate(red, green, blue, factor, HSV)
     elif code == 3:
@@ -208,16 +211,16 @@ def _means(
     CHANNEL_MEAN: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """Apply the stages before contrast, and store the means that each image is blended with.
+    """Apply the stages before contrast, and store the means that contrast blends each image with.
 
     Images without contrast are skipped.
     """
     image = tl.program_id(0)
     row = table + image * _NUM_COLUMNS
-    stage = 4
+    contrast_stage = 4
     for k in tl.static_range(4):
-        stage = tl.where(tl.load(row + k) == 1.0, k, stage)
-    if stage < 4:
+        contrast_stage = tl.where(tl.load(row + k) == 1.0, k, contrast_stage)
+    if contrast_stage < 4:
         red_sum = tl.zeros([PIXELS], tl.float32)
         green_sum = tl.zeros([PIXELS], tl.float32)
         blue_sum = tl.zeros([PIXELS], tl.float32)
@@ -226,7 +229,7 @@ def _means(
             mask = offsets < area
             red, green, blue = _load(pixels, image, offsets, mask, area)
             for k in tl.static_range(3):
-                code = tl.where(k < stage, tl.load(row + k), -1.0).to(tl.int32)
+                code = tl.where(k < contrast_stage, tl.load(row + k), -1.0).to(tl.int32)
                 red, green, blue = _adjust(
                     red, green, blue, code, tl.load(row + _FACTORS + k), 0.0, 0.0, 0.0, ADDS, HSV
                 )
@@ -274,7 +277,7 @@ def _colors(
     HSV: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """Apply jitter and grayscale to a tile. Finish it, or store it for the blur."""
+    """Apply jitter and grayscale to a tile. Then finish the tile, or store it for the blur."""
     image = tl.program_id(0)
     row = table + image * _NUM_COLUMNS
     offsets = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
@@ -282,21 +285,30 @@ def _colors(
     red, green, blue = _load(pixels, image, offsets, mask, area)
     for k in tl.static_range(4):
         code = tl.load(row + k).to(tl.int32)
-        first = tl.load(means + image * 3, mask=code == 1, other=0.0)
-        second = tl.load(means + image * 3 + 1, mask=code == 1, other=0.0)
-        third = tl.load(means + image * 3 + 2, mask=code == 1, other=0.0)
+        image_mean_red = tl.load(means + image * 3, mask=code == 1, other=0.0)
+        image_mean_green = tl.load(means + image * 3 + 1, mask=code == 1, other=0.0)
+        image_mean_blue = tl.load(means + image * 3 + 2, mask=code == 1, other=0.0)
         red, green, blue = _adjust(
-            red, green, blue, code, tl.load(row + _FACTORS + k), first, second, third, ADDS, HSV
+            red,
+            green,
+            blue,
+            code,
+            tl.load(row + _FACTORS + k),
+            image_mean_red,
+            image_mean_green,
+            image_mean_blue,
+            ADDS,
+            HSV,
         )
     if tl.load(row + _GRAYSCALE) > 0.0:
         gray = _gray(red, green, blue)
         red, green, blue = gray, gray, gray
     slot = tl.load(row + _SLOT).to(tl.int64)
     if slot >= 0:
-        sharp = buffer + slot * 3 * area + offsets
-        tl.store(sharp, red, mask=mask)
-        tl.store(sharp + area, green, mask=mask)
-        tl.store(sharp + 2 * area, blue, mask=mask)
+        blur_input = buffer + slot * 3 * area + offsets
+        tl.store(blur_input, red, mask=mask)
+        tl.store(blur_input + area, green, mask=mask)
+        tl.store(blur_input + 2 * area, blue, mask=mask)
     else:
         if tl.load(row + _SOLARIZE) > 0.0:
             red = _solarize(red, threshold)
@@ -309,12 +321,13 @@ def _colors(
 
 
 @triton.jit
-def _blurred(
+def _blur_axis(
     source, positions, length, step, mask, sigma, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr
 ):
-    """Return the Gaussian mean along one axis.
+    """Return a tile's pixels after a Gaussian blur along one axis.
 
-    `positions` are those of the pixels on the axis, and `source` points to its start.
+    `positions` are the coordinates of the pixels on the axis, `source` points to the start of the
+    axis, and `step` is the distance between its pixels in memory.
     """
     radius: tl.constexpr = TAPS // 2
     total = tl.zeros(positions.shape, tl.float32)
@@ -340,7 +353,7 @@ def _blurred(
 
 @triton.jit
 def _blur_tile(table, area, PIXELS: tl.constexpr):
-    """Return a program's image, channel, sigma, start in a buffer, pixel offsets and mask."""
+    """Return a program's image, channel, sigma, start in the buffers, pixel offsets and mask."""
     slot, channel = tl.program_id(0), tl.program_id(1)
     image = tl.load(table + slot * _NUM_COLUMNS + _VIEW_IN_SLOT).to(tl.int32)
     sigma = tl.load(table + image * _NUM_COLUMNS + _SIGMA)
@@ -351,8 +364,8 @@ def _blur_tile(table, area, PIXELS: tl.constexpr):
 
 @triton.jit
 def _blur_rows(
-    buffer,
-    blurred,
+    source_buffer,
+    target_buffer,
     table,
     height,
     width,
@@ -363,14 +376,14 @@ def _blur_rows(
     """Blur a tile of one channel along the rows, from the first buffer into the second."""
     _, _, sigma, start, offsets, mask = _blur_tile(table, height * width, PIXELS)
     x = offsets % width
-    source = buffer + start + (offsets - x)
-    values = _blurred(source, x, width, 1, mask, sigma, TAPS, ZERO_BORDER)
-    tl.store(blurred + start + offsets, values, mask=mask)
+    source = source_buffer + start + (offsets - x)
+    values = _blur_axis(source, x, width, 1, mask, sigma, TAPS, ZERO_BORDER)
+    tl.store(target_buffer + start + offsets, values, mask=mask)
 
 
 @triton.jit
 def _blur_columns(
-    blurred,
+    buffer,
     table,
     height,
     width,
@@ -389,8 +402,8 @@ def _blur_columns(
     """Blur a tile of one channel along the columns, solarize, normalize and store it."""
     area = height * width
     image, channel, sigma, start, offsets, mask = _blur_tile(table, area, PIXELS)
-    source, y = blurred + start + offsets % width, offsets // width
-    values = _blurred(source, y, height, width, mask, sigma, TAPS, ZERO_BORDER)
+    source, y = buffer + start + offsets % width, offsets // width
+    values = _blur_axis(source, y, height, width, mask, sigma, TAPS, ZERO_BORDER)
     if tl.load(table + image * _NUM_COLUMNS + _SOLARIZE) > 0.0:
         values = _solarize(values, threshold)
     mean = tl.where(channel == 0, mean_red, tl.where(channel == 1, mean_green, mean_blue))

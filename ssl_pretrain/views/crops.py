@@ -3,14 +3,14 @@
 `draw_box` chooses a box, and `apply` cuts it out, resizes and flips it. By default both compute
 what torchvision's RandomResizedCrop does, except for the source of random numbers. The method is
 Inception's "distorted bounding box" (Szegedy et al., CVPR 2015, arXiv:1409.4842, section 6).
-`crop_sampler` chooses the distribution of the boxes, by the official code that it follows:
+`crop_sampler` chooses the distribution of the boxes. Each choice follows official code:
 
 - torchvision: The area is uniform and the ratio log-uniform. Both are drawn until the box fits,
-  at most 10 times. Then it is the largest central box whose ratio is in range.
+  at most 10 times. After that the box is the largest central one whose ratio is in range.
 - tensorflow, for SimCLR: The ratio is uniform. The height is uniform among the integers that the
   range of areas and the image allow, so small areas are more frequent. This is
   tf.image.sample_distorted_bounding_box with min_object_covered = 0.1, as SimCLR's code calls it.
-  It rejects areas below a tenth of the image, although the range of areas begins at 0.08.
+  The function rejects areas below a tenth of the image, although the range of areas begins at 0.08.
 - clipped, for BYOL: The area is uniform and the ratio log-uniform, drawn once. Width and height are
   clipped to those of the image.
 
@@ -35,8 +35,8 @@ from ssl_pretrain.views.recipe import Crop, Interpolation
 MAX_ASPECT = 16  # aspect ratio beyond which `evaluate` resizes only the middle of an image
 MAX_ATTEMPTS = 10  # as in torchvision
 TENSORFLOW_MAX_ATTEMPTS = 100  # as in SimCLR's code
-TENSORFLOW_MIN_AREA = 0.1  # smallest share of the image in a box: SimCLR's min_object_covered
-TORCHVISION, TENSORFLOW, CLIPPED = 0.0, 1.0, 2.0  # numbers, as compiled code takes no strings
+TENSORFLOW_MIN_AREA = 0.1  # smallest share of the image in a box, SimCLR's min_object_covered
+TORCHVISION, TENSORFLOW, CLIPPED = 0.0, 1.0, 2.0  # numbers because compiled code takes no text
 SAMPLERS = {"torchvision": TORCHVISION, "tensorflow": TENSORFLOW, "clipped": CLIPPED}
 _CROP, _FLIP = int(Purpose.CROP), int(Purpose.FLIP)
 
@@ -57,7 +57,7 @@ class Box(NamedTuple):
 def draw_box(
     crop: Crop, seed: int, epoch: int, index: int, view: int, height: int, width: int
 ) -> Box:
-    """Draw the box of one view of one image, with the recipe's sampler.
+    """Draw the box of one view of an image, with the recipe's sampler.
 
     Args:
         crop: Recipe of the view.
@@ -95,7 +95,7 @@ def box_at(parameters, key, height, width):
         return (*_tensorflow_box(areas, (low_ratio, high_ratio), key, height, width), flip)
     low_log, high_log = math.log(low_ratio), math.log(high_ratio)
     for attempt in range(MAX_ATTEMPTS):
-        u_area, u_ratio, u_top, u_left = _four_uniform(key, attempt)
+        u_area, u_ratio, u_top, u_left = _four_uniforms(key, attempt)
         area = height * width * (low_area + (high_area - low_area) * u_area)
         ratio = math.exp(low_log + (high_log - low_log) * u_ratio)
         box_width = int(np.rint(math.sqrt(area * ratio)))
@@ -115,7 +115,7 @@ def box_at(parameters, key, height, width):
 
 
 @njit(nogil=True, cache=True)
-def _four_uniform(key, attempt):
+def _four_uniforms(key, attempt):
     """Return the four random numbers in [0, 1) of an attempt to place a box."""
     seed, epoch, index, view = key
     lane = 4 * attempt
@@ -131,12 +131,12 @@ def _four_uniform(key, attempt):
 def _tensorflow_box(areas, ratios, key, height, width):
     """Draw (top, left, height, width) as tf.image.sample_distorted_bounding_box does.
 
-    After 100 attempts it is the whole image. As in TensorFlow's kernel, a box that is smaller than
-    the image never touches its bottom or right edge.
+    After 100 attempts the box is the whole image. As in TensorFlow's kernel, a box that is smaller
+    than the image never touches the bottom or right edge of the image.
     """
     (min_area, max_area), (low_ratio, high_ratio) = areas, ratios
     for attempt in range(TENSORFLOW_MAX_ATTEMPTS):
-        u_ratio, u_height, u_top, u_left = _four_uniform(key, attempt)
+        u_ratio, u_height, u_top, u_left = _four_uniforms(key, attempt)
         ratio = low_ratio + (high_ratio - low_ratio) * u_ratio
         max_height = int(np.rint(math.sqrt(max_area / ratio)))
         if np.rint(max_height * ratio) > width:  # take the largest height whose width still fits
@@ -146,7 +146,7 @@ def _tensorflow_box(areas, ratios, key, height, width):
         min_height = min(int(np.rint(math.sqrt(min_area / ratio))), max_height)
         box_height = min_height + int(u_height * (max_height - min_height + 1))
         box_width = int(np.rint(box_height * ratio))
-        if box_height * box_width < min_area:  # rounding can leave the range of areas by one row
+        if box_height * box_width < min_area:  # rounding can miss the range by one row
             box_height += 1
             box_width = int(np.rint(box_height * ratio))
         if box_height * box_width > max_area:
@@ -196,7 +196,7 @@ def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
     Args:
         image: Decoded image, uint8 (3, height, width), in any memory format.
         box: Box inside the image.
-        crop: Recipe, which gives size, interpolation and antialiasing.
+        crop: Recipe with the size, interpolation and antialiasing.
     """
     if not crop.antialias:
         return _without_antialias(image, box, crop)
@@ -206,9 +206,9 @@ def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
 
 
 def _without_antialias(image: Tensor, box: Box, crop: Crop) -> Tensor:
-    """Do what `apply` does, without antialiasing and as the compiled loader computes it.
+    """Apply a crop without antialiasing, exactly as the compiled loader does.
 
-    torch's cubic filter without antialiasing has another parameter (a = -0.75).
+    torch cannot do it, because its cubic filter then has another parameter (a = -0.75).
     """
     cut = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
     transposed = cut.permute(2, 0, 1).contiguous().flatten().numpy()
@@ -224,12 +224,12 @@ def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
     """Crop a whole batch on its device, within one gray level of `apply`.
 
     A resize is a product with one matrix along x and one along y. Each image has its own matrices,
-    as its box differs.
+    because the boxes differ.
 
     Args:
         images: Decoded images, uint8 (n, 3, height, width).
         boxes: Boxes from `draw_boxes`, int64 (n, 5).
-        crop: Recipe, which gives size, interpolation and antialiasing.
+        crop: Recipe with the size, interpolation and antialiasing.
 
     Returns:
         The views, uint8 (n, 3, size, size).
@@ -254,7 +254,7 @@ def _resize_matrices(first: Tensor, length: Tensor, total: int, crop: Crop) -> T
         first: First pixel of each box along the axis, int64 (n,).
         length: Pixels of each box along the axis, int64 (n,).
         total: Pixels of the image along the axis.
-        crop: Recipe, which gives size, interpolation and antialiasing.
+        crop: Recipe with the size, interpolation and antialiasing.
 
     Returns:
         The weights, float32 (n, size, total).
@@ -292,7 +292,7 @@ def _to_levels(images: Tensor) -> Tensor:
 def evaluate(
     image: Tensor, size: int, crop_ratio: float = 0.875, interpolation: Interpolation = "bilinear"
 ) -> Tensor:
-    """Return the view that evaluations use, uint8 (3, size, size).
+    """Return the view for evaluations, uint8 (3, size, size).
 
     The shorter side is resized to round(size / crop_ratio) pixels at the same aspect ratio, and
     the central square is cut out. For the usual ImageNet protocol that is 256 and 224 pixels. If
@@ -324,8 +324,8 @@ def _middle_length(longer: int, shorter: int, resized_side: int) -> int:
     """Return the number of pixels of the longer side to resize for the same central crop.
 
     Equal numbers of pixels are cut off at both ends, and the resized lengths differ by a multiple
-    of 4. Otherwise the center would fall on another fraction of a pixel, as torchvision rounds half
-    a pixel to even.
+    of 4. Otherwise the center would fall on another fraction of a pixel, because torchvision rounds
+    half a pixel to even.
     """
     resized_length = resized_side * longer // shorter
     first = MAX_ASPECT * shorter + (longer - MAX_ASPECT * shorter) % 2

@@ -1,11 +1,11 @@
-"""The recipe of each kind of view, which is the section `views` of a configuration.
+"""Recipe of each kind of view, as set in the section `views` of a configuration.
 
 It covers the views of SimCLR (arXiv:2002.05709), BYOL (arXiv:2006.07733), SwAV's multi-crop
 (arXiv:2006.09882) and DINO (arXiv:2104.14294). The operations of a view are applied in this order:
 crop, flip, jitter, grayscale, blur, solarize.
 
 The defaults are torchvision's functions. SimCLR and BYOL were written for TensorFlow and JAX, whose
-functions of the same names compute something else. Their recipes therefore set saturation_mode:
+functions of the same names compute different results. Their recipes therefore set saturation_mode:
 hsv, contrast_mean: channel, blur_border: zero, antialias: false and a crop_sampler.
 """
 
@@ -22,7 +22,7 @@ CropSampler = Literal["torchvision", "tensorflow", "clipped"]
 
 @dataclass
 class Crop:
-    """One kind of view, named under `views.crops`."""
+    """One kind of view, whose name is its key in `views.crops`."""
 
     count: int = setting(2, "Views of this kind per image.", minimum=1, maximum=1000)
     size: int = setting(224, "Height and width of the view in pixels.", minimum=1, maximum=10_000)
@@ -34,14 +34,14 @@ class Crop:
     )
     crop_sampler: CropSampler = setting(
         "torchvision",
-        "How a crop's box is drawn: as by torchvision, as by tensorflow (SimCLR), "
+        "How a crop's box is drawn: as in torchvision, as in tensorflow (SimCLR), "
         "or clipped to the image (BYOL).",
     )
     interpolation: Interpolation = setting("bilinear", "Interpolation when the crop is resized.")
     antialias: bool = setting(
         True,
         "Filter a crop that is shrunk. "
-        "false: sample it without a low-pass filter, as by tf.image.resize.",
+        "false: sample it without a low-pass filter, as in tf.image.resize.",
     )
     flip: float = setting(0.5, "Probability of a horizontal flip.", maximum=1)
     jitter: float = setting(0.0, "Probability of the color jitter.", maximum=1)
@@ -75,7 +75,7 @@ class Crop:
     blur_kernel: int = setting(
         0,
         "Size of the blur's kernel in pixels. "
-        "0: size // 10 made odd, at least 3 (SimCLR: 23 for 224 pixels).",
+        "If it is 0, size // 10 made odd, at least 3 (SimCLR: 23 for 224 pixels).",
     )
     blur_border: Literal["reflect", "zero"] = setting(
         "reflect",
@@ -83,7 +83,7 @@ class Crop:
     )
     solarize: float = setting(0.0, "Probability of solarization.", maximum=1)
     solarize_threshold: float = setting(
-        0.5, "Pixels from this value in [0, 1] upward are inverted by solarization.", maximum=1
+        0.5, "Solarization inverts pixels of at least this value in [0, 1].", maximum=1
     )
 
 
@@ -94,18 +94,18 @@ class ViewsConfig:
     crops: dict[str, Crop] = setting({}, "Kinds of views by name, global ones first.")
     mean: list[float] = setting(
         [0.0, 0.0, 0.0],
-        "Mean subtracted from each color channel. SimCLR takes pixels in [0, 1] as they are.",
+        "Mean subtracted from each color channel. SimCLR does not normalize pixels in [0, 1].",
     )
     std: list[float] = setting([1.0, 1.0, 1.0], "Divisor of each color channel.", above=0)
 
 
 def expand_counts(views: ViewsConfig) -> list[Crop]:
-    """Return the recipe of every view, in the order of the YAML and by the view's number."""
+    """Return the recipe of every view of an image, in the order of the YAML."""
     return [crop for crop in views.crops.values() for _ in range(crop.count)]
 
 
 def blur_taps(crop: Crop) -> int:
-    """Return the width of the blur's kernel in pixels: `blur_kernel`, or SimCLR's for the size."""
+    """Return the width of the blur's kernel in pixels: `blur_kernel`, or SimCLR's if it is 0."""
     return crop.blur_kernel or max(3, (crop.size // 10) | 1)
 
 
@@ -158,7 +158,7 @@ def _check_blur(key: str, crop: Crop) -> None:
             f"{key}.blur_kernel: {crop.blur_kernel} has no middle pixel; give an odd number >= 3, "
             "or 0 for size // 10"
         )
-    taps, max_taps = blur_taps(crop), 2 * crop.size - 1  # as half a kernel is reflected
+    taps, max_taps = blur_taps(crop), 2 * crop.size - 1  # because half a kernel is reflected
     if crop.blur and crop.blur_border == "reflect" and taps > max_taps:
         remedy = f"give at most {max_taps}" if max_taps >= 3 else "set blur to 0"
         raise ValueError(

@@ -5,13 +5,13 @@ pass and its result before the second, so that both passes run over consecutive 
 All views of an image share its decoding and the first transposition.
 
 The arithmetic is that of torch's uint8 kernels (aten/native/cpu/UpSampleKernel.cpp, after Pillow).
-The filter is the triangle or Keys' cubic with a = -0.5, widened by the scale where the image
-shrinks. Weights are rounded to 16-bit fixed point, with as many fractional bits as the largest
-weight allows. Sums have 32 bits. After each pass they are rounded and clamped to a byte.
+The filter is the triangle or Keys' cubic with a = -0.5, widened by the scale if the image shrinks.
+Weights are rounded to 16-bit fixed point, with as many fractional bits as the largest weight
+allows. Sums have 32 bits. After each pass they are rounded and clamped to a byte.
 
 `write_plain_view` resizes without antialiasing, as tf.image.resize does. The filter is never
-widened, so a pixel depends on at most 4 x 4 others however much the image shrinks. Its sums are
-float32 and are rounded to a byte once.
+widened, so a pixel of the view depends on at most 4 x 4 pixels, however much the image shrinks.
+Sums are float32 and are only rounded to a byte after both passes.
 """
 
 import math
@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from ssl_pretrain.system.jit import njit
 
-# Side in bytes of the tiles that are transposed. Rows and columns are padded to multiples of it.
+# Side in bytes of the tiles of a transposition. Rows and columns are padded to its multiples.
 TILE = 16
 
 
@@ -36,9 +36,9 @@ padded = njit(nogil=True)(pad_to_tiles)
 
 
 def max_taps(longest_side: int, size: int, bicubic: bool) -> int:
-    """Return the largest number of pixels per axis that one pixel of a view depends on.
+    """Return the largest number of pixels per axis on which a pixel of the view depends.
 
-    It is rounded up to a multiple of 4.
+    The number is rounded up to a multiple of 4.
     """
     reach = 2 if bicubic else 1
     return -(-(2 * math.ceil(reach * max(1.0, longest_side / size)) + 1) // 4) * 4
@@ -79,10 +79,10 @@ def _transpose_tile(_context, source, source_pitch, target, target_pitch):
 
 @njit(nogil=True)
 def transpose(source, source_pitch, rows, columns, target, target_pitch):
-    """Transpose bytes: target[column, row] = source[row, column].
+    """Transpose bytes, so that target[column, row] = source[row, column].
 
-    Both arrays are flat, with rows `source_pitch` and `target_pitch` bytes apart, and padded to
-    whole tiles.
+    Both arrays are flat and padded to whole tiles. Their rows are `source_pitch` and `target_pitch`
+    bytes apart.
     """
     for column in range(0, columns, TILE):
         for row in range(0, rows, TILE):
@@ -115,9 +115,9 @@ def fill_weights(length, size, bicubic, mirrored, starts, counts, weights, exact
         size: Pixels of the view.
         bicubic: Use the cubic filter instead of the triangle.
         mirrored: Reverse the order of the view's pixels.
-        starts: Output, int64 (size,), the first pixel on which each pixel of the view depends.
-        counts: Output, int64 (size,), the number of these pixels.
-        weights: Output, int16 (size, taps), their weights in fixed point, 0 beyond the count.
+        starts: Output, int64 (size,). First pixel on which each pixel of the view depends.
+        counts: Output, int64 (size,). Number of pixels on which each pixel of the view depends.
+        weights: Output, int16 (size, taps). Fixed-point weights of these pixels, then zeros.
         exact: Buffer for the exact weights, float64 (size, taps).
 
     Returns:
@@ -206,7 +206,7 @@ def _add_four(sums, source, offsets, weights, tap, n):
 
 @njit(nogil=True)
 def _write_rounded(target, sums, n, bits):
-    """Write fixed-point sums as bytes. They already contain the half that rounding adds."""
+    """Write fixed-point sums as bytes. The sums already include the half for rounding."""
     shift = np.int32(bits)
     for i in range(n):
         target[i] = np.uint8(min(max(np.int32(sums[i] >> shift), np.int32(0)), np.int32(255)))
@@ -221,7 +221,7 @@ def _blend(target, source, first, pitch, count, weights, bits, offsets, sums):
     """
     n, num_taps = len(target), (count + 3) // 4 * 4
     for tap in range(num_taps):
-        # The last row fills up the group of 4, with weight 0.
+        # The last row is repeated with weight 0 to complete the group of 4.
         offsets[tap] = first + min(tap, count - 1) * pitch
     if count <= 2:
         _write_two(target, source, offsets, weights, n, bits)
@@ -239,8 +239,8 @@ def write_view(transposed, pitch, box, size, bicubic, buffers, out):
     """Write one view from a transposed image, whose row 3 * x + channel is a column of the image.
 
     Args:
-        transposed: The transposed image as `transpose` writes it, flat.
-        pitch: Bytes between its rows.
+        transposed: The transposed image, flat, as `transpose` writes it.
+        pitch: Bytes between the starts of two of its rows.
         box: Top, left, height, width and flip, as in `crops.Box`.
         size: Side of the view, in pixels.
         bicubic: Use the cubic filter instead of the triangle.
@@ -271,7 +271,7 @@ def write_plain_view(transposed, pitch, box, size, bicubic, out):
     """Write one view without antialiasing. The arguments are those of `write_view`.
 
     Where the filter reaches beyond the box, its weights are normalized over the pixels inside
-    (TensorFlow's half_pixel_centers). For the triangle this equals a repetition of the edge.
+    (TensorFlow's half_pixel_centers). For the triangle this is the same as repeating the edge.
     """
     top, left, height, width, flip = box
     along_x, along_y = np.zeros((size, 4), np.float32), np.zeros((size, 4), np.float32)
@@ -298,7 +298,7 @@ def write_plain_view(transposed, pitch, box, size, bicubic, out):
 
 @njit(nogil=True)
 def _fill_plain_weights(length, size, bicubic, mirrored, starts, weights):
-    """Compute the first pixel that each pixel of a view depends on, and up to four weights."""
+    """Compute the first pixel on which each pixel of a view depends, and up to four weights."""
     reach = 2 if bicubic else 1
     for pixel in range(size):
         center = length / size * (pixel + 0.5)
@@ -331,7 +331,7 @@ def allocate_buffers(longest_side: int, sizes: list[int], bicubic: bool) -> tupl
 
     Args:
         longest_side: Longest side of all images, in pixels.
-        sizes: Sizes of the views.
+        sizes: Sides of the views, in pixels.
         bicubic: True if any view uses the cubic filter.
     """
     wide, tall = pad_to_tiles(max(sizes)), pad_to_tiles(longest_side)

@@ -86,8 +86,8 @@ if __name__ == "__main__":
     result = commands.run(script(text))
     assert result.status == 0 and "pool0 steps 2" in result.stdout, result.text
     assert (
-        "data.num_workers: 2 in a daemonic process, such as those of "
-        "multiprocessing.Pool, which may not start processes; "
+        "data.num_workers: 2 workers cannot be started by a daemonic process, such as a worker of "
+        "multiprocessing.Pool; "
         "set data.num_workers=0, or train in a concurrent.futures.ProcessPoolExecutor\n"
     ) in result.stdout
 
@@ -125,5 +125,5 @@ GUARD
     assert result.stderr.splitlines()[-1] == (
         f"ValueError: data.num_workers: each worker process imports "
         f"{tmp_path / 'program.py'}, which starts training when it is "
-        'imported; put that below `if __name__ == "__main__":`, or set data.num_workers=0'
+        'imported; put that call below `if __name__ == "__main__":`, or set data.num_workers=0'
     )

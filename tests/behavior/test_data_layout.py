@@ -149,14 +149,14 @@ REFUSED = {
     "years": (
         "train2017/1.png val2017/2.png",
         (
-            "ROOT holds train2017/, val2017/, whose names look like splits; say which is "
+            "ROOT contains train2017/, val2017/, whose names look like splits; say which is "
             "which, as in data.train=train2017 data.val=val2017"
         ),
     ),
     "words": (
         "cat/1.png dog/2.png test_images/3.png",
         (
-            "ROOT holds test_images/, whose names look like splits; say which is which, as in "
+            "ROOT contains test_images/, whose names look like splits; say which is which, as in "
             "data.val=test_images"
         ),
     ),
@@ -183,34 +183,34 @@ REFUSED = {
             "entrenamiento/a/1.png entrenamiento/b/2.png entrenamiento/c/3.png prueba/a/4.png "
             "prueba/c/5.png"
         ),
-        "ROOT holds entrenamiento/, prueba/ with the same folders in each (a/, c/), so "
+        "ROOT contains entrenamiento/, prueba/ with the same folders in each (a/, c/), so "
         "they may be splits; say which is which,"
         " as in data.train=entrenamiento data.val=prueba",
     ),
     "images called like splits": (
         "train_1.png train_2.png test_1.png",
-        "ROOT holds images whose names look like splits (test_1.png, train_1.png); list "
+        "ROOT contains images whose names look like splits (test_1.png, train_1.png); list "
         "those of each split,"
         " as in data.train=LIST data.val=LIST",
     ),
     "no training images": (
         "val/a/1.png test/b/2.png",
         (
-            "ROOT holds test/, val/ and no training images; say where they are, as in "
+            "ROOT contains test/, val/ and no training images; say where they are, as in "
             "data.train=FOLDER"
         ),
     ),
     "a class called train": (
         "bus/1.png car/2.png train/3.png",
         (
-            "ROOT holds train/ beside bus/, car/, so it may be the training split or one class "
-            "of several; say which, as in data.train=train"
+            "ROOT contains train/ next to bus/, car/, so it may be the training split or one "
+            "class of several; say which, as in data.train=train"
         ),
     ),
     "two training splits": (
         "train/1.png Training/2.png val/3.png",
         (
-            "ROOT holds Training and train; say which has the training images, as in "
+            "ROOT contains Training and train; say which has the training images, as in "
             "data.train=Training"
         ),
     ),
@@ -242,7 +242,7 @@ def test_keys_name_the_splits(tmp_path, inspect):
         2,
         (
             "data.train: ROOT has no folder or list 'trian'; it has extra/, train2017/, "
-            "val2017/; name the one that holds the training images\n"
+            "val2017/; name the one that contains the training images\n"
         ),
     )
 
@@ -275,7 +275,7 @@ def test_lists_that_look_like_splits_are_refused(layout, tmp_path, inspect):
         (root / folder / name).write_text(content)
     where = "ROOT" if folder == "." else f"ROOT/{folder}"
     text = (
-        f"{where} holds lists whose names look like splits; say which images are for training, "
+        f"{where} contains lists whose names look like splits; say which images are for training, "
         f"as in data.train={names}"
     )
     assert inspect(root) == Result(2, f"data.train: {text}, {TAKE_ALL}")
@@ -283,7 +283,7 @@ def test_lists_that_look_like_splits_are_refused(layout, tmp_path, inspect):
     assert zipped == Result(
         2,
         (
-            f"data.train: {where} holds lists whose names look like splits, which are not read "
+            f"data.train: {where} contains lists whose names look like splits, which are not read "
             f"inside a zip; unpack it, {TAKE_ALL}"
         ),
     )
@@ -354,8 +354,8 @@ def test_one_class_of_many_may_be_called_like_a_split(tmp_path, inspect):
 def test_two_validation_splits_are_refused(tmp_path, inspect):
     result = inspect(write_tree(tmp_path, "train/a/1.png train/b/2.png val/a/3.png valid/b/4.png"))
     expected = (
-        "none (data.val: ROOT holds val and valid; say which has the validation images, as in "
-        "data.val=val)"
+        "none (data.val: ROOT contains val and valid; choose the one with the validation images, "
+        "as in data.val=val)"
     )
     assert result.first_line.endswith(f"validation {expected}")
 
@@ -454,7 +454,7 @@ def test_links_lists_and_copies_in_an_archive_are_named(tmp_path, inspect):
     )
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("train.csv", "a/1.png,a\n")
-    text = "ROOT holds lists of its splits, which are not read inside a zip; unpack it"
+    text = "ROOT contains lists of its splits, which are not read inside a zip; unpack it"
     assert inspect(path) == Result(2, f"data.train: {text}, {TAKE_ALL}")
 
 
@@ -483,7 +483,7 @@ def test_a_damaged_archive_is_refused_or_named(tmp_path, inspect):
         46 + 9: huge_sizes,
     }
     assert inspect(change_entry(path, fields)) == Result(
-        2, "data.root: ROOT holds val/4.png with an impossible size; the zip is damaged\n"
+        2, "data.root: ROOT is damaged, because val/4.png has an impossible size; copy it again\n"
     )
 
 
@@ -494,7 +494,7 @@ def test_a_damaged_archive_is_refused_or_named(tmp_path, inspect):
         ({16: b"\0\0\0\0"}, "Bad CRC-32"),
         (
             {24: struct.pack("<I", 1 << 30)},
-            "1,073,741,824 bytes are more than a table of labels has",
+            "1,073,741,824 bytes are too many for a table of labels",
         ),
     ],
 )
@@ -505,7 +505,8 @@ def test_a_damaged_table_in_an_archive_gives_no_labels(fields, why, tmp_path, in
     result = inspect(change_entry(path, fields))
     assert "; validation ROOT/val: 1 image, no labels\n" in result.text
     assert (
-        "data: ROOT/val/val_annotations.txt gives no labels: " in result.text and why in result.text
+        "data: ROOT/val/val_annotations.txt has no usable labels: " in result.text
+        and why in result.text
     )
 
 
@@ -574,7 +575,7 @@ def test_unsorted_validation_images_get_labels_from_a_table(table, tmp_path, ins
     write_table(root)
     result = inspect(root)
     assert "; validation ROOT/val: 2 images, 2 of 3 classes (n1, n2)" in result.first_line
-    assert "data: labels of ROOT/val from ROOT/" in result.text
+    assert "data: the labels of ROOT/val come from ROOT/" in result.text
 
 
 def test_class_numbers_in_an_unknown_order_give_no_labels(tmp_path, inspect):
@@ -588,15 +589,15 @@ def test_class_numbers_in_an_unknown_order_give_no_labels(tmp_path, inspect):
     (root / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
     (root / "synsets.txt").write_text("n1\nn2\n")
     expected = (
-        "data: ROOT/ILSVRC2012_validation_ground_truth.txt gives no labels: it numbers the "
-        "classes, and synsets.txt lists them in "
-        "alphabetical order, which is not that of ILSVRC2012's numbers\n"
+        "data: ROOT/ILSVRC2012_validation_ground_truth.txt has no usable labels: it numbers the "
+        "classes, but synsets.txt lists them in "
+        "alphabetical order, not in the order of ILSVRC2012's numbers\n"
     )
     assert expected in inspect(root).text
     (root / "synsets.txt").write_text("n2\nn1\n")
     assert "; validation ROOT/val: 2 images, 2 classes (n1, n2)" in inspect(root).first_line
     (root / "meta.mat").write_bytes(b"not a file of MATLAB")
-    assert "gives no labels: meta.mat cannot be read: " in inspect(root).text
+    assert "has no usable labels: meta.mat cannot be read: " in inspect(root).text
 
 
 def test_a_table_that_does_not_fit_gives_no_labels(tmp_path, inspect):
@@ -606,7 +607,7 @@ def test_a_table_that_does_not_fit_gives_no_labels(tmp_path, inspect):
     result = inspect(root)
     assert "; validation ROOT/val: 2 images, no labels" in result.first_line
     assert (
-        "data: ROOT/val.txt gives no labels: '0' is not a class of the training split, which "
+        "data: ROOT/val.txt has no usable labels: '0' is not a class of the training split, which "
         "has n1, n2"
     ) in result.text
 
@@ -658,7 +659,8 @@ def test_rows_of_the_same_image_are_counted(tmp_path, inspect):
     root = write_tree(tmp_path, "1.png 2.png")
     (root / "l.csv").write_text("path,label\n1.png,a\n1.png,b\n2.png,a\n")
     assert (
-        "data: 1 of 3 rows of ROOT repeat the image of an earlier row; it is used once per row\n"
+        "data: 1 of 3 rows of ROOT repeat the image of an earlier row; "
+        "that image is used once per row\n"
     ) in inspect(root / "l.csv").text
 
 
@@ -678,7 +680,7 @@ def test_a_plan_refuses_what_the_run_would_refuse(tmp_path):
         tmp_path / "run", write_tree(tmp_path, "train2017/1.png val2017/2.png")
     )
     plan = commands.run("-m", "ssl_pretrain.train", config, "--plan")
-    assert (plan.status, plan.stderr.partition(" holds ")[0]) == (
+    assert (plan.status, plan.stderr.partition(" contains ")[0]) == (
         2,
         f"error: data.train: {tmp_path}/data",
     )

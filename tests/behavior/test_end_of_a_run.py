@@ -98,7 +98,7 @@ def test_a_failing_evaluation_does_not_prevent_the_report(tmp_path):
     )
     assert result.status == 1, result.text
     assert "class_9" in result.stderr
-    assert "error: failed: knn (status 2); the other evaluations were run" in result.stderr
+    assert "error: knn (status 2) failed; the other evaluations were run" in result.stderr
     assert (tmp_path / "run" / "report.html").exists()
 
 
@@ -124,7 +124,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     )
     run = tmp_path / "run"
     errors = {
-        "5": f"error: STEP: 5 is after the last step of {run}, 4; give one from 1 to 4\n",
+        "5": f"error: STEP: 5 is after the last step of {run}; give a step from 1 to 4\n",
         "0": "argument step: '0' is out of range; give a whole number >= 1 ",
     }
     for step, error in errors.items():
@@ -147,7 +147,7 @@ def test_the_launcher_forwards_a_signal_and_every_rank_saves(tmp_path, name, ran
         f"stopped: {step} of 200000 steps, saved in {run / 'checkpoints' / f'step_{step:08d}'}"
         in result.stdout
     )
-    assert f"and not evaluated: the same command resumes from step_{step:08d}" in result.stdout
+    assert f"and not evaluated; the same command resumes from step_{step:08d}" in result.stdout
     assert "Traceback" not in result.text and not (run / "report.html").exists()
     assert not trainer_pids(run) and not (run / "lock.json").exists()
 

@@ -28,6 +28,6 @@ def test_eight_gpus_hold_the_flagship(gpu, overrides, fits):
     memory_line = next(
         line
         for line in result.stdout.splitlines()
-        if line.startswith("memory of each GPU with a micro-batch of 1,024 images")
+        if line.startswith("memory per GPU with a micro-batch of 1,024 images")
     )
     assert memory_line.endswith("; fits") == fits, memory_line

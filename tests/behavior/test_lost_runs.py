@@ -153,5 +153,5 @@ def test_a_save_slower_than_the_watchdog_is_waited_for(tmp_path):
     config = commands.write_config(tmp_path, root)
     result = commands.run(program, config, "parallel.timeout_seconds=5", timeout=300)
     assert result.status == 0, result.text
-    assert "still waiting for the disk to take the checkpoint of step 2 in " in result.stderr
+    assert "still waiting for the disk to write the checkpoint of step 2 in " in result.stderr
     assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()

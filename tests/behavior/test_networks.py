@@ -31,12 +31,12 @@ ERRORS = {
     ),
     ("backbone.name=test_resnet", "backbone.args.global_pool=''"): (
         "backbone.args: test_resnet with {'global_pool': ''} "
-        "gives shape (96, 1, 1) for an image, and one vector is needed; "
+        "returns shape (96, 1, 1) for an image, but one vector is needed; "
         "leave out global_pool, features_only and whatever else changes the output"
     ),
     ("backbone.name=test_resnet", "backbone.args.features_only=true"): (
         "backbone.args: test_resnet with {'features_only': True} "
-        "gives a list for an image, and one vector is needed; "
+        "returns a list for an image, but one vector is needed; "
         "leave out global_pool, features_only and whatever else changes the output"
     ),
     ("backbone.name=test_vit", "evaluation.image_size=36"): (
@@ -58,9 +58,8 @@ ERRORS = {
         "global_batch_size: 1 leaves simclr no other image to compare with; give 2 or more"
     ),
     ("method={name: moco, queue_size: 64}", "parallel.bn_group_images=1"): (
-        "parallel.bn_group_images: "
-        "batch norm cannot take its statistics from one image of one position; "
-        "give groups and a global_batch_size (8) of 2 images or more"
+        "parallel.bn_group_images: 1 with global_batch_size 8 leaves batch norm one value per "
+        "channel, which has no variance; give groups and batches of 2 images or more"
     ),
     ("views.crops.global.count=1000000000",): (
         "CONFIG: views.crops.global.count: 1000000000 is out of range; "

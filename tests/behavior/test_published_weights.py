@@ -130,8 +130,8 @@ REFUSED = {
     "a program": (
         {"state_dict": network_weights(), "where": Path("a")},
         [],
-        "holds Python objects (pathlib.PosixPath) beside its tensors, and "
-        "unpickling those can run any program. "
+        "contains Python objects (pathlib.PosixPath) in addition to tensors, and "
+        "unpickling them can run any program. "
         "If you trust the file, save its tensors alone: ",
     ),
 }
@@ -222,7 +222,9 @@ def test_every_evaluation_accepts_weights_of_a_network_that_is_neither_resnet_no
         assert status == 0, f"{command[0]}: {err}"
     card = (tmp_path / "evaluated" / "export" / "README.md").read_text()
     assert card.startswith("# test_efficientnet of published.pth\n")
-    assert "Weights that were not trained by this project, without their classifier." in card
+    assert (
+        "Weights that were not trained by this project. Their classifier is not included." in card
+    )
     assert (tmp_path / "evaluated" / "attention" / "01_0_components.png").is_file()
 
 
@@ -246,13 +248,12 @@ def test_results_of_weights_are_not_mixed_with_others(config, tmp_path):
     assert (
         second[0] == 2
         and (
-            "evaluated holds a run, or the results of other weights; give another "
+            "evaluated contains a run or the results of other weights; give another "
             "folder with output=FOLDER"
         )
         in second[2]
     )
     assert without_a_name[0] == 2
     assert (
-        "the network of these weights is not known; give its timm name, "
-        "as in backbone.name=resnet50"
+        "the network of these weights is unknown; give its timm name, as in backbone.name=resnet50"
     ) in without_a_name[2]

@@ -80,7 +80,7 @@ def test_a_secret_is_interpolated_neither_from_a_manifest_nor_from_an_escaped_ya
     config, tmp_path
 ):
     """A run folder or a YAML from someone else must not read this user's environment."""
-    refused = "'${' is not allowed: nothing is interpolated"
+    refused = "'${' is not allowed: values are not interpolated"
     escaped_config = tmp_path / "escaped.yaml"
     escaped_config.write_text(
         config.read_text().replace("log: {", 'log: {name: "\\x24{oc.env:SECRET}", ')

@@ -78,7 +78,7 @@ def test_truncations_and_additions_are_detected(run):
 def test_the_manifest_of_another_step_is_detected(run):
     other = run / "checkpoints" / "step_00000002" / "manifest.json"
     manifest_file(run).write_bytes(other.read_bytes())
-    assert problem_of_newest(run) == "cannot be read: it is the manifest of step 2"
+    assert problem_of_newest(run) == "cannot be read: it belongs to the checkpoint of step 2"
 
 
 MALFORMED = {
@@ -88,15 +88,15 @@ MALFORMED = {
     "files is a list": ({"files": []}, "files is missing or is not an object"),
     "a file without its size": (
         {"files": {"method.safetensors": {}}},
-        "files: 'method.safetensors' has no bytes or no sha256",
+        "files: 'method.safetensors' has no valid bytes or sha256 entry",
     ),
     "a file elsewhere": (
         {"files": {"../x": {"bytes": 1, "sha256": ""}}},
-        "files: '../x' is not the name of a file in that folder",
+        "files: '../x' is not a file name in the checkpoint's folder",
     ),
     "no files": (
         {"files": {}},
-        "files: neither method.safetensors and optimizer.safetensors nor a shard-* file",
+        "files: needs method.safetensors and optimizer.safetensors, or a shard-* file",
     ),
     "step is text": ({"step": "4"}, "step is missing or is not a number"),
     "config is text": ({"config": "x"}, "config is missing or is not an object"),
@@ -126,7 +126,7 @@ def test_a_tensor_file_that_is_not_listed_is_detected(run):
     entry = manifest["files"].pop("optimizer.safetensors")
     manifest["files"]["shard-00001-of-00001.safetensors"] = entry
     path.write_text(to_json(manifest))
-    expected = "files: optimizer.safetensors is in the folder but not in the list"
+    expected = "files: optimizer.safetensors is in the folder but not in the manifest"
     assert problem_of_newest(run) == f"cannot be read: {expected}"
 
 
@@ -148,7 +148,7 @@ def test_manifests_of_format_1_are_read_with_every_other_check(run):
     path.write_text(json.dumps(manifest | {"format": 1}, indent=1))
     assert read_manifest(path.parent)["step"] == 4
     path.write_text(json.dumps(manifest | {"format": 1, "step": 6}, indent=1))
-    assert problem_of_newest(run) == "cannot be read: it is the manifest of step 6"
+    assert problem_of_newest(run) == "cannot be read: it belongs to the checkpoint of step 6"
     path.write_text(json.dumps(manifest, indent=1))
     assert problem_of_newest(run) == "is damaged: its SHA-256 does not match"
 

@@ -137,7 +137,7 @@ def test_an_output_with_checkpoints_is_refused_if_resuming_is_off(run):
     with pytest.raises(ValueError) as error:
         saving.checkpoints(run, trained(), resume=False).resume(compare=lambda saved, path: None)
     assert str(error.value) == (
-        f"output: {run} already holds step_00000004 and checkpoint.resume is false; give another "
+        f"output: {run} already has step_00000004 and checkpoint.resume is false; give another "
         "output, or set checkpoint.resume=true"
     )
 

@@ -272,7 +272,8 @@ def test_check_names_damaged_images(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{beton.where}, image 3: not a JPEG"
     assert lines[-2] == (
-        f"{beton.where}: its images changed since it was written (the manifest's crc32 differs)"
+        f"{beton.where}: the images have changed since the file was written (their CRC-32 differs "
+        "from the manifest's)"
     )
 
 
@@ -386,7 +387,7 @@ class TestKilled:
         def start_second_writer(*arguments, **options):
             assert (
                 error_message(beton_writer.write, source, path, Settings(), 1)
-                == f"{path}: another process is writing it; wait until it ends, or stop it"
+                == f"{path}: another process is writing this file; wait until it ends, or stop it"
             )
             return encoded_images(*arguments, **options)
 
@@ -412,11 +413,14 @@ class TestMessages:
         os.truncate(path, 0)
         assert (
             error_message(beton_file.read, path)
-            == f"data.root: {path} is empty; it was never written, or the disk was full"
+            == f"data.root: {path} is empty, as its writer was stopped or the disk was full; "
+            "write it again"
         )
         path.write_bytes(bytes(5000))
         assert (
-            error_message(beton_file.read, path) == f"data.root: {path} is not a .beton of format 2"
+            error_message(beton_file.read, path)
+            == f"data.root: {path} is not a .beton file of format 2; write it with python -m "
+            "ssl_pretrain.data.beton write"
         )
         path.unlink()
         assert error_message(beton_file.read, path) == (

@@ -79,7 +79,7 @@ def test_a_data_set_larger_than_the_device_is_refused(monkeypatch):
         build_loader(source, PLAIN, "device")
     assert str(error.value) == (
         "data.cache: device: the 500 images of scikit-learn's digits need at least 0.0 GiB, "
-        "and half of what is free on cpu is 0.0 GiB; set data.cache=none"
+        "but half of the free memory of cpu is 0.0 GiB; set data.cache=none"
     )
 
 

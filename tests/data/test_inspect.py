@@ -47,12 +47,12 @@ def test_counts_sizes_modes_and_colors(root, capsys):
         "  height  min 20, median 20, max 20 pixels",
         "  modes   L 8",
         (
-            "  mean    0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image weighs "
-            "the same)"
+            "  mean    0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image has "
+            "equal weight)"
         ),
         (
-            "  std     0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image weighs "
-            "the same)"
+            "  std     0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image has "
+            "equal weight)"
         ),
         "  bad     0",
     ):
@@ -142,6 +142,6 @@ def test_help_shows_options_and_examples():
         "--sample",
         "--all-classes",
         "python -m ssl_pretrain.data.inspect /data/imagenet",
-        "Exit status: 0;",
+        "Exit status: 0 on success,",
     ):
         assert text in run.stdout

@@ -412,7 +412,7 @@ class TestFailures:
         assert re.fullmatch(
             r"data\.num_workers: a process that reads images was killed( by SIGKILL)?, which "
             "happens when memory runs out; give the job more memory or set data.num_workers "
-            "lower, then start the command again",
+            "lower, then repeat the command",
             str(caught.value),
         )
 

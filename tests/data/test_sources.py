@@ -334,7 +334,7 @@ class TestCache:
 class TestMessages:
     def test_roots(self, tmp_path, open_split):
         assert error_of(open_split, "") == (
-            "data.root: not set; give a folder, a .zip, a .beton, or a list of files "
+            "data.root: no path is set; give a folder, a .zip, a .beton, or a list of files "
             "(.csv, .tsv, .txt), as in data.root=/data/imagenet"
         )
         assert error_of(open_split, tmp_path / "absent") == (
@@ -353,48 +353,49 @@ class TestMessages:
     def test_empty(self, tmp_path, open_split):
         (tmp_path / "empty").mkdir()
         assert error_of(open_split, tmp_path / "empty") == (
-            f"data.root: {tmp_path}/empty holds no image that Pillow decodes, at any depth"
+            f"data.root: {tmp_path}/empty contains no image that Pillow can decode, at any depth"
         )
         (tmp_path / "empty.csv").write_text("path,label\n")
         assert error_of(open_split, tmp_path / "empty.csv").startswith(
-            f"data.root: {tmp_path}/empty.csv holds no image"
+            f"data.root: {tmp_path}/empty.csv contains no image"
         )
 
     def test_splits(self, tmp_path, open_split):
         root = write_images(tmp_path / "data", "a/1.png", "b/2.png")
         assert error_of(open_split, root, "val") == (
             f"data.val: {root} has no folder or list for validation, such as val/; "
-            "it has a/, b/; name the one that holds the validation images, "
-            "or leave out what needs a validation split"
+            "it has a/, b/; name the one that contains the validation images, "
+            "or leave out evaluations that need them"
         )
         assert error_of(open_split, root, train="trian") == (
             f"data.train: {root} has no folder or list 'trian'; "
-            "it has a/, b/; name the one that holds the training images"
+            "it has a/, b/; name the one that contains the training images"
         )
         assert error_of(open_split, root, "test") == (
             "split: 'test' is not a split of a data set; choose one of: train, val"
         )
         assert error_of(open_split, root, source="cifar10") == (
             f"data.root: {root} has no folder 'train'; "
-            "CIFAR-10 is train/<class>/ and test/<class>/, in a folder or a .zip"
+            "give a folder or a .zip that contains train/<class>/ and test/<class>/"
         )
         assert error_of(open_split, root, subset=3) == (
-            "data.subset: 3 of 2 training images; give a number from 1 to 2, or 0 for all"
+            "data.subset: 3 is not a possible number of training images; give a number from "
+            "1 to 2, or 0 for all"
         )
 
     def test_classes(self, tmp_path, open_split):
         names = ("train/a/1.png", "train/b/1.png", "val/c/1.png", "val/a/1.png")
         root = write_images(tmp_path / "data", *names)
         assert error_of(open_split, root, "val") == (
-            f"data.val: {root}/val has the class 'c', "
-            "which is not in the training split; that has a, b"
+            f"data.val: {root}/val has the class 'c', but the training split has only a, b; "
+            "check data.train and data.val"
         )
 
     def test_lists(self, tmp_path, open_split):
         (tmp_path / "list.csv").write_text("missing.png\n")
         assert error_of(open_split, tmp_path / "list.csv") == (
             f"data.root: {tmp_path}/list.csv begins with 'missing.png', "
-            f"which is not in {tmp_path}; paths are relative to the list's folder"
+            f"which is not in {tmp_path}; write paths relative to the list's folder"
         )
         (tmp_path / "list.txt").write_bytes(b"\xff\xfe\0")
         assert error_of(open_split, tmp_path / "list.txt").startswith(
@@ -409,8 +410,8 @@ class TestMessages:
         root = write_images(tmp_path / "data", "a/1.png")
         path = zip_folder(root, zipfile.ZIP_LZMA)
         assert error_of(open_split, path) == (
-            f"data.root: {path} holds a/1.png, "
-            "which is encrypted or of an unsupported compression; repack it with `zip -r -0`"
+            f"data.root: {path} contains a/1.png, which is encrypted or compressed by an "
+            "unsupported method; pack the images again with `zip -r -0`"
         )
 
     def test_download_without_a_network(self, monkeypatch, open_split):
@@ -421,7 +422,7 @@ class TestMessages:
         assert error_of(open_split, "", source="cifar10") == (
             "data.root: CIFAR-10 cannot be loaded with torchvision (no route to host); "
             "without a network, set data.root to a folder or a .zip "
-            "that holds train/<class>/ and test/<class>/"
+            "with train/<class>/ and test/<class>/"
         )
 
     def test_labels(self, tmp_path, open_split):
@@ -442,7 +443,7 @@ class TestMessages:
         source = open_split(root)
         (root / "1.png").write_bytes(b"text")
         (root / "2.png").unlink()
-        messages = ["1.png: no known image format", "2.png: No such file or directory"]
+        messages = ["1.png: not a known image format", "2.png: No such file or directory"]
         for index, message in enumerate(messages):
             with pytest.raises(UnreadableImage) as error:
                 source.read(index)
@@ -525,4 +526,4 @@ def test_a_file_larger_than_any_image_is_not_read(tmp_path, open_split):
         file.truncate(MAX_BYTES + 1)  # a sparse file
     with pytest.raises(UnreadableImage) as error:
         open_split(tmp_path).read(0)
-    assert str(error.value) == f"{tmp_path}/1.png: 1,073,741,825 bytes are more than an image has"
+    assert str(error.value) == f"{tmp_path}/1.png: 1,073,741,825 bytes are too many for an image"

@@ -167,7 +167,7 @@ def test_shards_are_read_as_one_file(tmp_path, beton, expected):
         open_train(tmp_path)
     first = tmp_path / "train-00000-of-00003.beton"
     assert str(error.value) == (
-        f"data.root: 1 of 3 shards are missing beside {first}: train-00001-of-00003.beton; "
+        f"data.root: the set of {first} lacks 1 of its 3 shards: train-00001-of-00003.beton; "
         "write them, or wait until they are written"
     )
 
@@ -185,14 +185,14 @@ class TestChoiceOfReader:
         where = Path(beton.where).parent / "data" / "train"
         assert choose_reader(DataConfig(), source) == (
             "folder",
-            f"{where} is not a .beton; python -m ssl_pretrain.data.beton write writes one, "
+            f"{where} is not a .beton; python -m ssl_pretrain.data.beton write creates one, "
             "which is read faster",
         )
         with pytest.raises(ValueError) as error:
             choose_reader(DataConfig(loader="ffcv"), source)
         assert str(error.value) == (
             f"data.loader: ffcv only reads .beton files, and {where} is not one; "
-            "python -m ssl_pretrain.data.beton write writes one, or set data.loader=folder"
+            "python -m ssl_pretrain.data.beton write creates one, or set data.loader=folder"
         )
 
     def test_without_ffcv_the_folder_reader_reads_a_beton(self, beton, expected, monkeypatch):
@@ -200,7 +200,7 @@ class TestChoiceOfReader:
         message = f"FFCV is not installed; {decode.INSTALL_HINT}"
         kind, reason = choose_reader(DataConfig(), beton)
         assert kind == "folder"
-        assert reason == f"a .beton, but not by FFCV ({message}, or set data.loader=folder)"
+        assert reason == f"FFCV cannot read this .beton ({message}, or set data.loader=folder)"
         assert digests(loader(beton, num_workers=0, kind=kind), 0, 2) == expected[:2]
         with pytest.raises(ValueError) as error:
             choose_reader(DataConfig(loader="ffcv"), beton)
@@ -317,8 +317,9 @@ class TestBugsOfFFCV:
         assert str(error.value) == (
             f"data.max_replaced: 2 of 24 images of {small_beton.where} could not be read in one "
             f"pass, more than the 1 that may be replaced (0.001 of the images); the last: {last}; "
-            "all of them could be read when the file was written, so it is damaged now; "
-            "`python -m ssl_pretrain.data.beton check` names them; copy or write it again"
+            "all images were readable when the file was written, so the file is damaged now; "
+            "find the damaged images with `python -m ssl_pretrain.data.beton check`, then copy or "
+            "write the file again"
         )
 
     def test_4_a_file_without_a_good_image_is_an_error(self, small_beton):
@@ -354,7 +355,7 @@ class TestBugsOfFFCV:
 REASONS = {
     "header": "not a JPEG",
     "scan": "the JPEG is damaged",
-    "other size": "the JPEG has another size than its entry",
+    "other size": "the JPEG's size differs from its entry",
     "no jpeg": "not a JPEG",
 }
 
@@ -394,9 +395,9 @@ class TestFailures:
                 next(batches.starting_at(0))
         missing = int(small_beton.samples.length[last]) - 10
         assert str(error.value) == (
-            f"data.root: {small_beton.where}, image {last}: the file ends {missing:,} bytes before "
-            "the image does, and did not when the run began; copy it again, then start "
-            "the run again"
+            f"data.root: {small_beton.where}, image {last}: the file was truncated during the run, "
+            f"and the image lacks its last {missing:,} bytes; copy the file again, then "
+            "start the run again"
         )
 
     def test_a_deleted_file_is_named(self, small_beton):

@@ -48,12 +48,12 @@ def test_a_slow_loader_is_named_with_the_remedy(loader, four_cores):
     assert describe(loader, waiting_seconds=8.0, reading_seconds=8.0) == (
         "throughput: loader 75 images/s, model 300 images/s, waiting for data 80 % of the time: "
         "the loader is the bottleneck; "
-        "raise data.num_workers from 0 to 4, the cores of each rank"
+        "raise data.num_workers from 0 to 4, the number of cores per rank"
     )
     loader.reader = replace(loader.reader, num_workers=4)
     assert throughput_check.remedy(loader) == (
-        "write a .beton (python -m ssl_pretrain.data.beton write), which is decoded once for all "
-        "views, or give the rank more cores"
+        "write a .beton (python -m ssl_pretrain.data.beton write), whose images are decoded once "
+        "for all views, or give the rank more cores"
     )
     loader.reader = replace(loader.reader, kind=ReaderKind.THREADS)
     assert throughput_check.remedy(loader) == (
@@ -75,7 +75,9 @@ def test_the_rates_of_workers_add_up(loader, four_cores):
 def test_images_on_the_device_need_no_loader(loader):
     loader.reader = replace(loader.reader, kind=ReaderKind.DEVICE_CACHE)
     line = describe(loader, waiting_seconds=1.0, reading_seconds=0.0)
-    assert line == "throughput: loader on the device, model 67 images/s: nothing to wait for"
+    assert line == (
+        "throughput: loader on the device, model 67 images/s: the model never waits for data"
+    )
 
 
 @needs_ffcv

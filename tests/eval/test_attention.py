@@ -86,10 +86,10 @@ def test_the_attention_is_that_of_the_class_token_in_each_head(vit):
 
 def test_unusable_input_is_refused(vit, tmp_path):
     root = write_images(tmp_path / "photos", ["a.png"], size=40)
-    message = "--size: 30 pixels do not fit patches of 8; give a multiple of 8"
+    message = "--size: 30 pixels do not fit patches of 8 pixels; give a multiple of 8"
     with pytest.raises(ValueError, match=message):
         attention.write(vit, [root / "a.png"], tmp_path, size=30)
-    with pytest.raises(ValueError, match=r"none\.png: no such image"):
+    with pytest.raises(ValueError, match=r"none\.png: no such file; give the path of an image"):
         attention.write(vit, [tmp_path / "none.png"], tmp_path)
     (tmp_path / "text.png").write_text("x")
     with pytest.raises(ValueError, match=r"text\.png"):

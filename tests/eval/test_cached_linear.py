@@ -139,7 +139,7 @@ def test_more_labels_than_a_class_has_are_refused():
     with pytest.raises(ValueError) as error:
         few_labels.draw_rows(np.array([0, 0, 0, 1]), 2, ["cat", "dog"])
     assert str(error.value) == (
-        "--labels-per-class 2: takes 2 images per class, and 'dog' has 1; give a smaller number"
+        "--labels-per-class 2: takes 2 images per class, but 'dog' has 1; give a smaller number"
     )
 
 

@@ -125,5 +125,5 @@ def test_an_unknown_corruption_and_severity_are_refused():
     message = "corruption: 'frost' is unknown; choose among: gaussian_noise, shot_noise"
     with pytest.raises(ValueError, match=message):
         apply("frost", picture(32), 1, 0)
-    with pytest.raises(ValueError, match="severity: 6 is not one of 1 to 5"):
+    with pytest.raises(ValueError, match="severity: 6 is out of range; choose 1 to 5"):
         apply("fog", picture(32), 6, 0)

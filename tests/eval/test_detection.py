@@ -192,17 +192,17 @@ def test_coco_and_voc_describe_the_same_objects(voc_zip, tmp_path):
 
 def test_mistakes_in_voc_data_are_named(voc_zip, tmp_path):
     assert error_of(load_voc, voc_zip, "val") == (
-        f"{voc_zip}: ImageSets/Main has no 'val'; choose one of: none, test, trainval"
+        f"{voc_zip}: ImageSets/Main has no split 'val'; choose one of: none, test, trainval"
     )
     assert error_of(load_voc, voc_zip, "none") == (
         f"{voc_zip}: ImageSets/Main/none.txt lists no image; give another split"
     )
     assert error_of(load_voc, voc_zip, "test", ["ball", "box"]) == (
         f"{voc_zip}: 'test' has boxes of bar, which are not among the classes ball, box; "
-        "name them in --classes"
+        "add them to --classes"
     )
     assert error_of(load_voc, tmp_path, "test").startswith(
-        f"{tmp_path}: has no ImageSets/Main; Pascal VOC's layout is Annotations/"
+        f"{tmp_path}: has no ImageSets/Main; give a folder or zip in Pascal VOC's layout, with "
     )
     empty = tmp_path / "empty"
     files = {
@@ -225,7 +225,7 @@ def test_mistakes_in_voc_data_are_named(voc_zip, tmp_path):
 def test_mistakes_in_coco_data_are_named(tmp_path):
     path = write_coco(tmp_path / "coco")
     assert error_of(load_coco, path, "", ["cat"]) == (
-        f"{path}: its categories are ball, box, bar, but those of --classes or of the training "
+        f"{path}: the categories are ball, box, bar, but those of --classes or of the training "
         "images are cat; give files of one data set"
     )
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
@@ -416,7 +416,9 @@ def test_the_command_compares_both_backbones_and_saves_the_protocol(
     assert "AP" in rows[0]["spread"]
     assert "8 training; voc.zip, test: 4 test; classes: ball, bar, box" in out
     assert "1 steps of 2 images" in out
-    with pytest.raises(ValueError, match="give the images: --voc ROOT"):
+    with pytest.raises(
+        ValueError, match="--voc, --coco: exactly one of them is needed; give the images as"
+    ):
         command.main([str(run.path)])
     options = command.parser().parse_args([str(run.path), "--protocol", "voc_c4"])
     assert command.protocol_of(options) == PROTOCOLS["voc_c4"]
@@ -425,6 +427,6 @@ def test_the_command_compares_both_backbones_and_saves_the_protocol(
 def test_a_vit_is_refused():
     vit = timm.create_model("test_vit", num_classes=0)
     assert error_of(detectors.check_backbone, vit, "test_vit") == (
-        "backbone.name: detection needs a ResNet of timm, with stages layer1 to layer4, but "
+        "backbone.name: detection needs a timm ResNet with the stages layer1 to layer4, but "
         "test_vit has no such stages; evaluate it with eval.linear"
     )

@@ -150,7 +150,7 @@ def test_a_test_set_without_objects_or_images_is_refused():
     )
     assert error_of(metrics.average_precision, "coco", [], [], ["a"]) == (
         "average precision: there are detections for 0 images and annotations for 0; "
-        "give the same images for both, and one or more"
+        "give both for the same images, at least one"
     )
 
 
@@ -219,7 +219,7 @@ def test_other_networks_are_not_exported(tmp_path):
     model = timm.create_model("test_resnet", num_classes=0)
     assert error_of(detectron2.export, model, tmp_path / "x.pkl") == (
         "--export-detectron2: Detectron2's R_50_C4 is a bottleneck ResNet with a 7x7 stem, but "
-        "this backbone is another network; give a run of resnet50"
+        "this backbone is a different network; give a run of resnet50"
     )
     assert error_of(detectron2.rename, {"fc.weight": torch.zeros(1)}) == (
         "--export-detectron2: Detectron2 has no weight for 'fc.weight'; "

@@ -102,10 +102,10 @@ def test_weights_of_twelve_heads_load_into_six_and_are_refused(vit):
         "vit_small_patch16_224", num_classes=0, img_size=32, depth=2, checkpoint_path=weights
     )
     message = error_of(export.check, six, vit)
-    assert "the weights loaded, and the features differ by" in message
-    assert "so this is another network than the exported one" in message
+    assert "the weights loaded, but the features differ by" in message
+    assert "so this is not the exported network" in message
     assert "num_heads 12, patch_size [16, 16]" in message
-    assert message.endswith("build it with timm.json, or by eval.export.load")
+    assert message.endswith("build it from timm.json, or with eval.export.load")
     arguments = json.loads((vit / ARGUMENTS).read_text())["create_model"]
     twelve = timm.create_model("vit_small_patch16_224", **arguments, checkpoint_path=weights)
     export.check(twelve, vit)
@@ -125,7 +125,7 @@ def test_loading_compares_the_features(vit, tmp_path):
     folder = shutil.copytree(vit, tmp_path / "six")
     edit_export(folder, args={"num_heads": 6, "depth": 2})
     message = error_of(export.load, folder)
-    assert "the weights loaded, and the features differ by" in message
+    assert "the weights loaded, but the features differ by" in message
 
 
 def test_a_missing_key_and_another_architecture_are_named(vit, tmp_path):
@@ -135,7 +135,8 @@ def test_a_missing_key_and_another_architecture_are_named(vit, tmp_path):
     edit_export(folder, weights)
     assert error_of(export.load, folder) == (
         f"{folder / WEIGHTS}: not the weights of this backbone: 1 missing (model.norm.bias)."
-        " Nothing was loaded; give backbone.name, stem and args of the run that trained them"
+        " Nothing was loaded; set backbone.name, backbone.stem and backbone.args as in the run that"
+        " trained them"
     )
     edit_export(folder, architecture="resnet18", args={})
     other = r"not the weights of this backbone: .* missing .* unexpected"
@@ -149,8 +150,8 @@ def test_a_damaged_or_incomplete_folder_is_named(vit, tmp_path):
     content[-1] ^= 1
     (folder / WEIGHTS).write_bytes(content)
     assert error_of(export.load, folder) == (
-        f"{folder / WEIGHTS}: is damaged, its SHA-256 is not the one in timm.json; copy or export"
-        " it again"
+        f"{folder / WEIGHTS}: is damaged: its SHA-256 differs from the one in timm.json; copy or"
+        " export it again"
     )
     (folder / "reference.safetensors").unlink()
     assert error_of(export.load, folder) == (
@@ -161,8 +162,8 @@ def test_a_damaged_or_incomplete_folder_is_named(vit, tmp_path):
 def test_untrained_weights_are_refused_or_flagged(tmp_path, capsys):
     run = runs.load_run(make_run(tmp_path / "run", weights_seed=0), device="cpu")
     problem = (
-        "every weight is the one that seed 0 gives before the first step, so this is a random"
-        " backbone (step 7)"
+        "every weight still has its initial value from seed 0, so this is a random backbone"
+        " (step 7)"
     )
     out = tmp_path / "out"
     assert error_of(export.export, run, out) == (
@@ -182,13 +183,13 @@ def test_a_collapsed_backbone_is_refused(tiny, tmp_path):
             if isinstance(norm, nn.BatchNorm2d):
                 norm.weight.zero_()
                 norm.bias.fill_(1.0)
-    reason = r"the features of 512 training images hardly differ: effective rank .* collapsed"
+    reason = r"the features of 512 training images have collapsed: effective rank .* spread"
     with pytest.raises(ValueError, match=reason):
         export.export(run, tmp_path / "out")
 
 
 def test_the_card_has_results_and_checksum_and_no_path(tiny, tmp_path, capsys):
-    knn.evaluate(runs.load_run(tiny, device="cpu"), distances=[], rows=["pretrained"])
+    knn.evaluate(runs.load_run(tiny, device="cpu"), shift_distances=[], rows=["pretrained"])
     out = tmp_path / "out"
     export.main([str(tiny), "--device", "cpu", str(out), f"data.cache_dir={tmp_path}"])
     assert capsys.readouterr().out.startswith(f"exported student of step_00000007 to {out}")
@@ -213,13 +214,13 @@ def test_an_older_export_is_replaced(tiny, tmp_path):
     [
         (
             (),
-            "--format torchvision: it has no test_resnet that takes timm's weights; it has ResNets,"
-            " such as resnet50",
+            "--format torchvision: torchvision has no test_resnet that takes timm's weights; use"
+            " this format for ResNets, such as resnet50",
         ),
         (
             (*RESNET, "backbone.stem=no_pool"),
-            "--format torchvision: its resnet18 has the imagenet stem, this backbone no_pool; load"
-            " it with eval.export.load",
+            "--format torchvision: torchvision's resnet18 has the imagenet stem, but this backbone"
+            " has the no_pool stem; load it with eval.export.load",
         ),
     ],
 )
@@ -235,7 +236,7 @@ def test_a_small_stem_loads_only_with_this_project(tmp_path):
     assert "timm and torchvision have no `no_pool` stem" in (folder / "README.md").read_text()
     weights = str(folder / WEIGHTS)
     in_timm = timm.create_model("resnet18", num_classes=0, checkpoint_path=weights)
-    assert "That has stem no_pool" in error_of(export.check, in_timm, folder)
+    assert "which has stem no_pool" in error_of(export.check, in_timm, folder)
 
 
 def test_a_folder_that_holds_something_else_is_left_unchanged(tiny, tmp_path):
@@ -243,7 +244,7 @@ def test_a_folder_that_holds_something_else_is_left_unchanged(tiny, tmp_path):
     out.mkdir()
     (out / "thesis.tex").write_text("text")
     assert error_of(export.export, runs.load_run(tiny, device="cpu"), out) == (
-        f"{out}: is not empty and holds no export; give a new folder"
+        f"{out}: is not empty and contains no export; give a new folder"
     )
 
 

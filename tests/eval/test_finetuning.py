@@ -176,7 +176,7 @@ def test_few_labels_end_to_end(run_folder, capsys):
     rows, protocol = result["rows"], result["protocol"]
     assert [row["features"] for row in rows] == ["trained from random weights", "pretrained"]
     assert protocol["labels, 10 %"] == (
-        "20 training images, the same number of each class, by seed 0"
+        "20 training images, the same number per class, drawn with seed 0"
     )
     assert (
         "learning rate 0.05, 0.5 at a batch of 256, batch 16 of 20 labeled images, 2 epochs"
@@ -211,7 +211,10 @@ def test_the_choice_of_labels_is_balanced_and_seeded(train_split):
             100,
             "--percent 100: give a number between 0 and 100; eval.finetune trains on all labels",
         ),
-        (90, "--percent 90: takes 18 images per class, and '{}' has {}; give a smaller number"),
+        (
+            90,
+            "--percent 90: takes 18 images per class, but '{}' has {}; give a smaller number",
+        ),
     ],
 )
 def test_a_percentage_that_cannot_be_balanced_is_refused(train_split, percent, message):
@@ -231,7 +234,7 @@ def test_a_published_list_selects_its_images(train_split, tmp_path):
         semi.read_list(train_split, other)
     assert str(error.value) == (
         f"--subset {other}: 1 of its 2 images are not in {train_split.source.where}"
-        " (n01440764_10026.JPEG); give the list of this data set"
+        " (n01440764_10026.JPEG); give a list for this data set"
     )
 
 
@@ -250,8 +253,8 @@ def test_a_published_list_selects_its_images(train_split, tmp_path):
         ),
         (
             TuningOptions(layer_decay=1.5),
-            "--layer-decay 1.5, --ema 0: give a layer decay in (0, 1] and a moving average in"
-            " [0, 1)",
+            "--layer-decay 1.5, --ema 0: give a layer decay in (0, 1] and a moving-average"
+            " decay in [0, 1)",
         ),
     ],
 )
@@ -263,4 +266,4 @@ def test_options_that_do_not_fit_are_refused(options, message):
 
 def test_a_step_is_seeded_by_its_number_and_rank():
     trainer.seed_step(5)
-    assert torch.initial_seed() == rng.seed_of(0, 5, 0)
+    assert torch.initial_seed() == rng.derive_seed(0, 5, 0)

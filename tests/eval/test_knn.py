@@ -16,7 +16,7 @@ from ssl_pretrain.eval.frozen import evaluation_split, features, knn_search
 from ssl_pretrain.eval.frozen.knn_search import Search
 from ssl_pretrain.eval.results import Row
 
-VOTES = [(k, temperature) for k in (10, 20, 100, 200) for temperature in (0.07, 0.1)]
+VOTE_SETTINGS = [(k, temperature) for k in (10, 20, 100, 200) for temperature in (0.07, 0.1)]
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +42,30 @@ def test_the_neighbors_are_those_of_scikit_learn():
     np.testing.assert_array_equal(neighbors.numpy(), expected)
 
 
-@pytest.mark.parametrize("vote", VOTES)
-def test_the_predictions_are_those_of_lightly(vote):
+@pytest.mark.parametrize(("k", "temperature"), VOTE_SETTINGS)
+def test_the_predictions_are_those_of_lightly(k, temperature):
     knn_predict = pytest.importorskip("lightly.utils.benchmarking").knn_predict
     (bank, labels), (queries, _) = clusters(2000, 1), clusters(500, 2)
-    k, temperature = vote
     unit_queries, unit_bank = F.normalize(queries, dim=1), F.normalize(bank, dim=1)
     theirs = knn_predict(unit_queries, unit_bank.T, labels, 10, knn_k=k, knn_t=temperature)[:, 0]
-    ours = Search(bank, labels, 10, "torch").predict(queries, VOTES)[VOTES.index(vote)]
+    predictions = Search(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
+    ours = predictions[VOTE_SETTINGS.index((k, temperature))]
     assert torch.equal(ours, theirs)
 
 
 def test_every_tile_of_the_bank_is_searched(monkeypatch):
     (bank, labels), (queries, _) = clusters(700, 1), clusters(90, 2)
-    whole = Search(bank, labels, 10, "torch").predict(queries, VOTES)
+    whole = Search(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
     monkeypatch.setattr(knn_search, "BANK_TILE_SIZE", 64)
     monkeypatch.setattr(knn_search, "QUERY_BATCH_SIZE", 7)
-    tiled = Search(bank, labels, 10, "torch").predict(queries, VOTES)
+    tiled = Search(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
     assert all(torch.equal(a, b) for a, b in zip(tiled, whole))
 
 
 def evaluate_digits(path):
     """Evaluate raw pixels, which are centered over all ranks, and the backbone, on one rank."""
     run = runs.load_run(path, device="cpu")
-    result = knn.evaluate(run, distances=[], backend="torch", rows=["raw", "pretrained"])
+    result = knn.evaluate(run, shift_distances=[], backend="torch", rows=["raw", "pretrained"])
     return result["rows"], results.load(run.path)[1]["rows"]
 
 
@@ -73,7 +73,7 @@ def evaluate_digits(path):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_agree_with_one_process(run_folder, world_size):
     alone = evaluate_digits(run_folder)
-    assert len(alone[1][0]["metrics"]) == len(VOTES)
+    assert len(alone[1][0]["metrics"]) == len(VOTE_SETTINGS)
     assert run_ranks(evaluate_digits, run_folder, world_size=world_size) == [alone] * world_size
 
 
@@ -84,10 +84,10 @@ def test_faiss_and_torch_agree(centered):
     faiss, torch_ = (
         Search(bank + 3, labels, 10, backend, centered) for backend in ("faiss", "torch")
     )
-    predictions = zip(faiss.predict(queries + 3, VOTES), torch_.predict(queries + 3, VOTES))
-    assert all(torch.equal(a, b) for a, b in predictions)
-    accuracies = torch_.accuracies(queries + 3, truth, VOTES)
-    assert faiss.accuracies(queries + 3, truth, VOTES) == accuracies
+    predictions = [search.predict(queries + 3, VOTE_SETTINGS) for search in (faiss, torch_)]
+    assert all(torch.equal(a, b) for a, b in zip(*predictions))
+    accuracies = torch_.accuracies(queries + 3, truth, VOTE_SETTINGS)
+    assert faiss.accuracies(queries + 3, truth, VOTE_SETTINGS) == accuracies
     assert min(accuracies) > 50
     assert len(set(accuracies)) > 1
 
@@ -128,7 +128,7 @@ def test_queries_from_the_training_images_are_not_in_the_bank(run_folder):
     train, held_out = evaluation_split.labeled_splits(run, "a test", "train")
     assert not set(train.indices) & set(held_out.indices)
     assert (len(train), len(held_out)) == (1167, 130)
-    result = knn.evaluate(run, distances=[], queries="train")
+    result = knn.evaluate(run, shift_distances=[], query_split="train")
     assert result["protocol"]["images"] == (
         "digits: 1167 training, 130 held-out training images, 10 classes"
     )
@@ -158,7 +158,7 @@ def test_a_search_that_exceeds_the_memory_is_refused_before_it_starts(run_folder
     with pytest.raises(ValueError) as error:
         knn.evaluate(runs.load_run(run_folder, device="cpu"))
     assert str(error.value) == (
-        "k-NN of 1,297 training and 500 test images with 768 numbers each holds at most 0.20 GiB,"
+        "k-NN of 1,297 training and 500 test images with 768 numbers each needs up to 0.20 GiB,"
         " more than 85% of the 0.20 GiB free. Use more ranks (torchrun --nproc-per-node N -m"
         " ssl_pretrain.eval.knn ...), or fewer images (data.subset=N); --rows pretrained leaves out"
         " raw pixels, the widest features"
@@ -194,8 +194,8 @@ def test_a_class_without_training_images_is_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         knn.evaluate(run)
     assert str(error.value) == (
-        f"data.val: {root / 'val'} has the class 'c', which is not in the "
-        "training split; that has a, b"
+        f"data.val: {root / 'val'} has the class 'c', but the training split has only a, b; "
+        "check data.train and data.val"
     )
 
 
@@ -207,7 +207,7 @@ def test_class_lists_that_disagree_are_refused(tmp_path):
         evaluation_split.check_classes(train, val)
     assert str(error.value) == (
         f"data.val: {root / 'val'} has 5 classes and {root / 'train'} 2, and 4 of the former were"
-        " never trained on (c, d, e, ...); give splits of one data set"
+        " never trained on (c, d, e, ...); give splits of the same data set"
     )
     val.classes = ["b", "a"]
     with pytest.raises(ValueError, match="are in a different order than the 2 of "):
@@ -220,7 +220,7 @@ def test_an_empty_test_set_is_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         knn.evaluate(run)
     assert str(error.value) == (
-        f"data.root: {root / 'val'} holds no image that Pillow decodes, at any depth"
+        f"data.root: {root / 'val'} contains no image that Pillow can decode, at any depth"
     )
 
 
@@ -230,8 +230,8 @@ def test_a_missing_faiss_is_an_error_only_if_it_is_required(monkeypatch):
     with pytest.raises(ValueError) as error:
         knn_search.choose_backend("faiss")
     assert str(error.value) == (
-        "--backend faiss: it is not installed; pip install 'ssl_pretrain[faiss]', or take --backend"
-        " torch"
+        "--backend faiss: faiss is not installed; pip install 'ssl_pretrain[faiss]', or use"
+        " --backend torch"
     )
 
 

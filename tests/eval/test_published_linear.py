@@ -192,7 +192,7 @@ def test_digits_end_to_end(run_folder, capsys):
     assert test[names[0]] == metrics["published setting"]
     protocol = result["protocol"]
     assert protocol["selection"] == (
-        "on 20 training images held out, by accuracy; not trained on them afterwards"
+        "by accuracy on 20 held-out training images, which the final heads are not trained on"
     )
     changes = "batch 16 (published: 4096, 180 images), 2 epochs (published: 90)"
     assert changes in protocol["classifier"]
@@ -221,7 +221,7 @@ def test_a_selection_on_the_test_images_is_labeled_as_such(run_folder, capsys):
     metrics = result["rows"][0]["metrics"]
     assert list(metrics) == ["published setting", "chosen on the test images"]
     assert result["protocol"]["selection"].startswith(
-        "ON THE TEST IMAGES, as in DINO's convention: an upper bound"
+        "ON THE TEST IMAGES, as in DINO's convention; this is an upper bound"
     )
     grid = read_result(run_folder, "linear_dino_test_selected_grid")["rows"][0]["metrics"]
     assert metrics["chosen on the test images"] == max(grid.values())
@@ -268,12 +268,12 @@ def test_the_feature_of_dino_depends_on_the_width():
     [
         (
             "--protocol dino --feature last4",
-            "--feature last4: ResNet has no class token; give pooled",
+            "--feature last4: ResNet has no class token; give --feature pooled",
         ),
         (
             "--protocol moco --rows raw",
-            "--rows raw: the published protocols train on crops that go through a network; "
-            "only --protocol cached has a row of raw pixels",
+            "--rows raw: the published protocols only evaluate networks; "
+            "leave it out or give --protocol cached",
         ),
         (
             "--lrs 1",
@@ -292,7 +292,7 @@ def test_the_feature_of_dino_depends_on_the_width():
         ),
         (
             "--protocol moco --select published --lrs 1",
-            "--select published: trains the published setting only; "
+            "--select published: only the published setting is trained; "
             "leave out --lrs and --weight-decays",
         ),
         (

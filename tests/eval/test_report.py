@@ -201,7 +201,7 @@ def test_a_comparison_shows_differing_keys_first_and_the_numbers_of_both_runs(di
     ("folders", "message"),
     [
         (["a"], "a comparison needs two or more runs"),
-        (["a", "b"], "there is no config.yaml, so this is not the folder of a run"),
+        (["a", "b"], "there is no config.yaml, so this is not a run folder"),
     ],
 )
 def test_a_comparison_needs_the_folders_of_two_runs(tmp_path, folders, message):

@@ -87,7 +87,7 @@ def test_a_copied_image_is_listed_with_both_files(run_folder):
 
 
 def test_a_threshold_above_one_is_refused(run_folder):
-    message = r"--duplicates 1.5: give a cosine in \(0, 1\]; 0.995 is usual"
+    message = r"--duplicates: 1.5 is not in \(0, 1\]; give one such as 0.995"
     with pytest.raises(ValueError, match=message):
         retrieval.evaluate(runs.load_run(run_folder, device="cpu"), duplicates=1.5)
 

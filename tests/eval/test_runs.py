@@ -111,7 +111,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_both_are_named(copy, run_fol
     edit_manifest(copy, config__backbone__name="test_vit")
     checkpoint_folder = checkpoint_of(copy)
     assert error_of(run_folder, checkpoint_folder) == (
-        f"{checkpoint_folder}: has backbone.name test_vit, and {run_folder / 'config.yaml'} says"
+        f"{checkpoint_folder}: has backbone.name test_vit, but {run_folder / 'config.yaml'} has"
         " test_resnet; give a checkpoint of this run"
     )
 
@@ -120,7 +120,7 @@ def test_only_data_and_evaluation_can_be_overridden(run_folder):
     run = runs.load_run(run_folder, overrides=["data.num_workers=1"], device="cpu")
     assert run.config.data.num_workers == 1
     assert error_of(run_folder, overrides=["epochs=3"]) == (
-        "'epochs=3': an evaluation takes key=value of data and evaluation only, such as"
+        "'epochs=3': an evaluation only accepts key=value settings of data and evaluation, such as"
         " data.root=/new/place"
     )
     message = error_of(run_folder, overrides=["data.rot=/x"])

@@ -101,5 +101,5 @@ def test_a_replayed_step_equals_the_original(tmp_path, capsys):
     assert replay.replay(run, 5, from_checkpoint=True)[1] != lines[1]
     assert replay.main([str(run), "2"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: {run}: no checkpoint before step 2 is left to start from. Give a later step"
+        f"error: {run}: no checkpoint before step 2 is left to start from; give a later step"
     )

@@ -305,7 +305,10 @@ def test_a_lock_that_vanishes_is_written_again(tmp_path, damage):
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0 and not (run / "lock.json").exists()
     path = run / "lock.json"
-    assert err == f"warning: {path} was removed while this run holds its folder; written again\n"
+    assert err == (
+        f"warning: {path} was removed or damaged while this run holds its folder; "
+        "writing it again\n"
+    )
 
 
 def test_the_lock_is_checked_again_after_a_silence(tmp_path, monkeypatch):

@@ -163,8 +163,8 @@ def test_a_rank_without_memory_ends_all_with_advice(paths, resume, observe):
     assert statuses[1] == 2 and all(status > 0 for status in statuses)
     assert (
         "error: rank 1: CUDA out of memory. Tried to allocate 2.00 GiB. Set micro_batch_size=auto, "
-        "which takes the most images that fit and trains with the gradient of the whole batch, or "
-        "use smaller crops or more ranks. Then start the run again\n"
+        "which finds the largest micro-batch that fits and trains with the gradient of the whole "
+        "batch, or use smaller crops or more ranks. Then start the run again\n"
     ) in output
     assert saved_steps(run) == [3, 6]
     resume()
@@ -176,7 +176,7 @@ def test_a_rank_without_memory_ends_all_with_advice(paths, resume, observe):
 def test_a_gpu_without_memory_ends_with_advice(paths, observe):
     statuses, output = ranks.run(paths[0], *OVERRIDES, "global_batch_size=2400000", size=1)
     assert statuses == [2]
-    assert "Set micro_batch_size=auto, which takes the most images that fit" in output
+    assert "Set micro_batch_size=auto, which finds the largest micro-batch that fits" in output
 
 
 @pytest.mark.case(27)
@@ -250,7 +250,9 @@ def test_nan_images_on_one_rank_skip_the_step_on_all_and_are_recorded(paths, obs
     assert_finite(ranks.load_tensors(run))
     lines = replay.replay(run, 5)
     assert lines[0].endswith("from step_00000003")
-    assert lines[1] == "  skipped by the run; its 24 images as recorded in skipped/, of epoch 1"
+    assert lines[1] == (
+        "  skipped by the run in epoch 1; its 24 images match the record in skipped/"
+    )
     # The images on disk are good, so the step is good when it is repeated alone.
     assert "  first output that is not finite: none" in lines
     observe(

@@ -66,7 +66,7 @@ def test_four_two_and_one_ranks_see_the_same_batches_and_views(tmp_path, observe
         by_rank = run_ranks(train_and_record_batches, path, run, 3, world_size=size)
         assert all(batches == by_rank[0] for batches in by_rank)
         shrinking += by_rank[0]
-    with pytest.warns(UserWarning, match="world_size was 4 and is 1"):
+    with pytest.warns(UserWarning, match="world_size was 4 and is now 1"):
         shrinking += train_and_record_batches(path, run, 3)
     assert shrinking == uninterrupted and len({digest for _, digest in uninterrupted}) == 12
     largest = largest_difference(run, tmp_path / "run", 1e-9)
@@ -100,7 +100,7 @@ def test_a_run_resumes_to_rounding_with_another_micro_batch_size(tmp_path, obser
     assert ranks.run(path, *OVERRIDES, FLOAT64, f"output={uninterrupted}", size=1)[0] == [0]
     assert ranks.run(path, *OVERRIDES, FLOAT64, "--stop-after", "5", size=1)[0] == [0]
     statuses, output = ranks.run(path, *OVERRIDES, FLOAT64, "micro_batch_size=8", size=1)
-    assert statuses == [0] and "micro_batch_size was 24 and is 8" in output
+    assert statuses == [0] and "micro_batch_size was 24 and is now 8" in output
     largest = largest_difference(run, uninterrupted, 1e-8)
     observe(f"micro-batches of 24, then of 8: reported, weights within {largest:.0e}")
 
@@ -113,8 +113,8 @@ def test_other_images_are_refused(paths, resume, observe):
     image.rename(path.parent / "moved.png")
     statuses, output = ranks.run(path, *OVERRIDES)
     message = (
-        f"error: data.root: the training images are not those that {run} was trained on (another "
-        f"list of files); give that data set, or a new output with backbone.init={run}"
+        f"error: data.root: the training images are not those that {run} was trained on (the "
+        f"lists of files differ); give that data set, or a new output with backbone.init={run}"
     )
     assert statuses == [2, 2, 2] and output.count(message) == 3, output
     (path.parent / "moved.png").rename(image)
@@ -129,8 +129,8 @@ def test_other_settings_are_refused_except_for_free_keys(paths, resume, observe)
     statuses, output = ranks.run(path, *OVERRIDES, "optim.base_lr=0.5", "method.temperature=0.5")
     message = (
         f"error: {run}/checkpoints/step_00000004 was saved with a different configuration: "
-        "method.temperature: 0.2 then, 0.5 now; optim.base_lr: 4.0 then, 0.5 now. Give a new "
-        f"output, or start a new run from its weights with backbone.init={run}\n"
+        "method.temperature was 0.2 and is now 0.5; optim.base_lr was 4.0 and is now 0.5. Choose a "
+        f"new output, or start a new run from its weights with backbone.init={run}\n"
     )
     assert statuses == [2, 2, 2] and output.count(message) == 3, output
     resume("log.every_steps=3", "checkpoint.keep_last=5")

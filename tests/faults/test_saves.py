@@ -213,8 +213,8 @@ def test_another_format_is_refused_with_the_version_that_wrote_it(paths, observe
     statuses, output = ranks.run(path, *OVERRIDES)
     message = (
         f"error: {file.parent} has checkpoint format {version}; this version reads format "
-        f"{FORMAT}. It was written by ssl_pretrain 0.0.9 (abc). Use that version, or start a new "
-        "run"
+        f"{FORMAT}. The checkpoint was written by ssl_pretrain 0.0.9 (abc). Use that version, or "
+        "start a new run"
     )
     assert statuses == [2, 2, 2] and message in output, output
     observe(f"format {version}: refused, status 2")

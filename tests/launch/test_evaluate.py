@@ -214,7 +214,7 @@ def test_watching_gives_up_when_no_process_trains(run, monkeypatch, capsys):
     assert evaluate_knn(run, "--watch", "--give-up-minutes", "2") == 0
     assert capsys.readouterr().out == (
         f"gave up: no process has trained in {run} for 2 minutes, "
-        "and the run has not reached its end\n"
+        "and the run is not finished; resume the run, then watch it again\n"
     )
 
 
@@ -229,7 +229,7 @@ def test_the_gpu_of_a_training_is_not_used(run, capsys):
         assert jobs_of(run, "--share-gpu").device() == "auto"
         assert evaluate.main([str(run), "--device", "cuda"]) == 2
         assert capsys.readouterr().err.endswith(
-            "and holds its GPUs; add --share-gpu to share them, or --device cpu\n"
+            "and uses its GPUs; add --share-gpu to share them, or --device cpu\n"
         )
     assert jobs_of(run).device() == "auto"
 

@@ -66,7 +66,7 @@ def test_hosts_that_would_be_commands_or_no_host_are_refused(tmp_path, capsys, h
     assert out == ""
     assert err.startswith("error: launch.hosts: ")
     assert err.endswith(
-        f" in {hosts!r} is not a valid name or address of a host, or appears twice; "
+        f" in {hosts!r} is not a valid host name or address, or appears twice; "
         "give distinct hosts, such as a,b,10.0.0.3\n"
     )
 
@@ -134,7 +134,7 @@ def test_a_sweep_is_the_product_of_its_values(tmp_path, capsys):
     assert sweep.combinations(str(path), arguments[1:])[3][:3] == settings
     assert sweep.main([str(path), "seed"]) == 2
     assert capsys.readouterr().err == (
-        "error: 'seed': an override is key=value, such as optim.base_lr=0.2,0.3\n"
+        "error: 'seed': not an override; give key=value, such as optim.base_lr=0.2,0.3\n"
     )
 
 

@@ -199,7 +199,9 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     path.write_text("titel: x\nruns: [{name: a}]\n")
     assert sweep.main([str(path)]) == 2
     assert "titel" in capsys.readouterr().err
-    assert sweep.main([str(ROOT / "configs/simclr_digits.yaml")]) == 2
+    path = ROOT / "configs/simclr_digits.yaml"
+    assert sweep.main([str(path)]) == 2
     assert capsys.readouterr().err == (
-        "error: give the values to try, such as seed=0,1, or a study of configs/sweeps/\n"
+        f"error: {path}: there are no values to combine; add some, such as seed=0,1, or give a "
+        "study in configs/sweeps/\n"
     )

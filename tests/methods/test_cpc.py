@@ -90,7 +90,8 @@ def test_guessing_costs_the_log_of_all_patches():
 
 def test_a_grid_that_is_too_small_is_refused():
     message = (
-        "method.rows_ahead: [1, 4] does not fit a grid of 4 x 4 patches; lower it, method.stride or"
+        "method.rows_ahead: [1, 4] does not fit a grid of 4 x 4 patches; give smaller distances, "
+        "or lower method.stride or method.patch_size"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         contract.build("cpc", rows_ahead=[1, 4])(contract.random_batch("cpc"))

@@ -96,9 +96,9 @@ def test_assignments_sum_to_one_and_share_the_prototypes_equally():
 
 def test_absent_rows_change_nothing():
     scores = torch.randn(10, 5, dtype=torch.float64)
-    present = torch.tensor([1.0] * 6 + [0.0] * 4, dtype=torch.float64)
-    alone = sinkhorn(scores[:6], present[:6], epsilon=0.05, num_iterations=3)
-    torch.testing.assert_close(sinkhorn(scores, present, epsilon=0.05, num_iterations=3)[:6], alone)
+    valid = torch.tensor([1.0] * 6 + [0.0] * 4, dtype=torch.float64)
+    alone = sinkhorn(scores[:6], valid[:6], epsilon=0.05, num_iterations=3)
+    torch.testing.assert_close(sinkhorn(scores, valid, epsilon=0.05, num_iterations=3)[:6], alone)
 
 
 def test_collapse_costs_the_log_of_the_prototypes():

@@ -114,6 +114,6 @@ def test_other_weights_change_nothing_and_are_listed():
     assert str(error.value) == (
         "runs/a: not the weights of this backbone: 1 missing (bn1.bias); 1 unexpected (extra); "
         "1 of another shape (bn1.weight (3,) for (32,)). Nothing was loaded; "
-        "give backbone.name, stem and args of the run that trained them"
+        "set backbone.name, backbone.stem and backbone.args as in the run that trained them"
     )
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())

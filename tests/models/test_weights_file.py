@@ -127,7 +127,7 @@ def _script(path: Path) -> None:
         ),
         (
             lambda path: path.write_bytes(b"PK\3\4" + bytes(200)),
-            "weights is cut off or damaged (File is not a zip file); download it again",
+            "weights is truncated or damaged (File is not a zip file); download it again",
         ),
         (
             _script,
@@ -135,11 +135,12 @@ def _script(path: Path) -> None:
         ),
         (
             lambda path: torch.save({"a": BARE, "b": BARE}, path),
-            "weights: it has tensors at 'a' (90), 'b' (90); choose one with backbone.init_key",
+            "weights: the file has tensors at 'a' (90), 'b' (90); "
+            "choose one with backbone.init_key",
         ),
         (
             lambda path: torch.save(list(BARE.values()), path),
-            "weights: no named tensors in it; it holds a list",
+            "weights: no named tensors were found; the file contains a list",
         ),
         (
             lambda path: torch.save(BARE | {"bn1.bias": BARE["bn1.bias"] * torch.nan}, path),

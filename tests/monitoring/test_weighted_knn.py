@@ -64,7 +64,7 @@ def test_predictions_do_not_depend_on_the_size_of_chunks(monkeypatch):
     [
         (0, 0.07, "k: 0 neighbors cannot be found among 10 training images"),
         (11, 0.07, "k: 11 neighbors cannot be found among 10 training images"),
-        (5, 0.0, "temperature: 0.0 must be > 0; 0.07 is usual"),
+        (5, 0.0, "temperature: 0.0 is not positive; choose a value such as 0.07"),
     ],
 )
 def test_impossible_settings_are_refused(k, temperature, message):

@@ -285,5 +285,6 @@ def test_a_name_that_no_parameter_has_is_refused():
     with pytest.raises(ValueError) as error:
         optim.build(OptimConfig(constant_lr_names=["predictr"]), network())
     assert str(error.value) == (
-        "optim.constant_lr_names: no trained parameter's name starts with 'predictr'"
+        "optim.constant_lr_names: no trained parameter's name starts with 'predictr'; "
+        "give a prefix such as predictor, or leave it out"
     )

@@ -62,12 +62,12 @@ def test_every_method_has_a_plan(path, tmp_path):
     text = plan.describe(run, plan.num_ranks(run, default=1))
     for line in (
         "# on 4 x H100, 2 nodes of 2: rates from data sheets",
-        "in the peak of the step:",
+        "at the peak of the step:",
         "largest micro-batch: 4 of its share of 4",
-        "a step: ",
+        "time per step: ",
     ):
         assert line in text, text
-    total = float(text.partition("a step: ")[2].partition(" ms")[0].replace(",", ""))
+    total = float(text.partition("time per step: ")[2].partition(" ms")[0].replace(",", ""))
     components = [line for line in text.splitlines() if line.startswith("  ") and " ms  " in line]
     listed = sum(float(line.split()[0]) for line in components)
     assert listed == pytest.approx(total, rel=0.05, abs=0.1)
@@ -190,8 +190,9 @@ def test_the_largest_micro_batch_just_fits(run):
     estimate.machine = replace(TOY, memory=1000.0)
     assert estimate.largest_micro_batch() == (
         0,
-        f"batch norm over 2 images takes 2 at once, {sum(estimate.memory(2).values()) / GIB:.1f} "
-        "GiB of 0.0; use more GPUs or a smaller group",
+        "batch norm over 2 images needs 2 at once, which take "
+        f"{sum(estimate.memory(2).values()) / GIB:.1f} GiB, more than the usable 0.0 GiB; "
+        "use more GPUs or a smaller group",
     )
 
 
@@ -230,7 +231,7 @@ def test_the_cluster_of_a_plan_is_that_of_launch(run):
     )
     assert plan.num_ranks(cluster, default=2) == 24
     assert plan.num_ranks(run, default=2) == 2
-    assert "memory and time: plan.gpu=H100 computes them" in plan.describe(run)
+    assert "memory and time: set plan.gpu to H100" in plan.describe(run)
 
 
 def test_a_resumed_run_may_have_another_plan(run):

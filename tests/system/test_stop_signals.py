@@ -54,9 +54,10 @@ def test_a_second_signal_ends_the_process_at_once(waiting, first, second):
     assert process.returncode == 128 + second
     assert err.splitlines() == [
         "",
-        f"{first.name}: saving and stopping after this step; a second signal ends at once",
+        f"{first.name}: the run saves and stops after this step; a second signal ends it without "
+        "saving",
         "",
-        f"a second signal ({second.name}): ended at once, nothing saved",
+        f"{second.name} is the second signal: the process ends without saving",
     ]
 
 

@@ -1,6 +1,6 @@
 """Write, check and describe .beton files.
 
-python -m ssl_pretrain.data.beton write | check | info
+The commands are `python -m ssl_pretrain.data.beton write`, `check` and `info`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from ssl_pretrain.data.source_report import check_range
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.schema import COUNT, FROM_ZERO, QUALITY, THREADS
 
-_MAX_PROBLEMS = 100  # problems that `check` prints
+_MAX_PROBLEMS = 100  # the most problems that `check` prints
 _MIN_PAGE_BYTES = 1 << 21  # FFCV's minimum
 
 _EPILOG = """\
@@ -34,7 +34,7 @@ examples:
   python -m ssl_pretrain.data.beton check /fast/imagenet/train.beton
   sbatch --array=0-15 --wrap "python -m ssl_pretrain.data.beton write IMAGES FILE --shards 16"
 
-Then train with data.root=/fast/imagenet. To continue an interrupted write, run it again.
+Then train with data.root=/fast/imagenet. To continue an interrupted write, repeat the command.
 The exit status is 1 if an image is unreadable, and 2 if nothing can be read or written."""
 
 
@@ -60,21 +60,21 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    write = commands.add_parser("write", help="convert a data set to a .beton")
-    check = commands.add_parser("check", help="decode every image of a .beton")
-    info = commands.add_parser("info", help="describe a .beton")
+    write = commands.add_parser("write", help="convert a data set to a .beton file")
+    check = commands.add_parser("check", help="decode every image of a .beton file")
+    info = commands.add_parser("info", help="describe a .beton file")
     num_cores = len(os.sched_getaffinity(0))
 
     write.add_argument(
         "root",
-        help="a folder, a .zip, a list of files or another .beton; '' for the digits, or to "
-        "download CIFAR-10",
+        help="a folder, a .zip, a list of files or another .beton file; '' for --source "
+        "digits, or to download CIFAR-10",
     )
     write.add_argument(
         "path",
         type=Path,
-        help="the .beton to write; if it is named train.beton or val.beton, data.root may be its "
-        "folder",
+        help="the .beton file to write; if its name is train.beton or val.beton, data.root may be "
+        "its folder",
     )
     write.add_argument(
         "--source", default="folder", help="digits, cifar10 or folder (default: folder)"
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-side",
         type=FROM_ZERO,
         default=Settings.max_side,
-        help="longest side in pixels; larger images are shrunk; 0: no limit (default: %(default)s)",
+        help="longest side in pixels, or 0 to keep the size of every image (default: %(default)s)",
     )
     write.add_argument(
         "--quality",
@@ -121,15 +121,15 @@ def _parser() -> argparse.ArgumentParser:
         "--shards",
         type=COUNT,
         default=1,
-        help="number of files, which are read as one (default: 1)",
+        help="number of files to write, which are read as one data set (default: 1)",
     )
     write.add_argument(
         "--shard",
         type=FROM_ZERO,
-        help="write only this shard, from 0 (default: SLURM_ARRAY_TASK_ID, or all shards)",
+        help="write only this shard, counted from 0 (default: SLURM_ARRAY_TASK_ID, or all shards)",
     )
-    for reader in (check, info):
-        reader.add_argument("path", type=Path, help="a .beton, or any shard of a set")
+    for command in (check, info):
+        command.add_argument("path", type=Path, help="a .beton file, or any shard of a set")
     check.add_argument(
         "--threads",
         type=THREADS,
@@ -145,7 +145,7 @@ def _write(args: argparse.Namespace) -> int:
             f"--page-size {args.page_size}: give a power of two of at least {_MIN_PAGE_BYTES:,}, "
             "FFCV's minimum"
         )
-    decode.load_library()  # raises before hours of work if FFCV is not installed
+    decode.load_library()  # fail before hours of work if FFCV is not installed
     source = open_source(DataConfig(args.source, args.root, range=list(args.range)), args.split)
     check_range(source)
     settings = Settings(args.max_side, args.quality, args.page_size)
@@ -162,7 +162,7 @@ def _write(args: argparse.Namespace) -> int:
 
 
 def _outputs(args: argparse.Namespace, num_images: int) -> Iterator[tuple[Path, int, int]]:
-    """Yield the path of each file to write, its first image and the one after its last."""
+    """Yield the path of each file to write, and the start and the end of its images."""
     path, num_shards, shard = args.path, args.shards, args.shard
     if path.suffix != ".beton":
         raise ValueError(f"{path}: the file name must end in .beton")

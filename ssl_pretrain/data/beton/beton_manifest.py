@@ -1,7 +1,7 @@
 """The manifest beside a .beton file, such as `train.beton.json`.
 
-It contains the class names, the counts and the fingerprint of the source. A hash of the whole
-manifest reveals a flipped bit. FFCV's own writer does not write a manifest.
+It contains the class names, the numbers of images and the fingerprint of the source. A hash of its
+content detects flipped bits. FFCV's own writer does not write a manifest.
 """
 
 import hashlib
@@ -18,9 +18,10 @@ _HASH_KEY = "manifest_sha256"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Description of a .beton file, the same whenever and by however many processes it is written.
+    """Description of a .beton file.
 
-    A field whose key in the JSON differs from its name has the key in its metadata.
+    The time of the write and the number of processes do not affect the values. If a field's key in
+    the JSON differs from its name, the field's metadata has the key.
     """
 
     # Hash of the source, the settings and the range of images.
@@ -28,20 +29,20 @@ class Manifest:
     # Hash of the source and the settings, equal in all shards of a set.
     settings_id: str = field(metadata={"key": "of_source"})
     num_samples: int
-    num_unchanged: int = field(metadata={"key": "kept"})  # stored as their own bytes
-    num_encoded: int = field(metadata={"key": "encoded"})  # stored as new JPEGs
-    num_raw: int = field(metadata={"key": "raw"})  # stored as pixels
-    bad_images: list[str] = field(metadata={"key": "bad"})  # one line per image that was left out
+    num_unchanged: int = field(metadata={"key": "kept"})  # images stored with their original bytes
+    num_encoded: int = field(metadata={"key": "encoded"})  # images stored as new JPEGs
+    num_raw: int = field(metadata={"key": "raw"})  # images stored as pixels
+    bad_images: list[str] = field(metadata={"key": "bad"})  # one line per unreadable image
     classes: list[str]
     fingerprint: str  # fingerprint of the images in the file
     # Fingerprint of the source, including its unreadable images.
     source_fingerprint: str = field(metadata={"key": "source"})
-    first_index: int = field(metadata={"key": "first"})  # index in the source
-    max_side: int  # pixels, 0 for no limit
+    first_index: int = field(metadata={"key": "first"})  # index in the source of the first image
+    max_side: int  # largest side of an image in pixels, or 0 for no limit
     quality: int  # quality of the new JPEGs
     page_size: int  # bytes
-    crc32: int  # CRC-32 over the CRC-32 of every image
-    range: list[float] | None = None  # `data.range`
+    crc32: int  # CRC-32 of the CRC-32 values of all images
+    range: list[float] | None = None  # value of `data.range`
     table_sha256: str = ""  # hash of the tables in the file; empty in earlier versions
 
 
@@ -55,7 +56,7 @@ def manifest_path(path: Path) -> Path:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Replace the manifest beside a .beton file."""
+    """Write or replace the manifest beside a .beton file."""
     content = {key: getattr(manifest, item.name) for key, item in _FIELDS_BY_KEY.items()}
     content = {key: value for key, value in content.items() if key != "range" or value}
     text = json.dumps({**content, _HASH_KEY: _hash(content)}, indent=1)
@@ -72,7 +73,7 @@ def read_manifest(path: Path) -> Manifest | None:
         return _parse(json.loads(manifest_path(path).read_bytes()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):  # a folder, invalid JSON, or nested too deeply
+    except (OSError, ValueError, RecursionError):  # a folder, or JSON that is invalid or too deep
         raise ValueError(
             f"data.root: {manifest_path(path)} is damaged; copy it again, or run the same write "
             "again"
@@ -80,15 +81,15 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def _parse(content: Any) -> Manifest:
-    """Raise ValueError unless the keys, the types of their values and the hash are correct."""
+    """Check the keys, the types of their values and the hash, and return the manifest."""
     if not isinstance(content, dict):
         raise ValueError("not a manifest")
     saved_hash = content.pop(_HASH_KEY, None)
     is_earlier_version = saved_hash is None and content.keys() == _REQUIRED_KEYS
     is_intact = saved_hash == _hash(content) and "table_sha256" in content
-    has_right_keys = _REQUIRED_KEYS <= content.keys() <= _FIELDS_BY_KEY.keys()
-    if not (is_earlier_version or is_intact) or not has_right_keys:
-        raise ValueError("another hash, or other keys")
+    has_valid_keys = _REQUIRED_KEYS <= content.keys() <= _FIELDS_BY_KEY.keys()
+    if not (is_earlier_version or is_intact) or not has_valid_keys:
+        raise ValueError("the hash does not match, or the keys differ")
     if not all(_has_type(content[key], _FIELDS_BY_KEY[key].type) for key in _REQUIRED_KEYS):
         raise ValueError("a value has the wrong type")
     return Manifest(**{_FIELDS_BY_KEY[key].name: value for key, value in content.items()})

@@ -1,4 +1,4 @@
-"""A source of the images in a .beton file, or in a set of its shards."""
+"""Source of the images in a .beton file or in a set of .beton shards."""
 
 from typing import Self
 
@@ -11,7 +11,7 @@ from ssl_pretrain.data.images import UnreadableImage, decode
 
 
 class Beton(EncodedSource):
-    """Images of a .beton, read one at a time without FFCV. `data.native` reads them faster."""
+    """Images of a .beton file, read one at a time without FFCV. `data.native` reads them faster."""
 
     def __init__(self, samples: Samples):
         if samples.manifest is not None:
@@ -20,22 +20,22 @@ class Beton(EncodedSource):
             classes = [str(label) for label in range(int(samples.label.max(initial=-1)) + 1)]
         super().__init__(samples.paths[0], samples.label, classes)
         self.samples = samples
-        self._subset = b""  # bytes of the int64 indices that were taken; empty for all images
+        self._subset_indices = b""  # int64 indices as bytes, empty for all images
 
     def read(self, index: int) -> np.ndarray:
         """Return the RGB pixels of one image, uint8 (height, width, 3).
 
         Raises:
-            UnreadableImage: If the image cannot be read or decoded, or has another size than in
-                the table.
+            UnreadableImage: If the image cannot be read or decoded, or its size differs from its
+                table entry.
         """
-        stored = self.read_bytes(index)
+        content = self.read_bytes(index)
         size = (int(self.samples.height[index]), int(self.samples.width[index]))
         if self.samples.mode[index] == RAW:
-            return np.frombuffer(stored, np.uint8).reshape(*size, 3).copy()
-        pixels = decode(stored, self.name(index), jpeg_only=True)
+            return np.frombuffer(content, np.uint8).reshape(*size, 3).copy()
+        pixels = decode(content, self.name(index), jpeg_only=True)
         if pixels.shape[:2] != size:
-            raise UnreadableImage(f"{self.name(index)}: the JPEG has another size than its entry")
+            raise UnreadableImage(f"{self.name(index)}: the JPEG's size differs from its entry")
         return pixels
 
     def name(self, index: int) -> str:
@@ -46,7 +46,7 @@ class Beton(EncodedSource):
         """Return a source of the images at `indices`, in that order, with its own fingerprint."""
         subset = super().take(indices)
         subset.samples = self.samples.take(indices)
-        subset._subset = self._subset + indices.astype(np.int64).tobytes()
+        subset._subset_indices = self._subset_indices + indices.astype(np.int64).tobytes()
         return subset
 
     def check_present(self) -> None:
@@ -60,13 +60,16 @@ class Beton(EncodedSource):
         A subset and a file without a manifest have fingerprints of their own.
         """
         manifest = self.samples.manifest
-        return manifest.fingerprint if manifest and not self._subset else super().fingerprint
+        return (
+            manifest.fingerprint if manifest and not self._subset_indices else super().fingerprint
+        )
 
     def _stored_bytes(self, index: int) -> bytes:
         return self.samples.read_bytes(index)
 
     def _identity(self) -> bytes:
         samples = self.samples
-        source_images = str(samples.manifest and samples.manifest.fingerprint).encode()
+        source_fingerprint = str(samples.manifest and samples.manifest.fingerprint).encode()
         columns = (samples.length, samples.offset, samples.file_index)
-        return source_images + self._subset + b"".join(column.tobytes() for column in columns)
+        table = b"".join(column.tobytes() for column in columns)
+        return source_fingerprint + self._subset_indices + table

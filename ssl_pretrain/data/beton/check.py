@@ -13,20 +13,18 @@ from ssl_pretrain.data.beton.file import Samples
 from ssl_pretrain.data.messages import report_progress
 from ssl_pretrain.data.native import decode
 
-_REASONS = decode.REASONS | {
-    decode.TRUNCATED: "the file ends before the image does, or cannot be read"
-}
+_REASONS = decode.REASONS | {decode.TRUNCATED: "the file ends within the image, or cannot be read"}
 
 
 def find_problems(samples: Samples, num_threads: int = 1) -> list[str]:
-    """Return one line per problem with the stored images."""
+    """Return one line per problem, for the images and for the manifest of each file."""
     outcomes, crcs = np.array(_decode_all(samples, num_threads), np.int64).T
     problems = [
         f"{samples.name(index)}: {_REASONS[outcome]}"
         for index, outcome in enumerate(outcomes.tolist())
         if outcome != decode.DONE
     ]
-    for number, path in enumerate(map(Path, samples.paths)):
+    for file_number, path in enumerate(map(Path, samples.paths)):
         manifest = read_manifest(path)
         if manifest is None:
             problems.append(
@@ -34,28 +32,30 @@ def find_problems(samples: Samples, num_threads: int = 1) -> list[str]:
                 "names and no checksum to compare with"
             )
         elif (
-            zlib.crc32(crcs[samples.file_index == number].astype(np.uint32).tobytes())
+            zlib.crc32(crcs[samples.file_index == file_number].astype(np.uint32).tobytes())
             != manifest.crc32
         ):
             problems.append(
-                f"{path}: its images changed since it was written (the manifest's crc32 differs)"
+                f"{path}: the images have changed since the file was written (their CRC-32 differs "
+                "from the manifest's)"
             )
     return problems
 
 
 def _decode_all(samples: Samples, num_threads: int) -> list[tuple[int, int]]:
-    """Return the outcome of decoding each image, and the CRC-32 of its bytes."""
-    local, functions = threading.local(), decode.c_functions()
+    """Return the outcome of decoding each image, and the CRC-32 of the image's bytes."""
+    thread_data, functions = threading.local(), decode.c_functions()
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(path, "rb", buffering=0)) for path in samples.paths]
         stored = decode.pack_stored(samples, [file.fileno() for file in files])
 
         def decode_one(index: int) -> tuple[int, int]:
-            if not hasattr(local, "workspace"):
+            if not hasattr(thread_data, "workspace"):
                 decoder = stack.enter_context(decode.Decoder())
-                local.workspace = decode.allocate_workspace(samples, [], decoder)
-            outcome = decode.decode_image(functions, stored, index, local.workspace)
-            return int(outcome), zlib.crc32(local.workspace.compressed[: samples.length[index]])
+                thread_data.workspace = decode.allocate_workspace(samples, [], decoder)
+            workspace = thread_data.workspace
+            outcome = decode.decode_image(functions, stored, index, workspace)
+            return int(outcome), zlib.crc32(workspace.compressed[: samples.length[index]])
 
         with ThreadPoolExecutor(num_threads) as pool:
             results = pool.map(decode_one, range(len(samples)))

@@ -1,6 +1,6 @@
-"""Encode the images of a source, in several processes.
+"""Encode the images of a source in several processes.
 
-An image is stored as its own bytes, as a new JPEG, or as pixels.
+An image is stored as its original bytes, as a new JPEG, or as pixels.
 """
 
 import contextlib
@@ -24,35 +24,35 @@ from ssl_pretrain.data.image_source import EncodedSource, Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.native.decode import Decoder
 
-# Outcomes: an image is stored unchanged, as a new JPEG or as pixels, or is left out.
+# Outcomes. An image is stored unchanged, as a new JPEG or as pixels, or it is left out.
 UNCHANGED, NEW_JPEG, PIXELS, BAD = range(4)
-# Small images that are not JPEGs are stored as pixels, as a JPEG would save little.
+# Small images that are not JPEGs are stored as pixels, because a JPEG would save little.
 _MAX_RAW_BYTES = 16384
 _MAX_JPEG_SIDE = 65535
 _JPEG_SIGNATURE = b"\xff\xd8"
 _ORIENTATION_TAG = 0x0112
 _IMAGES_PER_JOB = 32
-_JOBS_PER_WORKER = 4  # jobs that may be pending at a time
+_JOBS_PER_WORKER = 4  # largest number of pending jobs
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that determine the content of a .beton."""
+    """Settings that determine the content of a .beton file."""
 
     max_side: int = 500  # longest side of an image in pixels; 0 for no limit
-    quality: int = 95  # quality of the new JPEGs
+    quality: int = 95  # JPEG quality of newly encoded images
     page_size: int = 1 << 23  # bytes; FFCV reads whole pages, so no image spans two of them
 
 
 class Entry(NamedTuple):
-    """One image in the file, without its bytes."""
+    """Table entry of one image, without its bytes."""
 
     outcome: int
     mode: int = 0
     width: int = 0
     height: int = 0
     offset: int = 0  # position of the first byte in the file
-    length: int = 0  # bytes
+    length: int = 0  # number of bytes
     label: int = -1
     crc: int = 0  # CRC-32 of the bytes
 
@@ -60,7 +60,7 @@ class Entry(NamedTuple):
 def encode_entry(
     source: Source, index: int, settings: Settings, decoder: Decoder
 ) -> tuple[Entry, bytes]:
-    """Return the entry of an image and the bytes to store, without their offset in the file.
+    """Return the entry of an image, without its offset in the file, and the bytes to store.
 
     An unreadable image has the outcome `BAD` and no bytes.
     """
@@ -89,8 +89,8 @@ def encode(source: Source, index: int, settings: Settings, decoder: Decoder) -> 
         return Entry(PIXELS, RAW, width, height), pixels.tobytes()
     if max(height, width) > _MAX_JPEG_SIDE:
         raise UnreadableImage(
-            f"{source.name(index)}: {width}x{height} pixels are more than a JPEG can hold; "
-            "give --max-side"
+            f"{source.name(index)}: {width}x{height} pixels exceed the limit of "
+            f"{_MAX_JPEG_SIDE:,} per side of a JPEG; give --max-side"
         )
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=settings.quality)
@@ -118,7 +118,7 @@ def _size_if_storable(content: bytes, max_side: int) -> tuple[int, int] | None:
 
 EncodedImage = tuple[Entry, bytes]
 
-_worker: tuple[Source, Settings, Decoder]  # set by `_init_worker` in each process
+_worker_state: tuple[Source, Settings, Decoder]  # set by `_init_worker` in each process
 
 
 def encoded_images(
@@ -132,11 +132,11 @@ def encoded_images(
     starts = range(first, end, _IMAGES_PER_JOB)
     jobs = [range(start, min(start + _IMAGES_PER_JOB, end)) for start in starts]
     if num_workers > 1 and len(jobs) > 1:
-        results = _encode_in_processes(source, settings, num_workers, jobs)
+        job_results = _encode_in_processes(source, settings, num_workers, jobs)
     else:
-        results = _encode_in_this_process(source, settings, jobs)
-    with contextlib.closing(results):
-        for images in results:
+        job_results = _encode_in_this_process(source, settings, jobs)
+    with contextlib.closing(job_results):
+        for images in job_results:
             yield from images
 
 
@@ -148,7 +148,7 @@ def _encode_in_this_process(source: Source, settings: Settings, jobs: list[range
     try:
         yield from map(_encode_job, jobs)
     finally:
-        _worker[2].close()
+        _worker_state[2].close()
 
 
 def _encode_in_processes(
@@ -166,27 +166,27 @@ def _encode_in_processes(
             yield future.result()
     except BrokenProcessPool:
         raise RuntimeError(
-            "a worker process was killed; if memory ran out, give fewer --workers; "
-            "run the same write again to continue"
+            "a worker process was killed, which happens when memory runs out; repeat the command "
+            "to continue, with fewer --workers if memory is short"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _init_worker(source: Source, settings: Settings) -> None:
-    """Set up a worker that exits when its parent ends, even if the parent is killed."""
-    global _worker
-    _worker = source, settings, Decoder()
+    """Set up this worker, and let it exit when its parent ends, even if the parent is killed."""
+    global _worker_state
+    _worker_state = source, settings, Decoder()
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def _exit_after(parent: multiprocessing.process.BaseProcess) -> None:
+def _exit_with_parent(parent: multiprocessing.process.BaseProcess) -> None:
     parent.join()
     os._exit(1)
 
 
 def _encode_job(indices: range) -> list[EncodedImage]:
-    source, settings, decoder = _worker
+    source, settings, decoder = _worker_state
     return [encode_entry(source, index, settings, decoder) for index in indices]

@@ -22,21 +22,21 @@ from ssl_pretrain.data.beton.tables import Tables, read_tables
 from ssl_pretrain.data.messages import abbreviate
 from ssl_pretrain.data.split_search import split_of
 
-# Fields of `Samples` that a single file has. `file_index` is added when files are merged.
+# Columns of `Samples` that each file contains. Only `file_index` depends on the other shards.
 _COLUMNS = ("offset", "length", "mode", "height", "width", "label")
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.beton")
-_MAX_NAMES = 3  # missing shards that an error names
+_MAX_NAMES = 3  # number of missing shards that an error lists
 
-Stamp = tuple[int, int, int]  # inode, size and time, which reveal that a file was replaced
+Stamp = tuple[int, int, int]  # inode, size and modification time, which change with the file
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Table of the n images of a file, or of all shards of a set."""
+    """Table of the n images in a file, or in all shards of a set."""
 
-    paths: list[str]  # the files
-    stamps: list[Stamp]  # one per file, taken when it was opened
-    manifest: Manifest | None  # merged over the files; None for files of FFCV's own writer
+    paths: list[str]  # one per file
+    stamps: list[Stamp]  # one per file, taken when the file was opened
+    manifest: Manifest | None  # merged over the files; None if FFCV's own writer wrote them
     file_index: np.ndarray  # int32 (n,), index into `paths`
     offset: np.ndarray  # int64 (n,), position of the first byte in the file
     length: np.ndarray  # int64 (n,), number of bytes
@@ -69,7 +69,7 @@ class Samples:
                 raise OSError("the file was replaced")
             stored = os.pread(file.fileno(), length, int(self.offset[index]))
         if len(stored) != length:
-            raise OSError("the file ends before the image does, and did not when it was opened")
+            raise OSError("the file was truncated after it was opened, so the image is incomplete")
         return stored
 
     def check_present(self) -> None:
@@ -152,18 +152,18 @@ def _read_file(path: Path) -> Samples:
 
 
 def _check_manifest(manifest: Manifest, tables: Tables) -> None:
-    """Raise ValueError unless the manifest describes this very file."""
+    """Raise ValueError unless the manifest describes this file."""
     is_same_file = manifest.table_sha256 in ("", tables.sha256)
     if manifest.num_samples != len(tables.samples) or not is_same_file:
         raise ValueError(
             f"data.root: {tables.path} and {manifest_path(tables.path).name} do not belong "
-            "together: a table was damaged, or a write was stopped between the two; run the same "
-            "write again, or copy both again"
+            "together: a table was damaged, or writing was stopped between the two files; write "
+            "them again, or copy both again"
         )
     largest = int(tables.samples["label"].max(initial=-1))
     if largest >= len(manifest.classes):
         raise ValueError(
-            f"data.root: {tables.path}: a label is {largest}, but its manifest has only "
+            f"data.root: {tables.path} contains the label {largest}, but its manifest has only "
             f"{len(manifest.classes)} classes; copy both again, or write them again"
         )
 
@@ -183,14 +183,14 @@ def _all_shards(path: Path) -> list[Path]:
     missing = [shard.name for shard in paths if not shard.exists()]
     if missing:
         raise ValueError(
-            f"data.root: {len(missing)} of {count} shards are missing beside {path}: "
+            f"data.root: the set of {path} lacks {len(missing)} of its {count} shards: "
             f"{abbreviate(missing, _MAX_NAMES)}; write them, or wait until they are written"
         )
     return paths
 
 
 def find_beton(folder: Path, split: str) -> Path | None:
-    """Return the .beton of a split in a folder, or the first of its shards.
+    """Return the .beton of a split in a folder, or the first of its shards, if there is one.
 
     The file is named after the split, in any spelling that `split_of` knows.
     """

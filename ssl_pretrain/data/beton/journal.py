@@ -1,4 +1,4 @@
-"""The two files of an unfinished .beton: the images' bytes, and a journal of their entries.
+"""Write an unfinished .beton as two files: the images' bytes, and a journal of their entries.
 
 Images are appended to `train.beton.writing` in the order of the source, each followed by its entry
 in `train.beton.journal`. The next write verifies both files and continues after the last intact
@@ -22,7 +22,7 @@ ENTRY = np.dtype(
     [("outcome", "u1"), *IMAGE.descr, ("length", "<u8"), ("label", "<i8"), ("crc", "<u4")]
 )
 _SYNC_BYTES = 64 << 20  # bytes between two fsyncs of both files
-_NUM_VERIFIED = 1000  # newest entries that are checked against the data, as a power cut may lose it
+_NUM_VERIFIED = 1000  # newest entries whose data are verified, because a power cut may lose data
 
 
 def data_path(path: Path) -> Path:
@@ -36,7 +36,7 @@ def journal_path(path: Path) -> Path:
 
 
 class Journal:
-    """The images written so far, opened by `open_journal`."""
+    """Images written so far and their entries, as `open_journal` returns them."""
 
     def __init__(self, data: BinaryIO, log: BinaryIO, first_page_offset: int, page_size: int):
         self.data, self._log = data, log
@@ -63,7 +63,7 @@ class Journal:
         if len(content) > self._page_size:
             raise ValueError(
                 f"an image of {len(content):,} bytes does not fit into a page of "
-                f"{self._page_size:,}; give --max-side, or a larger --page-size"
+                f"{self._page_size:,} bytes; give --max-side, or a larger --page-size"
             )
         offset = self.end_offset
         if offset % self._page_size + len(content) > self._page_size:
@@ -81,17 +81,18 @@ class Journal:
             os.fsync(self._log.fileno())
 
     def restore(self, write_id: str) -> None:
-        """Load the intact entries of an earlier start of the same write, and remove the rest."""
+        """Load the intact entries that an interrupted write with this id left. Remove the rest."""
         header = f"{write_id}\n".encode()
         content = self._log.read()
         if content.startswith(header):
-            num_entries = (len(content) - len(header)) // ENTRY.itemsize  # without a partial one
+            # The division drops a partial entry at the end.
+            num_entries = (len(content) - len(header)) // ENTRY.itemsize
             rows = np.frombuffer(content, ENTRY, num_entries, offset=len(header)).tolist()
             self.entries = self._intact_entries([Entry(*row) for row in rows])
             self._log.seek(len(header) + len(self.entries) * ENTRY.itemsize)
             self._log.truncate()
             self.data.truncate(self.end_offset)
-        else:  # a new journal, or one of another source or other settings
+        else:  # a new journal, or one for another source or other settings
             self._log.seek(0)
             self._log.truncate()
             self._log.write(header)
@@ -114,9 +115,9 @@ def open_journal(
     """Open the unfinished files of a .beton and lock them.
 
     Args:
-        path: The .beton.
-        write_id: Hash of everything that determines its content. A journal with another hash is
-            discarded.
+        path: Path of the .beton.
+        write_id: Hash of everything that determines the content of the .beton. A journal with
+            another hash is discarded.
         first_page_offset: Offset of the first image.
         page_size: Bytes per page.
 
@@ -128,7 +129,7 @@ def open_journal(
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
-                f"{path}: another process is writing it; wait until it ends, or stop it"
+                f"{path}: another process is writing this file; wait until it ends, or stop it"
             ) from None
         journal = Journal(data, log, first_page_offset, page_size)
         journal.restore(write_id)

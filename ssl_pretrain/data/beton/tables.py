@@ -1,12 +1,12 @@
 """The tables of FFCV's file format, version 2.
 
 header        version, number of fields, page size, number of samples, offset of the allocations
-fields        one descriptor each; ours are `image` (JPEG or raw RGB) and `label`
+fields        one descriptor per field: `image` (JPEG or raw RGB) and `label`
 samples       one entry per image: mode, width, height, offset of its bytes, label
-pages         the bytes of the images, none of which crosses the edge of a page
+pages         the bytes of the images, each within one page
 allocations   one entry per image: sample, offset, length
 
-Offsets are counted in bytes from the start of the file.
+Offsets are in bytes from the start of the file.
 """
 
 import hashlib
@@ -36,9 +36,9 @@ FIELD = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)]
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("length", "<u8")])
-FIELDS = (("image", 2), ("label", 1))  # name and FFCV's type number
+FIELDS = (("image", 2), ("label", 1))  # names and FFCV's type numbers
 SAMPLES_OFFSET = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
-_MAX_CLASSES = 1_000_000  # each class gets a name in memory
+_MAX_CLASSES = 1_000_000  # limits memory, because every class gets a name
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class Tables:
         return allocations["length"][rows]
 
     def check(self, lengths: np.ndarray) -> None:
-        """Raise ValueError if an entry would make a decoder leave the file or its buffers.
+        """Raise ValueError if an entry would make a decoder leave the file or overrun a buffer.
 
         The sum of a 64-bit offset and a length can overflow, so the length is compared with the
-        bytes after the offset.
+        number of bytes after the offset.
         """
         image = self.samples["image"]
         end = np.uint64(self.header["allocations_offset"])
@@ -106,7 +106,7 @@ class Tables:
         )
 
     def _refuse(self, is_wrong: np.ndarray, describe: Callable[[int], str]) -> None:
-        """Raise ValueError, with a description of the first wrong image, if there is one."""
+        """Raise ValueError with a description of the first wrong image, if there is one."""
         if is_wrong.any():
             problem = describe(int(np.flatnonzero(is_wrong)[0]))
             raise ValueError(
@@ -118,31 +118,37 @@ def read_tables(path: Path) -> Tables:
     """Read the tables of a finished file.
 
     Raises:
-        ValueError: If the file is truncated, unfinished, or not a .beton with our fields.
+        ValueError: If the file is truncated, unfinished, or not a .beton file of images and labels.
     """
     size = path.stat().st_size
     truncated = f"data.root: {path} is truncated to {size:,} bytes; copy or write it again"
     if not size:
-        raise ValueError(f"data.root: {path} is empty; it was never written, or the disk was full")
+        raise ValueError(
+            f"data.root: {path} is empty, as its writer was stopped or the disk was full; "
+            "write it again"
+        )
     if size < SAMPLES_OFFSET:
         raise ValueError(truncated)
     header = np.fromfile(path, HEADER, 1)[0]
     if header["version"] != VERSION or not 1 <= header["num_fields"] <= 100:
-        raise ValueError(f"data.root: {path} is not a .beton of format {VERSION}")
+        raise ValueError(
+            f"data.root: {path} is not a .beton file of format {VERSION}; write it with "
+            "python -m ssl_pretrain.data.beton write"
+        )
     if header["allocations_offset"] == 0:
         raise ValueError(
             f"data.root: {path} is unfinished, as its writer was stopped; run the same write again "
             "to finish it"
         )
     fields = np.fromfile(path, FIELD, int(header["num_fields"]), offset=HEADER.itemsize)
-    types = [
+    field_types = [
         (bytes(field["name"]).split(b"\0")[0].decode("ascii", "replace"), int(field["type"]))
         for field in fields
     ]
-    if types != list(FIELDS):
+    if field_types != list(FIELDS):
         raise ValueError(
-            f"data.root: {path} has the fields {types} instead of image and label; write it with "
-            "python -m ssl_pretrain.data.beton write"
+            f"data.root: {path} has the fields {field_types} instead of image and label; write it "
+            "with python -m ssl_pretrain.data.beton write"
         )
     n, offset = int(header["num_samples"]), int(header["allocations_offset"])
     if SAMPLES_OFFSET + n * SAMPLE.itemsize > size or offset + n * ALLOCATION.itemsize > size:
@@ -157,7 +163,7 @@ def first_page_offset(num_images: int, page_size: int) -> int:
 
 
 def write_tables(data: BinaryIO, samples: np.ndarray, lengths: np.ndarray, page_size: int) -> None:
-    """Add the tables to a file of images, which makes it a .beton."""
+    """Complete a .beton file by adding the tables to its images."""
     offsets = samples["image"]["offset"]
     end = int(offsets[-1] + lengths[-1])
     columns = [np.arange(len(samples)), offsets, lengths]
@@ -168,7 +174,7 @@ def write_tables(data: BinaryIO, samples: np.ndarray, lengths: np.ndarray, page_
     header = np.array([(VERSION, len(FIELDS), page_size, len(samples), end)], HEADER)
     data.truncate(end)
     body = [(end, allocations), (HEADER.itemsize, fields), (SAMPLES_OFFSET, samples)]
-    # The header comes last, so that a file is recognized as unfinished after a crash.
+    # The header is written last, so a file is recognized as unfinished after a crash.
     for tables in (body, [(0, header)]):
         for offset, table in tables:
             data.seek(offset)

@@ -1,7 +1,7 @@
-"""Write a source into one .beton file.
+"""Write the images of a source to one .beton file.
 
-A write can be interrupted at any moment. The same call continues it and ends with the same bytes.
-The file gets its name when it is finished.
+A write can be interrupted at any time. The same call continues it, and the file has the same bytes
+as without the interruption. The file gets its final name when it is complete.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.messages import report_progress
 from ssl_pretrain.data.native.decode import Decoder
 
-_FORMAT = 1  # to be raised when the journal or the encoding changes
+_FORMAT = 1  # raise it when the journal or the encoding changes
 
 
 def write(
@@ -86,8 +86,8 @@ def write(
             range=value_range,
             table_sha256=_write_tables(journal, path, settings.page_size),
         )
-        # A kill between the two renames leaves a manifest that does not match the file, which
-        # every reader detects.
+        # If the process is killed between the two renames, the manifest does not match the file.
+        # Every reader detects that.
         write_manifest(path, manifest)
         os.replace(data_path(path), path)
         journal_path(path).unlink()
@@ -95,12 +95,12 @@ def write(
 
 
 def _finished_manifest(path: Path, write_id: str) -> Manifest | None:
-    """Return the manifest if the same write has already finished the file.
+    """Return the manifest if the same write has already finished, else None.
 
-    A manifest of an earlier version has no hash of the tables. A journal beside it then shows that
-    the write was interrupted.
+    Manifests of earlier versions have no hash of the tables. With these, a journal that still
+    exists shows that the write was interrupted.
     """
-    with suppress(ValueError):  # a damaged manifest, or not a .beton
+    with suppress(ValueError):  # the manifest is damaged, or the file is not a .beton
         manifest = read_manifest(path)
         if manifest is not None and manifest.write_id == write_id and path.exists():
             is_finished = (
@@ -113,7 +113,7 @@ def _finished_manifest(path: Path, write_id: str) -> Manifest | None:
 
 
 def _write_tables(journal: Journal, path: Path, page_size: int) -> str:
-    """Add the tables to the file of images, and return their hash."""
+    """Write the tables to the data file, and return their hash."""
     entries = journal.table()
     entries = entries[entries["outcome"] != BAD]
     if not len(entries):
@@ -131,19 +131,19 @@ def _manifest_without_hashes(
     source: Source, settings: Settings, entries: np.ndarray, first: int
 ) -> Manifest:
     is_bad = entries["outcome"] == BAD
-    bad, good = np.flatnonzero(is_bad) + first, np.flatnonzero(~is_bad) + first
-    is_complete = len(good) == len(source)
+    bad_indices, good_indices = (np.flatnonzero(rows) + first for rows in (is_bad, ~is_bad))
+    is_complete = len(good_indices) == len(source)
     counts = np.bincount(entries["outcome"], minlength=BAD + 1).tolist()
     return Manifest(
         write_id="",
         settings_id="",
-        num_samples=len(good),
+        num_samples=len(good_indices),
         num_unchanged=counts[UNCHANGED],
         num_encoded=counts[NEW_JPEG],
         num_raw=counts[PIXELS],
-        bad_images=[_explain_failure(source, index, settings) for index in bad.tolist()],
+        bad_images=[_explain_failure(source, index, settings) for index in bad_indices.tolist()],
         classes=source.classes,
-        fingerprint=source.fingerprint if is_complete else source.take(good).fingerprint,
+        fingerprint=source.fingerprint if is_complete else source.take(good_indices).fingerprint,
         source_fingerprint=source.fingerprint,
         first_index=first,
         crc32=zlib.crc32(np.ascontiguousarray(entries["crc"][~is_bad]).tobytes()),
@@ -152,7 +152,7 @@ def _manifest_without_hashes(
 
 
 def _explain_failure(source: Source, index: int, settings: Settings) -> str:
-    """Return the reason why an image was left out."""
+    """Return the reason why an image could not be written."""
     try:
         with Decoder() as decoder:
             encode(source, index, settings, decoder)

@@ -1,10 +1,10 @@
-"""Read a stored image and make all its views, in compiled code that releases Python's lock.
+"""Read a stored image and make all its views in compiled code that runs without the GIL.
 
 Each image is read and decoded once. The decoder is libturbojpeg, which is part of FFCV's library,
 with one decompressor per thread. FFCV's own function, imdecode, is not used for three reasons. It
 never frees the decompressors of a thread that has ended. It returns the same status for a harmless
-warning and a destroyed image. Its fast DCT saves 4 % of the time, but its pixels differ from those
-of Pillow and torchvision.
+warning as for a destroyed image. Its fast DCT saves only 4 % of the time and produces pixels that
+differ from those of Pillow and torchvision.
 """
 
 import ctypes
@@ -28,20 +28,20 @@ from ssl_pretrain.system.jit import njit
 from ssl_pretrain.views import crops, resize
 from ssl_pretrain.views.recipe import Crop
 
-DONE, TRUNCATED, NO_JPEG, OTHER_SIZE, DAMAGED = range(5)  # status that `decode_image` returns
+DONE, TRUNCATED, NO_JPEG, OTHER_SIZE, DAMAGED = range(5)  # statuses that `decode_image` returns
 REASONS = {
     NO_JPEG: "not a JPEG",
-    OTHER_SIZE: "the JPEG has another size than its entry",
+    OTHER_SIZE: "the JPEG's size differs from its entry",
     DAMAGED: "the JPEG is damaged",
 }
 INSTALL_HINT = (
-    "install it with `make ffcv`, or `pip install ffcv` where OpenCV and libturbojpeg are "
-    "(docs/install.md)"
+    "install it with `make ffcv`, or `pip install ffcv` if OpenCV and libturbojpeg are "
+    "installed (docs/install.md)"
 )
 
 
 class CFunctions(NamedTuple):
-    """Addresses of C functions, which cached code takes as input, as they differ per process."""
+    """Addresses of C functions. They differ per process, so cached code takes them as input."""
 
     pread: int
     read_header: int
@@ -49,7 +49,7 @@ class CFunctions(NamedTuple):
 
 
 class StoredImages(NamedTuple):
-    """Descriptors of the open files, and columns of `Samples`."""
+    """Descriptors of the open files and the columns of `Samples`, for compiled code."""
 
     descriptors: np.ndarray
     file_index: np.ndarray
@@ -61,7 +61,7 @@ class StoredImages(NamedTuple):
 
 
 class ViewTable(NamedTuple):
-    """The recipe of every view, one row per view."""
+    """Recipes of the views, one row per view, for compiled code."""
 
     box_parameters: np.ndarray  # float64 (views, 6), see `crops.box_parameters`
     sizes: np.ndarray  # int64 (views,)
@@ -71,7 +71,7 @@ class ViewTable(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """The decompressor and the buffers of one thread."""
+    """Decompressor and buffers of one thread."""
 
     decompressor: int  # address of libturbojpeg's decompressor
     compressed: np.ndarray
@@ -85,9 +85,9 @@ def load_library() -> ctypes.CDLL:
     """Load FFCV's library, which contains libturbojpeg.
 
     Raises:
-        ValueError: If FFCV is not installed or does not load. The message has the install command.
+        ValueError: If FFCV is not installed or does not load. The message says how to install it.
     """
-    # FFCV is only located, as an import would take seconds and need OpenCV's Python package.
+    # FFCV is located without an import, which would take seconds and need OpenCV's Python package.
     spec = importlib.util.find_spec("ffcv")
     folders = (spec.submodule_search_locations or []) if spec else []
     paths = [path for folder in folders for path in sorted(Path(folder).glob("_libffcv*.so"))]
@@ -96,29 +96,31 @@ def load_library() -> ctypes.CDLL:
             f"data.loader: FFCV is not installed; {INSTALL_HINT}, or set data.loader=folder"
         )
     try:
-        loaded = ctypes.CDLL(str(paths[0]))
-        loaded.tjInitDecompress.restype = ctypes.c_void_p
-        loaded.tjDestroy.argtypes = [ctypes.c_void_p]
+        library = ctypes.CDLL(str(paths[0]))
+        library.tjInitDecompress.restype = ctypes.c_void_p
+        library.tjDestroy.argtypes = [ctypes.c_void_p]
     except (OSError, AttributeError) as error:
         raise ValueError(
-            f"data.loader: FFCV does not load ({error}); {INSTALL_HINT} again, or set "
+            f"data.loader: FFCV cannot be loaded ({error}); {INSTALL_HINT}, or set "
             "data.loader=folder"
         ) from None
-    return loaded
+    return library
 
 
 def c_functions() -> CFunctions:
     """Return the addresses of the C functions that `decode_image` calls."""
     ffcv = load_library()
     functions = (ctypes.CDLL(None).pread, ffcv.tjDecompressHeader3, ffcv.tjDecompress2)
-    return CFunctions(*(ctypes.cast(call, ctypes.c_void_p).value or 0 for call in functions))
+    return CFunctions(
+        *(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    )
 
 
 class Decoder:
-    """libturbojpeg's decompressor, for one thread. Close it, or use it in a `with` statement.
+    """Decompressor of libturbojpeg for one thread. Close it, or use it in a `with` statement.
 
-    After an unreadable header it cannot read another one until a decompression has been tried,
-    which fails.
+    After an unreadable header it reads no other header until a decompression has been attempted
+    and has failed.
     """
 
     def __init__(self) -> None:
@@ -126,7 +128,7 @@ class Decoder:
         self.address = self._library.tjInitDecompress()
 
     def decodes_cleanly(self, content: bytes, width: int, height: int) -> bool:
-        """Return True if the bytes are a JPEG of this size that decodes without even a warning."""
+        """Return True if the bytes are a JPEG of this size that decodes without a warning."""
         header, pixels = (ctypes.c_int * 4)(), np.empty(width * height * 3, np.uint8)
         fields = [ctypes.byref(header, 4 * k) for k in range(4)]
         jpeg = (ctypes.c_void_p(self.address), content, ctypes.c_ulong(len(content)))
@@ -136,7 +138,7 @@ class Decoder:
         return header_status == status == 0 and (header[0], header[1]) == (width, height)
 
     def close(self) -> None:
-        """Free the decompressor. Idempotent."""
+        """Free the decompressor. Further calls have no effect."""
         if self.address:
             self._library.tjDestroy(self.address)
         self.address = None
@@ -162,7 +164,7 @@ def pack_stored(samples: Samples, descriptors: Sequence[int]) -> StoredImages:
 def pack_views(view_crops: list[Crop], batch_size: int) -> ViewTable:
     """Pack the recipes of all views for compiled code.
 
-    A batch holds view 0 of all images, then view 1 of all images, and so on.
+    A batch contains view 0 of all images, then view 1 of all images, and so on.
     """
     sizes = np.array([crop.size for crop in view_crops], np.int64)
     num_bytes = batch_size * 3 * sizes**2
@@ -176,9 +178,9 @@ def pack_views(view_crops: list[Crop], batch_size: int) -> ViewTable:
 
 
 def allocate_workspace(samples: Samples, view_crops: list[Crop], decoder: Decoder) -> Workspace:
-    """Allocate buffers for the largest of these images. The decoder has to stay open."""
+    """Allocate buffers for the largest of these images. The decoder must stay open."""
     heights, widths = samples.height.astype(np.int64), samples.width.astype(np.int64)
-    # The tallest image need not be the widest, so the largest area is not max * max.
+    # The tallest image need not be the widest, so the largest area can be below max * max.
     num_bytes = int((resize.pad_to_tiles(heights) * resize.pad_to_tiles(3 * widths)).max())
     return Workspace(
         decompressor=decoder.address,
@@ -205,16 +207,16 @@ def _c_call(result: types.Type, *parameters: types.Type):
     @intrinsic
     def call(_context, address, arguments):
         def codegen(context, builder, signature, values):
-            kinds = [context.get_value_type(parameter) for parameter in parameters]
-            casts = [
-                context.cast(builder, value, kind, parameter)
-                for value, kind, parameter in zip(
+            llvm_types = [context.get_value_type(parameter) for parameter in parameters]
+            cast_values = [
+                context.cast(builder, value, llvm_type, parameter)
+                for value, llvm_type, parameter in zip(
                     cgutils.unpack_tuple(builder, values[1]), signature.args[1], parameters
                 )
             ]
-            function_type = ir.FunctionType(context.get_value_type(result), kinds)
+            function_type = ir.FunctionType(context.get_value_type(result), llvm_types)
             function = builder.inttoptr(values[0], function_type.as_pointer())
-            return context.cast(builder, builder.call(function, casts), result, types.intp)
+            return context.cast(builder, builder.call(function, cast_values), result, types.intp)
 
         return types.intp(types.intp, arguments), codegen
 
@@ -239,30 +241,33 @@ def decode_image(functions, stored, number, workspace):
             workspace.image[row * pitch : row * pitch + 3 * width] = source
         return DONE
     jpeg = (workspace.decompressor, workspace.compressed.ctypes.data, stored.length[number])
-    size = workspace.header.ctypes.data
+    base = workspace.header.ctypes.data  # address of the header's first field
     image = (*jpeg, workspace.image.ctypes.data, width, pitch, height, 0, 0)
-    if _read_header(functions.read_header, (*jpeg, size, size + 4, size + 8, size + 12)) != 0:
-        _decompress(functions.decompress, image)  # fails, which makes the decompressor usable again
+    if _read_header(functions.read_header, (*jpeg, base, base + 4, base + 8, base + 12)) != 0:
+        _decompress(functions.decompress, image)  # fails and resets the decompressor
         return NO_JPEG
     if workspace.header[0] != width or workspace.header[1] != height:
         return OTHER_SIZE
     if _decompress(functions.decompress, image) != 0:
-        return DAMAGED  # even after a mere warning, as the writer stores no image with one
+        # A mere warning also counts, because the writer stores no image that causes one.
+        return DAMAGED
     return DONE
 
 
 @njit(nogil=True)
 def _read(functions, stored, number, workspace):
-    """Read the bytes of one image. Return False if the file ends before it does."""
+    """Read the bytes of one image. Return False if the file is too short."""
     length, offset = stored.length[number], stored.offset[number]
     descriptor = stored.descriptors[stored.file_index[number]]
     target = workspace.compressed.ctypes.data
-    done = 0
-    while done < length:  # one call reads at most 2 GiB, and may be interrupted
-        count = _pread(functions.pread, (descriptor, target + done, length - done, offset + done))
+    num_read = 0
+    while num_read < length:  # one call reads at most 2 GiB, and may be interrupted
+        count = _pread(
+            functions.pread, (descriptor, target + num_read, length - num_read, offset + num_read)
+        )
         if count <= 0:
             return False
-        done += count
+        num_read += count
     return True
 
 
@@ -270,8 +275,10 @@ def _read(functions, stored, number, workspace):
 def _write_views(stored, views, number, seed, epoch, index, row, workspace, batch):
     """Write the views of the decoded image to a row of the batch, with the boxes of `index`."""
     height, width = np.int64(stored.height[number]), np.int64(stored.width[number])
-    tall, wide = resize.padded(height), resize.padded(3 * width)
-    resize.transpose(workspace.image, wide, height, 3 * width, workspace.transposed, tall)
+    column_pitch, row_pitch = resize.padded(height), resize.padded(3 * width)
+    resize.transpose(
+        workspace.image, row_pitch, height, 3 * width, workspace.transposed, column_pitch
+    )
     for view in range(len(views.sizes)):
         box = crops.box_at(views.box_parameters[view], (seed, epoch, index, view), height, width)
         size, bicubic = views.sizes[view], views.bicubic[view]
@@ -279,22 +286,22 @@ def _write_views(stored, views, number, seed, epoch, index, row, workspace, batc
         out = batch[start : start + 3 * size * size]
         if views.antialias[view]:
             buffers = workspace.resize_buffers
-            resize.write_view(workspace.transposed, tall, box, size, bicubic, buffers, out)
+            resize.write_view(workspace.transposed, column_pitch, box, size, bicubic, buffers, out)
         else:
-            resize.write_plain_view(workspace.transposed, tall, box, size, bicubic, out)
+            resize.write_plain_view(workspace.transposed, column_pitch, box, size, bicubic, out)
 
 
 def _compile(sources: str):
     """Compile `make_views`, which numba caches on disk until this file changes.
 
     Args:
-        sources: Digest of the modules that `make_views` calls. numba compiles again if it changes,
-            as it is in the function's closure.
+        sources: Digest of the modules that `make_views` calls. The function refers to it, so numba
+            compiles the function again when it changes.
     """
 
     @njit(nogil=True, cache=True)
     def make_views(inputs, numbers, indices, first_row, seed, epoch, workspace, batch, status):
-        """Write the views of images `numbers` to rows of the batch, with the boxes of `indices`."""
+        """Write the views of images `numbers` to the batch, with the crop boxes of `indices`."""
         assert sources
         functions, stored, views = inputs
         for row in range(len(numbers)):

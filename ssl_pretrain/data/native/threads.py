@@ -1,9 +1,9 @@
-"""Threads of compiled code that make batches of crops ahead of the trainer, in reused buffers.
+"""Make batches of crops ahead of the trainer, with threads of compiled code and reused buffers.
 
-A batch is one flat buffer. Any free thread fills its next rows, and the buffer is used again when
-the trainer is done with the batch, so no step allocates memory. For a GPU the buffers are pinned.
-Each batch is copied to it on a separate stream as soon as its last row is written, while the
-trainer computes. An error in a thread is raised in the trainer at once.
+A batch is one flat buffer. Any free thread fills the next rows of the batch, and the buffer is used
+again when the trainer is done with the batch, so no step allocates memory. For a GPU, the buffers
+are pinned, and each batch is copied to the GPU as soon as its last row is written. The copy runs on
+a separate stream while the trainer computes. An error in a thread is raised in the trainer at once.
 """
 
 import os
@@ -24,19 +24,19 @@ from ssl_pretrain.data.order import BLOCK, Plan
 from ssl_pretrain.data.replacement import Replacement, find_spare
 from ssl_pretrain.views.recipe import Crop
 
-# Rows that a thread fills at a time, at most. They take some tens of milliseconds, in which the
-# thread does not notice a request to stop.
+# Largest number of rows that a thread fills at a time. They take some tens of milliseconds. A
+# request to stop has no effect until they are done.
 MAX_ROWS = 16
 POLL_SECONDS = 1.0  # interval between checks that the threads are alive
-JOIN_SECONDS = 60.0
+JOIN_SECONDS = 60.0  # longest wait for a thread to stop
 
 
 @dataclass
 class _Buffer:
-    """Memory of one batch. The GPU has read it when the event is over, so it can be reused."""
+    """Memory of one batch. After the event, the GPU has a copy and the memory can be reused."""
 
     pixels: Tensor
-    copied: torch.cuda.Event | None = None
+    copy_event: torch.cuda.Event | None = None
 
 
 @dataclass
@@ -48,9 +48,9 @@ class _Batch:
     labels: np.ndarray  # int64 (n,)
     num_rows_begun: int = 0
     num_rows_done: int = 0
-    seconds: float = 0.0  # sum over the threads
-    replacements: list[tuple[int, Replacement]] = field(default_factory=list)  # with their rows
-    # The pixels for the trainer, once they are written, and the event at the end of their copy.
+    seconds: float = 0.0  # working time, summed over the threads
+    replacements: list[tuple[int, Replacement]] = field(default_factory=list)  # row, replacement
+    # Pixels for the trainer and the event at the end of their copy. None until all rows are done.
     output: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def __len__(self) -> int:
@@ -72,11 +72,11 @@ class ThreadPool:
         """Prepare the threads without starting them.
 
         Args:
-            source: The images.
-            view_crops: The recipe of every view.
-            plan: The order of the images. Each request is one of its batches.
+            source: Images to read.
+            view_crops: Recipe of each view.
+            plan: Order of the images. Each request is one of its batches.
             num_threads: Number of threads. At least one is started.
-            num_ahead: Number of batches that are made before they are needed.
+            num_ahead: Number of batches to make before they are needed.
             device: Device of the pixels.
         """
         self.source, self.view_crops, self.plan, self.device = source, view_crops, plan, device
@@ -87,12 +87,12 @@ class ThreadPool:
         self.shapes = [torch.Size((3, crop.size, crop.size)) for crop in view_crops]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers: list[Tensor] = []
-        self.descriptors: list[int] = []  # file descriptors
+        self.descriptors: list[int] = []  # file descriptors, one per file of the source
         self._num_buffers = num_ahead + 1
         self._run: _Run | None = None
 
     def take(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
-        """Start the threads and return the batch of each request, in order.
+        """Start the threads and return an iterator over the batches of the requests, in order.
 
         A new call ends the threads of the previous one. The pixels of a batch are valid until the
         next batch is taken.
@@ -123,7 +123,7 @@ class ThreadPool:
             run.stop()
 
     def _prefetch(self, requests: Iterable[ChunkRequest]) -> Iterator[ChunkRequest]:
-        """Yield the requests. At the first one of a window ask the system to read the next one."""
+        """Yield the requests, and ask the system to read each window of images one window ahead."""
         prefetched: list[int] = []
         for request in requests:
             blocks = self.plan.next_blocks(request.step).tolist()
@@ -137,7 +137,8 @@ class ThreadPool:
         """Ask the system to read a block of images into memory, without waiting for it."""
         samples = self.source.samples
         last = min(first + BLOCK, len(samples)) - 1
-        while samples.file_index[last] != samples.file_index[first]:  # it ends in the next shard
+        # If a block continues in the next shard, only its part in the first shard is read.
+        while samples.file_index[last] != samples.file_index[first]:
             last -= 1
         start, end = int(samples.offset[first]), int(samples.offset[last] + samples.length[last])
         descriptor = self.descriptors[samples.file_index[first]]
@@ -145,12 +146,12 @@ class ThreadPool:
 
 
 class _Run:
-    """The threads of one call of `take`. `changed` guards the state shared with the trainer."""
+    """The threads of one call to `take`. `condition` guards the state shared with the trainer."""
 
     def __init__(self, pool: ThreadPool, requests: Iterator[ChunkRequest]):
         self.pool, self.requests = pool, requests
-        self.stored = decode.pack_stored(pool.source.samples, pool.descriptors)
-        self.changed = threading.Condition()
+        self.stored_images = decode.pack_stored(pool.source.samples, pool.descriptors)
+        self.condition = threading.Condition()
         self.is_stopping = False
         self.error: BaseException | None = None
         self.free_buffers = deque(map(_Buffer, pool.buffers))
@@ -169,36 +170,36 @@ class _Run:
         Raises:
             RuntimeError: If the disk does not respond.
         """
-        with self.changed:
+        with self.condition:
             self.is_stopping = True
-            self.changed.notify_all()
+            self.condition.notify_all()
         for thread in self.threads:
-            thread.join(JOIN_SECONDS)  # each finishes its current rows first
+            thread.join(JOIN_SECONDS)  # each thread finishes its current rows first
         if any(thread.is_alive() for thread in self.threads):
             raise RuntimeError(
-                f"{self.pool.source.where}: a read has not returned for {JOIN_SECONDS:.0f} s; "
-                "check the disk that it is on, then start the run again"
+                f"{self.pool.source.where}: a read did not return within {JOIN_SECONDS:.0f} s; "
+                "check the disk, then start the run again"
             )
         if self.pool.stream is not None:
-            self.pool.stream.synchronize()  # the buffers may be reused
+            self.pool.stream.synchronize()  # after this, the buffers may be reused
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yield the batches, and return the buffer of each one to the threads."""
+        """Yield the batches, and give each buffer back to the threads after its batch is used."""
         while (batch := self._wait_for_batch()) is not None:
             assert batch.output is not None
-            pixels, copied = batch.output
-            if copied is not None:
+            pixels, copy_event = batch.output
+            if copy_event is not None:
                 trainer_stream = torch.cuda.current_stream(self.pool.device)
-                trainer_stream.wait_event(copied)
+                trainer_stream.wait_event(copy_event)
                 pixels.record_stream(trainer_stream)
             replacements = [replacement for _, replacement in sorted(batch.replacements)]
             yield Chunk(pixels, self.pool.shapes, batch.labels, replacements, batch.seconds)
-            with self.changed:
-                self.free_buffers.append(_Buffer(batch.buffer.pixels, copied))
-                self.changed.notify_all()
+            with self.condition:
+                self.free_buffers.append(_Buffer(batch.buffer.pixels, copy_event))
+                self.condition.notify_all()
 
     def _wait_for_batch(self) -> _Batch | None:
-        with self.changed:
+        with self.condition:
             while self.error is None:
                 if self.is_stopping:  # the next run reuses the buffers of finished batches
                     return None
@@ -207,7 +208,7 @@ class _Run:
                 if not any(thread.is_alive() for thread in self.threads):
                     assert not self.batches, "a thread ends after all requests or with an error"
                     return None
-                self.changed.wait(POLL_SECONDS)
+                self.condition.wait(POLL_SECONDS)
             raise self.error
 
     def _work(self) -> None:
@@ -219,29 +220,29 @@ class _Run:
                 while (rows := self._begin_rows()) is not None:
                     self._make_rows(*rows, workspace)
         except BaseException as error:
-            with self.changed:
+            with self.condition:
                 self.error = self.error or error
                 self.is_stopping = True
         finally:
-            with self.changed:
-                self.changed.notify_all()
+            with self.condition:
+                self.condition.notify_all()
 
     def _begin_rows(self) -> tuple[_Batch, int, int] | None:
-        """Return a batch and a range of its rows, as first and last + 1, for this thread to fill.
+        """Return a batch and the range of rows, first and end, that this thread has to fill.
 
-        Waits while the trainer has all buffers. Returns None after the last request.
+        Wait while the trainer has all buffers. Return None after the last request or a stop.
         """
-        with self.changed:
+        with self.condition:
             while not self.is_stopping:
                 if not self.batches or self.batches[-1].num_rows_begun == len(self.batches[-1]):
                     if not self.free_buffers:
-                        self.changed.wait(POLL_SECONDS)
+                        self.condition.wait(POLL_SECONDS)
                         continue
                     request = next(self.requests, None)
                     if request is None:
                         return None
                     labels = np.empty(len(request.indices), np.int64)
-                    assert len(labels) == self.pool.plan.local_batch_size, "requests fill a buffer"
+                    assert len(labels) == self.pool.plan.local_batch_size, "a request is one batch"
                     self.batches.append(_Batch(request, self.free_buffers.popleft(), labels))
                 batch = self.batches[-1]
                 first = batch.num_rows_begun
@@ -250,8 +251,8 @@ class _Run:
             return None
 
     def _make_rows(self, batch: _Batch, first: int, end: int, workspace: decode.Workspace) -> None:
-        if batch.buffer.copied is not None:
-            batch.buffer.copied.synchronize()
+        if batch.buffer.copy_event is not None:
+            batch.buffer.copy_event.synchronize()
         start = time.perf_counter()
         indices = batch.request.indices[first:end].astype(np.int64)
         numbers = indices.copy()
@@ -262,16 +263,16 @@ class _Run:
             numbers[row] = replacement.number
             replacements.append((first + row, replacement))
         batch.labels[first:end] = self.pool.source.samples.label[numbers]
-        with self.changed:
+        with self.condition:
             batch.seconds += time.perf_counter() - start
             batch.replacements += replacements
             batch.num_rows_done += end - first
             is_complete = batch.num_rows_done == len(batch)
         if is_complete:
             output = self._upload(batch.buffer.pixels)
-            with self.changed:
+            with self.condition:
                 batch.output = output
-                self.changed.notify_all()
+                self.condition.notify_all()
 
     def _write_rows(
         self,
@@ -281,10 +282,14 @@ class _Run:
         first: int,
         workspace: decode.Workspace,
     ) -> np.ndarray:
-        """Write the crops of images `numbers`, with the boxes of `indices`. Return their status."""
+        """Write crops of the images `numbers`, with the crop boxes that `indices` would have.
+
+        Returns:
+            The status of each image.
+        """
         pool, status = self.pool, np.zeros(len(numbers), np.int8)
         decode.make_views(
-            (pool.functions, self.stored, pool.views),
+            (pool.functions, self.stored_images, pool.views),
             numbers,
             indices,
             first,
@@ -299,14 +304,14 @@ class _Run:
     def _replace(
         self, batch: _Batch, row: int, status: int, workspace: decode.Workspace
     ) -> Replacement:
-        """Replace an unreadable image by the one that worker processes would choose."""
+        """Replace an unreadable image with the one that worker processes would choose."""
         pool, index = self.pool, batch.request.indices[row : row + 1].astype(np.int64)
         unreadable = int(index[0])
         if status == decode.TRUNCATED:
             self._raise_read_error(unreadable)
 
         def try_read(number: int) -> bool:
-            status = decode.decode_image(pool.functions, self.stored, number, workspace)
+            status = decode.decode_image(pool.functions, self.stored_images, number, workspace)
             if status == decode.TRUNCATED:
                 self._raise_read_error(number)
             return bool(status == decode.DONE)
@@ -319,7 +324,7 @@ class _Run:
         return replacement
 
     def _raise_read_error(self, number: int) -> None:
-        """Read an image's bytes again, and raise an error that tells why they are missing."""
+        """Read an image's bytes again, and raise an error that says why some are missing."""
         samples = self.pool.source.samples
         descriptor = self.pool.descriptors[samples.file_index[number]]
         length = int(samples.length[number])
@@ -328,9 +333,9 @@ class _Run:
         except OSError as error:
             raise OSError(error.errno, error.strerror, samples.name(number)) from None
         raise ValueError(
-            f"data.root: {samples.name(number)}: the file ends {length - len(content):,} bytes "
-            "before the image does, and did not when the run began; copy it again, then start the "
-            "run again"
+            f"data.root: {samples.name(number)}: the file was truncated during the run, and the "
+            f"image lacks its last {length - len(content):,} bytes; copy the file again, then "
+            "start the run again"
         )
 
     def _upload(self, pixels: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

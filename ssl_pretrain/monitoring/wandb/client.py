@@ -1,4 +1,4 @@
-"""The Weights & Biases client, a process of its own, so that training never waits for a network.
+"""Weights & Biases client in a separate process, so that training never waits for the server.
 
 It reads one JSON message per line from standard input and prints lines for the user. If the server
 cannot be reached or refuses the run, the run is kept offline under the same id, for `wandb sync`.
@@ -26,15 +26,15 @@ from ssl_pretrain.system import durable_files
 
 START_SECONDS = 20  # longest wait for the server before the run is kept offline
 FINISH_SECONDS = 300  # longest wait for the server at the end of the run
-TEMPORARY = "SSL_PRETRAIN_WANDB_TMPDIR"  # variable that hands the temporary folder to `restart`
+TEMPORARY = "SSL_PRETRAIN_WANDB_TMPDIR"  # passes the temporary folder to a restarted process
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Client:
-    """One run at W&B, with the records of one training in the order of their steps.
+    """One run at W&B, which receives the records of one training in the order of their steps.
 
-    Each public method handles the messages of the kind that it is named after. Its parameters are
-    the fields of the message.
+    Each public method handles the kind of message that has its name. The parameters of the method
+    are the fields of the message.
     """
 
     def __init__(self, settings: dict[str, Any]):
@@ -52,11 +52,14 @@ class Client:
                 raise
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             command = shlex.join(["wandb", "sync", str(self.folder / "wandb")])
-            say(f"W&B: not reached ({reason}). The run is kept offline; `{command}` sends it later")
+            say(
+                f"W&B: the server cannot be used ({reason}). The run is kept offline; "
+                f"run `{command}` to send it later"
+            )
             restart(settings | {"mode": "offline"})
         if self.online:
             say(f"W&B: {self.run.url}")
-        # The server ignores steps that it has. Offline, this process has to ignore them.
+        # The server ignores steps that it already has. Offline, this process has to ignore them.
         self.first_new_step = 0 if self.online else read_last_step(self.folder, self.run_id) + 1
         self.last_step = max(self.first_new_step, self.run.step) - 1
 
@@ -83,7 +86,7 @@ class Client:
         return run
 
     def record(self, record: dict[str, Any], curves: dict[str, list[float]] | None = None) -> None:
-        """Log a record of metrics.jsonl, and one new evaluation if there is any."""
+        """Log a record of metrics.jsonl, together with a new evaluation if there is one."""
         step = record["step"]
         if step < self.first_new_step:
             return
@@ -115,7 +118,7 @@ class Client:
         self.run.summary["health"] = f"{title}: {text}"
 
     def finish(self, exit_code: int) -> None:
-        """Log the evaluations that no record carried, and end the run."""
+        """Log the evaluations that were not logged with a record, and end the run."""
         last_step = self.last_step
         for row in self._evaluations():
             self._log({"step": max(last_step, row["evaluated_step"])} | row, self.last_step + 1)
@@ -149,7 +152,7 @@ def read_last_step(folder: Path, run_id: str) -> int:
 
 
 def write_last_step(folder: Path, run_id: str, step: int) -> None:
-    """Store the last logged step, so that a resumed offline run does not log it again."""
+    """Save the last logged step, so that a resumed offline run does not log it again."""
     with suppress(OSError):
         durable_files.replace(folder / "wandb" / f"last_step_{run_id}", f"{step}\n")
 
@@ -164,9 +167,9 @@ def use_temporary_folder() -> None:
 
 
 def restart(settings: dict[str, Any]) -> NoReturn:
-    """Replace this process by a new one with other settings, which reads the remaining messages.
+    """Replace this process by a new one, which has other settings and reads the remaining messages.
 
-    A failed attempt leaves threads and a service of W&B's library behind. They may hold the run's
+    A failed attempt leaves threads and a service of W&B's library behind. They may occupy the run's
     id until their requests end, and must not interfere with the next attempt.
     """
     path = Path(os.environ[TEMPORARY]) / "settings.json"
@@ -189,7 +192,7 @@ def read_messages(source: io.FileIO, timeout: float) -> Iterator[dict[str, Any] 
         if not select.select([source], [], [], timeout)[0]:
             yield None
         elif line := source.readline():
-            with suppress(ValueError):  # a kill cut the line short
+            with suppress(ValueError):  # the line is incomplete if the training was killed
                 yield json.loads(line)
         else:
             return
@@ -202,7 +205,7 @@ def serve(settings: dict[str, Any], source: io.FileIO) -> NoReturn:
     for message in read_messages(source, settings["stall_seconds"]):
         if message is None:
             if not is_stalled:
-                text = f"no step ended for {settings['stall_seconds']:.0f} seconds"
+                text = f"no step finished for {settings['stall_seconds']:.0f} seconds"
                 client.alert("stalled", text, "stalled")
             is_stalled = True
             continue
@@ -225,17 +228,19 @@ def leave(status: int) -> NoReturn:
 def main() -> None:
     """Serve the messages on standard input until they end, then exit.
 
-    The settings are JSON, in the file named on the command line or else in the first line of input.
+    The settings are JSON, either in the file named on the command line or in the first line of the
+    input.
     """
-    for number in IGNORED_SIGNALS:  # meant for the training, which closes the input when it ends
+    # These signals are meant for the training, which closes the input when it ends.
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     use_temporary_folder()
-    # Unbuffered, so that a process that restarts leaves the rest of the input to the next one.
+    # Reading without a buffer leaves the remaining messages to the process after a restart.
     source = io.FileIO(sys.stdin.fileno())
     try:
         settings = Path(sys.argv[1]).read_bytes() if sys.argv[1:] else source.readline()
         serve(json.loads(settings), source)
-    finally:  # reached only after an error
+    finally:  # only reached after an error
         shutil.rmtree(os.environ[TEMPORARY], ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation results of a run that W&B does not have yet."""
+"""Find the evaluation results of a run that have not been sent to W&B yet."""
 
 import hashlib
 import json
@@ -13,27 +13,27 @@ SENT_FILE = "wandb/evaluations_sent.json"
 
 
 def unsent(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield each result that has not been marked as sent, once."""
+    """Yield each result that is not marked as sent, without duplicates."""
     hashes = _sent_hashes(run)
     for path in sorted([*run.glob("eval/*.json"), *run.glob("eval/step_*/*.json")]):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # not a whole result
+        with suppress(OSError, ValueError, KeyError, TypeError):  # skips incomplete files
             result = json.loads(path.read_text())
             new_hash = _hash_by_name(result)
             if not new_hash.items() <= hashes.items():
-                hashes |= new_hash  # the latest result is stored twice
+                hashes |= new_hash  # two files contain the latest result
                 yield result
 
 
 def mark_sent(run: Path, result: dict[str, Any]) -> None:
-    """Mark a result as sent."""
-    with suppress(OSError):  # then the result is sent again, to the same step
+    """Record that a result has been sent."""
+    with suppress(OSError):  # without the record, the result is sent to the same step again
         durable_files.replace(
             run / SENT_FILE, json.dumps(_sent_hashes(run) | _hash_by_name(result))
         )
 
 
 def _hash_by_name(result: dict[str, Any]) -> dict[str, str]:
-    """Return the hash of a result's numbers, by the name of the result."""
+    """Return the hash of a result's numbers, with the result's name and step as the key."""
     digest = hashlib.sha256(json.dumps(result["rows"]).encode()).hexdigest()[:16]
     return {f"{result['name']} of step {result['step']}": digest}
 

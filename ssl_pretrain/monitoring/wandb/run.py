@@ -1,6 +1,7 @@
-"""The training's side of a Weights & Biases run, which sends messages and never waits.
+"""Send a training run to Weights & Biases through a client in a child process.
 
-The mode of a run is online, offline or off.
+Messages pass through a queue, so training never waits for the client. The mode of a run is online,
+offline or off.
 """
 
 import configparser
@@ -24,7 +25,7 @@ from ssl_pretrain.system.import_path import child_environment
 CLOSE_SECONDS = 4.0  # longest wait at the end of the run, if the client sends to a server
 OFFLINE_CLOSE_SECONDS = 60.0  # longest wait if the client only writes to the disk
 
-WANDB_MODES = {  # W&B's names of modes, and ours
+WANDB_MODES = {  # mode name in W&B: mode name in this package
     "online": "online",
     "run": "online",
     "shared": "online",
@@ -35,22 +36,22 @@ TRUE_WORDS = ("1", "true", "t", "yes", "y", "on")
 
 
 class WandbRun:
-    """One run at W&B, online or offline. Nothing blocks except `close`, for a limited time.
+    """A W&B run, online or offline. Only `close` blocks, for a limited time.
 
     Args:
         run: The run's folder. The client writes below `run/wandb/`.
         mode: `online` or `offline`.
-        project: Project at W&B.
-        name: Name of the run at W&B.
-        run_id: Identity of the run at W&B, the same after a resume.
-        config: Configuration to show at W&B.
-        tags: Tags of the run at W&B.
+        project: W&B project of the run.
+        name: Display name of the run. Default: the name of its folder.
+        run_id: W&B ID of the run, the same after a resume.
+        config: Configuration to show in W&B.
+        tags: W&B tags of the run.
         say: Prints the client's messages.
         stall_seconds: The client raises an alert after this time without a message.
 
     Raises:
         ValueError: If wandb is not installed.
-        OSError: If the disk refuses the client's folder.
+        OSError: If the client's folder or log file cannot be written.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class WandbRun:
         if self._process.poll() is None:
             self._say(
                 "W&B: still sending. The client continues in the background; "
-                "`wandb sync` sends what it does not manage to"
+                "`wandb sync` uploads whatever it fails to send"
             )
         for thread in self._threads:
             thread.join(timeout=0.1)
@@ -153,12 +154,14 @@ class WandbRun:
 def start(
     setting: str, run: Path, *, run_id: str | None, say: Callable[[str], None], **arguments: Any
 ) -> WandbRun | None:
-    """Start a client unless W&B is off or the disk refuses its files, and print the reason.
+    """Start a W&B run, or return None if W&B is off or the run's files cannot be written.
+
+    Overridden settings and failures are printed.
 
     Args:
         setting: The value of `log.wandb`.
         run: The run's folder.
-        run_id: Identity of a run that W&B knows already, or None.
+        run_id: ID of an existing W&B run to continue, or None for a new run.
         say: Prints messages.
         arguments: Further arguments of `WandbRun`.
     """
