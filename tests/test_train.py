@@ -276,7 +276,7 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path):
     ]
     with pytest.raises(
         ValueError,
-        match=r"not the weights of this backbone: .* Nothing was loaded; give backbone.name",
+        match=r"not the weights of this backbone: .* Nothing was loaded; set backbone.name",
     ):
         build_method(config.load(path, other_backbone))
 

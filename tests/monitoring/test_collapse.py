@@ -55,7 +55,7 @@ class Run:
 
 def test_only_due_steps_are_measured():
     run = Run()
-    assert run.step(1).metrics == {} and not run.monitor._network._before
+    assert run.step(1).metrics == {} and not run.monitor._network._old_parameters
     measurements = run.step(2)
     expected = {"rankme", "feature_rank_centered", "gradient_norm_backbone"}
     assert expected | {"update_ratio_projector"} <= measurements.metrics.keys()

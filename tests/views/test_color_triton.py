@@ -47,7 +47,8 @@ TYPES = {
     "table": "*fp32",
     "means": "*fp32",
     "buffer": "*fp32",
-    "blurred": "*fp32",
+    "source_buffer": "*fp32",
+    "target_buffer": "*fp32",
 }
 
 
