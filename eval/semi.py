@@ -144,7 +144,7 @@ def read_list(train: EvaluationSplit, file: Path) -> np.ndarray:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
             f"--subset {file}: {len(missing)} of its {len(names)} images are not in"
-            f" {train.source.where} ({first}); give a list for this data set"
+            f" {train.source.full_path} ({first}); give a list for this data set"
         )
     return np.unique([rows[name] for name in names])
 

@@ -121,7 +121,7 @@ def labeled_splits(
     train = open_labeled(run, "train", purpose)
     if len(train.classes) < 2:
         raise UnlabeledError(
-            f"data.root: {purpose} needs two or more classes, and {train.where} has"
+            f"data.root: {purpose} needs two or more classes, and {train.full_path} has"
             f" {len(train.classes)} ({', '.join(train.classes)}), so every answer would be right;"
             " put the images in one folder per class"
         )
@@ -131,8 +131,8 @@ def labeled_splits(
     test = open_labeled(run, "val", purpose)
     if not len(test):
         raise UnlabeledError(
-            f"data.val: {test.where} holds no image, so there is nothing to test on; name the split"
-            " that has test images"
+            f"data.val: {test.full_path} holds no image, so there is nothing to test on; name the "
+            "split that has test images"
         )
     check_classes(train, test)
     return EvaluationSplit(run, train), EvaluationSplit(run, test)
@@ -180,16 +180,16 @@ def check_classes(train: Source, test: Source) -> None:
     """
     if unseen := [name for name in test.classes if name not in set(train.classes)]:
         raise ValueError(
-            f"data.val: {test.where} has {len(test.classes)} classes and {train.where}"
+            f"data.val: {test.full_path} has {len(test.classes)} classes and {train.full_path}"
             f" {len(train.classes)}, and {len(unseen)} of the former were never trained on"
             f" ({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}); give splits of the"
             " same data set"
         )
     if test.classes != train.classes[: len(test.classes)]:
         raise ValueError(
-            f"data.val: the {len(test.classes)} classes of {test.where} are in a different order"
-            f" than the {len(train.classes)} of {train.where}; write both .beton files from the"
-            " same data set"
+            f"data.val: the {len(test.classes)} classes of {test.full_path} are in a different "
+            f"order than the {len(train.classes)} of {train.full_path}; write both .beton files from "
+            "the same data set"
         )
 
 

@@ -210,6 +210,6 @@ def _shorter_side(split: EvaluationSplit) -> int:
         except UnreadableImage:
             split.source.check_present()
     raise ValueError(
-        f"data.root: none of the {len(split):,} images of {split.source.where} can be read; "
+        f"data.root: none of the {len(split):,} images of {split.source.full_path} can be read; "
         "check the files"
     )

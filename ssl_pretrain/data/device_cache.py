@@ -100,8 +100,8 @@ def _upload_images(
         num_bytes = len(source) * 3 * int(sizes[: index + 1].max(axis=0).prod())
         if num_bytes > usable_bytes:
             raise ValueError(
-                f"data.cache: device: the {len(source):,} images of {source.where} need at least "
-                f"{num_bytes / 2**30:.1f} GiB, but half of the free memory of {device} is "
+                f"data.cache: device: the {len(source):,} images of {source.full_path} need at "
+                f"least {num_bytes / 2**30:.1f} GiB, but half of the free memory of {device} is "
                 f"{usable_bytes / 2**30:.1f} GiB; set data.cache=none"
             )
     pixels = torch.zeros(len(source), 3, *sizes.max(axis=0).tolist(), dtype=torch.uint8)

@@ -27,7 +27,8 @@ class Source(ABC):
     processes may read from it at the same time.
 
     Attributes:
-        where: Folder or file of the images, for messages.
+        full_path: Path of the images' folder or file, for messages. The embedded digits have a name
+            instead.
         labels: Index of each image's class, int64 (n,), or -1 for an image without a label.
             Supervised methods and evaluations need labels.
         classes: Names of the classes of the training split. The validation split uses the same
@@ -35,8 +36,8 @@ class Source(ABC):
         notes: Lines to print at the start of a run, about the layout and skipped files.
     """
 
-    def __init__(self, where: str, labels: np.ndarray, classes: list[str]):
-        self.where = where
+    def __init__(self, full_path: str, labels: np.ndarray, classes: list[str]):
+        self.full_path = full_path
         self.labels = labels.astype(np.int64)
         self.classes = classes
         self.notes: list[str] = []
@@ -111,13 +112,13 @@ class ImageFiles(EncodedSource):
 
     def __init__(
         self,
-        where: str,
+        full_path: str,
         files: Listing,
         labels: np.ndarray,
         classes: list[str],
         value_range: Range | None = None,
     ):
-        super().__init__(where, labels, classes)
+        super().__init__(full_path, labels, classes)
         self.files = files
         self.value_range = value_range  # the setting `data.range`
         self._archive: int | None = None  # file descriptor of the zip
@@ -188,7 +189,7 @@ def require_labels(source: Source, purpose: str) -> None:
         count = f"{len(source) - len(unlabeled)} of {len(source)}"
         example = f" (the first without a label: {source.name(int(unlabeled[0]))})"
     raise ValueError(
-        f"data.root: {purpose} needs labels, and {source.where} has {count} labeled images"
+        f"data.root: {purpose} needs labels, and {source.full_path} has {count} labeled images"
         f"{example}; put the images in one folder per class (<class>/<file>), or list them in a "
         "CSV as path,label"
     )

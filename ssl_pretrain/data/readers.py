@@ -135,10 +135,10 @@ def choose_reader(data: DataConfig, source: Source) -> tuple[ReaderKind, str]:
         remedy = "python -m ssl_pretrain.data.beton write creates one"
         if data.loader == "ffcv":
             raise ValueError(
-                f"data.loader: ffcv only reads .beton files, and {source.where} is not one; "
+                f"data.loader: ffcv only reads .beton files, and {source.full_path} is not one; "
                 f"{remedy}, or set data.loader=folder"
             )
-        reason = f"{source.where} is not a .beton; {remedy}, which is read faster"
+        reason = f"{source.full_path} is not a .beton; {remedy}, which is read faster"
         return ReaderKind.PROCESSES, reason
     try:
         decode.load_library()
@@ -147,7 +147,7 @@ def choose_reader(data: DataConfig, source: Source) -> tuple[ReaderKind, str]:
             raise
         reason = str(error).removeprefix("data.loader: ")
         return ReaderKind.PROCESSES, f"FFCV cannot read this .beton ({reason})"
-    return ReaderKind.THREADS, f"{source.where} is a .beton, and FFCV is installed"
+    return ReaderKind.THREADS, f"{source.full_path} is a .beton, and FFCV is installed"
 
 
 def _cut_crops(

@@ -51,7 +51,7 @@ class Replacement(NamedTuple):
         if number is None:
             raise ValueError(
                 f"data.root: {reason}; no other readable image of the {len(source):,} in "
-                f"{source.where} is left outside its batch to take its place; repair or remove "
+                f"{source.full_path} is left outside its batch to take its place; repair or remove "
                 "the unreadable images, or give a smaller global_batch_size"
             )
         return cls(
@@ -162,6 +162,7 @@ class ReplacementLimit:
         example_text = f"; the last: {example}" if example else ""
         raise ValueError(
             f"data.max_replaced: {num_replaced:,} of {self._num_images:,} images of "
-            f"{self._source.where} could not be read in one pass, more than the {self._limit:,} "
-            f"that may be replaced ({self._share:.3g} of the images){example_text}; {remedy}"
+            f"{self._source.full_path} could not be read in one pass, more than the "
+            f"{self._limit:,} that may be replaced ({self._share:.3g} of the images){example_text}; "
+            f"{remedy}"
         )

@@ -33,9 +33,9 @@ def layout_lines(config: DataConfig, train: Source) -> list[str]:
     except (ValueError, OSError) as error:
         validation = f"none ({error})"
     else:
-        validation = f"{val.where}: {describe_counts(val)}"
+        validation = f"{val.full_path}: {describe_counts(val)}"
         notes += [note for note in val.notes if note not in notes] + _overlap_notes(train, val)
-    summary = f"training {train.where}: {describe_counts(train)}; validation {validation}"
+    summary = f"training {train.full_path}: {describe_counts(train)}; validation {validation}"
     return [printable(f"data: {line}") for line in (summary, *notes)]
 
 
@@ -178,8 +178,8 @@ def check_range(source: Source) -> None:
     if high - low >= _MIN_SHARE * 65536:
         return
     raise ValueError(
-        f"data.range: not set, and the 16-bit images of {source.where} use values from {low:,.0f} "
-        f"to {high:,.0f} ({len(statistics.ranges)} were measured), which would leave "
+        f"data.range: not set, and the 16-bit images of {source.full_path} use values from "
+        f"{low:,.0f} to {high:,.0f} ({len(statistics.ranges)} were measured), which would leave "
         f"{statistics.num_gray_levels} of 256 gray levels; give the values of black and "
         f"white, such as data.range=[{low:.0f},{high:.0f}] (python -m "
         "ssl_pretrain.data.inspect measures them), or data.range=[0,65535] to keep the full "

@@ -114,7 +114,9 @@ class PerView:
             "indices": indices,
             "pipelines": pipelines,
         }
-        self.batches = iter(Loader(source.where, batch_size=BATCH, num_workers=threads, **options))
+        self.batches = iter(
+            Loader(source.full_path, batch_size=BATCH, num_workers=threads, **options)
+        )
         self.processes: list[int] = []
         self.num_buffered = 4 * BATCH
 

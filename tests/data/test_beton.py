@@ -49,7 +49,7 @@ def edit_bytes(beton):
 
     The manifest is removed, as it would reveal the change.
     """
-    path = Path(beton.where)
+    path = Path(beton.full_path)
     manifest_path(path).unlink()
     content = bytearray(path.read_bytes())
     yield path, content
@@ -208,7 +208,7 @@ print([label for _, labels in loader for label in labels[:, 0].tolist()])
 """
     ffcv_file = tmp_path / "ffcv_file.beton"
     result = subprocess.run(
-        [sys.executable, "-c", code, beton.where, str(ffcv_file)],
+        [sys.executable, "-c", code, beton.full_path, str(ffcv_file)],
         capture_output=True,
         text=True,
         timeout=150,
@@ -252,15 +252,15 @@ def test_bad_images_are_named_and_left_out(tmp_path, capsys):
 
 def test_info_describes_the_file(tmp_path, capsys):
     beton = write_beton(tmp_path / "data", n=12)
-    assert command.main(["info", beton.where]) == 0
+    assert command.main(["info", beton.full_path]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{beton.where}: 12 images in 1 file(s), ")
+    assert out.startswith(f"{beton.full_path}: 12 images in 1 file(s), ")
     assert "classes: 3, images without a label: 0\n12 images: 12 stored unchanged" in out
 
 
 def test_check_names_damaged_images(tmp_path, capsys):
     beton = write_beton(tmp_path / "data", n=12)
-    with open(beton.where, "r+b") as file:
+    with open(beton.full_path, "r+b") as file:
         file.seek(int(beton.samples.offset[3]))
         file.write(b"GIF")
         # The JPEG still decodes without a warning.
@@ -268,12 +268,12 @@ def test_check_names_damaged_images(tmp_path, capsys):
         before = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([before[0] ^ 1]))
-    assert command.main(["check", beton.where]) == 1
+    assert command.main(["check", beton.full_path]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{beton.where}, image 3: not a JPEG"
+    assert lines[0] == f"{beton.full_path}, image 3: not a JPEG"
     assert lines[-2] == (
-        f"{beton.where}: the images have changed since the file was written (their CRC-32 differs "
-        "from the manifest's)"
+        f"{beton.full_path}: the images have changed since the file was written (their CRC-32 "
+        "differs from the manifest's)"
     )
 
 
@@ -362,14 +362,14 @@ class TestKilled:
 
     def test_a_finished_file_is_not_written_again(self, tmp_path):
         beton = write_beton(tmp_path / "data", n=12)
-        before = os.stat(beton.where)
+        before = os.stat(beton.full_path)
         beton_writer.write(
             open_train(tmp_path / "data", loader="folder"),
-            Path(beton.where),
+            Path(beton.full_path),
             Settings(),
             num_workers=1,
         )
-        assert os.stat(beton.where).st_mtime_ns == before.st_mtime_ns
+        assert os.stat(beton.full_path).st_mtime_ns == before.st_mtime_ns
 
     def test_any_number_of_processes_writes_the_same_file(self, tmp_path):
         source = open_train(write_images(tmp_path / "data", n=100), loader="folder")
@@ -404,7 +404,7 @@ class TestMessages:
 
     @pytest.mark.case(15)
     def test_files_that_do_not_open(self, beton, tmp_path):
-        path, size = Path(beton.where), os.stat(beton.where).st_size
+        path, size = Path(beton.full_path), os.stat(beton.full_path).st_size
         os.truncate(path, size - 100)
         assert (
             error_message(beton_file.read, path)
@@ -443,13 +443,13 @@ class TestMessages:
         )
 
     def test_a_damaged_manifest(self, beton):
-        path = manifest_path(Path(beton.where))
+        path = manifest_path(Path(beton.full_path))
         path.write_text("{")
-        assert error_message(beton_file.read, Path(beton.where)) == (
+        assert error_message(beton_file.read, Path(beton.full_path)) == (
             f"data.root: {path} is damaged; copy it again, or run the same write again"
         )
         path.unlink()  # as in files of FFCV, whose classes are named by number
-        assert open_train(Path(beton.where)).classes == ["0", "1", "2"]
+        assert open_train(Path(beton.full_path)).classes == ["0", "1", "2"]
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -512,7 +512,7 @@ class TestDamage:
         return write_beton(tmp_path / "data", n=12)
 
     def test_every_flipped_bit_of_the_tables_is_detected(self, beton):
-        path = Path(beton.where)
+        path = Path(beton.full_path)
         content = path.read_bytes()
         allocations = int(np.frombuffer(content, tables.HEADER, 1)[0]["allocations_offset"])
         samples_end = tables.SAMPLES_OFFSET + 12 * tables.SAMPLE.itemsize
@@ -530,13 +530,13 @@ class TestDamage:
         assert len(beton_file.read(path)) == 12
 
     def test_every_flipped_bit_of_the_manifest_is_detected(self, beton):
-        path = manifest_path(Path(beton.where))
+        path = manifest_path(Path(beton.full_path))
         content = path.read_bytes()
         for position in range(0, len(content), 3):
             flipped = bytearray(content)
             flipped[position] ^= 1 << position % 7
             path.write_bytes(flipped)
-            assert error_message(beton_file.read, Path(beton.where)) == (
+            assert error_message(beton_file.read, Path(beton.full_path)) == (
                 f"data.root: {path} is damaged; copy it again, or run the same write again"
             )
 
@@ -544,17 +544,17 @@ class TestDamage:
         "text", ["[]", "null", "5", '"text"', "{}", "\xff", pytest.param("[" * 200_000, id="deep")]
     )
     def test_other_json_is_no_manifest(self, text, beton, capsys):
-        path = manifest_path(Path(beton.where))
+        path = manifest_path(Path(beton.full_path))
         path.write_text(text, encoding="latin-1")
         expected = (
             f"error: data.root: {path} is damaged; copy it again, or run the same write again\n"
         )
         for action in ("check", "info"):
-            assert command.main([action, beton.where]) == 2
+            assert command.main([action, beton.full_path]) == 2
             assert capsys.readouterr().err == expected
 
     def test_every_key_of_a_manifest_is_checked(self, beton):
-        path = manifest_path(Path(beton.where))
+        path = manifest_path(Path(beton.full_path))
         manifest = json.loads(path.read_text())
         for key in manifest:
             for other in ({}, {key: None}, {key: [5]}):
@@ -563,17 +563,17 @@ class TestDamage:
                         {name: value for name, value in manifest.items() if name != key} | other
                     )
                 )
-                assert "is damaged" in error_message(beton_file.read, Path(beton.where))
+                assert "is damaged" in error_message(beton_file.read, Path(beton.full_path))
 
     def test_a_manifest_of_an_earlier_version_is_read(self, beton):
-        path = manifest_path(Path(beton.where))
+        path = manifest_path(Path(beton.full_path))
         manifest = json.loads(path.read_text())
         path.write_text(
             json.dumps(
                 {key: value for key, value in manifest.items() if not key.endswith("_sha256")}
             )
         )
-        assert len(beton_file.read(Path(beton.where))) == 12
+        assert len(beton_file.read(Path(beton.full_path))) == 12
 
     @pytest.mark.parametrize("length", [2**64 - 8, 2**63, 2**64 - 1])
     def test_a_length_that_wraps_is_refused(self, length, beton):
@@ -608,7 +608,7 @@ class TestDamage:
         )
 
     def test_a_folder_is_refused(self, beton):
-        path = Path(beton.where)
+        path = Path(beton.full_path)
         path.unlink()
         path.mkdir()
         assert error_message(beton_file.read, path) == (
@@ -634,16 +634,16 @@ class TestDamage:
     def test_a_replaced_file_is_detected(self, beton, tmp_path):
         other = write_beton(tmp_path / "other" / "data", n=12, max_side=30)
         beton.read(0)
-        os.replace(other.where, beton.where)
+        os.replace(other.full_path, beton.full_path)
         with pytest.raises(UnreadableImage, match="the file was replaced"):
             beton.read(0)
         assert error_message(beton.check_present) == (
-            f"data.root: {beton.where} was replaced or changed while it was being read; "
+            f"data.root: {beton.full_path} was replaced or changed while it was being read; "
             "start the run again"
         )
 
     def test_only_jpeg_decoders_see_a_stored_jpeg(self, beton):
-        path, samples = Path(beton.where), beton.samples
+        path, samples = Path(beton.full_path), beton.samples
         content = bytearray(path.read_bytes())
         offset = int(samples.offset[4])
         eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
@@ -696,10 +696,10 @@ def test_stored_bytes_are_the_jpeg_of_the_source(tmp_path):
     subset = beton.take(np.array([5, 2]))
     assert subset.fingerprint not in (beton.fingerprint, beton.take(np.array([2, 5])).fingerprint)
     np.testing.assert_array_equal(subset.read(0), beton.read(5))
-    os.unlink(beton.where)
+    os.unlink(beton.full_path)
     with pytest.raises(FileNotFoundError) as caught:
         beton.check_present()
     assert (
         str(caught.value)
-        == f"data.root: {beton.where} no longer exists, but existed when the run began"
+        == f"data.root: {beton.full_path} no longer exists, but existed when the run began"
     )

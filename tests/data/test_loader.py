@@ -121,7 +121,9 @@ def test_workers_change_nothing(num_workers, source, expected):
 def test_a_zip_gives_the_batches_of_its_folder(source, expected, tmp_path):
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         for index in range(len(source)):
-            archive.write(source.name(index), Path(source.name(index)).relative_to(source.where))
+            archive.write(
+                source.name(index), Path(source.name(index)).relative_to(source.full_path)
+            )
     packed = open_source(
         DataConfig(root=str(tmp_path / "data.zip"), cache_dir=str(tmp_path)), "train"
     )
@@ -301,8 +303,8 @@ class TestUnreadable(WithUnreadableImages):
         # The number depends on the size of the chunk.
         message = re.sub("^data.max_replaced: 3", "data.max_replaced: 2", str(caught.value))
         assert message.startswith(
-            f"data.max_replaced: 2 of 24 images of {source.where} could not be read in one pass, "
-            "more than the 1 that may be replaced (0.01 of the images); the last: "
+            f"data.max_replaced: 2 of 24 images of {source.full_path} could not be read in one "
+            "pass, more than the 1 that may be replaced (0.01 of the images); the last: "
         )
         assert message.endswith(
             "; restore the files, remove them from the data set, or raise data.max_replaced"
@@ -336,18 +338,19 @@ class TestUnreadable(WithUnreadableImages):
         ):
             next(batches.starting_at(0))
         assert (
-            f"no other readable image of the 24 in {source.where} is left outside its batch"
+            f"no other readable image of the 24 in {source.full_path} is left outside its batch"
             in str(caught.value)
         )
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_a_folder_that_disappears_is_named(self, num_workers, source):
         with loader(source, num_workers) as batches:
-            os.rename(source.where, f"{source.where}.gone")
+            os.rename(source.full_path, f"{source.full_path}.gone")
             with pytest.raises(
                 FileNotFoundError,
                 match=re.escape(
-                    f"data.root: {source.where} no longer exists, but existed when the run began"
+                    f"data.root: {source.full_path} no longer exists, but existed when the "
+                    "run began"
                 ),
             ):
                 for _ in batches.starting_at(0):
@@ -621,7 +624,9 @@ class TestUnreadableInEvaluation(WithUnreadableImages):
         with warnings.catch_warnings(), pytest.raises(ValueError) as caught:
             warnings.simplefilter("ignore")
             list(passes)
-        assert f" of 24 images of {source.where} could not be read in one pass" in str(caught.value)
+        assert f" of 24 images of {source.full_path} could not be read in one pass" in str(
+            caught.value
+        )
 
 
 class TestMessages:

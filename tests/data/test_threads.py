@@ -64,7 +64,7 @@ def test_any_number_of_threads_gives_the_bytes_of_processes(num_workers, beton, 
 
 
 def test_a_folder_gives_the_batches_of_the_beton_written_from_it(beton, expected):
-    source = open_train(Path(beton.where).parent / "data", loader="folder")
+    source = open_train(Path(beton.full_path).parent / "data", loader="folder")
     assert source.fingerprint == beton.fingerprint
     assert digests(loader(source, num_workers=0, kind="folder"), 0, 10) == expected
 
@@ -109,7 +109,7 @@ def test_a_closed_loader_can_start_again(beton, expected):
 
 def test_a_spawned_process_gives_the_same_bytes(beton, expected):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_digests_of, (beton.where, 2, 3)) == expected[2:5]
+        assert pool.apply(_digests_of, (beton.full_path, 2, 3)) == expected[2:5]
 
 
 def test_a_batch_larger_than_a_threads_share_is_whole(beton):
@@ -154,7 +154,7 @@ def test_raw_pixels_equal_those_of_the_source(tmp_path):
 def test_shards_are_read_as_one_file(tmp_path, beton, expected):
     from ssl_pretrain.data.beton.__main__ import main
 
-    root = Path(beton.where).parent / "data"
+    root = Path(beton.full_path).parent / "data"
     write = ["write", str(root), str(tmp_path / "train.beton"), "--shards", "3", "--workers", "1"]
     for shard in ("2", "0", "1"):
         assert main([*write, "--shard", shard]) == 0
@@ -174,24 +174,24 @@ def test_shards_are_read_as_one_file(tmp_path, beton, expected):
 
 class TestChoiceOfReader:
     def test_auto_reports_the_reader_and_the_reason(self, beton, capsys):
-        config = DataConfig(root=beton.where, num_workers=1)
+        config = DataConfig(root=beton.full_path, num_workers=1)
         build(config, VIEWS, seed=3, global_batch_size=12, device="cpu").close()
         assert capsys.readouterr().err.endswith(
-            f"\ndata.loader: ffcv: {beton.where} is a .beton, and FFCV is installed\n"
+            f"\ndata.loader: ffcv: {beton.full_path} is a .beton, and FFCV is installed\n"
         )
 
     def test_a_folder_is_read_as_a_folder(self, beton):
-        source = open_train(Path(beton.where).parent / "data", loader="folder")
-        where = Path(beton.where).parent / "data" / "train"
+        source = open_train(Path(beton.full_path).parent / "data", loader="folder")
+        train_folder = Path(beton.full_path).parent / "data" / "train"
         assert choose_reader(DataConfig(), source) == (
             "folder",
-            f"{where} is not a .beton; python -m ssl_pretrain.data.beton write creates one, "
+            f"{train_folder} is not a .beton; python -m ssl_pretrain.data.beton write creates one, "
             "which is read faster",
         )
         with pytest.raises(ValueError) as error:
             choose_reader(DataConfig(loader="ffcv"), source)
         assert str(error.value) == (
-            f"data.loader: ffcv only reads .beton files, and {where} is not one; "
+            f"data.loader: ffcv only reads .beton files, and {train_folder} is not one; "
             "python -m ssl_pretrain.data.beton write creates one, or set data.loader=folder"
         )
 
@@ -274,7 +274,7 @@ class TestBugsOfFFCV:
                 epoch.append((batch.indices.tolist(), batch.labels, batch.views[0].clone()))
         assert batches.num_replaced == 1
 
-        path = small_beton.where
+        path = small_beton.full_path
         (message,) = [str(warning.message) for warning in messages]
         prefix = re.escape(f"{path}, image 5: {REASONS[damage]}; {path}, image ")
         replacement = int(re.fullmatch(prefix + r"(\d+) takes its place", message)[1])
@@ -294,7 +294,7 @@ class TestBugsOfFFCV:
     def test_4_the_folder_loader_uses_the_same_replacement(self, small_beton):
         damage_image(small_beton, 5, "no jpeg")
         damage_image(small_beton, 9, "no jpeg")
-        damaged = open_train(Path(small_beton.where))
+        damaged = open_train(Path(small_beton.full_path))
         options = {"global_batch_size": 10, "max_replaced": 10.0}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -315,9 +315,9 @@ class TestBugsOfFFCV:
                 pass
         last = re.search(r"the last: (.* takes its place); ", str(error.value))[1]
         assert str(error.value) == (
-            f"data.max_replaced: 2 of 24 images of {small_beton.where} could not be read in one "
-            f"pass, more than the 1 that may be replaced (0.001 of the images); the last: {last}; "
-            "all images were readable when the file was written, so the file is damaged now; "
+            f"data.max_replaced: 2 of 24 images of {small_beton.full_path} could not be read in "
+            f"one pass, more than the 1 that may be replaced (0.001 of the images); the last: "
+            f"{last}; all images were readable when the file was written, so the file is damaged now; "
             "find the damaged images with `python -m ssl_pretrain.data.beton check`, then copy or "
             "write the file again"
         )
@@ -335,13 +335,13 @@ class TestBugsOfFFCV:
     @pytest.mark.case(15)
     def test_5_an_unfinished_file_does_not_open(self, small_beton):
         """FFCV opens it and shows a million rows of garbage."""
-        with open(small_beton.where, "r+b") as file:
+        with open(small_beton.full_path, "r+b") as file:
             file.seek(16)  # offset of the table, which the writer sets last
             file.write(bytes(8))
         with pytest.raises(ValueError) as error:
-            open_train(Path(small_beton.where))
+            open_train(Path(small_beton.full_path))
         assert str(error.value) == (
-            f"data.root: {small_beton.where} is unfinished, as its writer was stopped; "
+            f"data.root: {small_beton.full_path} is unfinished, as its writer was stopped; "
             "run the same write again to finish it"
         )
 
@@ -369,7 +369,7 @@ def damage_image(source: Beton, index: int, damage: str) -> None:
     """Damage one JPEG in the file of the source. `damage` is a key of REASONS."""
     samples = source.samples
     offset, length = int(samples.offset[index]), int(samples.length[index])
-    with open(source.where, "r+b") as file:
+    with open(source.full_path, "r+b") as file:
         file.seek(offset)
         content = bytearray(file.read(length))
         scan, size = content.index(b"\xff\xda"), content.index(b"\xff\xc0")
@@ -390,20 +390,20 @@ class TestFailures:
     def test_truncating_the_file_raises_an_error_that_names_the_image(self, small_beton):
         with loader(small_beton, global_batch_size=24) as batches:
             last = int(np.argmax(small_beton.samples.offset))
-            os.truncate(small_beton.where, int(small_beton.samples.offset[last]) + 10)
+            os.truncate(small_beton.full_path, int(small_beton.samples.offset[last]) + 10)
             with pytest.raises(ValueError) as error:  # a user's error: one line, no traceback
                 next(batches.starting_at(0))
         missing = int(small_beton.samples.length[last]) - 10
         assert str(error.value) == (
-            f"data.root: {small_beton.where}, image {last}: the file was truncated during the run, "
-            f"and the image lacks its last {missing:,} bytes; copy the file again, then "
+            f"data.root: {small_beton.full_path}, image {last}: the file was truncated during the "
+            f"run, and the image lacks its last {missing:,} bytes; copy the file again, then "
             "start the run again"
         )
 
     def test_a_deleted_file_is_named(self, small_beton):
         batches = loader(small_beton)
-        os.unlink(small_beton.where)
-        with pytest.raises(FileNotFoundError, match=re.escape(small_beton.where)):
+        os.unlink(small_beton.full_path)
+        with pytest.raises(FileNotFoundError, match=re.escape(small_beton.full_path)):
             batches.starting_at(0)
 
     def test_a_loader_can_start_again_after_an_exception(self, beton, expected, monkeypatch):
@@ -468,7 +468,7 @@ print(before == count_resources(), before, count_resources())
 
 @pytest.mark.full
 def test_a_hundred_killed_or_deleted_loaders_leave_no_resources_behind(beton):
-    result = run_python(KILL_AND_DELETE_LOADERS, beton.where, OPENBLAS_NUM_THREADS="1")
+    result = run_python(KILL_AND_DELETE_LOADERS, beton.full_path, OPENBLAS_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("True "), result.stdout
 
@@ -492,7 +492,7 @@ with loader(open_train(Path(sys.argv[1])), global_batch_size=25) as batches:
 
 @pytest.mark.full
 def test_memory_does_not_grow_over_50_epochs(beton):
-    result = run_python(EPOCHS, beton.where)
+    result = run_python(EPOCHS, beton.full_path)
     assert result.returncode == 0, result.stderr
     after_2, after_50 = map(int, result.stdout.split())
     assert after_50 <= 1.02 * after_2
@@ -507,7 +507,7 @@ def test_compiled_code_is_cached_on_disk(beton, expected):
         "functions = (decode.make_views, decode.decode_image); "
         "print([sum(function.stats.cache_hits.values()) for function in functions])"
     )
-    result = run_python(code, beton.where)
+    result = run_python(code, beton.full_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "[1, 0]\n", (
         result.stderr

@@ -233,7 +233,7 @@ def test_a_published_list_selects_its_images(train_split, tmp_path):
     with pytest.raises(ValueError) as error:
         semi.read_list(train_split, other)
     assert str(error.value) == (
-        f"--subset {other}: 1 of its 2 images are not in {train_split.source.where}"
+        f"--subset {other}: 1 of its 2 images are not in {train_split.source.full_path}"
         " (n01440764_10026.JPEG); give a list for this data set"
     )
 

@@ -177,7 +177,7 @@ class _Run:
             thread.join(JOIN_SECONDS)  # each thread finishes its current rows first
         if any(thread.is_alive() for thread in self.threads):
             raise RuntimeError(
-                f"{self.pool.source.where}: a read did not return within {JOIN_SECONDS:.0f} s; "
+                f"{self.pool.source.full_path}: a read did not return within {JOIN_SECONDS:.0f} s; "
                 "check the disk, then start the run again"
             )
         if self.pool.stream is not None:
