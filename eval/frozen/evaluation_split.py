@@ -188,8 +188,8 @@ def check_classes(train: Source, test: Source) -> None:
     if test.classes != train.classes[: len(test.classes)]:
         raise ValueError(
             f"data.val: the {len(test.classes)} classes of {test.full_path} are in a different "
-            f"order than the {len(train.classes)} of {train.full_path}; write both .beton files from "
-            "the same data set"
+            f"order than the {len(train.classes)} of {train.full_path}; write both .beton files "
+            "from the same data set"
         )
 
 

@@ -163,6 +163,6 @@ class ReplacementLimit:
         raise ValueError(
             f"data.max_replaced: {num_replaced:,} of {self._num_images:,} images of "
             f"{self._source.full_path} could not be read in one pass, more than the "
-            f"{self._limit:,} that may be replaced ({self._share:.3g} of the images){example_text}; "
-            f"{remedy}"
+            f"{self._limit:,} that may be replaced ({self._share:.3g} of the images)"
+            f"{example_text}; {remedy}"
         )

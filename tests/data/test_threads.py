@@ -317,9 +317,9 @@ class TestBugsOfFFCV:
         assert str(error.value) == (
             f"data.max_replaced: 2 of 24 images of {small_beton.full_path} could not be read in "
             f"one pass, more than the 1 that may be replaced (0.001 of the images); the last: "
-            f"{last}; all images were readable when the file was written, so the file is damaged now; "
-            "find the damaged images with `python -m ssl_pretrain.data.beton check`, then copy or "
-            "write the file again"
+            f"{last}; all images were readable when the file was written, so the file is damaged "
+            "now; find the damaged images with `python -m ssl_pretrain.data.beton check`, then "
+            "copy or write the file again"
         )
 
     def test_4_a_file_without_a_good_image_is_an_error(self, small_beton):
