@@ -125,7 +125,7 @@ def evaluate(
         ValueError: If the images have no labels, k exceeds the number of training images, or the
             features do not fit in memory.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     k = run.config.evaluation.k if k is None else k
     temperature = run.config.evaluation.temperature if temperature is None else temperature
     backend = knn_search.choose_backend(backend)
@@ -144,7 +144,7 @@ def evaluate(
         results.print_progress(row.summary())
         table.append(row)
         grid.append(grid_row)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     name = "knn" if query_split == "val" else "knn_train"
     protocol = describe_splits(run, train, test, query_split, "random" in rows)
     protocol["normalization"] = NORMALIZATION

@@ -31,7 +31,11 @@ def build_train_view(
 
 
 def build_train_loader(
-    run: Run, source: Source, view: Crop, batch_size: int, finish: readers.Finish | None = None
+    run: Run,
+    source: Source,
+    view: Crop,
+    batch_size: int,
+    augment: readers.ViewAugmentation | None = None,
 ) -> Loader:
     """Return a loader for this rank's share of the training batches.
 
@@ -42,10 +46,10 @@ def build_train_loader(
         source: Training images.
         view: Crop of each image.
         batch_size: Images per step over all ranks.
-        finish: Further augmentation to apply to each view, on the CPU.
+        augment: Further augmentation of each view, on the CPU.
     """
     data, views = run.config.data, run.config.views
-    kind = readers.ReaderKind.PROCESSES if finish else readers.choose_reader(data, source)[0]
+    kind = readers.ReaderKind.PROCESSES if augment else readers.choose_reader(data, source)[0]
     reader = readers.build_reader(
         source,
         ViewsConfig({"train": view}, views.mean, views.std),
@@ -53,13 +57,13 @@ def build_train_loader(
         kind,
         num_workers=min(data.num_workers, process_group.cores_per_rank()),
         device=run.device,
-        finish=finish,
+        augment=augment,
     )
     return Loader(reader, max_replaced=data.max_replaced)
 
 
 def describe_view(view: Crop) -> str:
-    """Return the text that describes a training view in a result's protocol."""
+    """Describe a training view, as an entry of the saved protocol."""
     entries = [
         f"random crops of {view.scale[0]:g} to {view.scale[1]:g} of the area, {view.interpolation}",
         "" if view.crop_sampler == "torchvision" else f"{view.crop_sampler} sampler",

@@ -32,7 +32,7 @@ MIN_CHUNK = 16
 BATCHES_AHEAD = 2  # batches that are prepared while the trainer uses one
 
 # Function that changes a view, given (view uint8 (3, s, s), epoch, index). It must be picklable.
-Finish = Callable[[Tensor, int, int], Tensor]
+ViewAugmentation = Callable[[Tensor, int, int], Tensor]
 
 
 class ReaderKind(StrEnum):
@@ -78,7 +78,7 @@ def build_reader(
     *,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
-    finish: Finish | None = None,
+    augment: ViewAugmentation | None = None,
 ) -> Reader:
     """Build the pool that reads the images and cuts their crops.
 
@@ -89,13 +89,13 @@ def build_reader(
         kind: Way to read the images.
         num_workers: Number of processes or threads.
         device: Device of the batches.
-        finish: Function that changes each crop. Only processes support it.
+        augment: Function that changes each crop. Only processes support it.
 
     Raises:
         ValueError: If a key of `views` is invalid, or the images do not fit in memory.
     """
     recipe.check(views)
-    assert finish is None or kind is ReaderKind.PROCESSES, "finish: only processes support it"
+    assert augment is None or kind is ReaderKind.PROCESSES, "augment: only processes support it"
     device, view_crops = torch.device(device), recipe.expand_counts(views)
     chunk_size, note = plan.local_batch_size, ""
     pool: ChunkPool
@@ -116,7 +116,7 @@ def build_reader(
             num_ranks=process_group.local_world_size(),
         )
         chunk_size, note = transfer.chunk_size, transfer.note
-        dataset = CropDataset(source, partial(_cut_crops, view_crops, plan.seed, finish), plan)
+        dataset = CropDataset(source, partial(_cut_crops, view_crops, plan.seed, augment), plan)
         pool = ProcessPool(dataset, num_workers, transfer, pinned=device.type == "cuda")
     return Reader(kind, source, views, plan, device, num_workers, chunk_size, pool, note)
 
@@ -151,14 +151,19 @@ def choose_reader(data: DataConfig, source: Source) -> tuple[ReaderKind, str]:
 
 
 def _cut_crops(
-    view_crops: list[Crop], seed: int, finish: Finish | None, image: Tensor, epoch: int, index: int
+    view_crops: list[Crop],
+    seed: int,
+    augment: ViewAugmentation | None,
+    image: Tensor,
+    epoch: int,
+    index: int,
 ) -> list[Tensor]:
     _, height, width = image.shape
     views = [
         crops.apply(image, crops.draw_box(crop, seed, epoch, index, view, height, width), crop)
         for view, crop in enumerate(view_crops)
     ]
-    return views if finish is None else [finish(view, epoch, index) for view in views]
+    return views if augment is None else [augment(view, epoch, index) for view in views]
 
 
 def read_images(
