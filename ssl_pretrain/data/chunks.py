@@ -78,7 +78,7 @@ class Chunk:
 class ChunkPool(Protocol):
     """A pool of worker processes, compiled threads or device kernels that makes chunks."""
 
-    def take(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
+    def make_chunks(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
         """Return the chunks in the order of their requests. A new call ends the previous one."""
         ...
 

@@ -36,7 +36,7 @@ class DeviceCache:
         self._source = source
         self._pixels, self._sizes, self._unreadable = _upload_images(source, device)
 
-    def take(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
+    def make_chunks(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
         """Yield one chunk per request."""
         for request in requests:
             image_indices, replacements = self._choose_readable(request)

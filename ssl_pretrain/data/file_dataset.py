@@ -70,7 +70,7 @@ class FileDataSet:
         if location is None:
             raise (ValueError if self.splits.train_error else NoSuchSplit)(self.splits.val_error)
         name = "train" if is_train else self.splits.val_name
-        is_root = location.path == self.root and not location.within
+        is_root = location.path == self.root and not location.folder_in_zip
         images = self._list_images(location, name, "data.root" if is_root else f"data.{split}")
         path, skipped_notes = location.full_path, _skipped_notes(images.files)
         if not len(images.files):
@@ -79,7 +79,7 @@ class FileDataSet:
         folder = SplitFolder(
             name,
             images.files.paths(),
-            tree=open_tree(location.path, self._cache).descendant(location.within),
+            tree=open_tree(location.path, self._cache).descendant(location.folder_in_zip),
             root=open_tree(self.root, self._cache),
             full_path=path,
         )
@@ -109,7 +109,7 @@ class FileDataSet:
 
 def _select(files: Listing, location: Location) -> Listing:
     """Return the files inside a location, without those in its excluded folders."""
-    prefix = f"{location.within}/" if location.within else ""
+    prefix = f"{location.folder_in_zip}/" if location.folder_in_zip else ""
     excluded = tuple(f"{prefix}{name}/" for name in location.excluded)
     if not prefix and not excluded:
         return files
@@ -118,7 +118,7 @@ def _select(files: Listing, location: Location) -> Listing:
         for index, path in enumerate(files.paths())
         if path.startswith(prefix) and not path.startswith(excluded)
     ]
-    return files.take(indices, location.within)
+    return files.take(indices, location.folder_in_zip)
 
 
 def _skipped_notes(files: Listing) -> list[str]:
@@ -198,7 +198,7 @@ def _inner_split_notes(base: FolderTree, train: Location) -> list[str]:
     """Return a note if the folder that `data.train` names has splits inside its folders."""
     if train.is_file:
         return []
-    folder = base.descendant(train.within) if train.within else DiskFolder(train.path)
+    folder = base.descendant(train.folder_in_zip) if train.folder_in_zip else DiskFolder(train.path)
     if (inner := find_inner_splits(folder)) is None:
         return []
     return [
@@ -276,4 +276,4 @@ def _existing_folders(base: FolderTree) -> str:
     """Return the part of an error message that lists the existing folders."""
     top = top_folder(base)
     subject = "it" if top is base else top.full_path
-    return f"; {subject} has {folder_names(top.folders)}" if top.folders else ""
+    return f"; {subject} has {folder_names(top.subfolder_names)}" if top.subfolder_names else ""

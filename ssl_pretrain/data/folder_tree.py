@@ -29,13 +29,13 @@ class Location:
     """Location of a split, which is a folder, a zip, a folder inside a zip, or a list file."""
 
     path: Path
-    within: str = ""  # path of the folder inside the zip
+    folder_in_zip: str = ""  # path of the folder inside the zip
     excluded: tuple[str, ...] = ()  # subfolders that do not belong to the split
 
     @property
     def full_path(self) -> str:
         """Path for messages, including the path inside a zip."""
-        return os.path.join(self.path, self.within) if self.within else str(self.path)
+        return os.path.join(self.path, self.folder_in_zip) if self.folder_in_zip else str(self.path)
 
     @property
     def is_list(self) -> bool:
@@ -45,14 +45,14 @@ class Location:
     @property
     def is_file(self) -> bool:
         """True if the location is a list file or a whole zip."""
-        return not self.within and self.path.is_file()
+        return not self.folder_in_zip and self.path.is_file()
 
 
 class FolderTree(ABC):
     """A folder and its subfolders, without hidden and system entries."""
 
     path: Path  # path of the folder, or of the zip
-    within: str = ""  # path of the folder inside the zip
+    folder_in_zip: str = ""  # path of the folder inside the zip
 
     @property
     def full_path(self) -> str:
@@ -60,7 +60,7 @@ class FolderTree(ABC):
         return self.location().full_path
 
     @property
-    def folders(self) -> list[str]:
+    def subfolder_names(self) -> list[str]:
         """Names of the subfolders, sorted by bytes.
 
         Raises:
@@ -69,7 +69,7 @@ class FolderTree(ABC):
         return self._entries["folder"]
 
     @property
-    def files(self) -> list[str]:
+    def file_names(self) -> list[str]:
         """Names of the folder's files, sorted by bytes. Zips only list images and tables."""
         return self._entries["file"]
 
@@ -96,17 +96,18 @@ class FolderTree(ABC):
 
     def has_images(self, depth: int = _MAX_DEPTH) -> bool:
         """Return True if the folder or a subfolder at most `depth` levels below has an image."""
-        return self.has_direct_images or (
-            depth > 0 and any(self.child(name).has_images(depth - 1) for name in self.folders)
-        )
+        if self.has_direct_images:
+            return True
+        subfolders = map(self.child, self.subfolder_names if depth > 0 else [])
+        return any(subfolder.has_images(depth - 1) for subfolder in subfolders)
 
     def folders_with_images(self) -> Iterator[str]:
         """Yield the names of the subfolders that contain an image at any depth."""
-        return (name for name in self.folders if self.child(name).has_images())
+        return (name for name in self.subfolder_names if self.child(name).has_images())
 
     def location(self, excluded: tuple[str, ...] = ()) -> Location:
         """Return the folder's location as a split without the excluded subfolders."""
-        return Location(self.path, self.within, excluded)
+        return Location(self.path, self.folder_in_zip, excluded)
 
     def descendant(self, path: str) -> FolderTree:
         """Return the folder at a relative path. An empty path stands for the folder itself."""
@@ -139,8 +140,8 @@ class DiskFolder(FolderTree):
     @functools.cached_property
     def has_direct_images(self) -> bool:
         """True if a file has an image's suffix, or one of a sample begins with an image's bytes."""
-        return any(map(is_image, self.files)) or any_image_by_content(
-            [os.path.join(self.path, name) for name in self.files]
+        return any(map(is_image, self.file_names)) or any_image_by_content(
+            [os.path.join(self.path, name) for name in self.file_names]
         )
 
     def child(self, name: str) -> DiskFolder:
@@ -159,29 +160,29 @@ class DiskFolder(FolderTree):
 class ZipFolder(FolderTree):
     """A folder inside a zip."""
 
-    def __init__(self, path: Path, index: dict[str, Entries], within: str = ""):
-        self.path, self.within, self._index = path, within, index
+    def __init__(self, path: Path, index: dict[str, Entries], folder_in_zip: str = ""):
+        self.path, self.folder_in_zip, self._index = path, folder_in_zip, index
 
     @property
     def _entries(self) -> Entries:
-        return self._index.get(self.within, {"folder": [], "file": []})
+        return self._index.get(self.folder_in_zip, {"folder": [], "file": []})
 
     @property
     def has_direct_images(self) -> bool:
         """True if the folder itself contains a file that is not a table."""
-        return any(not name.lower().endswith(TABLE_SUFFIXES) for name in self.files)
+        return any(not name.lower().endswith(TABLE_SUFFIXES) for name in self.file_names)
 
     def child(self, name: str) -> ZipFolder:
         """Return the subfolder `name`, without checking that it exists."""
-        return ZipFolder(self.path, self._index, os.path.join(self.within, name))
+        return ZipFolder(self.path, self._index, os.path.join(self.folder_in_zip, name))
 
     def parent(self) -> ZipFolder:
         """Return the parent folder. The top folder of a zip is its own parent."""
-        return ZipFolder(self.path, self._index, os.path.dirname(self.within))
+        return ZipFolder(self.path, self._index, os.path.dirname(self.folder_in_zip))
 
     def read(self, name: str) -> bytes:
         """Return the content of the table `name`. Raise OSError if it is damaged or too large."""
-        return read_table(self.path, os.path.join(self.within, name))
+        return read_table(self.path, os.path.join(self.folder_in_zip, name))
 
 
 def open_tree(root: Path, cache: Path) -> FolderTree:

@@ -136,7 +136,7 @@ class ImageFiles(EncodedSource):
 
     def name(self, index: int) -> str:
         """Return the path of one file, for messages. In a zip, it starts with the zip's path."""
-        return os.path.join(self.files.root, self.files.within, self.files.path(index))
+        return os.path.join(self.files.root, self.files.folder_in_zip, self.files.path(index))
 
     def take(self, indices: np.ndarray) -> Self:
         """Return a source of the files at `indices`, in that order."""

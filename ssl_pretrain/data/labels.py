@@ -147,18 +147,19 @@ def _candidate_tables(split: SplitFolder) -> Iterator[tuple[FolderTree, str]]:
     folders = [split.tree]
     while len(folders[-1].full_path) > len(split.root.full_path):
         folders.append(folders[-1].parent())
-    if len(split.tree.folders) == 1:
-        folders.insert(0, split.tree.child(split.tree.folders[0]))
+    if len(split.tree.subfolder_names) == 1:
+        folders.insert(0, split.tree.child(split.tree.subfolder_names[0]))
     for folder in tuple(folders):
-        for name in folder.folders:
+        for name in folder.subfolder_names:
             if "devkit" in name.lower():
                 devkit = folder.child(name)
                 folders.append(devkit)
-                folders += [devkit.child(inner) for inner in devkit.folders if inner == "data"]
+                if "data" in devkit.subfolder_names:
+                    folders.append(devkit.child("data"))
     split_words = {*SPELLINGS[split_of(os.path.basename(split.full_path)) or split.name]}
     for folder in folders:
         is_inside = folder.full_path.startswith(split.tree.full_path)
-        for name in folder.files:
+        for name in folder.file_names:
             stem, suffix = os.path.splitext(name)
             words = set(re.findall("[a-z]+", stem.lower()))
             is_named = words & split_words or (is_inside and words & _LABEL_WORDS)
@@ -240,12 +241,12 @@ def _rows_of_images(paths: list[str], num_rows: int) -> list[int]:
 
 def _class_numbers(folder: FolderTree, classes: list[str]) -> dict[str, str]:
     """Return the class of each ILSVRC2012 number, from `meta.mat` or a list of synsets."""
-    if "meta.mat" in folder.files:
+    if "meta.mat" in folder.file_names:
         return _read_meta(folder.read("meta.mat"), classes)
     reason = (
         "it numbers the classes, but its folder has no list of them (meta.mat or map_clsloc.txt)"
     )
-    for name in folder.files:
+    for name in folder.file_names:
         if not name.lower().endswith(TABLE_SUFFIXES):
             continue
         try:

@@ -53,7 +53,7 @@ class Listing:
     packed: np.ndarray  # uint8, concatenated paths in the file system's encoding
     ends: np.ndarray  # int64 (n,), end of each path in `packed`
     spans: np.ndarray  # int64 (n, 5), a `Span` per image of a zip; (0, 5) for a folder
-    within: str = ""  # folder of the zip that the paths are relative to
+    folder_in_zip: str = ""  # folder of the zip that the paths are relative to
     skipped: tuple[SkippedFiles, ...] = ()
     tables: tuple[str, ...] = ()  # members of the zip that may be lists or tables of labels
 
@@ -61,7 +61,7 @@ class Listing:
         return len(self.ends)
 
     def path(self, index: int) -> str:
-        """Return the path of one image, relative to `root`/`within`."""
+        """Return the path of one image, relative to `root`/`folder_in_zip`."""
         start = self.ends[index - 1] if index else 0
         return os.fsdecode(self.packed[start : self.ends[index]].tobytes())
 
@@ -70,16 +70,19 @@ class Listing:
         data, starts = self.packed.tobytes(), [0, *self.ends.tolist()]
         return [os.fsdecode(data[start:end]) for start, end in itertools.pairwise(starts)]
 
-    def take(self, indices: Sequence[int] | np.ndarray, within: str = "") -> Self:
-        """Return a listing of some images below `within`, with paths relative to `within`."""
-        paths, prefix_length = self.paths(), len(within) + 1 if within else 0
+    def take(self, indices: Sequence[int] | np.ndarray, folder_in_zip: str = "") -> Self:
+        """Return a listing of the images at `indices`, in that order.
+
+        If `folder_in_zip` is given, it contains all of them, and the new paths are relative to it.
+        """
+        paths, prefix_length = self.paths(), len(folder_in_zip) + 1 if folder_in_zip else 0
         subset = pack(self.root, [paths[index][prefix_length:] for index in indices])
         return replace(
             self,
             packed=subset.packed,
             ends=subset.ends,
             spans=self.spans[indices] if len(self.spans) else self.spans,
-            within=within or self.within,
+            folder_in_zip=folder_in_zip or self.folder_in_zip,
         )
 
 

@@ -85,7 +85,7 @@ class Loader:
             FileNotFoundError: If the source's folder or file no longer exists.
         """
         requests = _request_chunks(self.reader.plan, self.reader.chunk_size, step)
-        return self._batches(step, self.reader.pool.take(requests))
+        return self._batches(step, self.reader.pool.make_chunks(requests))
 
     def close(self) -> None:
         """End the workers and the iterators of `starting_at`. Further calls do nothing."""

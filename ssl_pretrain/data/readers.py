@@ -220,7 +220,7 @@ def read_images(
     limit = ReplacementLimit(source, len(order), max_replaced)
     pool = ProcessPool(dataset, num_workers, transfer, pinned=False)
     try:
-        chunks = pool.take(chain.from_iterable(requests))
+        chunks = pool.make_chunks(chain.from_iterable(requests))
         for batch_requests in requests:
             pixels, labels = [], []
             for chunk in islice(chunks, len(batch_requests)):

@@ -63,7 +63,7 @@ def _overlap_notes(train: Source, val: Source) -> list[str]:
     if not isinstance(train, ImageFiles) or not isinstance(val, ImageFiles):
         return []
     train_root, val_root = (
-        os.path.join(os.path.realpath(source.files.root), source.files.within, "")
+        os.path.join(os.path.realpath(source.files.root), source.files.folder_in_zip, "")
         for source in (train, val)
     )
     if not train_root.startswith(val_root) and not val_root.startswith(train_root):

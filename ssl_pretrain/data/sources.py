@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from ssl_pretrain import rng
-from ssl_pretrain.data.beton import file as beton_file
+from ssl_pretrain.data.beton import beton_file
 from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.file_dataset import FileDataSet, SplitName
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES

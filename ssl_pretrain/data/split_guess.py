@@ -65,7 +65,7 @@ def guess_training_split(base: FolderTree, val: str) -> Guess:
             f"{top.full_path} contains {' and '.join(names)}; say which has the training images",
             f"data.train={names[0]}",
         )
-    if not locations and any(split_of_file(name) == "train" for name in top.files):
+    if not locations and any(split_of_file(name) == "train" for name in top.file_names):
         raise AmbiguousSplits(
             f"{top.full_path} contains lists of its splits, which are not read inside a zip; "
             "unpack it"
@@ -81,7 +81,7 @@ def _training_folder(base: FolderTree, top: FolderTree, train: Location, val: st
     """Return a folder called train, unless it might just as well be one class of several."""
     name = os.path.basename(train.full_path)
     folder = top.child(name)
-    others = [other for other in top.folders if other != name]
+    others = [other for other in top.subfolder_names if other != name]
     is_only_split = not any(
         split_of(other) or suggested_split(other) or other == val for other in others
     )
@@ -106,7 +106,7 @@ def _training_folder(base: FolderTree, top: FolderTree, train: Location, val: st
 
 def _all_images(base: FolderTree, top: FolderTree, val: str) -> Guess:
     """Return all images below the root, without the held-out splits."""
-    names = [name for name in top.folders if name != val]
+    names = [name for name in top.subfolder_names if name != val]
     held_out = [name for name in names if split_of(name)]
     suggestive = [name for name in names if not split_of(name) and suggested_split(name)]
     if not held_out and not suggestive:
@@ -152,7 +152,7 @@ def _check_structure(base: FolderTree, top: FolderTree) -> None:
         for folder in (wrapper, *_folders_without_images(wrapper)):
             _check_lists(base, folder)
     kinds: dict[str, str] = {}
-    for name in top.files[:: max(1, len(top.files) // _MAX_FILES)]:
+    for name in top.file_names[:: max(1, len(top.file_names) // _MAX_FILES)]:
         if (kind := suggested_split(name)) and is_image(name):
             kinds.setdefault(kind, name)
     if len(kinds) > 1:
@@ -179,21 +179,21 @@ def find_inner_splits(top: FolderTree) -> tuple[str, str] | None:
     """Return the paths of a training and a held-out folder in the same folder below `top`."""
     queue = [("", top, 0)]
     for path, folder, depth in queue:  # the queue grows, nearest folders first
-        kinds = {suggested_split(name): name for name in reversed(folder.folders)}
+        kinds = {suggested_split(name): name for name in reversed(folder.subfolder_names)}
         if kinds.keys() >= {TRAIN, HELD_OUT} and folder.child(kinds[TRAIN]).has_images():
             return path + kinds[TRAIN], path + kinds[HELD_OUT]
         if depth < MAX_WRAPPERS and len(queue) < _MAX_FOLDERS:
-            names = folder.folders[:_MAX_CHILDREN]
+            names = folder.subfolder_names[:_MAX_CHILDREN]
             queue += [(f"{path}{name}/", folder.child(name), depth + 1) for name in names]
     return None
 
 
 def _check_same_classes(top: FolderTree) -> None:
     """Raise AmbiguousSplits if folders have the same subfolders, as splits of one data set do."""
-    if top.has_direct_images or not 2 <= len(top.folders) < _MANY_CLASSES:
+    if top.has_direct_images or not 2 <= len(top.subfolder_names) < _MANY_CLASSES:
         return
     folders = list(top.folders_with_images())
-    classes = [set(top.child(name).folders) for name in folders]
+    classes = [set(top.child(name).subfolder_names) for name in folders]
     all_classes = max(classes, key=len, default=set())
     shared = sorted(all_classes.intersection(*classes))
     if len(folders) >= 2 and len(shared) >= 2 and all(names <= all_classes for names in classes):
@@ -206,16 +206,16 @@ def _check_same_classes(top: FolderTree) -> None:
 
 def _folders_without_images(folder: FolderTree) -> Iterator[FolderTree]:
     """Yield the subfolders without images, and the folders in them."""
-    for name in folder.folders[:_MAX_CHILDREN]:
+    for name in folder.subfolder_names[:_MAX_CHILDREN]:
         child = folder.child(name)
         if not child.has_images():
             yield child
-            yield from (child.child(inner) for inner in child.folders[:_MAX_CHILDREN])
+            yield from (child.child(inner) for inner in child.subfolder_names[:_MAX_CHILDREN])
 
 
 def _check_lists(base: FolderTree, folder: FolderTree) -> None:
     """Raise AmbiguousSplits if files in a folder look like lists of splits."""
-    kinds = _lists_by_kind(folder.files)
+    kinds = _lists_by_kind(folder.file_names)
     if len(kinds) < 2:
         return
     reason = f"{folder.full_path} contains lists whose names look like splits"

@@ -70,9 +70,10 @@ def top_folder(base: FolderTree) -> FolderTree:
     """
     folders = list(wrappers(base))
     for folder in folders:
-        if "train" in map(split_of, folder.folders) or "train" in map(split_of_file, folder.files):
+        splits = [*map(split_of, folder.subfolder_names), *map(split_of_file, folder.file_names)]
+        if "train" in splits:
             return folder
-    candidates = (folder for folder in folders if any(map(suggested_split, folder.folders)))
+    candidates = (folder for folder in folders if any(map(suggested_split, folder.subfolder_names)))
     return next(candidates, folders[-1])
 
 
@@ -84,10 +85,11 @@ def split_locations(top: FolderTree, split: str, prefer_files: bool = False) -> 
         split: "train", "val" or "test".
         prefer_files: Return lists and zips, and folders only if there are none.
     """
-    folders = [top.child(name).location() for name in top.folders if split_of(name) == split]
-    files = [name for name in top.files if split_of_file(name) == split]
-    locations = [Location(top.path / name) for name in files if isinstance(top, DiskFolder)]
-    return (locations or folders) if prefer_files else (folders or locations)
+    names = [name for name in top.subfolder_names if split_of(name) == split]
+    folders = [top.child(name).location() for name in names]
+    names = [name for name in top.file_names if split_of_file(name) == split]
+    files = [Location(top.path / name) for name in names if isinstance(top, DiskFolder)]
+    return (files or folders) if prefer_files else (folders or files)
 
 
 def folder_names(names: list[str]) -> str:

@@ -36,7 +36,7 @@ class ProcessPool:
     """
 
     def __init__(self, dataset: CropDataset, num_workers: int, transfer: Transfer, pinned: bool):
-        """Prepare the processes. They start with the first call of `take`.
+        """Prepare the processes. They start with the first call of `make_chunks`.
 
         Args:
             dataset: Data set that makes the chunk of a request.
@@ -59,7 +59,7 @@ class ProcessPool:
             generator=torch.Generator(),  # else iterating would advance the trainer's generator
         )
 
-    def take(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
+    def make_chunks(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
         """Return the chunks in the order of their requests. The processes start immediately.
 
         Raises:

@@ -75,7 +75,7 @@ class Ours:
         self.pool = ThreadPool(
             source, view_crops, Plan(0, len(source), BATCH), threads, 2, torch.device("cpu")
         )
-        self.chunks = self.pool.take(requests)
+        self.chunks = self.pool.make_chunks(requests)
         self.processes: list[int] = []
         self.num_buffered = 4 * BATCH
 

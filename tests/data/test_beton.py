@@ -19,8 +19,7 @@ from PIL import Image
 
 from ssl_pretrain.data import messages
 from ssl_pretrain.data.beton import __main__ as command
-from ssl_pretrain.data.beton import encoder, tables
-from ssl_pretrain.data.beton import file as beton_file
+from ssl_pretrain.data.beton import beton_file, encoder, tables
 from ssl_pretrain.data.beton import writer as beton_writer
 from ssl_pretrain.data.beton.beton_manifest import manifest_path
 from ssl_pretrain.data.beton.beton_source import Beton

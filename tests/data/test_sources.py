@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ssl_pretrain.data import listing, sources, zip_archive
-from ssl_pretrain.data.beton import file as beton_file
+from ssl_pretrain.data.beton import beton_file
 from ssl_pretrain.data.image_source import require_labels
 from ssl_pretrain.data.images import MAX_BYTES, UnreadableImage
 from ssl_pretrain.data.source_report import check_range

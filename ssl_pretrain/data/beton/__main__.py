@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_pretrain.data.beton import file as beton_file
-from ssl_pretrain.data.beton import writer
+from ssl_pretrain.data.beton import beton_file, writer
 from ssl_pretrain.data.beton.beton_manifest import Manifest
 from ssl_pretrain.data.beton.check import find_problems
 from ssl_pretrain.data.beton.encoder import Settings

@@ -4,7 +4,7 @@ from typing import Self
 
 import numpy as np
 
-from ssl_pretrain.data.beton.file import Samples
+from ssl_pretrain.data.beton.beton_file import Samples
 from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.image_source import EncodedSource
 from ssl_pretrain.data.images import UnreadableImage, decode

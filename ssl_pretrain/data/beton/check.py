@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ssl_pretrain.data.beton.beton_file import Samples
 from ssl_pretrain.data.beton.beton_manifest import manifest_path, read_manifest
-from ssl_pretrain.data.beton.file import Samples
 from ssl_pretrain.data.messages import report_progress
 from ssl_pretrain.data.native import decode
 

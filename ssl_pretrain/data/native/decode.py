@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ssl_pretrain import rng
-from ssl_pretrain.data.beton.file import Samples
+from ssl_pretrain.data.beton.beton_file import Samples
 from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.system.jit import njit
 from ssl_pretrain.views import crops, resize

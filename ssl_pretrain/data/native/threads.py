@@ -58,7 +58,10 @@ class _Batch:
 
 
 class ThreadPool:
-    """The threads of one rank. `take` starts them, and `close` ends them and frees their memory."""
+    """The threads of one rank.
+
+    `make_chunks` starts them, and `close` ends them and frees their memory.
+    """
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class ThreadPool:
         self._num_buffers = num_ahead + 1
         self._run: _Run | None = None
 
-    def take(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
+    def make_chunks(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
         """Start the threads and return an iterator over the batches of the requests, in order.
 
         A new call ends the threads of the previous one. The pixels of a batch are valid until the
@@ -111,7 +114,10 @@ class ThreadPool:
         return self._run.chunks()
 
     def close(self) -> None:
-        """Stop the threads, close the files and free the buffers. `take` can start them again."""
+        """Stop the threads, close the files and free the buffers.
+
+        `make_chunks` can start them again.
+        """
         self._stop()
         while self.descriptors:
             os.close(self.descriptors.pop())
@@ -146,7 +152,10 @@ class ThreadPool:
 
 
 class _Run:
-    """The threads of one call to `take`. `condition` guards the state shared with the trainer."""
+    """The threads of one call to `make_chunks`.
+
+    `condition` guards the state shared with the trainer.
+    """
 
     def __init__(self, pool: ThreadPool, requests: Iterator[ChunkRequest]):
         self.pool, self.requests = pool, requests
