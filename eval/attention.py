@@ -25,13 +25,13 @@ from ssl_pretrain.data.images import decode
 from ssl_pretrain.eval import command_line
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.schema import FROM_ZERO
+from ssl_pretrain.schema import NON_NEGATIVE_INT
 from ssl_pretrain.views import crops
 
 MASS = 0.6  # share of a head's attention that its mask covers, as in DINO's figure 1
 OPTIONS: dict[str, dict[str, Any]] = {
     "--size": {
-        "type": FROM_ZERO,
+        "type": NON_NEGATIVE_INT,
         "default": 0,
         "help": "side of the images in pixels (default: the run's evaluation size)",
     },

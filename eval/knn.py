@@ -35,7 +35,7 @@ from ssl_pretrain.eval.frozen.evaluation_split import (
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.monitoring import weighted_knn
 from ssl_pretrain.parallel import memory
-from ssl_pretrain.schema import COUNT, FROM_ZERO, POSITIVE
+from ssl_pretrain.schema import NON_NEGATIVE_INT, POSITIVE_FLOAT, POSITIVE_INT
 
 # DINO's grid (Caron et al., ICCV 2021, arXiv:2104.14294; eval_knn.py of facebookresearch/dino).
 GRID_KS = (10, 20, 100, 200)
@@ -45,15 +45,15 @@ NORMALIZATION = (
 )
 OPTIONS: dict[str, dict[str, Any]] = {
     "--k": {
-        "type": COUNT,
+        "type": POSITIVE_INT,
         "help": "number of neighbors that vote (default: the run's evaluation.k)",
     },
     "--temperature": {
-        "type": POSITIVE,
+        "type": POSITIVE_FLOAT,
         "help": "divisor of the similarities (default: the run's evaluation.temperature)",
     },
     "--shifts": {
-        "type": FROM_ZERO,
+        "type": NON_NEGATIVE_INT,
         "nargs": "*",
         "metavar": "N",
         "help": (

@@ -7,7 +7,7 @@ from ssl_pretrain.eval import command_line
 from ssl_pretrain.eval.frozen import cached_linear, features, published_linear
 from ssl_pretrain.eval.protocols import LINEAR, LinearOptions
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.schema import COUNT, NOT_NEGATIVE, POSITIVE
+from ssl_pretrain.schema import NON_NEGATIVE_FLOAT, POSITIVE_FLOAT, POSITIVE_INT
 
 HELP = f"""Accuracy of linear classifiers on frozen features, raw pixels and a random backbone.
 
@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "protocol, described above (default: cached)",
     },
     "--epochs": {
-        "type": COUNT,
+        "type": POSITIVE_INT,
         "help": "passes over the images (default: 50 for cached, else the published number)",
     },
     "--rows": {
@@ -51,14 +51,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "features to evaluate (default: all for cached, else pretrained)",
     },
     "--labels-per-class": {
-        "type": COUNT,
+        "type": POSITIVE_INT,
         "nargs": "*",
         "default": [],
         "metavar": "N",
         "help": "cached: also fit logistic regressions to N labels per class (10 draws)",
     },
     "--lrs": {
-        "type": POSITIVE,
+        "type": POSITIVE_FLOAT,
         "nargs": "+",
         "metavar": "LR",
         "help": (
@@ -67,13 +67,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         ),
     },
     "--weight-decays": {
-        "type": NOT_NEGATIVE,
+        "type": NON_NEGATIVE_FLOAT,
         "nargs": "+",
         "metavar": "WD",
         "help": "published protocols: weight decays to try (default: the published one and 0)",
     },
     "--batch-size": {
-        "type": COUNT,
+        "type": POSITIVE_INT,
         "help": "published protocols: images per step on all ranks (default: the published number)",
     },
     "--feature": {

@@ -16,7 +16,7 @@ from ssl_pretrain.eval.frozen.evaluation_split import (
 )
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.monitoring import weighted_knn
-from ssl_pretrain.schema import FROM_ZERO
+from ssl_pretrain.schema import NON_NEGATIVE_INT
 
 HELP = f"""k-NN accuracy of frozen features on corrupted test images, at five severities.
 
@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "corruptions to apply (default: all)",
     },
     "--max-images": {
-        "type": FROM_ZERO,
+        "type": NON_NEGATIVE_INT,
         "default": 2000,
         "help": "number of test images, always the same random choice (default: 2000; 0 uses all)",
     },

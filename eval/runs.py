@@ -84,7 +84,7 @@ def load_run(
         ) from None
     _check_overrides(overrides, RUN_SECTIONS)
     run_config = config.from_dict(
-        config.override(manifest["config"], overrides, "the run's config")
+        config.apply_overrides(manifest["config"], overrides, "the run's config")
     )
     _check_architecture(path, run_config, folder)
     view_size = recipe.expand_counts(run_config.views)[0].size

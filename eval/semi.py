@@ -24,7 +24,7 @@ from ssl_pretrain.eval.finetuning import selection
 from ssl_pretrain.eval.frozen import few_labels
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.schema import FROM_ZERO, PERCENT
+from ssl_pretrain.schema import NON_NEGATIVE_INT, PERCENT
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--percent": {
@@ -39,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "files with one image name per line, instead of --percent",
     },
     "--subset-seed": {
-        "type": FROM_ZERO,
+        "type": NON_NEGATIVE_INT,
         "default": 0,
         "help": "seed of the class-balanced choice (default: 0)",
     },

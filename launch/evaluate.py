@@ -19,7 +19,7 @@ from ssl_pretrain.launch.evaluation_jobs import (
     check_names,
     report_stop,
 )
-from ssl_pretrain.schema import POSITIVE
+from ssl_pretrain.schema import POSITIVE_FLOAT
 
 DESCRIPTION = """\
 Run the evaluations that a run's checkpoints do not have yet.
@@ -107,13 +107,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--every-seconds",
-        type=POSITIVE,
+        type=POSITIVE_FLOAT,
         default=30.0,
         help="with --watch: seconds between searches for new checkpoints (default: 30)",
     )
     add(
         "--give-up-minutes",
-        type=POSITIVE,
+        type=POSITIVE_FLOAT,
         default=60.0,
         help="with --watch: give up after so many minutes without a training process (default: 60)",
     )

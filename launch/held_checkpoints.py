@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ssl_pretrain.checkpoint.manifest import MANIFEST
+from ssl_pretrain.checkpoint.manifest import MANIFEST_FILE
 from ssl_pretrain.fault_tolerance.lock_holder import LockHolder
 
 OWNER = "owner.json"
@@ -66,7 +66,7 @@ def link(path: Path, target: Path) -> Path | None:
                 link_path.mkdir(exist_ok=True)
             else:
                 os.link(file, link_path)
-        files = json.loads((target / MANIFEST).read_text())["files"]
+        files = json.loads((target / MANIFEST_FILE).read_text())["files"]
         return target if all((target / name).exists() for name in files) else None
     except FileNotFoundError:
         return None

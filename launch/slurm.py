@@ -51,8 +51,8 @@ def check_no_slurm_keys(config: RunConfig, overrides: Sequence[str]) -> None:
         config,
         overrides,
         reason,
-        "leave it out to train on this machine (launch.ranks sets the processes per machine, and "
-        "launch.hosts lists the machines), or add launch.cluster=slurm --plan to see the job",
+        "remove such keys to train on this machine (launch.ranks sets the processes per machine, "
+        "and launch.hosts lists the machines), or add launch.cluster=slurm --plan to see the job",
         overrides_only=config.launch.cluster == "local",
     )
 

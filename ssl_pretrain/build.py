@@ -48,13 +48,13 @@ class Training:
     """
 
     config: RunConfig
-    first_step: int  # steps done by earlier processes of the run
+    num_steps_done: int  # steps that earlier processes of the run have taken
     end_step: int  # the step after which this process stops
     num_steps: int  # steps of the whole run
     execution: Execution
     lock: RunLock
     loader: Loader
-    stop: StopRequest
+    stop_request: StopRequest
     stepper: Stepper
     checkpoints: Checkpoints
     logger: Logger
@@ -69,9 +69,9 @@ class Training:
         of the run's folder is checked before each step.
         """
         views, device = self.config.views, self.execution.device
-        batches = throughput_check.report_bottleneck(self.loader, self.first_step, device)
-        batches = self.logger.time_waiting(self.stop.watch(batches, self.first_step))
-        for step, batch in zip(range(self.first_step, self.end_step), batches):
+        batches = throughput_check.report_bottleneck(self.loader, self.num_steps_done, device)
+        batches = self.logger.time_waiting(self.stop_request.watch(batches, self.num_steps_done))
+        for step, batch in zip(range(self.num_steps_done, self.end_step), batches):
             self.lock.check()
             describe = partial(self.loader.describe_views, step, image_grids.NUM_IMAGES)
             self.logger.save_views(step + 1, batch.views, views.mean, views.std, describe)
@@ -98,7 +98,7 @@ class Training:
 
     def stop_requested(self, step: int) -> bool:
         """Return True on all ranks if training ends with this step."""
-        return self.stop.exchange(step) or step == self.end_step or self.logger.must_stop
+        return self.stop_request.exchange(step) or step == self.end_step or self.logger.must_stop
 
     def save_checkpoint(self, step: int, wait: bool) -> None:
         """Check that all ranks have the same weights, and save them.
@@ -116,7 +116,7 @@ def build_training(
     config: RunConfig,
     device: torch.device,
     stop_after: int | None = None,
-    fake_preempt: int | None = None,
+    fake_preemption_step: int | None = None,
 ) -> Iterator[Training]:
     """Lock the run's folder, build everything and resume from the newest checkpoint.
 
@@ -124,7 +124,7 @@ def build_training(
         config: Configuration of the run.
         device: Device of this rank.
         stop_after: Steps to take in this process. None means all remaining steps.
-        fake_preempt: Step after which rank 0 receives a stop signal, for tests.
+        fake_preemption_step: Step after which rank 0 receives a stop signal, for tests.
     """
     run, execution = Path(config.output), Execution.resolve(config.parallel, device)
     with ExitStack() as stack:
@@ -133,7 +133,7 @@ def build_training(
         source = data_loader.source
         num_steps = round(config.epochs * data_loader.steps_per_epoch)
         rank_agreement.check_data(source.fingerprint, len(source), config.data.root)
-        stop = stack.enter_context(StopRequest(fake_preempt=fake_preempt))
+        stop_request = stack.enter_context(StopRequest(fake_preemption_step=fake_preemption_step))
         method = build_method(config, source)
         stepper = build_run_stepper(method, config, execution)
         checkpoints = Checkpoints(
@@ -145,10 +145,14 @@ def build_training(
             data_loader.steps_per_epoch,
             lock.check,
         )
-        first_step = checkpoints.resume(partial(configuration.compare_for_resume, config=config))
-        write_config(config, first_step)
+        num_steps_done = checkpoints.resume(
+            partial(configuration.check_resume_config, config=config)
+        )
+        write_config(config)
+        if num_steps_done:
+            process_group.print_once(f"resumed {run} after step {num_steps_done}")
         logger = stack.enter_context(
-            build_logger(config, checkpoints, data_loader, device, first_step)
+            build_logger(config, checkpoints, data_loader, device, num_steps_done)
         )
         checkpoints.facts.wandb_id = logger.wandb_id
         nan_guard = NanGuard(
@@ -162,13 +166,13 @@ def build_training(
         )
         yield Training(
             config=config,
-            first_step=first_step,
-            end_step=min(num_steps, first_step + (stop_after or num_steps)),
+            num_steps_done=num_steps_done,
+            end_step=min(num_steps, num_steps_done + (stop_after or num_steps)),
             num_steps=num_steps,
             execution=execution,
             lock=lock,
             loader=data_loader,
-            stop=stop,
+            stop_request=stop_request,
             stepper=stepper,
             checkpoints=checkpoints,
             logger=logger,
@@ -177,7 +181,7 @@ def build_training(
                 config.health,
                 method,
                 stepper.optimizer,
-                first_step,
+                num_steps_done,
                 logger.past_records,
                 logger.alert,
             ),
@@ -215,7 +219,7 @@ def build_method(config: RunConfig, source: Source | None = None) -> Method:
 
 
 def build_run_stepper(method: Method, config: RunConfig, execution: Execution) -> Stepper:
-    """Distribute the method over the ranks and build its optimizer."""
+    """Choose the micro-batch size, distribute the method over the ranks and build its optimizer."""
     micro_batch_size = choose_micro_batch_size(method, config, execution)
     return build_stepper(
         method,
@@ -237,7 +241,7 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
             micro-batches.
     """
     world_size = process_group.world_size()
-    share = config.global_batch_size // world_size
+    images_per_rank = config.global_batch_size // world_size
     num_images = configuration.configured_micro_batch_size(config, world_size)
     if num_images is None:
         num_images, estimate = micro_batch.find_micro_batch_size(
@@ -245,19 +249,20 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
             config.parallel,
             config.views,
             execution,
-            share=share,
+            images_per_rank=images_per_rank,
             global_batch_size=config.global_batch_size,
         )
         process_group.print_once(
-            f"micro_batch_size: auto chose {num_images} of {share} images per rank ({estimate})"
+            f"micro_batch_size: auto chose {num_images} of {images_per_rank} images per rank "
+            f"({estimate})"
         )
-    if num_images < share:
+    if num_images < images_per_rank:
         check_accumulation(method, config.parallel)
     return num_images
 
 
-def write_config(config: RunConfig, first_step: int) -> None:
-    """Write the resolved configuration on rank 0, and print after which step a run resumes.
+def write_config(config: RunConfig) -> None:
+    """Write the resolved configuration to `config.yaml` in the run's folder, on rank 0.
 
     Raises:
         SaveError: If the file cannot be written and `checkpoint.on_failure` is `stop`.
@@ -269,14 +274,12 @@ def write_config(config: RunConfig, first_step: int) -> None:
         except OSError as error:
             problem = background_writer.refusal_message(path, error)
     background_writer.raise_or_warn(problem, config.checkpoint.on_failure)
-    if first_step:
-        process_group.print_once(f"resumed {path.parent} after step {first_step}")
 
 
 def flops_per_image(config: RunConfig) -> float:
     """Count the floating-point operations of a training step per image, on the meta device."""
     execution = Execution.resolve(config.parallel, torch.device("meta"))
-    method = configuration.method_on_meta(config)
+    method = configuration.build_method_on_meta(config)
     execution.place_module(method)
     return recorder.flops_per_image(method, micro_batch.blank_batch(config.views, 2, execution))
 
@@ -286,13 +289,13 @@ def build_logger(
     checkpoints: Checkpoints,
     data_loader: Loader,
     device: torch.device,
-    first_step: int,
+    num_steps_done: int,
 ) -> Logger:
     """Open the run's records, and start the console output and Weights & Biases."""
     return Logger(
         config.log,
         Path(config.output),
-        first_step=first_step,
+        num_steps_done=num_steps_done,
         last_step=checkpoints.facts.last_step,
         steps_per_epoch=data_loader.steps_per_epoch,
         global_batch_size=config.global_batch_size,

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from ssl_pretrain import build
 from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
-from ssl_pretrain.checkpoint.manifest import read_manifest, verify
+from ssl_pretrain.checkpoint.manifest import read_manifest, verify_checkpoint
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.optim import optimizers, schedules
 from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.schema import COUNT
+from ssl_pretrain.schema import POSITIVE_INT
 
 
 def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
@@ -50,9 +50,9 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
     """
     record_path = run / "skipped" / f"step_{step:08d}.json"
     record = json.loads(record_path.read_text()) if record_path.exists() else {}
-    _check_reached(run, step)
-    path, steps_done = _checkpoint_before(run, step, record)
-    verify(path)
+    _require_reached(run, step)
+    path, num_steps_done = _starting_point(run, step, record)
+    verify_checkpoint(path)
     manifest = read_manifest(path)
     config = replace(configuration.from_dict(manifest["config"]), micro_batch_size=0)
     device = process_group.start(config.parallel.threads, config.parallel.deterministic)
@@ -66,8 +66,9 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
         method = build.build_method(config, loader.source)
         stepper = build.build_run_stepper(method, config, execution)
         TrainingState(method, stepper.optimizer).restore(path)
-        steps_done = step - 1 if from_checkpoint else steps_done
-        for index, batch in zip(range(steps_done, step), loader.starting_at(steps_done)):
+        num_steps_done = step - 1 if from_checkpoint else num_steps_done
+        batches = loader.starting_at(num_steps_done)
+        for index, batch in zip(range(num_steps_done, step), batches):
             progress = schedules.Progress(index, manifest["last_step"], loader.steps_per_epoch)
             optimizers.set_rates(
                 stepper.optimizer, config.optim, progress, config.epochs, config.global_batch_size
@@ -91,9 +92,9 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
         return lines + probe.describe()
 
 
-def _check_reached(run: Path, step: int) -> None:
+def _require_reached(run: Path, step: int) -> None:
     if not list_checkpoints(run):
-        return  # `_checkpoint_before` raises the error
+        return  # `_starting_point` raises the error
     manifest = read_manifest(newest_checkpoint(run))
     last_step = manifest["last_step"]
     if step > last_step:
@@ -119,7 +120,7 @@ def _recorded_steps(run: Path) -> list[int]:
     return [0, *steps]
 
 
-def _checkpoint_before(run: Path, step: int, record: dict[str, Any]) -> tuple[Path, int]:
+def _starting_point(run: Path, step: int, record: dict[str, Any]) -> tuple[Path, int]:
     """Return the checkpoint that led to a step, and the step after which training continued."""
     paths = {_step_of(path): path for path in list_checkpoints(run)}
     start = max((saved_step for saved_step in paths if saved_step < step), default=None)
@@ -146,7 +147,7 @@ class _Probe:
     """Hooks that find the first module with a non-finite output and measure gradient norms."""
 
     def __init__(self, method: nn.Module):
-        self._bad_output = ""
+        self._first_bad_output = ""
         self._squared_norms: dict[str, float] = defaultdict(float)
         for name, module in method.named_modules():
             if name and not list(module.children()):
@@ -156,15 +157,19 @@ class _Probe:
                 parameter.register_hook(partial(self._add_gradient, name.partition(".")[0]))
 
     def _check_output(self, name: str, module: nn.Module, inputs: object, output: object) -> None:
-        if not self._bad_output and isinstance(output, Tensor) and not output.isfinite().all():
-            self._bad_output = f"{name} ({type(module).__name__}), {tuple(output.shape)}"
+        if (
+            not self._first_bad_output
+            and isinstance(output, Tensor)
+            and not output.isfinite().all()
+        ):
+            self._first_bad_output = f"{name} ({type(module).__name__}), {tuple(output.shape)}"
 
     def _add_gradient(self, child: str, gradient: Tensor) -> None:
         self._squared_norms[child] += gradient.double().square().sum().item()
 
     def describe(self) -> list[str]:
         """Return the lines of the report, with one gradient norm per child of the method."""
-        return [f"  first output that is not finite: {self._bad_output or 'none'}"] + [
+        return [f"  first output that is not finite: {self._first_bad_output or 'none'}"] + [
             f"  gradient norm of {name}: {squared_norm**0.5:.6g}"
             for name, squared_norm in self._squared_norms.items()
         ]
@@ -178,7 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="output folder of a run")
-    parser.add_argument("step", type=COUNT, help="step number, as in metrics.jsonl and skipped/")
+    parser.add_argument(
+        "step", type=POSITIVE_INT, help="step number, as in metrics.jsonl and skipped/"
+    )
     parser.add_argument(
         "--from-checkpoint",
         action="store_true",

@@ -1,11 +1,11 @@
 """Counter-based random numbers, each a pure function of its purpose and position.
 
-A number is identified by (seed, epoch, index, view, purpose, lane). The hash of this tuple gives
-its 64 bits. No state is carried from one number to the next, so batch size, ranks, workers and
-resumed runs do not change the numbers. The hash absorbs the elements of the tuple one after
-another, each with the finalizer of splitmix64 (Steele, Lea, Flood, OOPSLA 2014,
-doi:10.1145/2660193.2660195). It uses integer arithmetic only, so the bits are the same on every
-machine.
+A number is identified by (seed, epoch, index, view, purpose, lane). The lane is the position of the
+number among those with the same purpose. The hash of this tuple gives its 64 bits. No state is
+carried from one number to the next, so batch size, ranks, workers and resumed runs do not change
+the numbers. The hash absorbs the elements of the tuple one after another, each with the finalizer
+of splitmix64 (Steele, Lea, Flood, OOPSLA 2014, doi:10.1145/2660193.2660195). It uses integer
+arithmetic only, so the bits are the same on every machine.
 
 The hash and the values of `Purpose` must never change, or resumed runs would get other views.
 """
@@ -19,7 +19,7 @@ from ssl_pretrain.system.jit import njit
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 FIRST_MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
 SECOND_MULTIPLIER = np.uint64(0x94D049BB133111EB)
-ULP = 2.0**-53  # a double in [0, 1) holds the top 53 of 64 bits
+ULP = 2.0**-53  # spacing of the uniform numbers, which use the top 53 of 64 bits
 
 
 class Purpose(IntEnum):
@@ -68,7 +68,7 @@ def uniform_at(seed, epoch, index, view, purpose, lane):
 
 
 @njit(cache=True, nogil=True)
-def _fill(seed, epoch, indices, view, purpose, out):
+def _fill_uniform(seed, epoch, indices, view, purpose, out):
     for row in range(out.shape[0]):
         for lane in range(out.shape[1]):
             out[row, lane] = uniform_at(seed, epoch, indices[row], view, purpose, lane)
@@ -81,12 +81,12 @@ def _fill_bits(seed, epoch, purpose, out):
 
 
 def uniform(
-    seed: int, epoch: int, indices: np.ndarray | int, view: int, purpose: Purpose, count: int
+    seed: int, epoch: int, indices: np.ndarray | int, view: int, purpose: Purpose, num_values: int
 ) -> np.ndarray:
     """Return independent uniform numbers in [0, 1).
 
-    Row i depends on `indices[i]` but not on the other indices. A column does not depend on `count`,
-    so a purpose can use more numbers without changing its earlier ones.
+    Row i depends on `indices[i]` but not on the other indices. A column does not depend on
+    `num_values`, so a purpose can use more numbers without changing its earlier ones.
 
     Args:
         seed: Seed of the run, in [0, 2**63).
@@ -94,24 +94,24 @@ def uniform(
         indices: Indices of images in the data set, int64 of shape (n,), or a single index.
         view: Index of the view in the order of `views.recipe.expand_counts`.
         purpose: Purpose of the numbers.
-        count: Number of values per index.
+        num_values: Number of values per index.
 
     Returns:
-        float64 array of shape (n, count). A single index gives (1, count).
+        float64 array of shape (n, num_values). A single index gives (1, num_values).
     """
     rows = np.atleast_1d(np.asarray(indices, dtype=np.int64))
-    out = np.empty((len(rows), count))
-    _fill(seed, epoch, rows, view, int(purpose), out)
+    out = np.empty((len(rows), num_values))
+    _fill_uniform(seed, epoch, rows, view, int(purpose), out)
     return out
 
 
-def permutation(seed: int, epoch: int, n: int, purpose: Purpose = Purpose.ORDER) -> np.ndarray:
-    """Return a random order of range(n) that differs between epochs: int64 of shape (n,).
+def permutation(seed: int, epoch: int, length: int, purpose: Purpose = Purpose.ORDER) -> np.ndarray:
+    """Return a random order of range(length), as int64, that differs between epochs.
 
     The order comes from a stable sort of hashed keys, so it is the same on every machine and with
     every version of numpy. The permutations of numpy's generators may change between versions.
     """
-    keys = np.empty(n, dtype=np.uint64)
+    keys = np.empty(length, dtype=np.uint64)
     _fill_bits(seed, epoch, int(purpose), keys)
     return np.argsort(keys, kind="stable")
 

@@ -23,8 +23,8 @@ from ssl_pretrain.views.batch import Batch
 class StepOutput(NamedTuple):
     """Detached tensors on the device. Reading one makes the host wait for the device."""
 
-    embeddings: Embeddings  # embeddings of this rank that are not transient
-    targets: Embeddings  # targets of this rank that are not transient
+    embeddings: Embeddings  # this rank's, without the transient ones
+    targets: Embeddings  # this rank's, without the transient ones
     logs: dict[str, Tensor]  # scalars
 
 
@@ -35,11 +35,11 @@ class Stepper:
     Attributes:
         model: The method, wrapped for the ranks of the run.
         optimizer: The optimizer of the method. Its learning rates are set before each step.
-        config: Parallel settings of the run.
+        parallel_config: Parallel settings of the run.
         seed: Seed of the run, which determines dropout and drop path.
         micro_batch_size: Images per forward pass on this rank.
         global_batch_size: Images per step over all ranks.
-        optim: Optimizer settings, used for clipping the gradient.
+        optim_config: Optimizer settings, used for clipping the gradient.
         execution: Device and formats of the model.
         first_bad_step: First step, counted from 1, at which each embedding of this rank was not
             finite. The scalar of an embedding is -1 while all its values have been finite.
@@ -47,11 +47,11 @@ class Stepper:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    config: ParallelConfig
+    parallel_config: ParallelConfig
     seed: int
     micro_batch_size: int
     global_batch_size: int
-    optim: optimizers.OptimConfig
+    optim_config: optimizers.OptimConfig
     execution: Execution
     first_bad_step: dict[str, Tensor] = field(default_factory=dict)
 
@@ -66,18 +66,18 @@ class Stepper:
         batch = replace(batch, views=self.execution.place_views(batch.views))
         statistics_before = batch_norm.snapshot_statistics(method)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.config.cuda_graphs:
+        if self.parallel_config.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # earlier outputs may be overwritten
         embeddings, targets, logs = self._backward(batch, progress.step)
         self._record_first_bad_step(embeddings, progress.step)
         frozen_prefixes = tuple(method.frozen(progress))
         gradient_norm, skipped = optimizers.guarded_step(
             self.optimizer,
-            self.optim.clip_norm,
-            self.optim.clip_by,
+            self.optim_config.clip_norm,
+            self.optim_config.clip_by,
             [p for name, p in method.named_parameters() if name.startswith(frozen_prefixes)],
         )
-        wrap.average_statistics(self.model, self.config, self.global_batch_size)
+        wrap.average_statistics(self.model, self.parallel_config, self.global_batch_size)
         batch_norm.restore_statistics(method, statistics_before, skipped > 0)
         method.step_taken = 1 - skipped
         method.after_step(progress, embeddings, targets)
@@ -97,7 +97,7 @@ class Stepper:
     def describe_bad_embeddings(self) -> str:
         """List the embeddings that were not finite, with rank and first step.
 
-        The text is empty if all were finite. This is a collective, so every rank has to call it.
+        The text is empty if all were finite. This is a collective that every rank must call.
         """
         local_steps = {name: int(step) for name, step in self.first_bad_step.items() if step >= 0}
         return ", ".join(
@@ -115,21 +115,23 @@ class Stepper:
     def _backward(self, batch: Batch, step: int) -> StepOutput:
         """Compute the gradient of the global batch's loss with respect to the parameters."""
         if self.num_micro_batches == 1:
-            return self._backward_whole(batch, step)
-        check_accumulation(self.method, self.config)
-        automatic = "two_passes" if self.method.couples == "embeddings" else "one_pass"
-        if self.config.accumulation.replace("auto", automatic) == "two_passes":
+            return self._backward_whole_batch(batch, step)
+        check_accumulation(self.method, self.parallel_config)
+        accumulation = self.parallel_config.accumulation
+        if accumulation == "auto":
+            accumulation = "two_passes" if self.method.couples == "embeddings" else "one_pass"
+        if accumulation == "two_passes":
             return self._backward_in_two_passes(batch, step)
-        return self._backward_accumulated(batch, step)
+        return self._backward_in_one_pass(batch, step)
 
-    def _backward_whole(self, batch: Batch, step: int) -> StepOutput:
+    def _backward_whole_batch(self, batch: Batch, step: int) -> StepOutput:
         self._seed(step, 0)
         embeddings, targets = self._embed(batch), self._targets(batch)
         output = self.method.loss(embeddings, targets)
         output.loss.backward()
-        return _without_transient(self.method, embeddings, targets, output)
+        return _build_output(self.method, embeddings, targets, output)
 
-    def _backward_accumulated(self, batch: Batch, step: int) -> StepOutput:
+    def _backward_in_one_pass(self, batch: Batch, step: int) -> StepOutput:
         """Add up the gradients of the micro-batches.
 
         This is exact if the loss does not compare images with each other, because the loss is then
@@ -139,13 +141,13 @@ class Stepper:
         update_statistics = _build_statistics_updater(method, self.num_micro_batches)
         for k, micro_batch in enumerate(self._micro_batches(batch)):
             self._seed(step, k)
-            with self._reducing_after_last(k):
+            with self._no_sync_before_last(k):
                 embeddings = self._embed(micro_batch)
                 targets = self._targets(micro_batch)
                 output = method.loss(embeddings, targets)
                 (output.loss / self.num_micro_batches).backward()
             update_statistics(k)  # after backward, which checks that the buffers are unchanged
-            outputs.append(_without_transient(method, embeddings, targets, output))
+            outputs.append(_build_output(method, embeddings, targets, output))
         return StepOutput(
             concatenate_micro_batches([output.embeddings for output in outputs]),
             concatenate_micro_batches([output.targets for output in outputs]),
@@ -158,10 +160,9 @@ class Stepper:
     def _backward_in_two_passes(self, batch: Batch, step: int) -> StepOutput:
         """Compute the gradients of the embeddings first, and then those of the weights.
 
-        The first pass embeds all micro-batches without a graph. The gradients of the loss over all
-        of them are computed with respect to the embeddings. The second pass embeds each micro-batch
-        again and backpropagates its rows of these gradients (GradCache, Gao et al.,
-        arXiv:2101.06983).
+        The first pass embeds all micro-batches without a graph. The loss over all of them gives the
+        gradients with respect to the embeddings. The second pass embeds each micro-batch again and
+        backpropagates its rows of these gradients (GradCache, Gao et al., arXiv:2101.06983).
         """
         method = self.method
         micro_batches = self._micro_batches(batch)
@@ -174,7 +175,7 @@ class Stepper:
         for k, micro_batch in enumerate(micro_batches):
             self._seed(step, k)
             rows = slice(k * num_rows, (k + 1) * num_rows)
-            with self._reducing_after_last(k):
+            with self._no_sync_before_last(k):
                 replayed = self._embed(micro_batch)
                 torch.autograd.backward(
                     [replayed[name] for name in gradients],
@@ -187,7 +188,7 @@ class Stepper:
             for buffer, value in zip(batch_norm.statistics(method), statistics):
                 buffer.copy_(value)
         output.logs["replay_error"] = replay_error
-        return _without_transient(method, embeddings, targets, output)
+        return _build_output(method, embeddings, targets, output)
 
     def _embed_without_graph(
         self, micro_batches: Sequence[Batch], step: int
@@ -200,7 +201,7 @@ class Stepper:
                 self._seed(step, k)
                 embeddings.append(self._embed(micro_batch))
                 targets.append(self._targets(micro_batch))
-                update_statistics(k)  # updates those of the student and of the teacher
+                update_statistics(k)  # both the student's and the teacher's
         leaves = {
             name: z.requires_grad_() for name, z in concatenate_micro_batches(embeddings).items()
         }
@@ -209,8 +210,8 @@ class Stepper:
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         return [batch.slice(k, self.num_micro_batches) for k in range(self.num_micro_batches)]
 
-    def _reducing_after_last(self, k: int) -> AbstractContextManager[object]:
-        """Return a context in which only the last micro-batch reduces gradients over ranks."""
+    def _no_sync_before_last(self, k: int) -> AbstractContextManager[object]:
+        """Return a context in which only the last micro-batch averages gradients over ranks."""
         is_last = k == self.num_micro_batches - 1
         return nullcontext() if is_last else wrap.without_sync(self.model)
 
@@ -309,22 +310,25 @@ def _gradients(loss: Tensor, embeddings: Embeddings) -> Embeddings:
     return {name: g for name, g in zip(embeddings, gradients) if g is not None}
 
 
-def _without_transient(
-    method: Method, embeddings: Embeddings, targets: Embeddings, output: LossOutput
+def _build_output(
+    method: Method, embeddings: Embeddings, targets: Embeddings, loss_output: LossOutput
 ) -> StepOutput:
     """Detach all tensors and drop those that the method declares as transient."""
     return StepOutput(
         {name: z.detach() for name, z in embeddings.items() if name not in method.transient},
         {name: z for name, z in targets.items() if name not in method.transient},
-        {name: value.detach() for name, value in {"loss": output.loss, **output.logs}.items()},
+        {
+            name: value.detach()
+            for name, value in {"loss": loss_output.loss, **loss_output.logs}.items()
+        },
     )
 
 
 def _build_statistics_updater(method: Method, num_micro_batches: int) -> Callable[[int], None]:
-    """Return a function that averages batch norm's statistics if called after each micro-batch.
+    """Return a function that averages batch norm's statistics, to be called after each micro-batch.
 
-    Every micro-batch starts from the same running statistics. After the last one, the statistics
-    are set to the mean of the values that each micro-batch alone has produced.
+    Every micro-batch starts from the same running statistics. The last call sets them to the mean
+    of the values that the micro-batches have produced.
     """
     buffers = batch_norm.statistics(method)
     initial_values = [buffer.clone() for buffer in buffers]

@@ -26,21 +26,28 @@ from ssl_pretrain.monitoring.collapse import CollapseError
 from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.planning import plan
-from ssl_pretrain.schema import COUNT
+from ssl_pretrain.schema import POSITIVE_INT
 from ssl_pretrain.system import exit_status, output_streams, stop_signals, thread_lock
 
-# Errors with messages for users. No traceback is printed.
-EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, CollapseError, exit_status.LostError)
-USER_ERRORS = (ValueError, configuration.ConfigError)  # other subclasses of ValueError are bugs
+# Errors whose messages are written for users. They are printed without a traceback.
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    torch.OutOfMemoryError,
+    CollapseError,
+    exit_status.LostError,
+)
+USER_VALUE_ERRORS = (ValueError, configuration.ConfigError)  # other kinds of ValueError are bugs
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Last step of a training process, counted in optimizer steps from the start of the run."""
+    """Result of a training process, in optimizer steps counted from the start of the run."""
 
     step: int  # step at which training ended
-    end_step: int  # step at which this process was due to stop
-    num_steps: int  # number of steps of the whole run
+    end_step: int  # step at which this process would end without a stop request
+    num_steps: int  # steps of the whole run
 
 
 def train(config: RunConfig, device: torch.device, stop_after: int | None = None) -> int:
@@ -58,11 +65,14 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
         LostRankError: If another rank ends.
         LostWorkerError: If a process that reads images is killed.
     """
-    return train_and_report(config, device, stop_after, fake_preempt=None).step
+    return train_and_report(config, device, stop_after, fake_preemption_step=None).step
 
 
 def train_and_report(
-    config: RunConfig, device: torch.device, stop_after: int | None, fake_preempt: int | None
+    config: RunConfig,
+    device: torch.device,
+    stop_after: int | None,
+    fake_preemption_step: int | None,
 ) -> Outcome:
     """Train as `train` does, then print and return the outcome."""
     run = Path(config.output)
@@ -70,17 +80,16 @@ def train_and_report(
     with thread_lock.only_training_of_process(), collectives.explain_lost_ranks():
         rank_agreement.check_programs(configuration.to_dict(config), type(config.method).__module__)
         configuration.check(config, process_group.world_size())
-        compare = partial(configuration.compare_for_resume, config=config)
-        if (
-            step := checkpoints.finished_step(run, config.checkpoint, config.epochs, compare)
-        ) is not None:
+        check_config = partial(configuration.check_resume_config, config=config)
+        step = checkpoints.finished_step(run, config.checkpoint, config.epochs, check_config)
+        if step is not None:
             process_group.print_once(
                 f"already finished: {run} has done its {step} steps, and the last one is saved in "
                 f"{folder.checkpoint_path(run, step)}. Nothing was trained or changed; choose a "
                 "new output for another run"
             )
             return Outcome(step, step, step)
-        outcome = _train(config, device, stop_after, fake_preempt)
+        outcome = _train(config, device, stop_after, fake_preemption_step)
     path = folder.checkpoint_path(run, outcome.step)
     summary = f"{outcome.step} of {outcome.num_steps} steps, saved in {path}"
     message = f"stopped: {summary}. The same command resumes the run"
@@ -91,10 +100,13 @@ def train_and_report(
 
 
 def _train(
-    config: RunConfig, device: torch.device, stop_after: int | None, fake_preempt: int | None
+    config: RunConfig,
+    device: torch.device,
+    stop_after: int | None,
+    fake_preemption_step: int | None,
 ) -> Outcome:
-    with build_training(config, device, stop_after, fake_preempt) as training:
-        step = training.first_step
+    with build_training(config, device, stop_after, fake_preemption_step) as training:
+        step = training.num_steps_done
         for progress, batch in training.steps():
             step = progress.step + 1  # records and checkpoints count from 1
             learning_rates = training.set_learning_rates(progress)
@@ -104,7 +116,7 @@ def _train(
             training.logger.log_step(step, output.logs, learning_rates, measurements)
             training.nan_guard.check(step, batch.indices, output.logs)
             stopping = training.stop_requested(step)
-            if stopping or training.checkpoints.due(step):
+            if stopping or training.checkpoints.is_due(step):
                 training.save_checkpoint(step, wait=stopping)
             if stopping:
                 break
@@ -116,25 +128,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ssl_pretrain.train",
         description=__doc__,
-        epilog=f"keys:\n{configuration.explain()}\n\nmethods: {', '.join(methods.names())}",
+        epilog=f"keys:\n{configuration.explain_key()}\n\nmethods: {', '.join(methods.names())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    option = parser.add_argument
-    option("-h", "--help", action=configuration.HelpAction)
-    option("config", help="a YAML file, such as those in configs/")
-    option("overrides", nargs="*", metavar="key=value", help="for example optim.base_lr=0.4")
-    option("--plan", action="store_true", help="print the resolved configuration and its costs")
-    option("--stop-after", type=COUNT, metavar="STEPS", help="save and exit after this many steps")
-    option("--fake-preempt", type=COUNT, metavar="STEP", help="send rank 0 one stop signal at STEP")
+    add = parser.add_argument
+    add("-h", "--help", action=configuration.HelpAction)
+    add("config", help="a YAML file, such as those in configs/")
+    add("overrides", nargs="*", metavar="key=value", help="for example optim.base_lr=0.4")
+    add("--plan", action="store_true", help="print the resolved configuration and its costs")
+    add(
+        "--stop-after",
+        type=POSITIVE_INT,
+        metavar="STEPS",
+        help="save and exit after this many steps",
+    )
+    add(
+        "--fake-preempt",
+        type=POSITIVE_INT,
+        metavar="STEP",
+        help="send rank 0 one stop signal at STEP",
+    )
     options = parser.parse_intermixed_args(arguments)  # key=value may follow an option
     if (status := exit_status.status_to_repeat()) is not None:
         return status
     with stop_signals.remembering_signals(), output_streams.tolerate_lost_output():
         try:
             return _run(options)
-        except (*EXPECTED_ERRORS, torch.OutOfMemoryError) as error:
-            if isinstance(error, ValueError) and type(error) not in USER_ERRORS:
+        except USER_ERRORS as error:
+            if isinstance(error, ValueError) and type(error) not in USER_VALUE_ERRORS:
                 raise
             print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)
             return exit_status.record_failure(error)
@@ -149,7 +171,7 @@ def _run(options: argparse.Namespace) -> int:
             config,
             options.overrides,
             "this command submits nothing",
-            "use launch/pretrain.py, or leave it out",
+            "use launch/pretrain.py, or remove such keys",
             overrides_only=True,
         )
     if options.plan:

@@ -110,7 +110,7 @@ def run(name: str, steps: int, folder: Path | None = None, **settings: Any) -> d
         state = TrainingState(method, stepper.optimizer)
         facts = RunFacts(NUM_STEPS, stepper.micro_batch_size, "")
         checkpoints = Checkpoints(folder, state, CheckpointConfig(), facts, {}, STEPS_PER_EPOCH)
-        first = checkpoints.resume(compare=lambda saved, path: None)
+        first = checkpoints.resume(check_config=lambda saved_config, path: None)
     losses = []
     for step in range(first, first + steps):
         losses.append(take_step(stepper, sizes, step))
@@ -124,7 +124,7 @@ def take_step(stepper: Stepper, sizes: tuple[int, ...], step: int) -> float:
     progress = Progress(step, NUM_STEPS, STEPS_PER_EPOCH)
     optim.set_rates(
         stepper.optimizer,
-        stepper.optim,
+        stepper.optim_config,
         progress,
         NUM_STEPS / STEPS_PER_EPOCH,
         stepper.global_batch_size,

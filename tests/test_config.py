@@ -186,7 +186,7 @@ def test_a_config_survives_its_manifest(path):
 def sections(kind):
     """Yield a dataclass of settings and all those below it."""
     yield kind
-    for hint in schema.hints(kind).values():
+    for hint in schema.field_types(kind).values():
         if dataclasses.is_dataclass(hint):
             yield from sections(hint)
 
@@ -196,29 +196,31 @@ def test_every_setting_has_help_and_a_resume_policy():
     kinds |= {methods.find(name).Config for name in methods.names()}
     for kind in kinds:
         for field in fields(kind):
-            metadata = schema.metadata(kind, field.name)
+            metadata = schema.field_metadata(kind, field.name)
             setting = f"{kind.__module__}.{kind.__name__}.{field.name}"
             assert metadata.get("help", "").endswith((".", ")")), f"{setting} has no help"
             assert metadata["on_resume"] in ("same", "free", "warn"), setting
 
 
 def test_a_key_is_explained():
-    assert config.explain("log.every_steps") == (
+    assert config.explain_key("log.every_steps") == (
         "log.every_steps (int, default 10)\n"
         "  Steps between two records of metrics.\n"
         "  A resumed run may change this value."
     )
-    assert config.explain("method.dino.center_momentum").startswith(
+    assert config.explain_key("method.dino.center_momentum").startswith(
         "method.dino.center_momentum (float, default 0.9)\n"
     )
-    assert "views.crops.global.size (int, default 224)" in config.explain("views.crops.global.size")
-    listed = [line.split()[0] for line in config.explain("optim").splitlines()]
+    assert "views.crops.global.size (int, default 224)" in config.explain_key(
+        "views.crops.global.size"
+    )
+    listed = [line.split()[0] for line in config.explain_key("optim").splitlines()]
     assert ", ".join(listed) == names(OptimConfig)
 
 
 def test_a_key_that_does_not_exist_is_not_explained():
     with pytest.raises(ValueError, match=r"^optim\.base_lrr: no such key\. Did you mean"):
-        config.explain("optim.base_lrr")
+        config.explain_key("optim.base_lrr")
 
 
 def test_the_help_of_a_key_ends_quietly_without_a_reader():
@@ -270,7 +272,7 @@ def test_the_stored_config_of_an_old_run_compares_equal():
     saved["method"]["centre_momentum"] = saved["method"].pop("center_momentum")
     saved["plan"]["calibration"] = "runs/calibration.json"
     with pytest.warns(UserWarning) as caught:
-        config.compare_for_resume(saved, run, CHECKPOINT)
+        config.check_resume_config(saved, run, CHECKPOINT)
         assert config.from_dict(saved) == run
     assert len(caught) == 2
     assert "method.centre_momentum is now method.center_momentum" in str(caught[0].message)
@@ -282,13 +284,13 @@ def test_a_setting_is_free_warned_about_or_refused_on_a_resume(path):
     free = ["data.num_workers=3", "log.every_steps=7", "micro_batch_size=24", "output=elsewhere"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        config.compare_for_resume(saved, load(path, free), "c")
+        config.check_resume_config(saved, load(path, free), "c")
     expected = "^epochs was 8 and is now 9; the schedule changes from this step on$"
     with pytest.warns(UserWarning, match=expected):
-        config.compare_for_resume(saved, load(path, ["epochs=9"]), "c")
+        config.check_resume_config(saved, load(path, ["epochs=9"]), "c")
     other = load(path, ["optim.base_lr=0.5", "method.temperature=0.5", "epochs=9"])
     with pytest.raises(ConfigError) as error:
-        config.compare_for_resume(saved, other, f"runs/a/{CHECKPOINT.removeprefix('run/')}")
+        config.check_resume_config(saved, other, f"runs/a/{CHECKPOINT.removeprefix('run/')}")
     assert str(error.value) == (
         "runs/a/checkpoints/step_00000003 was saved with a different configuration: "
         "method.temperature was 0.2 and is now 0.5; optim.base_lr was 4.0 and is now 0.5. "
@@ -300,10 +302,10 @@ def test_a_key_that_the_saving_version_lacked_was_at_its_default(path):
     run = load(path)
     saved = config.to_dict(run)
     del saved["method"]["without_projector"]
-    config.compare_for_resume(saved, run, CHECKPOINT)
+    config.check_resume_config(saved, run, CHECKPOINT)
     other = load(path, ["method.without_projector=true"])
     with pytest.raises(ConfigError, match=r"method\.without_projector was False and is now True"):
-        config.compare_for_resume(saved, other, CHECKPOINT)
+        config.check_resume_config(saved, other, CHECKPOINT)
 
 
 def test_a_crops_option_that_the_saving_version_lacked_was_at_its_default(path):
@@ -311,9 +313,9 @@ def test_a_crops_option_that_the_saving_version_lacked_was_at_its_default(path):
     saved = config.to_dict(run)
     for crop in saved["views"]["crops"].values():
         del crop["crop_sampler"], crop["antialias"]
-    config.compare_for_resume(saved, run, CHECKPOINT)
+    config.check_resume_config(saved, run, CHECKPOINT)
     key = f"views.crops.{next(iter(saved['views']['crops']))}.antialias"
     with pytest.raises(ConfigError, match=f"{key} was True and is now False"):
-        config.compare_for_resume(saved, load(path, [f"{key}=false"]), CHECKPOINT)
+        config.check_resume_config(saved, load(path, [f"{key}=false"]), CHECKPOINT)
     with pytest.raises(ConfigError, match=r"views\.crops\.extra\.size was None and is now 4"):
-        config.compare_for_resume(saved, load(path, ["views.crops.extra.size=4"]), CHECKPOINT)
+        config.check_resume_config(saved, load(path, ["views.crops.extra.size=4"]), CHECKPOINT)

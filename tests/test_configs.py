@@ -47,7 +47,7 @@ def test_it_builds_its_real_model(path):
     run = config.load(path)
     recipe.check(run.views)
     assert (
-        backbones.count_parameters(plan.method_on_meta(run).backbone)
+        backbones.count_parameters(plan.build_method_on_meta(run).backbone)
         == BACKBONE_PARAMETERS[f"{run.backbone.name} {run.backbone.stem}"]
     )
 

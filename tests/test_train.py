@@ -19,7 +19,7 @@ from ssl_pretrain import config
 from ssl_pretrain.build import build_method
 from ssl_pretrain.checkpoint import state
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
-from ssl_pretrain.checkpoint.manifest import verify
+from ssl_pretrain.checkpoint.manifest import verify_checkpoint
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.train import main, train
@@ -219,7 +219,7 @@ def test_a_signal_makes_a_run_save_and_stop(tmp_path):
     process.terminate()
     process.stdout.read()
     assert process.wait(60) == 75
-    assert verify(newest_checkpoint(tmp_path / "run"))["step"] >= 1
+    assert verify_checkpoint(newest_checkpoint(tmp_path / "run"))["step"] >= 1
 
 
 def test_no_worker_process_remains(tmp_path):

@@ -11,7 +11,7 @@ from ssl_pretrain.eval.detection import backbone_comparison, detectors, detectro
 from ssl_pretrain.eval.detection.annotation_files import load_coco, load_voc
 from ssl_pretrain.eval.detection.annotations import AnnotatedImages, concatenate
 from ssl_pretrain.eval.detection.published_protocols import PROTOCOLS, Protocol
-from ssl_pretrain.schema import COUNT, FROM_ZERO
+from ssl_pretrain.schema import NON_NEGATIVE_INT, POSITIVE_INT
 
 HELP = f"""\
 Train torchvision's Faster or Mask R-CNN on a run's backbone, for detection or segmentation.
@@ -81,12 +81,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--seeds": {
         "nargs": "+",
-        "type": FROM_ZERO,
+        "type": NON_NEGATIVE_INT,
         "default": [0],
         "help": "train one detector per seed and backbone (default: 0)",
     },
     "--subset": {
-        "type": FROM_ZERO,
+        "type": NON_NEGATIVE_INT,
         "default": 0,
         "metavar": "N",
         "help": "train and test on the first N training images, as a check that training works",
@@ -98,7 +98,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--short-sides": {
         "nargs": "+",
-        "type": COUNT,
+        "type": POSITIVE_INT,
         "metavar": "PIXELS",
         "help": "short sides that training images are resized to; test images use the last one",
     },

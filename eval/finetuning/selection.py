@@ -22,18 +22,24 @@ from ssl_pretrain.eval.frozen import features, linear_heads
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, describe_splits, hold_out
 from ssl_pretrain.eval.protocols import TuningProtocol, fitting_batch_size
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.schema import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE
+from ssl_pretrain.schema import (
+    FRACTION,
+    FRACTION_BELOW_ONE,
+    NON_NEGATIVE_FLOAT,
+    POSITIVE_FLOAT,
+    POSITIVE_INT,
+)
 
 ROWS = ("random", "pretrained")
 MIN_STEPS_PER_EPOCH = 3  # published batch sizes that give fewer steps are reduced
 MIXING_OPTION = {
-    "type": NOT_NEGATIVE,
+    "type": NON_NEGATIVE_FLOAT,
     "metavar": "ALPHA",
     "help": "0 turns it off (default: the protocol's)",
 }
 TUNING_OPTIONS: dict[str, dict[str, Any]] = {
     "--lrs": {
-        "type": POSITIVE,
+        "type": POSITIVE_FLOAT,
         "nargs": "+",
         "metavar": "LR",
         "help": (
@@ -42,21 +48,21 @@ TUNING_OPTIONS: dict[str, dict[str, Any]] = {
         ),
     },
     "--weight-decays": {
-        "type": NOT_NEGATIVE,
+        "type": NON_NEGATIVE_FLOAT,
         "nargs": "+",
         "metavar": "WD",
         "help": "weight decays to try; one is selected in the same way",
     },
     "--epochs": {
-        "type": POSITIVE,
+        "type": POSITIVE_FLOAT,
         "help": "passes over the labeled images (default: the protocol's)",
     },
     "--batch-size": {
-        "type": COUNT,
+        "type": POSITIVE_INT,
         "help": "images per step over all ranks (default: the protocol's, or less for few images)",
     },
     "--layer-decay": {
-        "type": SHARE,
+        "type": FRACTION,
         "help": (
             "ratio of each block's learning rate to the next block's (default: the protocol's;"
             " BEiT and MAE use 0.65 to 0.75)"
@@ -65,7 +71,7 @@ TUNING_OPTIONS: dict[str, dict[str, Any]] = {
     "--mixup": MIXING_OPTION,
     "--cutmix": MIXING_OPTION,
     "--ema": {
-        "type": BELOW_ONE,
+        "type": FRACTION_BELOW_ONE,
         "default": 0.0,
         "metavar": "DECAY",
         "help": "evaluate the moving average of the weights with this decay, such as 0.9999",

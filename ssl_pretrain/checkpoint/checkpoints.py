@@ -7,16 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ssl_pretrain.checkpoint import folder, manifest, rank_agreement, tensor_files
+from ssl_pretrain.checkpoint import folder, rank_agreement, tensor_files
+from ssl_pretrain.checkpoint import manifest as manifests
 from ssl_pretrain.checkpoint.save_thread import SaveThread
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.schema import setting
 from ssl_pretrain.system.durable_files import SaveError
 
-# Called with `saved`, the configuration in a checkpoint's manifest, and `path`, the checkpoint.
-# Raises ValueError if this run may not continue from that checkpoint.
-Compare = Callable[..., None]
+# Called with `saved_config`, the configuration in a checkpoint's manifest, and `path`, the path of
+# the checkpoint. Raises ValueError if this run may not continue from it.
+ConfigCheck = Callable[..., None]
 
 
 @dataclass
@@ -48,7 +49,7 @@ class CheckpointConfig:
 class RunFacts:
     """Entries of a manifest that do not follow from the configuration alone.
 
-    Each field is stored under its own name. `schema.RENAMED` lists the names that older
+    Each field is stored under its own name. `schema.RENAMED_KEYS` lists the names that older
     checkpoints use.
     """
 
@@ -85,7 +86,7 @@ class Checkpoints:
         self.config, self.steps_per_epoch = config, steps_per_epoch
         self._check_lock, self._thread = check_lock, SaveThread()
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Return True if a checkpoint is due after this step, or if the step is the last."""
         at_interval = _crosses_multiple(step, self.settings.every_epochs * self.steps_per_epoch)
         return step == self.facts.last_step or at_interval
@@ -101,20 +102,20 @@ class Checkpoints:
 
         Raises:
             SaveError: If this save or the previous one failed. Older checkpoints are
-                untouched, and the unfinished one is removed. With `wait`, `on_failure` does not
+                untouched, and the incomplete one is removed. With `wait`, `on_failure` does not
                 apply to this save, because its weights exist nowhere else.
         """
         self._check_lock()
         earlier_problem, problem = self._thread.wait(), None
         path = folder.checkpoint_path(self.run, step)
-        unfinished = f"{folder.WRITING_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
-        if self.state.sharded:  # the ranks write into one folder
-            unfinished = collectives.broadcast_object(unfinished)
-        if self.state.sharded or process_group.is_main():
-            files, entries = self.state.snapshot(), self._manifest(step)
+        staging_name = f"{folder.STAGING_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
+        if self.state.is_sharded:  # the ranks write into one folder
+            staging_name = collectives.broadcast_object(staging_name)
+        if self.state.is_sharded or process_group.is_main():
+            tensors_by_file, manifest = self.state.snapshot(), self._build_manifest(step)
 
             def write() -> None:
-                self._write_and_prune(path, path.with_name(unfinished), files, entries)
+                self._write_and_prune(path, path.with_name(staging_name), tensors_by_file, manifest)
 
             self._thread.start(write, step, path.parent)
         if wait or not self.settings.asynchronous:
@@ -128,11 +129,11 @@ class Checkpoints:
             if process_group.is_main():
                 warnings.warn(text, stacklevel=2)
 
-    def resume(self, compare: Compare) -> int:
+    def resume(self, check_config: ConfigCheck) -> int:
         """Prepare the run's folder and restore its newest intact checkpoint.
 
         Args:
-            compare: Compares the checkpoint's configuration with this run's.
+            check_config: Raises if this run may not continue from a checkpoint's configuration.
 
         Returns:
             The number of steps done so far, which is 0 for a new run.
@@ -152,18 +153,18 @@ class Checkpoints:
                 "false; give another output, or set checkpoint.resume=true"
             )
         path = folder.newest_checkpoint(self.run)
-        saved = manifest.read_manifest(path)
-        compare(saved=saved["config"], path=str(path))
-        if saved.get("data", self.facts.data) != self.facts.data:
+        manifest = manifests.read_manifest(path)
+        check_config(saved_config=manifest["config"], path=str(path))
+        if manifest.get("data", self.facts.data) != self.facts.data:
             raise ValueError(
                 f"data.root: the training images are not those that {self.run} was trained on "
                 "(the lists of files differ); give that data set, or a new output with "
                 f"backbone.init={self.run}"
             )
-        machine = self._machine()
+        machine = self._describe_machine()
         differences = [
             f"{key} was {value!r} and is now {machine.get(key)!r}"
-            for key, value in saved["machine"].items()
+            for key, value in manifest["machine"].items()
             if machine.get(key) != value
         ]
         if differences and process_group.is_main():
@@ -172,8 +173,8 @@ class Checkpoints:
                 stacklevel=2,
             )
         self.state.restore(path)
-        self.facts.wandb_id = self.facts.wandb_id or saved.get("wandb_id")
-        return int(saved["step"])
+        self.facts.wandb_id = self.facts.wandb_id or manifest.get("wandb_id")
+        return int(manifest["step"])
 
     def wait_for_disk(self) -> None:
         """Wait until no rank is writing a checkpoint."""
@@ -190,36 +191,42 @@ class Checkpoints:
         return path.name
 
     def _write_and_prune(
-        self, path: Path, unfinished: Path, files: tensor_files.Files, entries: dict[str, Any]
+        self,
+        path: Path,
+        staging_folder: Path,
+        tensors_by_file: tensor_files.TensorsByFile,
+        manifest: dict[str, Any],
     ) -> None:
         self._check_lock()
-        if self.state.sharded:
-            tensor_files.write_shards(path, unfinished, files, entries, group=self.state.group)
+        if self.state.is_sharded:
+            tensor_files.write_shards(
+                path, staging_folder, tensors_by_file, manifest, group=self.state.group
+            )
         else:
-            tensor_files.write_whole(path, unfinished, files, entries)
+            tensor_files.write_full_tensors(path, staging_folder, tensors_by_file, manifest)
         if process_group.is_main():
             interval = self.settings.keep_every_epochs * self.steps_per_epoch
             folder.prune(
                 path, self.settings.keep_last, lambda step: _crosses_multiple(step, interval)
             )
 
-    def _manifest(self, step: int) -> dict[str, Any]:
+    def _build_manifest(self, step: int) -> dict[str, Any]:
         return {
-            "format": manifest.FORMAT,
+            "format": manifests.FORMAT,
             "step": step,
             "evaluated": getattr(self.state.method, "evaluated", "backbone"),
             "network": getattr(self.state.method, "network", "student"),
-            "versions": manifest.list_versions(),
-            "machine": self._machine(),
+            "versions": manifests.list_versions(),
+            "machine": self._describe_machine(),
             **asdict(self.facts),
             "config": self.config,
         }
 
-    def _machine(self) -> dict[str, Any]:
-        """Describe everything that must stay the same for a bit-for-bit resume."""
+    def _describe_machine(self) -> dict[str, Any]:
+        """Describe what must stay the same for a bit-for-bit resume."""
         parallel = self.config.get("parallel", {})
         modes = {key: parallel[key] for key in ("strategy", "compile") if key in parallel}
-        machine = manifest.describe_machine()
+        machine = manifests.describe_machine()
         return machine | {"micro_batch_size": self.facts.micro_batch_size} | modes
 
 
@@ -229,7 +236,7 @@ def _crosses_multiple(step: int, interval: float) -> bool:
 
 
 def finished_step(
-    run: Path, settings: CheckpointConfig, epochs: float, compare: Compare
+    run: Path, settings: CheckpointConfig, epochs: float, check_config: ConfigCheck
 ) -> int | None:
     """Return the last step of a run that has nothing left to train, or None for any other run.
 
@@ -243,15 +250,15 @@ def finished_step(
         path = folder.newest_checkpoint_after(run, epochs)
         if path is None:
             return None
-        saved = manifest.read_manifest(path)
-        saved_epochs, step = saved["config"]["epochs"], int(saved["step"])
+        manifest = manifests.read_manifest(path)
+        saved_epochs, step = manifest["config"]["epochs"], int(manifest["step"])
         if saved_epochs != epochs:
             raise ValueError(
                 f"epochs: {epochs} leaves nothing to train: {run} has reached step {step} with "
                 f"epochs={saved_epochs}. Nothing was changed; give epochs={saved_epochs} or more, "
                 "or a new output"
             )
-        compare(saved=saved["config"], path=str(path))
+        check_config(saved_config=manifest["config"], path=str(path))
         return step
 
     return collectives.run_on_main(read_step) if settings.resume else None

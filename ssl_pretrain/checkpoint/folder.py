@@ -18,7 +18,7 @@ from ssl_pretrain.checkpoint import manifest as manifests
 from ssl_pretrain.distributed import collectives
 from ssl_pretrain.system import durable_files
 
-WRITING_PREFIX = ".writing-"
+STAGING_PREFIX = ".writing-"
 
 
 def checkpoint_path(run: str | Path, step: int) -> Path:
@@ -53,7 +53,7 @@ def newest_checkpoint(run: str | Path) -> Path:
     problems = []
     for path in reversed(checkpoints):
         try:
-            manifests.verify(path)
+            manifests.verify_checkpoint(path)
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -108,7 +108,7 @@ def prepare_folder(run: Path) -> None:
     """
 
     def prepare() -> None:
-        for path in (run / "checkpoints").glob(f"{WRITING_PREFIX}*"):
+        for path in (run / "checkpoints").glob(f"{STAGING_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
         _check_writable(run / "checkpoints")
 
@@ -117,7 +117,7 @@ def prepare_folder(run: Path) -> None:
 
 def _check_writable(folder: Path) -> None:
     """Try every file system call that a save needs."""
-    probe = folder / f"{WRITING_PREFIX}probe-{uuid.uuid4().hex[:8]}"
+    probe = folder / f"{STAGING_PREFIX}probe-{uuid.uuid4().hex[:8]}"
     new_path = probe.with_name(f"{probe.name}-renamed")
     calls: dict[str, Callable[[], Any]] = {
         "make a folder": lambda: probe.mkdir(parents=True),
@@ -149,7 +149,7 @@ def discard_if_damaged(path: Path) -> None:
         return
     with suppress(ValueError):
         if path.is_dir():
-            manifests.verify(path)
+            manifests.verify_checkpoint(path)
             return
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -158,23 +158,28 @@ def discard_if_damaged(path: Path) -> None:
 
 
 def publish(
-    unfinished: Path, path: Path, manifest: dict[str, Any], files: dict[str, dict[str, Any]]
+    staging_folder: Path,
+    path: Path,
+    manifest: dict[str, Any],
+    file_entries: dict[str, dict[str, Any]],
 ) -> None:
     """Complete a checkpoint: write its manifest, set file modes, fsync everything, and rename it.
 
     Args:
-        unfinished: The folder in which the checkpoint was written.
+        staging_folder: The folder in which the checkpoint was written.
         path: Final path of the checkpoint.
         manifest: The manifest without `files`.
-        files: Manifest entry of each file, by its name.
+        file_entries: The manifest's entry for each file, by file name.
     """
-    manifest_file = unfinished / manifests.MANIFEST
-    manifest_file.write_text(manifests.to_json(manifest | {"files": files}), encoding="utf-8")
-    for file in unfinished.iterdir():
+    manifest_file = staging_folder / manifests.MANIFEST_FILE
+    manifest_file.write_text(
+        manifests.to_json(manifest | {"files": file_entries}), encoding="utf-8"
+    )
+    for file in staging_folder.iterdir():
         durable_files.copy_mode(manifest_file, file)  # safetensors creates files with mode 0600
         durable_files.sync(file)
-    durable_files.sync_folder(unfinished)
-    os.rename(unfinished, path)
+    durable_files.sync_folder(staging_folder)
+    os.rename(staging_folder, path)
     durable_files.sync_folder(path.parent)
 
 

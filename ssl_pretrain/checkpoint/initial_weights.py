@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
-from ssl_pretrain.checkpoint.manifest import MANIFEST
+from ssl_pretrain.checkpoint.manifest import MANIFEST_FILE
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.models import backbones, weights_file
 from ssl_pretrain.models.timm_networks import BackboneConfig
@@ -54,7 +54,7 @@ def read_initial_weights(init: str, key: str = "") -> tuple[dict[str, Tensor] | 
         )
     if not path.is_dir():
         return weights_file.read_file(path, f"backbone.init: {init!r}", key)
-    is_checkpoint = (path / MANIFEST).exists()
+    is_checkpoint = (path / MANIFEST_FILE).exists()
     weight_files = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     if weight_files and not is_checkpoint:
         raise ValueError(

@@ -23,7 +23,7 @@ from ssl_pretrain.system.import_path import PACKAGE
 
 FORMAT = 2
 READABLE_FORMATS = (1, FORMAT)
-MANIFEST = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 HASH_KEY = "manifest_sha256"  # key of the last entry, which hashes the text before it
 METHOD_FILE = "method.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -42,7 +42,7 @@ PACKAGES = ("ssl_pretrain", "torch", "torchvision", "timm", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Describe everything that must not change for a bit-for-bit resume."""
+    """Describe the ranks, threads, torch and CPU, on which the bits of a result depend."""
     return {
         "world_size": process_group.world_size(),
         "threads": torch.get_num_threads(),
@@ -75,7 +75,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check the size and SHA-256 of every file of a checkpoint, and return its manifest.
 
     The format is not checked, so a checkpoint can be intact and too new for this version to read.
@@ -85,13 +85,13 @@ def verify(path: Path) -> dict[str, Any]:
             file.
     """
     manifest = _parse(path)
-    for name, expected in manifest["files"].items():
+    for name, entry in manifest["files"].items():
         file, label = path / name, f"{path.name}/{name}"
         try:
             size = file.stat().st_size
-            if size != expected["bytes"]:
-                raise ValueError(f"{label} is truncated: {size} bytes of {expected['bytes']}")
-            if _file_hash(file) != expected["sha256"]:
+            if size != entry["bytes"]:
+                raise ValueError(f"{label} is truncated: {size} bytes of {entry['bytes']}")
+            if _file_hash(file) != entry["sha256"]:
                 raise ValueError(f"{label} is damaged: its SHA-256 differs from the manifest")
         except FileNotFoundError:
             raise ValueError(f"{label} is missing") from None
@@ -113,17 +113,17 @@ def describe_files(paths: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    name = f"{path.name}/{MANIFEST}"
+    name = f"{path.name}/{MANIFEST_FILE}"
     try:
-        text = (path / MANIFEST).read_bytes().decode()
+        text = (path / MANIFEST_FILE).read_bytes().decode()
         manifest = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{name} cannot be read ({type(error).__name__})") from None
     if not isinstance(manifest, dict):
         raise ValueError(f"{name} cannot be read: it is not a JSON object")
-    if not _hash_matches(text) and not _needs_no_hash(manifest, text):
+    if not _hash_matches(text) and not _may_lack_hash(manifest, text):
         raise ValueError(f"{name} is damaged: its SHA-256 does not match")
-    problem = _wrong_entry(manifest) or _wrong_folder(path, manifest)
+    problem = _describe_wrong_entry(manifest) or _describe_wrong_folder(path, manifest)
     if problem:
         raise ValueError(f"{name} cannot be read: {problem}")
     return _with_current_names(manifest) | {"machine": _with_current_names(manifest["machine"])}
@@ -131,7 +131,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 def _with_current_names(entries: dict[str, Any]) -> dict[str, Any]:
     """Return entries with old names replaced by their current names."""
-    return {schema.RENAMED.get(key, key): value for key, value in entries.items()}
+    return {schema.RENAMED_KEYS.get(key, key): value for key, value in entries.items()}
 
 
 def _hash_line(body: str) -> str:
@@ -143,7 +143,7 @@ def _hash_matches(text: str) -> bool:
     return comma + end == _hash_line(body)
 
 
-def _needs_no_hash(manifest: dict[str, Any], text: str) -> bool:
+def _may_lack_hash(manifest: dict[str, Any], text: str) -> bool:
     """Return True for format 1, and for an unknown format whose text has no hash line.
 
     One flipped bit cannot turn a manifest of the current format into either of these. The digits 1
@@ -154,14 +154,14 @@ def _needs_no_hash(manifest: dict[str, Any], text: str) -> bool:
     return manifest.get("format") not in READABLE_FORMATS and f',\n "{HASH_KEY}": "' not in text
 
 
-def _wrong_entry(manifest: dict[str, Any]) -> str | None:
+def _describe_wrong_entry(manifest: dict[str, Any]) -> str | None:
     """Describe the first entry that is missing or has the wrong type, or return None."""
     for key, required_type in REQUIRED_TYPES.items():
         if not isinstance(manifest.get(key), required_type) or isinstance(manifest[key], bool):
             return f"{key} is missing or is not {TYPE_NAMES[required_type]}"
     names = manifest["files"].keys()
     for name, entry in manifest["files"].items():
-        if not name or Path(name).name != name or name == MANIFEST:
+        if not name or Path(name).name != name or name == MANIFEST_FILE:
             return f"files: {name!r} is not a file name in the checkpoint's folder"
         size, digest = (
             (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (0, 0)
@@ -174,7 +174,7 @@ def _wrong_entry(manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def _wrong_folder(path: Path, manifest: dict[str, Any]) -> str | None:
+def _describe_wrong_folder(path: Path, manifest: dict[str, Any]) -> str | None:
     """Describe a mismatch between the manifest and its folder, or return None."""
     step = path.name.removeprefix("step_")
     if step != path.name and step.isdecimal() and int(step) != manifest["step"]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ssl_pretrain import schema
 from ssl_pretrain.checkpoint.folder import list_checkpoints
-from ssl_pretrain.checkpoint.manifest import MANIFEST, list_versions
+from ssl_pretrain.checkpoint.manifest import MANIFEST_FILE, list_versions
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.system.import_path import PACKAGE
 
@@ -60,7 +60,7 @@ def check_checkpoints(run: Path) -> None:
     """Raise ValueError on all ranks unless they see the same checkpoints of the run."""
 
     def list_hashes() -> dict[str, str]:
-        hashes = [f"{path.name} {_hash(path / MANIFEST)}" for path in list_checkpoints(run)]
+        hashes = [f"{path.name} {_hash(path / MANIFEST_FILE)}" for path in list_checkpoints(run)]
         return {"output: checkpoints": ", ".join(hashes)}
 
     remedy = f"put output ({run}) on a file system that every machine mounts at that path"

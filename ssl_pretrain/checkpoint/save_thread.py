@@ -11,14 +11,14 @@ from ssl_pretrain.system.exit_status import DISK_REFUSED
 from ssl_pretrain.system.watchdog import watchdog
 
 DISK_PATIENCE = 10.0  # multiple of parallel.timeout_seconds that a save may take
-POLL_SECONDS = 5.0  # longest time between two checks of whether a rank is still saving
+POLL_SECONDS = 5.0  # longest wait between two checks for ranks that are still saving
 DISK_REMEDY = (
     "the disk is slow or does not answer; check that it can be written to, then start the run again"
 )
 
 
 class SaveThread:
-    """Runner of one save at a time. A failed save is reported by `wait`."""
+    """Thread that writes one checkpoint at a time. `wait` reports a failed save."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None

@@ -11,26 +11,28 @@ from ssl_pretrain.checkpoint.manifest import METHOD_FILE, OPTIMIZER_FILE
 from ssl_pretrain.checkpoint.save_thread import DISK_PATIENCE
 from ssl_pretrain.distributed import collectives, process_group
 
-FORMER_NAMES = {"centre": "center"}  # current tensor names, by the names in old checkpoints
+CURRENT_NAMES = {"centre": "center"}  # names of tensors, by the names in old checkpoints
 
 
 class TrainingState:
     """The method and its optimizer, copied to checkpoints and restored from them.
 
     Args:
-        method: The method without wrappers. Its parameters are whole, or sharded by FSDP.
+        method: The method without wrappers. Its parameters are full, or sharded by FSDP.
         optimizer: Its parameter groups list the names of their parameters under `names`.
     """
 
     def __init__(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.method, self.optimizer = method, optimizer
-        self.sharded = any(collectives.is_sharded(parameter) for parameter in method.parameters())
-        if self.sharded:
-            tensor_files.sharded_storage()
-        self.group = process_group.new_cpu_group(DISK_PATIENCE) if self.sharded else None
+        self.is_sharded = any(
+            collectives.is_sharded(parameter) for parameter in method.parameters()
+        )
+        if self.is_sharded:
+            tensor_files.import_dcp_with_safetensors()  # raises now, not at the first save
+        self.group = process_group.new_cpu_group(DISK_PATIENCE) if self.is_sharded else None
 
-    def snapshot(self) -> tensor_files.Files:
-        """Return copies of all tensors in host memory, by file name."""
+    def snapshot(self) -> tensor_files.TensorsByFile:
+        """Copy all tensors to host memory and return them by file and name."""
         moments = {
             f"{name}::{key}": value
             for name, parameter in self._trained_parameters().items()
@@ -50,21 +52,21 @@ class TrainingState:
         Raises:
             ValueError: If the tensors of the checkpoint differ from the method's.
         """
-        if self.sharded or not (path / METHOD_FILE).exists():
+        if self.is_sharded or not (path / METHOD_FILE).exists():
             self._restore_shards(path)
             return
         weights = load_file(path / METHOD_FILE)
-        renamed_weights = {FORMER_NAMES.get(name, name): value for name, value in weights.items()}
+        renamed_weights = {CURRENT_NAMES.get(name, name): value for name, value in weights.items()}
         self.method.load_state_dict(renamed_weights, strict=True)
         self.optimizer.state.clear()  # parameters may have been frozen at the checkpoint
         parameters = self._trained_parameters()
         for key, value in load_file(path / OPTIMIZER_FILE).items():
-            self._new_moment(parameters, key, value.shape, value.dtype).copy_(value)
+            self._add_moment(parameters, key, value.shape, value.dtype).copy_(value)
 
     def _restore_shards(self, path: Path) -> None:
         """Read this rank's slices, however the checkpoint was sharded."""
         shapes, tensors = tensor_files.read_shapes(path), self.method.state_dict()
-        for former_name, name in FORMER_NAMES.items():
+        for former_name, name in CURRENT_NAMES.items():
             if former_name in shapes and name in tensors:
                 tensors[former_name] = tensors.pop(name)
         weights = {key for key in shapes if "::" not in key}
@@ -78,10 +80,10 @@ class TrainingState:
         parameters = self._trained_parameters()
         for key in shapes.keys() - weights:
             dtype = shapes[key].properties.dtype
-            tensors[key] = self._new_moment(parameters, key, shapes[key].size, dtype)
-        tensor_files.fill(tensors, path, self.group)
+            tensors[key] = self._add_moment(parameters, key, shapes[key].size, dtype)
+        tensor_files.read_into(tensors, path, self.group)
 
-    def _new_moment(
+    def _add_moment(
         self,
         parameters: dict[str, nn.Parameter],
         key: str,
@@ -90,9 +92,9 @@ class TrainingState:
     ) -> Tensor:
         """Add zeros to the optimizer's state for an entry named `<parameter>::<entry>`.
 
-        An entry of the parameter's shape also gets its memory layout and its sharding. The fused
-        optimizer kernels use raw memory, so a moment in another layout than its weight would be
-        applied to the wrong elements.
+        An entry with the parameter's shape also gets the parameter's memory layout and sharding.
+        The fused optimizer kernels use raw memory, so a moment in another layout than its weight
+        would be applied to the wrong elements.
 
         Raises:
             ValueError: If the method does not train a parameter of this name.

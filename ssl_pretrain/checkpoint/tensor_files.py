@@ -1,6 +1,6 @@
 """Read and write the safetensors files of a checkpoint.
 
-Rank 0 writes whole tensors to method.safetensors and optimizer.safetensors. With FSDP, each rank
+Rank 0 writes full tensors to method.safetensors and optimizer.safetensors. With FSDP, each rank
 writes its shards to one file, in the safetensors format of torch.distributed.checkpoint. Entries of
 the optimizer's state are named `<parameter>::<entry>`. Either kind of checkpoint can be read on any
 number of ranks, sharded or not. No file is a pickle.
@@ -17,20 +17,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssl_pretrain.checkpoint import folder
-from ssl_pretrain.checkpoint.manifest import METHOD_FILE, describe_files, read_manifest, verify
+from ssl_pretrain.checkpoint.manifest import (
+    METHOD_FILE,
+    describe_files,
+    read_manifest,
+    verify_checkpoint,
+)
 from ssl_pretrain.distributed import collectives, process_group
 
-Files = dict[str, dict[str, Tensor]]  # the tensors of each file, by name
+TensorsByFile = dict[str, dict[str, Tensor]]  # tensors by name, by the name of their file
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Verify a checkpoint, and return its manifest and the method's whole tensors on the CPU.
+    """Verify a checkpoint, and return its manifest and the method's full tensors on the CPU.
 
     Raises:
         ValueError: If a file is damaged, or this version cannot read the checkpoint's format.
     """
     path = Path(path)
-    verify(path)
+    verify_checkpoint(path)
     manifest = read_manifest(path)
     if (path / METHOD_FILE).exists():
         return manifest, load_file(path / METHOD_FILE)
@@ -39,25 +44,34 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         for key, entry in read_shapes(path).items()
         if "::" not in key
     }
-    fill(tensors, path)
+    read_into(tensors, path)
     return manifest, tensors
 
 
-def write_whole(path: Path, unfinished: Path, files: Files, manifest: dict[str, Any]) -> None:
-    """Write a checkpoint of whole tensors from one process, unless an intact one exists."""
-    if not _create_folder(path, unfinished):
+def write_full_tensors(
+    path: Path, staging_folder: Path, tensors_by_file: TensorsByFile, manifest: dict[str, Any]
+) -> None:
+    """Write a checkpoint of full tensors from one process, unless an intact one exists."""
+    if not _create_folder(path, staging_folder):
         return
     try:
-        for name, tensors in files.items():
-            save_file(tensors, unfinished / name)
-        folder.publish(unfinished, path, manifest, describe_files(sorted(unfinished.iterdir())))
+        for file_name, tensors in tensors_by_file.items():
+            save_file(tensors, staging_folder / file_name)
+        folder.publish(
+            staging_folder, path, manifest, describe_files(sorted(staging_folder.iterdir()))
+        )
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(staging_folder, ignore_errors=True)
         raise
 
 
 def write_shards(
-    path: Path, unfinished: Path, files: Files, manifest: dict[str, Any], *, group: Any
+    path: Path,
+    staging_folder: Path,
+    tensors_by_file: TensorsByFile,
+    manifest: dict[str, Any],
+    *,
+    group: Any,
 ) -> None:
     """Write a sharded checkpoint, unless an intact one exists.
 
@@ -67,43 +81,45 @@ def write_shards(
     Raises:
         OSError: If a rank could not write.
     """
-    if not collectives.run_on_main(lambda: _create_folder(path, unfinished), group):
+    if not collectives.run_on_main(lambda: _create_folder(path, staging_folder), group):
         return
-    results = collectives.gather_objects(_write_own_shard(unfinished, files, group), group)
+    results = collectives.gather_objects(
+        _write_own_shard(staging_folder, tensors_by_file, group), group
+    )
     problem = next((problem for _, problem in results if problem), None)
     entries = {name: entry for own_entries, _ in results for name, entry in own_entries.items()}
 
-    def finish() -> None:
+    def publish_or_remove() -> None:
         try:
             if problem is not None:
                 raise OSError(problem)
-            folder.publish(unfinished, path, manifest, entries)
+            folder.publish(staging_folder, path, manifest, entries)
         except OSError:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(staging_folder, ignore_errors=True)
             raise
 
-    collectives.run_on_main(finish, group)
+    collectives.run_on_main(publish_or_remove, group)
 
 
-def _create_folder(path: Path, unfinished: Path) -> bool:
-    """Create the folder to write into. Return False if an intact checkpoint exists."""
+def _create_folder(path: Path, staging_folder: Path) -> bool:
+    """Create the folder to write into. Return False if `path` is an intact checkpoint."""
     folder.discard_if_damaged(path)
     if path.exists():
         return False
-    unfinished.mkdir(parents=True)
+    staging_folder.mkdir(parents=True)
     return True
 
 
 def _write_own_shard(
-    unfinished: Path, files: Files, group: Any
+    staging_folder: Path, tensors_by_file: TensorsByFile, group: Any
 ) -> tuple[dict[str, dict[str, Any]], str | None]:
     """Write this rank's file. Return its manifest entry, and the failures of all ranks or None."""
-    dcp = sharded_storage()
-    writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-    tensors = {key: tensor for by_name in files.values() for key, tensor in by_name.items()}
+    dcp = import_dcp_with_safetensors()
+    writer = dcp.HuggingFaceStorageWriter(str(staging_folder), save_distributed=True)
+    tensors = {name: tensor for file in tensors_by_file.values() for name, tensor in file.items()}
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
-        own_files = sorted(unfinished.glob(f"shard-{process_group.rank() + 1:05d}-*"))
+        own_files = sorted(staging_folder.glob(f"shard-{process_group.rank() + 1:05d}-*"))
         return describe_files(own_files), None
     except dcp.CheckpointException as error:  # also raised for failures of other ranks
         failures = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
@@ -114,24 +130,24 @@ def _write_own_shard(
 
 def read_shapes(path: Path) -> dict[str, Any]:
     """Read the size and type of each tensor of a checkpoint, by name, from the files' headers."""
-    reader = sharded_storage().HuggingFaceStorageReader(str(path))
+    reader = import_dcp_with_safetensors().HuggingFaceStorageReader(str(path))
     return dict(reader.read_metadata().state_dict_metadata)
 
 
-def fill(tensors: dict[str, Tensor], path: Path, group: Any = None) -> None:
-    """Fill whole or sharded tensors from a checkpoint. Without a group, only this process reads."""
-    dcp = sharded_storage()
+def read_into(tensors: dict[str, Tensor], path: Path, group: Any = None) -> None:
+    """Read a checkpoint into full or sharded tensors. Without a group, only this process reads."""
+    dcp = import_dcp_with_safetensors()
     reader = dcp.HuggingFaceStorageReader(str(path))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
-def sharded_storage() -> Any:
-    """Return torch.distributed.checkpoint if it can write shards as safetensors, not as pickles.
+def import_dcp_with_safetensors() -> Any:
+    """Import torch.distributed.checkpoint and check that it can write shards as safetensors.
 
     Raises:
-        ValueError: If this torch is too old.
+        ValueError: If this version of torch would write pickles.
     """
     import torch.distributed.checkpoint as dcp
 

@@ -86,7 +86,7 @@ def configured_micro_batch_size(config: RunConfig, world_size: int) -> int | Non
     return int(value) or config.global_batch_size // world_size
 
 
-def method_on_meta(config: RunConfig) -> Method:
+def build_method_on_meta(config: RunConfig) -> Method:
     """Build the run's method on the meta device, where its weights take no memory."""
     image_size = recipe.expand_counts(config.views)[0].size
     with torch.device("meta"):
@@ -104,7 +104,7 @@ def _try_method(config: RunConfig) -> None:
     sizes = [crop.size for crop in recipe.expand_counts(config.views)]
     num_images = min(2, group_size)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        method = method_on_meta(dataclasses.replace(config, backbone=backbone))
+        method = build_method_on_meta(dataclasses.replace(config, backbone=backbone))
         if method.couples != "nothing" and config.global_batch_size < 2:
             raise ValueError(
                 f"global_batch_size: {config.global_batch_size} leaves {config.method.name} "
@@ -161,5 +161,7 @@ def check_slurm_keys(
         and (f"launch.{key}" in override_keys or not overrides_only)
     ]
     if changes:
-        verb = "this is" if len(changes) == 1 else "these are"
-        raise ConfigError(f"{', '.join(changes)}: {verb} for SLURM, and {reason}; {remedy}")
+        keys = "this key" if len(changes) == 1 else "these keys"
+        raise ConfigError(
+            f"{', '.join(changes)}: only SLURM jobs use {keys}, and {reason}; {remedy}"
+        )

@@ -29,7 +29,7 @@ class HelpAction(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, key: Any, *_: Any) -> None:
         """Print the help and exit. An unknown key is an error."""
         try:
-            print(explain(key) if key else parser.format_help(), flush=True)
+            print(explain_key(key) if key else parser.format_help(), flush=True)
         except ValueError as error:
             parser.error(str(error))
         except BrokenPipeError:  # the reader, such as `head`, has exited
@@ -37,7 +37,7 @@ class HelpAction(argparse.Action):
         parser.exit()
 
 
-def explain(key: str = "") -> str:
+def explain_key(key: str = "") -> str:
     """Return the help of a key, or the keys of a section. An empty key lists the sections.
 
     A method's name comes before its keys, as in `method.simclr.temperature`.
@@ -59,7 +59,7 @@ def explain(key: str = "") -> str:
     if dataclasses.is_dataclass(key_type):
         section = typing.cast(type, key_type)
         helps = {
-            field.name: schema.metadata(section, field.name)["help"]
+            field.name: schema.field_metadata(section, field.name)["help"]
             for field in dataclasses.fields(section)
         }
         width = max(map(len, helps))
@@ -68,8 +68,8 @@ def explain(key: str = "") -> str:
     if not dataclasses.is_dataclass(section):
         raise ValueError(f"{key}: has no help of its own; see {key.rpartition('.')[0]}")
     section = typing.cast(type, section)
-    type_name, default = _describe_type(schema.hints(section)[name]), getattr(section(), name)
-    policy, text = resume_policy(path, method_config), schema.metadata(section, name)["help"]
+    type_name, default = _describe_type(schema.field_types(section)[name]), getattr(section(), name)
+    policy, text = resume_policy(path, method_config), schema.field_metadata(section, name)["help"]
     return f"{key} ({type_name}, default {default!r})\n  {text}\n  {ON_RESUME[policy]}"
 
 

@@ -14,7 +14,7 @@ from ssl_pretrain.methods.base import MethodConfig
 from ssl_pretrain.schema import Scalar
 
 NO_METHOD = "none"  # method.name for weights that were not trained by this project
-INTERPOLATION = (
+INTERPOLATION_ERROR = (
     "'${' is not allowed: values are not interpolated, so that no secret from the environment ends "
     "up in a logged configuration; write the value itself"
 )
@@ -41,7 +41,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: If a key or a value is not allowed.
     """
-    tree = override(read_yaml(Path(path)), overrides, str(path))
+    tree = apply_overrides(read_yaml(Path(path)), overrides, str(path))
     if schema.value_at(tree, "output") in (None, "", Scalar("")):
         tree["output"] = f"runs/{Path(path).stem}"
     return from_dict(tree, str(path))
@@ -54,7 +54,7 @@ def from_dict(tree: dict[str, Any], source: str = "the checkpoint's config") -> 
         ConfigError: If a key or a value is not allowed.
     """
     if "${" in str(tree):
-        raise ConfigError(f"{source}: {INTERPOLATION}")
+        raise ConfigError(f"{source}: {INTERPOLATION_ERROR}")
     with name_file_in_errors(source):
         tree = schema.rename_keys(tree, source)
         config = schema.build(RunConfig, tree, {"method": _method_config(tree)})
@@ -69,7 +69,7 @@ def without_method(overrides: Sequence[str], source: str) -> RunConfig:
     Raises:
         ConfigError: If an override is not allowed.
     """
-    return from_dict(override({"method": {"name": NO_METHOD}}, overrides, source), source)
+    return from_dict(apply_overrides({"method": {"name": NO_METHOD}}, overrides, source), source)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -82,7 +82,9 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def override(values: dict[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
+def apply_overrides(
+    values: dict[str, Any], overrides: Sequence[str], source: str
+) -> dict[str, Any]:
     """Apply `key=value` overrides to the values of a YAML file or a manifest.
 
     Raises:
@@ -95,11 +97,11 @@ def override(values: dict[str, Any], overrides: Sequence[str], source: str) -> d
         values_with_method = values
         for key, text in pairs:
             if key in ("method", "method.name"):
-                tree = schema.override(RunConfig, key, text, {"method": dict[str, str]})
+                tree = schema.parse_override(RunConfig, key, text, {"method": dict[str, str]})
                 values_with_method = schema.merge(values_with_method, tree)
         replacements = {"method": _method_config(values_with_method)}
         for key, text in pairs:
-            values = schema.merge(values, schema.override(RunConfig, key, text, replacements))
+            values = schema.merge(values, schema.parse_override(RunConfig, key, text, replacements))
     return values
 
 
@@ -109,9 +111,9 @@ def _split_override(text: str) -> tuple[str, str] | None:
     if not separator:
         raise ConfigError(f"{text!r}: not an override; give key=value, such as optim.base_lr=0.3")
     if "${" in text:
-        raise ConfigError(f"{key}: {INTERPOLATION}")
-    present_key = schema.present_key(key, value)
-    return (present_key, value) if present_key else None
+        raise ConfigError(f"{key}: {INTERPOLATION_ERROR}")
+    current_key = schema.current_key(key, value)
+    return (current_key, value) if current_key else None
 
 
 def _method_config(tree: dict[str, Any]) -> type[MethodConfig]:
@@ -143,7 +145,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         problem = f"not UTF-8 text: byte 0x{byte:02x} at line {line}. Save the file as UTF-8"
         raise ConfigError(f"{path}: {problem}") from None
     if "${" in text:
-        raise ConfigError(f"{path}: {INTERPOLATION}")
+        raise ConfigError(f"{path}: {INTERPOLATION_ERROR}")
     try:
         tree = schema.parse_yaml(text)
     except yaml.YAMLError as error:

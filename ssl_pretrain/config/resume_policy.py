@@ -13,24 +13,22 @@ from ssl_pretrain.schema import Policy
 from ssl_pretrain.views.recipe import Crop
 
 
-def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> None:
+def check_resume_config(saved_config: dict[str, Any], config: RunConfig, path: str) -> None:
     """Refuse to resume a checkpoint with a configuration that would change the results.
 
     The `on_resume` policy of a key decides whether its value may differ. A key that the saved
     configuration lacks, because an older version wrote it, is compared by its default.
 
     Args:
-        saved: Configuration in the checkpoint's manifest.
+        saved_config: Configuration in the checkpoint's manifest.
         config: Configuration to resume with.
         path: Folder of the checkpoint, for the error message.
 
     Raises:
         ConfigError: If a key that must stay the same differs. The message lists all such keys.
     """
-    old_values, new_values = (
-        schema.flatten(schema.rename_keys(saved, path)),
-        schema.flatten(to_dict(config)),
-    )
+    old_values = schema.flatten(schema.rename_keys(saved_config, path))
+    new_values = schema.flatten(to_dict(config))
     old_values = _defaults(config, old_values, new_values) | old_values
     differences = {
         key: f"{key} was {old_values.get(key)!r} and is now {new_values.get(key)!r}"
@@ -79,8 +77,8 @@ def resume_policy(key: str, method_config: type) -> Policy:
         if not dataclasses.is_dataclass(section):
             break
         section = typing.cast(type, section)
-        policy: Policy = schema.metadata(section, name).get("on_resume", "same")
+        policy: Policy = schema.field_metadata(section, name).get("on_resume", "same")
         if policy != "same":
             return policy
-        section = method_config if name == "method" else schema.hints(section).get(name)
+        section = method_config if name == "method" else schema.field_types(section).get(name)
     return "same"

@@ -13,7 +13,7 @@ from ssl_pretrain.data.messages import printable
 from ssl_pretrain.data.source_report import ImageStatistics, layout_lines, measure
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.data.suggestion import format_channels, suggest_config
-from ssl_pretrain.schema import FROM_ZERO, THREADS
+from ssl_pretrain.schema import NON_NEGATIVE_INT, NUM_THREADS
 
 _SAMPLE_SIZE = 10_000
 _CLASSES_SHOWN = 20
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--sample",
-        type=FROM_ZERO,
+        type=NON_NEGATIVE_INT,
         default=_SAMPLE_SIZE,
         help="images to read, evenly spaced; 0 reads all (default: %(default)s)",
     )
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--threads",
-        type=THREADS,
+        type=NUM_THREADS,
         default=4,
         help="threads that read and decode (default: %(default)s)",
     )

@@ -38,26 +38,26 @@ class StopRequest:
 
     Args:
         signals: Signals that request a stop.
-        fake_preempt: Step after which rank 0 sends itself SIGUSR2, as a scheduler would.
+        fake_preemption_step: Step after which rank 0 sends itself SIGUSR2, as a scheduler would.
     """
 
     def __init__(
-        self, signals: tuple[int, ...] = STOP_SIGNALS, fake_preempt: int | None = None
+        self, signals: tuple[int, ...] = STOP_SIGNALS, fake_preemption_step: int | None = None
     ) -> None:
-        self._fake_preempt = fake_preempt
+        self._fake_preemption_step = fake_preemption_step
         self._pending: tuple[Tensor, Any] | None = None
         self._signals = StopSignals(signals)
 
-    def watch(self, batches: Iterable[Batch], first_step: int) -> Iterator[Batch]:
+    def watch(self, batches: Iterable[Batch], num_steps_done: int) -> Iterator[Batch]:
         """Yield the batches, while the watchdog limits the wait for each batch and each step.
 
         Args:
-            batches: The batches of the steps after `first_step`.
-            first_step: Number of optimizer steps done before. The next step also compiles.
+            batches: The batches of the steps that follow.
+            num_steps_done: Optimizer steps done before. The next step also compiles.
         """
         iterator, timeout = iter(batches), process_group.timeout_seconds()
-        for step in itertools.count(first_step + 1):
-            compiles = step == first_step + 1
+        for step in itertools.count(num_steps_done + 1):
+            compiles = step == num_steps_done + 1
             watchdog.beat(
                 timeout,
                 f"waiting for the images of step {step}",
@@ -78,7 +78,7 @@ class StopRequest:
             the same value.
         """
         watchdog.beat(process_group.timeout_seconds(), f"ending step {step}", NO_STEP_REMEDY)
-        if step == self._fake_preempt and process_group.is_main():
+        if step == self._fake_preemption_step and process_group.is_main():
             if self._signals.has_handlers:
                 os.kill(os.getpid(), signal.SIGUSR2)
             self._signals.requested = True

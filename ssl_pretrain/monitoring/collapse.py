@@ -47,7 +47,7 @@ class CollapseMonitor:
         config: The `health` section of the configuration.
         method: The method. The features of its backbone are measured too.
         optimizer: The method's optimizer, whose steps are measured too.
-        first_step: Number of steps that the run has already done.
+        num_steps_done: Number of steps that the run has already done.
         past_records: Earlier records of a resumed run, on rank 0.
         raise_alert: Called with the title and the text of each alert, on rank 0.
     """
@@ -57,7 +57,7 @@ class CollapseMonitor:
         config: HealthConfig,
         method: Method,
         optimizer: torch.optim.Optimizer,
-        first_step: int = 0,
+        num_steps_done: int = 0,
         past_records: list[dict[str, Any]] | None = None,
         raise_alert: Callable[[str, str], None] = lambda title, text: None,
     ):
@@ -66,9 +66,9 @@ class CollapseMonitor:
         self._network = NetworkMonitor(method, optimizer)
         self._features: Tensor | None = None
         self._hook: RemovableHandle | None = None
-        self._prepare(first_step + 1)
+        self._prepare(num_steps_done + 1)
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Return True if this step is measured."""
         return self.config.every_steps > 0 and step % self.config.every_steps == 0
 
@@ -79,7 +79,7 @@ class CollapseMonitor:
             CollapseError: If an alert is raised and `health.on_collapse` is `stop`. Every rank
                 raises it.
         """
-        if not self.due(step):
+        if not self.is_due(step):
             self._prepare(step + 1)
             return Measurements()
         metrics, curves = collapse_metrics.measure(
@@ -112,9 +112,9 @@ class CollapseMonitor:
         if self._hook is not None:
             self._hook.remove()
         self._features = self._hook = None
-        if self.due(step):
+        if self.is_due(step):
             self._hook = self.method.backbone.register_forward_hook(self._store_features)
-        self._network.observe(self.due(step))
+        self._network.observe(self.is_due(step))
 
     def _store_features(self, module: nn.Module, inputs: Any, features: Tensor) -> None:
         self._features = features.detach()

@@ -30,8 +30,8 @@ class Summary:
 class Interval:
     """Sums of the metrics of consecutive steps, kept on the device until the interval ends."""
 
-    def __init__(self, first_step: int):
-        self._restart(first_step)
+    def __init__(self, num_steps_done: int):
+        self._restart(num_steps_done)
 
     def time_waiting(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the batches and add up the time that each took to arrive."""

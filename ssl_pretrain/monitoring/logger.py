@@ -56,7 +56,7 @@ class Logger:
     Args:
         settings: The `log` section of the configuration.
         run: The run's folder.
-        first_step: Number of steps that the run has already done.
+        num_steps_done: Number of steps that the run has already done.
         last_step: Number of steps of the whole run.
         steps_per_epoch: Optimizer steps per epoch.
         global_batch_size: Images per optimizer step.
@@ -81,7 +81,7 @@ class Logger:
         settings: LogConfig,
         run: Path,
         *,
-        first_step: int,
+        num_steps_done: int,
         last_step: int,
         steps_per_epoch: int,
         global_batch_size: int,
@@ -95,14 +95,14 @@ class Logger:
         self.steps_per_epoch, self.global_batch_size = steps_per_epoch, global_batch_size
         self.wandb_id, self.on_failure, self.must_stop = wandb_id, on_failure, False
         self._flops, self._peak_tflops = flops_per_image, settings.peak_tflops or peak_tflops
-        self._interval = Interval(first_step)
+        self._interval = Interval(num_steps_done)
         self._metrics: dict[str, float] = {}  # monitor results since the last record
         self._curves: dict[str, list[float]] | None = None  # sent to W&B with the next record
         self._curves_step = -MIN_STEPS_BETWEEN_CURVES
         self._has_skipped = False  # True if the last record had skipped steps
         self._problem: str | None = None  # message about the file that was not written
         self._wandb: wandb_run.WandbRun | None = None
-        self.past_records = self._trim(first_step)
+        self.past_records = self._trim(num_steps_done)
         self.console = Console(last_step, self.past_records)
         self._warnings = WarningCollector(self.console.warn if process_group.is_main() else None)
         self._warnings.install()
@@ -223,14 +223,14 @@ class Logger:
                 self._problem or self._files.take_problems(), self.on_failure
             )
 
-    def _trim(self, first_step: int) -> list[dict[str, Any]]:
+    def _trim(self, num_steps_done: int) -> list[dict[str, Any]]:
         """Remove the records after the resumed step. Return the others on rank 0."""
         problem, past_records = None, []
         if process_group.is_main():
             path = self.run / "metrics.jsonl"
             try:
-                records.trim(self.run / "plots.jsonl", first_step)
-                past_records = records.trim(path, first_step)
+                records.trim(self.run / "plots.jsonl", num_steps_done)
+                past_records = records.trim(path, num_steps_done)
             except OSError as error:
                 problem = background_writer.refusal_message(Path(error.filename or path), error)
         background_writer.raise_or_warn(problem, self.on_failure)

@@ -99,7 +99,7 @@ class OnlineKNN:
         """True if the configuration and the labels allow measurements."""
         return self.config.knn_every_epochs > 0 and len(self.queries) > 0
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Return True if the step has just passed a multiple of knn_every_epochs."""
         if not self.enabled or step < 1:
             return False
@@ -112,7 +112,7 @@ class OnlineKNN:
             MeasureError: If a rank failed and `online.on_failure` is `stop`.
         """
         try:
-            return self.measure(backbone) if self.due(step) else Measurements()
+            return self.measure(backbone) if self.is_due(step) else Measurements()
         except MeasureError as error:
             if self.config.on_failure == "stop":
                 raise

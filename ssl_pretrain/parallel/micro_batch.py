@@ -31,7 +31,7 @@ def find_micro_batch_size(
     views: ViewsConfig,
     execution: Execution,
     *,
-    share: int,
+    images_per_rank: int,
     global_batch_size: int,
 ) -> tuple[int, str]:
     """Return the largest micro-batch that fits in memory on every rank, and how it was estimated.
@@ -44,14 +44,14 @@ def find_micro_batch_size(
         config: Parallel settings of the run.
         views: Settings of the views.
         execution: Device and formats of the run.
-        share: Images per optimizer step on this rank.
+        images_per_rank: Images per optimizer step on this rank.
         global_batch_size: Images per optimizer step over all ranks.
 
     Raises:
         ValueError: If not even the smallest micro-batch fits.
     """
     group_images = bn_group_images(config, global_batch_size)
-    multiple = min(group_images, share) if batch_norm.statistics(method) else 1
+    multiple = min(group_images, images_per_rank) if batch_norm.statistics(method) else 1
     trial = execution.place_module(copy.deepcopy(method), is_sharded(config))
     compile_and_checkpoint.recompute_activations(trial, config.activation_checkpointing)
 
@@ -60,4 +60,4 @@ def find_micro_batch_size(
         return memory.peak(partial(warm_up, trial, execution, example), execution.device)
 
     free = memory.available(execution.device)
-    return memory.largest_micro_batch(share, multiple, measure, free)
+    return memory.largest_micro_batch(images_per_rank, multiple, measure, free)

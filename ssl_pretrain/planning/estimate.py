@@ -14,7 +14,7 @@ from functools import cache, cached_property
 import numpy as np
 import torch
 
-from ssl_pretrain.config import RunConfig, method_on_meta
+from ssl_pretrain.config import RunConfig, build_method_on_meta
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.parallel import batch_norm
 from ssl_pretrain.parallel.execution import Execution, bn_group_images
@@ -83,7 +83,7 @@ class Estimate:
     @cached_property
     def method(self) -> Method:
         """The method on the meta device."""
-        return method_on_meta(self.run)
+        return build_method_on_meta(self.run)
 
     @cached_property
     def micro_batch(self) -> MicroBatch:

@@ -4,7 +4,7 @@ import os
 
 from ssl_pretrain import config
 from ssl_pretrain.checkpoint.initial_weights import initialize
-from ssl_pretrain.config import RunConfig, method_on_meta
+from ssl_pretrain.config import RunConfig, build_method_on_meta
 from ssl_pretrain.data import order, sources
 from ssl_pretrain.data.source_report import layout_lines
 from ssl_pretrain.methods.base import Method
@@ -36,7 +36,7 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
         ConfigError: If training would refuse the configuration.
     """
     config.check(run, world_size)
-    method = method_on_meta(run)
+    method = build_method_on_meta(run)
     notes = initialize(method.backbone, run.backbone)
     remedy = ["memory and time: set plan.gpu to H100, H200, A100 or L40S to estimate them"]
     lines = [

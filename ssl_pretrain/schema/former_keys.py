@@ -7,12 +7,12 @@ from typing import Any
 
 from ssl_pretrain.schema.yaml_tree import Scalar, value_at
 
-RENAMED = {  # present key by former key, both in the same section
+RENAMED_KEYS = {  # present key by former key, both in the same section
     "local_batch_size": "micro_batch_size",
     "method.centre_momentum": "method.center_momentum",
 }
 # Keys that no longer have an effect if they have this value. None stands for every value.
-REMOVED = {"plan.calibration": None, "plan.gpu": "here"}
+REMOVED_KEYS = {"plan.calibration": None, "plan.gpu": "here"}
 
 
 def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -26,21 +26,21 @@ def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         ValueError: If a key is present under both names.
     """
     tree, notices = deepcopy(dict(values)), []
-    for key in (*RENAMED, *REMOVED):
+    for key in (*RENAMED_KEYS, *REMOVED_KEYS):
         section, _, name = key.rpartition(".")
         siblings = value_at(tree, section) if section else tree
         if not isinstance(siblings, dict) or name not in siblings:
             continue
         value = siblings[name].text if isinstance(siblings[name], Scalar) else siblings[name]
-        if key in RENAMED:
-            new_name = RENAMED[key].rpartition(".")[2]
+        if key in RENAMED_KEYS:
+            new_name = RENAMED_KEYS[key].rpartition(".")[2]
             if new_name in siblings:
                 raise ValueError(
-                    f"{key} is the former name of {RENAMED[key]}; give only the latter"
+                    f"{key} is the former name of {RENAMED_KEYS[key]}; give only the latter"
                 )
             siblings[new_name] = siblings.pop(name)
-            notices.append(f"{key} is now {RENAMED[key]}")
-        elif REMOVED[key] in (None, value):
+            notices.append(f"{key} is now {RENAMED_KEYS[key]}")
+        elif REMOVED_KEYS[key] in (None, value):
             del siblings[name]
             notices.append(f"{key}: {value} no longer has an effect")
     if notices:
@@ -48,11 +48,11 @@ def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     return tree
 
 
-def present_key(key: str, value: str) -> str | None:
+def current_key(key: str, value: str) -> str | None:
     """Return the present name of a command-line key, or None if it no longer has an effect."""
-    if key in REMOVED and REMOVED[key] in (None, value):
+    if key in REMOVED_KEYS and REMOVED_KEYS[key] in (None, value):
         warnings.warn(f"{key}={value} no longer has an effect", stacklevel=3)
         return None
-    if key in RENAMED:
-        warnings.warn(f"{key} is now {RENAMED[key]}", stacklevel=3)
-    return RENAMED.get(key, key)
+    if key in RENAMED_KEYS:
+        warnings.warn(f"{key} is now {RENAMED_KEYS[key]}", stacklevel=3)
+    return RENAMED_KEYS.get(key, key)

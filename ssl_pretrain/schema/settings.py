@@ -30,7 +30,7 @@ class Bounds:
     open_low: bool = False
     open_high: bool = False
 
-    def contain(self, value: float) -> bool:
+    def contains(self, value: float) -> bool:
         """Return True if the value is finite and in the range."""
         respects_low = value > self.low if self.open_low else value >= self.low
         respects_high = value < self.high if self.open_high else value <= self.high
@@ -43,7 +43,7 @@ class Bounds:
 
 
 # Ranges of settings that do not declare one, by the name of the setting.
-USUAL_BOUNDS: tuple[tuple[re.Pattern[str], Bounds], ...] = (
+DEFAULT_BOUNDS: tuple[tuple[re.Pattern[str], Bounds], ...] = (
     (re.compile(r"(.*_)?temperature"), Bounds(open_low=True)),
     (re.compile(r"(.*_)?seconds|hours"), Bounds(high=1e9)),
     (re.compile(r"(.*_)?dims?"), Bounds(1, 2**20)),
@@ -66,7 +66,7 @@ def setting(
 ) -> T:
     """Declare a field of a configuration dataclass.
 
-    A number without a declared range has the range of its name in `USUAL_BOUNDS`, or else must be
+    A number without a declared range has the range of its name in `DEFAULT_BOUNDS`, or else must be
     finite and at least 0.
 
     Args:
@@ -80,35 +80,35 @@ def setting(
         above: Exclusive lower end, instead of `minimum`.
         below: Exclusive upper end, instead of `maximum`.
     """
-    limits = None
+    bounds = None
     if (minimum, maximum, above, below) != (None, math.inf, None, None):
-        limits = Bounds(
+        bounds = Bounds(
             low=above if above is not None else minimum or 0,
             high=below if below is not None else maximum,
             open_low=above is not None,
             open_high=below is not None,
         )
-    metadata = {"help": help, "on_resume": on_resume, "bounds": limits}
+    metadata = {"help": help, "on_resume": on_resume, "bounds": bounds}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def metadata(kind: type, name: str) -> Mapping[str, Any]:
+def field_metadata(kind: type, name: str) -> Mapping[str, Any]:
     """Return the metadata of a field. A subclass that only changes a default inherits it."""
     fields = (getattr(base, "__dataclass_fields__", {}).get(name) for base in kind.__mro__)
     return next((field.metadata for field in fields if field and field.metadata), {})
 
 
 @cache
-def hints(kind: type) -> dict[str, Any]:
+def field_types(kind: type) -> dict[str, Any]:
     """Return the type of each field of a dataclass, by name."""
     return typing.get_type_hints(kind)
 
 
-def bounds(field: dataclasses.Field[Any]) -> Bounds:
+def field_bounds(field: dataclasses.Field[Any]) -> Bounds:
     """Return a field's declared range, or the usual one for its name, or all numbers from 0."""
-    by_name = (usual for pattern, usual in USUAL_BOUNDS if pattern.fullmatch(field.name))
+    by_name = (usual for pattern, usual in DEFAULT_BOUNDS if pattern.fullmatch(field.name))
     return field.metadata.get("bounds") or next(by_name, Bounds())
 
 
@@ -121,10 +121,10 @@ def check(section: Any, key: str = "") -> None:
     """
     for field in dataclasses.fields(section):
         full_key = f"{key}.{field.name}".lstrip(".")
-        _check_value(getattr(section, field.name), full_key, bounds(field))
+        _check_value(getattr(section, field.name), full_key, field_bounds(field))
 
 
-def _check_value(value: Any, key: str, limits: Bounds) -> None:
+def _check_value(value: Any, key: str, bounds: Bounds) -> None:
     if dataclasses.is_dataclass(value):
         check(value, key)
     elif isinstance(value, str):
@@ -138,40 +138,40 @@ def _check_value(value: Any, key: str, limits: Bounds) -> None:
             _check_value(element, f"{key}.{name}", Bounds(-math.inf))
     elif isinstance(value, (list, tuple)):
         for index, element in enumerate(value):
-            _check_value(element, f"{key}[{index}]", limits)
+            _check_value(element, f"{key}[{index}]", bounds)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         is_whole = isinstance(value, int)
-        if is_whole and limits.high == math.inf:
-            limits = dataclasses.replace(limits, high=MAX_INT)
-        if (is_whole and abs(value) >= 2**64) or not limits.contain(value):
+        if is_whole and bounds.high == math.inf:
+            bounds = dataclasses.replace(bounds, high=MAX_INT)
+        if (is_whole and abs(value) >= 2**64) or not bounds.contains(value):
             number = "whole number" if is_whole else "finite number"
-            raise ValueError(f"{key}: {value} is out of range; give a {number} {limits}")
+            raise ValueError(f"{key}: {value} is out of range; give a {number} {bounds}")
 
 
-def number_type(kind: type[int] | type[float], limits: Bounds) -> Callable[[str], float]:
+def number_type(kind: type[int] | type[float], bounds: Bounds) -> Callable[[str], float]:
     """Return an argparse type that converts text to a number and checks its range."""
 
     def convert(text: str) -> float:
         value = math.nan  # outside every range
         with suppress(ValueError):
             value = kind(text)
-        if not limits.contain(value):
+        if not bounds.contains(value):
             number = "a whole number" if kind is int else "a finite number"
-            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give {number} {limits}")
+            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give {number} {bounds}")
         return value
 
     return convert
 
 
 # Types of command-line options.
-COUNT = number_type(int, Bounds(1, MAX_INT))
-FROM_ZERO = number_type(int, Bounds(0, MAX_INT))
-POSITIVE = number_type(float, Bounds(open_low=True))
-NOT_NEGATIVE = number_type(float, Bounds())
-SHARE = number_type(float, Bounds(high=1, open_low=True))
-BELOW_ONE = number_type(float, Bounds(high=1, open_high=True))
+POSITIVE_INT = number_type(int, Bounds(1, MAX_INT))
+NON_NEGATIVE_INT = number_type(int, Bounds(0, MAX_INT))
+POSITIVE_FLOAT = number_type(float, Bounds(open_low=True))
+NON_NEGATIVE_FLOAT = number_type(float, Bounds())
+FRACTION = number_type(float, Bounds(high=1, open_low=True))
+FRACTION_BELOW_ONE = number_type(float, Bounds(high=1, open_high=True))
 PERCENT = number_type(float, Bounds(high=100, open_low=True))
 COSINE = number_type(float, Bounds(-1, 1))
-THREADS = number_type(int, Bounds(1, 1024))
-QUALITY = number_type(int, Bounds(1, 100))
+NUM_THREADS = number_type(int, Bounds(1, 1024))
+JPEG_QUALITY = number_type(int, Bounds(1, 100))
 PORT = number_type(int, Bounds(0, 65535))

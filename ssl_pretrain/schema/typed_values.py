@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from ssl_pretrain.schema.settings import hints
+from ssl_pretrain.schema.settings import field_types
 from ssl_pretrain.schema.yaml_tree import Scalar, parse_yaml
 
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
@@ -40,7 +40,7 @@ def declared_type(kind: Any, key: str, replacements: Mapping[str, Any]) -> Any:
     for name in key.split("."):
         if dataclasses.is_dataclass(kind):
             _check_name(typing.cast(type, kind), ".".join([*parents, name]))
-            kind = hints(typing.cast(type, kind))[name]
+            kind = field_types(typing.cast(type, kind))[name]
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
         elif kind is not Any:
@@ -59,7 +59,9 @@ def _check_name(kind: type, key: str) -> None:
         raise ValueError(f"{key}: no such key.{hint} Allowed: {', '.join(allowed)}")
 
 
-def override(kind: Any, key: str, text: str, replacements: Mapping[str, Any]) -> dict[str, Any]:
+def parse_override(
+    kind: Any, key: str, text: str, replacements: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return `key=text` as a tree. The text is YAML for lists, mappings and untyped values.
 
     Raises:
@@ -122,7 +124,7 @@ def _build_section(kind: type, tree: Any, replacements: Mapping[str, Any], key: 
     for name, value in _mapping(tree, key).items():
         full_key = f"{key}.{name}".lstrip(".")
         _check_name(kind, full_key)
-        values[name] = build(hints(kind)[name], value, replacements, full_key)
+        values[name] = build(field_types(kind)[name], value, replacements, full_key)
     return kind(**values)
 
 

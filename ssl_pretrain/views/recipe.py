@@ -127,7 +127,7 @@ def check(views: ViewsConfig) -> None:
 
 
 def _check_crop(key: str, crop: Crop) -> None:
-    for name, kind in schema.hints(Crop).items():
+    for name, kind in schema.field_types(Crop).items():
         value, choices = getattr(crop, name), get_args(kind)
         if get_origin(kind) is Literal and value not in choices:
             raise ValueError(

@@ -230,7 +230,7 @@ def test_slurm_keys_are_refused_if_nothing_is_submitted(tmp_path, command):
     result = commands.run(*command.split(), config, *keys, PATH=str(tmp_path))
     assert result.status == 2, result.text
     assert (
-        "error: launch.hours: 2.0, launch.partition: gpu: these are for SLURM, and this "
+        "error: launch.hours: 2.0, launch.partition: gpu: only SLURM jobs use these keys, and this "
         in result.stderr
     )
     assert not (tmp_path / "run").exists()

@@ -101,7 +101,7 @@ def time_pairs(options: argparse.Namespace, folder: Path) -> dict[str, list[tupl
     with Logger(
         LogConfig(every_steps=RECORD_STEPS, wandb="offline"),
         folder,
-        first_step=0,
+        num_steps_done=0,
         last_step=10**6,
         steps_per_epoch=1000,
         global_batch_size=options.images,

@@ -24,4 +24,4 @@ def checkpoints(run, state, config=None, last_step=100, steps_per_epoch=1, **set
 
 def resume(run, state) -> int:
     """Restore the newest checkpoint of a run and return its step."""
-    return checkpoints(run, state).resume(compare=lambda saved, path: None)
+    return checkpoints(run, state).resume(check_config=lambda saved_config, path: None)

@@ -7,7 +7,7 @@ import pytest
 import saving
 
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint, prepare_folder
-from ssl_pretrain.checkpoint.manifest import verify
+from ssl_pretrain.checkpoint.manifest import verify_checkpoint
 
 pytestmark = pytest.mark.promise
 
@@ -93,7 +93,7 @@ def test_files_and_links_at_the_path_of_a_checkpoint_are_replaced(run):
         checkpoints.save(step)
         path = folder / f"step_{step:08d}"
         assert not path.is_symlink()
-        assert verify(path)["step"] == step
+        assert verify_checkpoint(path)["step"] == step
     assert (target / "file").read_text() == "content"
 
 

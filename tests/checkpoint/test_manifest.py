@@ -8,7 +8,7 @@ import saving
 import torch
 
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
-from ssl_pretrain.checkpoint.manifest import HASH_KEY, read_manifest, to_json, verify
+from ssl_pretrain.checkpoint.manifest import HASH_KEY, read_manifest, to_json, verify_checkpoint
 
 NAME = "step_00000004/manifest.json"
 CONFIG = {"method": {"name": "simclr"}, "views": {"mean": [0.1, 0.2], "name": "µ"}}
@@ -49,13 +49,13 @@ def test_any_flipped_bit_is_detected(run, number):
         content[position // 8] ^= 1 << position % 8
         path.write_bytes(content)
         try:
-            verify(path.parent)
+            verify_checkpoint(path.parent)
             accepted.append(position)
         except ValueError:
             pass
     assert accepted == []
     path.write_bytes(intact)
-    assert verify(path.parent)["step"] == 4
+    assert verify_checkpoint(path.parent)["step"] == 4
 
 
 def test_truncations_and_additions_are_detected(run):
@@ -72,7 +72,7 @@ def test_truncations_and_additions_are_detected(run):
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"{NAME} (cannot be read|is damaged)"):
-            verify(path.parent)
+            verify_checkpoint(path.parent)
 
 
 def test_the_manifest_of_another_step_is_detected(run):
@@ -138,7 +138,7 @@ def test_a_folder_at_the_path_of_a_file_is_detected(run):
     manifest["files"]["method.safetensors"]["bytes"] = file.stat().st_size
     manifest_file(run).write_text(to_json(manifest))
     with pytest.raises(ValueError, match=r"method\.safetensors cannot be read: Is a directory"):
-        verify(manifest_file(run).parent)
+        verify_checkpoint(manifest_file(run).parent)
 
 
 def test_manifests_of_format_1_are_read_with_every_other_check(run):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ssl_pretrain.checkpoint import tensor_files
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
-from ssl_pretrain.checkpoint.manifest import verify
+from ssl_pretrain.checkpoint.manifest import verify_checkpoint
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.optim import optimizers as optim
@@ -135,7 +135,9 @@ def test_no_pickle_is_written(run):
 
 def test_an_output_with_checkpoints_is_refused_if_resuming_is_off(run):
     with pytest.raises(ValueError) as error:
-        saving.checkpoints(run, trained(), resume=False).resume(compare=lambda saved, path: None)
+        saving.checkpoints(run, trained(), resume=False).resume(
+            check_config=lambda saved_config, path: None
+        )
     assert str(error.value) == (
         f"output: {run} already has step_00000004 and checkpoint.resume is false; give another "
         "output, or set checkpoint.resume=true"
@@ -147,7 +149,7 @@ def test_a_resumed_run_keeps_its_wandb_id(run):
     first.facts.wandb_id = "abcdefgh"
     first.save(6)
     second = saving.checkpoints(run, trained())
-    second.resume(compare=lambda saved, path: None)
+    second.resume(check_config=lambda saved_config, path: None)
     assert second.facts.wandb_id == "abcdefgh"
 
 
@@ -167,7 +169,7 @@ def test_a_full_disk_loses_nothing(run, monkeypatch):
         saving.checkpoints(run, trained()).save(6)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["step_00000002", "step_00000004"]
-    verify(newest_checkpoint(run))
+    verify_checkpoint(newest_checkpoint(run))
 
 
 def test_a_full_disk_can_be_a_warning_except_for_the_last_save(run, monkeypatch):
@@ -212,7 +214,7 @@ def test_checkpoints_are_due_at_intervals_and_at_the_end():
     checkpoints = saving.checkpoints(
         "", saving.linear(), last_step=11, steps_per_epoch=5, every_epochs=0.5
     )
-    assert [step for step in range(1, 12) if checkpoints.due(step)] == [3, 5, 8, 10, 11]
+    assert [step for step in range(1, 12) if checkpoints.is_due(step)] == [3, 5, 8, 10, 11]
 
 
 def test_versions_and_machine_are_recorded(run):

@@ -10,7 +10,7 @@ from ssl_pretrain import config, rng
 from ssl_pretrain.build import build_method
 from ssl_pretrain.checkpoint.checkpoints import Checkpoints, RunFacts
 from ssl_pretrain.checkpoint.folder import list_checkpoints
-from ssl_pretrain.checkpoint.manifest import MANIFEST, describe_files, to_json
+from ssl_pretrain.checkpoint.manifest import MANIFEST_FILE, describe_files, to_json
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.optim import optimizers as optim
 
@@ -45,7 +45,7 @@ def checkpoint_of(run: Path) -> Path:
 
 def edit_manifest(run: Path, **entries: object) -> None:
     """Change entries of the newest manifest. Two underscores separate section and key."""
-    path = checkpoint_of(run) / MANIFEST
+    path = checkpoint_of(run) / MANIFEST_FILE
     manifest = json.loads(path.read_text())
     for dotted, value in entries.items():
         *sections, key = dotted.split("__")

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
-from ssl_pretrain.checkpoint.manifest import verify
+from ssl_pretrain.checkpoint.manifest import verify_checkpoint
 
 STEPS = 12  # 4 epochs of 3 steps
 # Each of three ranks is a batch-norm group. A step then waits for the other ranks a few times
@@ -45,7 +45,7 @@ def resume(paths, reference):
     def resume_and_compare(*arguments, **options):
         statuses, output = ranks.run(path, *OVERRIDES, *arguments, **options)
         assert statuses == [0] * len(statuses), output
-        assert verify(newest_checkpoint(run))["step"] == STEPS
+        assert verify_checkpoint(newest_checkpoint(run))["step"] == STEPS
         tensors = ranks.load_tensors(run)
         differing = [
             name for name, value in reference.items() if not torch.equal(tensors[name], value)

@@ -21,7 +21,7 @@ from reference_run import OVERRIDES, STEPS, paths, reference, saved_steps
 
 from ssl_pretrain import config
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
-from ssl_pretrain.checkpoint.manifest import verify
+from ssl_pretrain.checkpoint.manifest import verify_checkpoint
 from ssl_pretrain.launch import local
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +116,9 @@ def test_torchrun_restarts_all_ranks_from_the_newest_checkpoint(paths, reference
     status, output = run_command(command, environment(path, "kill@1:8"))
     assert status == 0, output[-3000:]
     assert "after step 6" in output
-    assert verify(newest_checkpoint(run))["step"] == STEPS and has_same_tensors(run, reference)
+    assert verify_checkpoint(newest_checkpoint(run))["step"] == STEPS and has_same_tensors(
+        run, reference
+    )
     observe("torchrun --max-restarts: it restarted all ranks, from step 6; the same bits, status 0")
 
 
@@ -166,7 +168,7 @@ def test_a_lost_host_is_started_again_and_the_run_continues(paths, reference, ob
         wait_for_checkpoint(run, 20)
         kill_with_children(agents[1].pid)
         agents[1].wait(30)
-        saved = verify(newest_checkpoint(run))["step"]
+        saved = verify_checkpoint(newest_checkpoint(run))["step"]
         agents[1] = start_agent(1)
         statuses = [agent.wait(900) for agent in agents]
         outputs = [file.read_text()[-3000:] for file in path.parent.glob("agent_*")]
@@ -176,7 +178,7 @@ def test_a_lost_host_is_started_again_and_the_run_continues(paths, reference, ob
             if agent.poll() is None:
                 kill_with_children(agent.pid)
                 agent.wait(30)
-    assert verify(newest_checkpoint(run))["step"] == 120
+    assert verify_checkpoint(newest_checkpoint(run))["step"] == 120
     assert has_same_tensors(run, ranks.load_tensors(uninterrupted))
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 121))

@@ -19,7 +19,7 @@ from reference_run import OVERRIDES, paths, reference, resume, saved_steps
 
 from ssl_pretrain import replay
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
-from ssl_pretrain.checkpoint.manifest import verify
+from ssl_pretrain.checkpoint.manifest import verify_checkpoint
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
@@ -86,7 +86,7 @@ def test_twenty_kills_at_random_moments_lose_no_checkpoint(tmp_path, observe):
         time.sleep(rng.uniform(0, 1.5 if during_start else 2.0))
         group.send(signal.SIGKILL)
         group.wait(10)
-        saved = verify(newest_checkpoint(run))["step"] if list_checkpoints(run) else 0
+        saved = verify_checkpoint(newest_checkpoint(run))["step"] if list_checkpoints(run) else 0
         logged = records(run) if (run / "metrics.jsonl").exists() else []
         assert saved >= last_saved
         most_repeated = max(most_repeated, (logged[-1]["step"] if logged else 0) - saved)
@@ -230,7 +230,7 @@ def test_deleting_the_images_ends_all_ranks_with_an_error_that_names_the_folder(
     assert all(status > 0 for status in statuses)
     output = group.output()
     assert str(path.parent / "images" / "train") in output, output[-3000:]
-    verify(newest_checkpoint(run))
+    verify_checkpoint(newest_checkpoint(run))
     observe(
         f"the images of three ranks deleted: folder named, all ended {seconds:.1f} s later, "
         "checkpoint intact"

@@ -14,7 +14,7 @@ from ranks import Ranks
 from reference_run import OVERRIDES, STEPS, paths, reference, resume, saved_steps
 
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
-from ssl_pretrain.checkpoint.manifest import FORMAT, verify
+from ssl_pretrain.checkpoint.manifest import FORMAT, verify_checkpoint
 from ssl_pretrain.system.exit_status import STOPPED
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
@@ -103,7 +103,7 @@ def test_a_full_disk_ends_the_run_and_damages_nothing(paths, small_disk, observe
     assert "No space left on device" in output, output[-2000:]
     assert not list(small_disk.glob(".writing-*")) and 0 < len(steps) < 4
     for step in steps:
-        verify(small_disk / f"step_{step:08d}")
+        verify_checkpoint(small_disk / f"step_{step:08d}")
     assert statuses == [74, 74, 74], output[-2000:]  # with `warn` because of the last save
     observe(
         f"a real disk of 8 MiB, {policy}: statuses {statuses}, checkpoints {steps} intact, "
@@ -192,7 +192,7 @@ def test_other_things_among_the_checkpoints_are_skipped(paths, resume, observe):
     (folder / "step_00000095").mkdir()
     (folder / "step_00000095" / "manifest.json").write_text("")
     assert "step_00000096/manifest.json cannot be read" in resume("checkpoint.keep_last=1")
-    manifest = verify(newest_checkpoint(run))
+    manifest = verify_checkpoint(newest_checkpoint(run))
     assert manifest["step"] == STEPS
     assert [step for step in saved_steps(run) if step < 90] == [STEPS]
     observe(

@@ -14,7 +14,7 @@ from ranks import free_port
 from reference_run import OVERRIDES, STEPS, paths, reference, resume
 
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
-from ssl_pretrain.checkpoint.manifest import verify
+from ssl_pretrain.checkpoint.manifest import verify_checkpoint
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 API_KEY = "f00d" * 10  # as long as a real key
@@ -69,10 +69,10 @@ def test_training_continues_without_its_dashboard(paths, resume, observe, server
             path, *OVERRIDES, *online, "--stop-after", "6", environment=environment
         )
         assert statuses == [0] * 3, output
-        wandb_id = verify(newest_checkpoint(run))["wandb_id"]
+        wandb_id = verify_checkpoint(newest_checkpoint(run))["wandb_id"]
         resume(*online, environment=environment)
         seconds = time.monotonic() - start
-    assert wandb_id and verify(newest_checkpoint(run))["wandb_id"] == wandb_id
+    assert wandb_id and verify_checkpoint(newest_checkpoint(run))["wandb_id"] == wandb_id
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     longest = max(

@@ -18,11 +18,11 @@ from untrained_run import edit_manifest, make_run
 
 from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.checkpoint.manifest import (
-    MANIFEST,
+    MANIFEST_FILE,
     METHOD_FILE,
     OPTIMIZER_FILE,
     to_json,
-    verify,
+    verify_checkpoint,
 )
 from ssl_pretrain.eval import results, runs
 from ssl_pretrain.eval.html import sections
@@ -51,8 +51,10 @@ def finished_run(tmp_path_factory):
     run = make_run(tmp_path_factory.mktemp("runs") / "made", "log.wandb=offline", step=5)
     make_run(run, "log.wandb=offline", step=10, weights_seed=2)
     for path in list_checkpoints(run):
-        manifest = json.loads((path / MANIFEST).read_text())
-        (path / MANIFEST).write_text(to_json(manifest | {"last_step": 10, "wandb_id": "abc12345"}))
+        manifest = json.loads((path / MANIFEST_FILE).read_text())
+        (path / MANIFEST_FILE).write_text(
+            to_json(manifest | {"last_step": 10, "wandb_id": "abc12345"})
+        )
     return run
 
 
@@ -127,7 +129,7 @@ def test_a_checkpoint_stays_whole_while_it_is_evaluated(run):
     path = list_checkpoints(run)[0]
     with held_checkpoints.hold(path, run / "eval" / ".held") as checkpoint:
         shutil.rmtree(path)  # the training prunes it
-        assert verify(checkpoint)["step"] == 5
+        assert verify_checkpoint(checkpoint)["step"] == 5
         assert checkpoint.name == path.name
         backbone = runs.load_run(run, checkpoint, device="cpu").backbone
     assert backbone.feature_dim == 96

@@ -118,7 +118,7 @@ def train(
     if folder:
         state, facts = TrainingState(method, optimizer), RunFacts(NUM_STEPS, micro_batch_size, "")
         checkpoints = Checkpoints(folder, state, CheckpointConfig(), facts, {}, STEPS_PER_EPOCH)
-        first = checkpoints.resume(compare=lambda saved, path: None)
+        first = checkpoints.resume(check_config=lambda saved_config, path: None)
     gradients: dict[str, torch.Tensor] = {}
 
     def copy_gradients(*_: Any) -> None:

@@ -21,12 +21,12 @@ from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.system import durable_files
 
 
-def build_logger(run: Path, first_step=0, every_steps=2, **arguments):
+def build_logger(run: Path, num_steps_done=0, every_steps=2, **arguments):
     run.mkdir(exist_ok=True)
     return Logger(
         LogConfig(every_steps=every_steps, wandb="off"),
         run,
-        first_step=first_step,
+        num_steps_done=num_steps_done,
         last_step=10,
         steps_per_epoch=5,
         global_batch_size=8,
@@ -62,7 +62,7 @@ def test_a_resumed_run_removes_the_records_that_it_will_write_again(tmp_path):
         '{"step": 2, "loss": 1}\n{"step": 4, "loss": 2}\n{"step": 6, "lo'
     )
     (tmp_path / "plots.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
-    with build_logger(tmp_path, first_step=2) as logger:
+    with build_logger(tmp_path, num_steps_done=2) as logger:
         past_records = [{"step": 2, "loss": 1}]
         assert read(tmp_path) == logger.past_records == past_records
         assert read(tmp_path, "plots.jsonl") == [{"step": 2}]
@@ -72,7 +72,7 @@ def test_a_resume_that_loses_no_step_leaves_the_file_alone(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
     before = path.stat().st_ino
-    with build_logger(tmp_path, first_step=2) as logger:
+    with build_logger(tmp_path, num_steps_done=2) as logger:
         assert path.stat().st_ino == before and len(logger.past_records) == 2
 
 
@@ -149,7 +149,7 @@ def test_without_a_key_nothing_is_sent_to_wandb(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    times = {"first_step": 0, "last_step": 10, "steps_per_epoch": 5}
+    times = {"num_steps_done": 0, "last_step": 10, "steps_per_epoch": 5}
     settings = LogConfig(wandb="auto")
     with Logger(settings, tmp_path, global_batch_size=8, config={}, **times) as logger:
         assert logger.wandb_id is None

@@ -114,7 +114,7 @@ def test_ranks_agree_with_one_process(world_size):
 
 def test_without_labels_nothing_is_measured_and_one_line_says_so(capsys):
     knn = build_knn(num_unlabeled=100)
-    assert knn.measure(nn.Identity()) == Measurements() and not knn.due(4)
+    assert knn.measure(nn.Identity()) == Measurements() and not knn.is_due(4)
     message = "online k-NN is off, because only 0 training images have labels\n"
     assert capsys.readouterr().out == message
 
@@ -136,7 +136,7 @@ def test_a_k_that_does_not_fit_is_refused_before_training():
 )
 def test_a_measurement_is_due_when_so_many_epochs_have_passed(epochs, steps):
     knn = build_knn(knn_every_epochs=epochs)
-    assert [step for step in range(13) if knn.due(step)] == steps
+    assert [step for step in range(13) if knn.is_due(step)] == steps
 
 
 def test_a_run_has_the_same_weights_with_measurements_on_or_off(tmp_path):

@@ -15,7 +15,7 @@ import wandb_file
 
 from ssl_pretrain import config
 from ssl_pretrain.checkpoint.folder import list_checkpoints
-from ssl_pretrain.checkpoint.manifest import verify
+from ssl_pretrain.checkpoint.manifest import verify_checkpoint
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.monitoring.logger import LogConfig, Logger
 from ssl_pretrain.monitoring.wandb import client as wandb_client
@@ -31,7 +31,7 @@ OVERRIDES = [
     "log.tags=[a]",
     "checkpoint.every_epochs=0.34",
 ]
-STEPS = {"first_step": 0, "last_step": 20, "steps_per_epoch": 5, "global_batch_size": 8}
+STEPS = {"num_steps_done": 0, "last_step": 20, "steps_per_epoch": 5, "global_batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def of_type(file, kind):
 
 def test_both_halves_are_one_run_with_config_and_tags(resumed):
     run, files = resumed
-    ids = {verify(saved)["wandb_id"] for saved in list_checkpoints(run)}
+    ids = {verify_checkpoint(saved)["wandb_id"] for saved in list_checkpoints(run)}
     starts = [start for file in files for start in of_type(file, "run")]
     assert len(files) == 2 and {start.run_id for start in starts} == ids and len(ids) == 1
     shown_config = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
@@ -99,7 +99,7 @@ def test_every_metric_is_logged_once_per_step_in_order(resumed):
 
 def test_a_client_knows_the_last_step_that_was_logged(resumed):
     run, _ = resumed
-    (run_id,) = {verify(saved)["wandb_id"] for saved in list_checkpoints(run)}
+    (run_id,) = {verify_checkpoint(saved)["wandb_id"] for saved in list_checkpoints(run)}
     assert wandb_client.read_last_step(run, run_id) == 7
     assert wandb_client.read_last_step(run, "another") == -1
 

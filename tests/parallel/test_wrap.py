@@ -15,8 +15,8 @@ from traffic import Traffic, predict_bytes
 
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.initial_weights import read_evaluated_weights
-from ssl_pretrain.checkpoint.manifest import verify
-from ssl_pretrain.checkpoint.tensor_files import sharded_storage
+from ssl_pretrain.checkpoint.manifest import verify_checkpoint
+from ssl_pretrain.checkpoint.tensor_files import import_dcp_with_safetensors
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import batch_norm
@@ -297,7 +297,7 @@ def test_all_ranks_name_the_one_that_cannot_write_and_older_checkpoints_stay(tmp
     assert "rank 1: [Errno 27] File too large" in messages[0]
     assert "Older checkpoints are intact" in messages[0]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
-    verify(newest_checkpoint(tmp_path))
+    verify_checkpoint(newest_checkpoint(tmp_path))
     suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert suffixes == {".json", ".safetensors"}  # no pickle
 
@@ -307,7 +307,7 @@ def test_a_torch_without_safetensors_shards_is_refused(monkeypatch):
 
     monkeypatch.delattr(dcp, "HuggingFaceStorageWriter")
     with pytest.raises(ValueError) as error:
-        sharded_storage()
+        import_dcp_with_safetensors()
     assert str(error.value) == (
         "parallel.strategy: sharded checkpoints need the safetensors storage of "
         f"torch.distributed.checkpoint, which torch {torch.__version__} does not have; install "

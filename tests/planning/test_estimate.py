@@ -219,7 +219,7 @@ def test_data_sheets_are_in_the_right_units():
 
 
 def test_every_gpu_that_can_be_planned_has_rates():
-    gpus = schema.hints(config.PlanConfig)["gpu"].__args__
+    gpus = schema.field_types(config.PlanConfig)["gpu"].__args__
     assert set(gpus) - {""} == MACHINES.keys()
 
 
@@ -236,4 +236,4 @@ def test_the_cluster_of_a_plan_is_that_of_launch(run):
 
 def test_a_resumed_run_may_have_another_plan(run):
     other = replace(run, plan=replace(run.plan, gpu="L40S"))
-    config.compare_for_resume(config.to_dict(run), other, "runs/x/checkpoints/step_1")
+    config.check_resume_config(config.to_dict(run), other, "runs/x/checkpoints/step_1")

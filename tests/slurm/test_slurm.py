@@ -18,7 +18,7 @@ import torch
 import wandb_file
 
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
-from ssl_pretrain.checkpoint.manifest import verify
+from ssl_pretrain.checkpoint.manifest import verify_checkpoint
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.monitoring import metric_names
 
@@ -217,7 +217,7 @@ def test_a_run_continues_after_its_time_limit(cluster, tmp_path, observe):
     settings = [*FEW_COLLECTIVES, "epochs=100000", "log.every_steps=20", "evaluation.at_end=[]"]
     (job,) = submit(path, *settings, *limit)
     wait_until("the limit", lambda: job_facts(job)["Restarts"] == "1", job)
-    step = verify(newest_checkpoint(run))["step"]
+    step = verify_checkpoint(newest_checkpoint(run))["step"]
     wait_until("the next job", lambda: is_running(job) and logged_steps(run)[-1] > step + 20, job)
     subprocess.run(["scancel", job], check=True)
     wait_until("the end", lambda: job_facts(job)["JobState"] == "CANCELLED", job)
@@ -238,7 +238,7 @@ def test_a_chain_of_jobs_without_requeue(cluster, tmp_path):
     facts = job_facts(first)
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0"), logs_of(run)
     assert job_facts(second)["JobState"] == "COMPLETED", logs_of(run)
-    assert verify(newest_checkpoint(run))["step"] == 90, logs_of(run)
+    assert verify_checkpoint(newest_checkpoint(run))["step"] == 90, logs_of(run)
     assert logged_steps(run) == list(range(1, 91))
 
 
@@ -252,7 +252,7 @@ def test_a_sweep_is_an_array(cluster, tmp_path):
     for seed, job in enumerate(jobs):
         wait_until("the array", lambda job=job: has_ended(job), job)
         assert job_facts(job)["JobState"] == "COMPLETED", logs_of(sweep)
-        manifest = verify(newest_checkpoint(sweep / f"seed={seed}"))
+        manifest = verify_checkpoint(newest_checkpoint(sweep / f"seed={seed}"))
         assert manifest["config"]["seed"] == seed
 
 

@@ -20,7 +20,7 @@ from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.source_report import check_range
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.schema import COUNT, FROM_ZERO, QUALITY, THREADS
+from ssl_pretrain.schema import JPEG_QUALITY, NON_NEGATIVE_INT, NUM_THREADS, POSITIVE_INT
 
 _MAX_PROBLEMS = 100  # the most problems that `check` prints
 _MIN_PAGE_BYTES = 1 << 21  # FFCV's minimum
@@ -94,44 +94,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     write.add_argument(
         "--max-side",
-        type=FROM_ZERO,
+        type=NON_NEGATIVE_INT,
         default=Settings.max_side,
         help="longest side in pixels, or 0 to keep the size of every image (default: %(default)s)",
     )
     write.add_argument(
         "--quality",
-        type=QUALITY,
+        type=JPEG_QUALITY,
         default=Settings.quality,
         help="JPEG quality of encoded images (default: %(default)s)",
     )
     write.add_argument(
         "--page-size",
-        type=COUNT,
+        type=POSITIVE_INT,
         default=Settings.page_size,
         help="bytes per page, a power of two (default: %(default)s)",
     )
     write.add_argument(
         "--workers",
-        type=THREADS,
+        type=NUM_THREADS,
         default=num_cores,
         help="number of processes (default: %(default)s, the available cores)",
     )
     write.add_argument(
         "--shards",
-        type=COUNT,
+        type=POSITIVE_INT,
         default=1,
         help="number of files to write, which are read as one data set (default: 1)",
     )
     write.add_argument(
         "--shard",
-        type=FROM_ZERO,
+        type=NON_NEGATIVE_INT,
         help="write only this shard, counted from 0 (default: SLURM_ARRAY_TASK_ID, or all shards)",
     )
     for command in (check, info):
         command.add_argument("path", type=Path, help="a .beton file, or any shard of a set")
     check.add_argument(
         "--threads",
-        type=THREADS,
+        type=NUM_THREADS,
         default=num_cores,
         help="number of decoding threads (default: %(default)s, the available cores)",
     )
