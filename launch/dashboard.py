@@ -50,18 +50,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif not options.project:
             raise ValueError("PROJECT: give the W&B project, such as ssl_pretrain, or --send RUN")
         elif options.dry_run:
-            workspace = build(options.project, options.entity or "nobody")._to_model()
+            workspace = build_workspace(options.project, options.entity or "nobody")._to_model()
             print(json.dumps(workspace.model_dump(by_alias=True), indent=1, default=str))
         else:
-            print(create(options.project, options.entity))
+            print(save_workspace(options.project, options.entity))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def build(project: str, entity: str) -> Any:
-    """Build the workspace without saving it.
+def build_workspace(project: str, entity: str) -> Any:
+    """Build the dashboard as a W&B workspace, without saving it.
 
     Raises:
         ValueError: If wandb-workspaces is not installed.
@@ -84,7 +84,7 @@ def build(project: str, entity: str) -> Any:
     contents[metric_names.COLLAPSE].append(
         panels.LinePlot(title=spread.partition("/")[2], x="step", y=[spread])
     )
-    for title in metric_names.PREFIXES.values():  # one panel each, with one line per module
+    for title in metric_names.PREFIXES.values():  # one panel per title, with one line per module
         regex = f"{metric_names.NETWORK}/{title}.*"
         contents[metric_names.NETWORK].append(
             panels.LinePlot(title=title.strip(", "), x="step", metric_regex=regex)
@@ -104,7 +104,7 @@ def build(project: str, entity: str) -> Any:
     return workspaces.Workspace(name=VIEW_NAME, entity=entity, project=project, sections=sections)
 
 
-def create(project: str, entity: str = "") -> str:
+def save_workspace(project: str, entity: str = "") -> str:
     """Save the dashboard to W&B and return its URL.
 
     Raises:
@@ -123,7 +123,7 @@ def create(project: str, entity: str = "") -> str:
         import wandb
 
         team_or_user = entity or wandb.Api().default_entity or ""
-        return str(build(project, team_or_user).save().url)
+        return str(build_workspace(project, team_or_user).save().url)
     except Exception as error:  # the library raises errors of many types
         owner = entity or "your account"
         raise ValueError(
@@ -166,18 +166,18 @@ def send_evaluations(run: Path) -> None:
         client.close()
 
 
-def send_finished(run: Path) -> None:
-    """Send the results if the run has a W&B page and is not training, and print any error."""
-    if find_holder(run) is None and any(_has_page(path) for path in list_checkpoints(run)):
+def send_evaluations_unless_training(run: Path) -> None:
+    """Send the results if the run has a W&B page and is not training. Print an error, if any."""
+    if find_holder(run) is None and any(_has_wandb_page(path) for path in list_checkpoints(run)):
         try:
             send_evaluations(run)
-        except (ValueError, OSError) as error:  # must not end the evaluations that call this
+        except (ValueError, OSError) as error:  # the evaluations are complete without W&B
             print(
                 f"W&B: the results were not sent ({error}); they are in {run / 'eval'}", flush=True
             )
 
 
-def _has_page(checkpoint: Path) -> bool:
+def _has_wandb_page(checkpoint: Path) -> bool:
     """Return True if the checkpoint belongs to a run that was logged to W&B."""
     with suppress(ValueError):
         return bool(read_manifest(checkpoint).get("wandb_id"))

@@ -29,8 +29,8 @@ def main(_arguments: Sequence[str] | None = None) -> int:
     status = local.run([sys.executable, "-m", "ssl_pretrain.train", CONFIG, f"output={RUN}"])
     if status:
         return status
-    seconds = f"training={time.monotonic() - start:.0f}"
-    return local.run([sys.executable, "-m", "ssl_pretrain.eval.demo_summary", RUN, seconds])
+    timing = f"training={time.monotonic() - start:.0f}"  # seconds
+    return local.run([sys.executable, "-m", "ssl_pretrain.eval.demo_summary", RUN, timing])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # this file was started by its path in a clone
+if not __package__:  # run as a file from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ssl_pretrain.checkpoint.folder import is_finished
@@ -16,7 +16,7 @@ from ssl_pretrain.launch.evaluation_jobs import (
     EVALUATIONS,
     HELD_FOLDER,
     EvaluationJobs,
-    check_names,
+    check_evaluation_names,
     report_stop,
 )
 from ssl_pretrain.schema import POSITIVE_FLOAT
@@ -43,23 +43,23 @@ examples:
 @local.launcher
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    options = parse(arguments)
-    check(options)
+    options = parse_options(arguments)
+    check_options(options)
     run = options.run
     while options.watch and not (run / "config.yaml").is_file():  # training has not started
         local.wait(options.every_seconds)
         if local.stop_requested():
             return report_stop()
-    held_checkpoints.release_abandoned(run / "eval" / HELD_FOLDER)
+    held_checkpoints.remove_abandoned_folders(run / "eval" / HELD_FOLDER)
     jobs = EvaluationJobs(run, options)
     if options.after:
         ids = ", ".join(jobs.submit_after(options.after))
         print(f"submitted to SLURM, after {options.after}: {ids}")
         return 0
-    return watch(jobs, options) if options.watch else jobs.run_due()
+    return watch(jobs, options) if options.watch else jobs.run_due_evaluations()
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python launch/evaluate.py",
@@ -115,19 +115,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--give-up-minutes",
         type=POSITIVE_FLOAT,
         default=60.0,
-        help="with --watch: give up after so many minutes without a training process (default: 60)",
+        help="with --watch: minutes without a training process before giving up (default: 60)",
     )
     return parser.parse_intermixed_args(arguments)
 
 
-def check(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace) -> None:
     """Raise ValueError if the run, an evaluation or the device cannot be used."""
     if not options.watch and not options.run.is_dir():
         raise ValueError(
             f"{options.run}: there is no such run folder; give the `output` of a run's config, "
             "or add --watch to wait for it"
         )
-    check_names(options.jobs or [], "--jobs")
+    check_evaluation_names(options.jobs or [], "--jobs")
     trainer = find_holder(options.run)
     wants_gpu = options.device.startswith("cuda") and not options.share_gpu
     if wants_gpu and trainer and trainer.is_on_this_host():
@@ -145,8 +145,8 @@ def watch(jobs: EvaluationJobs, options: argparse.Namespace) -> int:
     """
     idle_since = None
     while True:
-        status = jobs.run_due()
-        if local.stop_requested() or (is_finished(jobs.run) and not jobs.due()):
+        status = jobs.run_due_evaluations()
+        if local.stop_requested() or (is_finished(jobs.run) and not jobs.due_evaluations()):
             return status
         idle_since = None if find_holder(jobs.run) else idle_since or time.monotonic()
         if idle_since and time.monotonic() - idle_since > 60 * options.give_up_minutes:

@@ -20,7 +20,7 @@ EVALUATIONS = (
 HELD_FOLDER = ".held"  # folder in RUN/eval with links to the checkpoints that are being evaluated
 
 
-def check_names(names: list[str], option: str) -> None:
+def check_evaluation_names(names: list[str], option: str) -> None:
     """Raise ConfigError if `option` lists a name that is not an evaluation."""
     unknown = [name for name in names if name not in EVALUATIONS]
     if unknown:
@@ -34,7 +34,9 @@ def evaluation_command(name: str, run: str | Path, *arguments: str) -> list[str]
     return [sys.executable, "-m", f"ssl_pretrain.eval.{name}", str(run), *arguments]
 
 
-def run_at_end(config: configuration.RunConfig, options: dict[str, list[str]]) -> dict[str, int]:
+def run_at_end(
+    config: configuration.RunConfig, evaluation_args: dict[str, list[str]]
+) -> dict[str, int]:
     """Run the evaluations in `evaluation.at_end` that are missing for the last checkpoint.
 
     An evaluation that succeeds saves its settings in RUN/eval/<checkpoint>/.<name>.done and is
@@ -43,7 +45,7 @@ def run_at_end(config: configuration.RunConfig, options: dict[str, list[str]]) -
 
     Args:
         config: The run's configuration.
-        options: Additional command-line options by name of the evaluation.
+        evaluation_args: Additional command-line arguments by name of the evaluation.
 
     Returns:
         The exit status of each evaluation that was run, by name.
@@ -52,13 +54,13 @@ def run_at_end(config: configuration.RunConfig, options: dict[str, list[str]]) -
     folder = Path(config.output) / "eval" / newest_checkpoint(config.output).name
     statuses: dict[str, int] = {}
     for name in config.evaluation.at_end:
-        arguments = options.get(name, [])
+        arguments = evaluation_args.get(name, [])
         settings = {key: values[key] for key in ("data", "evaluation")} | {"arguments": arguments}
         settings_text, done_file = json.dumps(settings, indent=1), folder / f".{name}.done"
         is_done = done_file.is_file() and done_file.read_text() == settings_text
         if is_done and not (name == "report" and 0 in statuses.values()):
             print(
-                f"--- {name}: done before; to repeat it, run "
+                f"--- {name}: already done; to repeat it, run "
                 f"python -m ssl_pretrain.eval.{name} {config.output}",
                 flush=True,
             )
@@ -93,25 +95,25 @@ class EvaluationJobs:
     """
 
     def __init__(self, run: Path, options: argparse.Namespace):
-        self.run, self.failed, self._options = run, list[str](), options
+        self.run, self.failures, self._options = run, list[str](), options
         # The folder may have been moved since the run was configured.
         self._config = configuration.load(run / "config.yaml", [f"output={run}"])
         at_end, launch = self._config.evaluation.at_end, self._config.launch
         if not options.jobs:
-            check_names(at_end, "evaluation.at_end")
+            check_evaluation_names(at_end, "evaluation.at_end")
         names = options.jobs or at_end
         self._names = [name for name in names if name != "report"]
         self._wants_report = "report" in names
-        self._on_slurm = slurm.is_submitted(
+        self._on_slurm = slurm.uses_slurm(
             replace(launch, cluster=options.cluster or launch.cluster)
         )
-        self._attempted: set[tuple[str, str]] = set()  # names of checkpoint and evaluation
+        self._attempted: set[tuple[str, str]] = set()  # names of the checkpoint and the evaluation
         self._last_notice = ""
 
-    def due(self) -> list[tuple[Path, str]]:
+    def due_evaluations(self) -> list[tuple[Path, str]]:
         """Return the checkpoint and the name of each evaluation that is due, oldest first.
 
-        Evaluations that this process has attempted are left out.
+        Evaluations that this process has already attempted are left out.
         """
         checkpoints = list_checkpoints(self.run)
         if self._options.checkpoint:
@@ -119,83 +121,84 @@ class EvaluationJobs:
         if self._options.newest and checkpoints:
             checkpoints = [newest_checkpoint(self.run)]
         return [
-            (path, name)
-            for path in checkpoints
+            (checkpoint, name)
+            for checkpoint in checkpoints
             for name in self._names
-            if not self._is_done(path, name) and (path.name, name) not in self._attempted
+            if not self._is_done(checkpoint, name)
+            and (checkpoint.name, name) not in self._attempted
         ]
 
-    def _is_done(self, path: Path, name: str) -> bool:
-        folder = self.run / "eval" / path.name
+    def _is_done(self, checkpoint: Path, name: str) -> bool:
+        folder = self.run / "eval" / checkpoint.name
         return (folder / f"{name}.json").exists() or (folder / f".{name}.done").exists()
 
-    def run_due(self) -> int:
+    def run_due_evaluations(self) -> int:
         """Run or submit the evaluations that are due, then the report.
 
         Returns:
             The exit status, which is 75 after a request to stop and 1 if an evaluation failed.
         """
-        due = self.due()
+        due = self.due_evaluations()
         if self._on_slurm:
             self._submit(due)
             return 0
-        for path, name in due:
-            self.evaluate(path, name)
+        for checkpoint, name in due:
+            self.evaluate(checkpoint, name)
             if local.stop_requested():
                 return report_stop()
         if due:
-            dashboard.send_finished(self.run)
+            dashboard.send_evaluations_unless_training(self.run)
         if self._wants_report and (due or not self._names):
-            device = ["--device", self.device()]
+            device = ["--device", self.choose_device()]
             report = evaluation_command("report", self.run, *device, *self._options.overrides)
             if local.run(report) and not local.stop_requested():
-                self.failed.append("report")
-        if self.failed:
-            print(f"error: failed: {', '.join(self.failed)}", file=sys.stderr)
+                self.failures.append("report")
+        if self.failures:
+            print(f"error: failed: {', '.join(self.failures)}", file=sys.stderr)
         if local.stop_requested():
             return report_stop()
-        return 1 if self.failed else 0
+        return 1 if self.failures else 0
 
-    def evaluate(self, path: Path, name: str) -> None:
+    def evaluate(self, checkpoint: Path, name: str) -> None:
         """Run one evaluation of one checkpoint in its own process.
 
         A checkpoint that the training has pruned is skipped with a message.
         """
-        self._attempted.add((path.name, name))
-        with held_checkpoints.hold(path, self.run / "eval" / HELD_FOLDER) as checkpoint:
-            if checkpoint is None:
+        self._attempted.add((checkpoint.name, name))
+        with held_checkpoints.hold(checkpoint, self.run / "eval" / HELD_FOLDER) as held_checkpoint:
+            if held_checkpoint is None:
                 print(
-                    f"skipped {name} of {path.name}: the training pruned this checkpoint before "
-                    "its turn; to keep more, raise checkpoint.keep_last",
+                    f"skipped {name} of {checkpoint.name}: the training pruned this checkpoint "
+                    "before its turn; to keep more, raise checkpoint.keep_last",
                     flush=True,
                 )
                 return
-            print(f"--- {name} of {path.name}", flush=True)
-            device = self.device()
+            print(f"--- {name} of {checkpoint.name}", flush=True)
+            device = self.choose_device()
             nice = ["nice", "-n", "10"] if device == "cpu" and shutil.which("nice") else []
-            options = ["--skip-unlabeled", "--checkpoint", str(checkpoint), "--device", device]
-            command = evaluation_command(name, self.run, *options, *self._options.overrides)
+            arguments = ["--skip-unlabeled", "--checkpoint", str(held_checkpoint)]
+            arguments += ["--device", device, *self._options.overrides]
+            command = evaluation_command(name, self.run, *arguments)
             status = local.run([*nice, *command])
         if status == SKIPPED or local.stop_requested():
             return
         if status == 0:
-            folder = self.run / "eval" / path.name
+            folder = self.run / "eval" / checkpoint.name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f".{name}.done").touch()
-        elif path.exists():
-            self.failed.append(f"{name} of {path.name}")
+        elif checkpoint.exists():
+            self.failures.append(f"{name} of {checkpoint.name}")
         else:
             print(
-                f"skipped {name} of {path.name}: the training pruned this checkpoint during the "
-                "evaluation; to keep more, raise checkpoint.keep_last",
+                f"skipped {name} of {checkpoint.name}: the training pruned this checkpoint during "
+                "the evaluation; to keep more, raise checkpoint.keep_last",
                 flush=True,
             )
 
-    def device(self) -> str:
-        """Return the device for evaluations.
+    def choose_device(self) -> str:
+        """Choose the device of the next evaluation, and print a change to the CPU.
 
-        While the run trains on this machine, the device is the CPU unless an option overrides it. A
-        change to the CPU is printed.
+        While the run trains on this machine, the device is the CPU unless an option overrides it.
         """
         options, trainer = self._options, find_holder(self.run)
         if options.device != "auto" or options.share_gpu:
@@ -211,35 +214,36 @@ class EvaluationJobs:
             print(notice, flush=True)
         return "cpu"
 
-    def submit_after(self, job: str) -> list[str]:
-        """Submit every evaluation of the newest checkpoint. They start after `job` has succeeded.
+    def submit_after(self, job_id: str) -> list[str]:
+        """Submit every evaluation of the newest checkpoint, to start once the job has succeeded.
 
         Returns:
             The job ids, in the order in which the jobs run.
         """
         report = ["report"] if self._wants_report else []
-        return slurm_job.submit_chain(self._config, [*self._names, *report], job)
+        return slurm_job.submit_evaluations_after(self._config, [*self._names, *report], job_id)
 
     def _submit(self, due: list[tuple[Path, str]]) -> None:
         """Submit the evaluations that are due and not yet queued."""
-        self._attempted |= {(path.name, name) for path, name in due}
+        self._attempted |= {(checkpoint.name, name) for checkpoint, name in due}
         queue_file = self.run / "slurm" / "evaluations.json"
-        queue = json.loads(queue_file.read_text()) if queue_file.exists() else {}  # job ids
+        # Job ids by "<checkpoint>/<evaluation>".
+        job_ids = json.loads(queue_file.read_text()) if queue_file.exists() else {}
         jobs = {
-            f"{path.name}/{name}": slurm_job.EvaluationJob(
-                name, str(self.run), ("--checkpoint", str(path))
+            f"{checkpoint.name}/{name}": slurm_job.EvaluationJob(
+                name, str(self.run), ("--checkpoint", str(checkpoint))
             )
-            for path, name in due
-            if not slurm.is_queued(queue.get(f"{path.name}/{name}", ""))
+            for checkpoint, name in due
+            if not slurm.is_queued(job_ids.get(f"{checkpoint.name}/{name}", ""))
         }
-        ids = slurm_job.submit_evaluations(self._config, list(jobs.values()))
-        if ids:
-            queue_file.write_text(json.dumps(queue | dict(zip(jobs, ids)), indent=1))
+        new_ids = slurm_job.submit_evaluations(self._config, list(jobs.values()))
+        if new_ids:
+            queue_file.write_text(json.dumps(job_ids | dict(zip(jobs, new_ids)), indent=1))
             names = [" of ".join(reversed(key.split("/"))) for key in jobs]
-            entries = [f"{name}: {job_id}" for name, job_id in zip(names, ids)]
+            entries = [f"{name}: {job_id}" for name, job_id in zip(names, new_ids)]
             print(f"submitted to SLURM: {', '.join(entries)}", flush=True)
-        if self._wants_report and (ids or not self._names):
+        if self._wants_report and (new_ids or not self._names):
             # The report runs even if some evaluations fail.
-            dependency = f"afterany:{':'.join(ids)}" if ids else ""
+            dependency = f"afterany:{':'.join(new_ids)}" if new_ids else ""
             report = slurm_job.EvaluationJob("report", str(self.run))
             slurm_job.submit_evaluations(self._config, [report], dependency)

@@ -18,8 +18,8 @@ from pathlib import Path
 from ssl_pretrain.checkpoint.manifest import MANIFEST_FILE
 from ssl_pretrain.fault_tolerance.lock_holder import LockHolder
 
-OWNER = "owner.json"
-HEARTBEAT_SECONDS = 30.0  # time between two heartbeats
+OWNER_FILE = "owner.json"
+HEARTBEAT_SECONDS = 30.0  # interval between heartbeats
 # A process on another host counts as ended after this time without a heartbeat.
 STALE_SECONDS = 180.0
 
@@ -35,22 +35,24 @@ def hold(path: Path, parent: Path) -> Iterator[Path | None]:
         path: Folder of the checkpoint.
         parent: Folder for the links of all processes.
     """
-    release_abandoned(parent)
+    remove_abandoned_folders(parent)
     folder = parent / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
-    (folder / OWNER).write_text(LockHolder.this_process().to_json())
+    (folder / OWNER_FILE).write_text(LockHolder.this_process().to_json())
     stop = threading.Event()
-    heartbeat = threading.Thread(target=_send_heartbeats, args=(folder / OWNER, stop), daemon=True)
+    heartbeat = threading.Thread(
+        target=_send_heartbeats, args=(folder / OWNER_FILE, stop), daemon=True
+    )
     heartbeat.start()
     try:
-        yield link(path, folder / path.name)
+        yield link_checkpoint(path, folder / path.name)
     finally:
         stop.set()
         heartbeat.join()
         _remove(folder)
 
 
-def link(path: Path, target: Path) -> Path | None:
+def link_checkpoint(path: Path, target: Path) -> Path | None:
     """Fill the folder `target` with hard links to all files of a checkpoint.
 
     Returns:
@@ -74,8 +76,8 @@ def link(path: Path, target: Path) -> Path | None:
         return path if path.exists() else None
 
 
-def release_abandoned(parent: Path) -> None:
-    """Remove the folders in `parent` that ended processes have left behind."""
+def remove_abandoned_folders(parent: Path) -> None:
+    """Remove the folders in `parent` whose processes have ended without removing them."""
     if not parent.is_dir():
         return
     now = _file_system_time(parent)
@@ -95,8 +97,8 @@ def _remove(folder: Path) -> None:
 def _is_abandoned(folder: Path, now: float) -> bool:
     """Return True if the folder's process has ended or its heartbeats have stopped."""
     try:
-        owner = LockHolder.from_json((folder / OWNER).read_bytes())
-        last_heartbeat = (folder / OWNER).stat().st_mtime
+        owner = LockHolder.from_json((folder / OWNER_FILE).read_bytes())
+        last_heartbeat = (folder / OWNER_FILE).stat().st_mtime
     except OSError:  # the process has not written its owner file yet
         owner, last_heartbeat = None, folder.stat().st_mtime
     if owner and owner.born and owner.shares_process_ids(LockHolder.this_process()):

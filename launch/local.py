@@ -29,8 +29,8 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 def num_ranks(config: RunConfig) -> int:
     """Return the number of ranks per machine.
 
-    It is `launch.ranks` if that is set, else the number of GPUs, and one on a machine without GPUs.
-    A machine with GPUs never has more ranks than GPUs.
+    The number is `launch.ranks` if that is set. Otherwise it is the number of GPUs, or one on a
+    machine without GPUs. A machine with GPUs never has more ranks than GPUs.
     """
     num_gpus = torch.cuda.device_count()
     if not num_gpus:
@@ -41,7 +41,7 @@ def num_ranks(config: RunConfig) -> int:
 def train_command(
     path: str, overrides: Sequence[str], num_processes: int, max_restarts: int = 0
 ) -> list[str]:
-    """Return the command that trains on this machine. Several processes are run by torchrun."""
+    """Return the command that trains on this machine. It uses torchrun for several processes."""
     train_arguments = ["-m", "ssl_pretrain.train", path, *overrides]
     if num_processes == 1:
         return [sys.executable, *train_arguments]
@@ -74,7 +74,7 @@ def host_names(config: RunConfig) -> list[str]:
     return hosts
 
 
-def check_one_machine(config: RunConfig) -> None:
+def check_no_hosts(config: RunConfig) -> None:
     """Raise ConfigError if `launch.hosts` is set for runs that start one after the other."""
     if config.launch.hosts:
         raise ConfigError(
@@ -112,8 +112,8 @@ def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> lis
             "--max-restarts": launch.max_restarts,
             "--nproc-per-node": num_ranks(config),
         }
-        words = [str(word) for option in options.items() for word in option]
-        torchrun = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun", *words]
+        option_words = [str(word) for option in options.items() for word in option]
+        torchrun = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun", *option_words]
         train_arguments = ["-m", "ssl_pretrain.train", path, *overrides]
         commands.append((host, shlex.join([*torchrun, *train_arguments])))
     return commands
@@ -126,7 +126,7 @@ class StopRequest:
         self.received = False
         self.process: subprocess.Popen[bytes] | None = None
 
-    def receive(self, number: int, frame: Any) -> None:
+    def receive(self, signal_number: int, frame: Any) -> None:
         """Handle a signal that asks this launcher to stop."""
         self.received = True
         self.forward()
@@ -138,7 +138,7 @@ class StopRequest:
                 self.process.send_signal(signal.SIGTERM)
 
 
-_stop = StopRequest()
+_stop_request = StopRequest()
 
 
 def launcher(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
@@ -150,7 +150,7 @@ def launcher(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
     @wraps(main)
     def run_main(arguments: Sequence[str] | None = None) -> int:
-        with tolerate_lost_output(), forwarding_stop_requests():
+        with tolerate_lost_output(), forward_stop_requests():
             try:
                 return main(arguments)
             except (ValueError, OSError) as error:
@@ -161,12 +161,12 @@ def launcher(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
 
 @contextmanager
-def forwarding_stop_requests() -> Iterator[None]:
-    """Forward requests to stop to the command that `run` waits for, and start no further command.
+def forward_stop_requests() -> Iterator[None]:
+    """Forward requests to stop to the command that `run` waits for.
 
-    The handlers are set explicitly, because process 1 of a container has no default handlers.
-    SIGHUP stays ignored under nohup. Python delivers signals to the main thread only, so in another
-    thread nothing is forwarded.
+    After such a request, `run` starts no further command. The handlers are set explicitly, because
+    process 1 of a container has no default handlers. SIGHUP stays ignored under nohup. Python
+    delivers signals to the main thread only, so nothing is forwarded in another thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -176,28 +176,28 @@ def forwarding_stop_requests() -> Iterator[None]:
     }
     for signal_number, handler in previous_handlers.items():
         if signal_number != signal.SIGHUP or handler != signal.SIG_IGN:
-            signal.signal(signal_number, _stop.receive)
+            signal.signal(signal_number, _stop_request.receive)
     try:
         yield
     finally:
-        _stop.received = False
+        _stop_request.received = False
         for signal_number, handler in previous_handlers.items():
             signal.signal(signal_number, signal.SIG_DFL if handler is None else handler)
 
 
 def stop_requested() -> bool:
     """Return True if this launcher was asked to stop."""
-    return _stop.received
+    return _stop_request.received
 
 
 def wait(seconds: float) -> None:
     """Sleep, but return early if this launcher is asked to stop."""
     end = time.monotonic() + seconds
-    while not _stop.received and (remaining := end - time.monotonic()) > 0:
+    while not _stop_request.received and (remaining := end - time.monotonic()) > 0:
         time.sleep(min(0.2, remaining))
 
 
-def _end_with_launcher() -> None:
+def _terminate_with_launcher() -> None:
     """Ask the kernel for a SIGTERM when the launcher dies, so that no ranks outlive a SIGKILL."""
     if _LIBC is not None:
         _LIBC.prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
@@ -209,18 +209,18 @@ def run(command: Sequence[str]) -> int:
     The command has its own session, so that a Ctrl-C in the terminal reaches it only once, through
     this process. After a request to stop, no command is started.
     """
-    if _stop.received:
+    if _stop_request.received:
         return STOPPED
     environment = child_environment()
     if "ssl_pretrain.launch.torchrun" in command:
         environment.setdefault("OMP_NUM_THREADS", "1")
-    _stop.process = subprocess.Popen(
-        command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher
+    _stop_request.process = subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=_terminate_with_launcher
     )
-    if _stop.received:  # the request came while the process was starting
-        _stop.forward()
+    if _stop_request.received:  # the request came while the process was starting
+        _stop_request.forward()
     try:
-        status = _stop.process.wait()
+        status = _stop_request.process.wait()
     finally:
-        _stop.process = None
+        _stop_request.process = None
     return 128 - status if status < 0 else status

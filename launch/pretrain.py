@@ -12,7 +12,7 @@ if not __package__:  # run as a file from a clone
 from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.launch import dashboard, local, slurm, slurm_job
-from ssl_pretrain.launch.evaluation_jobs import check_names, run_at_end
+from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names, run_at_end
 from ssl_pretrain.planning import plan
 from ssl_pretrain.system.exit_status import SKIPPED, STOPPED
 
@@ -37,14 +37,17 @@ examples:
   print one torchrun command for each of two hosts
     python launch/pretrain.py configs/simclr_imagenet.yaml launch.hosts=a,b"""
 
+# Maps a run to its `evaluation_args` in `pretrain_and_evaluate`.
+EvaluationArgsFor = Callable[[configuration.RunConfig], dict[str, list[str]]]
+
 
 @local.launcher
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = _parse(arguments)
     config = configuration.load(options.config, options.overrides)
-    check_names(config.evaluation.at_end, "evaluation.at_end")
-    on_slurm = slurm.is_submitted(config.launch)
+    check_evaluation_names(config.evaluation.at_end, "evaluation.at_end")
+    on_slurm = slurm.uses_slurm(config.launch)
     if not on_slurm:
         slurm.check_no_slurm_keys(config, options.overrides)
     hosts = local.host_names(config)
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plan:
         print(plan.describe(config, plan.num_ranks(config, num_ranks)))
         if on_slurm:
-            print("\n".join(slurm.describe(config)))
+            print("\n".join(slurm.describe_jobs(config)))
         return 0
     configuration.check(config, num_ranks)
     if on_slurm:
@@ -82,15 +85,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _submit(config: configuration.RunConfig, path: str, overrides: Sequence[str]) -> int:
-    jobs = slurm_job.submit(config, path, overrides)
+    job_ids = slurm_job.submit(config, path, overrides)
     chain = config.launch.chain
-    pretraining = ", ".join(jobs[:chain])
+    pretraining = ", ".join(job_ids[:chain])
     print(f"submitted to SLURM: pretraining {pretraining} on {slurm.num_ranks(config)} ranks")
-    for name, job in zip(config.evaluation.at_end, jobs[chain:]):
-        print(f"  then {name}: {job}")
-    log = f"{config.output}/slurm/{jobs[0]}_0_log.out"
+    for name, job_id in zip(config.evaluation.at_end, job_ids[chain:]):
+        print(f"  then {name}: {job_id}")
+    log = f"{config.output}/slurm/{job_ids[0]}_0_log.out"
     print(f"follow it: {shlex.join(['tail', '-f', log])}")
-    print(f"stop it:   {shlex.join(['scancel', *jobs])}")
+    print(f"stop it:   {shlex.join(['scancel', *job_ids])}")
     return 0
 
 
@@ -98,7 +101,7 @@ def pretrain_and_evaluate(
     config: configuration.RunConfig,
     path: str,
     overrides: Sequence[str],
-    options: dict[str, list[str]] | None = None,
+    evaluation_args: dict[str, list[str]] | None = None,
 ) -> int:
     """Pretrain, then run the evaluations of `evaluation.at_end` that the last checkpoint lacks.
 
@@ -108,7 +111,8 @@ def pretrain_and_evaluate(
         config: Configuration of the run.
         path: YAML file that the configuration was read from.
         overrides: Overrides of that file, each as "key=value".
-        options: Command line options per evaluation, such as {"linear": ["--rows", "pretrained"]}.
+        evaluation_args: Command-line arguments by name of the evaluation, such as
+            {"linear": ["--rows", "pretrained"]}.
 
     Returns:
         The exit status: 0 if the run is finished, 75 if it was asked to stop, 1 if an evaluation
@@ -120,42 +124,42 @@ def pretrain_and_evaluate(
     status = _training_status(config, local.run(command))
     if status:
         return status
-    statuses = run_at_end(config, options or {})
+    statuses = run_at_end(config, evaluation_args or {})
     if local.stop_requested():
         return STOPPED
     if statuses:
-        dashboard.send_finished(Path(config.output))
-    failed = [
+        dashboard.send_evaluations_unless_training(Path(config.output))
+    failures = [
         f"{name} (status {status})"
         for name, status in statuses.items()
         if status not in (0, SKIPPED)
     ]
-    if failed:
-        message = f"error: {', '.join(failed)} failed; the other evaluations were run"
+    if failures:
+        message = f"error: {', '.join(failures)} failed; the other evaluations were run"
         print(message, file=sys.stderr, flush=True)
-    return 1 if failed else 0
+    return 1 if failures else 0
 
 
 def pretrain_series(
     runs: Sequence[tuple[configuration.RunConfig, list[str]]],
     path: str,
-    options_of: Callable[[configuration.RunConfig], dict[str, list[str]]] = lambda config: {},
+    evaluation_args_for: EvaluationArgsFor = lambda config: {},
 ) -> int:
     """Pretrain and evaluate one run after the other.
 
     Args:
         runs: Configuration and overrides of each run.
         path: YAML file that the overrides apply to.
-        options_of: Function that returns the `options` of `pretrain_and_evaluate` for a run.
+        evaluation_args_for: Function that returns the `evaluation_args` of a run.
 
     Returns:
         The exit status: 0 if all runs finished, 75 if a run was asked to stop, which also skips the
         runs after it, or 1 if a run failed.
     """
-    failed = []
+    failed_runs = []
     for number, (config, overrides) in enumerate(runs, start=1):
         print(f"=== {number} of {len(runs)}: {config.output}", flush=True)
-        status = pretrain_and_evaluate(config, path, overrides, options_of(config))
+        status = pretrain_and_evaluate(config, path, overrides, evaluation_args_for(config))
         if status == STOPPED:
             print(
                 f"stopped in run {number} of {len(runs)}; run the same command to continue",
@@ -163,10 +167,10 @@ def pretrain_series(
             )
             return STOPPED
         if status:
-            failed.append(config.output)
-    if failed:
-        print(f"error: these runs failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+            failed_runs.append(config.output)
+    if failed_runs:
+        print(f"error: these runs failed: {', '.join(failed_runs)}", file=sys.stderr)
+    return 1 if failed_runs else 0
 
 
 def _training_status(config: configuration.RunConfig, status: int) -> int:

@@ -31,8 +31,8 @@ def is_available() -> bool:
         return False
 
 
-def is_submitted(launch: LaunchConfig) -> bool:
-    """Return True if these settings submit the run to SLURM."""
+def uses_slurm(launch: LaunchConfig) -> bool:
+    """Return True if the run is submitted to SLURM with these settings."""
     if launch.cluster == "auto":
         return not launch.hosts and is_available()
     return launch.cluster == "slurm"
@@ -62,23 +62,23 @@ def num_ranks(config: RunConfig) -> int:
     return config.launch.nodes * (config.launch.gpus_per_node or config.launch.ranks or 1)
 
 
-def is_queued(job: str) -> bool:
+def is_queued(job_id: str) -> bool:
     """Return True if a job with this id is waiting or running, False for an empty id."""
-    if not job:
+    if not job_id:
         return False
     queue = subprocess.run(
-        ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60
+        ["squeue", "-h", "-j", job_id, "-o", "%T"], capture_output=True, text=True, timeout=60
     )
     return queue.returncode == 0 and bool(queue.stdout.strip())
 
 
-def request(config: RunConfig) -> dict[str, Any]:
+def job_parameters(config: RunConfig) -> dict[str, Any]:
     """Return submitit's parameters for the pretraining job.
 
     Raises:
-        ConfigError: If SLURM would refuse a value, or a job script would run it as a command.
+        ConfigError: If SLURM would refuse a value, or a job script would interpret it.
     """
-    _check_request(config)
+    _check_job_settings(config)
     launch = config.launch
     gpus = {"gpus_per_node": launch.gpus_per_node} if launch.gpus_per_node else {}
     num_cpus = max(1, config.data.num_workers if launch.gpus_per_node else 1)
@@ -106,7 +106,7 @@ def request(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _check_request(config: RunConfig) -> None:
+def _check_job_settings(config: RunConfig) -> None:
     launch = config.launch
     if launch.nodes < 1 or launch.hours <= 0 or launch.chain < 1:
         raise ConfigError(
@@ -137,13 +137,13 @@ def _time_limit_minutes(launch: LaunchConfig) -> int:
     return math.ceil(launch.hours * 60)
 
 
-def describe(config: RunConfig) -> list[str]:
+def describe_jobs(config: RunConfig) -> list[str]:
     """Describe the jobs that would be submitted, one line per job.
 
     Raises:
-        ConfigError: If `request` refuses a value.
+        ConfigError: If `job_parameters` refuses a value.
     """
-    parameters, launch = request(config), config.launch
+    parameters, launch = job_parameters(config), config.launch
     jobs = (
         f"{launch.chain} x pretraining, one after the other" if launch.chain > 1 else "pretraining"
     )

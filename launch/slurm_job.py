@@ -1,4 +1,4 @@
-"""The SLURM jobs of a run, and their submission with submitit.
+"""Define the SLURM jobs of a run, and submit them with submitit.
 
 submitit pickles a PretrainingJob or an EvaluationJob at submission and calls it in each task.
 """
@@ -24,8 +24,8 @@ from ssl_pretrain.system import stop_signals
 from ssl_pretrain.system.exit_status import LOST, STOPPED
 
 UNFINISHED = STOPPED  # exit status of every rank while the run is unfinished
-UNEXPECTED_ERROR = -1  # stands for an exception in training
-GRACE_SECONDS = 120  # longest time that SLURM may need to end the ranks after a requeue
+UNEXPECTED_ERROR = -1  # status of this rank after an exception in training
+GRACE_SECONDS = 120  # upper bound on the time that SLURM takes to end the ranks after a requeue
 
 
 @dataclass
@@ -39,7 +39,7 @@ class EvaluationJob:
     def __call__(self) -> int:
         """Run launch/evaluate.py in this task."""
         options = ["--cluster", "local", "--jobs", self.name, *(self.arguments or ("--newest",))]
-        with local.forwarding_stop_requests():
+        with local.forward_stop_requests():
             status = local.run(
                 [sys.executable, "-m", "ssl_pretrain.launch.evaluate", self.run, *options]
             )
@@ -61,7 +61,8 @@ class PretrainingJob:
         # submitit's own handler would requeue at once, from rank 0 alone, in the middle of a step.
         stop_signals.remember_signals()
         _set_rank_environment()
-        run = Path([o for o in self.overrides if o.startswith("output=")][-1].partition("=")[2])
+        outputs = [override for override in self.overrides if override.startswith("output=")]
+        run = Path(outputs[-1].removeprefix("output="))
         try:
             status = train.main([self.path, *self.overrides])
         except Exception as error:
@@ -73,7 +74,7 @@ class PretrainingJob:
             os._exit(status)
         if status == STOPPED or not is_finished(run):
             if self.requeue:
-                _requeue_and_wait(delay=0.0 if os.environ["RANK"] == "0" else GRACE_SECONDS / 2)
+                _requeue_and_wait(0.0 if os.environ["RANK"] == "0" else GRACE_SECONDS / 2)
             os._exit(UNFINISHED)
         return 0
 
@@ -90,7 +91,7 @@ class PretrainingJob:
         if has_new_checkpoint:
             marker.write_text(newest)
             if self.requeue:
-                _requeue_and_wait(delay=3.0 * int(os.environ["RANK"]))
+                _requeue_and_wait(3.0 * int(os.environ["RANK"]))
         # Exit without cleanup, because a thread may hang in a collective with the lost rank.
         os._exit(UNFINISHED if has_new_checkpoint else 1)
 
@@ -112,10 +113,13 @@ def _set_rank_environment() -> None:
     )
 
 
-def _requeue_and_wait(delay: float) -> None:
-    """Ask SLURM to requeue this job, unless another rank has done so, and wait to be killed."""
+def _requeue_and_wait(delay_seconds: float) -> None:
+    """Ask SLURM to requeue this job, unless another rank has done so, and wait to be killed.
+
+    The delay differs between ranks, so that usually only one of them asks.
+    """
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(UNFINISHED))
-    time.sleep(delay)
+    time.sleep(delay_seconds)
     job = os.environ["SLURM_JOB_ID"]
     state = subprocess.run(
         ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=60
@@ -137,7 +141,7 @@ def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: If submitit is missing, a value is invalid, or SLURM refuses the job.
     """
-    parameters = slurm.request(config)
+    parameters = slurm.job_parameters(config)
     job = PretrainingJob(
         str(Path(path).absolute()), (*overrides, f"output={config.output}"), config.launch.requeue
     )
@@ -148,13 +152,15 @@ def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
             additional = parameters["slurm_additional_parameters"] | dependency
             executor.update_parameters(**parameters | {"slurm_additional_parameters": additional})
             ids.append(executor.submit(job).job_id)
-    return ids + submit_chain(config, config.evaluation.at_end, ids[-1])
+    return ids + submit_evaluations_after(config, config.evaluation.at_end, ids[-1])
 
 
-def submit_chain(config: RunConfig, names: Sequence[str], pretraining: str) -> list[str]:
+def submit_evaluations_after(
+    config: RunConfig, names: Sequence[str], pretraining_id: str
+) -> list[str]:
     """Submit evaluations of the newest checkpoint, to run one after the other.
 
-    They start once the job `pretraining` has succeeded. An evaluation that fails does not stop the
+    They start once the pretraining job has succeeded. An evaluation that fails does not stop the
     later ones, so the report, which comes last, shows the results of the others.
 
     Returns:
@@ -162,7 +168,7 @@ def submit_chain(config: RunConfig, names: Sequence[str], pretraining: str) -> l
     """
     ids: list[str] = []
     for name in names:
-        dependency = f"afterok:{pretraining}" + (f",afterany:{ids[-1]}" if ids else "")
+        dependency = f"afterok:{pretraining_id}" + (f",afterany:{ids[-1]}" if ids else "")
         ids += submit_evaluations(config, [EvaluationJob(name, config.output)], dependency)
     return ids
 
@@ -189,7 +195,7 @@ def submit_evaluations(
         additional |= {"dependency": dependency, "kill_on_invalid_dep": "yes"}
     if config.launch.gpus_per_node:
         additional["gpus_per_node"] = "1"
-    parameters = slurm.request(config) | {
+    parameters = slurm.job_parameters(config) | {
         "nodes": 1,
         "tasks_per_node": 1,
         "slurm_additional_parameters": additional,
@@ -219,7 +225,7 @@ def submit_array(runs: Sequence[tuple[RunConfig, Sequence[str]]], path: str) -> 
     """
     first_config, yaml_path = runs[0][0], str(Path(path).absolute())
     with _private_executor(str(Path(first_config.output).parent)) as executor:
-        executor.update_parameters(**slurm.request(first_config))
+        executor.update_parameters(**slurm.job_parameters(first_config))
         with executor.batch():
             jobs = [
                 executor.submit(PretrainingJob(yaml_path, tuple(overrides), config.launch.requeue))

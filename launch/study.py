@@ -1,4 +1,4 @@
-"""Studies, which pretrain several variants and compare them. Their YAMLs are in configs/sweeps/."""
+"""Pretrain the variants of a study and compare them. configs/sweeps/ has the studies' YAMLs."""
 
 import argparse
 import re
@@ -29,7 +29,7 @@ class Study:
     title: str = ""
     base: str = "configs/methods_digits.yaml"
     set: list[str] = field(default_factory=list)  # overrides for all variants
-    small_heads: bool = False  # apply the method's SMALL_CONFIG and PRESET_OVERRIDES
+    small_heads: bool = False  # apply each method's SMALL_CONFIG and PRESET_OVERRIDES
     every_method: bool = False  # add one variant per method
     columns: list[str] = field(default_factory=lambda: list(study_table.DEFAULT_COLUMNS))
     plot_against: str = ""  # numeric key on the x-axis; if empty, a bar is drawn per variant
@@ -56,7 +56,7 @@ class PlannedRun:
 
 
 def load(path: str | Path) -> Study | None:
-    """Return the study in a YAML, or None if there is no such file or it configures a single run.
+    """Return the study in a YAML, or None if the file is missing or configures a single run.
 
     Raises:
         ConfigError: If a key or column is unknown, or the study has no runs.
@@ -71,11 +71,11 @@ def load(path: str | Path) -> Study | None:
     except ValueError as error:
         raise configuration.ConfigError(f"{path}: {error}") from None
     if study.every_method:
-        every_method = [Variant(name, [f"method.name={name}"]) for name in methods.names()]
-        study.runs = [*every_method, *study.runs]
+        method_variants = [Variant(name, [f"method.name={name}"]) for name in methods.names()]
+        study.runs = [*method_variants, *study.runs]
     if not study.runs:
         raise configuration.ConfigError(
-            f"{path}: runs: is empty; list runs, each with a name and a set of keys"
+            f"{path}: runs: the list is empty; add runs, each with the keys name and set"
         )
     unknown = [column for column in study.columns if column not in study_table.COLUMNS]
     if unknown or not study.columns:
@@ -97,9 +97,9 @@ def plan(
         overrides: key=value settings for all runs. seed=0,1,2 plans three runs per variant.
     """
     base = base or study.base
-    common = dict(override.partition("=")[::2] for override in overrides)
-    seeds = common.pop("seed", "0").split(",")
-    folder = common.pop("output", f"runs/{Path(path).stem}_{Path(base).stem}")
+    settings_of_all = dict(override.partition("=")[::2] for override in overrides)
+    seeds = settings_of_all.pop("seed", "0").split(",")
+    folder = settings_of_all.pop("output", f"runs/{Path(path).stem}_{Path(base).stem}")
     runs = []
     for variant in study.runs:
         slug = re.sub(r"[^a-z0-9.]+", "_", variant.name.lower()).strip("_")
@@ -109,7 +109,7 @@ def plan(
             run_overrides = [
                 *small_model,
                 *settings,
-                *(f"{key}={value}" for key, value in common.items()),
+                *(f"{key}={value}" for key, value in settings_of_all.items()),
                 f"seed={seed}",
                 f"output={folder}/{slug}_{seed}",
                 f"evaluation.at_end=[{','.join(study.evaluations())}]",
@@ -141,7 +141,7 @@ def run_all(runs: Sequence[PlannedRun], base: str) -> int:
     once per seed.
     """
 
-    def options_of(config: configuration.RunConfig) -> dict[str, list[str]]:
+    def evaluation_args_for(config: configuration.RunConfig) -> dict[str, list[str]]:
         has_references = any(
             run.is_done() and study_table.has_reference_rows(run.config)
             for run in runs
@@ -150,7 +150,7 @@ def run_all(runs: Sequence[PlannedRun], base: str) -> int:
         return {"linear": ["--rows", "pretrained"]} if has_references else {}
 
     remaining = [(run.config, run.overrides) for run in runs if not run.is_done()]
-    return pretrain.pretrain_series(remaining, base, options_of)
+    return pretrain.pretrain_series(remaining, base, evaluation_args_for)
 
 
 def run_and_compare(study: Study, options: argparse.Namespace) -> int:
@@ -168,7 +168,7 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
                 "launch.cluster: slurm cannot be used for a study, whose runs start one after the "
                 "other on this machine; leave it out"
             )
-        local.check_one_machine(run.config)
+        local.check_no_hosts(run.config)
         slurm.check_no_slurm_keys(run.config, run.overrides)
     if options.list:
         print("\n".join(run.config.output for run in runs))
@@ -185,19 +185,19 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return USER_ERROR if options.table_only else 1
-    missing = list(dict.fromkeys(run.variant for run in runs if not run.is_done()))
+    missing_variants = list(dict.fromkeys(run.variant for run in runs if not run.is_done()))
     table = options.table or folder / f"{Path(path).stem}.md"
     study_table.write(
         study_table.Comparison(study.title, study.columns, evaluated_runs, study.plot_against),
-        missing,
-        _command_to_show(path, options.base, options.overrides),
+        missing_variants,
+        _portable_command(path, options.base, options.overrides),
         table,
     )
     print(f"wrote {table} and {table.with_suffix('.png').name}")
     return status
 
 
-def _command_to_show(path: str, base: str | None, overrides: Sequence[str]) -> str:
+def _portable_command(path: str, base: str | None, overrides: Sequence[str]) -> str:
     """Return the study's command without this machine's paths and settings."""
     pairs = [override.partition("=")[::2] for override in overrides]
     portable_overrides = [

@@ -12,14 +12,14 @@ from ssl_pretrain.eval import results
 from ssl_pretrain.monitoring import records
 from ssl_pretrain.system import markdown
 
-PIXELS = "raw pixels"  # name of a reference row, which is the same for all variants
+RAW_PIXELS = "raw pixels"  # name of a reference row, which is the same for all variants
 
 
-class RunNumbers:
-    """Evaluations and training records of one run."""
+class RunResults:
+    """Results of the evaluations and records of the training of one run."""
 
     def __init__(self, run: Path):
-        # Metrics by evaluation and row.
+        # Metrics by evaluation, and then by row.
         self.tables: dict[str, dict[str, dict[str, float]]] = {
             result["name"]: {row["features"]: row["metrics"] for row in result["rows"]}
             for result in results.load(run)
@@ -30,12 +30,12 @@ class RunNumbers:
         """Return the minutes from the first record to the last."""
         return float(self.records[-1]["time"] - self.records[0]["time"]) / 60
 
-    def last(self, metric: str) -> float:
+    def last_value(self, metric: str) -> float:
         """Return the last value of a training metric, or NaN if there is none."""
         values = [record[metric] for record in self.records if metric in record]
         return float(values[-1]) if values else float("nan")
 
-    def above_random(self) -> float:
+    def gain_over_random(self) -> float:
         """Return the gain in k-NN accuracy over the better random backbone, in points."""
         rows = self.tables["knn"]
         return rows["pretrained"]["clean"] - rows[results.BETTER_RANDOM]["clean"]
@@ -48,9 +48,9 @@ class Column:
     help: str
     evaluation: str  # name of the evaluation with the number, or empty for training records
     metric: str = ""  # column of that evaluation
-    compute: Callable[[RunNumbers], float] | None = None  # replaces the lookup of `metric`
+    compute: Callable[[RunResults], float] | None = None  # replaces the lookup of `metric`
 
-    def value(self, run: RunNumbers) -> float:
+    def value(self, run: RunResults) -> float:
         """Return the column's number for a run."""
         if self.compute is not None:
             return self.compute(run)
@@ -88,20 +88,20 @@ COLUMNS = DEFAULT_COLUMNS | {
     "k-NN above random": Column(
         "gain in test accuracy over the better of two random backbones, in percentage points",
         "knn",
-        compute=RunNumbers.above_random,
+        compute=RunResults.gain_over_random,
     ),
     "RankMe": Column(
         "effective rank of the embeddings at the end of training",
         "",
-        compute=lambda run: run.last("rankme"),
+        compute=lambda run: run.last_value("rankme"),
     ),
     "k-NN in the run, %": Column(
         "last accuracy of weighted k-NN on held-out training images during training",
         "",
-        compute=lambda run: 100 * run.last("knn"),
+        compute=lambda run: 100 * run.last_value("knn"),
     ),
     "minutes": Column(
-        "time from the first training record to the last", "", compute=RunNumbers.minutes
+        "time from the first training record to the last", "", compute=RunResults.minutes
     ),
 }
 
@@ -117,24 +117,26 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.numbers: list[dict[str, float]] = []  # numbers of each run, by column
-        self.by_variant: dict[str, list[dict[str, float]]] = {}
+        self.by_variant: dict[str, list[dict[str, float]]] = {}  # the same, grouped by variant
         for variant, config in self.runs:
-            run = RunNumbers(Path(config.output))
+            run = RunResults(Path(config.output))
             self.numbers.append({name: COLUMNS[name].value(run) for name in self.columns})
             self.by_variant.setdefault(variant, []).append(self.numbers[-1])
 
 
 def has_reference_rows(config: RunConfig) -> bool:
     """Return True if the run's linear evaluation includes raw pixels."""
-    return PIXELS in RunNumbers(Path(config.output)).tables.get("linear", {})
+    return RAW_PIXELS in RunResults(Path(config.output)).tables.get("linear", {})
 
 
-def write(comparison: Comparison, missing: Sequence[str], command: str, path: Path) -> None:
+def write(
+    comparison: Comparison, missing_variants: Sequence[str], command: str, path: Path
+) -> None:
     """Write the table as a Markdown file, and the plot as a PNG file with the same base name.
 
     Args:
         comparison: One or more finished runs.
-        missing: Variants with unfinished runs, listed below the table.
+        missing_variants: Variants with unfinished runs, listed below the table.
         command: The study's command, shown above the table.
         path: Path of the Markdown file.
     """
@@ -143,15 +145,15 @@ def write(comparison: Comparison, missing: Sequence[str], command: str, path: Pa
     plot = path.with_suffix(".png")
     draw(comparison, plot)
     rows = [
-        [variant, len(seeds), *(cell(seeds, column) for column in comparison.columns)]
-        for variant, seeds in comparison.by_variant.items()
+        [variant, len(runs), *(_format_cell(runs, column) for column in comparison.columns)]
+        for variant, runs in comparison.by_variant.items()
     ]
     blocks = [
         f"# {comparison.title}",
         f"Command: `{command}`",
         describe(comparison),
         markdown.table(["run", "seeds", *comparison.columns], rows),
-        *([f"Not run: {', '.join(missing)}."] if missing else []),
+        *([f"Not run: {', '.join(missing_variants)}."] if missing_variants else []),
         f"![{comparison.title}]({plot.name})",
     ]
     path.write_text("\n\n".join(blocks) + "\n")
@@ -176,18 +178,18 @@ def _reference_sentence(comparison: Comparison) -> str:
     name = comparison.columns[0]
     column = COLUMNS[name]
     for _, config in comparison.runs:
-        table = RunNumbers(Path(config.output)).tables.get(column.evaluation, {})
-        if {PIXELS, results.BETTER_RANDOM} <= table.keys():
+        table = RunResults(Path(config.output)).tables.get(column.evaluation, {})
+        if {RAW_PIXELS, results.BETTER_RANDOM} <= table.keys():
             return (
-                f"{name}: raw pixels reach {table[PIXELS][column.metric]:.1f}, "
+                f"{name}: raw pixels reach {table[RAW_PIXELS][column.metric]:.1f}, "
                 f"the random backbone {table[results.BETTER_RANDOM][column.metric]:.1f}."
             )
     return ""
 
 
-def cell(seeds: Sequence[dict[str, float]], column: str) -> str:
-    """Format a column's mean over seeds, with the standard deviation if there are several."""
-    values = [numbers[column] for numbers in seeds]
+def _format_cell(runs: Sequence[dict[str, float]], column: str) -> str:
+    """Format a column's mean over a variant's runs, with their standard deviation if possible."""
+    values = [numbers[column] for numbers in runs]
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
@@ -215,13 +217,13 @@ def draw(comparison: Comparison, path: Path) -> None:
 
 def _draw_curve(panel: Any, comparison: Comparison, column: str, color: str) -> None:
     """Draw the mean over seeds as a curve and every run as a point."""
-    by_x: dict[float, list[float]] = {}
+    values_by_x: dict[float, list[float]] = {}
     read_x = attrgetter(comparison.plot_against)
     for (_, config), numbers in zip(comparison.runs, comparison.numbers):
-        by_x.setdefault(float(read_x(config)), []).append(numbers[column])
-    ticks = sorted(by_x)
-    panel.plot(ticks, [statistics.mean(by_x[x]) for x in ticks], color=color)
-    points = [(x, y) for x in ticks for y in by_x[x]]
+        values_by_x.setdefault(float(read_x(config)), []).append(numbers[column])
+    ticks = sorted(values_by_x)
+    panel.plot(ticks, [statistics.mean(values_by_x[x]) for x in ticks], color=color)
+    points = [(x, y) for x in ticks for y in values_by_x[x]]
     panel.plot(*zip(*points), "o", color=color, markersize=5)
     panel.set_xscale("log")
     panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
@@ -231,7 +233,7 @@ def _draw_curve(panel: Any, comparison: Comparison, column: str, color: str) -> 
 
 def _draw_bars(panel: Any, comparison: Comparison, column: str, color: str) -> None:
     """Draw the mean over seeds as a bar and every run as a point."""
-    for variant, seeds in comparison.by_variant.items():
-        values = [numbers[column] for numbers in seeds]
+    for variant, runs in comparison.by_variant.items():
+        values = [numbers[column] for numbers in runs]
         panel.barh(variant, statistics.mean(values), color=color, alpha=0.75)
         panel.plot(values, [variant] * len(values), "k.", markersize=4)

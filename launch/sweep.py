@@ -16,7 +16,7 @@ if not __package__:  # run as a file from a clone
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain.launch import local, pretrain, slurm, slurm_job, study
-from ssl_pretrain.launch.evaluation_jobs import check_names
+from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names
 
 DESCRIPTION = """\
 Pretrain once per combination of the given values, each run in its own folder below `output`.
@@ -55,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (configuration.load(path, run_overrides), run_overrides)
         for run_overrides in combinations(path, overrides)
     ]
-    on_slurm = slurm.is_submitted(runs[0][0].launch)
+    on_slurm = slurm.uses_slurm(runs[0][0].launch)
     for config, run_overrides in runs:
-        check_names(config.evaluation.at_end, "evaluation.at_end")
-        local.check_one_machine(config)
+        check_evaluation_names(config.evaluation.at_end, "evaluation.at_end")
+        local.check_no_hosts(config)
         if not on_slurm:
             slurm.check_no_slurm_keys(config, run_overrides)
         num_ranks = slurm.num_ranks(config) if on_slurm else local.num_ranks(config)

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from ssl_pretrain.system.exit_status import DISK_REFUSED, STOPPED, USER_ERROR
 from ssl_pretrain.system.stop_signals import STOP_SIGNALS
 
-FINAL_STATUSES = (STOPPED, USER_ERROR, DISK_REFUSED)  # a restart would end the same way
+FINAL_STATUSES = (STOPPED, USER_ERROR, DISK_REFUSED)  # statuses that a restart cannot change
 
 
 class Supervisor:
@@ -35,7 +35,7 @@ class Supervisor:
         self.num_unsent_signals = 0
         self.exit_statuses: list[int] = []  # exit statuses of the ranks at the last failure
 
-    def receive(self, number: int, frame: Any) -> None:
+    def receive(self, signal_number: int, frame: Any) -> None:
         """Handle a stop signal."""
         self.stop_requested = True
         self.num_unsent_signals += 1
@@ -56,9 +56,9 @@ class Supervisor:
     def install(self) -> None:
         """Handle stop signals in this process, and extend torchrun's regular check of the ranks."""
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.receive)
+        for signal_number in STOP_SIGNALS:
+            if signal.getsignal(signal_number) != signal.SIG_IGN:
+                signal.signal(signal_number, self.receive)
         monitor_workers = LocalElasticAgent._monitor_workers
 
         def monitor(agent: Any, worker_group: Any) -> RunResult:

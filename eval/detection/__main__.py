@@ -103,24 +103,32 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "short sides that training images are resized to; test images use the last one",
     },
 }
-PROTOCOL_OPTIONS = {  # help of the option for each of these fields of Protocol
-    "steps": "optimizer steps",
-    "warmup_steps": "steps of linear learning rate warm-up",
-    "batch": "images per step over all ranks",
-    "lr": "learning rate after warm-up",
-    "metric": "definition of average precision: voc07, voc12 or coco",
-    "norm": "batch norm statistics: of all ranks (sync), of each rank (batch), or frozen",
-    "precise_batches": "batches that recompute the statistics for tests; 0 uses running averages",
-    "max_side": "longest side of an image in pixels",
+PROTOCOL_OPTIONS = {  # option: (field of Protocol that it overrides, help)
+    "--steps": ("num_steps", "optimizer steps"),
+    "--warmup-steps": ("warmup_steps", "steps of linear learning rate warm-up"),
+    "--batch": ("global_batch_size", "images per step over all ranks"),
+    "--lr": ("lr", "learning rate after warm-up"),
+    "--metric": ("metric", "definition of average precision: voc07, voc12 or coco"),
+    "--norm": (
+        "norm",
+        "batch norm statistics in training: of all ranks (sync), of each rank (batch), or frozen",
+    ),
+    "--precise-batches": (
+        "num_precise_bn_batches",
+        "batches that recompute the batch norm statistics for testing; 0 uses running averages",
+    ),
+    "--max-side": ("max_side", "longest side of an image in pixels"),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser, with an option for each entry of `PROTOCOL_OPTIONS`."""
     small, options = PROTOCOLS["small"], dict(OPTIONS)
-    for name, description in PROTOCOL_OPTIONS.items():
-        default = getattr(small, name)
-        options[f"--{name.replace('_', '-')}"] = {
+    for option, (field, description) in PROTOCOL_OPTIONS.items():
+        default = getattr(small, field)
+        options[option] = {
+            "dest": field,
+            "metavar": option.removeprefix("--").replace("-", "_").upper(),
             "type": type(default),
             "help": f"{description} (small: {default})",
         }
@@ -144,7 +152,7 @@ def main(arguments: list[str]) -> None:
                 f"{detectron2.pixel_config(run.config.views.mean, run.config.views.std)}"
             )
             return
-        protocol = protocol_of(options)
+        protocol = choose_protocol(options)
         result = backbone_comparison.compare(
             run, *load_images(options), protocol, options.init, options.seeds
         )
@@ -155,7 +163,7 @@ def main(arguments: list[str]) -> None:
         process_group.stop()
 
 
-def protocol_of(options: argparse.Namespace) -> Protocol:
+def choose_protocol(options: argparse.Namespace) -> Protocol:
     """Return the chosen protocol with the values that the options override."""
     values = {field.name: getattr(options, field.name, None) for field in fields(Protocol)}
     changes: dict[str, Any] = {
@@ -175,7 +183,7 @@ def load_images(options: argparse.Namespace) -> tuple[AnnotatedImages, Annotated
     """
     if bool(options.voc) == bool(options.coco):
         raise ValueError(
-            "--voc, --coco: exactly one of them is needed; give the images as --voc ROOT "
+            "--voc, --coco: exactly one of them is required; give the images as --voc ROOT "
             "[ROOT ...] or as --coco TRAIN.json TEST.json with --folders TRAIN TEST"
         )
     if options.coco:
@@ -184,11 +192,11 @@ def load_images(options: argparse.Namespace) -> tuple[AnnotatedImages, Annotated
     else:
         train_split, test_split = options.splits
         train = load_voc(options.voc[0], train_split, options.classes)
-        other_sets = [load_voc(root, train_split, train.classes) for root in options.voc[1:]]
-        train = concatenate([train, *other_sets])
+        other_data_sets = [load_voc(root, train_split, train.classes) for root in options.voc[1:]]
+        train = concatenate([train, *other_data_sets])
         test = load_voc(options.test_voc or options.voc[0], test_split, train.classes)
     if options.subset:
-        train = train.for_training().subset(range(options.subset))
+        train = train.trainable_subset().subset(range(options.subset))
         return train, train
     return train, test
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ssl_pretrain.eval.detection.annotations import AnnotatedImages, Objects, objects_with_area
+from ssl_pretrain.eval.detection.annotations import AnnotatedImages, Objects, build_objects
 
 
 def load_coco(
@@ -20,7 +20,7 @@ def load_coco(
     Args:
         annotations: The JSON file.
         folder: Folder of the images.
-        classes: Expected names of the categories, in order. Any names are accepted if it is empty.
+        classes: Required names of the categories, in order. If empty, any names are accepted.
 
     Raises:
         ValueError: If the file is not in COCO's format, lacks images or boxes, or its categories
@@ -60,10 +60,10 @@ def load_coco(
 
 def _parse_coco_boxes(boxes: list[dict[str, Any]], labels: dict[int, int]) -> Objects:
     """Return the objects of one image. `labels` maps category ids to labels."""
-    rectangles = [box["bbox"] for box in boxes]
+    coco_boxes = [box["bbox"] for box in boxes]
     segments = [box.get("segmentation") for box in boxes]
-    return objects_with_area(
-        [[left, top, left + width, top + height] for left, top, width, height in rectangles],
+    return build_objects(
+        [[left, top, left + width, top + height] for left, top, width, height in coco_boxes],
         [labels[box["category_id"]] for box in boxes],
         [bool(box.get("iscrowd", 0)) for box in boxes],
         segments if all(segments) else [],
@@ -79,7 +79,7 @@ def load_voc(root: str | Path, split: str, classes: Sequence[str] = ()) -> Annot
     Args:
         root: A folder or a zip file.
         split: Name of a list in ImageSets/Main, such as train, val, trainval or test.
-        classes: Class names in the order of their labels. By default, those of the split, sorted.
+        classes: Class names in the order of their labels. Default: the split's classes, sorted.
 
     Raises:
         ValueError: If the layout or the split does not exist, the split is empty, an annotation is
@@ -95,15 +95,15 @@ def load_voc(root: str | Path, split: str, classes: Sequence[str] = ()) -> Annot
             "check the split"
         )
     classes = list(classes) or split_classes
-    unknown = [name for name in split_classes if name not in classes]
-    if unknown:
+    unknown_classes = [name for name in split_classes if name not in classes]
+    if unknown_classes:
         raise ValueError(
-            f"{root}: {split!r} has boxes of {', '.join(unknown)}, which are not among the classes "
-            f"{', '.join(classes)}; add them to --classes"
+            f"{root}: {split!r} has boxes of {', '.join(unknown_classes)}, which are not among the "
+            f"classes {', '.join(classes)}; add them to --classes"
         )
     labels = {name: label for label, name in enumerate(classes, start=1)}
     objects = [
-        objects_with_area(boxes, [labels[name] for name in names], difficult)
+        build_objects(boxes, [labels[name] for name in names], difficult)
         for boxes, names, difficult in annotations
     ]
     files = [(Path(root), tree.image_path(image)) for image in images]
@@ -111,7 +111,7 @@ def load_voc(root: str | Path, split: str, classes: Sequence[str] = ()) -> Annot
 
 
 def parse_voc_xml(xml: bytes, name: str) -> tuple[list[list[float]], list[str], list[bool]]:
-    """Return the boxes of one image, their classes and their marks as difficult.
+    """Return the boxes of one image, their class names, and True for each difficult one.
 
     Raises:
         ValueError: If the content is not in VOC's XML format.
@@ -146,14 +146,14 @@ class _VocTree:
             paths = [path for path in self._zip.namelist() if not path.endswith("/")]
         else:
             raise ValueError(f"{root}: neither a folder nor a zip; give one in Pascal VOC's layout")
-        lists = [path for path in paths if "ImageSets/Main/" in path]
-        if not lists:
+        split_files = [path for path in paths if "ImageSets/Main/" in path]
+        if not split_files:
             raise ValueError(
                 f"{root}: has no ImageSets/Main; give a folder or zip in Pascal VOC's layout, with "
                 "Annotations/, ImageSets/Main/ and JPEGImages/"
             )
-        self._prefix = lists[0].partition("ImageSets/Main/")[0]
-        self._splits = {Path(path).stem for path in lists}
+        self._prefix = split_files[0].partition("ImageSets/Main/")[0]
+        self._splits = {Path(path).stem for path in split_files}
         images = [path for path in paths if path.startswith(f"{self._prefix}JPEGImages/")]
         self._images = {Path(path).stem: path for path in images}
 

@@ -1,4 +1,4 @@
-"""Images with annotated objects, independent of the annotations' file format."""
+"""Images and their annotated objects, independent of the file format of the annotations."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class Objects:
         return len(self.labels)
 
 
-def objects_with_area(
+def build_objects(
     boxes: list[list[float]], labels: list[int], ignored: list[bool], segments: Sequence[Any] = ()
 ) -> Objects:
-    """Return the objects whose boxes have a positive area."""
+    """Build an image's objects, without those whose boxes have no area."""
     edges = np.array(boxes, dtype=np.float32).reshape(-1, 4)
-    valid = (edges[:, 2] > edges[:, 0]) & (edges[:, 3] > edges[:, 1])
+    has_area = (edges[:, 2] > edges[:, 0]) & (edges[:, 3] > edges[:, 1])
     return Objects(
-        edges[valid],
-        np.array(labels, dtype=np.int64)[valid],
-        np.array(ignored, dtype=bool)[valid],
-        [segment for segment, is_valid in zip(segments, valid) if is_valid],
+        edges[has_area],
+        np.array(labels, dtype=np.int64)[has_area],
+        np.array(ignored, dtype=bool)[has_area],
+        [segment for segment, is_kept in zip(segments, has_area) if is_kept],
     )
 
 
@@ -93,7 +93,7 @@ class AnnotatedImages:
         objects = [self.objects[index] for index in indices]
         return AnnotatedImages(self.name, files, objects, self.classes)
 
-    def for_training(self) -> AnnotatedImages:
+    def trainable_subset(self) -> AnnotatedImages:
         """Return the images that have at least one object to learn from.
 
         Raises:
@@ -108,11 +108,11 @@ class AnnotatedImages:
         return self.subset(indices)
 
 
-def concatenate(sets: Sequence[AnnotatedImages]) -> AnnotatedImages:
+def concatenate(data_sets: Sequence[AnnotatedImages]) -> AnnotatedImages:
     """Join data sets with the same classes, such as VOC 2007 and 2012."""
     return AnnotatedImages(
-        " and ".join(images.name for images in sets),
-        [file for images in sets for file in images.files],
-        [objects for images in sets for objects in images.objects],
-        sets[0].classes,
+        " and ".join(images.name for images in data_sets),
+        [file for images in data_sets for file in images.files],
+        [objects for images in data_sets for objects in images.objects],
+        data_sets[0].classes,
     )

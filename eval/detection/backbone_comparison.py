@@ -44,7 +44,7 @@ def compare(
             metric fails.
     """
     start = time.monotonic()
-    if protocol.masks and not all(
+    if protocol.predicts_masks and not all(
         objects.segments or not len(objects) for objects in train.objects
     ):
         raise ValueError(
@@ -108,8 +108,8 @@ def train_and_test(
         torch.manual_seed(rng.derive_seed(seed, 0, 0))
     views, num_classes = run.config.views, len(train.classes)
     detector = detectors.build(model.model, num_classes, protocol, views.mean, views.std)
-    local_batch_size = protocol.batch // process_group.world_size()
-    detector = detectors.with_norm(detector.to(run.device), protocol.norm, local_batch_size)
+    local_batch_size = protocol.global_batch_size // process_group.world_size()
+    detector = detectors.convert_norms(detector.to(run.device), protocol.norm, local_batch_size)
     num_workers = run.config.data.num_workers
     losses = training.train(detector, train, protocol, seed, run.device, num_workers)
     detections, sizes = training.detect(detector, test, run.device)
@@ -126,8 +126,10 @@ def describe(
     seeds: list[int],
 ) -> dict[str, str]:
     """Describe the settings that affect the results, by topic."""
-    detector_name = "Mask R-CNN" if protocol.masks else "Faster R-CNN"
-    drop_steps = " and ".join(str(round(drop * protocol.steps)) for drop in protocol.drops)
+    detector_name = "Mask R-CNN" if protocol.predicts_masks else "Faster R-CNN"
+    drop_steps = " and ".join(
+        str(round(drop * protocol.num_steps)) for drop in protocol.lr_drop_fractions
+    )
     end_sides = dict.fromkeys((protocol.short_sides[0], protocol.short_sides[-1]))
     sides = " to ".join(map(str, end_sides))
     spread_note = "; ± is the standard deviation over seeds" if len(seeds) > 1 else ""
@@ -135,11 +137,11 @@ def describe(
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name}, "
         "fine-tuned; the random backbone is initialized from the seed",
         "detector": f"torchvision's {detector_name}, {protocol.architecture.upper()}, "
-        f"batch norm: {protocol.norm}, recalibrated on {protocol.precise_batches} batches; "
+        f"batch norm: {protocol.norm}, recalibrated on {protocol.num_precise_bn_batches} batches; "
         "RoI align without Detectron2's half-pixel offset",
-        "training": f"{protocol.steps} steps of {protocol.batch} images, SGD, learning rate "
-        f"{protocol.lr:g}, divided by 10 at steps {drop_steps}, {protocol.warmup_steps} warm-up "
-        f"steps, short side {sides} pixels, horizontal flips",
+        "training": f"{protocol.num_steps} steps of {protocol.global_batch_size} images, SGD, "
+        f"learning rate {protocol.lr:g}, divided by 10 at steps {drop_steps}, "
+        f"{protocol.warmup_steps} warm-up steps, short side {sides} pixels, horizontal flips",
         "images": f"{train.name}: {len(train)} training; {test.name}: {len(test)} test; "
         f"classes: {', '.join(train.classes)}",
         "metric": f"{protocol.metric}; AP: mean over overlaps 0.5 to 0.95; "

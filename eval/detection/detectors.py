@@ -101,7 +101,7 @@ def build(
         mean: Channel means used in pretraining, for pixel values from 0 to 1.
         std: Channel standard deviations used in pretraining.
     """
-    train_pre_nms, train_post_nms, test_pre_nms, test_post_nms = protocol.proposals
+    train_pre_nms, train_post_nms, test_pre_nms, test_post_nms = protocol.num_proposals
     settings: dict[str, Any] = {
         "num_classes": None,
         "image_mean": list(mean),
@@ -112,11 +112,11 @@ def build(
         "rpn_post_nms_top_n_train": train_post_nms,
         "rpn_pre_nms_top_n_test": test_pre_nms,
         "rpn_post_nms_top_n_test": test_post_nms,
-        "box_batch_size_per_image": protocol.regions,
+        "box_batch_size_per_image": protocol.num_sampled_proposals,
     }
     build_modules = _c4_modules if protocol.architecture == "c4" else _fpn_modules
     settings |= build_modules(model, num_classes + 1, protocol)
-    return MaskRCNN(**settings) if protocol.masks else FasterRCNN(**settings)
+    return MaskRCNN(**settings) if protocol.predicts_masks else FasterRCNN(**settings)
 
 
 def _anchor_sizes(protocol: Protocol) -> list[int]:
@@ -136,7 +136,7 @@ def _c4_modules(model: nn.Module, num_logits: int, protocol: Protocol) -> dict[s
         "box_head": nn.Sequential(res5, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         "box_predictor": FastRCNNPredictor(channels, num_logits),
     }
-    if protocol.masks:
+    if protocol.predicts_masks:
         modules["mask_predictor"] = MaskRCNNPredictor(channels, 256, num_logits)
         modules["mask_roi_pool"] = MultiScaleRoIAlign(["0"], 14, sampling_ratio=0)
         modules["mask_head"] = res5
@@ -147,8 +147,8 @@ def _fpn_modules(model: nn.Module, num_logits: int, protocol: Protocol) -> dict[
     """Return the modules of a detector on a feature pyramid."""
     channels, ratios = protocol.pyramid_channels, (ASPECT_RATIOS,) * 5
     modules: dict[str, Any] = {"backbone": Pyramid(model, channels)}
-    if protocol.convolutions:
-        convolutions = [channels] * protocol.convolutions
+    if protocol.num_box_convolutions:
+        convolutions = [channels] * protocol.num_box_convolutions
         modules["box_head"] = FastRCNNConvFCHead(
             (channels, 7, 7), convolutions, [protocol.head_dim], norm_layer=nn.BatchNorm2d
         )
@@ -158,7 +158,7 @@ def _fpn_modules(model: nn.Module, num_logits: int, protocol: Protocol) -> dict[
     modules["rpn_anchor_generator"] = AnchorGenerator(sizes, ratios)
     modules["box_roi_pool"] = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, sampling_ratio=0)
     modules["box_predictor"] = FastRCNNPredictor(protocol.head_dim, num_logits)
-    if protocol.masks:
+    if protocol.predicts_masks:
         layers = [channels] * 4
         modules["mask_head"] = MaskRCNNHeads(channels, layers, 1, norm_layer=nn.BatchNorm2d)
         modules["mask_predictor"] = MaskRCNNPredictor(channels, channels, num_logits)
@@ -171,8 +171,8 @@ def batch_norms(detector: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [module for module in detector.modules() if isinstance(module, norm_class)]
 
 
-def with_norm(detector: nn.Module, norm: Norm, local_batch_size: int) -> nn.Module:
-    """Return the detector with batch norms of the requested kind.
+def convert_norms(detector: nn.Module, norm: Norm, local_batch_size: int) -> nn.Module:
+    """Return the detector with its batch norms converted to the requested kind.
 
     Args:
         detector: Detector to convert, which may be changed in place.

@@ -23,7 +23,7 @@ BLOCK_LAYERS = {
 }
 
 
-def rename(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def rename_weights(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Return timm's ResNet weights under Detectron2's names, such as res2.0.conv1.norm.weight.
 
     Raises:
@@ -67,7 +67,7 @@ def export(backbone: nn.Module, path: Path) -> int:
             "--export-detectron2: Detectron2's R_50_C4 is a bottleneck ResNet with a 7x7 stem, but "
             "this backbone is a different network; give a run of resnet50"
         )
-    model = rename(backbone.state_dict())
+    model = rename_weights(backbone.state_dict())
     content = {"model": model, "__author__": "ssl_pretrain", "matching_heuristics": True}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
@@ -76,7 +76,7 @@ def export(backbone: nn.Module, path: Path) -> int:
 
 
 def pixel_config(mean: Sequence[float], std: Sequence[float]) -> str:
-    """Return the lines of a Detectron2 config that set the mean and deviation of pixels."""
+    """Return the lines of a Detectron2 config with the mean and deviation of pixels in [0, 255]."""
     return "\n".join(
         f"MODEL.{name} [{', '.join(f'{255 * value:.3f}' for value in values)}]"
         for name, values in (("PIXEL_MEAN", mean), ("PIXEL_STD", std))

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from ssl_pretrain.eval.detection.annotations import Objects
 from ssl_pretrain.eval.detection.published_protocols import Metric
 
-THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # overlaps (IoU) over which AP is averaged
+IOU_THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # AP is averaged over these overlaps
 
 
 @dataclass
@@ -66,20 +66,22 @@ def average_precision(
             "give test images with annotations"
         )
     if metric != "coco":
-        return voc_precision(truth, detections, classes, eleven_points=metric == "voc07")
-    numbers = coco_precision(truth, detections, classes, sizes, "bbox")
+        return voc_average_precision(
+            truth, detections, classes, uses_eleven_points=metric == "voc07"
+        )
+    numbers = coco_average_precision(truth, detections, classes, sizes, "bbox")
     has_annotated_masks = all(objects.segments or not len(objects) for objects in truth)
     if sizes and has_annotated_masks and any(output.masks for output in detections):
-        masks = coco_precision(truth, detections, classes, sizes, "segm")
+        masks = coco_average_precision(truth, detections, classes, sizes, "segm")
         numbers |= {f"mask {name}": value for name, value in masks.items()}
     return numbers
 
 
-def voc_precision(
+def voc_average_precision(
     truth: Sequence[Objects],
     detections: Sequence[Detections],
     classes: Sequence[str],
-    eleven_points: bool,
+    uses_eleven_points: bool,
 ) -> dict[str, float]:
     """Return Pascal VOC's average precision, the mean over the classes that have an object.
 
@@ -91,15 +93,17 @@ def voc_precision(
         truth: Annotated objects of each image.
         detections: Detections in each image.
         classes: Names of the classes.
-        eleven_points: Average the precision at recalls 0, 0.1, ..., 1, as in 2007, instead of
+        uses_eleven_points: Average the precision at recalls 0, 0.1, ..., 1, as in 2007, instead of
             taking the area under the monotone curve, as since 2010.
     """
-    table = np.full((len(classes), len(THRESHOLDS)), np.nan)
+    table = np.full((len(classes), len(IOU_THRESHOLDS)), np.nan)
     for label in range(1, len(classes) + 1):
         matches, num_objects = _ranked_matches(truth, detections, label)
-        for column in range(len(THRESHOLDS) if num_objects else 0):
+        for column in range(len(IOU_THRESHOLDS) if num_objects else 0):
             outcomes = matches[matches[:, column] >= 0, column]
-            table[label - 1, column] = _area_under_curve(outcomes == 1, num_objects, eleven_points)
+            table[label - 1, column] = _area_under_curve(
+                outcomes == 1, num_objects, uses_eleven_points
+            )
     return _summarize(table, classes)
 
 
@@ -129,13 +133,13 @@ def _match_image(
     detection_boxes: np.ndarray, object_boxes: np.ndarray, ignored: np.ndarray
 ) -> np.ndarray:
     """Return the matches (detections, thresholds) of one image and class, sorted by score."""
-    matches = np.zeros((len(detection_boxes), len(THRESHOLDS)), dtype=np.int8)
+    matches = np.zeros((len(detection_boxes), len(IOU_THRESHOLDS)), dtype=np.int8)
     if not len(object_boxes) or not len(detection_boxes):
         return matches
     pair = (torch.from_numpy(boxes).double() for boxes in (detection_boxes, object_boxes))
     overlaps = box_iou(*pair).numpy()
     best_objects = overlaps.argmax(axis=1).tolist()
-    for column, threshold in enumerate(THRESHOLDS):
+    for column, threshold in enumerate(IOU_THRESHOLDS):
         matched_boxes: set[int] = set()
         for row, box in enumerate(best_objects):
             if overlaps[row, box] < threshold - 1e-9:
@@ -148,11 +152,11 @@ def _match_image(
     return matches
 
 
-def _area_under_curve(is_correct: np.ndarray, num_objects: int, eleven_points: bool) -> float:
+def _area_under_curve(is_correct: np.ndarray, num_objects: int, uses_eleven_points: bool) -> float:
     """Return the area under the curve of precision over recall, for detections sorted by score."""
     hits = np.cumsum(is_correct)
     recall, precision = hits / num_objects, hits / np.arange(1, len(is_correct) + 1)
-    if eleven_points:
+    if uses_eleven_points:
         levels = np.linspace(0, 1, 11)
         return float(np.mean([precision[recall >= level].max(initial=0.0) for level in levels]))
     recall = np.concatenate([[0.0], recall, [1.0]])
@@ -160,7 +164,7 @@ def _area_under_curve(is_correct: np.ndarray, num_objects: int, eleven_points: b
     return float(((recall[1:] - recall[:-1]) * envelope[1:]).sum())
 
 
-def coco_precision(
+def coco_average_precision(
     truth: Sequence[Objects],
     detections: Sequence[Detections],
     classes: Sequence[str],
@@ -186,7 +190,7 @@ def coco_precision(
         for result in _coco_results(image, output, kind)
     ]
     if not coco_results:
-        return _summarize(np.zeros((len(classes), len(THRESHOLDS))), classes)
+        return _summarize(np.zeros((len(classes), len(IOU_THRESHOLDS))), classes)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         annotations = COCO()
         annotations.dataset = coco_dataset(truth, classes, sizes)

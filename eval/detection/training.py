@@ -18,7 +18,7 @@ from ssl_pretrain.eval.detection.annotations import AnnotatedImages
 from ssl_pretrain.eval.detection.metrics import Detections
 from ssl_pretrain.eval.detection.published_protocols import Protocol
 
-PROGRESS_STEPS = 20  # steps between progress lines
+PROGRESS_STEPS = 20  # steps per progress line
 Target = dict[str, Tensor]  # the objects of one image, as torchvision's detectors expect them
 
 
@@ -30,12 +30,14 @@ class TrainingBatches(Dataset[list[tuple[Tensor, Target]]]):
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # cached order of one epoch
 
     def __len__(self) -> int:
-        return self.protocol.steps + self.protocol.precise_batches
+        return self.protocol.num_steps + self.protocol.num_precise_bn_batches
 
     def __getitem__(self, step: int) -> list[tuple[Tensor, Target]]:
-        start = step * self.protocol.batch
+        start = step * self.protocol.global_batch_size
         slots = range(
-            start + process_group.rank(), start + self.protocol.batch, process_group.world_size()
+            start + process_group.rank(),
+            start + self.protocol.global_batch_size,
+            process_group.world_size(),
         )
         return [self._example(*divmod(slot, len(self.images))) for slot in slots]
 
@@ -58,7 +60,7 @@ class TrainingBatches(Dataset[list[tuple[Tensor, Target]]]):
             "boxes": torch.from_numpy(objects.boxes[is_target]),
             "labels": torch.from_numpy(objects.labels[is_target]),
         }
-        if self.protocol.masks:
+        if self.protocol.predicts_masks:
             segments = [segment for segment, is_kept in zip(objects.segments, is_target) if is_kept]
             target["masks"] = torch.from_numpy(decode_masks(segments, height, width))
         return target
@@ -88,7 +90,7 @@ def decode_masks(segments: list[Any], height: int, width: int) -> np.ndarray:
     return masks
 
 
-def to_device(
+def batch_to_device(
     batch: list[tuple[Tensor, Target]], device: torch.device
 ) -> tuple[list[Tensor], list[Target]]:
     """Return the images and the targets of a batch, moved to a device."""
@@ -115,26 +117,26 @@ def train(
         ValueError: If the batch does not divide evenly over the ranks, or a loss is not finite.
     """
     world_size = process_group.world_size()
-    if protocol.batch % world_size:
+    if protocol.global_batch_size % world_size:
         raise ValueError(
-            f"--batch {protocol.batch}: the images do not divide evenly over {world_size} ranks; "
-            f"give a multiple of {world_size}"
+            f"--batch {protocol.global_batch_size}: the images do not divide evenly over "
+            f"{world_size} ranks; give a multiple of {world_size}"
         )
     parameters = [parameter for parameter in detector.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(
         parameters, lr=protocol.lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay
     )
     model = nn.parallel.DistributedDataParallel(detector) if world_size > 1 else detector
-    dataset = TrainingBatches(images.for_training(), protocol, seed)
+    dataset = TrainingBatches(images.trainable_subset(), protocol, seed)
     batches = iter(DataLoader(dataset, batch_size=None, num_workers=num_workers))
     losses: list[float] = []
-    for step in range(protocol.steps):
+    for step in range(protocol.num_steps):
         detectors.set_training_mode(detector, protocol.norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(protocol, step)
         # torchvision draws each image's size and the regions to train on from this generator.
         torch.manual_seed(rng.derive_seed(seed, step, process_group.rank()))
-        loss_terms = model(*to_device(next(batches), device))
+        loss_terms = model(*batch_to_device(next(batches), device))
         loss = torch.stack([*loss_terms.values()]).sum()
         losses.append(collectives.reduce_sum(loss.detach()).item() / world_size)
         if not np.isfinite(losses[-1]):
@@ -144,13 +146,15 @@ def train(
             )
         optimizer.zero_grad()
         loss.backward()
-        if protocol.clip:
-            nn.utils.clip_grad_norm_(parameters, protocol.clip)
+        if protocol.max_gradient_norm:
+            nn.utils.clip_grad_norm_(parameters, protocol.max_gradient_norm)
         optimizer.step()
-        if (step + 1) % PROGRESS_STEPS == 0 or step + 1 == protocol.steps:
+        if (step + 1) % PROGRESS_STEPS == 0 or step + 1 == protocol.num_steps:
             mean_loss = np.mean(losses[-PROGRESS_STEPS:])
-            results.print_progress(f"  step {step + 1} of {protocol.steps}: loss {mean_loss:.3f}")
-    recalibrate(model, detector, batches, protocol, device)
+            results.print_progress(
+                f"  step {step + 1} of {protocol.num_steps}: loss {mean_loss:.3f}"
+            )
+    recalibrate_batch_norms(model, detector, batches, protocol, device)
     return losses
 
 
@@ -160,33 +164,36 @@ def learning_rate(protocol: Protocol, step: int) -> float:
     During warm-up, the rate rises linearly from a thousandth of `protocol.lr`. Each drop divides
     the rate by 10.
     """
-    warmup = min(1.0, 0.001 + 0.999 * step / protocol.warmup_steps) if protocol.warmup_steps else 1
-    num_drops = sum(step >= round(drop * protocol.steps) for drop in protocol.drops)
-    return protocol.lr * warmup * 0.1**num_drops
+    warmup_factor = 1.0
+    if protocol.warmup_steps:
+        warmup_factor = min(1.0, 0.001 + 0.999 * step / protocol.warmup_steps)
+    drop_steps = [round(drop * protocol.num_steps) for drop in protocol.lr_drop_fractions]
+    num_drops = sum(step >= drop_step for drop_step in drop_steps)
+    return protocol.lr * warmup_factor * 0.1**num_drops
 
 
 @torch.no_grad()
-def recalibrate(
+def recalibrate_batch_norms(
     model: nn.Module,
     detector: nn.Module,
     batches: Iterator[Any],
     protocol: Protocol,
     device: torch.device,
 ) -> None:
-    """Recompute the statistics of each batch norm as the mean over `precise_batches` batches.
+    """Recompute each batch norm's statistics as their mean over `num_precise_bn_batches` batches.
 
     Detectron2 calls this PRECISE_BN.
     """
     norms = detectors.batch_norms(detector)
-    if protocol.norm == "frozen" or not protocol.precise_batches or not norms:
+    if protocol.norm == "frozen" or not protocol.num_precise_bn_batches or not norms:
         return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # weight all batches equally
     detector.train()
-    for _ in range(protocol.precise_batches):
-        model(*to_device(next(batches), device))
+    for _ in range(protocol.num_precise_bn_batches):
+        model(*batch_to_device(next(batches), device))
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
 
@@ -197,7 +204,7 @@ def detect(
 ) -> tuple[list[Detections], list[tuple[int, int]]]:
     """Return the detections in each image, and the height and width of each image.
 
-    Each rank processes a share of the images, and all ranks return the whole result.
+    Each rank processes some of the images, and all ranks return the whole result.
     """
     detector.eval()
     local_entries: list[tuple[int, Detections, tuple[int, int]]] = []

@@ -85,7 +85,7 @@ def test_images_without_labels_end_in_a_report_and_status_0(tmp_path):
     )
     assert second.status == 0, second.text
     assert f"already finished: {tmp_path / 'run'} has done its 2 steps" in second.stdout
-    assert "--- report: done before" in second.stdout
+    assert "--- report: already done" in second.stdout
     assert read_files(tmp_path / "run") == before
 
 

@@ -34,16 +34,16 @@ HEIGHT, WIDTH = 72, 96
 MEAN, STD = [0.5] * 3, [0.25] * 3
 TINY = replace(
     PROTOCOLS["small"],
-    steps=3,
+    num_steps=3,
     warmup_steps=0,
-    batch=2,
+    global_batch_size=2,
     short_sides=(64, 80),
     max_side=128,
     pyramid_channels=16,
     head_dim=16,
-    proposals=(50, 20, 50, 20),
-    regions=16,
-    precise_batches=1,
+    num_proposals=(50, 20, 50, 20),
+    num_sampled_proposals=16,
+    num_precise_bn_batches=1,
 )
 XML = "<annotation><size><width>96</width><height>72</height></size>{}</annotation>"
 OBJECT = (
@@ -216,7 +216,7 @@ def test_mistakes_in_voc_data_are_named(voc_zip, tmp_path):
     assert error_of(load_voc, empty, "test") == (
         f"{empty}: none of the 1 images of 'test' has a box in its annotation; check the split"
     )
-    assert error_of(load_voc(empty, "test", ["ball"]).for_training) == (
+    assert error_of(load_voc(empty, "test", ["ball"]).trainable_subset) == (
         "empty, test: none of its 1 images has a box to learn from; "
         "check that the annotations belong to these images"
     )
@@ -242,7 +242,7 @@ def test_boxes_without_area_are_left_out_and_difficult_ones_are_ignored():
     ]
     xml = XML.format("".join(elements)).encode()
     boxes, names, difficult = parse_voc_xml(xml, "0")
-    objects = annotations.objects_with_area(boxes, [1] * len(names), difficult)
+    objects = annotations.build_objects(boxes, [1] * len(names), difficult)
     assert objects.boxes.tolist() == [[0, 0, 9, 9], [2, 2, 3, 3]]
     assert objects.ignored.tolist() == [True, False]
 
@@ -269,7 +269,7 @@ def test_each_detector_trains_its_pretrained_backbone_and_detects_in_image_pixel
 ):
     path = write_coco(tmp_path / "coco")
     images = load_coco(path, path.parent)
-    protocol = replace(TINY, architecture=architecture, masks=masks, norm="batch")
+    protocol = replace(TINY, architecture=architecture, predicts_masks=masks, norm="batch")
     model = resnet()
     model.load_state_dict(run.backbone.model.state_dict())
     detector = detectors.build(model, 3, protocol, MEAN, STD)
@@ -324,7 +324,9 @@ def test_a_detector_that_knows_the_objects_scores_a_hundred(voc_zip):
 
 
 def test_the_learning_rate_warms_up_and_drops():
-    protocol = replace(TINY, steps=24000, lr=0.02, warmup_steps=100, drops=(0.75, 22 / 24))
+    protocol = replace(
+        TINY, num_steps=24000, lr=0.02, warmup_steps=100, lr_drop_fractions=(0.75, 22 / 24)
+    )
     rates = {
         0: 0.00002,
         50: 0.02 * (0.001 + 0.999 / 2),
@@ -341,7 +343,7 @@ def test_the_learning_rate_warms_up_and_drops():
 
 def test_batches_are_a_function_of_the_step(voc_zip):
     images = load_voc(voc_zip, "trainval")
-    batches = training.TrainingBatches(images, replace(TINY, batch=3), seed=1)
+    batches = training.TrainingBatches(images, replace(TINY, global_batch_size=3), seed=1)
     image, target = batches[5][0]
     assert len(batches[0]) == 3  # draws the order of another epoch
     assert torch.equal(image, batches[5][0][0])
@@ -357,9 +359,9 @@ def test_batches_are_a_function_of_the_step(voc_zip):
 def _train_one_step(path):
     """Return this rank's weights, the statistics of the first norm, and a number of detections."""
     torch.manual_seed(0)
-    protocol = replace(TINY, steps=1, short_sides=(64,), precise_batches=0)
+    protocol = replace(TINY, num_steps=1, short_sides=(64,), num_precise_bn_batches=0)
     detector = detectors.build(resnet(), 3, protocol, MEAN, STD)
-    detector = detectors.with_norm(detector, "sync", 2 // process_group.world_size())
+    detector = detectors.convert_norms(detector, "sync", 2 // process_group.world_size())
     images = load_voc(path, "trainval")
     training.train(detector, images, protocol, 0, CPU)
     weights = torch.cat([parameter.detach().flatten() for parameter in detector.parameters()])
@@ -390,15 +392,15 @@ def test_it_overfits_eight_images(run, voc_zip):
     images = load_voc(voc_zip, "trainval")
     protocol = replace(
         PROTOCOLS["small"],
-        steps=250,
-        batch=4,
+        num_steps=250,
+        global_batch_size=4,
         lr=0.02,
         short_sides=(96,),
         max_side=160,
-        precise_batches=20,
+        num_precise_bn_batches=20,
         pyramid_channels=32,
         head_dim=64,
-        regions=64,
+        num_sampled_proposals=64,
     )
     numbers, losses = backbone_comparison.train_and_test(run, images, images, protocol, "random", 0)
     assert numbers["AP50"] >= 95, (numbers, losses[::25])
@@ -417,11 +419,11 @@ def test_the_command_compares_both_backbones_and_saves_the_protocol(
     assert "8 training; voc.zip, test: 4 test; classes: ball, bar, box" in out
     assert "1 steps of 2 images" in out
     with pytest.raises(
-        ValueError, match="--voc, --coco: exactly one of them is needed; give the images as"
+        ValueError, match="--voc, --coco: exactly one of them is required; give the images as"
     ):
         command.main([str(run.path)])
     options = command.parser().parse_args([str(run.path), "--protocol", "voc_c4"])
-    assert command.protocol_of(options) == PROTOCOLS["voc_c4"]
+    assert command.choose_protocol(options) == PROTOCOLS["voc_c4"]
 
 
 def test_a_vit_is_refused():

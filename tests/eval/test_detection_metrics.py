@@ -108,8 +108,10 @@ def objects_of(boxes: list, ignored: list) -> Objects:
     return Objects(edges, np.ones(len(edges), dtype=np.int64), np.array(ignored))
 
 
-def voc(truth: Objects, output: Detections, eleven_points: bool = False) -> dict[str, float]:
-    return metrics.voc_precision([truth], [output], ["a"], eleven_points=eleven_points)
+def voc(truth: Objects, output: Detections, uses_eleven_points: bool = False) -> dict[str, float]:
+    return metrics.voc_average_precision(
+        [truth], [output], ["a"], uses_eleven_points=uses_eleven_points
+    )
 
 
 def test_voc_numbers_by_hand():
@@ -124,8 +126,8 @@ def test_voc_numbers_by_hand():
     output = detected([right, repeated, difficult, nothing, late], [0.9, 0.8, 0.7, 0.6, 0.5])
     # Recall is 1/2 at precision 1, and 1 at precision 2/4. The difficult object does not count.
     assert voc(truth, output)["AP50"] == pytest.approx(100 * (0.5 * 1 + 0.5 * 0.5))
-    eleven_points = voc(truth, output, eleven_points=True)["AP50"]
-    assert eleven_points == pytest.approx(100 * (6 * 1 + 5 * 0.5) / 11)
+    eleven_point_precision = voc(truth, output, uses_eleven_points=True)["AP50"]
+    assert eleven_point_precision == pytest.approx(100 * (6 * 1 + 5 * 0.5) / 11)
     overlaps = detected([[0, 0, 10, 7.5], [20, 0, 30, 7.4]], [0.9, 0.8])  # 0.75 and 0.74
     numbers = voc(truth, overlaps)
     assert (numbers["AP50"], numbers["AP75"]) == (pytest.approx(100), pytest.approx(50))
@@ -196,7 +198,7 @@ def test_a_resnet_read_by_the_exported_names_has_the_features_of_timm():
     model = timm.create_model("resnet50", num_classes=0, layers=(1, 1, 1, 1)).eval().double()
     arrays = {
         name: torch.from_numpy(value).double()
-        for name, value in detectron2.rename(OrderedDict(model.state_dict())).items()
+        for name, value in detectron2.rename_weights(OrderedDict(model.state_dict())).items()
     }
 
     def layer(x, name, stride=1, padding=0):
@@ -221,7 +223,7 @@ def test_other_networks_are_not_exported(tmp_path):
         "--export-detectron2: Detectron2's R_50_C4 is a bottleneck ResNet with a 7x7 stem, but "
         "this backbone is a different network; give a run of resnet50"
     )
-    assert error_of(detectron2.rename, {"fc.weight": torch.zeros(1)}) == (
+    assert error_of(detectron2.rename_weights, {"fc.weight": torch.zeros(1)}) == (
         "--export-detectron2: Detectron2 has no weight for 'fc.weight'; "
         "give a ResNet-50, 101 or 152 with the ImageNet stem"
     )

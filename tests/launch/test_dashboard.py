@@ -39,7 +39,7 @@ def test_every_panel_shows_a_metric_that_is_logged():
     assignments = torch.zeros(16, dtype=torch.int64)
     measured, _ = collapse_metrics.measure(Monitored(z, (z, z), assignments, 5), features=z)
     logged = {metric_names.display_name(key) for key in LOGGED | measured.keys()}
-    sections = metrics_of(dashboard.build("p", "e"))
+    sections = metrics_of(dashboard.build_workspace("p", "e"))
     shown = {metric for metrics in sections.values() for metric in metrics}
     assert shown == logged | {metric_names.SPREAD}
     assert list(sections) == [*metric_names.GROUPS, "Pictures"]
@@ -48,7 +48,9 @@ def test_every_panel_shows_a_metric_that_is_logged():
 @pytest.mark.parametrize("prefix", metric_names.PREFIXES)
 def test_one_panel_shows_a_metric_of_all_modules(prefix):
     (network,) = (
-        section for section in dashboard.build("p", "e").sections if section.name == "Network"
+        section
+        for section in dashboard.build_workspace("p", "e").sections
+        if section.name == "Network"
     )
     patterns = [panel.metric_regex for panel in network.panels if panel.metric_regex]
     names = [metric_names.display_name(prefix + module) for module in ("backbone", "projector")]
@@ -57,7 +59,7 @@ def test_one_panel_shows_a_metric_of_all_modules(prefix):
 
 
 def test_evaluations_and_pictures_have_sections():
-    sections = {section.name: section for section in dashboard.build("p", "e").sections}
+    sections = {section.name: section for section in dashboard.build_workspace("p", "e").sections}
     (evaluations,) = sections["Evaluation"].panels
     assert evaluations.metric_regex == "Evaluation/.*" and text(evaluations.x) == "evaluated_step"
     assert metric_names.evaluation("knn", "clean") == "Evaluation/knn, clean"
@@ -89,7 +91,7 @@ def test_nothing_is_created_where_wandb_is_set_to_send_nothing(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(ValueError, match="W&B is set to send nothing"):
-        dashboard.create("digits", "team")
+        dashboard.save_workspace("digits", "team")
 
 
 def test_the_saved_view_is_the_one_that_was_built(monkeypatch):
@@ -102,5 +104,5 @@ def test_the_saved_view_is_the_one_that_was_built(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(workspaces.Workspace, "save", save)
-    assert dashboard.create("digits", "team") == "its address"
-    assert metrics_of(saved[0]) == metrics_of(dashboard.build("digits", "team"))
+    assert dashboard.save_workspace("digits", "team") == "its address"
+    assert metrics_of(saved[0]) == metrics_of(dashboard.build_workspace("digits", "team"))

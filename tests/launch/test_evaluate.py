@@ -65,7 +65,7 @@ def run(finished_run, tmp_path, monkeypatch):
 
 
 def jobs_of(run, *arguments):
-    options = evaluate.parse([str(run), *LOCAL, "--jobs", "knn", *arguments])
+    options = evaluate.parse_options([str(run), *LOCAL, "--jobs", "knn", *arguments])
     return EvaluationJobs(run, options)
 
 
@@ -113,7 +113,7 @@ def test_the_report_and_wandb_show_each_evaluation_at_its_step(run):
     assert sent == {
         step: result["rows"][-1]["metrics"]["clean"] for step, result in by_step.items()
     }
-    dashboard.send_finished(run)
+    dashboard.send_evaluations_unless_training(run)
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1  # nothing is sent twice
 
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_stays_whole_while_it_is_evaluated(run):
 
 def test_a_pruned_checkpoint_is_skipped_with_a_message(run, capsys):
     jobs = jobs_of(run)
-    due = jobs.due()
+    due = jobs.due_evaluations()
     assert [(path.name, name) for path, name in due] == [
         ("step_00000005", "knn"),
         ("step_00000010", "knn"),
@@ -149,13 +149,13 @@ def test_a_pruned_checkpoint_is_skipped_with_a_message(run, capsys):
         "skipped knn of step_00000005: the training pruned this checkpoint before its turn; "
         "to keep more, raise checkpoint.keep_last\n"
     )
-    assert not jobs.failed
+    assert not jobs.failures
 
 
 def test_half_a_checkpoint_counts_as_pruned(run, tmp_path):
     path = list_checkpoints(run)[0]
     (path / "optimizer.safetensors").unlink()  # as if rmtree were still running
-    assert held_checkpoints.link(path, tmp_path / "link") is None
+    assert held_checkpoints.link_checkpoint(path, tmp_path / "link") is None
 
 
 def test_the_links_of_a_killed_evaluation_are_removed(tmp_path):
@@ -164,12 +164,12 @@ def test_the_links_of_a_killed_evaluation_are_removed(tmp_path):
     owner = replace(LockHolder.this_process(), pid=child.pid, born=start_time(child.pid))
     abandoned = folder / "abandoned"
     abandoned.mkdir(parents=True)
-    (abandoned / held_checkpoints.OWNER).write_text(owner.to_json())
-    held_checkpoints.release_abandoned(folder)
+    (abandoned / held_checkpoints.OWNER_FILE).write_text(owner.to_json())
+    held_checkpoints.remove_abandoned_folders(folder)
     assert abandoned.exists()
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
-    held_checkpoints.release_abandoned(folder)
+    held_checkpoints.remove_abandoned_folders(folder)
     assert not folder.exists()
     child.wait()
 
@@ -178,7 +178,7 @@ def test_a_failure_is_reported_and_not_repeated(run, capsys, monkeypatch):
     commands = []
     monkeypatch.setattr(local, "run", lambda command: commands.append(command) or 3)
     jobs = jobs_of(run, "--newest")
-    assert jobs.run_due() == jobs.run_due() == 1
+    assert jobs.run_due_evaluations() == jobs.run_due_evaluations() == 1
     assert len(commands) == 1
     assert "error: failed: knn of step_00000010" in capsys.readouterr().err
 
@@ -221,19 +221,19 @@ def test_watching_gives_up_when_no_process_trains(run, monkeypatch, capsys):
 
 
 def test_the_gpu_of_a_training_is_not_used(run, capsys):
-    assert jobs_of(run).device() == "auto"
+    assert jobs_of(run).choose_device() == "auto"
     with RunLock(run):
         jobs = jobs_of(run)
-        assert jobs.device() == jobs.device() == "cpu"
+        assert jobs.choose_device() == jobs.choose_device() == "cpu"
         notice = capsys.readouterr().out
         assert notice.count("\n") == 1
         assert f"trains in {run} on this machine; add --share-gpu to use the GPU" in notice
-        assert jobs_of(run, "--share-gpu").device() == "auto"
+        assert jobs_of(run, "--share-gpu").choose_device() == "auto"
         assert evaluate.main([str(run), "--device", "cuda"]) == 2
         assert capsys.readouterr().err.endswith(
             "and uses its GPUs; add --share-gpu to share them, or --device cpu\n"
         )
-    assert jobs_of(run).device() == "auto"
+    assert jobs_of(run).choose_device() == "auto"
 
 
 def test_mistakes_are_one_line(run, capsys):

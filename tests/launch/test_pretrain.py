@@ -158,7 +158,7 @@ CLUSTER = ["launch.nodes=2", "launch.hours=1.5", "data.num_workers=12", "launch.
 def test_the_resources_requested_from_slurm(tmp_path):
     settings = [*CLUSTER, "launch.gpus_per_node=8", "launch.partition=gpu"]
     run = config.load(tiny.write_config(tmp_path), settings)
-    request = slurm.request(run)
+    request = slurm.job_parameters(run)
     assert slurm.num_ranks(run) == 16
     expected = {
         "nodes": 2,
@@ -172,13 +172,13 @@ def test_the_resources_requested_from_slurm(tmp_path):
     additional = {"open_mode": "append", "gpus_per_node": 8}
     assert request["slurm_additional_parameters"] == additional | {"requeue": True}
     settings += ["launch.requeue=false", "launch.chain=3"]
-    chain = slurm.request(config.load(tmp_path / "tiny.yaml", settings))
+    chain = slurm.job_parameters(config.load(tmp_path / "tiny.yaml", settings))
     assert chain["slurm_additional_parameters"] == additional | {"no_requeue": True}
 
 
 def test_a_time_limit_within_the_signal_is_refused(tmp_path):
     with pytest.raises(config.ConfigError) as error:
-        slurm.request(config.load(tiny.write_config(tmp_path), ["launch.hours=0.01"]))
+        slurm.job_parameters(config.load(tiny.write_config(tmp_path), ["launch.hours=0.01"]))
     assert str(error.value) == (
         "launch.signal_seconds: 120 is not shorter than the time limit, launch.hours: 0.01; "
         "give fewer seconds"
@@ -230,7 +230,7 @@ def test_no_value_becomes_a_command_of_a_job_script(tmp_path, key):
     section, _, name = key.rpartition(".")
     setattr(run.launch if section else run, name, INJECTIONS[key])
     with pytest.raises(config.ConfigError) as error:
-        slurm.request(run)
+        slurm.job_parameters(run)
     assert str(error.value).startswith(f"{key}: {INJECTIONS[key]!r} ")
 
 
@@ -238,7 +238,7 @@ def test_valid_names_of_slurm_are_accepted(tmp_path):
     run = config.load(tiny.write_config(tmp_path), [*SLURM, "launch.partition=gpu,gpu-long"])
     run.launch.constraint = "[a100*2&h100*1]"
     run.launch.account = "my_project.2026"
-    assert slurm.request(run)["slurm_constraint"] == "[a100*2&h100*1]"
+    assert slurm.job_parameters(run)["slurm_constraint"] == "[a100*2&h100*1]"
 
 
 def test_strange_names_of_the_checkout_and_the_run_do_not_run_as_commands(tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def test_strange_names_of_the_checkout_and_the_run_do_not_run_as_commands(tmp_pa
     monkeypatch.setenv("PATH", f"{work}:/usr/bin:/bin")
     (work / "sbatch").symlink_to("/bin/true")  # submitit looks for it
     with slurm_job._private_executor(run.output) as executor:
-        executor.update_parameters(**slurm.request(run))
+        executor.update_parameters(**slurm.job_parameters(run))
         inner = executor._executor
         text = inner._make_submission_file_text(inner._submitit_command_str, "1")
     script = work / "script.sh"

@@ -115,7 +115,7 @@ def test_the_table_has_means_over_seeds_and_names_missing_runs(name, tmp_path, m
 
 def test_the_columns_of_the_methods_study(tmp_path):
     save_results(tmp_path, accuracy=92.5, spectrum=12.5)
-    run = study_table.RunNumbers(tmp_path)
+    run = study_table.RunResults(tmp_path)
     columns = study.load(STUDIES["methods"]).columns
     assert {column: study_table.COLUMNS[column].value(run) for column in columns} == {
         "k-NN, %": 92.5,
@@ -188,7 +188,9 @@ def test_one_command_trains_evaluates_and_writes_the_table(tmp_path):
 def test_mistakes_are_one_line(tmp_path, capsys):
     path = tmp_path / "study.yaml"
     for text, message in {
-        "title: x\nruns: []\n": "runs: is empty; list runs, each with a name and a set of keys",
+        "title: x\nruns: []\n": (
+            "runs: the list is empty; add runs, each with the keys name and set"
+        ),
         "runs: [{name: a}]\ncolumns: [speed]\n": (
             f"columns: ['speed']; choose one or more of: {list(study_table.COLUMNS)}"
         ),
