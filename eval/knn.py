@@ -225,7 +225,7 @@ def check_memory(
     needed = knn_search.required_bytes(len(train), len(test), dim, len(train.classes), view_bytes)
     demand = f"needs up to {needed / memory.GIB:.2f} GiB"
     try:
-        free = memory.available(run.device)
+        free = memory.available_bytes(run.device)
     except ValueError:  # neither CUDA nor Linux
         results.print_progress(f"k-NN {demand}; the free memory is unknown on this system")
         return

@@ -241,7 +241,7 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
             micro-batches.
     """
     world_size = process_group.world_size()
-    images_per_rank = config.global_batch_size // world_size
+    local_batch_size = config.global_batch_size // world_size
     num_images = configuration.configured_micro_batch_size(config, world_size)
     if num_images is None:
         num_images, estimate = micro_batch.find_micro_batch_size(
@@ -249,14 +249,14 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
             config.parallel,
             config.views,
             execution,
-            images_per_rank=images_per_rank,
+            local_batch_size=local_batch_size,
             global_batch_size=config.global_batch_size,
         )
         process_group.print_once(
-            f"micro_batch_size: auto chose {num_images} of {images_per_rank} images per rank "
+            f"micro_batch_size: auto chose {num_images} of {local_batch_size} images per rank "
             f"({estimate})"
         )
-    if num_images < images_per_rank:
+    if num_images < local_batch_size:
         check_accumulation(method, config.parallel)
     return num_images
 

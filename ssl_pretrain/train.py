@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except USER_ERRORS as error:
             if isinstance(error, ValueError) and type(error) not in USER_VALUE_ERRORS:
                 raise
-            print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)
+            print(f"error: {memory.describe_error(error)}", file=sys.stderr, flush=True)
             return exit_status.record_failure(error)
         finally:
             process_group.stop()

@@ -153,7 +153,7 @@ def test_auto_measures_and_takes_the_whole_batch(tmp_path, capsys):
 
 
 def test_auto_takes_the_largest_micro_batch_that_fits(monkeypatch):
-    monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
+    monkeypatch.setattr(memory, "measure_peak_bytes", lambda function, device: function() or 0)
 
     def measure(num_images):
         return {8: 100, 24: 260}[num_images] * memory.GIB
@@ -177,7 +177,7 @@ def test_auto_measures_with_activation_checkpointing(tmp_path, monkeypatch):
     (_, block), *_ = backbones.blocks(method)
     layer = next(child for child in block.modules() if isinstance(child, torch.nn.Conv2d))
     layer.register_forward_hook(lambda *_: forwards.append(1))
-    monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
+    monkeypatch.setattr(memory, "measure_peak_bytes", lambda function, device: function() or 0)
     execution = Execution.resolve(settings.parallel, CPU)
     assert choose_micro_batch_size(method, settings, execution) == 24
     assert len(forwards) == 2 * 3  # two forward passes in each of three measurements
@@ -189,7 +189,7 @@ def test_a_peak_counts_the_memory_held_at_once():
         for _ in range(2):
             torch.ones(2**26)  # 256 MiB
 
-    assert 250 * 2**20 < memory.peak(allocate_one_after_another, CPU) < 300 * 2**20
+    assert 250 * 2**20 < memory.measure_peak_bytes(allocate_one_after_another, CPU) < 300 * 2**20
 
 
 def test_drop_path_changes_the_gradient(tmp_path):

@@ -15,11 +15,11 @@ from ssl_pretrain.parallel.batch_norm import GroupBatchNorm
 # The first of these functions on the stack tells what a collective is for. None is on the stack of
 # DDP's reducer, which is C++.
 KINDS = {
-    "_Synchronized.forward": "batch norm forward",
-    "_Synchronized.backward": "batch norm backward",
+    "_SynchronizedBatchNorm.forward": "batch norm forward",
+    "_SynchronizedBatchNorm.backward": "batch norm backward",
     "foreach_all_gather": "weights",
     "foreach_reduce": "gradients",
-    "norms": "norms",
+    "tensor_norms": "norms",
     "_LogSumExpAmong.backward": "loss backward",
     "_Gather.backward": "loss backward",
     "_Gather.forward": "gather",

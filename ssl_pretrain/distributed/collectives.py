@@ -32,8 +32,8 @@ _LOST_RANK = re.compile(
     r"|no route to host",
     re.IGNORECASE | re.DOTALL,
 )
-# Their names, as they appear in error messages.
-_BACKEND = re.compile(r"gloo|nccl|tcpstore|store->|socket|\[c10d", re.IGNORECASE)
+# Names of gloo, NCCL and the store in error messages.
+_BACKEND_NAME = re.compile(r"gloo|nccl|tcpstore|store->|socket|\[c10d", re.IGNORECASE)
 
 
 class LostRankError(LostError):
@@ -90,8 +90,8 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return this rank's shards of sharded tensors, and the other tensors whole.
+def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return this rank's shard of each sharded tensor, and the other tensors whole.
 
     The results share memory with the tensors and are detached from the autograd graph.
     """
@@ -99,15 +99,15 @@ def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def norms(*lists: Sequence[Tensor]) -> list[Tensor]:
+def tensor_norms(*lists: Sequence[Tensor]) -> list[Tensor]:
     """Return the 2-norms of the tensors in each list, with one collective if they are sharded."""
-    local = [torch.stack(torch._foreach_norm(shards(tensors))) for tensors in lists]
+    local_norms = [torch.stack(torch._foreach_norm(local_tensors(tensors))) for tensors in lists]
     first = lists[0][0]
     if not isinstance(first, DTensor):
-        return local
+        return local_norms
     dims = [dim for dim, placement in enumerate(first.placements) if placement.is_shard()]
     assert len(dims) == 1, "tensors are sharded along one dimension of the mesh"
-    total = reduce_sum(torch.cat(local).square(), first.device_mesh.get_group(dims[0])).sqrt()
+    total = reduce_sum(torch.cat(local_norms).square(), first.device_mesh.get_group(dims[0])).sqrt()
     return list(total.split([len(tensors) for tensors in lists]))
 
 
@@ -150,7 +150,7 @@ def barrier() -> None:
 
 
 def measure_straggler(step: int, every_steps: int) -> dict[str, float]:
-    """Find the slowest rank between steps, and how long the others wait for it.
+    """Measure which rank is the slowest between steps, and how long the others wait for it.
 
     Between steps a rank spends its time on images, CPU work and logging. Within a step all ranks
     wait for each other in every collective. The measurement takes place every `every_steps` steps,
@@ -160,13 +160,16 @@ def measure_straggler(step: int, every_steps: int) -> dict[str, float]:
         return {}
     start = time.monotonic()
     barrier()
-    waits = gather_objects(time.monotonic() - start)
-    return {"straggler": waits.index(min(waits)), "straggler_seconds": max(waits) - min(waits)}
+    seconds = gather_objects(time.monotonic() - start)  # the slowest rank waits the shortest time
+    return {
+        "straggler": seconds.index(min(seconds)),
+        "straggler_seconds": max(seconds) - min(seconds),
+    }
 
 
 @contextmanager
 def explain_lost_ranks() -> Iterator[None]:
-    """Replace the various errors of a collective that has lost a rank by a `LostRankError`.
+    """Raise a `LostRankError` instead of the various errors of a collective that lost a rank.
 
     Raises:
         LostRankError: If another rank ended, or did not answer within `parallel.timeout_seconds`.
@@ -178,7 +181,7 @@ def explain_lost_ranks() -> Iterator[None]:
     except RuntimeError as error:
         text = str(error).strip()
         is_network_error = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
-        is_from_backend = is_network_error or _BACKEND.search(text) is not None
+        is_from_backend = is_network_error or _BACKEND_NAME.search(text) is not None
         if process_group.world_size() == 1 or not (is_from_backend and _LOST_RANK.search(text)):
             raise
         raise LostRankError(

@@ -33,12 +33,12 @@ class RendezvousError(LostError):
 
 
 def start(
-    threads: int = 0, deterministic: bool = False, timeout_seconds: float = 600.0
+    num_threads: int = 0, deterministic: bool = False, timeout_seconds: float = 600.0
 ) -> torch.device:
     """Join the process group that torchrun describes, if any, and return this rank's device.
 
     Args:
-        threads: CPU threads of this rank. 0 shares the machine's cores evenly among its ranks.
+        num_threads: CPU threads of this rank. 0 shares the machine's cores evenly among its ranks.
         deterministic: Use deterministic algorithms, for bit-for-bit runs on a GPU.
         timeout_seconds: Time limit of a collective, of a step, and of waiting for the other ranks.
             A longer wait ends the run, with this rank's stacks on stderr.
@@ -48,7 +48,7 @@ def start(
     """
     global _cpu_group, _timeout_seconds
     _timeout_seconds = timeout_seconds
-    torch.set_num_threads(threads or cores_per_rank())
+    torch.set_num_threads(num_threads or cores_per_rank())
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -90,8 +90,8 @@ def _join(backend: str, timeout: timedelta, device: torch.device | None) -> None
             socket.getaddrinfo(host, None)
             break
         except OSError as error:
-            seconds = min(NAME_SERVER_SECONDS, timeout.total_seconds())
-            if time.monotonic() - start_time > seconds:
+            limit_seconds = min(NAME_SERVER_SECONDS, timeout.total_seconds())
+            if time.monotonic() - start_time > limit_seconds:
                 raise RendezvousError(
                     f"{address}: this machine does not know that host: {error}; "
                     "give the name or address of the first rank's machine"
@@ -100,7 +100,7 @@ def _join(backend: str, timeout: timedelta, device: torch.device | None) -> None
     start_time = time.monotonic()
     try:
         dist.init_process_group(
-            backend, timeout=timeout, device_id=device, **_fresh_store(host, port, timeout)
+            backend, timeout=timeout, device_id=device, **_store_arguments(host, port, timeout)
         )
     except (RuntimeError, ValueError) as error:
         remedy = MISSING_RANK_REMEDY
@@ -116,8 +116,8 @@ def _join(backend: str, timeout: timedelta, device: torch.device | None) -> None
         ) from None
 
 
-def _fresh_store(host: str, port: str, timeout: timedelta) -> dict[str, Any]:
-    """Return arguments of `init_process_group` for a store that no earlier start has used.
+def _store_arguments(host: str, port: str, timeout: timedelta) -> dict[str, Any]:
+    """Return the arguments that make `init_process_group` use a store without entries.
 
     torchrun's agent keeps one store over all its restarts (torch 2.13), in which a rank would find
     the addresses of dead ranks. The agent counts its restarts, and each count has its own prefix.
@@ -145,18 +145,18 @@ def stop() -> None:
 
 
 @contextmanager
-def fake_process_group(ranks: int) -> Iterator[None]:
+def fake_process_group(num_ranks: int) -> Iterator[None]:
     """Pretend to be rank 0 of a group whose collectives send and receive nothing.
 
     `--plan` uses it to run the program of one rank on tensors without memory.
     """
-    if ranks == 1:
+    if num_ranks == 1:
         yield
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "a plan cannot be made inside a run"
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
         yield
     finally:
@@ -224,12 +224,13 @@ def new_subgroup(ranks_per_group: int) -> Any:
     return dist.new_subgroups(ranks_per_group)[0] if ranks_per_group < world_size() else None
 
 
-def new_cpu_group(patience: float = 1.0) -> Any:
+def new_cpu_group(timeout_factor: float = 1.0) -> Any:
     """Create a gloo group of all ranks, whose messages never mix with those of training.
 
     Args:
-        patience: Timeout of the group, as a multiple of `timeout_seconds`.
+        timeout_factor: Timeout of the group as a multiple of `timeout_seconds`.
     """
     if world_size() == 1:
         return None
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=patience * _timeout_seconds))
+    timeout = timedelta(seconds=timeout_factor * _timeout_seconds)
+    return dist.new_group(backend="gloo", timeout=timeout)

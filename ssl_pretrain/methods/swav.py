@@ -142,7 +142,7 @@ class SwAV(Method):
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
         """Normalize the prototypes and, from `queue_from_epoch` on, push the embeddings."""
-        (weight,) = collectives.shards([self.prototypes.weight])  # a shard has whole rows
+        (weight,) = collectives.local_tensors([self.prototypes.weight])  # a shard has whole rows
         weight.copy_(self.if_step_taken(F.normalize(weight), weight))
         if self.queue is not None and progress.epoch >= self.config.queue_from_epoch:
             z = torch.stack([embeddings["z_a"], embeddings["z_b"]], dim=1)

@@ -135,7 +135,7 @@ class Teacher(nn.Module):
 
 
 def _shards(module: nn.Module) -> list[Tensor]:
-    return collectives.shards(parameter.detach() for parameter in module.parameters())
+    return collectives.local_tensors(parameter.detach() for parameter in module.parameters())
 
 
 def rising_momentum(progress: schedules.Progress, start: float) -> float:

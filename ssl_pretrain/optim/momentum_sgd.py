@@ -45,7 +45,7 @@ class SGD(torch.optim.Optimizer):
                 self._step_group(group, params, [p.grad for p in params])
 
     def _step_group(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
-        updates, decay = collectives.shards(gradients), group["weight_decay"]
+        updates, decay = collectives.local_tensors(gradients), group["weight_decay"]
         self._apply(group, params, updates, lr=group["lr"], weight_decay=decay)
 
     def _apply(
@@ -61,9 +61,9 @@ class SGD(torch.optim.Optimizer):
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = collectives.shards(self.state[p]["momentum_buffer"] for p in params)
+        buffers = collectives.local_tensors(self.state[p]["momentum_buffer"] for p in params)
         torch._fused_sgd_(
-            collectives.shards(params),
+            collectives.local_tensors(params),
             updates,
             buffers if group["momentum"] else [],
             weight_decay=weight_decay,
@@ -106,12 +106,14 @@ class LARS(SGD):
         super().__init__(params, momentum=momentum, adapt=True, trust_coefficient=trust_coefficient)
 
     def _step_group(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
-        updates = collectives.shards(gradients)
+        updates = collectives.local_tensors(gradients)
         if group["weight_decay"]:  # added in place, because a copy of all gradients is expensive
-            torch._foreach_add_(updates, collectives.shards(params), alpha=group["weight_decay"])
+            torch._foreach_add_(
+                updates, collectives.local_tensors(params), alpha=group["weight_decay"]
+            )
         is_classic = self.convention == "classic"
         if group["adapt"]:
-            weight_norms, update_norms = collectives.norms(params, gradients)
+            weight_norms, update_norms = collectives.tensor_norms(params, gradients)
             trust = group["trust_coefficient"] * weight_norms / update_norms
             nonzero = (weight_norms > 0) & (update_norms > 0)
             trust = torch.where(nonzero, trust, torch.ones_like(trust))
@@ -148,8 +150,8 @@ class LARC(SGD):
         if not group["adapt"]:
             super()._step_group(group, params, gradients)
             return
-        weights, updates = collectives.shards(params), collectives.shards(gradients)
-        weight_norms, gradient_norms = collectives.norms(params, gradients)
+        weights, updates = collectives.local_tensors(params), collectives.local_tensors(gradients)
+        weight_norms, gradient_norms = collectives.tensor_norms(params, gradients)
         denominators = gradient_norms + group["weight_decay"] * weight_norms + 1e-8
         rate = group["trust_coefficient"] * weight_norms / denominators
         if self.clip:

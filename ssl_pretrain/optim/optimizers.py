@@ -235,8 +235,8 @@ def guarded_step(
     gradients = [
         p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
     ]
-    (norms,) = collectives.norms(gradients)
-    gradients = collectives.shards(gradients)
+    (norms,) = collectives.tensor_norms(gradients)
+    gradients = collectives.local_tensors(gradients)
     norm = torch.linalg.vector_norm(norms)
     skipped = (~torch.isfinite(norm)).float()
     if clip_norm and clip_by == "whole":

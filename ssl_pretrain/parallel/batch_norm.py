@@ -54,14 +54,15 @@ class GroupBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (rows, channels, ...). Evaluation mode uses the running statistics."""
         if self.training:
-            y = self._across_ranks(x) if self.ranks_per_group > 1 else self._within_rank(x)
+            spans_ranks = self.ranks_per_group > 1
+            y = self._normalize_across_ranks(x) if spans_ranks else self._normalize_within_rank(x)
         else:
             statistics = self.running_mean, self.running_var
             y = F.batch_norm(x, *statistics, self.weight, self.bias, False, 0.0, self.eps)
         return self.act(self.drop(y))
 
-    def _across_ranks(self, x: Tensor) -> Tensor:
-        y, mean, variance, count = _Synchronized.apply(
+    def _normalize_across_ranks(self, x: Tensor) -> Tensor:
+        y, mean, variance, count = _SynchronizedBatchNorm.apply(
             x, self.weight, self.bias, self.eps, self.group
         )
         unbiased = variance * count / (count - 1).clamp(min=1)
@@ -71,7 +72,7 @@ class GroupBatchNorm(nn.Module):
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         return y
 
-    def _within_rank(self, x: Tensor) -> Tensor:
+    def _normalize_within_rank(self, x: Tensor) -> Tensor:
         """Normalize each group separately, in one native call that treats groups as channels."""
         groups, (channels, *space) = self.groups_per_rank, x.shape[1:]
         views, rows = len(x) // self.micro_batch_size, self.micro_batch_size // groups
@@ -88,7 +89,7 @@ class GroupBatchNorm(nn.Module):
         return y.view(views, rows, groups, channels, *space).transpose(1, 2).reshape(x.shape)
 
 
-class _Synchronized(torch.autograd.Function):
+class _SynchronizedBatchNorm(torch.autograd.Function):
     """Batch normalization over the rows of several ranks.
 
     The forward pass combines the ranks' means, sums of squared deviations and counts. The backward
@@ -217,11 +218,11 @@ def restore_statistics(module: nn.Module, snapshot: Tensor | None, condition: Te
     if snapshot is not None:
         buffers = _means_and_variances(module)
         current = torch.cat([buffer.flatten() for buffer in buffers])
-        copy_flat(torch.where(condition, snapshot, current), buffers)
+        copy_to_buffers(torch.where(condition, snapshot, current), buffers)
 
 
-def copy_flat(flat: Tensor, buffers: list[Tensor]) -> None:
-    """Copy consecutive slices of a vector into the buffers."""
-    slices = flat.split([buffer.numel() for buffer in buffers])
-    shaped = [values.view_as(buffer) for values, buffer in zip(slices, buffers)]
-    torch._foreach_copy_(buffers, shaped)
+def copy_to_buffers(vector: Tensor, buffers: list[Tensor]) -> None:
+    """Copy consecutive slices of a vector to the buffers."""
+    slices = vector.split([buffer.numel() for buffer in buffers])
+    sources = [values.view_as(buffer) for values, buffer in zip(slices, buffers)]
+    torch._foreach_copy_(buffers, sources)

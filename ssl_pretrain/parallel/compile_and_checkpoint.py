@@ -64,11 +64,13 @@ def _checkpoint_contexts(norms: list[Any], is_selective: bool) -> tuple[Context,
     """Return the contexts of a block's forward pass and of its recomputation."""
     if not is_selective:
         return nullcontext(), _freeze_statistics(norms, nullcontext())
-    forward, recomputation = create_selective_checkpoint_contexts(_policy)
+    forward, recomputation = create_selective_checkpoint_contexts(_checkpoint_policy)
     return forward, _freeze_statistics(norms, recomputation)
 
 
-def _policy(context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
+def _checkpoint_policy(
+    context: object, operation: object, *_: object, **__: object
+) -> CheckpointPolicy:
     is_expensive = operation in _EXPENSIVE_OPERATIONS
     return CheckpointPolicy.MUST_SAVE if is_expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -76,14 +78,14 @@ def _policy(context: object, operation: object, *_: object, **__: object) -> Che
 @contextmanager
 def _freeze_statistics(norms: list[Any], recomputation: Context) -> Iterator[None]:
     """Keep batch norm's statistics fixed during recomputation."""
-    state = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    states = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
         with recomputation:
             yield
     finally:
-        for norm, (momentum, count) in zip(norms, state):
+        for norm, (momentum, count) in zip(norms, states):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
 

@@ -133,13 +133,13 @@ class Execution:
             for view in views
         ]
 
-    def place_module(self, module: nn.Module, sharded: bool = False) -> nn.Module:
+    def place_module(self, module: nn.Module, is_sharded: bool = False) -> nn.Module:
         """Move a module to the device and convert it to the dtype and the memory format.
 
         Sharded weights stay contiguous, because a shard is a range of rows.
         """
         module = module.to(device=self.device, dtype=self.dtype)
-        if self.memory_format == torch.channels_last and not sharded:
+        if self.memory_format == torch.channels_last and not is_sharded:
             module = module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         return module
 

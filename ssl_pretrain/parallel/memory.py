@@ -14,7 +14,7 @@ USABLE_FRACTION = 0.85
 GIB = 2**30
 
 
-def available(device: torch.device) -> int:
+def available_bytes(device: torch.device) -> int:
     """Return the bytes that this rank can still allocate on its device.
 
     On a CPU, the ranks of a machine share the free memory of the host equally.
@@ -25,10 +25,10 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return _from_proc("/proc/meminfo", "MemAvailable") // process_group.local_world_size()
+    return _read_proc_bytes("/proc/meminfo", "MemAvailable") // process_group.local_world_size()
 
 
-def peak(function: Callable[[], object], device: torch.device) -> int:
+def measure_peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """Run `function` and return the peak memory in bytes that it adds to the memory in use.
 
     Raises:
@@ -43,42 +43,44 @@ def peak(function: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with suppress(OSError, AttributeError):  # the C library may not be glibc
         ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, so its reuse is counted
-    before = _from_proc("/proc/self/status", "VmRSS")
+    before = _read_proc_bytes("/proc/self/status", "VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     function()
-    return _from_proc("/proc/self/status", "VmHWM") - before
+    return _read_proc_bytes("/proc/self/status", "VmHWM") - before
 
 
 def largest_micro_batch(
-    share: int, multiple: int, measure: Callable[[int], int], free: int
+    local_batch_size: int, divisor: int, measure_bytes: Callable[[int], int], free_bytes: int
 ) -> tuple[int, str]:
     """Return the largest micro-batch that fits in memory on every rank, and how it was estimated.
 
     The memory of two small micro-batches is measured and extrapolated linearly.
 
     Args:
-        share: This rank's images per optimizer step. The micro-batch size has to divide it.
-        multiple: Divisor of every micro-batch size, which is the size of a batch norm group or 1.
-        measure: Function that returns the peak memory in bytes for a micro-batch size.
-        free: Free bytes on this rank.
+        local_batch_size: This rank's images per optimizer step. The micro-batch size divides it.
+        divisor: Divisor of every micro-batch size: the size of a batch norm group, or 1.
+        measure_bytes: Function that returns the peak memory in bytes for a micro-batch size.
+        free_bytes: Free memory on this rank.
 
     Raises:
         ValueError: If not even the smallest micro-batch fits.
     """
-    sizes = [size for size in range(multiple, share + 1, multiple) if share % size == 0]
+    multiples = range(divisor, local_batch_size + 1, divisor)
+    sizes = [size for size in multiples if local_batch_size % size == 0]
     small = next((size for size in sizes if size >= 8), sizes[-1])
     larger = next((size for size in sizes if size >= 2 * small), small)
-    measure(small)  # the first run also allocates lasting memory, such as workspaces
-    small_bytes, larger_bytes = measure(small), measure(larger)
+    measure_bytes(small)  # the first run also allocates lasting memory, such as workspaces
+    small_bytes, larger_bytes = measure_bytes(small), measure_bytes(larger)
     slope = small_bytes / small
     if larger > small:
         slope = max(0.0, (larger_bytes - small_bytes) / (larger - small))
     intercept = max(0.0, small_bytes - slope * small)
-    usable = USABLE_FRACTION * free
-    fitting_sizes = [size for size in sizes if intercept + slope * size <= usable]
+    usable_bytes = USABLE_FRACTION * free_bytes
+    fitting_sizes = [size for size in sizes if intercept + slope * size <= usable_bytes]
     largest = min(collectives.gather_objects(fitting_sizes[-1] if fitting_sizes else 0))
     estimate = (
-        f"{intercept / GIB:.2f} GiB + {slope / 2**20:.2f} MiB per image, {free / GIB:.1f} GiB free"
+        f"{intercept / GIB:.2f} GiB + {slope / 2**20:.2f} MiB per image, "
+        f"{free_bytes / GIB:.1f} GiB free"
     )
     if not largest:
         raise ValueError(
@@ -89,8 +91,8 @@ def largest_micro_batch(
     return largest, estimate
 
 
-def explain(error: BaseException) -> str:
-    """Return the error's message, with the rank and a remedy if a GPU ran out of memory."""
+def describe_error(error: BaseException) -> str:
+    """Return an error's message, with the rank and a remedy if a GPU ran out of memory."""
     if not isinstance(error, torch.OutOfMemoryError):
         return str(error)
     message = str(error).partition(" If reserved")[0]
@@ -101,7 +103,7 @@ def explain(error: BaseException) -> str:
     )
 
 
-def _from_proc(file: str, entry: str) -> int:
+def _read_proc_bytes(file: str, entry: str) -> int:
     """Return the value of an entry in a /proc file, in bytes."""
     try:
         lines = Path(file).read_text().splitlines()

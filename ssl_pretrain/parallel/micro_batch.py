@@ -8,7 +8,7 @@ import torch
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, memory
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig, bn_group_images
-from ssl_pretrain.parallel.wrap import is_sharded, warm_up
+from ssl_pretrain.parallel.wrap import shards_weights, warm_up
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import ViewsConfig
@@ -31,7 +31,7 @@ def find_micro_batch_size(
     views: ViewsConfig,
     execution: Execution,
     *,
-    images_per_rank: int,
+    local_batch_size: int,
     global_batch_size: int,
 ) -> tuple[int, str]:
     """Return the largest micro-batch that fits in memory on every rank, and how it was estimated.
@@ -44,20 +44,22 @@ def find_micro_batch_size(
         config: Parallel settings of the run.
         views: Settings of the views.
         execution: Device and formats of the run.
-        images_per_rank: Images per optimizer step on this rank.
+        local_batch_size: Images per optimizer step on this rank.
         global_batch_size: Images per optimizer step over all ranks.
 
     Raises:
         ValueError: If not even the smallest micro-batch fits.
     """
     group_images = bn_group_images(config, global_batch_size)
-    multiple = min(group_images, images_per_rank) if batch_norm.statistics(method) else 1
-    trial = execution.place_module(copy.deepcopy(method), is_sharded(config))
-    compile_and_checkpoint.recompute_activations(trial, config.activation_checkpointing)
+    divisor = min(group_images, local_batch_size) if batch_norm.statistics(method) else 1
+    trial_method = execution.place_module(copy.deepcopy(method), shards_weights(config))
+    compile_and_checkpoint.recompute_activations(trial_method, config.activation_checkpointing)
 
-    def measure(num_images: int) -> int:
+    def measure_bytes(num_images: int) -> int:
         example = blank_batch(views, num_images, execution)
-        return memory.peak(partial(warm_up, trial, execution, example), execution.device)
+        return memory.measure_peak_bytes(
+            partial(warm_up, trial_method, execution, example), execution.device
+        )
 
-    free = memory.available(execution.device)
-    return memory.largest_micro_batch(images_per_rank, multiple, measure, free)
+    free_bytes = memory.available_bytes(execution.device)
+    return memory.largest_micro_batch(local_batch_size, divisor, measure_bytes, free_bytes)

@@ -68,13 +68,13 @@ def wrap(
         ValueError: If settings conflict with each other or do not fit the batch.
     """
     check(config)
-    world_size, sharded = process_group.world_size(), is_sharded(config)
-    execution.place_module(method, sharded=sharded)
+    world_size, is_sharded = process_group.world_size(), shards_weights(config)
+    execution.place_module(method, is_sharded=is_sharded)
     batch_norm.convert(method, micro_batch_size, bn_group_images(config, global_batch_size))
     if config.compile:
         compile_and_checkpoint.compile_blocks(method, config.cuda_graphs)
     compile_and_checkpoint.recompute_activations(method, config.activation_checkpointing)
-    if sharded:
+    if is_sharded:
         _shard(method, config, execution)
         warm_up(method, execution, example)
         return method
@@ -89,7 +89,7 @@ def wrap(
     return model
 
 
-def is_sharded(config: ParallelConfig) -> bool:
+def shards_weights(config: ParallelConfig) -> bool:
     """Return True if this run shards its weights over ranks."""
     return config.strategy != "ddp" and process_group.world_size() > 1
 
@@ -139,7 +139,7 @@ def _shard(method: nn.Module, config: ParallelConfig, execution: Execution) -> N
     # Every rank starts with the tensors of rank 0, as in DDP.
     for tensor in [*method.parameters(), *method.buffers()]:
         dist.broadcast(tensor.detach(), src=0)
-    mesh = _mesh(config, execution.device.type)
+    mesh = _build_mesh(config, execution.device.type)
     networks = [module for module in method.modules() if isinstance(module, components.Backbone)]
     for unit in [*(block for _, block in backbones.blocks(method)), *networks, method]:
         sharded: Any = fully_shard(
@@ -159,12 +159,13 @@ def _shard(method: nn.Module, config: ParallelConfig, execution: Execution) -> N
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def _mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
-    world, node = process_group.world_size(), process_group.local_world_size()
-    if config.strategy == "hybrid" and 1 < node < world:
+def _build_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
+    num_ranks, ranks_per_node = process_group.world_size(), process_group.local_world_size()
+    if config.strategy == "hybrid" and 1 < ranks_per_node < num_ranks:
         names = ("replicate", "shard")
-        return init_device_mesh(device_type, (world // node, node), mesh_dim_names=names)
-    return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+        shape = (num_ranks // ranks_per_node, ranks_per_node)
+        return init_device_mesh(device_type, shape, mesh_dim_names=names)
+    return init_device_mesh(device_type, (num_ranks,), mesh_dim_names=("shard",))
 
 
 def _mixed_precision(
@@ -204,7 +205,7 @@ def check_replicas(model: nn.Module, tolerance: float = 1e-4) -> None:
         for name, value in unwrap(model).state_dict().items()
         if value.is_floating_point() and value.numel()
     }
-    shards = collectives.shards(tensors.values())
+    shards = collectives.local_tensors(tensors.values())
     # An empty shard has no largest value, so a zero takes its place.
     shards = [value if value.numel() else value.new_zeros(1) for value in shards]
     local_norms = [
@@ -215,19 +216,19 @@ def check_replicas(model: nn.Module, tolerance: float = 1e-4) -> None:
     all_norms = collectives.gather(torch.stack(local_norms))
     largest, norms = all_norms.view(process_group.world_size(), 2, -1).unbind(1)
     if not (finite := largest.isfinite().all(0)).all():
-        first = list(tensors)[int((~finite).nonzero()[0])]
+        name = list(tensors)[int((~finite).nonzero()[0])]
         raise FloatingPointError(
-            f"{first} is not finite. Nothing was saved; resume from the previous checkpoint with a "
+            f"{name} is not finite. Nothing was saved; resume from the previous checkpoint with a "
             "lower optim.base_lr"
         )
-    replicated = torch.tensor([not collectives.is_sharded(value) for value in tensors.values()])
+    is_replicated = torch.tensor([not collectives.is_sharded(value) for value in tensors.values()])
     differs = (norms - norms[0]).abs() > tolerance * norms[0] + 1e-12
-    differs &= replicated.to(norms.device)
+    differs &= is_replicated.to(norms.device)
     if differs.any():
         ranks = ", ".join(str(rank) for rank in differs.any(1).nonzero().flatten().tolist())
-        first = list(tensors)[int(differs.any(0).nonzero()[0])]
+        name = list(tensors)[int(differs.any(0).nonzero()[0])]
         raise ReplicaError(
-            f"rank {ranks}: the weights differ from those of rank 0, first in {first}. Nothing was "
+            f"rank {ranks}: the weights differ from those of rank 0, first in {name}. Nothing was "
             "saved; start the run again to resume from the newest checkpoint"
         )
 
@@ -236,7 +237,7 @@ def check_replicas(model: nn.Module, tolerance: float = 1e-4) -> None:
 def average_statistics(model: nn.Module, config: ParallelConfig, global_batch_size: int) -> None:
     """Average batch norm's running statistics over ranks, unless each group is the global batch."""
     world_size, buffers = process_group.world_size(), batch_norm.statistics(model)
-    one_group = bn_group_images(config, global_batch_size) == global_batch_size
-    if world_size > 1 and not one_group and buffers:
+    has_one_group = bn_group_images(config, global_batch_size) == global_batch_size
+    if world_size > 1 and not has_one_group and buffers:
         total = collectives.reduce_sum(torch.cat([buffer.flatten() for buffer in buffers]))
-        batch_norm.copy_flat(total / world_size, buffers)
+        batch_norm.copy_to_buffers(total / world_size, buffers)

@@ -59,7 +59,9 @@ def compare_searches(options: argparse.Namespace) -> float:
         for name, times in seconds.items():
             owner, kind = name.split(", ")
             start = time.perf_counter()
-            peak = memory.peak(partial(ours if owner == "ours" else theirs, kind), CPU)
+            peak = memory.measure_peak_bytes(
+                partial(ours if owner == "ours" else theirs, kind), CPU
+            )
             times.append(time.perf_counter() - start)
             print(f"  {name:24} {times[-1]:8.2f} s  {format_mib(peak)} more", flush=True)
     fastest_ours, fastest_theirs = (

@@ -45,7 +45,7 @@ def measure_peaks(candidates: dict[str, Run], device: torch.device) -> dict[str,
 
     Each candidate must have run before, so that one-time allocations do not count.
     """
-    return {name: memory.peak(run, device) for name, run in candidates.items()}
+    return {name: memory.measure_peak_bytes(run, device) for name, run in candidates.items()}
 
 
 def _synchronize(device: torch.device) -> None:

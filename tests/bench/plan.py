@@ -64,7 +64,7 @@ def main() -> None:
         step()
         measured = time_interleaved({"step": step}, options.repeats, device)["step"] * 1e3
         planned = f"{MACHINES[options.gpu].seconds(trace) * 1e3:.1f}" if options.gpu else "-"
-        peak = min(memory.peak(step, device) for _ in range(3))
+        peak = min(memory.measure_peak_bytes(step, device) for _ in range(3))
         peak_cells = f"{format_mib(trace.peak)} | {format_mib(peak)}"
         print(f"| {name}, {size} px | {images} | {planned} | {measured:.1f} | {peak_cells} |")
 

@@ -154,7 +154,7 @@ def test_unlabeled_images_are_refused_with_a_remedy(tmp_path):
 
 
 def test_a_search_that_exceeds_the_memory_is_refused_before_it_starts(run_folder, monkeypatch):
-    monkeypatch.setattr(knn.memory, "available", lambda device: 200 * 2**20)
+    monkeypatch.setattr(knn.memory, "available_bytes", lambda device: 200 * 2**20)
     with pytest.raises(ValueError) as error:
         knn.evaluate(runs.load_run(run_folder, device="cpu"))
     assert str(error.value) == (

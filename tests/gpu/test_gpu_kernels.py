@@ -35,7 +35,7 @@ def test_a_loss_uses_the_kernels_without_blocking_the_host(cuda, forbid_synchron
     loss_and_gradient()
     with forbid_synchronization():
         loss_and_gradient()
-    fused = memory.peak(loss_and_gradient, cuda)
+    fused = memory.measure_peak_bytes(loss_and_gradient, cuda)
     with use_backend(replace(BACKENDS["cuda"], fused=False)):
         loss_and_gradient()
-        assert fused < memory.peak(loss_and_gradient, cuda) / 4
+        assert fused < memory.measure_peak_bytes(loss_and_gradient, cuda) / 4
