@@ -18,35 +18,35 @@ ROOFLINE_SHARE = 0.75  # eager training steps are assumed to reach this share of
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one GPU and its links per second. Bandwidths are bytes in one direction."""
+    """Rates of one GPU and its links. Bandwidths are bytes per second in one direction."""
 
     name: str
-    memory: float  # bytes
-    matmul: float  # FLOP/s of dense bfloat16 products with float32 sums
-    wide_matmul: float  # FLOP/s of float32 products without tensor cores
-    convolution: float  # FLOP/s of convolutions
-    bandwidth: float  # bytes/s of the memory
-    intra_node: float  # from one GPU to the others of its node
-    inter_node: float  # from one node to the others
-    attained: float = 1.0  # share of the roofline that a training step reaches
+    memory_bytes: float
+    matmul_rate: float  # FLOP/s of dense bfloat16 products with float32 sums
+    float32_matmul_rate: float  # FLOP/s of float32 products without tensor cores
+    convolution_rate: float  # FLOP/s of convolutions
+    memory_bandwidth: float
+    intra_node_bandwidth: float  # from one GPU to the others of its node
+    inter_node_bandwidth: float  # from one node to the others
+    roofline_share: float = 1.0  # share of the roofline that a training step reaches
     launch_seconds: float = 7e-6  # time that the host takes per eager operation
     latency_seconds: float = 7e-6  # time that a collective takes per level of a tree of ranks
-    decoded_per_core: float = 0.0  # images decoded by one core, or 0 to ignore the loader
+    decoded_per_core: float = 0.0  # images that a core decodes per second, 0 to ignore the loader
 
-    def seconds(self, trace: Trace) -> float:
+    def trace_seconds(self, trace: Trace) -> float:
         """Return the time of a computation, or the time of its launches if that is longer."""
-        launch_time = int((trace.bytes_moved > 0).sum()) * self.launch_seconds
-        return max(sum(self.bounds(trace)) / self.attained, launch_time)
+        launch_seconds = int((trace.bytes_moved > 0).sum()) * self.launch_seconds
+        return max(sum(self.bound_seconds(trace)) / self.roofline_share, launch_seconds)
 
-    def bounds(self, trace: Trace) -> tuple[float, float]:
+    def bound_seconds(self, trace: Trace) -> tuple[float, float]:
         """Return the seconds of compute-bound operations and those of memory-bound operations.
 
         At full rates an operation takes the longer of its arithmetic time and its memory time.
         """
-        rate = np.full(len(trace.flops), self.matmul)
-        rate[trace.wide] = self.wide_matmul
-        rate[trace.kind == CONVOLUTION] = self.convolution
-        arithmetic, memory = trace.flops / rate, trace.bytes_moved / self.bandwidth
+        rate = np.full(len(trace.flops), self.matmul_rate)
+        rate[trace.without_tensor_cores] = self.float32_matmul_rate
+        rate[trace.kinds == CONVOLUTION] = self.convolution_rate
+        arithmetic, memory = trace.flops / rate, trace.bytes_moved / self.memory_bandwidth
         compute_bound = arithmetic > memory
         return float(arithmetic[compute_bound].sum()), float(memory[~compute_bound].sum())
 
@@ -93,17 +93,17 @@ def peak_tflops(device: torch.device) -> float:
 
 def from_data_sheet(name: str, sheet: DataSheet) -> Machine:
     """Return the rates that training is expected to reach on a GPU."""
-    matmul = sheet.bf16 * TERA * MATMUL_SHARE
+    matmul_rate = sheet.bf16 * TERA * MATMUL_SHARE
     return Machine(
         name,
-        memory=sheet.memory * GIGA,
-        matmul=matmul,
-        wide_matmul=sheet.fp32 * TERA * MATMUL_SHARE,
-        convolution=matmul,
-        bandwidth=sheet.bandwidth * TERA * BANDWIDTH_SHARE,
-        intra_node=sheet.link * GIGA * LINK_SHARE,
-        inter_node=sheet.node * GIGA * LINK_SHARE,
-        attained=ROOFLINE_SHARE,
+        memory_bytes=sheet.memory * GIGA,
+        matmul_rate=matmul_rate,
+        float32_matmul_rate=sheet.fp32 * TERA * MATMUL_SHARE,
+        convolution_rate=matmul_rate,
+        memory_bandwidth=sheet.bandwidth * TERA * BANDWIDTH_SHARE,
+        intra_node_bandwidth=sheet.link * GIGA * LINK_SHARE,
+        inter_node_bandwidth=sheet.node * GIGA * LINK_SHARE,
+        roofline_share=ROOFLINE_SHARE,
     )
 
 
@@ -112,11 +112,11 @@ MACHINES = {
 }
 
 
-def machine(config: PlanConfig) -> Machine:
+def configured_machine(config: PlanConfig) -> Machine:
     """Return the machine that `plan.gpu` names, with the rates that the configuration sets."""
     rates: dict[str, Any] = {
-        "intra_node": config.intra_node_gb_per_second * GIGA,
-        "inter_node": config.inter_node_gb_per_second * GIGA,
+        "intra_node_bandwidth": config.intra_node_gb_per_second * GIGA,
+        "inter_node_bandwidth": config.inter_node_gb_per_second * GIGA,
         "decoded_per_core": config.decoded_per_core,
     }
     return replace(MACHINES[config.gpu], **{name: rate for name, rate in rates.items() if rate})

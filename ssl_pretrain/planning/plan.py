@@ -17,7 +17,7 @@ from ssl_pretrain.planning.communication import Cluster
 from ssl_pretrain.planning.estimate import Estimate, StepTime
 from ssl_pretrain.views import recipe
 
-NUM_IMAGENET = 1_281_167  # number of training images in ImageNet-1k
+NUM_IMAGENET_IMAGES = 1_281_167  # training images of ImageNet-1k
 MAX_NAMES = 6  # parameter groups with more names are listed in part
 
 
@@ -38,7 +38,7 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
     config.check(run, world_size)
     method = build_method_on_meta(run)
     notes = initialize(method.backbone, run.backbone)
-    remedy = ["memory and time: set plan.gpu to H100, H200, A100 or L40S to estimate them"]
+    advice = ["memory and time: set plan.gpu to H100, H200, A100 or L40S to estimate them"]
     lines = [
         "# resolved configuration",
         config.to_yaml(run),
@@ -48,7 +48,7 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
         *_describe_steps(run),
         *([f"weights: {run.backbone.init}: {'; '.join(notes)}"] if notes else []),
         *_describe_batch(run, method, world_size),
-        *(_describe_estimate(run, world_size) if run.plan.gpu else remedy),
+        *(_describe_estimate(run, world_size) if run.plan.gpu else advice),
     ]
     return "\n".join(lines)
 
@@ -121,38 +121,43 @@ def _describe_batch(run: RunConfig, method: Method, world_size: int) -> list[str
     negatives = "none, because the loss does not compare images"
     if method.couples != "nothing":
         negatives = f"{rows - 2:,}, every other embedding of the batch"
-    share, images = batch // world_size, config.configured_micro_batch_size(run, world_size)
-    micro_batches = f"micro-batches of {images:,}"
-    if images is None:
+    local_batch_size = batch // world_size
+    micro_batch_size = config.configured_micro_batch_size(run, world_size)
+    if micro_batch_size is None:
         micro_batches = "micro-batches as large as memory allows, measured at the start"
-    elif images == share:
+    elif micro_batch_size == local_batch_size:
         micro_batches = "1 micro-batch"
+    else:
+        micro_batches = f"micro-batches of {micro_batch_size:,}"
     return [
         f"views per image: {', '.join(f'{view.size} px' for view in views)}",
         f"embeddings per loss: {rows:,} ({len(views)} views x {batch:,} images); "
         f"negatives per anchor: {negatives}",
         f"batch norm over {bn_group_images(run.parallel, batch):,} images; each rank's share of "
-        f"{share:,} images in {micro_batches}, on {world_size} rank{'s' * (world_size > 1)}",
+        f"{local_batch_size:,} images in {micro_batches}, "
+        f"on {world_size} rank{'s' * (world_size > 1)}",
     ]
 
 
 def _describe_estimate(run: RunConfig, world_size: int) -> list[str]:
     """Describe the memory per GPU and the time per step, by component."""
-    machine = hardware.machine(run.plan)
-    per_node = run.launch.gpus_per_node or world_size
-    cluster = Cluster(world_size // per_node, per_node)
+    machine = hardware.configured_machine(run.plan)
+    gpus_per_node = run.launch.gpus_per_node or world_size
+    cluster = Cluster(world_size // gpus_per_node, gpus_per_node)
     estimate = Estimate(run, cluster, machine)
     largest, reason = estimate.largest_micro_batch()
-    images = config.configured_micro_batch_size(run, world_size) or largest or estimate.share
-    step = estimate.step_time(images)
-    nodes = f", {cluster.nodes} nodes of {per_node}" if cluster.nodes > 1 else ""
-    embedded_twice = ", each embedded twice" if estimate.two_passes(images) else ""
+    micro_batch_size = (
+        config.configured_micro_batch_size(run, world_size) or largest or estimate.local_batch_size
+    )
+    step = estimate.step_time(micro_batch_size)
+    nodes = f", {cluster.num_nodes} nodes of {gpus_per_node}" if cluster.num_nodes > 1 else ""
+    embedded_twice = ", each embedded twice" if estimate.takes_two_passes(micro_batch_size) else ""
     size = f"{largest:,} {reason}" if largest else f"none, because {reason}"
     lines = [
-        f"# on {cluster.ranks} x {machine.name}{nodes}: rates from data sheets",
-        *_describe_memory(estimate, images),
+        f"# on {cluster.num_ranks} x {machine.name}{nodes}: rates from data sheets",
+        *_describe_memory(estimate, micro_batch_size),
         f"largest micro-batch: {size}",
-        f"micro-batches per rank: {estimate.share // images}{embedded_twice}",
+        f"micro-batches per rank: {estimate.local_batch_size // micro_batch_size}{embedded_twice}",
         *_describe_time(estimate, step),
     ]
     if run.parallel.compile:
@@ -160,16 +165,17 @@ def _describe_estimate(run: RunConfig, world_size: int) -> list[str]:
     return [*lines, _describe_duration(run, cluster, step)]
 
 
-def _describe_memory(estimate: Estimate, images: int) -> list[str]:
-    memory, capacity = estimate.memory(images), estimate.machine.memory
-    total = sum(memory.values())
+def _describe_memory(estimate: Estimate, micro_batch_size: int) -> list[str]:
+    memory = estimate.memory_by_component(micro_batch_size)
+    total, capacity = sum(memory.values()), estimate.machine.memory_bytes
     verdict = "fits"
     if total > USABLE_FRACTION * capacity:
         verdict = f"does not fit: a run may fill {USABLE_FRACTION:.0%}"
-    activations = estimate.activations(images) / images / 2**20
-    gradients, loss = estimate.gradient_bytes / GIB, estimate.loss(images).peak / GIB
+    activations = estimate.activation_bytes(micro_batch_size) / micro_batch_size / 2**20
+    gradients = estimate.gradient_bytes / GIB
+    loss = estimate.loss_trace(micro_batch_size).peak_bytes / GIB
     return [
-        f"memory per GPU with a micro-batch of {images:,} images: "
+        f"memory per GPU with a micro-batch of {micro_batch_size:,} images: "
         f"{total / GIB:.2f} of {capacity / GIB:.1f} GiB; {verdict}",
         *(f"  {size / GIB:9.3f} GiB  {name}" for name, size in memory.items() if size),
         f"  at the peak of the step: {activations:.1f} MiB of activations per image, "
@@ -183,33 +189,35 @@ def _describe_time(estimate: Estimate, step: StepTime) -> list[str]:
     if not machine.decoded_per_core:
         loader = "the loader, not estimated; set plan.decoded_per_core"
     seconds = {
-        "forward, teacher, backward": step.compute,
-        "color augmentation of the views": step.views,
-        "loss": step.loss,
-        "optimizer and update of the teacher": step.optimizer,
-        "communication, exposed": step.exposed,
-        loader: step.data,
+        "forward, teacher, backward": step.compute_seconds,
+        "color augmentation of the views": step.color_seconds,
+        "loss": step.loss_seconds,
+        "optimizer and update of the teacher": step.optimizer_seconds,
+        "communication, exposed": step.exposed_seconds,
+        loader: step.loader_seconds,
     }
-    flops = step.flops / step.total
+    flops_per_second = step.num_flops / step.total_seconds
     return [
-        f"time per step: {step.total * 1e3:,.1f} ms, {batch / step.total:,.0f} images/s; "
-        f"bound by {step.bound}",
+        f"time per step: {step.total_seconds * 1e3:,.1f} ms, "
+        f"{batch / step.total_seconds:,.0f} images/s; bound by {step.bottleneck}",
         *(f"  {value * 1e3:11.3f} ms  {name}" for name, value in seconds.items()),
-        f"  {step.hidden * 1e3:.3f} ms of communication hidden by the backward pass; "
-        f"{flops / 1e12:,.1f} TFLOP/s per GPU, {flops / machine.matmul:.0%} of its peak",
-        f"  {step.arithmetic:.0%} of the computation is bound by arithmetic, the rest by memory",
+        f"  {step.hidden_seconds * 1e3:.3f} ms of communication hidden by the backward pass; "
+        f"{flops_per_second / 1e12:,.1f} TFLOP/s per GPU, "
+        f"{flops_per_second / machine.matmul_rate:.0%} of its peak",
+        f"  {step.arithmetic_share:.0%} of the computation is bound by arithmetic, "
+        "the rest by memory",
     ]
 
 
 def _describe_duration(run: RunConfig, cluster: Cluster, step: StepTime) -> str:
     num_known = run.plan.num_images or _count_images(run)
-    num_images = num_known or NUM_IMAGENET
-    epoch_seconds = order.steps_per_epoch(num_images, run.global_batch_size) * step.total
+    num_images = num_known or NUM_IMAGENET_IMAGES
+    epoch_seconds = order.steps_per_epoch(num_images, run.global_batch_size) * step.total_seconds
     hours = run.epochs * epoch_seconds / 3600
     assumption = "" if num_known else "if it were ImageNet, "
     return (
         f"epochs per day: {86400 / epoch_seconds:,.1f}; the run of {run.epochs} epochs takes "
-        f"{hours:,.1f} hours, {hours * cluster.ranks:,.0f} GPU-hours "
+        f"{hours:,.1f} hours, {hours * cluster.num_ranks:,.0f} GPU-hours "
         f"({assumption}{num_images:,} images)"
     )
 

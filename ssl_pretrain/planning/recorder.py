@@ -34,7 +34,7 @@ READ_TWICE = {
     "native_batch_norm_backward": (0, 1),
     "convolution_backward": (0,),
 }
-BATCH_NORMS = {  # phase, and the position of the argument that is True in training
+BATCH_NORMS = {  # phase of each operation, and position of the argument that is True in training
     "native_batch_norm": ("forward", 5),
     "native_batch_norm_backward": ("backward", 7),
 }
@@ -42,22 +42,22 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 
 Inputs = TypeVar("Inputs")
 Results = TypeVar("Results")
-Mark = Callable[[str], None]
+BeginPhase = Callable[[str], None]
 
 
-def trace(
-    prepare: Callable[[], Inputs], function: Callable[[Inputs, Mark], Results]
+def record_trace(
+    prepare: Callable[[], Inputs], function: Callable[[Inputs, BeginPhase], Results]
 ) -> tuple[Trace, Results]:
     """Trace `function` on fake tensors and return the trace with the function's results.
 
     Args:
-        prepare: Makes the inputs before the trace begins.
-        function: The computation. It takes the inputs, and a function that begins a phase.
+        prepare: Function that makes the inputs before the trace begins.
+        function: The computation. It takes the inputs and a function that begins a named phase.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = prepare()
         with Recorder() as recorder:
-            results = function(inputs, recorder.mark)
+            results = function(inputs, recorder.begin_phase)
     return recorder.trace(), results
 
 
@@ -68,22 +68,29 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.rows: list[tuple[int, int, int, int, bool]] = []
         self.collectives: list[tuple[str, int]] = []
-        self.norms: dict[str, list[int]] = {"forward": [], "backward": []}
+        self.batch_norm_channels: dict[str, list[int]] = {"forward": [], "backward": []}
         self.phase_starts: dict[str, int] = {}
         self._storage_bytes: dict[int, int] = {}  # by storage; freed storages are removed
         self._held_bytes = 0
 
-    def mark(self, name: str) -> None:
+    def begin_phase(self, name: str) -> None:
         """Begin a phase."""
         self.phase_starts[name] = len(self.rows)
 
     def trace(self) -> Trace:
         """Return the operations recorded so far."""
         rows = np.array(self.rows, dtype=np.int64).reshape(-1, 5)
-        flops, moved, held, kind, wide = rows.T
-        wide = wide.astype(bool)
-        starts = self.phase_starts or {"": 0}
-        return Trace(flops, moved, held, kind, wide, self.collectives, self.norms, starts)
+        flops, bytes_moved, bytes_held, kinds, without_tensor_cores = rows.T
+        return Trace(
+            flops,
+            bytes_moved,
+            bytes_held,
+            kinds,
+            without_tensor_cores.astype(bool),
+            self.collectives,
+            self.batch_norm_channels,
+            self.phase_starts or {"": 0},
+        )
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -104,11 +111,11 @@ class Recorder(TorchDispatchMode):
             return out
         phase, position = BATCH_NORMS.get(name, ("", 0))
         if phase and args[position]:
-            self.norms[phase].append(inputs[0].shape[1])
+            self.batch_norm_channels[phase].append(inputs[0].shape[1])
         flops, kind = _flops(function._overloadpacket, args, kwargs, out)
-        moved = _bytes_moved(function, name, args, inputs, outputs)
-        wide = bool(outputs) and outputs[0].dtype in (torch.float32, torch.float64)
-        self.rows.append((flops, moved, self._held_bytes, kind, wide))
+        bytes_moved = _bytes_moved(function, name, args, inputs, outputs)
+        is_wide = bool(outputs) and outputs[0].dtype in (torch.float32, torch.float64)
+        self.rows.append((flops, bytes_moved, self._held_bytes, kind, is_wide))
         return out
 
     def _count_until_freed(self, tensor: Tensor) -> None:
@@ -139,7 +146,7 @@ def _attention_backward_flops(
 
 
 # torch's formulas, and those that it lacks for attention on a CPU and for addmm in place.
-FORMULAS: dict[Any, Any] = {
+FLOP_FORMULAS: dict[Any, Any] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
@@ -149,10 +156,10 @@ FORMULAS: dict[Any, Any] = {
 
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
     """Return the number of floating-point operations of an operation, and its kind."""
-    if packet not in FORMULAS:
+    if packet not in FLOP_FORMULAS:
         return 0, OTHER
     kind = CONVOLUTION if "conv" in packet.__name__ else MATMUL
-    return int(FORMULAS[packet](*args, **kwargs, out_val=out)), kind
+    return int(FLOP_FORMULAS[packet](*args, **kwargs, out_val=out)), kind
 
 
 def _bytes_moved(
@@ -207,7 +214,7 @@ def make_fake(
 ) -> None:
     """Move a module from the meta device to fake CPU tensors, in place.
 
-    Call this in the `prepare` argument of `trace`. Parameters shared by modules stay shared.
+    Call this in the `prepare` argument of `record_trace`. Parameters shared by modules stay shared.
     """
     parameters: dict[int, nn.Parameter] = {}
     for child in module.modules():

@@ -18,20 +18,20 @@ from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.compile_and_checkpoint import recompute_activations
 from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.planning.recorder import Mark, make_fake, trace
+from ssl_pretrain.planning.recorder import BeginPhase, make_fake, record_trace
 from ssl_pretrain.planning.trace import LinearTrace, TensorSpec, Trace
 from ssl_pretrain.views import color_torch, recipe
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.color_parameters import draw_colors
 
-NUM_COLORED = 64  # images in the trace of the color augmentation
-HALFWAY = Progress(500, 1000, 10)  # the traced step
+NUM_COLORED_IMAGES = 64  # images in the trace of the color augmentation
+HALFWAY = Progress(500, 1000, 10)  # progress at the traced step
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Results:
+class OutputSpecs:
     """Shapes of the embeddings and the targets of a micro-batch."""
 
     embeddings: dict[str, TensorSpec]
@@ -39,29 +39,29 @@ class Results:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatchTraces:
     """Traces of the forward pass, the targets and the backward pass for any number of images."""
 
     traces: LinearTrace
-    small: Results
-    large: Results
+    small: OutputSpecs
+    large: OutputSpecs
     backbone_calls: dict[str, int]  # forward passes of each backbone, by its name
 
-    def trace_for(self, images: int) -> Trace:
+    def trace_for(self, num_images: int) -> Trace:
         """Return the trace of a micro-batch with this many images."""
-        return self.traces.trace_for(images)
+        return self.traces.trace_for(num_images)
 
-    def results_for(self, images: int) -> Results:
-        """Return the shapes of the results of a micro-batch with this many images."""
-        return Results(
-            self.traces.shapes(self.small.embeddings, self.large.embeddings, images),
-            self.traces.shapes(self.small.targets, self.large.targets, images),
+    def specs_for(self, num_images: int) -> OutputSpecs:
+        """Return the shapes of the outputs of a micro-batch with this many images."""
+        return OutputSpecs(
+            self.traces.specs_for(self.small.embeddings, self.large.embeddings, num_images),
+            self.traces.specs_for(self.small.targets, self.large.targets, num_images),
         )
 
 
 def trace_micro_batch(
     run: RunConfig, method: Method, execution: Execution, sizes: tuple[int, int]
-) -> MicroBatch:
+) -> MicroBatchTraces:
     """Trace micro-batches of two sizes, which determine the traces of all sizes.
 
     Args:
@@ -70,15 +70,15 @@ def trace_micro_batch(
         execution: Number formats and memory layout.
         sizes: Number of images in each of the two micro-batches, the smaller one first.
     """
-    (small, small_results, calls), (large, large_results, _) = (
-        _trace_images(run, method, execution, images) for images in sizes
+    (small, small_specs, calls), (large, large_specs, _) = (
+        _trace_images(run, method, execution, num_images) for num_images in sizes
     )
-    return MicroBatch(LinearTrace(small, large, *sizes), small_results, large_results, calls)
+    return MicroBatchTraces(LinearTrace(small, large, *sizes), small_specs, large_specs, calls)
 
 
 def _trace_images(
-    run: RunConfig, method: Method, execution: Execution, images: int
-) -> tuple[Trace, Results, dict[str, int]]:
+    run: RunConfig, method: Method, execution: Execution, num_images: int
+) -> tuple[Trace, OutputSpecs, dict[str, int]]:
     network, calls = copy.deepcopy(method), Counter[str]()
 
     def prepare() -> tuple[Method, Batch]:
@@ -88,57 +88,57 @@ def _trace_images(
                 module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
         recompute_activations(network, run.parallel.activation_checkpointing)
         views = [
-            torch.zeros(images, 3, crop.size, crop.size, dtype=execution.dtype).to(
+            torch.zeros(num_images, 3, crop.size, crop.size, dtype=execution.dtype).to(
                 memory_format=execution.memory_format
             )
             for crop in recipe.expand_counts(run.views)
         ]
-        numbers = torch.zeros(images, dtype=torch.int64)
-        return network, Batch(views, numbers, numbers)
+        zeros = torch.zeros(num_images, dtype=torch.int64)
+        return network, Batch(views, labels=zeros, indices=zeros)
 
-    def embed(inputs: tuple[Method, Batch], mark: Mark) -> Results:
+    def embed(inputs: tuple[Method, Batch], begin_phase: BeginPhase) -> OutputSpecs:
         network, batch = inputs
         with torch.autocast("cpu", torch.bfloat16, enabled=execution.autocast):
-            mark("forward")
+            begin_phase("forward")
             embeddings = network(batch)
-            mark("targets")
+            begin_phase("targets")
             targets = network.targets(batch)
-        mark("backward")
+        begin_phase("backward")
         trained = [z for z in embeddings.values() if z.requires_grad]
         torch.autograd.backward(trained, [torch.ones_like(z) for z in trained])
-        return Results(_specs(embeddings), _specs(targets))
+        return OutputSpecs(_specs(embeddings), _specs(targets))
 
-    return *trace(prepare, embed), dict(calls)
+    return *record_trace(prepare, embed), dict(calls)
 
 
-def trace_loss(method: Method, execution: Execution, results: Results, ranks: int) -> Trace:
+def trace_loss(method: Method, execution: Execution, specs: OutputSpecs, num_ranks: int) -> Trace:
     """Trace the loss of one rank's images against the images of all ranks, and its gradient.
 
     Args:
         method: The method on the meta device.
         execution: Number formats and memory layout.
-        results: Shapes of this rank's embeddings and targets.
-        ranks: Number of ranks.
+        specs: Shapes of this rank's embeddings and targets.
+        num_ranks: Number of ranks.
     """
     network = copy.deepcopy(method)
 
     def prepare() -> tuple[Tensors, Tensors]:
         make_fake(network, execution.dtype, execution.memory_format)
-        return _empty(results.embeddings), _empty(results.targets)
+        return _empty(specs.embeddings), _empty(specs.targets)
 
-    def differentiate(inputs: tuple[Tensors, Tensors], mark: Mark) -> None:
+    def differentiate(inputs: tuple[Tensors, Tensors], begin_phase: BeginPhase) -> None:
         embeddings, targets = inputs
         leaves = [z for z in embeddings.values() if z.requires_grad]
         loss, _ = network.loss(embeddings, targets)
         torch.autograd.grad(loss, leaves, allow_unused=True)
 
     tiles = replace(BACKENDS["cuda"], fused=False)  # operations inside a kernel are not traced
-    with process_group.fake_process_group(ranks), use_backend(tiles):
-        return trace(prepare, differentiate)[0]
+    with process_group.fake_process_group(num_ranks), use_backend(tiles):
+        return record_trace(prepare, differentiate)[0]
 
 
 def trace_optimizer(
-    run: RunConfig, method: Method, execution: Execution, results: Results, ranks: int
+    run: RunConfig, method: Method, execution: Execution, specs: OutputSpecs, num_ranks: int
 ) -> tuple[Trace, int]:
     """Trace the optimizer's step and the updates after it. Also return the bytes of its state."""
     network = copy.deepcopy(method)
@@ -147,12 +147,14 @@ def trace_optimizer(
         make_fake(network, execution.dtype, execution.memory_format)
         optimizer = optim.build(run.optim, network)
         optim.set_rates(optimizer, run.optim, HALFWAY, run.epochs, run.global_batch_size)
-        _set_gradients(network)
+        _allocate_gradients(network)
         optim.guarded_step(optimizer)  # the first step allocates the state
-        _set_gradients(network)
-        return optimizer, _empty(results.embeddings), _empty(results.targets)
+        _allocate_gradients(network)
+        return optimizer, _empty(specs.embeddings), _empty(specs.targets)
 
-    def step(inputs: tuple[torch.optim.Optimizer, Tensors, Tensors], mark: Mark) -> int:
+    def step(
+        inputs: tuple[torch.optim.Optimizer, Tensors, Tensors], begin_phase: BeginPhase
+    ) -> int:
         optimizer, embeddings, targets = inputs
         for group in (embeddings, targets):
             for name in network.transient:
@@ -162,55 +164,56 @@ def trace_optimizer(
         state = [value for entries in optimizer.state.values() for value in entries.values()]
         return sum(value.nbytes for value in state if isinstance(value, Tensor))
 
-    with process_group.fake_process_group(ranks):
-        return trace(prepare, step)
+    with process_group.fake_process_group(num_ranks):
+        return record_trace(prepare, step)
 
 
 def trace_coloring(run: RunConfig) -> Trace:
-    """Trace the color augmentation of all views of `NUM_COLORED` images."""
+    """Trace the color augmentation of all views of `NUM_COLORED_IMAGES` images."""
     crops = recipe.expand_counts(run.views)
 
     def prepare() -> list[Tensor]:
         return [
-            torch.zeros(NUM_COLORED, 3, crop.size, crop.size, dtype=torch.uint8) for crop in crops
+            torch.zeros(NUM_COLORED_IMAGES, 3, crop.size, crop.size, dtype=torch.uint8)
+            for crop in crops
         ]
 
-    def apply(views: list[Tensor], mark: Mark) -> None:
+    def apply(views: list[Tensor], begin_phase: BeginPhase) -> None:
         for crop, values, pixels in zip(crops, parameters, views):
             color_torch.apply(pixels, values, crop, run.views.mean, run.views.std)
 
-    images = np.arange(NUM_COLORED)
-    parameters = [draw_colors(crop, 0, 0, images, index) for index, crop in enumerate(crops)]
-    return trace(prepare, apply)[0]
+    indices = np.arange(NUM_COLORED_IMAGES)
+    parameters = [draw_colors(crop, 0, 0, indices, view) for view, crop in enumerate(crops)]
+    return record_trace(prepare, apply)[0]
 
 
-def trace_backbone(name: str, size: int, images: int, *, bfloat16: bool) -> Trace:
+def trace_backbone(name: str, size: int, num_images: int, *, bfloat16: bool) -> Trace:
     """Trace the forward and backward pass of a timm backbone on views of `size` pixels."""
     backbone = backbones.on_meta(BackboneConfig(name=name), size)
 
     def prepare() -> Tensor:
         make_fake(backbone)
-        return torch.zeros(images, 3, size, size).to(memory_format=torch.channels_last)
+        return torch.zeros(num_images, 3, size, size).to(memory_format=torch.channels_last)
 
-    def step(views: Tensor, mark: Mark) -> None:
-        mark("forward")
+    def step(views: Tensor, begin_phase: BeginPhase) -> None:
+        begin_phase("forward")
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             features = backbone(views)
-        mark("backward")
+        begin_phase("backward")
         features.float().mean().backward()
 
-    return trace(prepare, step)[0]
+    return record_trace(prepare, step)[0]
 
 
 def _specs(tensors: Tensors) -> dict[str, TensorSpec]:
-    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    return {name: TensorSpec.from_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def _empty(specs: dict[str, TensorSpec]) -> Tensors:
     return {name: spec.empty() for name, spec in specs.items()}
 
 
-def _set_gradients(network: nn.Module) -> None:
+def _allocate_gradients(network: nn.Module) -> None:
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)

@@ -21,7 +21,7 @@ class TensorSpec:
     requires_grad: bool
 
     @classmethod
-    def of(cls, tensor: Tensor) -> TensorSpec:
+    def from_tensor(cls, tensor: Tensor) -> TensorSpec:
         """Return the spec of a tensor."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
 
@@ -37,10 +37,11 @@ class Trace:
     flops: np.ndarray
     bytes_moved: np.ndarray  # bytes read and written
     bytes_held: np.ndarray  # memory in use after the operation, relative to the start
-    kind: np.ndarray  # MATMUL, CONVOLUTION or OTHER
-    wide: np.ndarray  # True for float32 and float64, which use no tensor cores
+    kinds: np.ndarray  # MATMUL, CONVOLUTION or OTHER
+    without_tensor_cores: np.ndarray  # True for operations in float32 and float64
     collectives: list[tuple[str, int]]  # name, and bytes of all ranks together
-    norms: dict[str, list[int]]  # channels of each batch norm, by "forward" and "backward"
+    # Number of channels of each batch norm, by pass ("forward" or "backward").
+    batch_norm_channels: dict[str, list[int]]
     # Index of each phase's first operation.
     phase_starts: dict[str, int] = field(default_factory=lambda: {"": 0})
 
@@ -52,14 +53,14 @@ class Trace:
             self.flops[span],
             self.bytes_moved[span],
             self.bytes_held[span],
-            self.kind[span],
-            self.wide[span],
+            self.kinds[span],
+            self.without_tensor_cores[span],
             self.collectives,
-            self.norms,
+            self.batch_norm_channels,
         )
 
     @property
-    def peak(self) -> int:
+    def peak_bytes(self) -> int:
         """Largest number of bytes in use after any operation, relative to the start."""
         return int(self.bytes_held.max(initial=0))
 
@@ -73,17 +74,17 @@ class LinearTrace:
 
     small: Trace
     large: Trace
-    num_small: int  # number of images of the small trace
-    num_large: int  # number of images of the large trace
+    num_small_images: int
+    num_large_images: int
 
     def __post_init__(self) -> None:
-        assert np.array_equal(self.small.kind, self.large.kind), (
+        assert np.array_equal(self.small.kinds, self.large.kinds), (
             "the operations must not depend on the number of images"
         )
 
-    def trace_for(self, images: int) -> Trace:
+    def trace_for(self, num_images: int) -> Trace:
         """Return the trace for a number of images."""
-        small, large, weight = self.small, self.large, self.weight(images)
+        small, large, weight = self.small, self.large, self.weight(num_images)
         return replace(
             small,
             flops=small.flops + (large.flops - small.flops) * weight,
@@ -91,15 +92,16 @@ class LinearTrace:
             bytes_held=small.bytes_held + (large.bytes_held - small.bytes_held) * weight,
         )
 
-    def weight(self, images: int) -> float:
+    def weight(self, num_images: int) -> float:
         """Return the weight of the large trace in the interpolation for a number of images."""
-        return (images - self.num_small) / (self.num_large - self.num_small)
+        small, large = self.num_small_images, self.num_large_images
+        return (num_images - small) / (large - small)
 
-    def shapes(
-        self, small: Mapping[str, TensorSpec], large: Mapping[str, TensorSpec], images: int
+    def specs_for(
+        self, small: Mapping[str, TensorSpec], large: Mapping[str, TensorSpec], num_images: int
     ) -> dict[str, TensorSpec]:
         """Return the specs of results for a number of images, given the specs of both traces."""
-        weight = self.weight(images)
+        weight = self.weight(num_images)
         return {
             name: replace(
                 small[name],

@@ -63,9 +63,9 @@ def main() -> None:
         step = build_step(name, size, images, device)
         step()
         measured = time_interleaved({"step": step}, options.repeats, device)["step"] * 1e3
-        planned = f"{MACHINES[options.gpu].seconds(trace) * 1e3:.1f}" if options.gpu else "-"
+        planned = f"{MACHINES[options.gpu].trace_seconds(trace) * 1e3:.1f}" if options.gpu else "-"
         peak = min(memory.measure_peak_bytes(step, device) for _ in range(3))
-        peak_cells = f"{format_mib(trace.peak)} | {format_mib(peak)}"
+        peak_cells = f"{format_mib(trace.peak_bytes)} | {format_mib(peak)}"
         print(f"| {name}, {size} px | {images} | {planned} | {measured:.1f} | {peak_cells} |")
 
 

@@ -279,8 +279,8 @@ def measure(
         Cluster(1, 1),
         machine or hardware.MACHINES["H100"],
     )
-    trace_of_step = estimate.micro_batch.trace_for(images)
-    roofline = sum(estimate.machine.bounds(trace_of_step))
+    trace_of_step = estimate.micro_batch_traces.trace_for(images)
+    roofline = sum(estimate.machine.bound_seconds(trace_of_step))
     result |= {
         "ms": seconds["whole"] * 1e3,
         "ms_without_color": seconds["step"] * 1e3,

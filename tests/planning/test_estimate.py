@@ -22,13 +22,13 @@ from ssl_pretrain.planning.trace import CONVOLUTION, MATMUL, OTHER, Trace
 QUICK = ("simclr", "swav")  # the other methods are in the long suite
 TOY = Machine(
     "toy",
-    memory=1e10,
-    matmul=1e12,
-    wide_matmul=1e11,
-    convolution=5e11,
-    bandwidth=1e9,
-    intra_node=1e8,
-    inter_node=1e7,
+    memory_bytes=1e10,
+    matmul_rate=1e12,
+    float32_matmul_rate=1e11,
+    convolution_rate=5e11,
+    memory_bandwidth=1e9,
+    intra_node_bandwidth=1e8,
+    inter_node_bandwidth=1e7,
     launch_seconds=0.0,
     latency_seconds=1e-3,
 )
@@ -43,7 +43,7 @@ def run(tmp_path):
 
 def make_trace(flops, moved, kinds, wide) -> Trace:
     columns = [np.array(column) for column in (flops, moved, np.zeros(len(flops)), kinds, wide)]
-    return Trace(*columns, collectives=[], norms={})
+    return Trace(*columns, collectives=[], batch_norm_channels={})
 
 
 def quick_or_full(path):
@@ -82,7 +82,7 @@ def test_weights_and_optimizer_take_the_memory_of_the_built_run(run, optimizer_n
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     optim.guarded_step(optimizer)
     estimate = Estimate(run, ONE_GPU, TOY)
-    sizes = estimate.memory(4)
+    sizes = estimate.memory_by_component(4)
     assert sizes["parameters"] + sizes["teacher"] == sum(p.nbytes for p in method.parameters())
     assert estimate.gradient_bytes == sum(p.nbytes for p in method.parameters() if p.requires_grad)
     state = [value for entries in optimizer.state.values() for value in entries.values()]
@@ -97,30 +97,30 @@ def test_an_operation_takes_the_longer_of_its_arithmetic_and_its_memory_time():
         [MATMUL, MATMUL, CONVOLUTION, OTHER],
         [False, True, False, False],
     )
-    assert TOY.bounds(trace) == pytest.approx((2.0 + 1.0, 3.0 + 2.0))
-    attained = replace(TOY, attained=0.5)
-    assert replace(attained, launch_seconds=0.25).seconds(trace) == pytest.approx(16.0)
-    assert replace(attained, launch_seconds=5.0).seconds(trace) == pytest.approx(20.0)
+    assert TOY.bound_seconds(trace) == pytest.approx((2.0 + 1.0, 3.0 + 2.0))
+    half_rate = replace(TOY, roofline_share=0.5)
+    assert replace(half_rate, launch_seconds=0.25).trace_seconds(trace) == pytest.approx(16.0)
+    assert replace(half_rate, launch_seconds=5.0).trace_seconds(trace) == pytest.approx(20.0)
 
 
 def test_a_collective_takes_its_ring_and_its_tree():
     inside, across = Cluster(1, 16), Cluster(4, 4)
     gather, reduction = (Message(name, 16_000_000, 16) for name in ("allgather", "allreduce"))
-    within = replace(gather, ranks=4)
+    within = replace(gather, num_ranks=4)
     for cluster, messages, expected in (
         (inside, [gather], 15 / 16 * 0.16 + 4e-3),
         (inside, [reduction, gather], 3 * 15 / 16 * 0.16 + 8e-3),
         (across, [gather], 15 / 16 * 1.6 + 4e-3),
-        (across, [within, replace(within, times=2)], 3 * (3 / 4 * 0.16 + 2e-3)),
-        (across, [replace(within, across=True)], 3 / 4 * 1.6 + 2e-3),
+        (across, [within, replace(within, num_repeats=2)], 3 * (3 / 4 * 0.16 + 2e-3)),
+        (across, [replace(within, crosses_nodes=True)], 3 / 4 * 1.6 + 2e-3),
     ):
-        assert communication.seconds(TOY, cluster, messages) == pytest.approx(expected)
+        assert communication.message_seconds(TOY, cluster, messages) == pytest.approx(expected)
 
 
 def test_batch_norm_across_ranks_sends_its_sums():
-    norms = {"forward": [3, 5], "backward": [5]}
-    messages = communication.batch_norm_messages(norms, ranks=4, itemsize=4)
-    assert [(m.collective, m.size) for m in messages] == [
+    channels = {"forward": [3, 5], "backward": [5]}
+    messages = communication.batch_norm_messages(channels, ranks_per_group=4, itemsize=4)
+    assert [(m.collective, m.num_bytes) for m in messages] == [
         ("allgather", 4 * 4 * 7),
         ("allgather", 4 * 4 * 11),
         ("allreduce", 4 * 10),
@@ -132,20 +132,20 @@ def test_sharded_weights_send_the_counted_bytes(run, ranks):
     """The formula of tests/traffic.py, which the tests of FSDP compare with counted bytes."""
     method = build_method(run).double()
     settings = replace(run.parallel, strategy="fsdp")
-    units = communication.units(method, {"backbone": 1}, ranks)
+    units = communication.divide_into_units(method, {"backbone": 1}, ranks)
     forward, backward = communication.weight_messages(
-        units, settings, Cluster(1, ranks), low_precision=False, itemsize=8
+        units, settings, Cluster(1, ranks), in_bfloat16=False, itemsize=8
     )
     with process_group.fake_process_group(ranks):
         expected = traffic.predict_bytes(method, "fsdp", dim=8, rows=2, calls=1)
-    gathered = sum(m.sent for m in forward + backward if m.collective == "allgather")
-    reduced = sum(m.sent for m in backward if m.collective == "reduce_scatter")
+    gathered = sum(m.bytes_sent for m in forward + backward if m.collective == "allgather")
+    reduced = sum(m.bytes_sent for m in backward if m.collective == "reduce_scatter")
     assert gathered == pytest.approx(float(expected["weights"]))
     assert reduced == pytest.approx(float(expected["gradients"]))
 
 
 def test_shards_divide_memory_and_cost_communication(run):
-    machine = replace(TOY, inter_node=1e6)
+    machine = replace(TOY, inter_node_bandwidth=1e6)
     ddp, fsdp, hybrid = (
         Estimate(
             replace(run, parallel=replace(run.parallel, strategy=strategy)), Cluster(2, 2), machine
@@ -153,12 +153,13 @@ def test_shards_divide_memory_and_cost_communication(run):
         for strategy in ("ddp", "fsdp", "hybrid")
     )
     for estimate, num_shards in ((fsdp, 4), (hybrid, 2)):
+        sizes = estimate.memory_by_component(4)
         for name in ("parameters", "optimizer", "teacher"):
-            assert estimate.memory(4)[name] == ddp.memory(4)[name] / num_shards
-        assert estimate.memory(4)["DDP buckets"] == 0 < estimate.memory(4)["gathered weights"]
-        assert estimate.peak(4) < ddp.peak(4)
+            assert sizes[name] == ddp.memory_by_component(4)[name] / num_shards
+        assert sizes["DDP buckets"] == 0 < sizes["gathered weights"]
+        assert estimate.peak_bytes(4) < ddp.peak_bytes(4)
     # FSDP sends three times the bytes. Hybrid's slow links carry half of the gradients.
-    exposed = [estimate.step_time(4).exposed for estimate in (fsdp, ddp, hybrid)]
+    exposed = [estimate.step_time(4).exposed_seconds for estimate in (fsdp, ddp, hybrid)]
     assert exposed[0] > exposed[1] > exposed[2]
 
 
@@ -172,9 +173,9 @@ def test_activation_checkpointing_saves_memory_and_repeats_operations(run):
     )
 
     def flops(estimate: Estimate, phase: str) -> float:
-        return estimate.micro_batch.trace_for(2).phase(phase).flops.sum()
+        return estimate.micro_batch_traces.trace_for(2).phase(phase).flops.sum()
 
-    assert recomputed.activations(4) < whole.activations(4)
+    assert recomputed.activation_bytes(4) < whole.activation_bytes(4)
     assert flops(recomputed, "backward") > flops(whole, "backward")
     assert flops(recomputed, "forward") == flops(whole, "forward")
 
@@ -182,16 +183,18 @@ def test_activation_checkpointing_saves_memory_and_repeats_operations(run):
 def test_the_largest_micro_batch_just_fits(run):
     run = replace(run, parallel=replace(run.parallel, bn_group_images=2))
     estimate = Estimate(run, ONE_GPU, TOY)
-    needed = sum(estimate.memory(8).values())
+    needed = sum(estimate.memory_by_component(8).values())
     for room, expected in ((needed, 8), (needed - 1, 4)):
-        estimate.machine = replace(TOY, memory=room / USABLE_FRACTION)
+        estimate.machine = replace(TOY, memory_bytes=room / USABLE_FRACTION)
         assert estimate.largest_micro_batch()[0] == expected
-    assert estimate.two_passes(8) and estimate.step_time(8).compute > estimate.step_time(16).compute
-    estimate.machine = replace(TOY, memory=1000.0)
+    assert estimate.takes_two_passes(8)
+    assert estimate.step_time(8).compute_seconds > estimate.step_time(16).compute_seconds
+    estimate.machine = replace(TOY, memory_bytes=1000.0)
     assert estimate.largest_micro_batch() == (
         0,
         "batch norm over 2 images needs 2 at once, which take "
-        f"{sum(estimate.memory(2).values()) / GIB:.1f} GiB, more than the usable 0.0 GiB; "
+        f"{sum(estimate.memory_by_component(2).values()) / GIB:.1f} GiB, "
+        "more than the usable 0.0 GiB; "
         "use more GPUs or a smaller group",
     )
 
@@ -201,21 +204,25 @@ def test_a_slow_loader_bounds_the_step(run):
         Estimate(run, ONE_GPU, replace(TOY, decoded_per_core=rate)).step_time(16)
         for rate in (1e9, 1e-3)
     )
-    assert fast.data == 0 and slow.bound == "data"
-    assert slow.total == pytest.approx(16 / 1e-3 / max(1, run.data.num_workers))
+    assert fast.loader_seconds == 0 and slow.bottleneck == "data"
+    assert slow.total_seconds == pytest.approx(16 / 1e-3 / max(1, run.data.num_workers))
 
 
 def test_the_links_of_the_config_replace_those_of_the_data_sheet(run):
     settings = replace(run.plan, gpu="H100", inter_node_gb_per_second=25.0)
-    assert hardware.machine(settings) == replace(MACHINES["H100"], inter_node=25e9)
+    assert hardware.configured_machine(settings) == replace(
+        MACHINES["H100"], inter_node_bandwidth=25e9
+    )
 
 
 def test_data_sheets_are_in_the_right_units():
     for machine in MACHINES.values():
-        assert 1e14 < machine.matmul < 1e15
-        assert 5e11 < machine.bandwidth < 5e12
-        assert 4e10 < machine.memory < 2e11
-    assert MACHINES["H200"].bandwidth / MACHINES["H100"].bandwidth == pytest.approx(4.8 / 3.35)
+        assert 1e14 < machine.matmul_rate < 1e15
+        assert 5e11 < machine.memory_bandwidth < 5e12
+        assert 4e10 < machine.memory_bytes < 2e11
+    assert MACHINES["H200"].memory_bandwidth / MACHINES["H100"].memory_bandwidth == pytest.approx(
+        4.8 / 3.35
+    )
 
 
 def test_every_gpu_that_can_be_planned_has_rates():
@@ -232,6 +239,11 @@ def test_the_cluster_of_a_plan_is_that_of_launch(run):
     assert plan.num_ranks(cluster, default=2) == 24
     assert plan.num_ranks(run, default=2) == 2
     assert "memory and time: set plan.gpu to H100" in plan.describe(run)
+
+
+def test_an_automatic_micro_batch_can_be_planned(run):
+    text = plan.describe(replace(run, micro_batch_size="auto"))
+    assert "in micro-batches as large as memory allows, measured at the start, on 1 rank" in text
 
 
 def test_a_resumed_run_may_have_another_plan(run):

@@ -12,7 +12,7 @@ from ssl_pretrain.losses.contrastive import nt_xent
 from ssl_pretrain.losses.tiles import log_sum_exp
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
-from ssl_pretrain.planning.recorder import Recorder, trace
+from ssl_pretrain.planning.recorder import Recorder, record_trace
 from ssl_pretrain.planning.step_trace import trace_backbone
 from ssl_pretrain.planning.trace import LinearTrace
 
@@ -42,7 +42,7 @@ def test_a_traced_step_has_the_operations_of_a_real_step(name):
     moving, real_moving = traced.bytes_moved > 0, real.bytes_moved > 0
     np.testing.assert_array_equal(traced.flops[moving], real.flops[real_moving])
     np.testing.assert_array_equal(traced.bytes_moved[moving], real.bytes_moved[real_moving])
-    assert traced.peak == pytest.approx(real.peak, rel=0.01)
+    assert traced.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "resnet18", "test_vit"])
@@ -62,11 +62,11 @@ def test_attention_counts_two_matrix_products():
     """Queries with keys and weights with values: 4 x heads x tokens^2 x dim operations."""
     query = torch.zeros(2, 3, 5, 8)
 
-    def attend(inputs, mark):
+    def attend(inputs, begin_phase):
         tensors = [torch.empty_like(query) for _ in range(3)]
         torch.nn.functional.scaled_dot_product_attention(*tensors)
 
-    assert trace(lambda: None, attend)[0].flops.sum() == 2 * 4 * 3 * 5 * 5 * 8
+    assert record_trace(lambda: None, attend)[0].flops.sum() == 2 * 4 * 3 * 5 * 5 * 8
 
 
 def _allocated_over_predicted(name):
@@ -79,7 +79,7 @@ def _allocated_over_predicted(name):
     changes = [event for event in events if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     held = np.cumsum([event.nbytes() for event in changes])
-    return held.max() / trace_backbone(name, BACKBONES[name], 16, bfloat16=False).peak
+    return held.max() / trace_backbone(name, BACKBONES[name], 16, bfloat16=False).peak_bytes
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -105,11 +105,11 @@ def test_a_tiled_loss_counts_the_matrix_products_of_its_tiles():
     def prepare():
         return torch.zeros(6, 4, requires_grad=True), torch.zeros(10, 4, requires_grad=True)
 
-    def differentiate(inputs, mark):
+    def differentiate(inputs, begin_phase):
         anchors, candidates = inputs
         log_sum_exp(anchors, candidates, bound=1.0).sum().backward()
 
-    traced, _ = trace(prepare, differentiate)
+    traced, _ = record_trace(prepare, differentiate)
     assert traced.flops.sum() == 4 * (2 * 6 * 10 * 4)
 
 
@@ -120,11 +120,11 @@ def test_a_rank_among_many_gathers_what_the_loss_needs(ranks):
     def prepare():
         return [torch.zeros(8, 16, requires_grad=True) for _ in range(2)]
 
-    def differentiate(inputs, mark):
+    def differentiate(inputs, begin_phase):
         nt_xent(*inputs, temperature=0.1).backward()
 
     with process_group.fake_process_group(ranks):
-        traced, _ = trace(prepare, differentiate)
+        traced, _ = record_trace(prepare, differentiate)
     assert traced.collectives == [
         ("allgather", ranks * 16 * 16 * 4),
         ("allgather", ranks * 16 * 3 * 4),
@@ -143,13 +143,13 @@ def test_a_phase_ends_where_the_next_begins():
 def test_a_phase_without_operations_is_empty():
     """A method without a teacher computes no targets. That phase gets no operations of the next."""
 
-    def compute(x, mark):
-        mark("forward")
+    def compute(x, begin_phase):
+        begin_phase("forward")
         y = x @ x
-        mark("targets")
-        mark("backward")
+        begin_phase("targets")
+        begin_phase("backward")
         return y + 1 + x
 
-    traced, _ = trace(lambda: torch.zeros(4, 4), compute)
+    traced, _ = record_trace(lambda: torch.zeros(4, 4), compute)
     sizes = [len(traced.phase(name).flops) for name in ("forward", "targets", "backward")]
     assert sizes == [1, 0, 2]
