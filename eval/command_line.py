@@ -16,7 +16,7 @@ from ssl_pretrain.eval import results, runs
 from ssl_pretrain.eval.frozen.evaluation_split import UnlabeledError
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.system import durable_files
-from ssl_pretrain.system.exit_status import DISK_REFUSED, LOST, SKIPPED, USER_ERROR
+from ssl_pretrain.system.exit_status import DISK_ERROR, NO_LABELS, PROCESS_LOST, USER_ERROR
 from ssl_pretrain.system.output_streams import tolerate_lost_output
 
 RUN_HELP = "run folder, or a weights file or timm:<tag> together with backbone.name=NAME"
@@ -131,10 +131,10 @@ def execute(main: Callable[[list[str]], None], name: str) -> None:
         except (ValueError, OSError, LostWorkerError) as error:
             if isinstance(error, UnlabeledError) and "--skip-unlabeled" in sys.argv[1:]:
                 print(f"{name}: skipped: {error}")
-                sys.exit(SKIPPED)
+                sys.exit(NO_LABELS)
             print(f"{name}: {error}", file=sys.stderr)
             if isinstance(error, LostWorkerError):
-                sys.exit(LOST)
-            sys.exit(DISK_REFUSED if durable_files.is_disk_failure(error) else USER_ERROR)
+                sys.exit(PROCESS_LOST)
+            sys.exit(DISK_ERROR if durable_files.is_disk_failure(error) else USER_ERROR)
         except KeyboardInterrupt:
             sys.exit(130)

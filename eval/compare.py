@@ -106,8 +106,8 @@ def _last_values(metrics: dict[str, list[sections.Record]]) -> list[list[str]]:
     for group in metric_names.GROUPS:
         for key in _recorded_keys(metrics, group):
             curves = [sections.curve(records, key) for records in metrics.values()]
-            label = metric_names.curve(key)
-            title = f"{group}: {label.title}{', %' if label.percent else ''}"
+            label = metric_names.metric_info(key)
+            title = f"{group}: {label.title}{', %' if label.is_percentage else ''}"
             rows.append([title, *(f"{points[-1][1]:.6g}" if points else "-" for points in curves)])
     return rows
 

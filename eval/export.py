@@ -135,7 +135,7 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     save_file({"images": images, "features": expected}, folder / REFERENCE)
     (folder / ARGUMENTS).touch()
     for name in (WEIGHTS, REFERENCE):  # safetensors writes files that only the owner can read
-        durable_files.copy_mode(folder / ARGUMENTS, folder / name)
+        durable_files.copy_permissions(folder / ARGUMENTS, folder / name)
     arguments = build_arguments(run) | {"sha256": _sha256(folder / WEIGHTS), "formats": formats}
     (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=1) + "\n")
     load(folder)

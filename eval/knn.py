@@ -130,7 +130,7 @@ def evaluate(
     temperature = run.config.evaluation.temperature if temperature is None else temperature
     backend = knn_search.choose_backend(backend)
     train, test = labeled_splits(run, "k-NN", query_split)
-    weighted_knn.check(k, temperature, len(train))
+    weighted_knn.check_arguments(k, temperature, len(train))
     check_memory(run, train, test, rows)
     if shift_distances is None:
         shift_distances = features.default_shift_distances(test)

@@ -76,7 +76,7 @@ def build_workspace(project: str, entity: str) -> Any:
         ) from None
 
     contents: dict[str, list[Any]] = {group: [] for group in metric_names.GROUPS}
-    for key, curve in metric_names.CURVES.items():
+    for key, curve in metric_names.METRICS.items():
         if key not in HIDDEN_METRICS:
             name = metric_names.display_name(key)
             contents[curve.group].append(panels.LinePlot(title=curve.title, x="step", y=[name]))
@@ -84,7 +84,9 @@ def build_workspace(project: str, entity: str) -> Any:
     contents[metric_names.COLLAPSE].append(
         panels.LinePlot(title=spread.partition("/")[2], x="step", y=[spread])
     )
-    for title in metric_names.PREFIXES.values():  # one panel per title, with one line per module
+    for (
+        title
+    ) in metric_names.TITLE_BY_PREFIX.values():  # one panel per title, with one line per module
         regex = f"{metric_names.NETWORK}/{title}.*"
         contents[metric_names.NETWORK].append(
             panels.LinePlot(title=title.strip(", "), x="step", metric_regex=regex)
@@ -110,7 +112,7 @@ def save_workspace(project: str, entity: str = "") -> str:
     Raises:
         ValueError: If there is no key, W&B is set to send nothing, or W&B refuses the dashboard.
     """
-    if not wandb_run.has_key():
+    if not wandb_run.has_api_key():
         raise ValueError(
             "no W&B key was found: run `wandb login` or set WANDB_API_KEY; --dry-run needs no key"
         )
@@ -146,17 +148,17 @@ def send_evaluations(run: Path) -> None:
             f"{run}: this run was not logged to W&B (log.wandb), so it has no page there; read its "
             f"results in {run / 'eval'} and {run / 'report.html'}"
         )
-    if next(evaluations.unsent(run), None) is None:
+    if next(evaluations.unsent_results(run), None) is None:
         return
     settings = manifest["config"]["log"]
     mode = settings["wandb"]
     if mode not in ("online", "offline"):
-        mode = "online" if wandb_run.has_key() else "offline"
+        mode = "online" if wandb_run.has_api_key() else "offline"
     client = wandb_run.start(
         mode,
         run,
         run_id=manifest["wandb_id"],
-        say=lambda line: print(line, flush=True),
+        print_line=lambda line: print(line, flush=True),
         project=settings["project"],
         name=settings["name"],
         config=manifest["config"],

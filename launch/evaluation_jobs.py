@@ -11,7 +11,7 @@ from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
 from ssl_pretrain.fault_tolerance.run_lock import find_holder
 from ssl_pretrain.launch import dashboard, held_checkpoints, local, slurm, slurm_job
-from ssl_pretrain.system.exit_status import SKIPPED, STOPPED
+from ssl_pretrain.system.exit_status import NO_LABELS, STOPPED
 
 EVALUATIONS = (
     *("knn", "linear", "spectrum", "retrieval", "robustness"),
@@ -180,7 +180,7 @@ class EvaluationJobs:
             arguments += ["--device", device, *self._options.overrides]
             command = evaluation_command(name, self.run, *arguments)
             status = local.run([*nice, *command])
-        if status == SKIPPED or local.stop_requested():
+        if status == NO_LABELS or local.stop_requested():
             return
         if status == 0:
             folder = self.run / "eval" / checkpoint.name

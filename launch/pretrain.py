@@ -14,7 +14,7 @@ from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.launch import dashboard, local, slurm, slurm_job
 from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names, run_at_end
 from ssl_pretrain.planning import plan
-from ssl_pretrain.system.exit_status import SKIPPED, STOPPED
+from ssl_pretrain.system.exit_status import NO_LABELS, STOPPED
 
 DESCRIPTION = """\
 Pretrain, then run the evaluations listed in evaluation.at_end.
@@ -132,7 +132,7 @@ def pretrain_and_evaluate(
     failures = [
         f"{name} (status {status})"
         for name, status in statuses.items()
-        if status not in (0, SKIPPED)
+        if status not in (0, NO_LABELS)
     ]
     if failures:
         message = f"error: {', '.join(failures)} failed; the other evaluations were run"

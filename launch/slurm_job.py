@@ -21,7 +21,7 @@ from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.launch import local, slurm
 from ssl_pretrain.system import stop_signals
-from ssl_pretrain.system.exit_status import LOST, STOPPED
+from ssl_pretrain.system.exit_status import PROCESS_LOST, STOPPED
 
 UNFINISHED = STOPPED  # exit status of every rank while the run is unfinished
 UNEXPECTED_ERROR = -1  # status of this rank after an exception in training
@@ -68,7 +68,7 @@ class PretrainingJob:
         except Exception as error:
             print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             status = UNEXPECTED_ERROR
-        if status in (UNEXPECTED_ERROR, LOST):  # a rank or node may be lost
+        if status in (UNEXPECTED_ERROR, PROCESS_LOST):  # a rank or node may be lost
             self._end_after_loss(run)
         if status not in (0, STOPPED):
             os._exit(status)

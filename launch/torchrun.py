@@ -20,10 +20,10 @@ from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ssl_pretrain.system.exit_status import DISK_REFUSED, STOPPED, USER_ERROR
+from ssl_pretrain.system.exit_status import DISK_ERROR, STOPPED, USER_ERROR
 from ssl_pretrain.system.stop_signals import STOP_SIGNALS
 
-FINAL_STATUSES = (STOPPED, USER_ERROR, DISK_REFUSED)  # statuses that a restart cannot change
+FINAL_STATUSES = (STOPPED, USER_ERROR, DISK_ERROR)  # statuses that a restart cannot change
 
 
 class Supervisor:

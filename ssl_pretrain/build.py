@@ -70,7 +70,9 @@ class Training:
         """
         views, device = self.config.views, self.execution.device
         batches = throughput_check.report_bottleneck(self.loader, self.num_steps_done, device)
-        batches = self.logger.time_waiting(self.stop_request.watch(batches, self.num_steps_done))
+        batches = self.logger.measure_data_wait(
+            self.stop_request.watch(batches, self.num_steps_done)
+        )
         for step, batch in zip(range(self.num_steps_done, self.end_step), batches):
             self.lock.check()
             describe = partial(self.loader.describe_views, step, image_grids.NUM_IMAGES)
@@ -161,7 +163,7 @@ def build_training(
             config.log.every_steps,
             seed=config.seed,
             steps_per_epoch=data_loader.steps_per_epoch,
-            describe_bad_embeddings=stepper.describe_bad_embeddings,
+            describe_nonfinite_embeddings=stepper.describe_nonfinite_embeddings,
             roll_back=checkpoints.roll_back,
         )
         yield Training(
@@ -183,7 +185,7 @@ def build_training(
                 stepper.optimizer,
                 num_steps_done,
                 logger.past_records,
-                logger.alert,
+                logger.raise_alert,
             ),
             online_knn=build_online_knn(config, data_loader, execution),
         )
@@ -272,7 +274,7 @@ def write_config(config: RunConfig) -> None:
         try:
             durable_files.replace(path, configuration.to_yaml(config))
         except OSError as error:
-            problem = background_writer.refusal_message(path, error)
+            problem = background_writer.write_failure_message(path, error)
     background_writer.raise_or_warn(problem, config.checkpoint.on_failure)
 
 

@@ -94,7 +94,7 @@ class Stepper:
         """Number of micro-batches per step on this rank."""
         return self.global_batch_size // process_group.world_size() // self.micro_batch_size
 
-    def describe_bad_embeddings(self) -> str:
+    def describe_nonfinite_embeddings(self) -> str:
         """List the embeddings that were not finite, with rank and first step.
 
         The text is empty if all were finite. This is a collective that every rank must call.

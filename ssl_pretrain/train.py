@@ -36,7 +36,7 @@ USER_ERRORS = (
     FloatingPointError,
     torch.OutOfMemoryError,
     CollapseError,
-    exit_status.LostError,
+    exit_status.LostProcessError,
 )
 USER_VALUE_ERRORS = (ValueError, configuration.ConfigError)  # other kinds of ValueError are bugs
 
@@ -77,7 +77,7 @@ def train_and_report(
     """Train as `train` does, then print and return the outcome."""
     run = Path(config.output)
     workers.refuse_in_worker()
-    with thread_lock.only_training_of_process(), collectives.explain_lost_ranks():
+    with thread_lock.refuse_concurrent_training(), collectives.explain_lost_ranks():
         rank_agreement.check_programs(configuration.to_dict(config), type(config.method).__module__)
         configuration.check(config, process_group.world_size())
         check_config = partial(configuration.check_resume_config, config=config)
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)  # key=value may follow an option
     if (status := exit_status.status_to_repeat()) is not None:
         return status
-    with stop_signals.remembering_signals(), output_streams.tolerate_lost_output():
+    with stop_signals.temporary_signal_handlers(), output_streams.tolerate_lost_output():
         try:
             return _run(options)
         except USER_ERRORS as error:

@@ -115,7 +115,12 @@ def _steps_with_a_nan_on_rank_1(path):
     batches.close()
     state = {name: v for name, v in method.state_dict().items() if "num_batches" not in name}
     changed = [name for name, value in state.items() if not torch.equal(value, before[name])]
-    return changed, steps_taken, logs["skipped_steps"].item(), stepper.describe_bad_embeddings()
+    return (
+        changed,
+        steps_taken,
+        logs["skipped_steps"].item(),
+        stepper.describe_nonfinite_embeddings(),
+    )
 
 
 @pytest.mark.case(19)

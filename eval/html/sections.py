@@ -64,7 +64,7 @@ def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[Record]:
 
 def curve(metrics: list[Record], key: str) -> list[tuple[float, float]]:
     """Return (epoch, value) of each record with a finite value of `key`, in percent for shares."""
-    factor = 100 if metric_names.curve(key).percent else 1
+    factor = 100 if metric_names.metric_info(key).is_percentage else 1
     return [
         (record["epoch"], factor * record[key])
         for record in metrics
@@ -73,17 +73,17 @@ def curve(metrics: list[Record], key: str) -> list[tuple[float, float]]:
 
 
 def recorded_keys(metrics: list[Record], group: str) -> list[str]:
-    """Return the recorded keys of a group in the order of `metric_names.CURVES`, then by name."""
+    """Return the recorded keys of a group in the order of `metric_names.METRICS`, then by name."""
     recorded = {key for record in metrics for key in record} - AXES
-    known = [key for key in metric_names.CURVES if key in recorded]
+    known = [key for key in metric_names.METRICS if key in recorded]
     keys = [*known, *sorted(recorded.difference(known))]
-    return [key for key in keys if metric_names.curve(key).group == group]
+    return [key for key in keys if metric_names.metric_info(key).group == group]
 
 
 def caption(key: str) -> str:
     """Return the caption of a metric's chart: its title, its unit and its description."""
-    metric = metric_names.curve(key)
-    title = metric.title[0].upper() + metric.title[1:] + (", %" if metric.percent else "")
+    metric = metric_names.metric_info(key)
+    title = metric.title[0].upper() + metric.title[1:] + (", %" if metric.is_percentage else "")
     return f"{title}: {metric.description}" if metric.description else title
 
 
@@ -104,7 +104,7 @@ def training_figures(run: Path, metrics: list[Record]) -> list[tuple[str, list[p
     for group in metric_names.GROUPS:
         figures = []
         for key in recorded_keys(metrics, group):
-            title = metric_names.curve(key).title
+            title = metric_names.metric_info(key).title
             chart = charts.line_chart({"": curve(metrics, key)}, title, marked=key == "knn")
             figures.append(page.Figure(chart, caption(key)))
         if group == metric_names.COLLAPSE:

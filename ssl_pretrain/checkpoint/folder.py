@@ -134,10 +134,11 @@ def _check_writable(folder: Path) -> None:
             for path in (probe, new_path):
                 shutil.rmtree(path, ignore_errors=True)
             message = (
-                f"output: no checkpoint can be written to {folder}: {durable_files.reason(error)} "
-                f"({name}); free space, get write permission, or give another output"
+                f"output: no checkpoint can be written to {folder}: "
+                f"{durable_files.describe_error(error)} ({name}); free space, "
+                "get write permission, or give another output"
             )
-            raise durable_files.save_error(error, message) from None
+            raise durable_files.failed_write_error(error, message) from None
 
 
 def discard_if_damaged(path: Path) -> None:
@@ -176,7 +177,9 @@ def publish(
         manifests.to_json(manifest | {"files": file_entries}), encoding="utf-8"
     )
     for file in staging_folder.iterdir():
-        durable_files.copy_mode(manifest_file, file)  # safetensors creates files with mode 0600
+        durable_files.copy_permissions(
+            manifest_file, file
+        )  # safetensors creates files with mode 0600
         durable_files.sync(file)
     durable_files.sync_folder(staging_folder)
     os.rename(staging_folder, path)

@@ -96,7 +96,9 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         except FileNotFoundError:
             raise ValueError(f"{label} is missing") from None
         except OSError as error:
-            raise ValueError(f"{label} cannot be read: {durable_files.reason(error)}") from None
+            raise ValueError(
+                f"{label} cannot be read: {durable_files.describe_error(error)}"
+            ) from None
     return manifest
 
 

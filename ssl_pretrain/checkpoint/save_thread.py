@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.system.exit_status import DISK_REFUSED
+from ssl_pretrain.system.exit_status import DISK_ERROR
 from ssl_pretrain.system.watchdog import watchdog
 
 DISK_PATIENCE = 10.0  # multiple of parallel.timeout_seconds that a save may take
@@ -63,7 +63,7 @@ class SaveThread:
                 return
             if not is_armed:
                 is_armed = True
-                watchdog.beat(DISK_PATIENCE * timeout, activity, DISK_REMEDY, DISK_REFUSED)
+                watchdog.arm(DISK_PATIENCE * timeout, activity, DISK_REMEDY, DISK_ERROR)
             waited = time.monotonic() - start
             if waited > next_report and process_group.is_main():
                 next_report = waited + timeout

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ssl_pretrain.data.chunks import Chunk, ChunkRequest, CropDataset
 from ssl_pretrain.data.shared_memory import REMEDY, SHARED_MEMORY, SharedMemoryFull, Transfer
-from ssl_pretrain.system.exit_status import LostError
+from ssl_pretrain.system.exit_status import LostProcessError
 
 UNGUARDED_SCRIPT = 78  # exit status of a worker that imports a script without a main guard
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
@@ -25,7 +25,7 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, s
 BLOCKED_SIGNALS = STOP_SIGNALS if hasattr(signal, "sigtimedwait") else set()
 
 
-class LostWorkerError(LostError):
+class LostWorkerError(LostProcessError):
     """Error for a killed process that reads images."""
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.system.exit_status import LostError
+from ssl_pretrain.system.exit_status import LostProcessError
 from ssl_pretrain.system.watchdog import rank_and_host, watchdog
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ _LOST_RANK = re.compile(
 _BACKEND_NAME = re.compile(r"gloo|nccl|tcpstore|store->|socket|\[c10d", re.IGNORECASE)
 
 
-class LostRankError(LostError):
+class LostRankError(LostProcessError):
     """Another rank has ended or does not answer. The message names this rank and its activity."""
 
 

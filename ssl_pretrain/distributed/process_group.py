@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
-from ssl_pretrain.system.exit_status import LostError
+from ssl_pretrain.system.exit_status import LostProcessError
 from ssl_pretrain.system.watchdog import watchdog
 
 RENDEZVOUS_GRACE_SECONDS = 3.0  # added so that torch, whose message says more, times out first
@@ -28,7 +28,7 @@ _timeout_seconds = 600.0
 _cpu_group: Any = None  # on gloo, so that nothing waits for the accelerator's stream
 
 
-class RendezvousError(LostError):
+class RendezvousError(LostProcessError):
     """The ranks did not meet. The message names the address, the time waited, and a remedy."""
 
 
@@ -61,7 +61,7 @@ def start(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        watchdog.beat(
+        watchdog.arm(
             timeout_seconds + RENDEZVOUS_GRACE_SECONDS,
             f"waiting for the other ranks at {address}",
             MISSING_RANK_REMEDY,

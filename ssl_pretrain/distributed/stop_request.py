@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.system.stop_signals import STOP_SIGNALS, StopSignals
+from ssl_pretrain.system.stop_signals import STOP_SIGNALS, StopSignalHandlers
 from ssl_pretrain.system.watchdog import watchdog
 
 Batch = TypeVar("Batch")
@@ -46,7 +46,7 @@ class StopRequest:
     ) -> None:
         self._fake_preemption_step = fake_preemption_step
         self._pending: tuple[Tensor, Any] | None = None
-        self._signals = StopSignals(signals)
+        self._signals = StopSignalHandlers(signals)
 
     def watch(self, batches: Iterable[Batch], num_steps_done: int) -> Iterator[Batch]:
         """Yield the batches, while the watchdog limits the wait for each batch and each step.
@@ -57,17 +57,22 @@ class StopRequest:
         """
         iterator, timeout = iter(batches), process_group.timeout_seconds()
         for step in itertools.count(num_steps_done + 1):
-            compiles = step == num_steps_done + 1
-            watchdog.beat(
+            includes_compilation = step == num_steps_done + 1
+            watchdog.arm(
                 timeout,
                 f"waiting for the images of step {step}",
                 NO_IMAGES_REMEDY,
-                compiles=compiles,
+                includes_compilation=includes_compilation,
             )
             batch = next(iterator, None)
             if batch is None:
                 return
-            watchdog.beat(timeout, f"training step {step}", NO_STEP_REMEDY, compiles=compiles)
+            watchdog.arm(
+                timeout,
+                f"training step {step}",
+                NO_STEP_REMEDY,
+                includes_compilation=includes_compilation,
+            )
             yield batch
 
     def exchange(self, step: int = -1) -> bool:
@@ -77,15 +82,15 @@ class StopRequest:
             True if any rank had received a request when the previous step ended. All ranks return
             the same value.
         """
-        watchdog.beat(process_group.timeout_seconds(), f"ending step {step}", NO_STEP_REMEDY)
+        watchdog.arm(process_group.timeout_seconds(), f"ending step {step}", NO_STEP_REMEDY)
         if step == self._fake_preemption_step and process_group.is_main():
-            if self._signals.has_handlers:
+            if self._signals.is_installed:
                 os.kill(os.getpid(), signal.SIGUSR2)
-            self._signals.requested = True
+            self._signals.is_stop_requested = True
         if process_group.world_size() == 1:
-            return self._signals.requested
+            return self._signals.is_stop_requested
         is_requested = self._wait()
-        flag = torch.tensor([int(self._signals.requested)])
+        flag = torch.tensor([int(self._signals.is_stop_requested)])
         group = process_group.cpu_group()
         work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group, async_op=True)
         self._pending = flag, work

@@ -21,12 +21,12 @@ class LockHolder:
     born: str = ""  # start time of the process, because process ids are reused
     boot: str = ""  # id of the current boot of the kernel
     namespace: str | None = None  # namespace of the process id, such as that of a container
-    flock: str = ""  # name of the folder's flock, if the process has taken it
+    flock: str = ""  # device and inode of the folder, if the process has its flock
     job: str = ""  # SLURM job id
 
     @classmethod
     def this_process(cls) -> LockHolder:
-        """Describe this process."""
+        """Return the description of this process."""
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -37,10 +37,10 @@ class LockHolder:
         )
 
     @classmethod
-    def from_json(cls, text: bytes) -> LockHolder | None:
-        """Read the content of lock.json. Return None if it is damaged."""
+    def from_json(cls, data: bytes) -> LockHolder | None:
+        """Parse the content of lock.json. Return None if it is damaged."""
         with suppress(ValueError):
-            content = json.loads(text)
+            content = json.loads(data)
             if isinstance(content, dict):
                 names = {field.name for field in fields(cls)}
                 return cls(**{key: value for key, value in content.items() if key in names})
@@ -101,38 +101,38 @@ class FolderFlock:
     """An flock on a run's folder. It needs no file and is released when its process ends.
 
     Attributes:
-        is_held: True while this process has the flock.
-        is_refused: True if another process had the flock at the last attempt. Both are False on a
-            file system without flock for folders.
-        name: Device and inode of the folder. They differ between two mounts of one network file
-            system, which may have separate locks.
+        is_owner: True while this process has the flock.
+        is_held_by_other: True if another process had the flock at the last attempt. Both are False
+            on a file system without flock for folders.
+        folder_id: Device and inode of the folder. They differ between two mounts of one network
+            file system, which may have separate locks.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.name = folder, ""
-        self.is_held = self.is_refused = False
+        self.folder, self.folder_id = folder, ""
+        self.is_owner = self.is_held_by_other = False
         self._descriptor: int | None = None
 
-    def take(self) -> bool:
+    def try_take(self) -> bool:
         """Try to take the flock without waiting, and return True if this process has it."""
-        if not self.is_held:
+        if not self.is_owner:
             self._try_flock(fcntl.LOCK_EX)
-        return self.is_held
+        return self.is_owner
 
     def take_and_release(self) -> bool:
         """Try to take a shared flock, release it, and return True if the attempt succeeded."""
         self._try_flock(fcntl.LOCK_SH)
-        was_free = self.is_held
+        was_free = self.is_owner
         self.release()
         return was_free
 
     def release(self) -> None:
         """Release the flock if it is held."""
         self._close()
-        self.is_held = False
+        self.is_owner = False
 
     def _try_flock(self, operation: int) -> None:
-        self.is_refused = False
+        self.is_held_by_other = False
         try:
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
@@ -141,9 +141,13 @@ class FolderFlock:
             fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
         except OSError as error:
             os.close(descriptor)
-            self.is_refused = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+            self.is_held_by_other = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
             return
-        self.is_held, self.name, self._descriptor = True, device_and_inode(descriptor), descriptor
+        self.is_owner, self.folder_id, self._descriptor = (
+            True,
+            device_and_inode(descriptor),
+            descriptor,
+        )
         if operation == fcntl.LOCK_EX:  # a worker that outlives the run must not keep the flock
             os.register_at_fork(after_in_child=self._close)
 

@@ -35,7 +35,7 @@ class GuardConfig:
 
 
 class NanGuard:
-    """Guard that records skipped steps, and rolls back or ends a run after too many of them.
+    """Record skipped steps, and roll back or end the run after too many of them.
 
     Args:
         config: The limits.
@@ -43,8 +43,8 @@ class NanGuard:
         every_steps: Steps between two reads of the device, as in the logger.
         seed: Seed of the run, recorded with each skipped step.
         steps_per_epoch: Optimizer steps per epoch.
-        describe_bad_embeddings: Function that returns the names of embeddings that are not finite,
-            or an empty text. It is called on every rank.
+        describe_nonfinite_embeddings: Function that names the embeddings that are not finite, or
+            returns an empty text. It is called on every rank.
         roll_back: Function that restores the newest checkpoint and returns its name. It returns
             None if there is no checkpoint.
     """
@@ -57,12 +57,15 @@ class NanGuard:
         *,
         seed: int,
         steps_per_epoch: int,
-        describe_bad_embeddings: Callable[[], str],
+        describe_nonfinite_embeddings: Callable[[], str],
         roll_back: Callable[[], str | None],
     ):
         self.config, self.run, self.every_steps = config, run, every_steps
         self.seed, self.steps_per_epoch = seed, steps_per_epoch
-        self._describe_bad_embeddings, self._roll_back = describe_bad_embeddings, roll_back
+        self._describe_nonfinite_embeddings, self._roll_back = (
+            describe_nonfinite_embeddings,
+            roll_back,
+        )
         self._num_rollbacks = self._num_skipped_in_a_row = 0
         self._last_rollback: dict[str, int] = {}  # steps before and after the rollback
         # Step, skipped flag and image indices of each step whose flag was not read yet.
@@ -99,8 +102,8 @@ class NanGuard:
         problem = (
             f"step {step}: {self._num_skipped_in_a_row} steps in a row had a non-finite gradient"
         )
-        if bad_embeddings := self._describe_bad_embeddings():
-            problem += f"; embeddings that are not finite: {bad_embeddings}"
+        if nonfinite_embeddings := self._describe_nonfinite_embeddings():
+            problem += f"; embeddings that are not finite: {nonfinite_embeddings}"
         may_roll_back = self._num_rollbacks < self.config.max_rollbacks
         checkpoint = self._roll_back() if may_roll_back else None
         if checkpoint is None:
@@ -138,7 +141,7 @@ class NanGuard:
             durable_files.replace(path, json.dumps(record))
         except OSError as error:  # a missing record is no reason to end the run
             warnings.warn(
-                f"{path} could not be written: {durable_files.reason(error)}; "
+                f"{path} could not be written: {durable_files.describe_error(error)}; "
                 "that step cannot be replayed",
                 stacklevel=2,
             )

@@ -20,11 +20,11 @@ from ssl_pretrain.system.exit_status import USER_ERROR
 
 TOUCH_SECONDS = 30.0  # interval between two touches of the lock
 STALE_SECONDS = 180.0  # a lock of another machine is stale if it was not touched for this long
-UNREADABLE_SECONDS = 3.0  # longest time that a new lock may be empty, until its content is written
-DYING_SECONDS = 10.0  # longest time the kernel takes to close the files of a killed process
+EMPTY_LOCK_SECONDS = 3.0  # longest time between creating a lock and writing its content
+CLEANUP_SECONDS = 10.0  # longest time that the kernel takes to close a killed process's files
 POLL_SECONDS = 0.5  # interval between two attempts to take the lock
 # Errors of a file system without hard links.
-NO_LINKS = durable_files.UNSUPPORTED | {errno.EPERM, errno.EMLINK, errno.EXDEV}
+NO_HARD_LINK_ERRORS = durable_files.UNSUPPORTED_ERRORS | {errno.EPERM, errno.EMLINK, errno.EXDEV}
 
 
 class RunLock:
@@ -49,7 +49,7 @@ class RunLock:
         self._exit_event, self._last_check = threading.Event(), time.monotonic()
         self._check_lock = threading.Lock()
         self._flock = FolderFlock(run)
-        self._own = LockHolder.this_process()
+        self._this_process = LockHolder.this_process()
 
     def __enter__(self) -> RunLock:
         collectives.run_on_main(self._take)
@@ -60,12 +60,12 @@ class RunLock:
     def __exit__(self, *_exception: object) -> None:
         self._exit_event.set()
         with self._check_lock:
-            if process_group.is_main() and self._holder() == self._own:
+            if process_group.is_main() and self._read_holder() == self._this_process:
                 try:
                     self.path.unlink(missing_ok=True)
                 except OSError as error:  # only a warning, which does not hide why the run ended
                     warnings.warn(
-                        f"{self.path} could not be removed: {durable_files.reason(error)}. "
+                        f"{self.path} could not be removed: {durable_files.describe_error(error)}. "
                         "Remove it if the next run is refused",
                         stacklevel=2,
                     )
@@ -92,8 +92,12 @@ class RunLock:
             problem = self._wait_and_take(candidate)
         except OSError as error:
             self._flock.release()
-            problem = f"output: {self.run} cannot be written to: {durable_files.reason(error)}"
-            raise durable_files.save_error(error, f"{problem}; give another output") from None
+            problem = (
+                f"output: {self.run} cannot be written to: {durable_files.describe_error(error)}"
+            )
+            raise durable_files.failed_write_error(
+                error, f"{problem}; give another output"
+            ) from None
         finally:
             with suppress(OSError):
                 candidate.unlink()
@@ -110,33 +114,33 @@ class RunLock:
             candidate: Temporary file that becomes lock.json. Its modification time is the current
                 time by the file system's clock.
         """
-        first_touch, deadline = self._last_touch(), time.monotonic() + DYING_SECONDS
+        first_touch, deadline = self._last_touch(), time.monotonic() + CLEANUP_SECONDS
         while True:
-            if self._flock.take():
-                self._own = replace(self._own, flock=self._flock.name)
-            candidate.write_text(self._own.to_json())
-            if not self._flock.is_refused and self._create(candidate):
+            if self._flock.try_take():
+                self._this_process = replace(self._this_process, flock=self._flock.folder_id)
+            candidate.write_text(self._this_process.to_json())
+            if not self._flock.is_held_by_other and self._create(candidate):
                 return None
-            holder = self._holder()
-            silent_seconds = candidate.stat().st_mtime - self._last_touch()
-            is_stale = self._is_stale(holder, silent_seconds)
+            holder = self._read_holder()
+            seconds_since_touch = candidate.stat().st_mtime - self._last_touch()
+            is_stale = self._is_stale(holder, seconds_since_touch)
             # A suspended machine or container keeps its flock but still counts as silent. When it
             # wakes, `check` ends its run.
-            is_elsewhere = holder is not None and not holder.is_on_same_host(self._own)
-            is_excluded = self._flock.is_refused and not is_elsewhere
+            is_on_other_host = holder is not None and not holder.is_on_same_host(self._this_process)
+            is_excluded = self._flock.is_held_by_other and not is_on_other_host
             if is_excluded:  # a process of this machine has the flock, and may be closing its files
-                is_requeued = holder is not None and holder.is_same_job(self._own)
+                is_requeued = holder is not None and holder.is_same_job(self._this_process)
                 is_overdue = time.monotonic() > deadline
                 if not is_stale or (is_overdue and not is_requeued):
-                    return self._in_use(holder, silent_seconds)
+                    return self._in_use_message(holder, seconds_since_touch)
                 is_stale = is_overdue
             if is_stale:
                 os.replace(candidate, self.path)
                 return None
             if holder and not is_excluded:
                 was_touched = self._last_touch() > first_touch
-                if was_touched or holder.shares_process_ids(self._own):
-                    return self._in_use(holder, silent_seconds)
+                if was_touched or holder.shares_process_ids(self._this_process):
+                    return self._in_use_message(holder, seconds_since_touch)
             time.sleep(POLL_SECONDS)
 
     def _create(self, candidate: Path) -> bool:
@@ -145,20 +149,20 @@ class RunLock:
             try:
                 os.link(candidate, self.path)
             except OSError as error:
-                if error.errno not in NO_LINKS:
+                if error.errno not in NO_HARD_LINK_ERRORS:
                     raise
                 with self.path.open("x") as file:
                     file.write(candidate.read_text())
             return True
         return False
 
-    def _in_use(self, holder: LockHolder | None, silent_seconds: float) -> str:
+    def _in_use_message(self, holder: LockHolder | None, seconds_since_touch: float) -> str:
         """Return the message that another run holds the folder."""
-        process = holder or f"an unknown process on {self._own.host}"
+        process = holder or f"an unknown process on {self._this_process.host}"
         job = f", SLURM job {holder.job}" if holder and holder.job else ""
         return (
             f"output: {self.run} is in use by {process}{job}, whose last sign of life was "
-            f"{max(0, silent_seconds):.0f} s ago; give another output, or end that run"
+            f"{max(0, seconds_since_touch):.0f} s ago; give another output, or end that run"
         )
 
     def _last_touch(self) -> float:
@@ -167,20 +171,22 @@ class RunLock:
             return self.path.stat().st_mtime
         return -math.inf
 
-    def _is_stale(self, holder: LockHolder | None, silent_seconds: float) -> bool:
+    def _is_stale(self, holder: LockHolder | None, seconds_since_touch: float) -> bool:
         if holder is None:
-            return silent_seconds > UNREADABLE_SECONDS
-        if holder.is_same_job(self._own) or (self._flock.is_held and self._shares_flock(holder)):
+            return seconds_since_touch > EMPTY_LOCK_SECONDS
+        if holder.is_same_job(self._this_process) or (
+            self._flock.is_owner and self._shares_flock(holder)
+        ):
             return True
-        if holder.shares_process_ids(self._own):
+        if holder.shares_process_ids(self._this_process):
             return holder.has_exited()
-        return silent_seconds > STALE_SECONDS
+        return seconds_since_touch > STALE_SECONDS
 
     def _shares_flock(self, holder: LockHolder) -> bool:
         """Return True if this process and a living holder exclude each other by the flock."""
-        return (holder.flock, holder.boot) == (self._flock.name, self._own.boot)
+        return (holder.flock, holder.boot) == (self._flock.folder_id, self._this_process.boot)
 
-    def _holder(self) -> LockHolder | None:
+    def _read_holder(self) -> LockHolder | None:
         with suppress(OSError):
             return LockHolder.from_json(self.path.read_bytes())
         return None
@@ -200,8 +206,8 @@ class RunLock:
                 return None
             if holder is None:
                 return self._restore()
-            if holder != self._own:
-                return self._taken_over(holder)
+            if holder != self._this_process:
+                return self._takeover_message(holder)
             self._last_check = time.monotonic()
             with suppress(OSError):
                 os.utime(self.path)
@@ -216,15 +222,17 @@ class RunLock:
             flush=True,
         )
         with suppress(OSError):
-            if device_and_inode(self.run) != self._flock.name:  # a new folder has a new flock
+            if device_and_inode(self.run) != self._flock.folder_id:  # a new folder has a new flock
                 self._flock.release()
         with suppress(ValueError, OSError):  # the holder is compared below
             self._take()
         self._last_check = time.monotonic()
-        holder = self._holder()  # None if the disk refuses the lock; that is no sign of another run
-        return None if holder in (None, self._own) else self._taken_over(holder)
+        holder = (
+            self._read_holder()
+        )  # None if the disk refuses the lock; that is no sign of another run
+        return None if holder in (None, self._this_process) else self._takeover_message(holder)
 
-    def _taken_over(self, holder: LockHolder | None) -> str:
+    def _takeover_message(self, holder: LockHolder | None) -> str:
         return (
             f"output: {self.run} was taken over by {holder} while this run was silent; "
             "this run ends and writes nothing more"
@@ -246,14 +254,14 @@ class RunLock:
 def find_holder(run: Path) -> LockHolder | None:
     """Return the process that currently trains in this folder, or None."""
     lock = RunLock(run)
-    holder = lock._holder()
+    holder = lock._read_holder()
     if holder is None:
         return None
     is_free = lock._flock.take_and_release()
-    if lock._flock.is_refused:
+    if lock._flock.is_held_by_other:
         return holder
     if is_free and lock._shares_flock(holder):
         return None
-    if holder.shares_process_ids(lock._own):
+    if holder.shares_process_ids(lock._this_process):
         return None if holder.has_exited() else holder
     return holder if time.time() - lock._last_touch() <= STALE_SECONDS else None

@@ -18,14 +18,14 @@ class BackgroundWriter:
     A line that the disk refuses stays in memory and is written with the next one, or at the end.
 
     Args:
-        say: Function that prints a message. It is called when refused lines have been written.
+        print_line: Prints a message, when lines that the disk had refused have been written.
 
     Attributes:
         problems: Messages about files that could not be written since the last `take_problems`.
     """
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say = say
+    def __init__(self, print_line: Callable[[str], None]):
+        self._print_line = print_line
         self._queue: queue.SimpleQueue[tuple[Path, str] | None] = queue.SimpleQueue()
         self._refused_text: dict[Path, str] = {}  # lines that the disk has refused so far, per file
         self.problems: list[str] = []
@@ -42,7 +42,7 @@ class BackgroundWriter:
             write()
             return True
         except OSError as error:
-            self.problems.append(refusal_message(path, error))
+            self.problems.append(write_failure_message(path, error))
             return False
 
     def take_problems(self) -> str | None:
@@ -78,17 +78,17 @@ class BackgroundWriter:
             durable_files.append(path, text)
         except OSError as error:
             if path not in self._refused_text:
-                self.problems.append(refusal_message(path, error))
+                self.problems.append(write_failure_message(path, error))
             self._refused_text[path] = text
         else:
             if self._refused_text.pop(path, None) is not None:
-                self._say(f"{path} can be written again and is complete")
+                self._print_line(f"{path} can be written again and is complete")
 
 
-def refusal_message(path: Path, error: OSError) -> str:
-    """Return the message about a file that the disk refused."""
+def write_failure_message(path: Path, error: OSError) -> str:
+    """Return the message about a file that could not be written."""
     return (
-        f"{path} could not be written: {durable_files.reason(error)}. "
+        f"{path} could not be written: {durable_files.describe_error(error)}. "
         "What was written before is complete. Free some space and resume"
     )
 
@@ -107,9 +107,9 @@ def raise_or_warn(problem: str | None, on_failure: str) -> None:
     if problem and on_failure == "stop":
         raise durable_files.SaveError(problem)
     if problem and process_group.is_main():
-        warnings.warn(continue_message(problem), stacklevel=2)
+        warnings.warn(continuation_warning(problem), stacklevel=2)
 
 
-def continue_message(problem: str) -> str:
+def continuation_warning(problem: str) -> str:
     """Return the warning about a problem with a file that does not stop the run."""
     return f"{problem}. Training continues because checkpoint.on_failure is warn"

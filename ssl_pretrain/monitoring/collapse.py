@@ -23,7 +23,7 @@ from ssl_pretrain.schema import setting
 
 @dataclass
 class HealthConfig:
-    """Settings for measuring embeddings and for the reaction to collapse."""
+    """Settings of the collapse metrics and their alerts."""
 
     every_steps: int = setting(
         50,
@@ -32,7 +32,7 @@ class HealthConfig:
     max_rows: int = setting(1024, "Largest number of embeddings per measurement, over all ranks.")
     on_collapse: Literal["warn", "stop"] = setting(
         "warn",
-        "Reaction to collapse. stop ends the run with exit status 2 after the alert.",
+        "What to do after an alert. stop ends the run with exit status 2. warn lets it continue.",
     )
 
 
@@ -41,7 +41,7 @@ class CollapseError(RuntimeError):
 
 
 class CollapseMonitor:
-    """Monitor of a method while it trains. It changes no random number, weight or mode.
+    """Monitor of a method during training. It changes no random number, weight or mode.
 
     Args:
         config: The `health` section of the configuration.
@@ -62,7 +62,7 @@ class CollapseMonitor:
         raise_alert: Callable[[str, str], None] = lambda title, text: None,
     ):
         self.config, self.method, self.raise_alert = config, method, raise_alert
-        self.history = AlertHistory(past_records or [])
+        self.alert_history = AlertHistory(past_records or [])
         self._network = NetworkMonitor(method, optimizer)
         self._features: Tensor | None = None
         self._hook: RemovableHandle | None = None
@@ -73,7 +73,7 @@ class CollapseMonitor:
         return self.config.every_steps > 0 and step % self.config.every_steps == 0
 
     def measure(self, step: int, embeddings: Embeddings, targets: Embeddings) -> Measurements:
-        """Measure a step that has ended, if it is due.
+        """Measure a finished step, if a measurement is due.
 
         Raises:
             CollapseError: If an alert is raised and `health.on_collapse` is `stop`. Every rank
@@ -96,7 +96,7 @@ class CollapseMonitor:
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
         """Raise the alerts of a measurement, and end the run if it is configured to stop."""
-        alerts = self.history.check(step, metrics) if process_group.is_main() else []
+        alerts = self.alert_history.update(step, metrics) if process_group.is_main() else []
         for alert in alerts:
             self.raise_alert(alert.title, alert.text)
         if self.config.on_collapse == "stop":
@@ -108,7 +108,7 @@ class CollapseMonitor:
                 )
 
     def _prepare(self, step: int) -> None:
-        """Prepare to observe a step if it is due."""
+        """Observe a step that is about to start, if it is due."""
         if self._hook is not None:
             self._hook.remove()
         self._features = self._hook = None
@@ -121,10 +121,10 @@ class CollapseMonitor:
 
 
 class NetworkMonitor:
-    """Monitor of gradients, updates and the teacher's distance, in the steps that it observes.
+    """Monitor of gradients, weight updates and the teacher's distance from the student.
 
     Attributes:
-        metrics: Scalars on the device, from the last step if it was observed.
+        metrics: Scalars on the device from the last step, empty unless it was observed.
     """
 
     def __init__(self, method: nn.Module, optimizer: torch.optim.Optimizer):
@@ -141,7 +141,7 @@ class NetworkMonitor:
         optimizer.register_step_post_hook(lambda *_: self._after_step())
 
     def observe(self, is_due: bool) -> None:
-        """Observe the next step if it is due, and forget the metrics of the last one."""
+        """Discard the metrics of the last step, and observe the next one if it is due."""
         self._is_observing, self.metrics = is_due, {}
 
     @torch.no_grad()

@@ -1,20 +1,20 @@
 """Rules that decide when the collapse metrics raise an alert, with known causes and remedies.
 
-Many healthy runs begin with similar embeddings, so a bad value alone raises no alert. The value
-must also have fallen from a better one, or have been bad for `GRACE_STEPS`. It must be bad in
-`MIN_CONSECUTIVE` measurements in a row, or severe. If pairs of views are measured, they must be
-hard to match. docs/health.md shows when each alert was raised in runs that were made to collapse.
+Many healthy runs begin with similar embeddings, so a low value alone raises no alert. The value
+must have dropped from a higher one in `MIN_CONSECUTIVE` measurements in a row, or once severely, or
+it must have been low for `GRACE_STEPS`. If pairs of views are measured, they must also be hard to
+match. docs/health.md shows when each alert was raised in runs that were made to collapse.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-MIN_CONSECUTIVE = 2  # bad measurements in a row that raise an alert
+MIN_CONSECUTIVE = 2  # measurements in a row with a dropped value that raise an alert
 SEVERE_FRACTION = 0.5  # a single value below this fraction of both limits raises an alert
 GUARD_METRIC = "positive_chance"
-CHANCE_THRESHOLD = 0.5  # the views of an image match up to this value of the guard metric
-GRACE_STEPS = 1000  # a value that stays bad this long raises an alert even if it has not fallen
+CHANCE_THRESHOLD = 0.5  # the views of an image can be matched up to this value of the guard metric
+GRACE_STEPS = 1000  # a value that stays low this long raises an alert even if it has not dropped
 
 
 @dataclass(frozen=True)
@@ -29,38 +29,38 @@ class Alert:
 class Rule:
     """Limits of one metric, and the alert that it raises.
 
-    A value is bad below `bad_below`. It has fallen when it is below `fallen_below` times the best
-    value so far.
+    A value is low if it is below `low_threshold`. It has dropped if it is below `drop_fraction`
+    times the best value so far.
     """
 
     title: str
     metric: str
-    bad_below: float
-    fallen_below: float
+    low_threshold: float
+    drop_fraction: float
     symptom: str
     remedies: str
-    is_guarded: bool = True  # the guard metric, if measured, must agree that a value is bad
+    is_guarded: bool = True  # a value only counts as low if the guard metric agrees
 
-    def is_bad(self, value: float, metrics: dict[str, Any]) -> bool:
-        """Return True if the value is bad and the guard metric does not contradict it."""
+    def is_low(self, value: float, metrics: dict[str, Any]) -> bool:
+        """Return True if the value is low and the guard metric does not contradict it."""
         guard = metrics.get(GUARD_METRIC)
         views_match = isinstance(guard, int | float) and guard <= CHANCE_THRESHOLD
-        return value < self.bad_below and not (self.is_guarded and views_match)
+        return value < self.low_threshold and not (self.is_guarded and views_match)
 
-    def weight(self, value: float, best: float) -> int:
-        """Return how many measurements a bad value counts as, which is 0 unless it has fallen."""
-        limits = (self.bad_below, self.fallen_below * best)
+    def severity(self, value: float, best: float) -> int:
+        """Return how many measurements a low value counts as, which is 0 unless it has dropped."""
+        limits = (self.low_threshold, self.drop_fraction * best)
         if all(value < SEVERE_FRACTION * limit for limit in limits):
             return MIN_CONSECUTIVE
-        return int(value < self.fallen_below * best)
+        return int(value < self.drop_fraction * best)
 
 
 RULES = (
     Rule(
         "collapse",
         "embedding_std",
-        bad_below=0.2,
-        fallen_below=0.6,
+        low_threshold=0.2,
+        drop_fraction=0.6,
         symptom=(
             "the embeddings of different images have become similar. The network is on its way to "
             "the same output for every image, whatever the loss is"
@@ -74,8 +74,8 @@ RULES = (
     Rule(
         "shrinking",
         "embedding_scale",
-        bad_below=0.02,
-        fallen_below=0.25,
+        low_threshold=0.02,
+        drop_fraction=0.25,
         symptom=(
             "before normalization the embeddings shrink to a point. The differences between "
             "images are close to rounding errors"
@@ -88,8 +88,8 @@ RULES = (
     Rule(
         "dimensional collapse",
         "rank_share",
-        bad_below=0.1,
-        fallen_below=0.5,
+        low_threshold=0.1,
+        drop_fraction=0.5,
         symptom=(
             "the embeddings have collapsed to a few directions. Images still differ, but only "
             "along these directions"
@@ -103,8 +103,8 @@ RULES = (
     Rule(
         "dead prototypes",
         "prototype_entropy",
-        bad_below=0.3,
-        fallen_below=0.5,
+        low_threshold=0.3,
+        drop_fraction=0.5,
         is_guarded=False,
         symptom="nearly all images are assigned to a few prototypes",
         remedies=(
@@ -121,8 +121,8 @@ class _State:
     """Past measurements of one rule's metric."""
 
     best: float = -math.inf
-    num_fallen: int = 0  # fallen measurements in a row, where a severe one counts double
-    first_bad_step: int | None = None
+    num_drops: int = 0  # dropped values in a row, of which a severe one counts twice
+    first_low_step: int | None = None
     is_raised: bool = False
 
 
@@ -138,10 +138,10 @@ class AlertHistory:
     def __init__(self, past_records: list[dict[str, Any]]):
         self._states = {rule.title: _State() for rule in RULES}
         for record in past_records:
-            self.check(record["step"], record)
+            self.update(record["step"], record)
 
-    def check(self, step: int, metrics: dict[str, Any]) -> list[Alert]:
-        """Return the alerts that a measurement raises, usually none.
+    def update(self, step: int, metrics: dict[str, Any]) -> list[Alert]:
+        """Add a measurement and return the alerts that it raises, usually none.
 
         Args:
             step: Optimizer steps done.
@@ -153,16 +153,16 @@ class AlertHistory:
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             state.best = max(state.best, value)
-            if not rule.is_bad(value, metrics):
+            if not rule.is_low(value, metrics):
                 self._states[rule.title] = _State(state.best)
                 continue
-            if state.first_bad_step is None:
-                state.first_bad_step = step
-            weight = rule.weight(value, state.best)
-            state.num_fallen = state.num_fallen + weight if weight else 0
-            num_steps = step - state.first_bad_step
+            if state.first_low_step is None:
+                state.first_low_step = step
+            severity = rule.severity(value, state.best)
+            state.num_drops = state.num_drops + severity if severity else 0
+            num_steps = step - state.first_low_step
             is_overdue = num_steps >= GRACE_STEPS
-            if not state.is_raised and (is_overdue or state.num_fallen >= MIN_CONSECUTIVE):
+            if not state.is_raised and (is_overdue or state.num_drops >= MIN_CONSECUTIVE):
                 state.is_raised = True
                 best = f"its best was {state.best:.3g}"
                 reason = f"low for {num_steps} steps" if is_overdue else best

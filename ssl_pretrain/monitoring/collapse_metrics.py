@@ -1,4 +1,4 @@
-"""Collapse metrics of one batch over all ranks, and what healthy and collapsed values look like.
+"""Collapse metrics of one batch over all ranks, with their healthy and collapsed values.
 
 Each row of a matrix of embeddings or features is one image.
 """
@@ -14,7 +14,7 @@ from ssl_pretrain.methods.base import Monitored
 
 EPSILON = 1e-7  # added to each share of the spectrum, as in RankMe
 FIRST_EIGENVALUE, LAST_EIGENVALUE = 5, 100  # range of the power-law fit, counted from 1
-NUM_POINTS = 64  # largest number of points stored per curve
+MAX_CURVE_POINTS = 64  # largest number of points per curve in plots.jsonl
 
 Scalars = dict[str, Tensor]
 Curves = dict[str, Tensor]
@@ -40,8 +40,8 @@ def measure(
 
     def gather(rows: Tensor) -> Tensor:
         rows = rows.detach()[: max(1, max_rows // process_group.world_size())]
-        is_narrow = rows.is_floating_point() and rows.dtype != torch.float64
-        return collectives.gather(rows.float() if is_narrow else rows)
+        is_low_precision = rows.is_floating_point() and rows.dtype != torch.float64
+        return collectives.gather(rows.float() if is_low_precision else rows)
 
     z, finite = _zero_unless_finite(gather(monitored.embeddings.flatten(1)))
     scalars, curves = _embedding_metrics(z)
@@ -58,13 +58,14 @@ def measure(
         scalars["alpha_req"] = alpha_req(spectrum.square())
         finite = finite & finite_features
     if monitored.assignments is not None:
-        usage, entropy = prototype_use(gather(monitored.assignments), monitored.num_prototypes)
+        assignments = gather(monitored.assignments)
+        usage, entropy = prototype_usage_and_entropy(assignments, monitored.num_prototypes)
         scalars |= {"prototype_usage": usage, "prototype_entropy": entropy}
     return {name: torch.where(finite, value, torch.nan) for name, value in scalars.items()}, curves
 
 
 def _embedding_metrics(z: Tensor) -> tuple[Scalars, Curves]:
-    stds = deviations(z)
+    stds = normalized_stds(z)
     spectrum = singular_values(centered(z))
     variances = spectrum.square() / max(1, len(z) - 1)
     max_rank = min(len(z) - 1, z.shape[1])
@@ -79,7 +80,7 @@ def _embedding_metrics(z: Tensor) -> tuple[Scalars, Curves]:
         "embedding_scale": z.std(0, unbiased=False).mean(),
         "uniformity": uniformity(z),
     }
-    points = torch.linspace(0, max_rank - 1, min(NUM_POINTS, max_rank), device=z.device)
+    points = torch.linspace(0, max_rank - 1, min(MAX_CURVE_POINTS, max_rank), device=z.device)
     index = points.round().long()
     return scalars, {
         "spectrum_index": index + 1,
@@ -89,8 +90,8 @@ def _embedding_metrics(z: Tensor) -> tuple[Scalars, Curves]:
 
 
 def _evenly_spaced(length: int) -> list[int]:
-    """Return up to `NUM_POINTS` indices of a vector, from the first to the last."""
-    num_points = min(NUM_POINTS, length)
+    """Return up to `MAX_CURVE_POINTS` indices of a vector, from the first to the last."""
+    num_points = min(MAX_CURVE_POINTS, length)
     return [round(i * (length - 1) / max(1, num_points - 1)) for i in range(num_points)]
 
 
@@ -169,7 +170,7 @@ def alpha_req(variances: Tensor) -> Tensor:
     return -(weight * (x - x_mean) * (y - y_mean)).sum() / (weight * (x - x_mean).square()).sum()
 
 
-def deviations(z: Tensor) -> Tensor:
+def normalized_stds(z: Tensor) -> Tensor:
     """Return the standard deviation of each dimension of unit-length embeddings, times sqrt(dim).
 
     SimSiam (Chen and He, arXiv:2011.10566, section 4.1). All are about 1 if the embeddings
@@ -216,7 +217,7 @@ def positive_rank(z_a: Tensor, z_b: Tensor) -> Tensor:
     return (1 + num_ahead).mean()
 
 
-def prototype_use(assignments: Tensor, num_prototypes: int) -> tuple[Tensor, Tensor]:
+def prototype_usage_and_entropy(assignments: Tensor, num_prototypes: int) -> tuple[Tensor, Tensor]:
     """Return the share of prototypes in use, and how evenly they are used.
 
     Both numbers are relative to the maximum for this many rows, min(num_rows, num_prototypes).

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 BAR_WIDTH = 24  # characters
 SMOOTHING = 0.1  # weight of the latest step time in the ETA's moving average
-MIN_SECONDS = 1.0  # shortest time between two progress lines
+MIN_SECONDS_BETWEEN_LINES = 1.0  # shortest time between two progress lines
 
 
 class Console:
@@ -40,21 +40,21 @@ class Console:
             self._update(record)
 
     def show_progress(self, record: dict[str, Any]) -> None:
-        """Show a record, at most one per second. The last record is always shown."""
+        """Show a record, at most once per second. The last record is always shown."""
         self._update(record)
         now, finished = time.monotonic(), record["step"] == self.last_step
-        if now - self._last_shown < MIN_SECONDS and not finished:
+        if now - self._last_shown < MIN_SECONDS_BETWEEN_LINES and not finished:
             return
         self._last_shown = now
         if self.stream.isatty():
             self._show_bar(record)
         else:
-            self.print_line(self.line(record))
+            self.print_line(self.format_record(record))
         if finished:
             self.close()
 
-    def line(self, record: dict[str, Any]) -> str:
-        """Describe a record in one line."""
+    def format_record(self, record: dict[str, Any]) -> str:
+        """Format a record as one line."""
         seconds = int((self.last_step - record["step"]) * (self._seconds_per_step or 0.0))
         fields = [
             f"step {record['step']}/{self.last_step}",
@@ -104,7 +104,7 @@ class Console:
             )
             self._bar.add_task("", total=self.last_step)
         self._bar.update(
-            self._bar.task_ids[0], completed=record["step"], description=self.line(record)
+            self._bar.task_ids[0], completed=record["step"], description=self.format_record(record)
         )
         self._bar.start()
         self._bar.refresh()
@@ -126,7 +126,7 @@ class WarningCollector:
         self._previous: Any = None
 
     def install(self) -> None:
-        """Receive all warnings from now on."""
+        """Replace Python's handler of warnings."""
         self._previous = warnings.showwarning
         warnings.showwarning = self._receive
 

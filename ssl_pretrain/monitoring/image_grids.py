@@ -56,7 +56,7 @@ def neighbor_grid(queries: Tensor, neighbors: Tensor, same_class: Tensor) -> Ten
     return make_grid(framed.flatten(0, 1), nrow=framed.shape[1], padding=2, pad_value=1.0)
 
 
-def save(picture: Tensor, path: Path) -> None:
+def save_png(picture: Tensor, path: Path) -> None:
     """Write a picture as a PNG. Its folder is created if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(picture, path)

@@ -1,4 +1,4 @@
-"""Training metrics between two records."""
+"""Collect training metrics between two records and reduce them over all ranks."""
 
 import resource
 import sys
@@ -16,15 +16,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Summary:
+class IntervalSummary:
     """Metrics of one interval, reduced over all ranks. Only `seconds` differs between ranks."""
 
     logs: dict[str, float]  # means over steps and ranks; `skipped_steps` is a sum over steps
     num_steps: int
     seconds: float
-    data_wait: float  # fraction of the time spent waiting for data, on the slowest rank
-    memory_gib: float  # largest peak of any rank
-    flags: list[bool]  # one per flag, True if it is set on any rank
+    data_wait_fraction: float  # fraction of the time spent waiting for data, on the slowest rank
+    peak_memory_gib: float  # largest peak of any rank
+    flags: list[bool]  # in the order given, each True if any rank has set it
 
 
 class Interval:
@@ -33,8 +33,8 @@ class Interval:
     def __init__(self, num_steps_done: int):
         self._restart(num_steps_done)
 
-    def time_waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield the batches and add up the time that each took to arrive."""
+    def measure_data_wait(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yield the batches and add up the time spent waiting for them."""
         start = time.monotonic()
         for batch in batches:
             self._seconds_waited += time.monotonic() - start
@@ -47,14 +47,15 @@ class Interval:
             value = value.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def finish(self, step: int, flags: Sequence[bool]) -> Summary:
+    def summarize_and_restart(self, step: int, flags: Sequence[bool]) -> IntervalSummary:
         """End the interval after `step` and start the next one.
 
         This is the only place where the host waits for the device.
 
         Args:
             step: Optimizer steps done.
-            flags: Conditions on this rank that all ranks must know about.
+            flags: Conditions on this rank that all ranks must know. The order is the same on all
+                ranks.
         """
         num_steps = max(1, step - self._start_step)
         seconds = max(time.monotonic() - self._start, 1e-9)
@@ -73,7 +74,9 @@ class Interval:
             for name, total in zip(self._sums, means)
         }
         self._restart(step)
-        return Summary(logs, num_steps, seconds, data_wait, memory, [flag > 0 for flag in any_flag])
+        return IntervalSummary(
+            logs, num_steps, seconds, data_wait, memory, [flag > 0 for flag in any_flag]
+        )
 
     def _restart(self, step: int) -> None:
         self._sums: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features, fitted within seconds on the device of the features."""
+"""Linear classifier on frozen features, fitted within seconds on the device of the features."""
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ def predict(
 
     Features are standardized with the mean and standard deviation of the training features and
     divided by the square root of their dimension, so the same weight decay suits all widths.
-    L-BFGS starts from zero and uses a line search. The fit draws no random numbers and sends no
-    gradient to the features.
+    L-BFGS starts from zero and uses a line search. The fit draws no random numbers, and no gradient
+    reaches the features.
 
     Args:
         train_features: Features in any precision, shape (num_train, dim).

@@ -16,7 +16,7 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.monitoring import background_writer, image_grids, metric_names, records
 from ssl_pretrain.monitoring.background_writer import BackgroundWriter
 from ssl_pretrain.monitoring.console import Console, WarningCollector
-from ssl_pretrain.monitoring.interval import Interval, Summary
+from ssl_pretrain.monitoring.interval import Interval, IntervalSummary
 from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.monitoring.wandb import run as wandb_run
 from ssl_pretrain.schema import setting
@@ -112,7 +112,7 @@ class Logger:
                 settings.wandb,
                 run,
                 run_id=wandb_id,
-                say=self.console.print_line,
+                print_line=self.console.print_line,
                 project=settings.project,
                 name=settings.name,
                 config=config,
@@ -122,9 +122,9 @@ class Logger:
         if self._wandb is not None:
             self.wandb_id = self._wandb.run_id
 
-    def time_waiting(self, batches: Iterator[T]) -> Iterator[T]:
+    def measure_data_wait(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the batches and record the time spent waiting for them as `data_wait`."""
-        return self._interval.time_waiting(batches)
+        return self._interval.measure_data_wait(batches)
 
     def log_step(
         self,
@@ -148,7 +148,7 @@ class Logger:
         self._interval.add(logs)
         if step % self.settings.every_steps and step != self.last_step:
             return
-        summary = self._interval.finish(
+        summary = self._interval.summarize_and_restart(
             step, [bool(self._warnings.pending), bool(self._files.problems)]
         )
         has_warnings, has_disk_problem = summary.flags  # the same on every rank
@@ -190,14 +190,14 @@ class Logger:
         grid = image_grids.view_grid(views, mean, std)
         self._save_picture(grid, self.run / "views.png", metric_names.VIEWS_PICTURE, caption, step)
 
-    def alert(self, title: str, text: str, tag: str = "") -> None:
+    def raise_alert(self, title: str, text: str, tag: str = "") -> None:
         """Raise an alert on rank 0: in the terminal, in alerts.jsonl, and in W&B with a tag."""
         if not process_group.is_main():
             return
         self.console.warn(f"{title}: {text}")
         line = records.encode({"title": title, "text": text, "time": time.time()})
         self._files.append(self.run / "alerts.jsonl", line)
-        self._send("alert", title=title, text=text, tag=tag or title.replace(" ", "-"))
+        self._send("raise_alert", title=title, text=text, tag=tag or title.replace(" ", "-"))
 
     def close(self, succeeded: bool = True) -> None:
         """Write the last records and end the W&B run, as crashed unless `succeeded` is true."""
@@ -232,12 +232,14 @@ class Logger:
                 records.trim(self.run / "plots.jsonl", num_steps_done)
                 past_records = records.trim(path, num_steps_done)
             except OSError as error:
-                problem = background_writer.refusal_message(Path(error.filename or path), error)
+                problem = background_writer.write_failure_message(
+                    Path(error.filename or path), error
+                )
         background_writer.raise_or_warn(problem, self.on_failure)
         return past_records
 
     def _record(
-        self, step: int, summary: Summary, learning_rates: dict[str, float]
+        self, step: int, summary: IntervalSummary, learning_rates: dict[str, float]
     ) -> dict[str, Any]:
         images_per_second = summary.num_steps * self.global_batch_size / summary.seconds
         return {
@@ -247,8 +249,8 @@ class Logger:
             **learning_rates,
             "images_per_second": images_per_second,
             "seconds_per_step": summary.seconds / summary.num_steps,
-            "data_wait": summary.data_wait,
-            "memory_gib": summary.memory_gib,
+            "data_wait": summary.data_wait_fraction,
+            "memory_gib": summary.peak_memory_gib,
             **self._flops_metrics(images_per_second),
             **self._metrics,
             "time": time.time(),
@@ -263,13 +265,13 @@ class Logger:
 
     def _write(self, record: dict[str, Any]) -> None:
         self._files.append(self.run / "metrics.jsonl", records.encode(record))
-        self._send("record", record=record, curves=self._curves)
+        self._send("log_record", record=record, curves=self._curves)
         self._curves = None
         self.console.show_progress(record)
         num_skipped = record.get("skipped_steps", 0)
         if num_skipped and not self._has_skipped:
             text = f"step {record['step']}: {num_skipped:.0f} steps had a non-finite gradient"
-            self.alert("diverging", text, "diverged")
+            self.raise_alert("diverging", text, "diverged")
         self._has_skipped = num_skipped > 0
 
     def _save_measurements(self, step: int, measurements: Measurements) -> None:
@@ -278,9 +280,9 @@ class Logger:
             self._files.append(self.run / "plots.jsonl", records.encode(curves))
             if step - self._curves_step >= MIN_STEPS_BETWEEN_CURVES:
                 self._curves_step, self._curves = step, measurements.curves
-        if measurements.neighbors is not None:
+        if measurements.neighbor_grid is not None:
             self._save_picture(
-                measurements.neighbors,
+                measurements.neighbor_grid,
                 self.run / "neighbors" / f"step_{step:08d}.png",
                 metric_names.NEIGHBORS_PICTURE,
                 NEIGHBORS_CAPTION,
@@ -288,12 +290,12 @@ class Logger:
             )
 
     def _save_picture(self, picture: Tensor, path: Path, key: str, caption: str, step: int) -> None:
-        if self._files.try_write(path, partial(image_grids.save, picture, path)):
-            self._send("image", key=key, path=str(path), caption=caption, step=step)
+        if self._files.try_write(path, partial(image_grids.save_png, picture, path)):
+            self._send("log_picture", key=key, path=str(path), caption=caption, step=step)
 
-    def _send(self, kind: str, **message: Any) -> None:
+    def _send(self, method: str, **arguments: Any) -> None:
         if self._wandb is not None:
-            self._wandb.send(kind, **message)
+            self._wandb.send(method, **arguments)
 
     def _handle_disk_problem(self) -> None:
         """Request a stop or warn about the files, on every rank at the same step."""
@@ -301,4 +303,4 @@ class Logger:
         if self.on_failure == "stop":
             self.must_stop, self._problem = True, problem
         elif problem:
-            self.console.warn(background_writer.continue_message(problem))
+            self.console.warn(background_writer.continuation_warning(problem))

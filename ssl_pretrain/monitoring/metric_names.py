@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-class Curve(NamedTuple):
-    """Group, title and description of a metric's curve."""
+class MetricInfo(NamedTuple):
+    """Group, title and description of a metric in W&B, the dashboard and the reports."""
 
     group: str
     title: str
     description: str = ""
-    percent: bool = False  # True for a fraction in [0, 1] that is shown times 100
+    is_percentage: bool = False  # True for a fraction in [0, 1] that is shown times 100
 
 
 LEARNING, COLLAPSE, NETWORK = "Learning", "Collapse", "Network"
@@ -21,148 +21,151 @@ SPEED, EVALUATION = "Speed", "Evaluation"
 GROUPS = (LEARNING, COLLAPSE, EVALUATION, NETWORK, SPEED)
 SPREAD, SPECTRUM = f"{COLLAPSE}/spread of the dimensions", f"{COLLAPSE}/spectrum"
 VIEWS_PICTURE, NEIGHBORS_PICTURE = "Pictures/views", "Pictures/nearest neighbors"
-CURVES = {
-    "loss": Curve(
+METRICS = {
+    "loss": MetricInfo(
         LEARNING, "loss", "the objective; it can fall while the representation collapses"
     ),
-    "knn": Curve(
+    "knn": MetricInfo(
         LEARNING, "k-NN accuracy", "frozen features, on training images outside the bank", True
     ),
-    "probe": Curve(
+    "probe": MetricInfo(
         LEARNING, "linear accuracy", "linear classifier on the images and features of k-NN", True
     ),
-    "lr": Curve(LEARNING, "learning rate"),
-    "weight_decay": Curve(LEARNING, "weight decay"),
-    "skipped_steps": Curve(
+    "lr": MetricInfo(LEARNING, "learning rate"),
+    "weight_decay": MetricInfo(LEARNING, "weight decay"),
+    "skipped_steps": MetricInfo(
         LEARNING, "skipped steps", "steps since the last record whose gradient was not finite"
     ),
-    "replaced_images": Curve(
+    "replaced_images": MetricInfo(
         LEARNING, "replaced images", "unreadable images since the last record"
     ),
-    "replay_error": Curve(
+    "replay_error": MetricInfo(
         LEARNING,
         "replay error",
         "largest difference between the two forward passes over a micro-batch",
     ),
-    "rankme": Curve(
+    "rankme": MetricInfo(
         COLLAPSE, "RankMe", "effective rank of the embeddings, not centered; 1 means collapse"
     ),
-    "effective_rank_centered": Curve(
+    "effective_rank_centered": MetricInfo(
         COLLAPSE, "effective rank, centered", "effective rank of the embeddings minus their mean"
     ),
-    "rank_share": Curve(
+    "rank_share": MetricInfo(
         COLLAPSE,
         "relative effective rank",
         "centered effective rank over its maximum, min(images - 1, dimension)",
     ),
-    "top5_ratio": Curve(
+    "top5_ratio": MetricInfo(
         COLLAPSE,
         "variance in five directions",
         "share of the five largest eigenvalues of the covariance",
         True,
     ),
-    "embedding_std": Curve(
+    "embedding_std": MetricInfo(
         COLLAPSE,
         "spread",
         "standard deviation of unit-length embeddings times sqrt(dim); "
         "1 is uniform, 0 is collapsed",
     ),
-    "embedding_std_min": Curve(COLLAPSE, "spread of the flattest dimension"),
-    "embedding_scale": Curve(
+    "embedding_std_min": MetricInfo(COLLAPSE, "spread of the flattest dimension"),
+    "embedding_scale": MetricInfo(
         COLLAPSE,
         "deviation before normalization",
         "mean over dimensions; near 0 the embeddings shrink to a point",
     ),
-    "uniformity": Curve(COLLAPSE, "uniformity", "0 is collapsed, -4 is best"),
-    "alignment": Curve(
+    "uniformity": MetricInfo(COLLAPSE, "uniformity", "0 is collapsed, -4 is best"),
+    "alignment": MetricInfo(
         COLLAPSE, "alignment", "squared distance of two views; 0 if they are equal, 2 if unrelated"
     ),
-    "pair_cosine": Curve(COLLAPSE, "cosine of positive pairs"),
-    "positive_rank": Curve(
+    "pair_cosine": MetricInfo(COLLAPSE, "cosine of positive pairs"),
+    "positive_rank": MetricInfo(
         COLLAPSE, "rank of the positive", "among all images of the batch; 1 is first"
     ),
-    "positive_chance": Curve(
+    "positive_chance": MetricInfo(
         COLLAPSE,
         "rank of the positive relative to chance",
         "1 means the two views of an image cannot be matched",
     ),
-    "prototype_usage": Curve(
+    "prototype_usage": MetricInfo(
         COLLAPSE,
         "prototypes in use",
         "share of the prototypes that the measured images can reach",
         True,
     ),
-    "prototype_entropy": Curve(
+    "prototype_entropy": MetricInfo(
         COLLAPSE,
         "evenness of prototypes",
         "entropy of the assignments over its maximum; at 0 one prototype has all images",
     ),
-    "feature_rank_centered": Curve(
+    "feature_rank_centered": MetricInfo(
         COLLAPSE, "effective rank of the features", "the backbone's output, centered"
     ),
-    "alpha_req": Curve(
+    "alpha_req": MetricInfo(
         COLLAPSE, "alpha-ReQ", "decay exponent of the features' spectrum; about 1 is best"
     ),
-    "teacher_distance": Curve(
+    "teacher_distance": MetricInfo(
         NETWORK, "distance of teacher and student", "relative to the norm of the student"
     ),
-    "gradient_norm": Curve(NETWORK, "gradient, all", "before clipping"),
-    "images_per_second": Curve(SPEED, "images per second"),
-    "seconds_per_step": Curve(SPEED, "seconds per step"),
-    "data_wait": Curve(SPEED, "waiting for images", "share of the time, on the slowest rank", True),
-    "straggler": Curve(SPEED, "slowest rank", "the rank that the others wait for"),
-    "straggler_seconds": Curve(SPEED, "seconds spent waiting for the slowest rank"),
-    "memory_gib": Curve(
+    "gradient_norm": MetricInfo(NETWORK, "gradient, all", "before clipping"),
+    "images_per_second": MetricInfo(SPEED, "images per second"),
+    "seconds_per_step": MetricInfo(SPEED, "seconds per step"),
+    "data_wait": MetricInfo(
+        SPEED, "waiting for images", "share of the time, on the slowest rank", True
+    ),
+    "straggler": MetricInfo(SPEED, "slowest rank", "the rank that the others wait for"),
+    "straggler_seconds": MetricInfo(SPEED, "seconds spent waiting for the slowest rank"),
+    "memory_gib": MetricInfo(
         SPEED, "memory, GiB", "largest peak of any rank, on its GPU or on the host"
     ),
-    "model_tflops": Curve(
+    "model_tflops": MetricInfo(
         SPEED, "model TFLOP/s per rank", "forward, backward, and the teacher's forward"
     ),
-    "flops_utilization": Curve(
+    "flops_utilization": MetricInfo(
         SPEED, "model FLOPs utilization", "share of the GPU's peak in bfloat16", True
     ),
 }
 AXES = ("step", "epoch", "evaluated_step")
-PREFIXES = {"gradient_norm_": "gradient, ", "update_ratio_": "update over weights, "}
+# Start of the title, by prefix of the metrics that exist once per submodule of the method.
+TITLE_BY_PREFIX = {"gradient_norm_": "gradient, ", "update_ratio_": "update over weights, "}
 
 # Current names of metrics and files, by the names that earlier versions gave them.
-RENAMED = {
+CURRENT_NAMES = {
     "alarms.jsonl": "alerts.jsonl",
     "neighbours": "neighbors",
     "neighbour_cosine": "neighbor_cosine",
 }
 
 
-def curve(key: str) -> Curve:
+def metric_info(key: str) -> MetricInfo:
     """Return the group, title and description of a metric.
 
     Metrics that only one method has are in the group Learning, under their own names.
     """
-    if key in CURVES:
-        return CURVES[key]
-    for prefix, title in PREFIXES.items():
+    if key in METRICS:
+        return METRICS[key]
+    for prefix, title in TITLE_BY_PREFIX.items():
         if key.startswith(prefix):
-            return Curve(NETWORK, title + key.removeprefix(prefix))
-    return Curve(LEARNING, key.replace("_", " "))
+            return MetricInfo(NETWORK, title + key.removeprefix(prefix))
+    return MetricInfo(LEARNING, key.replace("_", " "))
 
 
 def display_name(key: str) -> str:
     """Return the name of a metric in W&B, ``Group/title``. Axes keep their names."""
-    return key if key in AXES else "/".join(curve(key)[:2])
+    return key if key in AXES else "/".join(metric_info(key)[:2])
 
 
-def evaluation(result: str, column: str) -> str:
-    """Return the W&B name of a column in the result of an evaluation of pretrained features."""
+def evaluation_display_name(result: str, column: str) -> str:
+    """Return the name in W&B of one column of an evaluation's result for pretrained features."""
     return f"{EVALUATION}/{result}, {column}"
 
 
 def with_current_names(record: dict[str, Any]) -> dict[str, Any]:
     """Rename the metrics of a record that an earlier version wrote."""
-    return {RENAMED.get(key, key): value for key, value in record.items()}
+    return {CURRENT_NAMES.get(key, key): value for key, value in record.items()}
 
 
 def existing_paths(run: Path, name: str) -> list[Path]:
     """Return the existing files of a run under this name and its earlier names, earlier first."""
-    earlier_names = [old for old, new in RENAMED.items() if new == name]
+    earlier_names = [old for old, new in CURRENT_NAMES.items() if new == name]
     paths = [run / file_name for file_name in (*earlier_names, name)]
     return [path for path in paths if path.exists()]

@@ -1,4 +1,4 @@
-"""Measure the k-NN and linear accuracy of the backbone during a run, on training images."""
+"""Measure the k-NN and linear accuracy of the backbone during training, on training images."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,24 +34,24 @@ class OnlineConfig:
     max_test: int = setting(2000, "Training images used as queries. They are not in the bank.")
     on_failure: Literal["stop", "warn"] = setting(
         "warn",
-        "Reaction to a measurement that fails on any rank. stop ends the run, warn continues.",
+        "What to do if a measurement fails on any rank. stop ends the run. warn lets it continue.",
     )
 
 
-class MeasureError(RuntimeError):
+class MeasurementError(RuntimeError):
     """A measurement failed on some rank. Every rank raises this error."""
 
 
 class OnlineKNN:
-    """Weighted k-NN accuracy of a backbone, measured during its run on training images alone.
+    """Monitor of a backbone's weighted k-NN accuracy, measured on training images only.
 
     The bank and the queries are labeled training images, chosen by one fixed permutation, so the
-    test set has no influence on a run. The accuracy is meant for a curve over the run. eval/knn.py
-    measures the accuracy to report.
+    test set has no influence on a run. The accuracy shows the progress of training. Use eval/knn.py
+    to measure the accuracy to report.
 
-    Each rank embeds every world_size-th image. The images are padded so that all ranks do the same
-    number of forward passes, which sharded weights need. The measured images are the same on any
-    number of ranks.
+    Each rank embeds every world_size-th image. The last image is repeated until all ranks do the
+    same number of forward passes, which sharded weights need. The measured images do not depend on
+    the number of ranks.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class OnlineKNN:
         config: OnlineConfig,
         read_images: ReadImages,
         labels: np.ndarray,
-        order: np.ndarray,
+        image_order: np.ndarray,
         steps_per_epoch: int,
         device: torch.device,
         read_pixels: Callable[[np.ndarray], Tensor] | None = None,
@@ -68,52 +68,53 @@ class OnlineKNN:
 
         Args:
             config: Bank and query sizes, k and temperature.
-            read_images: Reads the evaluation views of training images by their indices.
+            read_images: Reads the normalized evaluation views of training images by index.
             labels: Classes of all training images, (num_train,), -1 for unlabeled ones.
-            order: A fixed permutation of the indices of the training images. The first labeled
-                ones, at most a fifth, become the queries, and the next ones become the bank.
+            image_order: A fixed permutation of the training images' indices. The first labeled ones
+                become the queries, at most a fifth of them. The next ones become the bank.
             steps_per_epoch: Optimizer steps of one epoch.
             device: Device of the backbone.
-            read_pixels: Reads images by their indices, uint8 (num_images, 3, size, size). Without
-                it there is no picture.
+            read_pixels: Reads images by index, uint8 (num_images, 3, size, size), for the picture
+                of neighbors. None for no picture.
 
         Raises:
             ValueError: If k does not fit the bank or the temperature is not positive.
         """
         self.config, self.labels, self.device = config, labels, device
         self.read_images, self.read_pixels = read_images, read_pixels
-        self.steps_between = config.knn_every_epochs * steps_per_epoch
-        labeled = order[labels[order] >= 0]
+        self.steps_between_measurements = config.knn_every_epochs * steps_per_epoch
+        labeled = image_order[labels[image_order] >= 0]
         num_queries = min(config.max_test, len(labeled) // 5)
         self.queries = labeled[:num_queries]
         self.bank = labeled[num_queries : num_queries + config.max_train]
-        if self.enabled:
-            weighted_knn.check(config.k, config.temperature, len(self.bank), "online.")
+        if self.is_enabled:
+            weighted_knn.check_arguments(config.k, config.temperature, len(self.bank), "online.")
         elif config.knn_every_epochs > 0:
             process_group.print_once(
                 f"online k-NN is off, because only {len(labeled)} training images have labels"
             )
 
     @property
-    def enabled(self) -> bool:
+    def is_enabled(self) -> bool:
         """True if the configuration and the labels allow measurements."""
         return self.config.knn_every_epochs > 0 and len(self.queries) > 0
 
     def is_due(self, step: int) -> bool:
         """Return True if the step has just passed a multiple of knn_every_epochs."""
-        if not self.enabled or step < 1:
+        if not self.is_enabled or step < 1:
             return False
-        return int(step / self.steps_between) > int((step - 1) / self.steps_between)
+        interval = self.steps_between_measurements
+        return int(step / interval) > int((step - 1) / interval)
 
     def measure_if_due(self, step: int, backbone: nn.Module) -> Measurements:
-        """Measure after `step` steps, if it is due.
+        """Measure the backbone if a measurement is due after `step` steps.
 
         Raises:
-            MeasureError: If a rank failed and `online.on_failure` is `stop`.
+            MeasurementError: If a rank failed and `online.on_failure` is `stop`.
         """
         try:
             return self.measure(backbone) if self.is_due(step) else Measurements()
-        except MeasureError as error:
+        except MeasurementError as error:
             if self.config.on_failure == "stop":
                 raise
             if process_group.is_main():
@@ -125,19 +126,19 @@ class OnlineKNN:
 
     @torch.no_grad()
     def measure(self, backbone: nn.Module) -> Measurements:
-        """Measure the backbone without changing the state of the training.
+        """Measure the backbone without changing its mode or the random generators.
 
         Returns:
-            Accuracies in [0, 1], the same on all ranks, and a picture of neighbors on rank 0. Empty
-            if measurements are off.
+            Accuracies in [0, 1], the same on all ranks, and a picture of neighbors on rank 0. They
+            are empty if measurements are off.
 
         Raises:
-            MeasureError: If a rank failed.
+            MeasurementError: If a rank failed.
         """
-        if not self.enabled:
+        if not self.is_enabled:
             return Measurements()
-        with unchanged_state(backbone, self.device):
-            local_features = _on_every_rank(
+        with temporary_eval_mode(backbone, self.device):
+            local_features = _call_on_every_rank(
                 lambda: [self._embed(backbone, indices) for indices in (self.bank, self.queries)]
             )
         bank = self._gather(local_features[0], len(self.bank))
@@ -167,13 +168,13 @@ class OnlineKNN:
                 )
             return predictions, self._draw_neighbors(bank, queries[:NUM_QUERIES])
 
-        predictions, picture = _on_every_rank(classify)
+        predictions, picture = _call_on_every_rank(classify)
         num_correct = {
             name: collectives.reduce_sum((classes == labels).sum().double()).item()
             for name, classes in predictions.items()
         }
         accuracies = {name: count / len(self.queries) for name, count in num_correct.items()}
-        return Measurements(accuracies, neighbors=picture)
+        return Measurements(accuracies, neighbor_grid=picture)
 
     def _draw_neighbors(self, bank: Tensor, queries: Tensor) -> Tensor | None:
         """Draw the first queries with their nearest images in the bank, on rank 0."""
@@ -191,27 +192,28 @@ class OnlineKNN:
         )
 
     def _embed(self, backbone: nn.Module, indices: np.ndarray) -> Tensor:
-        """Return the features of this rank's share of the images, float32 (share, dim)."""
+        """Return the features of the images that this rank embeds, float32 (num_local, dim)."""
         num_ranks = process_group.world_size()
-        padded = np.concatenate([indices, np.repeat(indices[-1:], -len(indices) % num_ranks)])
-        batches = self.read_images(padded[process_group.rank() :: num_ranks])
+        padding = np.repeat(indices[-1:], -len(indices) % num_ranks)
+        local_indices = np.concatenate([indices, padding])[process_group.rank() :: num_ranks]
+        batches = self.read_images(local_indices)
         return torch.cat([backbone(images.to(self.device)).float() for images, _ in batches])
 
     def _gather(self, local_features: Tensor, num_images: int) -> Tensor:
         """Gather the features of the images from all ranks, float32 (num_images, dim)."""
-        features = collectives.gather(local_features)  # rank 0's share, then rank 1's, ...
+        features = collectives.gather(local_features)  # rank 0's images, then rank 1's, ...
         by_rank = features.view(process_group.world_size(), -1, features.shape[1])
         return by_rank.transpose(0, 1).flatten(0, 1)[:num_images]
 
 
-def _on_every_rank(function: Callable[[], T]) -> T:
+def _call_on_every_rank(function: Callable[[], T]) -> T:
     """Call a function on every rank and return its result, unless a rank has failed.
 
     If only the failed rank raised, the others would wait forever in the next collective.
 
     Raises:
-        MeasureError: If any rank failed. The message names these ranks and their errors. Every rank
-            raises it.
+        MeasurementError: If any rank failed, raised on every rank. The message names the ranks that
+            failed and their errors.
     """
     result, problem = None, None
     try:
@@ -224,13 +226,13 @@ def _on_every_rank(function: Callable[[], T]) -> T:
         if problem
     ]
     if problems or result is None:
-        raise MeasureError(f"online k-NN failed on {'; '.join(problems)}")
+        raise MeasurementError(f"online k-NN failed on {'; '.join(problems)}")
     return result
 
 
 @contextmanager
-def unchanged_state(backbone: nn.Module, device: torch.device) -> Iterator[None]:
-    """Switch to evaluation mode, and restore all modes and the random generators afterwards."""
+def temporary_eval_mode(backbone: nn.Module, device: torch.device) -> Iterator[None]:
+    """Switch to evaluation mode, then restore every module's mode and the random generators."""
     modes = [(module, module.training) for module in backbone.modules()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         backbone.eval()

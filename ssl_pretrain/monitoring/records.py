@@ -1,4 +1,4 @@
-"""Measurements of a run's monitors, and files of records with one JSON object per line."""
+"""Results of a run's monitors, and files of records with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Measurements:
 
     metrics: dict[str, float] = field(default_factory=dict)  # added to the next record
     curves: dict[str, list[float]] = field(default_factory=dict)  # one line of plots.jsonl
-    neighbors: Tensor | None = None  # picture (3, height, width) in [0, 1], on rank 0
+    neighbor_grid: Tensor | None = None  # picture (3, height, width) in [0, 1], on rank 0
 
     def __or__(self, other: Measurements) -> Measurements:
         """Combine the results of two monitors."""
-        neighbors = self.neighbors if other.neighbors is None else other.neighbors
-        return Measurements(self.metrics | other.metrics, self.curves | other.curves, neighbors)
+        neighbor_grid = self.neighbor_grid if other.neighbor_grid is None else other.neighbor_grid
+        return Measurements(self.metrics | other.metrics, self.curves | other.curves, neighbor_grid)
 
 
 def encode(record: dict[str, Any]) -> str:
@@ -41,8 +41,8 @@ def encode(record: dict[str, Any]) -> str:
 def read(path: Path) -> list[dict[str, Any]]:
     """Read the records of a file, one per step, sorted by step.
 
-    A line that was cut short by a kill is left out. If a step has two records, the later one
-    counts. Metrics get their current names, whichever version wrote them.
+    Truncated lines, which a killed run may leave, are skipped. If a step has two records, the later
+    one counts. Metrics that an earlier version wrote get their current names.
     """
     records = {}
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:

@@ -35,7 +35,7 @@ def predict(
     Raises:
         ValueError: If k is not in [1, num_train], or the temperature is not positive.
     """
-    check(k, temperature, len(train_features))
+    check_arguments(k, temperature, len(train_features))
     normalized_features = F.normalize(train_features.float(), dim=1)
     predictions = []
     for queries in test_features.split(max(1, MAX_SIMILARITIES // len(normalized_features))):
@@ -46,23 +46,23 @@ def predict(
     return torch.cat(predictions) if predictions else train_labels.new_empty(0)
 
 
-def check(k: int, temperature: float, num_train: int, section: str = "") -> None:
+def check_arguments(k: int, temperature: float, num_train: int, key_prefix: str = "") -> None:
     """Raise ValueError unless k is in [1, num_train] and the temperature is positive.
 
     Args:
         k: Number of neighbors that vote.
         temperature: Divisor of the similarities.
         num_train: Number of training images.
-        section: Prefix of the configuration keys in the message.
+        key_prefix: Prefix of the configuration keys in the message.
     """
     if not 1 <= k <= num_train:
         raise ValueError(
-            f"{section}k: {k} neighbors cannot be found among {num_train} training images; "
+            f"{key_prefix}k: {k} neighbors cannot be found among {num_train} training images; "
             f"choose a value from 1 to {num_train}"
         )
     if temperature <= 0:
         raise ValueError(
-            f"{section}temperature: {temperature} is not positive; choose a value such as 0.07"
+            f"{key_prefix}temperature: {temperature} is not positive; choose a value such as 0.07"
         )
 
 

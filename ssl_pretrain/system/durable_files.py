@@ -8,8 +8,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-# Errors of a file system that does not support a call. All others are real failures.
-UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+# Errors of a file system that does not support a call. All other errors are real failures.
+UNSUPPORTED_ERRORS = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 # Errors of the disk rather than of the command. The same command may succeed later.
 DISK_FAILURES = {
     *(errno.ENOSPC, errno.EDQUOT),
@@ -27,14 +27,14 @@ def is_disk_failure(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in DISK_FAILURES
 
 
-def save_error(error: OSError, message: str) -> SaveError | ValueError:
-    """Return a SaveError if the disk may recover from the failure, and a ValueError otherwise."""
+def failed_write_error(error: OSError, message: str) -> SaveError | ValueError:
+    """Return the error to raise for a failed write, SaveError if the disk may recover."""
     may_recover = is_disk_failure(error) and error.errno != errno.EROFS
     return SaveError(message) if may_recover else ValueError(message)
 
 
-def reason(error: OSError) -> str:
-    """Return the system's description of the error, without the path."""
+def describe_error(error: OSError) -> str:
+    """Return the system's description of an error, without the path."""
     return error.strerror or str(error)
 
 
@@ -55,7 +55,7 @@ def replace(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):  # the original error may not name the file
-            raise OSError(error.errno, reason(error), str(path)) from None
+            raise OSError(error.errno, describe_error(error), str(path)) from None
         raise
     sync_folder(path.parent)
 
@@ -99,11 +99,11 @@ def sync_folder(path: Path) -> None:
     try:
         sync(path)
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in UNSUPPORTED_ERRORS:
             raise
 
 
-def copy_mode(source: Path, target: Path) -> None:
-    """Copy the permissions of `source` to `target`, whose writer sets 0600 despite the umask."""
+def copy_permissions(source: Path, target: Path) -> None:
+    """Copy the permissions of `source` to `target`, such as a file created with mode 0600."""
     with suppress(OSError):  # some file systems have no modes
         target.chmod(source.stat().st_mode & 0o777)

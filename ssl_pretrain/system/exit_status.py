@@ -1,4 +1,4 @@
-"""Exit statuses of a run, and those after which torchrun must not restart the ranks.
+"""Exit statuses of a run, including those after which torchrun must not restart the ranks.
 
 torchrun restarts all ranks when one of them exits with a nonzero status. A restart is right after a
 rank was lost. It is useless after a user's mistake, because the restarted ranks would fail in the
@@ -15,22 +15,22 @@ from ssl_pretrain.system import durable_files
 
 # Exit statuses. Those above 2 come from sysexits.h. docs/reliability.md explains them to users.
 USER_ERROR = 2  # the same command would fail in the same way
-LOST = 69  # EX_UNAVAILABLE: a rank did not join, ended early, or stopped responding
-DISK_REFUSED = 74  # EX_IOERR: a file could not be written
+PROCESS_LOST = 69  # EX_UNAVAILABLE: a rank did not join, ended early, or stopped responding
+DISK_ERROR = 74  # EX_IOERR: a file could not be written
 STOPPED = 75  # EX_TEMPFAIL: saved after a request to stop; the same command resumes the run
-SKIPPED = 77  # an evaluation that was told to skip images without labels found no labels
+NO_LABELS = 77  # no image has a label, and the evaluation was told to skip unlabeled images
 
 
-class LostError(RuntimeError):
-    """Error for a rank or process of the run that has ended or does not respond."""
+class LostProcessError(RuntimeError):
+    """A rank or another process of the run has ended or does not respond."""
 
 
 def record_failure(error: BaseException) -> int:
     """Return the exit status for an error, and record it if restarted ranks must repeat it."""
-    if isinstance(error, LostError):
-        return LOST
+    if isinstance(error, LostProcessError):
+        return PROCESS_LOST
     if isinstance(error, durable_files.SaveError) or durable_files.is_disk_failure(error):
-        return DISK_REFUSED
+        return DISK_ERROR
     return _record(USER_ERROR)
 
 

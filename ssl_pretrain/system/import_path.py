@@ -10,6 +10,6 @@ IMPORT_ROOT = PACKAGE.parent  # the root of a clone, or site-packages
 
 
 def child_environment() -> dict[str, str]:
-    """Return this process's environment variables with `IMPORT_ROOT` first in PYTHONPATH."""
+    """Return the environment variables of this process, with `IMPORT_ROOT` first in PYTHONPATH."""
     folders = filter(None, [str(IMPORT_ROOT), os.environ.get("PYTHONPATH")])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}

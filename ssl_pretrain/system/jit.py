@@ -19,8 +19,13 @@ from typing import Any
 
 from ssl_pretrain.system.import_path import PACKAGE
 
-# Folders whose modules have cached functions. numba keeps their cache in `__pycache__`.
-CACHED_FOLDERS = (PACKAGE, PACKAGE / "views", PACKAGE / "data" / "native", PACKAGE / "eval")
+# numba keeps the cache of these folders' functions in their `__pycache__`.
+FOLDERS_WITH_CACHED_FUNCTIONS = (
+    PACKAGE,
+    PACKAGE / "views",
+    PACKAGE / "data" / "native",
+    PACKAGE / "eval",
+)
 CACHE_VARIABLE = "NUMBA_CACHE_DIR"
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 
@@ -34,17 +39,17 @@ def choose_cache_folder() -> None:
     if os.environ.get(CACHE_VARIABLE):
         has_folder = _is_writable(Path(os.environ[CACHE_VARIABLE]))
     else:
-        folders = [folder for folder in CACHED_FOLDERS if folder.is_dir()]
+        folders = [folder for folder in FOLDERS_WITH_CACHED_FUNCTIONS if folder.is_dir()]
         is_source_writable = all(_is_writable(folder / "__pycache__") for folder in folders)
         has_folder = is_source_writable or _is_writable(_user_cache())
     if not has_folder:
         try:
-            os.environ[CACHE_VARIABLE] = str(private_folder())
+            os.environ[CACHE_VARIABLE] = str(make_private_folder())
         except OSError:  # without any folder, functions are compiled in memory
             os.environ.pop(CACHE_VARIABLE, None)
 
 
-def private_folder() -> Path:
+def make_private_folder() -> Path:
     """Create or reuse a temporary folder that only this user can write to.
 
     Cached machine code is executed, so it must not come from another user. If the usual folder is
@@ -148,8 +153,8 @@ def _checked_content(path: Path) -> bytes:
     Raises:
         OSError: If the file is absent, damaged, or was not written by this module.
     """
-    stored = path.read_bytes()
-    content, checksum = stored[:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:]
+    data = path.read_bytes()
+    content, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
     if hashlib.sha256(content).digest() != checksum:
         raise OSError(f"{path} is damaged")
     return content

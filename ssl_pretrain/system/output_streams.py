@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-TEMPORARY_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)  # writing may succeed again later
+TEMPORARY_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)  # a later write may succeed
 
 
 class TolerantStream:
-    """A stream that never raises, even if `tee` is killed or the log's disk is full.
+    """A stream whose writes never raise, even if `tee` is killed or the log's disk is full.
 
     Text that cannot be written is dropped. A stream that has lost its reader is redirected to the
     null device, and the other stream reports that once.
@@ -32,8 +32,8 @@ class TolerantStream:
         """Flush the stream."""
         self._try(self._stream.flush)
 
-    def discard_unwritten(self) -> None:
-        """Drop text that cannot be written, because it would make Python fail at exit."""
+    def discard_pending_text(self) -> None:
+        """Drop buffered text that cannot be written, because Python would fail at exit."""
         try:
             self._stream.flush()
         except OSError:
@@ -58,7 +58,7 @@ class TolerantStream:
 
 @contextmanager
 def tolerate_lost_output() -> Iterator[None]:
-    """Tolerate the loss of standard output or error. Either may be closed from the start."""
+    """Tolerate that standard output or standard error is lost, or closed from the start."""
     previous, streams = (sys.stdout, sys.stderr), []
     for descriptor, name, stream in ((1, "stdout", sys.stdout), (2, "stderr", sys.stderr)):
         try:
@@ -72,7 +72,7 @@ def tolerate_lost_output() -> Iterator[None]:
         yield
     finally:
         for stream in streams:
-            stream.discard_unwritten()
+            stream.discard_pending_text()
         sys.stdout, sys.stderr = previous
 
 

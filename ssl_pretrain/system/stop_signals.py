@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. The first is remembered, and a second one ends the process."""
+"""Signals that ask a run to stop. The first one is remembered. A second one ends the process."""
 
 import os
 import signal
@@ -11,13 +11,13 @@ from typing import Any
 from ssl_pretrain.system.output_streams import redirect_to_null
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
-IMPATIENT_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a second one of these ends the process
+FORCE_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a second one of these ends the process
 # A second signal within this time is ignored, because a launcher also forwards the Ctrl-C that the
 # terminal sends to every process.
 GRACE_SECONDS = 1.0
 
 _stop_requested = False  # True from the first stop signal to the end of the run
-_first_impatient_seconds: float | None = None  # monotonic time of the first impatient signal
+_first_force_stop_seconds: float | None = None  # monotonic time of the first force-stop signal
 
 
 def remember_signals() -> None:
@@ -32,9 +32,9 @@ def remember_signals() -> None:
 
 
 @contextmanager
-def remembering_signals() -> Iterator[None]:
-    """Remember requests to stop until a run responds, and restore the handlers at the end."""
-    with closing(StopSignals()):
+def temporary_signal_handlers() -> Iterator[None]:
+    """Remember requests to stop until a run responds, then restore the earlier handlers."""
+    with closing(StopSignalHandlers()):
         yield
 
 
@@ -46,14 +46,14 @@ def _remember(number: int, frame: Any) -> None:
 
 
 def _end_at_second_signal(number: int) -> None:
-    """End the process at the second impatient signal, with the exit status of a killed process."""
-    global _first_impatient_seconds
-    if number not in IMPATIENT_SIGNALS:
+    """End the process at the second force-stop signal, with the exit status of a killed process."""
+    global _first_force_stop_seconds
+    if number not in FORCE_STOP_SIGNALS:
         return
     now = time.monotonic()
-    if _first_impatient_seconds is None:
-        _first_impatient_seconds = now
-    elif now - _first_impatient_seconds > GRACE_SECONDS:
+    if _first_force_stop_seconds is None:
+        _first_force_stop_seconds = now
+    elif now - _first_force_stop_seconds > GRACE_SECONDS:
         _announce(number, "\n{} is the second signal: the process ends without saving\n")
         os._exit(128 + number)
 
@@ -69,8 +69,8 @@ def _is_ignored(number: int) -> bool:
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
-class StopSignals:
-    """Handlers of the stop signals during a run. The first signal sets `requested`.
+class StopSignalHandlers:
+    """Handlers of the stop signals during a run. The first signal sets `is_stop_requested`.
 
     A thread counts the signals, because the main thread runs no Python code while it waits for
     another rank or an unresponsive disk. Handlers can only be set in the main thread. A program
@@ -78,11 +78,11 @@ class StopSignals:
     """
 
     def __init__(self, signals: tuple[int, ...] = STOP_SIGNALS) -> None:
-        self.requested = _stop_requested
-        self.has_handlers = threading.current_thread() is threading.main_thread()
+        self.is_stop_requested = _stop_requested
+        self.is_installed = threading.current_thread() is threading.main_thread()
         self._previous: dict[int, Any] = {}
         self._closed = False
-        if not self.has_handlers:
+        if not self.is_installed:
             return
         numbers = [number for number in signals if not _is_ignored(number)]
         # A process that was forked from a loader's process inherits a mask that blocks the signals.
@@ -102,7 +102,7 @@ class StopSignals:
 
     def _request(self) -> None:
         global _stop_requested
-        self.requested = _stop_requested = True
+        self.is_stop_requested = _stop_requested = True
 
     def _count_signals(self) -> None:
         is_announced = os.environ.get("RANK", "0") != "0"  # rank 0 announces the stop for all
@@ -111,7 +111,7 @@ class StopSignals:
                 if number not in STOP_SIGNALS:
                     continue
                 self._request()
-                if number in IMPATIENT_SIGNALS and not is_announced:
+                if number in FORCE_STOP_SIGNALS and not is_announced:
                     is_announced = True
                     _announce(
                         number,
@@ -121,11 +121,11 @@ class StopSignals:
                 _end_at_second_signal(number)
 
     def close(self) -> None:
-        """Restore the handlers that were set before. A second call does nothing."""
-        global _first_impatient_seconds, _stop_requested
-        if not self.has_handlers or self._closed:
+        """Restore the earlier handlers. A second call does nothing."""
+        global _first_force_stop_seconds, _stop_requested
+        if not self.is_installed or self._closed:
             return
-        self._closed, _first_impatient_seconds, _stop_requested = True, None, False
+        self._closed, _first_force_stop_seconds, _stop_requested = True, None, False
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._previous_wakeup, warn_on_full_buffer=False)

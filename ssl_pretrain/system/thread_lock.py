@@ -8,7 +8,7 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def only_training_of_process() -> Iterator[None]:
+def refuse_concurrent_training() -> Iterator[None]:
     """Refuse to train in two threads at a time, because they would share a random generator.
 
     Raises:

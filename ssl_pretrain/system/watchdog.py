@@ -12,41 +12,48 @@ import threading
 import time
 from contextlib import suppress
 
-from ssl_pretrain.system.exit_status import LOST
+from ssl_pretrain.system.exit_status import PROCESS_LOST
 
 TICK_SECONDS = 1.0
 COMPILE_FACTOR = 10.0  # a first step that compiles may take this many times its limit
-BUSY_SHARE = 0.1  # a process that uses more than this share of a core counts as computing
+BUSY_FRACTION = 0.1  # of a core; a process that uses more counts as computing
 BACKUP_SECONDS = 60.0  # faulthandler waits this much longer than the watchdog
 
 
 class Watchdog:
-    """Timer that ends the process after too many seconds without a sign of life while armed."""
+    """Timer that, while armed, ends the process after too many seconds without a sign of life."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._armed = threading.Event()
         self._limit, self._silence, self._compile_budget = 0.0, 0.0, 0.0  # seconds
-        self._remedy, self._status = "", LOST
+        self._remedy, self._status = "", PROCESS_LOST
         self.activity = "preparing the run"
 
-    def beat(
-        self, seconds: float, activity: str, remedy: str, status: int = LOST, compiles: bool = False
+    def arm(
+        self,
+        limit_seconds: float,
+        activity: str,
+        remedy: str,
+        status: int = PROCESS_LOST,
+        includes_compilation: bool = False,
     ) -> None:
         """Record a sign of life and arm the watchdog for the next activity.
 
         Args:
-            seconds: Time that the next activity may take.
+            limit_seconds: Time that the next activity may take.
             activity: Name of that activity in messages, such as "training step 5".
             remedy: Advice for the user if the watchdog ends the process.
             status: Exit status of the process if the watchdog ends it.
-            compiles: True if the activity compiles code first. The limit is then up to
-                `COMPILE_FACTOR` times `seconds` as long as this process is computing.
+            includes_compilation: True if the activity compiles code first. The limit is then up to
+                `COMPILE_FACTOR` times as long, if this process is computing.
         """
         with self._lock:
-            self._limit, self._silence, self._status = seconds, 0.0, status
-            self._compile_budget = (COMPILE_FACTOR - 1) * seconds if compiles else 0.0
+            self._limit, self._silence, self._status = limit_seconds, 0.0, status
+            self._compile_budget = (
+                (COMPILE_FACTOR - 1) * limit_seconds if includes_compilation else 0.0
+            )
             self.activity, self._remedy = activity, remedy
             self._armed.set()
             if self._thread is None:
@@ -71,7 +78,7 @@ class Watchdog:
                 if self._armed.is_set():
                     if (
                         self._compile_budget > 0
-                        and cpu_time - previous_cpu_time > BUSY_SHARE * elapsed
+                        and cpu_time - previous_cpu_time > BUSY_FRACTION * elapsed
                     ):
                         self._compile_budget -= elapsed
                     else:

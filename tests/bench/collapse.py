@@ -147,7 +147,7 @@ def find_alerts(entries: list[Entry]) -> list[tuple[int, str]]:
         (entry["step"], alert.title)
         for entry in entries
         if entry["step"] % every_steps == 0
-        for alert in history.check(entry["step"], entry)
+        for alert in history.update(entry["step"], entry)
     ]
 
 

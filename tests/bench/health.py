@@ -111,7 +111,7 @@ def time_pairs(options: argparse.Namespace, folder: Path) -> dict[str, list[tupl
     ) as logger:
         method = parallel.unwrap(stepper.model)
         health = HealthConfig(every_steps=MEASURE_STEPS)
-        monitor = CollapseMonitor(health, method, stepper.optimizer, raise_alert=logger.alert)
+        monitor = CollapseMonitor(health, method, stepper.optimizer, raise_alert=logger.raise_alert)
 
         def monitored_step(step: int) -> None:
             embeddings, targets, logs = stepper(HALFWAY, batch)

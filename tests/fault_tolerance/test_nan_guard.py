@@ -18,7 +18,7 @@ PROBLEM = f"3 steps in a row had a non-finite gradient; embeddings that are not 
 
 def guard(run, roll_back):
     """Return a guard that checks every 2 steps and allows 3 skipped steps and 1 rollback."""
-    callbacks = {"describe_bad_embeddings": lambda: BROKEN, "roll_back": roll_back}
+    callbacks = {"describe_nonfinite_embeddings": lambda: BROKEN, "roll_back": roll_back}
     return NanGuard(GuardConfig(3, 1), run, 2, seed=7, steps_per_epoch=3, **callbacks)
 
 

@@ -191,7 +191,7 @@ def test_a_live_container_keeps_the_folder_and_a_dead_one_loses_it_at_once(tmp_p
     assert find_holder(tmp_path) is None
     start = time.monotonic()
     with RunLock(tmp_path):
-        assert time.monotonic() - start < run_lock.DYING_SECONDS
+        assert time.monotonic() - start < run_lock.CLEANUP_SECONDS
 
 
 def test_without_flock_another_container_is_treated_like_another_machine(
@@ -319,7 +319,7 @@ def test_the_lock_is_checked_again_after_a_silence(tmp_path, monkeypatch):
         lock._last_check -= 1001
         with pytest.raises(ValueError, match="was taken over by process 7 on elsewhere"):
             lock.check()
-        (tmp_path / "lock.json").write_text(lock._own.to_json())
+        (tmp_path / "lock.json").write_text(lock._this_process.to_json())
         lock.check()
 
 
@@ -335,6 +335,6 @@ def test_a_suspended_machine_loses_the_folder_though_it_keeps_its_flock(tmp_path
         assert "is in use by process" in refusal(tmp_path)
         touch.join()
         with RunLock(tmp_path) as lock:
-            assert lock_content(tmp_path) == json.loads(lock._own.to_json())
+            assert lock_content(tmp_path) == json.loads(lock._this_process.to_json())
     finally:
         os.close(descriptor)

@@ -45,7 +45,7 @@ def test_every_panel_shows_a_metric_that_is_logged():
     assert list(sections) == [*metric_names.GROUPS, "Pictures"]
 
 
-@pytest.mark.parametrize("prefix", metric_names.PREFIXES)
+@pytest.mark.parametrize("prefix", metric_names.TITLE_BY_PREFIX)
 def test_one_panel_shows_a_metric_of_all_modules(prefix):
     (network,) = (
         section
@@ -62,7 +62,7 @@ def test_evaluations_and_pictures_have_sections():
     sections = {section.name: section for section in dashboard.build_workspace("p", "e").sections}
     (evaluations,) = sections["Evaluation"].panels
     assert evaluations.metric_regex == "Evaluation/.*" and text(evaluations.x) == "evaluated_step"
-    assert metric_names.evaluation("knn", "clean") == "Evaluation/knn, clean"
+    assert metric_names.evaluation_display_name("knn", "clean") == "Evaluation/knn, clean"
     (pictures,) = sections["Pictures"].panels
     assert pictures.media_keys == ["Pictures/views", "Pictures/nearest neighbors"]
 

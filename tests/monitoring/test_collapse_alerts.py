@@ -13,13 +13,13 @@ def alerts(metric, values, **others):
     return [
         (index, alert.title)
         for index, value in enumerate(values)
-        for alert in history.check(50 * index, {metric: value, **others})
+        for alert in history.update(50 * index, {metric: value, **others})
     ]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule.title for rule in RULES])
 def test_an_alert_is_raised_once_after_two_low_values_in_a_row(rule):
-    good, bad = 1.5 * rule.bad_below / rule.fallen_below, 0.8 * rule.bad_below
+    good, bad = 1.5 * rule.low_threshold / rule.drop_fraction, 0.8 * rule.low_threshold
     assert alerts(rule.metric, [good, bad, bad, bad, bad]) == [(2, rule.title)]
     assert alerts(rule.metric, [good, bad, good, bad, good]) == []
     assert alerts(rule.metric, [good, math.nan, math.nan, math.nan]) == []
@@ -29,13 +29,13 @@ def test_an_alert_is_raised_once_after_two_low_values_in_a_row(rule):
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule.title for rule in RULES])
 def test_one_severe_value_is_enough(rule):
-    good = 1.5 * rule.bad_below / rule.fallen_below
+    good = 1.5 * rule.low_threshold / rule.drop_fraction
     assert alerts(rule.metric, [good, good * 1e-3]) == [(1, rule.title)]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule.title for rule in RULES])
 def test_no_guarded_alert_is_raised_while_views_match(rule):
-    good, bad = 1.5 * rule.bad_below / rule.fallen_below, 0.8 * rule.bad_below
+    good, bad = 1.5 * rule.low_threshold / rule.drop_fraction, 0.8 * rule.low_threshold
     values = [good, bad, bad]
     assert bool(alerts(rule.metric, values, positive_chance=0.4)) is not rule.is_guarded
     assert alerts(rule.metric, values, positive_chance=0.9) == [(2, rule.title)]
@@ -48,7 +48,7 @@ def test_a_run_may_begin_in_a_bad_state_for_a_limited_time():
 
 def test_an_alert_names_the_metric_its_value_and_its_best_value():
     history = AlertHistory([{"step": 2, "embedding_std": 0.4}])
-    (alert,) = history.check(4, {"embedding_std": 0.05})
+    (alert,) = history.update(4, {"embedding_std": 0.05})
     assert alert.text.startswith(
         "step 4: embedding_std is 0.05, its best was 0.4: the embeddings of different images have "
         "become similar. "
@@ -61,5 +61,5 @@ def test_a_resumed_run_remembers_its_records():
         {"step": 100, "embedding_std": 0.4, "loss": 1.0},
     ]
     low = {"embedding_std": 0.15}
-    assert AlertHistory(past_records).check(150, low) == []
-    assert len(AlertHistory([*past_records, {"step": 125, **low}]).check(150, low)) == 1
+    assert AlertHistory(past_records).update(150, low) == []
+    assert len(AlertHistory([*past_records, {"step": 125, **low}]).update(150, low)) == 1

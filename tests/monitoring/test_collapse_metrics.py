@@ -54,10 +54,12 @@ def test_alpha_req_of_a_power_law_is_its_exponent(alpha):
 
 def test_deviations_are_one_on_a_sphere_and_zero_at_a_point():
     z = torch.randn(20000, 16, generator=GENERATOR)
-    torch.testing.assert_close(collapse_metrics.deviations(z), torch.ones(16), atol=0.03, rtol=0)
-    assert collapse_metrics.deviations(torch.ones(64, 16)).abs().max() < 1e-5
+    torch.testing.assert_close(
+        collapse_metrics.normalized_stds(z), torch.ones(16), atol=0.03, rtol=0
+    )
+    assert collapse_metrics.normalized_stds(torch.ones(64, 16)).abs().max() < 1e-5
     axis = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # the second dimension is dead
-    torch.testing.assert_close(collapse_metrics.deviations(axis), torch.tensor([2**0.5, 0.0]))
+    torch.testing.assert_close(collapse_metrics.normalized_stds(axis), torch.tensor([2**0.5, 0.0]))
 
 
 def test_alignment_is_the_squared_distance_of_unit_vectors():
@@ -99,5 +101,5 @@ def test_the_positive_is_first_last_or_at_chance():
     ],
 )
 def test_prototypes_are_used_evenly_or_not(assignments, num_prototypes, expected):
-    usage, entropy = collapse_metrics.prototype_use(assignments, num_prototypes)
+    usage, entropy = collapse_metrics.prototype_usage_and_entropy(assignments, num_prototypes)
     assert (usage.item(), entropy.item()) == pytest.approx(expected)

@@ -91,7 +91,7 @@ def test_measurements_join_the_next_record_and_curves_have_their_own_file(tmp_pa
         logger.log_step(2, logs, rates, Measurements({"rankme": 2.0}, curves))
         logger.log_step(3, logs, rates)
         picture = torch.rand(3, 20, 30)
-        logger.log_step(4, logs, rates, Measurements({"knn": 0.5}, neighbors=picture))
+        logger.log_step(4, logs, rates, Measurements({"knn": 0.5}, neighbor_grid=picture))
     (record,) = read(tmp_path)
     assert record["rankme"] == 2.0 and "knn" not in record
     assert read(tmp_path, "plots.jsonl") == [{"step": 2, "epoch": 0.4, **curves}]

@@ -130,7 +130,7 @@ def test_axes_are_declared(resumed):
 def test_an_alert_is_sent_and_tags_the_run(tmp_path):
     settings = LogConfig(wandb="offline")
     with Logger(settings, tmp_path, config={}, wandb_id="abcdefgh", **STEPS) as logger:
-        logger.alert("collapse", "the embeddings are similar")
+        logger.raise_alert("collapse", "the embeddings are similar")
     (file,) = tmp_path.glob("wandb/offline-run-*-abcdefgh/*.wandb")
     alerts = [(alert.title, alert.text) for alert in of_type(file, "alert")]
     assert alerts == [("collapse", "the embeddings are similar")]
@@ -241,9 +241,11 @@ def test_the_client_leaves_no_temporary_files(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     names = {"project": "p", "name": "n", "run_id": "abcdefgh", "config": {}, "tags": []}
-    run = wandb_run.WandbRun(tmp_path / "run", mode="offline", say=lambda line: None, **names)
+    run = wandb_run.WandbRun(
+        tmp_path / "run", mode="offline", print_line=lambda line: None, **names
+    )
     curves = {"deviations": [1.0], "spectrum_index": [1], "spectrum": [1.0]}
-    run.send("record", record={"step": 1, "loss": 1.0}, curves=curves)
+    run.send("log_record", record={"step": 1, "loss": 1.0}, curves=curves)
     run.close()
     assert run._process.wait(60) == 0
     assert list((tmp_path / "tmp").iterdir()) == []

@@ -44,7 +44,7 @@ def start(code: str, **options) -> subprocess.Popen[str]:
     ],
 )
 def test_a_second_signal_ends_the_process_at_once(waiting, first, second):
-    process = start("s = stop_signals.StopSignals()\n" + waiting)
+    process = start("s = stop_signals.StopSignalHandlers()\n" + waiting)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(first)
     time.sleep(1.3)
@@ -63,10 +63,10 @@ def test_a_second_signal_ends_the_process_at_once(waiting, first, second):
 
 def test_a_warning_of_the_scheduler_and_a_repetition_by_the_launcher_do_not_count_as_second():
     process = start("""
-s = stop_signals.StopSignals()
+s = stop_signals.StopSignalHandlers()
 print("ready", flush=True)
 time.sleep(3.5)
-print(s.requested)
+print(s.is_stop_requested)
 """)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR2)  # announces preemption, before SIGTERM
@@ -91,8 +91,8 @@ def test_outside_the_main_thread_a_program_keeps_its_handlers():
     code = """
 signal.signal(signal.SIGTERM, lambda *_: print("the program's own"))
 def run():
-    s = stop_signals.StopSignals()
-    assert not s.has_handlers and not s.requested
+    s = stop_signals.StopSignalHandlers()
+    assert not s.is_installed and not s.is_stop_requested
     os.kill(os.getpid(), signal.SIGTERM)
     s.close()
 thread = threading.Thread(target=run); thread.start(); thread.join()
@@ -107,7 +107,7 @@ import asyncio
 async def main():
     loop, received = asyncio.get_running_loop(), []
     loop.add_signal_handler(signal.SIGTERM, received.append, 1)
-    s = stop_signals.StopSignals(); s.close(); s.close()
+    s = stop_signals.StopSignalHandlers(); s.close(); s.close()
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.sleep(0.3)
     print(received)
@@ -123,9 +123,9 @@ def test_a_closed_terminal_is_a_stop_request_and_later_output_is_dropped(tmp_pat
 import fcntl, termios
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 os.setsid(); fcntl.ioctl(1, termios.TIOCSCTTY, 0)
-s = stop_signals.StopSignals()
+s = stop_signals.StopSignalHandlers()
 print("ready", flush=True)
-while not s.requested: time.sleep(0.05)
+while not s.is_stop_requested: time.sleep(0.05)
 print("this line has no terminal", flush=True)
 open({str(tmp_path / "saved")!r}, "w").close()
 """
@@ -142,10 +142,10 @@ open({str(tmp_path / "saved")!r}, "w").close()
 def test_under_nohup_a_closed_terminal_is_ignored():
     process = start("""
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-s = stop_signals.StopSignals()
+s = stop_signals.StopSignalHandlers()
 os.kill(os.getpid(), signal.SIGHUP)
 time.sleep(0.3)
-print(s.requested)
+print(s.is_stop_requested)
 """)
     out, _ = process.communicate(timeout=20)
     assert out == "False\n"

@@ -29,7 +29,7 @@ def run(code: str) -> tuple[int, str, str]:
 
 def test_silence_ends_the_process_and_the_message_names_its_activity():
     status, _, err = run("""
-watchdog.beat(0.5, "waiting for the images of step 1", "check the disk")
+watchdog.arm(0.5, "waiting for the images of step 1", "check the disk")
 time.sleep(50)
 """)
     assert status == 69
@@ -45,7 +45,7 @@ time.sleep(50)
 def test_signs_of_life_keep_the_process_alive_and_so_does_disarming():
     code = """
 for step in range(8):
-    watchdog.beat(1.0, "x", "y")
+    watchdog.arm(1.0, "x", "y")
     time.sleep(0.3)
 watchdog.disarm()
 time.sleep(2)
@@ -55,7 +55,7 @@ time.sleep(2)
 
 def test_a_suspended_process_is_not_silent():
     process = start("""
-watchdog.beat(6.0, "x", "y")
+watchdog.arm(6.0, "x", "y")
 print("ready", flush=True)
 time.sleep(1)
 print("alive", flush=True)
@@ -72,7 +72,7 @@ watchdog.disarm()
 def test_a_call_that_holds_the_interpreter_lock_is_ended():
     status, _, err = run("""
 module.BACKUP_SECONDS = 1.0
-watchdog.beat(0.5, "x", "y")
+watchdog.arm(0.5, "x", "y")
 time.sleep(0.3)
 ctypes.PyDLL(None).sleep(50)
 """)
@@ -81,16 +81,16 @@ ctypes.PyDLL(None).sleep(50)
 
 def test_a_process_that_compiles_is_not_silent_unless_it_waits():
     computing = """
-watchdog.beat(1.0, "x", "y", compiles=True)
+watchdog.arm(1.0, "x", "y", includes_compilation=True)
 end = time.monotonic() + 4
 while time.monotonic() < end: pass
 watchdog.disarm()
 """
     assert run(computing) == (0, "", "")
     start_time = time.monotonic()
-    assert run('watchdog.beat(1.0, "x", "y", compiles=True)\ntime.sleep(50)')[0] == 69
+    assert run('watchdog.arm(1.0, "x", "y", includes_compilation=True)\ntime.sleep(50)')[0] == 69
     assert time.monotonic() - start_time < 20
 
 
 def test_the_exit_status_can_be_that_of_the_disk():
-    assert run('watchdog.beat(0.3, "x", "y", 74)\ntime.sleep(50)')[0] == 74
+    assert run('watchdog.arm(0.3, "x", "y", 74)\ntime.sleep(50)')[0] == 74

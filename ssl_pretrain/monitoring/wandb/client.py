@@ -26,15 +26,15 @@ from ssl_pretrain.system import durable_files
 
 START_SECONDS = 20  # longest wait for the server before the run is kept offline
 FINISH_SECONDS = 300  # longest wait for the server at the end of the run
-TEMPORARY = "SSL_PRETRAIN_WANDB_TMPDIR"  # passes the temporary folder to a restarted process
+# Environment variable that passes the temporary folder to a restarted client.
+TEMPORARY_FOLDER_VARIABLE = "SSL_PRETRAIN_WANDB_TMPDIR"
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Client:
     """One run at W&B, which receives the records of one training in the order of their steps.
 
-    Each public method handles the kind of message that has its name. The parameters of the method
-    are the fields of the message.
+    A message names one of the public methods and has its arguments as further fields.
     """
 
     def __init__(self, settings: dict[str, Any]):
@@ -43,24 +43,24 @@ class Client:
         self.wandb: Any = wandb
         self.folder = Path(settings["dir"])
         self.run_id = settings["id"]
-        self.online = settings["mode"] == "online"
+        self.is_online = settings["mode"] == "online"
         (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
         try:
             self.run = self._init(settings)
         except Exception as error:  # the library raises errors of many types
-            if not self.online:
+            if not self.is_online:
                 raise
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             command = shlex.join(["wandb", "sync", str(self.folder / "wandb")])
-            say(
+            print_line(
                 f"W&B: the server cannot be used ({reason}). The run is kept offline; "
                 f"run `{command}` to send it later"
             )
-            restart(settings | {"mode": "offline"})
-        if self.online:
-            say(f"W&B: {self.run.url}")
+            restart_client(settings | {"mode": "offline"})
+        if self.is_online:
+            print_line(f"W&B: {self.run.url}")
         # The server ignores steps that it already has. Offline, this process has to ignore them.
-        self.first_new_step = 0 if self.online else read_last_step(self.folder, self.run_id) + 1
+        self.first_new_step = 0 if self.is_online else read_last_step(self.folder, self.run_id) + 1
         self.last_step = max(self.first_new_step, self.run.step) - 1
 
     def _init(self, settings: dict[str, Any]) -> Any:
@@ -68,7 +68,7 @@ class Client:
         run = self.wandb.init(
             **{name: settings[name] for name in names},
             mode=settings["mode"],
-            resume="allow" if self.online else None,
+            resume="allow" if self.is_online else None,
             settings=self.wandb.Settings(
                 init_timeout=START_SECONDS,
                 login_timeout=START_SECONDS,
@@ -85,7 +85,9 @@ class Client:
         run.define_metric(metric_names.display_name("knn"), step_metric="step", summary="max")
         return run
 
-    def record(self, record: dict[str, Any], curves: dict[str, list[float]] | None = None) -> None:
+    def log_record(
+        self, record: dict[str, Any], curves: dict[str, list[float]] | None = None
+    ) -> None:
         """Log a record of metrics.jsonl, together with a new evaluation if there is one."""
         step = record["step"]
         if step < self.first_new_step:
@@ -105,24 +107,24 @@ class Client:
             )
         self._log(row | next(self._evaluations(), {}), step)
 
-    def image(self, key: str, path: str, caption: str, step: int) -> None:
+    def log_picture(self, key: str, path: str, caption: str, step: int) -> None:
         """Log a picture."""
         if step >= self.first_new_step:
             self._log({key: self.wandb.Image(path, caption=caption)}, step)
 
-    def alert(self, title: str, text: str, tag: str) -> None:
+    def raise_alert(self, title: str, text: str, tag: str) -> None:
         """Raise an alert and tag the run."""
         self.run.alert(title=title, text=text, level=self.wandb.AlertLevel.ERROR)
         if tag not in (self.run.tags or ()):
             self.run.tags = (*(self.run.tags or ()), tag)
         self.run.summary["health"] = f"{title}: {text}"
 
-    def finish(self, exit_code: int) -> None:
+    def finish_run(self, exit_code: int) -> None:
         """Log the evaluations that were not logged with a record, and end the run."""
         last_step = self.last_step
         for row in self._evaluations():
             self._log({"step": max(last_step, row["evaluated_step"])} | row, self.last_step + 1)
-        threading.Timer(FINISH_SECONDS, leave, [1]).start()
+        threading.Timer(FINISH_SECONDS, exit_process, [1]).start()
         self.run.finish(exit_code=exit_code)
         write_last_step(self.folder, self.run_id, self.last_step)
 
@@ -134,12 +136,12 @@ class Client:
 
     def _evaluations(self) -> Iterator[dict[str, Any]]:
         """Yield the results in RUN/eval/ that W&B does not have, and mark them as sent."""
-        for result in evaluations.unsent(self.folder):
+        for result in evaluations.unsent_results(self.folder):
             rows = (row["metrics"] for row in result["rows"] if row["features"] == "pretrained")
             metrics: dict[str, float] = next(rows, {})
             evaluations.mark_sent(self.folder, result)
             yield {"evaluated_step": result["step"]} | {
-                metric_names.evaluation(result["name"], column): value
+                metric_names.evaluation_display_name(result["name"], column): value
                 for column, value in metrics.items()
             }
 
@@ -158,47 +160,48 @@ def write_last_step(folder: Path, run_id: str, step: int) -> None:
 
 
 def use_temporary_folder() -> None:
-    """Make W&B's library keep its temporary files in one folder, which `leave` removes.
+    """Make W&B's library keep its temporary files in one folder, which `exit_process` removes.
 
-    The library itself has no time to remove them, because `leave` ends the process at once.
+    The library itself has no time to remove them, because `exit_process` ends the process at once.
     """
-    folder = os.environ.get(TEMPORARY) or tempfile.mkdtemp(prefix="ssl_pretrain-wandb-")
-    os.environ[TEMPORARY] = os.environ["TMPDIR"] = tempfile.tempdir = folder
+    folder = os.environ.get(TEMPORARY_FOLDER_VARIABLE)
+    folder = folder or tempfile.mkdtemp(prefix="ssl_pretrain-wandb-")
+    os.environ[TEMPORARY_FOLDER_VARIABLE] = os.environ["TMPDIR"] = tempfile.tempdir = folder
 
 
-def restart(settings: dict[str, Any]) -> NoReturn:
-    """Replace this process by a new one, which has other settings and reads the remaining messages.
+def restart_client(settings: dict[str, Any]) -> NoReturn:
+    """Replace this process with a new one that has other settings and reads the remaining messages.
 
     A failed attempt leaves threads and a service of W&B's library behind. They may occupy the run's
     id until their requests end, and must not interfere with the next attempt.
     """
-    path = Path(os.environ[TEMPORARY]) / "settings.json"
+    path = Path(os.environ[TEMPORARY_FOLDER_VARIABLE]) / "settings.json"
     path.write_text(json.dumps(settings))
     os.environ.pop("WANDB_SERVICE", None)
     module = "ssl_pretrain.monitoring.wandb.client"
     os.execv(sys.executable, [sys.executable, "-m", module, str(path)])
 
 
-def say(line: str) -> None:
-    """Print a line to client.log, and pass it to the training if that still runs."""
+def print_line(line: str) -> None:
+    """Print a line to client.log and, if it still runs, to the training process."""
     print(line, file=sys.stderr, flush=True)
     with suppress(OSError, ValueError):
         print(line, flush=True)
 
 
-def read_messages(source: io.FileIO, timeout: float) -> Iterator[dict[str, Any] | None]:
-    """Yield the messages, and None whenever `timeout` seconds pass without one."""
+def read_messages(source: io.FileIO, timeout_seconds: float) -> Iterator[dict[str, Any] | None]:
+    """Yield the messages, and None whenever `timeout_seconds` pass without one."""
     while True:
-        if not select.select([source], [], [], timeout)[0]:
+        if not select.select([source], [], [], timeout_seconds)[0]:
             yield None
         elif line := source.readline():
-            with suppress(ValueError):  # the line is incomplete if the training was killed
+            with suppress(ValueError):  # incomplete line of a training process that was killed
                 yield json.loads(line)
         else:
             return
 
 
-def serve(settings: dict[str, Any], source: io.FileIO) -> NoReturn:
+def handle_messages(settings: dict[str, Any], source: io.FileIO) -> NoReturn:
     """Handle the messages until they end, and end this process."""
     client = Client(settings)
     has_succeeded, is_stalled = False, False
@@ -206,22 +209,22 @@ def serve(settings: dict[str, Any], source: io.FileIO) -> NoReturn:
         if message is None:
             if not is_stalled:
                 text = f"no step finished for {settings['stall_seconds']:.0f} seconds"
-                client.alert("stalled", text, "stalled")
+                client.raise_alert("stalled", text, "stalled")
             is_stalled = True
             continue
-        is_stalled, kind = False, message.pop("kind")
-        if kind == "close":
+        is_stalled, method = False, message.pop("method")
+        if method == "close":
             has_succeeded = True
         else:
-            getattr(client, kind)(**message)
-    client.finish(exit_code=0 if has_succeeded else 1)
-    say("W&B: finished")
-    leave(0)
+            getattr(client, method)(**message)
+    client.finish_run(exit_code=0 if has_succeeded else 1)
+    print_line("W&B: finished")
+    exit_process(0)
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End this process at once, without waiting for the library's threads."""
-    shutil.rmtree(os.environ[TEMPORARY], ignore_errors=True)
+    shutil.rmtree(os.environ[TEMPORARY_FOLDER_VARIABLE], ignore_errors=True)
     os._exit(status)
 
 
@@ -239,9 +242,9 @@ def main() -> None:
     source = io.FileIO(sys.stdin.fileno())
     try:
         settings = Path(sys.argv[1]).read_bytes() if sys.argv[1:] else source.readline()
-        serve(json.loads(settings), source)
+        handle_messages(json.loads(settings), source)
     finally:  # only reached after an error
-        shutil.rmtree(os.environ[TEMPORARY], ignore_errors=True)
+        shutil.rmtree(os.environ[TEMPORARY_FOLDER_VARIABLE], ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ssl_pretrain.system import durable_files
 SENT_FILE = "wandb/evaluations_sent.json"
 
 
-def unsent(run: Path) -> Iterator[dict[str, Any]]:
+def unsent_results(run: Path) -> Iterator[dict[str, Any]]:
     """Yield each result that is not marked as sent, without duplicates."""
     hashes = _sent_hashes(run)
     for path in sorted([*run.glob("eval/*.json"), *run.glob("eval/step_*/*.json")]):

@@ -46,8 +46,8 @@ class WandbRun:
         run_id: W&B ID of the run, the same after a resume.
         config: Configuration to show in W&B.
         tags: W&B tags of the run.
-        say: Prints the client's messages.
-        stall_seconds: The client raises an alert after this time without a message.
+        print_line: Prints the client's messages.
+        stall_seconds: Time without a message after which the client raises an alert.
 
     Raises:
         ValueError: If wandb is not installed.
@@ -64,14 +64,14 @@ class WandbRun:
         run_id: str,
         config: dict[str, Any],
         tags: list[str],
-        say: Callable[[str], None] = print,
+        print_line: Callable[[str], None] = print,
         stall_seconds: float = 600.0,
     ):
         if importlib.util.find_spec("wandb") is None:
             raise ValueError(
                 "log.wandb: wandb is not installed; pip install wandb, or set log.wandb=off"
             )
-        self.mode, self.run_id, self._say = mode, run_id, say
+        self.mode, self.run_id, self._print_line = mode, run_id, print_line
         environment = child_environment()
         environment.pop("WANDB_SERVICE", None)  # belongs to another client and ends with it
         (run / "wandb").mkdir(parents=True, exist_ok=True)
@@ -104,28 +104,28 @@ class WandbRun:
             }
         )
 
-    def send(self, kind: str, **message: Any) -> None:
+    def send(self, method: str, **arguments: Any) -> None:
         """Call a method of the client process's `Client`.
 
         Args:
-            kind: Name of the method.
-            message: Arguments of the method, which must be JSON values.
+            method: Name of the method.
+            arguments: Arguments of the method, which must be JSON values.
         """
-        self._queue.put({"kind": kind, **message})
+        self._queue.put({"method": method, **arguments})
 
     def close(self, succeeded: bool = True) -> None:
         """End the run. W&B marks it as crashed unless it succeeded.
 
-        W&B also marks it as crashed if the training is killed and never calls this.
+        W&B also marks it as crashed if the training process is killed before it calls `close`.
         """
         if succeeded:
-            self._queue.put({"kind": "close"})
+            self._queue.put({"method": "close"})
         self._queue.put(None)
         timeout = OFFLINE_CLOSE_SECONDS if self.mode == "offline" else CLOSE_SECONDS
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
         if self._process.poll() is None:
-            self._say(
+            self._print_line(
                 "W&B: still sending. The client continues in the background; "
                 "`wandb sync` uploads whatever it fails to send"
             )
@@ -143,16 +143,21 @@ class WandbRun:
     def _read(self) -> None:
         assert self._process.stdout is not None, "started with a pipe"
         for line in self._process.stdout:
-            self._say(line.rstrip())
+            self._print_line(line.rstrip())
         if self._process.wait() != 0:
-            self._say(
+            self._print_line(
                 "W&B: the client ended early and the run continues without it; "
                 "see wandb/client.log in the run's folder"
             )
 
 
 def start(
-    setting: str, run: Path, *, run_id: str | None, say: Callable[[str], None], **arguments: Any
+    setting: str,
+    run: Path,
+    *,
+    run_id: str | None,
+    print_line: Callable[[str], None],
+    **arguments: Any,
 ) -> WandbRun | None:
     """Start a W&B run, or return None if W&B is off or the run's files cannot be written.
 
@@ -162,20 +167,22 @@ def start(
         setting: The value of `log.wandb`.
         run: The run's folder.
         run_id: ID of an existing W&B run to continue, or None for a new run.
-        say: Prints messages.
+        print_line: Prints messages.
         arguments: Further arguments of `WandbRun`.
     """
     mode, message = resolve_mode(setting)
     if message:
-        say(message)
+        print_line(message)
     if mode == "off":
         return None
     run_id = run_id or os.urandom(4).hex()
     try:
-        return WandbRun(run, mode=mode, run_id=run_id, say=say, **arguments)
+        return WandbRun(run, mode=mode, run_id=run_id, print_line=print_line, **arguments)
     except OSError as error:
-        reason = durable_files.reason(error)
-        say(f"W&B: {run / 'wandb'} could not be written: {reason}. The run continues without it")
+        reason = durable_files.describe_error(error)
+        print_line(
+            f"W&B: {run / 'wandb'} could not be written: {reason}. The run continues without it"
+        )
         return None
 
 
@@ -191,7 +198,7 @@ def resolve_mode(setting: str) -> tuple[str, str]:
     """
     limit, source = _wandb_mode()
     if setting == "auto":
-        if has_key():
+        if has_api_key():
             return limit or "online", ""
         hint = (
             f"W&B: off, because no API key was found. {source} requests offline mode; "
@@ -204,7 +211,7 @@ def resolve_mode(setting: str) -> tuple[str, str]:
     return setting, ""
 
 
-def has_key() -> bool:
+def has_api_key() -> bool:
     """Return True if the environment or the netrc file has a W&B key."""
     if os.environ.get("WANDB_API_KEY"):
         return True
