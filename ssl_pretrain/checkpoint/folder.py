@@ -177,9 +177,8 @@ def publish(
         manifests.to_json(manifest | {"files": file_entries}), encoding="utf-8"
     )
     for file in staging_folder.iterdir():
-        durable_files.copy_permissions(
-            manifest_file, file
-        )  # safetensors creates files with mode 0600
+        # safetensors creates files with mode 0600.
+        durable_files.copy_permissions(manifest_file, file)
         durable_files.sync(file)
     durable_files.sync_folder(staging_folder)
     os.rename(staging_folder, path)
