@@ -38,9 +38,9 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 import color as color_bench
 
-from ssl_pretrain.data.beton import writer as beton_writer
+from ssl_pretrain.data.beton import beton_writer
 from ssl_pretrain.data.beton.beton_source import Beton
-from ssl_pretrain.data.beton.encoder import Settings
+from ssl_pretrain.data.beton.encoder import EncodingSettings
 from ssl_pretrain.data.chunks import ChunkRequest
 from ssl_pretrain.data.native.threads import ThreadPool
 from ssl_pretrain.data.order import Plan
@@ -273,7 +273,7 @@ def main() -> None:
         )
         for side in args.sides:
             path = Path(folder) / f"{side}.beton"
-            beton_writer.write(zipped, path, Settings(max_side=side), num_workers=1)
+            beton_writer.write(zipped, path, EncodingSettings(max_side=side), num_workers=1)
             source = open_source(DataConfig(root=str(path)), "train")
             assert isinstance(source, Beton)
             print(f"max side {side}: {path.stat().st_size / 600e3:.0f} KB per image", flush=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssl_pretrain.data.beton import writer as beton_writer
+from ssl_pretrain.data.beton import beton_writer
 from ssl_pretrain.data.beton.beton_source import Beton
-from ssl_pretrain.data.beton.encoder import Settings
+from ssl_pretrain.data.beton.encoder import EncodingSettings
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.recipe import Crop
@@ -56,7 +56,9 @@ def main() -> None:
         )
         for side in args.sides:
             path = Path(folder) / f"{side}.beton"
-            manifest = beton_writer.write(originals, path, Settings(max_side=side), num_workers=1)
+            manifest = beton_writer.write(
+                originals, path, EncodingSettings(max_side=side), num_workers=1
+            )
             stored = open_source(DataConfig(root=str(path)), "train")
             assert isinstance(stored, Beton)
             size = float(stored.samples.length.mean())  # without the tables of the file

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_pretrain.data.beton import writer as beton_writer
+from ssl_pretrain.data.beton import beton_writer
 from ssl_pretrain.data.beton.beton_source import Beton
-from ssl_pretrain.data.beton.encoder import Settings
+from ssl_pretrain.data.beton.encoder import EncodingSettings
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.sources import DataConfig, open_source
@@ -53,7 +53,9 @@ def open_train(root: Path, **options) -> Source:
 def write_beton(root: Path, n: int = 50, **settings) -> Beton:
     """Write images into `root`, convert them to train.beton beside it, and open that."""
     source = open_train(write_images(root, n), loader="folder")
-    beton_writer.write(source, root.parent / "train.beton", Settings(**settings), num_workers=1)
+    beton_writer.write(
+        source, root.parent / "train.beton", EncodingSettings(**settings), num_workers=1
+    )
     stored = open_train(root.parent / "train.beton")
     assert isinstance(stored, Beton)
     return stored

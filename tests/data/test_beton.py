@@ -19,12 +19,17 @@ from PIL import Image
 
 from ssl_pretrain.data import messages
 from ssl_pretrain.data.beton import __main__ as command
-from ssl_pretrain.data.beton import beton_file, encoder, tables
-from ssl_pretrain.data.beton import writer as beton_writer
+from ssl_pretrain.data.beton import beton_file, beton_writer, encoder, tables
 from ssl_pretrain.data.beton.beton_manifest import manifest_path
 from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.beton.check import find_problems
-from ssl_pretrain.data.beton.encoder import NEW_JPEG, PIXELS, UNCHANGED, Settings, encode
+from ssl_pretrain.data.beton.encoder import (
+    NEW_JPEG,
+    PIXELS,
+    UNCHANGED,
+    EncodingSettings,
+    encode_image,
+)
 from ssl_pretrain.data.images import UnreadableImage, decode
 from ssl_pretrain.data.native import decode as compiled
 from ssl_pretrain.data.sources import DataConfig, open_source
@@ -66,8 +71,8 @@ class TestRealData:
         for split, count in (("train", 50_000), ("val", 10_000)):
             source = open_source(config, split)
             path = tmp_path / f"{split}.beton"
-            manifest = beton_writer.write(source, path, Settings(), num_workers=1)
-            assert (manifest.num_samples, manifest.num_unchanged, manifest.bad_images) == (
+            manifest = beton_writer.write(source, path, EncodingSettings(), num_workers=1)
+            assert (manifest.num_samples, manifest.num_unchanged, manifest.unreadable_images) == (
                 count,
                 count,
                 [],
@@ -84,9 +89,9 @@ class TestRealData:
     def test_the_imagenet_sample_is_read_back(self, shared_data, tmp_path):
         source = open_train(shared_data("imagenet_sample.zip"))
         path = tmp_path / "train.beton"
-        manifest = beton_writer.write(source, path, Settings(max_side=0), num_workers=2)
+        manifest = beton_writer.write(source, path, EncodingSettings(max_side=0), num_workers=2)
         beton = open_train(path)
-        assert (manifest.num_samples, manifest.bad_images, beton.classes) == (
+        assert (manifest.num_samples, manifest.unreadable_images, beton.classes) == (
             600,
             [],
             source.classes,
@@ -104,7 +109,7 @@ class TestRealData:
     def test_larger_images_are_resized_once_and_counted(self, shared_data, tmp_path):
         source = open_train(shared_data("imagenet_sample.zip"))
         manifest = beton_writer.write(
-            source, tmp_path / "train.beton", Settings(max_side=256), num_workers=2
+            source, tmp_path / "train.beton", EncodingSettings(max_side=256), num_workers=2
         )
         samples = beton_file.read(tmp_path / "train.beton")
         assert int(np.maximum(samples.width, samples.height).max()) == 256
@@ -140,12 +145,13 @@ def test_each_kind_of_image_is_stored_as_documented(tmp_path):
     Image.new("CMYK", (60, 40)).save(folder / "i_cmyk.jpg")
     source = open_train(tmp_path / "data", loader="folder")
     manifest = beton_writer.write(
-        source, tmp_path / "train.beton", Settings(max_side=80), num_workers=1
+        source, tmp_path / "train.beton", EncodingSettings(max_side=80), num_workers=1
     )
     beton = open_train(tmp_path / "train.beton")
     decoder = compiled.Decoder()
     outcomes = [
-        encode(source, index, Settings(max_side=80), decoder)[0].outcome for index in range(9)
+        encode_image(source, index, EncodingSettings(max_side=80), decoder)[0].outcome
+        for index in range(9)
     ]
     assert outcomes == [
         UNCHANGED,
@@ -232,15 +238,15 @@ print([label for _, labels in loader for label in labels[:, 0].tolist()])
     assert find_problems(beton_file.read(ffcv_file)) == problems
 
 
-def test_bad_images_are_named_and_left_out(tmp_path, capsys):
+def test_unreadable_images_are_named_and_left_out(tmp_path, capsys):
     root = write_images(tmp_path / "data", n=12)
-    bad = sorted((root / "train").rglob("*.jpg"))[4]
-    bad.write_bytes(bad.read_bytes()[:200])
+    damaged = sorted((root / "train").rglob("*.jpg"))[4]
+    damaged.write_bytes(damaged.read_bytes()[:200])
     assert command.main(["write", str(root), str(tmp_path / "train.beton"), "--workers", "1"]) == 1
     out = capsys.readouterr().out
     assert (
         "11 images: 11 stored unchanged, 0 encoded at quality 95" in out
-        and f"  bad, left out: {bad}: " in out
+        and f"  unreadable, left out: {damaged}: " in out
     )
     beton = open_train(tmp_path / "train.beton")
     assert len(beton) == 11 and beton.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
@@ -281,7 +287,7 @@ def _write_slowly(root: Path, path: Path) -> None:
     encode_job, encoder._IMAGES_PER_JOB = encoder._encode_job, 3
     encoder._encode_job = lambda indices: (time.sleep(0.03), encode_job(indices))[1]
     beton_writer.write(
-        open_train(root, loader="folder"), path, Settings(max_side=64), num_workers=1
+        open_train(root, loader="folder"), path, EncodingSettings(max_side=64), num_workers=1
     )
 
 
@@ -290,7 +296,7 @@ class TestKilled:
         root = write_images(tmp_path / "data", n=300)
         whole, path = tmp_path / "whole" / "train.beton", tmp_path / "killed" / "train.beton"
         beton_writer.write(
-            open_train(root, loader="folder"), whole, Settings(max_side=64), num_workers=1
+            open_train(root, loader="folder"), whole, EncodingSettings(max_side=64), num_workers=1
         )
         journal, sizes = path.with_name("train.beton.journal"), []
         for delay in np.random.default_rng(0).uniform(0, 0.2, 10):
@@ -311,7 +317,7 @@ class TestKilled:
         # Each write continued where the previous one ended.
         assert sizes == sorted(sizes) and sizes[-1] > sizes[0]
         beton_writer.write(
-            open_train(root, loader="folder"), path, Settings(max_side=64), num_workers=1
+            open_train(root, loader="folder"), path, EncodingSettings(max_side=64), num_workers=1
         )
         assert sha256(path) == sha256(whole) and sha256(manifest_path(path)) == sha256(
             manifest_path(whole)
@@ -328,7 +334,7 @@ class TestKilled:
     def test_images_lost_in_a_power_cut_are_written_again(self, damage, tmp_path, monkeypatch):
         source = open_train(write_images(tmp_path / "data", n=40), loader="folder")
         whole, path = tmp_path / "whole" / "train.beton", tmp_path / "train.beton"
-        beton_writer.write(source, whole, Settings(), num_workers=1)
+        beton_writer.write(source, whole, EncodingSettings(), num_workers=1)
         with monkeypatch.context() as patch:
             stop = OSError("the disk is full")
 
@@ -344,7 +350,7 @@ class TestKilled:
                 beton_writer.write(
                     source,
                     path,
-                    Settings(max_side=30) if damage == "other settings" else Settings(),
+                    EncodingSettings(max_side=30 if damage == "other settings" else 500),
                     num_workers=1,
                 )
         data, journal = tmp_path / "train.beton.writing", tmp_path / "train.beton.journal"
@@ -356,7 +362,7 @@ class TestKilled:
             content = bytearray(data.read_bytes())
             content[-3000] ^= 255
             data.write_bytes(bytes(content))
-        beton_writer.write(source, path, Settings(), num_workers=1)
+        beton_writer.write(source, path, EncodingSettings(), num_workers=1)
         assert sha256(path) == sha256(whole)
 
     def test_a_finished_file_is_not_written_again(self, tmp_path):
@@ -365,7 +371,7 @@ class TestKilled:
         beton_writer.write(
             open_train(tmp_path / "data", loader="folder"),
             Path(beton.full_path),
-            Settings(),
+            EncodingSettings(),
             num_workers=1,
         )
         assert os.stat(beton.full_path).st_mtime_ns == before.st_mtime_ns
@@ -374,25 +380,28 @@ class TestKilled:
         source = open_train(write_images(tmp_path / "data", n=100), loader="folder")
         for workers in (1, 3):
             beton_writer.write(
-                source, tmp_path / str(workers) / "train.beton", Settings(max_side=50), workers
+                source,
+                tmp_path / str(workers) / "train.beton",
+                EncodingSettings(max_side=50),
+                workers,
             )
         assert sha256(tmp_path / "1" / "train.beton") == sha256(tmp_path / "3" / "train.beton")
 
     def test_a_second_writer_of_the_same_file_is_refused(self, tmp_path):
         source = open_train(write_images(tmp_path / "data", n=12), loader="folder")
         path = tmp_path / "train.beton"
-        encoded_images = beton_writer.encoded_images
+        encode_images = beton_writer.encode_images
 
         def start_second_writer(*arguments, **options):
             assert (
-                error_message(beton_writer.write, source, path, Settings(), 1)
+                error_message(beton_writer.write, source, path, EncodingSettings(), 1)
                 == f"{path}: another process is writing this file; wait until it ends, or stop it"
             )
-            return encoded_images(*arguments, **options)
+            return encode_images(*arguments, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(beton_writer, "encoded_images", start_second_writer)
-            beton_writer.write(source, path, Settings(), num_workers=1)
+            patch.setattr(beton_writer, "encode_images", start_second_writer)
+            beton_writer.write(source, path, EncodingSettings(), num_workers=1)
         assert path.exists()
 
 
@@ -659,8 +668,8 @@ class TestDamage:
 def test_a_killed_rewrite_is_finished(moment, tmp_path, monkeypatch):
     source = open_train(write_images(tmp_path / "data", n=12), loader="folder")
     path, whole = tmp_path / "train.beton", tmp_path / "whole" / "train.beton"
-    beton_writer.write(source, path, Settings(max_side=30), num_workers=1)
-    beton_writer.write(source, whole, Settings(max_side=60), num_workers=1)
+    beton_writer.write(source, path, EncodingSettings(max_side=30), num_workers=1)
+    beton_writer.write(source, whole, EncodingSettings(max_side=60), num_workers=1)
     with monkeypatch.context() as patch:
 
         def interrupt(*_arguments):
@@ -678,10 +687,10 @@ def test_a_killed_rewrite_is_finished(moment, tmp_path, monkeypatch):
         }
         steps[moment]()
         with pytest.raises(KeyboardInterrupt):
-            beton_writer.write(source, path, Settings(max_side=60), num_workers=1)
+            beton_writer.write(source, path, EncodingSettings(max_side=60), num_workers=1)
     if moment == "between manifest and data":
         assert "do not belong together" in error_message(beton_file.read, path)
-    beton_writer.write(source, path, Settings(max_side=60), num_workers=1)
+    beton_writer.write(source, path, EncodingSettings(max_side=60), num_workers=1)
     assert sha256(path) == sha256(whole)
     assert sorted(each.name for each in tmp_path.glob("train.beton*")) == [
         "train.beton",

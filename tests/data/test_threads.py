@@ -140,12 +140,12 @@ def test_samplers_and_resizes_equal_those_of_processes(options, beton):
 
 
 def test_raw_pixels_equal_those_of_the_source(tmp_path):
-    from ssl_pretrain.data.beton import writer as beton_writer
-    from ssl_pretrain.data.beton.encoder import Settings
+    from ssl_pretrain.data.beton import beton_writer
+    from ssl_pretrain.data.beton.encoder import EncodingSettings
     from ssl_pretrain.data.sources import open_source
 
     digits = open_source(DataConfig("digits"), "val")
-    beton_writer.write(digits, tmp_path / "train.beton", Settings(), num_workers=1)
+    beton_writer.write(digits, tmp_path / "train.beton", EncodingSettings(), num_workers=1)
     source = open_train(tmp_path / "train.beton")
     assert isinstance(source, Beton) and source.samples.mode.tolist() == [1] * 500
     assert digests(loader(source), 0, 4) == digests(loader(digits, 0, kind="folder"), 0, 4)
@@ -355,7 +355,7 @@ class TestBugsOfFFCV:
 REASONS = {
     "header": "not a JPEG",
     "scan": "the JPEG is damaged",
-    "other size": "the JPEG's size differs from its entry",
+    "other size": "the JPEG's size differs from its table entry",
     "no jpeg": "not a JPEG",
 }
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_pretrain.data.beton import beton_file, writer
+from ssl_pretrain.data.beton import beton_file, beton_writer
 from ssl_pretrain.data.beton.beton_manifest import Manifest
 from ssl_pretrain.data.beton.check import find_problems
-from ssl_pretrain.data.beton.encoder import Settings
+from ssl_pretrain.data.beton.encoder import EncodingSettings
 from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.source_report import check_range
@@ -95,19 +95,19 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument(
         "--max-side",
         type=NON_NEGATIVE_INT,
-        default=Settings.max_side,
+        default=EncodingSettings.max_side,
         help="longest side in pixels, or 0 to keep the size of every image (default: %(default)s)",
     )
     write.add_argument(
         "--quality",
         type=JPEG_QUALITY,
-        default=Settings.quality,
+        default=EncodingSettings.quality,
         help="JPEG quality of encoded images (default: %(default)s)",
     )
     write.add_argument(
         "--page-size",
         type=POSITIVE_INT,
-        default=Settings.page_size,
+        default=EncodingSettings.page_size,
         help="bytes per page, a power of two (default: %(default)s)",
     )
     write.add_argument(
@@ -147,21 +147,21 @@ def _write(args: argparse.Namespace) -> int:
     decode.load_library()  # fail before hours of work if FFCV is not installed
     source = open_source(DataConfig(args.source, args.root, range=list(args.range)), args.split)
     check_range(source)
-    settings = Settings(args.max_side, args.quality, args.page_size)
-    num_bad = 0
-    for path, first, end in _outputs(args, len(source)):
-        start = time.monotonic()
-        manifest = writer.write(source, path, settings, args.workers, first, end)
-        size, seconds = path.stat().st_size / 1e6, time.monotonic() - start
+    settings = EncodingSettings(args.max_side, args.quality, args.page_size)
+    num_unreadable = 0
+    for path, start, end in _output_ranges(args, len(source)):
+        start_time = time.monotonic()
+        manifest = beton_writer.write(source, path, settings, args.workers, start, end)
+        size, seconds = path.stat().st_size / 1e6, time.monotonic() - start_time
         print(f"{path}: {_describe_counts(manifest)}; {size:,.1f} MB, {seconds:.1f} s")
-        for line in manifest.bad_images:
-            print(f"  bad, left out: {line}")
-        num_bad += len(manifest.bad_images)
-    return 1 if num_bad else 0
+        for line in manifest.unreadable_images:
+            print(f"  unreadable, left out: {line}")
+        num_unreadable += len(manifest.unreadable_images)
+    return 1 if num_unreadable else 0
 
 
-def _outputs(args: argparse.Namespace, num_images: int) -> Iterator[tuple[Path, int, int]]:
-    """Yield the path of each file to write, and the start and the end of its images."""
+def _output_ranges(args: argparse.Namespace, num_images: int) -> Iterator[tuple[Path, int, int]]:
+    """Yield each file to write, with the index of its first image and the one after its last."""
     path, num_shards, shard = args.path, args.shards, args.shard
     if path.suffix != ".beton":
         raise ValueError(f"{path}: the file name must end in .beton")
@@ -177,9 +177,9 @@ def _outputs(args: argparse.Namespace, num_images: int) -> Iterator[tuple[Path, 
             "from 0 to one less than their number"
         )
     for number in range(num_shards) if shard is None else [shard]:
-        first, end = (k * num_images // num_shards for k in (number, number + 1))
+        start, end = (k * num_images // num_shards for k in (number, number + 1))
         name = beton_file.shard_name(path.stem, number, num_shards)
-        yield path.with_name(name), first, end
+        yield path.with_name(name), start, end
 
 
 def _describe_counts(manifest: Manifest) -> str:
@@ -188,7 +188,8 @@ def _describe_counts(manifest: Manifest) -> str:
         encoded += f" (larger than {manifest.max_side} pixels, rotated, or not a plain JPEG)"
     return (
         f"{manifest.num_samples:,} images: {manifest.num_unchanged:,} stored unchanged, "
-        f"{encoded}, {manifest.num_raw:,} stored as pixels, {len(manifest.bad_images):,} bad"
+        f"{encoded}, {manifest.num_raw:,} stored as pixels, "
+        f"{len(manifest.unreadable_images):,} unreadable"
     )
 
 

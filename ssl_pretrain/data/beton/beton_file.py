@@ -24,7 +24,7 @@ from ssl_pretrain.data.split_search import split_of
 
 # Columns of `Samples` that each file contains. Only `file_index` depends on the other shards.
 _COLUMNS = ("offset", "length", "mode", "height", "width", "label")
-_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.beton")
+_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<num_shards>\d{5})\.beton")
 _MAX_NAMES = 3  # number of missing shards that an error lists
 
 Stamp = tuple[int, int, int]  # inode, size and modification time, which change with the file
@@ -67,10 +67,10 @@ class Samples:
         with open(self.paths[file_index], "rb", buffering=0) as file:
             if _stamp(os.fstat(file.fileno())) != self.stamps[file_index]:
                 raise OSError("the file was replaced")
-            stored = os.pread(file.fileno(), length, int(self.offset[index]))
-        if len(stored) != length:
+            content = os.pread(file.fileno(), length, int(self.offset[index]))
+        if len(content) != length:
             raise OSError("the file was truncated after it was opened, so the image is incomplete")
-        return stored
+        return content
 
     def check_present(self) -> None:
         """Raise FileNotFoundError if a file is missing, and ValueError if it was replaced."""
@@ -101,7 +101,7 @@ def read(path: Path) -> Samples:
     """
     files = [_read_file(shard) for shard in _all_shards(path)]
     manifests = [file.manifest for file in files]
-    if len({manifest and manifest.settings_id for manifest in manifests}) > 1:
+    if len({manifest and manifest.shard_set_id for manifest in manifests}) > 1:
         raise ValueError(
             f"data.root: {path} and its other shards come from different sources or settings; "
             "write all of them again"
@@ -168,9 +168,9 @@ def _check_manifest(manifest: Manifest, tables: Tables) -> None:
         )
 
 
-def shard_name(stem: str, number: int, count: int) -> str:
+def shard_name(stem: str, number: int, num_shards: int) -> str:
     """Return the file name of one shard, such as train-00000-of-00016.beton."""
-    return f"{stem}-{number:05d}-of-{count:05d}.beton"
+    return f"{stem}-{number:05d}-of-{num_shards:05d}.beton"
 
 
 def _all_shards(path: Path) -> list[Path]:
@@ -178,12 +178,13 @@ def _all_shards(path: Path) -> list[Path]:
     match = _SHARD_NAME.fullmatch(path.name)
     if match is None:
         return [path]
-    count = int(match["count"])
-    paths = [path.with_name(shard_name(match["stem"], number, count)) for number in range(count)]
+    num_shards = int(match["num_shards"])
+    names = [shard_name(match["stem"], number, num_shards) for number in range(num_shards)]
+    paths = [path.with_name(name) for name in names]
     missing = [shard.name for shard in paths if not shard.exists()]
     if missing:
         raise ValueError(
-            f"data.root: the set of {path} lacks {len(missing)} of its {count} shards: "
+            f"data.root: the set of {path} lacks {len(missing)} of its {num_shards} shards: "
             f"{abbreviate(missing, _MAX_NAMES)}; write them, or wait until they are written"
         )
     return paths

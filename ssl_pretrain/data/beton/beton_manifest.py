@@ -27,12 +27,12 @@ class Manifest:
     # Hash of the source, the settings and the range of images.
     write_id: str = field(metadata={"key": "written"})
     # Hash of the source and the settings, equal in all shards of a set.
-    settings_id: str = field(metadata={"key": "of_source"})
+    shard_set_id: str = field(metadata={"key": "of_source"})
     num_samples: int
     num_unchanged: int = field(metadata={"key": "kept"})  # images stored with their original bytes
     num_encoded: int = field(metadata={"key": "encoded"})  # images stored as new JPEGs
     num_raw: int = field(metadata={"key": "raw"})  # images stored as pixels
-    bad_images: list[str] = field(metadata={"key": "bad"})  # one line per unreadable image
+    unreadable_images: list[str] = field(metadata={"key": "bad"})  # one line per unreadable image
     classes: list[str]
     fingerprint: str  # fingerprint of the images in the file
     # Fingerprint of the source, including its unreadable images.
@@ -95,10 +95,10 @@ def _parse(content: Any) -> Manifest:
     return Manifest(**{_FIELDS_BY_KEY[key].name: value for key, value in content.items()})
 
 
-def _has_type(value: Any, expected: Any) -> bool:
-    if expected == list[str]:
+def _has_type(value: Any, field_type: Any) -> bool:
+    if field_type == list[str]:
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
-    return type(value) is expected
+    return type(value) is field_type
 
 
 def _hash(content: dict[str, Any]) -> str:
@@ -110,7 +110,7 @@ def merge_manifests(manifests: Sequence[Manifest | None]) -> Manifest | None:
     shards = [manifest for manifest in manifests if manifest is not None]
     if len(shards) < 2:
         return shards[0] if shards else None
-    bad_images = [line for shard in shards for line in shard.bad_images]
+    unreadable_images = [line for shard in shards for line in shard.unreadable_images]
     fingerprints = "+".join(shard.fingerprint for shard in shards)
     return replace(
         shards[0],
@@ -118,6 +118,6 @@ def merge_manifests(manifests: Sequence[Manifest | None]) -> Manifest | None:
         num_unchanged=sum(shard.num_unchanged for shard in shards),
         num_encoded=sum(shard.num_encoded for shard in shards),
         num_raw=sum(shard.num_raw for shard in shards),
-        bad_images=bad_images,
-        fingerprint=fingerprints if bad_images else shards[0].source_fingerprint,
+        unreadable_images=unreadable_images,
+        fingerprint=fingerprints if unreadable_images else shards[0].source_fingerprint,
     )

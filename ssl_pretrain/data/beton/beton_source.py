@@ -35,7 +35,9 @@ class Beton(EncodedSource):
             return np.frombuffer(content, np.uint8).reshape(*size, 3).copy()
         pixels = decode(content, self.name(index), jpeg_only=True)
         if pixels.shape[:2] != size:
-            raise UnreadableImage(f"{self.name(index)}: the JPEG's size differs from its entry")
+            raise UnreadableImage(
+                f"{self.name(index)}: the JPEG's size differs from its table entry"
+            )
         return pixels
 
     def name(self, index: int) -> str:

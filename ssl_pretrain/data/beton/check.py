@@ -18,11 +18,11 @@ _REASONS = decode.REASONS | {decode.TRUNCATED: "the file ends within the image, 
 
 def find_problems(samples: Samples, num_threads: int = 1) -> list[str]:
     """Return one line per problem, for the images and for the manifest of each file."""
-    outcomes, crcs = np.array(_decode_all(samples, num_threads), np.int64).T
+    statuses, crcs = np.array(_decode_all(samples, num_threads), np.int64).T
     problems = [
-        f"{samples.name(index)}: {_REASONS[outcome]}"
-        for index, outcome in enumerate(outcomes.tolist())
-        if outcome != decode.DONE
+        f"{samples.name(index)}: {_REASONS[status]}"
+        for index, status in enumerate(statuses.tolist())
+        if status != decode.DONE
     ]
     for file_number, path in enumerate(map(Path, samples.paths)):
         manifest = read_manifest(path)
@@ -43,19 +43,19 @@ def find_problems(samples: Samples, num_threads: int = 1) -> list[str]:
 
 
 def _decode_all(samples: Samples, num_threads: int) -> list[tuple[int, int]]:
-    """Return the outcome of decoding each image, and the CRC-32 of the image's bytes."""
+    """Return the decoder's status for each image, and the CRC-32 of its bytes."""
     thread_data, functions = threading.local(), decode.c_functions()
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(path, "rb", buffering=0)) for path in samples.paths]
-        stored = decode.pack_stored(samples, [file.fileno() for file in files])
+        stored_images = decode.pack_stored(samples, [file.fileno() for file in files])
 
         def decode_one(index: int) -> tuple[int, int]:
             if not hasattr(thread_data, "workspace"):
                 decoder = stack.enter_context(decode.Decoder())
                 thread_data.workspace = decode.allocate_workspace(samples, [], decoder)
             workspace = thread_data.workspace
-            outcome = decode.decode_image(functions, stored, index, workspace)
-            return int(outcome), zlib.crc32(workspace.compressed[: samples.length[index]])
+            status = decode.decode_image(functions, stored_images, index, workspace)
+            return int(status), zlib.crc32(workspace.compressed[: samples.length[index]])
 
         with ThreadPoolExecutor(num_threads) as pool:
             results = pool.map(decode_one, range(len(samples)))

@@ -24,19 +24,19 @@ from ssl_pretrain.data.image_source import EncodedSource, Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.native.decode import Decoder
 
-# Outcomes. An image is stored unchanged, as a new JPEG or as pixels, or it is left out.
-UNCHANGED, NEW_JPEG, PIXELS, BAD = range(4)
+# Outcomes. A readable image is stored unchanged, as a new JPEG, or as pixels.
+UNCHANGED, NEW_JPEG, PIXELS, UNREADABLE = range(4)
 # Small images that are not JPEGs are stored as pixels, because a JPEG would save little.
 _MAX_RAW_BYTES = 16384
 _MAX_JPEG_SIDE = 65535
 _JPEG_SIGNATURE = b"\xff\xd8"
 _ORIENTATION_TAG = 0x0112
 _IMAGES_PER_JOB = 32
-_JOBS_PER_WORKER = 4  # largest number of pending jobs
+_JOBS_PER_WORKER = 4  # limit on the pending jobs
 
 
 @dataclass(frozen=True)
-class Settings:
+class EncodingSettings:
     """Settings that determine the content of a .beton file."""
 
     max_side: int = 500  # longest side of an image in pixels; 0 for no limit
@@ -57,23 +57,15 @@ class Entry(NamedTuple):
     crc: int = 0  # CRC-32 of the bytes
 
 
-def encode_entry(
-    source: Source, index: int, settings: Settings, decoder: Decoder
-) -> tuple[Entry, bytes]:
-    """Return the entry of an image, without its offset in the file, and the bytes to store.
-
-    An unreadable image has the outcome `BAD` and no bytes.
-    """
-    label = source.label(index)
-    try:
-        entry, content = encode(source, index, settings, decoder)
-    except UnreadableImage:
-        return Entry(BAD, label=label), b""
-    return entry._replace(length=len(content), label=label, crc=zlib.crc32(content)), content
+EncodedImage = tuple[Entry, bytes]
 
 
-def encode(source: Source, index: int, settings: Settings, decoder: Decoder) -> tuple[Entry, bytes]:
-    """Return the entry of a readable image, without its label and checksum, and the bytes to store.
+def encode_image(
+    source: Source, index: int, settings: EncodingSettings, decoder: Decoder
+) -> EncodedImage:
+    """Return how one image is stored, and the bytes to store.
+
+    The entry has an outcome, a mode and a size. Its other fields are not set.
 
     Raises:
         UnreadableImage: If the image cannot be read, or is too large for a JPEG.
@@ -116,21 +108,19 @@ def _size_if_storable(content: bytes, max_side: int) -> tuple[int, int] | None:
     return None
 
 
-EncodedImage = tuple[Entry, bytes]
-
-_worker_state: tuple[Source, Settings, Decoder]  # set by `_init_worker` in each process
+_worker_state: tuple[Source, EncodingSettings, Decoder]  # set by `_init_worker` in each process
 
 
-def encoded_images(
-    source: Source, settings: Settings, num_workers: int, first: int, end: int
+def encode_images(
+    source: Source, settings: EncodingSettings, num_workers: int, start: int, end: int
 ) -> Iterator[EncodedImage]:
-    """Yield the entry and the bytes of each image from `first` up to `end`, in order.
+    """Yield the entry and the bytes of each image from `start` up to `end`, in order.
 
     Raises:
         RuntimeError: If a worker process is killed.
     """
-    starts = range(first, end, _IMAGES_PER_JOB)
-    jobs = [range(start, min(start + _IMAGES_PER_JOB, end)) for start in starts]
+    job_starts = range(start, end, _IMAGES_PER_JOB)
+    jobs = [range(first, min(first + _IMAGES_PER_JOB, end)) for first in job_starts]
     if num_workers > 1 and len(jobs) > 1:
         job_results = _encode_in_processes(source, settings, num_workers, jobs)
     else:
@@ -143,7 +133,9 @@ def encoded_images(
 _JobResults = Generator[list[EncodedImage], None, None]
 
 
-def _encode_in_this_process(source: Source, settings: Settings, jobs: list[range]) -> _JobResults:
+def _encode_in_this_process(
+    source: Source, settings: EncodingSettings, jobs: list[range]
+) -> _JobResults:
     _init_worker(source, settings)
     try:
         yield from map(_encode_job, jobs)
@@ -152,7 +144,7 @@ def _encode_in_this_process(source: Source, settings: Settings, jobs: list[range
 
 
 def _encode_in_processes(
-    source: Source, settings: Settings, num_workers: int, jobs: list[range]
+    source: Source, settings: EncodingSettings, num_workers: int, jobs: list[range]
 ) -> _JobResults:
     context = multiprocessing.get_context("forkserver")
     pool = ProcessPoolExecutor(num_workers, context, _init_worker, (source, settings))
@@ -173,7 +165,7 @@ def _encode_in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _init_worker(source: Source, settings: Settings) -> None:
+def _init_worker(source: Source, settings: EncodingSettings) -> None:
     """Set up this worker, and let it exit when its parent ends, even if the parent is killed."""
     global _worker_state
     _worker_state = source, settings, Decoder()
@@ -189,4 +181,19 @@ def _exit_with_parent(parent: multiprocessing.process.BaseProcess) -> None:
 
 def _encode_job(indices: range) -> list[EncodedImage]:
     source, settings, decoder = _worker_state
-    return [encode_entry(source, index, settings, decoder) for index in indices]
+    return [_encode_or_mark_unreadable(source, index, settings, decoder) for index in indices]
+
+
+def _encode_or_mark_unreadable(
+    source: Source, index: int, settings: EncodingSettings, decoder: Decoder
+) -> EncodedImage:
+    """Return the entry of an image, without its offset in the file, and the bytes to store.
+
+    An unreadable image has the outcome `UNREADABLE` and no bytes.
+    """
+    label = source.label(index)
+    try:
+        entry, content = encode_image(source, index, settings, decoder)
+    except UnreadableImage:
+        return Entry(UNREADABLE, label=label), b""
+    return entry._replace(length=len(content), label=label, crc=zlib.crc32(content)), content

@@ -25,21 +25,28 @@ _SYNC_BYTES = 64 << 20  # bytes between two fsyncs of both files
 _NUM_VERIFIED = 1000  # newest entries whose data are verified, because a power cut may lose data
 
 
-def data_path(path: Path) -> Path:
-    """Return the path of the unfinished data of a .beton."""
+def unfinished_path(path: Path) -> Path:
+    """Return the path of the images of an unfinished .beton."""
     return path.with_name(f"{path.name}.writing")
 
 
 def journal_path(path: Path) -> Path:
-    """Return the path of the journal of a .beton."""
+    """Return the path of the journal of an unfinished .beton."""
     return path.with_name(f"{path.name}.journal")
 
 
 class Journal:
-    """Images written so far and their entries, as `open_journal` returns them."""
+    """Images written so far and their entries. `open_journal` creates it.
 
-    def __init__(self, data: BinaryIO, log: BinaryIO, first_page_offset: int, page_size: int):
-        self.data, self._log = data, log
+    Attributes:
+        data_file: The unfinished .beton.
+        entries: One entry per image, including unreadable ones.
+    """
+
+    def __init__(
+        self, data_file: BinaryIO, log_file: BinaryIO, first_page_offset: int, page_size: int
+    ):
+        self.data_file, self._log_file = data_file, log_file
         self._first_page_offset, self._page_size = first_page_offset, page_size
         self.entries: list[Entry] = []
 
@@ -70,40 +77,40 @@ class Journal:
             offset += self._page_size - offset % self._page_size
         entry = entry._replace(offset=offset)
         if content:
-            self.data.seek(offset)
-            self.data.write(content)
-            self.data.flush()  # before the entry, which promises that the bytes are in the file
-        self._log.write(np.array([entry], ENTRY).tobytes())
-        self._log.flush()
+            self.data_file.seek(offset)
+            self.data_file.write(content)
+            self.data_file.flush()  # before the entry, which promises that the bytes are written
+        self._log_file.write(np.array([entry], ENTRY).tobytes())
+        self._log_file.flush()
         self.entries.append(entry)
         if offset // _SYNC_BYTES != self.end_offset // _SYNC_BYTES:
-            os.fsync(self.data.fileno())
-            os.fsync(self._log.fileno())
+            os.fsync(self.data_file.fileno())
+            os.fsync(self._log_file.fileno())
 
     def restore(self, write_id: str) -> None:
-        """Load the intact entries that an interrupted write with this id left. Remove the rest."""
+        """Load the intact entries of an interrupted write with this id, and discard the rest."""
         header = f"{write_id}\n".encode()
-        content = self._log.read()
+        content = self._log_file.read()
         if content.startswith(header):
-            # The division drops a partial entry at the end.
+            # The division ignores a partial entry at the end.
             num_entries = (len(content) - len(header)) // ENTRY.itemsize
             rows = np.frombuffer(content, ENTRY, num_entries, offset=len(header)).tolist()
             self.entries = self._intact_entries([Entry(*row) for row in rows])
-            self._log.seek(len(header) + len(self.entries) * ENTRY.itemsize)
-            self._log.truncate()
-            self.data.truncate(self.end_offset)
+            self._log_file.seek(len(header) + len(self.entries) * ENTRY.itemsize)
+            self._log_file.truncate()
+            self.data_file.truncate(self.end_offset)
         else:  # a new journal, or one for another source or other settings
-            self._log.seek(0)
-            self._log.truncate()
-            self._log.write(header)
-            self._log.flush()
-            self.data.truncate(0)
+            self._log_file.seek(0)
+            self._log_file.truncate()
+            self._log_file.write(header)
+            self._log_file.flush()
+            self.data_file.truncate(0)
 
     def _intact_entries(self, entries: list[Entry]) -> list[Entry]:
         """Return the entries before the first one whose bytes are damaged."""
         for number in range(max(0, len(entries) - _NUM_VERIFIED), len(entries)):
-            self.data.seek(entries[number].offset)
-            if zlib.crc32(self.data.read(entries[number].length)) != entries[number].crc:
+            self.data_file.seek(entries[number].offset)
+            if zlib.crc32(self.data_file.read(entries[number].length)) != entries[number].crc:
                 return entries[:number]
         return entries
 
@@ -124,14 +131,17 @@ def open_journal(
     Raises:
         ValueError: If another process is writing the same file.
     """
-    with _open_for_update(journal_path(path)) as log, _open_for_update(data_path(path)) as data:
+    with (
+        _open_for_update(journal_path(path)) as log_file,
+        _open_for_update(unfinished_path(path)) as data_file,
+    ):
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
                 f"{path}: another process is writing this file; wait until it ends, or stop it"
             ) from None
-        journal = Journal(data, log, first_page_offset, page_size)
+        journal = Journal(data_file, log_file, first_page_offset, page_size)
         journal.restore(write_id)
         yield journal
 

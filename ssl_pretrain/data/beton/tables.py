@@ -69,7 +69,7 @@ class Tables:
         allocations = self.allocations[np.argsort(self.allocations["offset"], kind="stable")]
         rows = np.searchsorted(allocations["offset"], offsets)
         rows = np.minimum(rows, max(len(allocations) - 1, 0))
-        self._refuse(
+        self._raise_if_any(
             allocations["offset"][rows] != offsets,
             lambda image: f"the allocation table has no entry for image {image}",
         )
@@ -88,8 +88,10 @@ class Tables:
         is_wrong |= lengths > end - np.minimum(image["offset"], end)
         is_wrong |= (num_pixels == 0) | (image["mode"] > RAW) | (lengths == 0)
         is_wrong |= (image["mode"] == RAW) & (lengths != (3 * num_pixels).astype(lengths.dtype))
-        self._refuse(is_wrong, lambda index: f"the entry of image {index} points outside the file")
-        self._refuse(
+        self._raise_if_any(
+            is_wrong, lambda index: f"the entry of image {index} points outside the file"
+        )
+        self._raise_if_any(
             num_pixels > MAX_PIXELS,
             lambda index: (
                 f"the entry of image {index} says {int(image['width'][index]):,} x "
@@ -97,7 +99,7 @@ class Tables:
             ),
         )
         labels = self.samples["label"]
-        self._refuse(
+        self._raise_if_any(
             (labels < -1) | (labels >= _MAX_CLASSES),
             lambda index: (
                 f"the label of image {index} is {int(labels[index])}, but labels are -1 for none "
@@ -105,8 +107,8 @@ class Tables:
             ),
         )
 
-    def _refuse(self, is_wrong: np.ndarray, describe: Callable[[int], str]) -> None:
-        """Raise ValueError with a description of the first wrong image, if there is one."""
+    def _raise_if_any(self, is_wrong: np.ndarray, describe: Callable[[int], str]) -> None:
+        """Raise ValueError, and describe the first wrong image, if there is one."""
         if is_wrong.any():
             problem = describe(int(np.flatnonzero(is_wrong)[0]))
             raise ValueError(
@@ -162,7 +164,7 @@ def first_page_offset(num_images: int, page_size: int) -> int:
     return -(-(SAMPLES_OFFSET + num_images * SAMPLE.itemsize) // page_size) * page_size
 
 
-def write_tables(data: BinaryIO, samples: np.ndarray, lengths: np.ndarray, page_size: int) -> None:
+def write_tables(file: BinaryIO, samples: np.ndarray, lengths: np.ndarray, page_size: int) -> None:
     """Complete a .beton file by adding the tables to its images."""
     offsets = samples["image"]["offset"]
     end = int(offsets[-1] + lengths[-1])
@@ -172,12 +174,12 @@ def write_tables(data: BinaryIO, samples: np.ndarray, lengths: np.ndarray, page_
     for field, (name, kind) in zip(fields, FIELDS):
         field["type"], field["name"][: len(name)] = kind, np.frombuffer(name.encode(), np.uint8)
     header = np.array([(VERSION, len(FIELDS), page_size, len(samples), end)], HEADER)
-    data.truncate(end)
+    file.truncate(end)
     body = [(end, allocations), (HEADER.itemsize, fields), (SAMPLES_OFFSET, samples)]
     # The header is written last, so a file is recognized as unfinished after a crash.
     for tables in (body, [(0, header)]):
         for offset, table in tables:
-            data.seek(offset)
-            data.write(table.tobytes())
-        data.flush()
-        os.fsync(data.fileno())
+            file.seek(offset)
+            file.write(table.tobytes())
+        file.flush()
+        os.fsync(file.fileno())

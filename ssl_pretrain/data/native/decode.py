@@ -31,7 +31,7 @@ from ssl_pretrain.views.recipe import Crop
 DONE, TRUNCATED, NO_JPEG, OTHER_SIZE, DAMAGED = range(5)  # statuses that `decode_image` returns
 REASONS = {
     NO_JPEG: "not a JPEG",
-    OTHER_SIZE: "the JPEG's size differs from its entry",
+    OTHER_SIZE: "the JPEG's size differs from its table entry",
     DAMAGED: "the JPEG is damaged",
 }
 INSTALL_HINT = (

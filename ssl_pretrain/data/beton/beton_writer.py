@@ -20,33 +20,33 @@ from PIL import features
 from ssl_pretrain.data.beton import tables
 from ssl_pretrain.data.beton.beton_manifest import Manifest, read_manifest, write_manifest
 from ssl_pretrain.data.beton.encoder import (
-    BAD,
     NEW_JPEG,
     PIXELS,
     UNCHANGED,
-    Settings,
-    encode,
-    encoded_images,
+    UNREADABLE,
+    EncodingSettings,
+    encode_image,
+    encode_images,
 )
-from ssl_pretrain.data.beton.journal import Journal, data_path, journal_path, open_journal
+from ssl_pretrain.data.beton.journal import Journal, journal_path, open_journal, unfinished_path
 from ssl_pretrain.data.beton.tables import read_tables
 from ssl_pretrain.data.image_source import ImageFiles, Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.messages import report_progress
 from ssl_pretrain.data.native.decode import Decoder
 
-_FORMAT = 1  # raise it when the journal or the encoding changes
+_FORMAT = 1  # increase it when the journal or the encoding changes
 
 
 def write(
     source: Source,
     path: Path,
-    settings: Settings,
+    settings: EncodingSettings,
     num_workers: int,
-    first: int = 0,
+    start: int = 0,
     end: int | None = None,
 ) -> Manifest:
-    """Write the images of a source from `first` up to `end`, or continue an interrupted write.
+    """Write the images of a source from `start` up to `end`, or continue an interrupted write.
 
     Returns:
         The manifest of the finished file.
@@ -59,7 +59,7 @@ def write(
     end = len(source) if end is None else end
     source_range = source.value_range if isinstance(source, ImageFiles) else None
     value_range = list(source_range) if source_range else None
-    settings_id = _hash(
+    shard_set_id = _hash(
         source.fingerprint,
         asdict(settings),
         pillow_version,
@@ -67,29 +67,29 @@ def write(
         _FORMAT,
         *([value_range] if value_range else []),
     )
-    write_id = _hash(settings_id, first, end)
+    write_id = _hash(shard_set_id, start, end)
     manifest = _finished_manifest(path, write_id)
     if manifest is not None:
         journal_path(path).unlink(missing_ok=True)  # the last step of an interrupted write
         return manifest
     path.parent.mkdir(parents=True, exist_ok=True)
-    page_offset = tables.first_page_offset(end - first, settings.page_size)
+    page_offset = tables.first_page_offset(end - start, settings.page_size)
     with open_journal(path, write_id, page_offset, settings.page_size) as journal:
         num_done = len(journal.entries)
-        images = encoded_images(source, settings, num_workers, first + num_done, end)
-        for entry, content in report_progress(images, end - first, "wrote", num_done):
+        images = encode_images(source, settings, num_workers, start + num_done, end)
+        for entry, content in report_progress(images, end - start, "wrote", num_done):
             journal.append(entry, content)
         manifest = replace(
-            _manifest_without_hashes(source, settings, journal.table(), first),
+            _partial_manifest(source, settings, journal.table(), start),
             write_id=write_id,
-            settings_id=settings_id,
+            shard_set_id=shard_set_id,
             range=value_range,
             table_sha256=_write_tables(journal, path, settings.page_size),
         )
         # If the process is killed between the two renames, the manifest does not match the file.
         # Every reader detects that.
         write_manifest(path, manifest)
-        os.replace(data_path(path), path)
+        os.replace(unfinished_path(path), path)
         journal_path(path).unlink()
     return manifest
 
@@ -115,7 +115,7 @@ def _finished_manifest(path: Path, write_id: str) -> Manifest | None:
 def _write_tables(journal: Journal, path: Path, page_size: int) -> str:
     """Write the tables to the data file, and return their hash."""
     entries = journal.table()
-    entries = entries[entries["outcome"] != BAD]
+    entries = entries[entries["outcome"] != UNREADABLE]
     if not len(entries):
         raise ValueError(
             "no image of the source can be read, so nothing was written; give another source"
@@ -123,39 +123,43 @@ def _write_tables(journal: Journal, path: Path, page_size: int) -> str:
     samples = np.zeros(len(entries), tables.SAMPLE)
     samples["image"] = entries[list(tables.IMAGE.names or ())].astype(tables.IMAGE)
     samples["label"] = entries["label"]
-    tables.write_tables(journal.data, samples, entries["length"], page_size)
-    return read_tables(data_path(path)).sha256
+    tables.write_tables(journal.data_file, samples, entries["length"], page_size)
+    return read_tables(unfinished_path(path)).sha256
 
 
-def _manifest_without_hashes(
-    source: Source, settings: Settings, entries: np.ndarray, first: int
+def _partial_manifest(
+    source: Source, settings: EncodingSettings, entries: np.ndarray, start: int
 ) -> Manifest:
-    is_bad = entries["outcome"] == BAD
-    bad_indices, good_indices = (np.flatnonzero(rows) + first for rows in (is_bad, ~is_bad))
-    is_complete = len(good_indices) == len(source)
-    counts = np.bincount(entries["outcome"], minlength=BAD + 1).tolist()
+    """Return the manifest without its ids, its value range and the hash of the tables."""
+    is_readable = entries["outcome"] != UNREADABLE
+    readable_indices = np.flatnonzero(is_readable) + start
+    unreadable_indices = np.flatnonzero(~is_readable) + start
+    is_complete = len(readable_indices) == len(source)
+    counts = np.bincount(entries["outcome"], minlength=UNREADABLE + 1).tolist()
     return Manifest(
         write_id="",
-        settings_id="",
-        num_samples=len(good_indices),
+        shard_set_id="",
+        num_samples=len(readable_indices),
         num_unchanged=counts[UNCHANGED],
         num_encoded=counts[NEW_JPEG],
         num_raw=counts[PIXELS],
-        bad_images=[_explain_failure(source, index, settings) for index in bad_indices.tolist()],
+        unreadable_images=[
+            _explain_failure(source, index, settings) for index in unreadable_indices.tolist()
+        ],
         classes=source.classes,
-        fingerprint=source.fingerprint if is_complete else source.take(good_indices).fingerprint,
+        fingerprint=(source if is_complete else source.take(readable_indices)).fingerprint,
         source_fingerprint=source.fingerprint,
-        first_index=first,
-        crc32=zlib.crc32(np.ascontiguousarray(entries["crc"][~is_bad]).tobytes()),
+        first_index=start,
+        crc32=zlib.crc32(np.ascontiguousarray(entries["crc"][is_readable]).tobytes()),
         **asdict(settings),
     )
 
 
-def _explain_failure(source: Source, index: int, settings: Settings) -> str:
+def _explain_failure(source: Source, index: int, settings: EncodingSettings) -> str:
     """Return the reason why an image could not be written."""
     try:
         with Decoder() as decoder:
-            encode(source, index, settings, decoder)
+            encode_image(source, index, settings, decoder)
     except UnreadableImage as error:
         return str(error)
     return f"{source.name(index)}: was unreadable during the write, but is readable now"
