@@ -98,7 +98,7 @@ class Training:
         counts = self.loader.count_replaced(step, self.config.log.every_steps, self.num_steps)
         return collapse | knn | Measurements(dict(counts))
 
-    def stop_requested(self, step: int) -> bool:
+    def agree_to_stop(self, step: int) -> bool:
         """Return True on all ranks if training ends with this step."""
         return self.stop_request.exchange(step) or step == self.end_step or self.logger.must_stop
 
@@ -278,7 +278,7 @@ def write_config(config: RunConfig) -> None:
     background_writer.raise_or_warn(problem, config.checkpoint.on_failure)
 
 
-def flops_per_image(config: RunConfig) -> float:
+def count_flops_per_image(config: RunConfig) -> float:
     """Count the floating-point operations of a training step per image, on the meta device."""
     execution = Execution.resolve(config.parallel, torch.device("meta"))
     method = configuration.build_method_on_meta(config)
@@ -303,7 +303,7 @@ def build_logger(
         global_batch_size=config.global_batch_size,
         config=checkpoints.config,
         wandb_id=checkpoints.facts.wandb_id,
-        flops_per_image=flops_per_image(config),
+        flops_per_image=count_flops_per_image(config),
         peak_tflops=hardware.peak_tflops(device),
         on_failure=config.checkpoint.on_failure,
     )

@@ -78,7 +78,9 @@ def train_and_report(
     run = Path(config.output)
     workers.refuse_in_worker()
     with thread_lock.refuse_concurrent_training(), collectives.explain_lost_ranks():
-        rank_agreement.check_programs(configuration.to_dict(config), type(config.method).__module__)
+        rank_agreement.check_settings_and_code(
+            configuration.to_dict(config), type(config.method).__module__
+        )
         configuration.check(config, process_group.world_size())
         check_config = partial(configuration.check_resume_config, config=config)
         step = checkpoints.finished_step(run, config.checkpoint, config.epochs, check_config)
@@ -110,15 +112,15 @@ def _train(
         for progress, batch in training.steps():
             step = progress.step + 1  # records and checkpoints count from 1
             learning_rates = training.set_learning_rates(progress)
-            waits = Measurements(collectives.measure_straggler(step, config.log.every_steps))
+            straggler = Measurements(collectives.measure_straggler(step, config.log.every_steps))
             output = training.stepper(progress, batch)
-            measurements = training.measure(step, output) | waits
+            measurements = training.measure(step, output) | straggler
             training.logger.log_step(step, output.logs, learning_rates, measurements)
             training.nan_guard.check(step, batch.indices, output.logs)
-            stopping = training.stop_requested(step)
-            if stopping or training.checkpoints.is_due(step):
-                training.save_checkpoint(step, wait=stopping)
-            if stopping:
+            should_stop = training.agree_to_stop(step)
+            if should_stop or training.checkpoints.is_due(step):
+                training.save_checkpoint(step, wait=should_stop)
+            if should_stop:
                 break
         return Outcome(step, training.end_step, training.num_steps)
 

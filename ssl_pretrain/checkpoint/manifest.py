@@ -38,7 +38,7 @@ REQUIRED_TYPES = {
     "evaluated": str,
     "network": str,
 }
-PACKAGES = ("ssl_pretrain", "torch", "torchvision", "timm", "numpy")
+MAIN_PACKAGES = ("ssl_pretrain", "torch", "torchvision", "timm", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -53,7 +53,7 @@ def describe_machine() -> dict[str, Any]:
 
 def list_versions() -> dict[str, str]:
     """Return the versions of Python and the main packages, and the revision of this code."""
-    packages = {package: _version(package) for package in PACKAGES}
+    packages = {package: _version(package) for package in MAIN_PACKAGES}
     return {"python": platform.python_version(), **packages, "revision": _revision()}
 
 
@@ -64,7 +64,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ValueError: If the manifest is damaged, belongs to another folder, or has a format that this
             version cannot read.
     """
-    manifest = _parse(path)
+    manifest = _read(path)
     if manifest.get("format") not in READABLE_FORMATS:
         versions = manifest["versions"]
         raise ValueError(
@@ -84,7 +84,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: If a file is missing, truncated, changed or unreadable. The message names the
             file.
     """
-    manifest = _parse(path)
+    manifest = _read(path)
     for name, entry in manifest["files"].items():
         file, label = path / name, f"{path.name}/{name}"
         try:
@@ -114,7 +114,7 @@ def describe_files(paths: list[Path]) -> dict[str, dict[str, Any]]:
     return {path.name: {"bytes": path.stat().st_size, "sha256": _file_hash(path)} for path in paths}
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     name = f"{path.name}/{MANIFEST_FILE}"
     try:
         text = (path / MANIFEST_FILE).read_bytes().decode()

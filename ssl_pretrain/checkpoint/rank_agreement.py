@@ -28,7 +28,7 @@ MOUNT_SECONDS = 90.0  # longest wait for another machine's files on a network fi
 RETRY_SECONDS = 2.0
 
 
-def check_programs(values: dict[str, Any], method_module: str) -> None:
+def check_settings_and_code(values: dict[str, Any], method_module: str) -> None:
     """Raise ValueError on all ranks unless they have the same settings, code and versions.
 
     Args:

@@ -65,22 +65,22 @@ class TrainingState:
 
     def _restore_shards(self, path: Path) -> None:
         """Read this rank's slices, however the checkpoint was sharded."""
-        shapes, tensors = tensor_files.read_shapes(path), self.method.state_dict()
+        metadata, tensors = tensor_files.read_tensor_metadata(path), self.method.state_dict()
         for former_name, name in CURRENT_NAMES.items():
-            if former_name in shapes and name in tensors:
+            if former_name in metadata and name in tensors:
                 tensors[former_name] = tensors.pop(name)
-        weights = {key for key in shapes if "::" not in key}
-        if weights != tensors.keys():
-            differing = ", ".join(sorted(weights ^ tensors.keys())[:3])
+        weight_names = {key for key in metadata if "::" not in key}
+        if weight_names != tensors.keys():
+            differing = ", ".join(sorted(weight_names ^ tensors.keys())[:3])
             raise ValueError(
                 f"{path}: the tensors of the checkpoint differ from this method's, such as "
                 f"{differing}. Nothing was loaded; resume with the method that was saved"
             )
         self.optimizer.state.clear()
         parameters = self._trained_parameters()
-        for key in shapes.keys() - weights:
-            dtype = shapes[key].properties.dtype
-            tensors[key] = self._add_moment(parameters, key, shapes[key].size, dtype)
+        for key in metadata.keys() - weight_names:
+            entry = metadata[key]
+            tensors[key] = self._add_moment(parameters, key, entry.size, entry.properties.dtype)
         tensor_files.read_into(tensors, path, self.group)
 
     def _add_moment(

@@ -41,7 +41,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         return manifest, load_file(path / METHOD_FILE)
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in read_shapes(path).items()
+        for key, entry in read_tensor_metadata(path).items()
         if "::" not in key
     }
     read_into(tensors, path)
@@ -128,8 +128,8 @@ def _write_own_shard(
         return {}, f"rank {process_group.rank()}: {error}"
 
 
-def read_shapes(path: Path) -> dict[str, Any]:
-    """Read the size and type of each tensor of a checkpoint, by name, from the files' headers."""
+def read_tensor_metadata(path: Path) -> dict[str, Any]:
+    """Read the size and type of each tensor of a checkpoint, by name, from its files' headers."""
     reader = import_dcp_with_safetensors().HuggingFaceStorageReader(str(path))
     return dict(reader.read_metadata().state_dict_metadata)
 

@@ -48,23 +48,23 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def _check_micro_batch(config: RunConfig, world_size: int) -> None:
-    global_size = config.global_batch_size
-    micro_size = configured_micro_batch_size(config, world_size)
-    local_size = global_size // world_size
-    if micro_size is None:
+    global_batch_size = config.global_batch_size
+    micro_batch_size = configured_micro_batch_size(config, world_size)
+    images_per_rank = global_batch_size // world_size
+    if micro_batch_size is None:
         return
-    if micro_size < 1 or local_size % micro_size:
+    if micro_batch_size < 1 or images_per_rank % micro_batch_size:
         raise ConfigError(
-            f"micro_batch_size: {micro_size} does not divide this rank's share of {local_size} "
-            f"(global_batch_size {global_size} / {world_size} ranks); give a divisor of "
-            f"{local_size}, 0 for the whole share, or auto"
+            f"micro_batch_size: {micro_batch_size} does not divide this rank's share of "
+            f"{images_per_rank} (global_batch_size {global_batch_size} / {world_size} ranks); give "
+            f"a divisor of {images_per_rank}, 0 for the whole share, or auto"
         )
-    group_size = execution.bn_group_images(config.parallel, global_size)
-    if micro_size < local_size and group_size > micro_size:
+    group_size = execution.bn_group_images(config.parallel, global_batch_size)
+    if micro_batch_size < images_per_rank and group_size > micro_batch_size:
         raise ConfigError(
-            f"micro_batch_size: {micro_size} splits batch norm's groups of {group_size} images, "
-            f"which cannot be accumulated exactly; set micro_batch_size={local_size}, or "
-            f"parallel.bn_group_images={micro_size}, which departs from the recipe's "
+            f"micro_batch_size: {micro_batch_size} splits batch norm's groups of {group_size} "
+            f"images, which cannot be accumulated exactly; set micro_batch_size={images_per_rank}, "
+            f"or parallel.bn_group_images={micro_batch_size}, which departs from the recipe's "
             f"{config.parallel.bn_group_images}"
         )
 
@@ -117,10 +117,10 @@ def _try_method(config: RunConfig) -> None:
                 method(Batch(images, zeros, zeros))
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
                 if not timm_networks.lacks_meta(error):
-                    raise _forward_problem(config, error, sizes) from None
+                    raise _explain_forward_error(config, error, sizes) from None
 
 
-def _forward_problem(config: RunConfig, error: Exception, sizes: list[int]) -> ValueError:
+def _explain_forward_error(config: RunConfig, error: Exception, sizes: list[int]) -> ValueError:
     """Return an error that names the keys behind an error of the method's forward pass."""
     if "more than 1 value per channel" in str(error):
         return ValueError(

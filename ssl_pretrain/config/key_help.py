@@ -45,17 +45,18 @@ def explain_key(key: str = "") -> str:
     Raises:
         ValueError: If there is no such key.
     """
-    method_config, path = MethodConfig, key
+    method_config, declared_key = MethodConfig, key
     if key.startswith("method."):
         _, method_name, *names = key.split(".")
-        method_config, path = methods.find(method_name).Config, ".".join(["method", *names])
+        method_config = methods.find(method_name).Config
+        declared_key = ".".join(["method", *names])
 
-    def declared_type(path: str) -> Any:
-        if not path:
+    def find_type(key: str) -> Any:
+        if not key:
             return RunConfig
-        return schema.declared_type(RunConfig, path, {"method": method_config})
+        return schema.declared_type(RunConfig, key, {"method": method_config})
 
-    key_type, (parent, _, name) = declared_type(path), path.rpartition(".")
+    key_type = find_type(declared_key)
     if dataclasses.is_dataclass(key_type):
         section = typing.cast(type, key_type)
         helps = {
@@ -64,13 +65,15 @@ def explain_key(key: str = "") -> str:
         }
         width = max(map(len, helps))
         return "\n".join(f"{name:{width}}  {text}" for name, text in helps.items())
-    section = declared_type(parent)
+    parent, _, name = declared_key.rpartition(".")
+    section = find_type(parent)
     if not dataclasses.is_dataclass(section):
-        raise ValueError(f"{key}: has no help of its own; see {key.rpartition('.')[0]}")
+        raise ValueError(f"{key} has no help of its own; see {key.rpartition('.')[0]}")
     section = typing.cast(type, section)
     type_name, default = _describe_type(schema.field_types(section)[name]), getattr(section(), name)
-    policy, text = resume_policy(path, method_config), schema.field_metadata(section, name)["help"]
-    return f"{key} ({type_name}, default {default!r})\n  {text}\n  {ON_RESUME[policy]}"
+    text = schema.field_metadata(section, name)["help"]
+    on_resume = ON_RESUME[resume_policy(declared_key, method_config)]
+    return f"{key} ({type_name}, default {default!r})\n  {text}\n  {on_resume}"
 
 
 def _describe_type(kind: Any) -> str:

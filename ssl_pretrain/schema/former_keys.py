@@ -7,7 +7,7 @@ from typing import Any
 
 from ssl_pretrain.schema.yaml_tree import Scalar, value_at
 
-RENAMED_KEYS = {  # present key by former key, both in the same section
+RENAMED_KEYS = {  # current key by former key, both in the same section
     "local_batch_size": "micro_batch_size",
     "method.centre_momentum": "method.center_momentum",
 }
@@ -16,14 +16,14 @@ REMOVED_KEYS = {"plan.calibration": None, "plan.gpu": "here"}
 
 
 def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return the tree with the present names of its keys, and warn about former names.
+    """Return the tree with the current names of its keys, and warn about former names.
 
     Args:
         values: The tree of a YAML file, or the values of a manifest.
         source: Name of the file, for the warning.
 
     Raises:
-        ValueError: If a key is present under both names.
+        ValueError: If a key is given under both names.
     """
     tree, notices = deepcopy(dict(values)), []
     for key in (*RENAMED_KEYS, *REMOVED_KEYS):
@@ -49,7 +49,7 @@ def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def current_key(key: str, value: str) -> str | None:
-    """Return the present name of a command-line key, or None if it no longer has an effect."""
+    """Return the current name of a command-line key, or None if it no longer has an effect."""
     if key in REMOVED_KEYS and REMOVED_KEYS[key] in (None, value):
         warnings.warn(f"{key}={value} no longer has an effect", stacklevel=3)
         return None

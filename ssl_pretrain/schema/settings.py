@@ -1,6 +1,6 @@
 """Declare fields of configuration dataclasses, with help text, resume policy and range.
 
-The same kind of range checks the numbers of command-line options.
+Command-line options get their types from the same ranges.
 """
 
 import argparse

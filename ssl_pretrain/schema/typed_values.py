@@ -39,7 +39,7 @@ def declared_type(kind: Any, key: str, replacements: Mapping[str, Any]) -> Any:
     parents: list[str] = []
     for name in key.split("."):
         if dataclasses.is_dataclass(kind):
-            _check_name(typing.cast(type, kind), ".".join([*parents, name]))
+            _require_field(typing.cast(type, kind), ".".join([*parents, name]))
             kind = field_types(typing.cast(type, kind))[name]
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
@@ -50,7 +50,7 @@ def declared_type(kind: Any, key: str, replacements: Mapping[str, Any]) -> Any:
     return kind
 
 
-def _check_name(kind: type, key: str) -> None:
+def _require_field(kind: type, key: str) -> None:
     allowed = [field.name for field in dataclasses.fields(kind)]
     name = key.rpartition(".")[2]
     if name not in allowed:
@@ -97,38 +97,41 @@ def build(
     """
     replacements = replacements or {}
     kind = replacements.get(key, kind)
-    origin, inner = get_origin(kind), get_args(kind)
+    origin, type_arguments = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _build_section(typing.cast(type, kind), tree, replacements, key)
     if kind is Any:
-        return _guess(tree)
+        return _guess_value(tree)
     if origin in (Union, types.UnionType):
-        return _build_union(inner, tree, key)
+        return _build_union(type_arguments, tree, key)
     if origin is list:
         if not isinstance(tree, (list, tuple)):
             raise ValueError(f"{key}: {_describe(tree)} is not a list; write it as [a, b]")
-        return [build(inner[0], value, key=f"{key}[{index}]") for index, value in enumerate(tree)]
+        return [
+            build(type_arguments[0], value, key=f"{key}[{index}]")
+            for index, value in enumerate(tree)
+        ]
     if origin is dict:
         return {
-            str(name): build(inner[1], value, replacements, f"{key}.{name}")
-            for name, value in _mapping(tree, key).items()
+            str(name): build(type_arguments[1], value, replacements, f"{key}.{name}")
+            for name, value in _require_mapping(tree, key).items()
         }
     if origin is Literal:
-        return _build_choice(inner, tree, key)
+        return _build_choice(type_arguments, tree, key)
     assert kind in BUILDERS, f"{key}: a field of type {kind} cannot be configured"
     return BUILDERS[kind](tree, key)
 
 
 def _build_section(kind: type, tree: Any, replacements: Mapping[str, Any], key: str) -> Any:
     values = {}
-    for name, value in _mapping(tree, key).items():
+    for name, value in _require_mapping(tree, key).items():
         full_key = f"{key}.{name}".lstrip(".")
-        _check_name(kind, full_key)
+        _require_field(kind, full_key)
         values[name] = build(field_types(kind)[name], value, replacements, full_key)
     return kind(**values)
 
 
-def _mapping(tree: Any, key: str) -> Mapping[str, Any]:
+def _require_mapping(tree: Any, key: str) -> Mapping[str, Any]:
     if tree is None or tree == Scalar(""):  # a section whose lines are all comments
         return {}
     if not isinstance(tree, Mapping):
@@ -173,7 +176,7 @@ def _build_bool(tree: Any, key: str) -> bool:
         return tree
     word = tree.text.lower() if isinstance(tree, Scalar) else ""
     if word not in BOOLEANS:
-        raise ValueError(f"{key}: {_describe(tree)} is not a truth value; give true or false")
+        raise ValueError(f"{key}: {_describe(tree)} is neither true nor false; give one of them")
     return BOOLEANS[word]
 
 
@@ -215,12 +218,12 @@ BUILDERS: dict[Any, Callable[[Any, str], Any]] = {
 }
 
 
-def _guess(tree: Any) -> Any:
+def _guess_value(tree: Any) -> Any:
     """Return the value of a key without a declared type. A value in quotes is text."""
     if isinstance(tree, Mapping):
-        return {str(key): _guess(value) for key, value in tree.items()}
+        return {str(key): _guess_value(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [_guess(value) for value in tree]
+        return [_guess_value(value) for value in tree]
     if not isinstance(tree, Scalar):
         return tree
     text, word = tree.text, tree.text.lower()

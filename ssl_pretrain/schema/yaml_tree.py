@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-MERGE = "tag:yaml.org,2002:merge"
+MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 @dataclass(frozen=True)
@@ -30,32 +30,32 @@ def parse_yaml(text: str) -> Any:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
         node = loader.get_single_node()
-        return Scalar("") if node is None else _structure(loader, node, ())
+        return Scalar("") if node is None else _build_tree(loader, node, ())
     finally:
         loader.dispose()
 
 
-def _structure(loader: Any, node: yaml.Node, parents: tuple[int, ...]) -> Any:
+def _build_tree(loader: Any, node: yaml.Node, parents: tuple[int, ...]) -> Any:
     if id(node) in parents:
-        raise _problem("an alias contains itself", node)
+        raise _yaml_error("an alias contains itself", node)
     ancestors = (*parents, id(node))
     if isinstance(node, yaml.ScalarNode):
         return Scalar(node.value, plain=not node.style)  # the style is None or "" without quotes
     if isinstance(node, yaml.SequenceNode):
-        return [_structure(loader, element, ancestors) for element in node.value]
+        return [_build_tree(loader, element, ancestors) for element in node.value]
     assert isinstance(node, yaml.MappingNode), "a YAML node is a scalar, a sequence or a mapping"
     keys: set[str] = set()
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise _problem("a key is a list or a mapping", key)
-        if key.value in keys and key.tag != MERGE:
-            raise _problem(f"found duplicate key {key.value}", key)
+            raise _yaml_error("a key is a list or a mapping", key)
+        if key.value in keys and key.tag != MERGE_TAG:
+            raise _yaml_error(f"found duplicate key {key.value}", key)
         keys.add(key.value)
     loader.flatten_mapping(node)  # resolves `<<: *anchor`; the mapping's own keys win
-    return {key.value: _structure(loader, value, ancestors) for key, value in node.value}
+    return {key.value: _build_tree(loader, value, ancestors) for key, value in node.value}
 
 
-def _problem(text: str, node: yaml.Node) -> yaml.YAMLError:
+def _yaml_error(text: str, node: yaml.Node) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
 
 

@@ -35,7 +35,7 @@ def error_or_agreed(check, *arguments):
 
 def check_settings(changes, rank):
     values = SETTINGS | changes if process_group.rank() == rank else SETTINGS
-    return error_or_agreed(rank_agreement.check_programs, values, METHOD_MODULE)
+    return error_or_agreed(rank_agreement.check_settings_and_code, values, METHOD_MODULE)
 
 
 def test_different_settings_are_refused():
@@ -59,7 +59,7 @@ def check_with_other_versions():
     if process_group.rank() == 1:
         versions = rank_agreement.list_versions() | {"timm": "0.0.1", "revision": "another"}
         rank_agreement.list_versions = lambda: versions
-    return error_or_agreed(rank_agreement.check_programs, SETTINGS, METHOD_MODULE)
+    return error_or_agreed(rank_agreement.check_settings_and_code, SETTINGS, METHOD_MODULE)
 
 
 def test_different_versions_are_refused():
@@ -73,7 +73,7 @@ def test_different_versions_are_refused():
 def check_with_other_code(folder):
     if process_group.rank() == 1:
         rank_agreement.PACKAGE = folder / "ssl_pretrain"
-    return error_or_agreed(rank_agreement.check_programs, SETTINGS, "x")
+    return error_or_agreed(rank_agreement.check_settings_and_code, SETTINGS, "x")
 
 
 def test_different_code_is_refused(tmp_path):
