@@ -112,7 +112,7 @@ def _split_override(text: str) -> tuple[str, str] | None:
         raise ConfigError(f"{text!r}: not an override; give key=value, such as optim.base_lr=0.3")
     if "${" in text:
         raise ConfigError(f"{key}: {INTERPOLATION_ERROR}")
-    current_key = schema.current_key(key, value)
+    current_key = schema.rename_key(key, value)
     return (current_key, value) if current_key else None
 
 

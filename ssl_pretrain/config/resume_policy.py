@@ -9,7 +9,7 @@ from typing import Any
 from ssl_pretrain import schema
 from ssl_pretrain.config.loading import ConfigError, from_dict, to_dict
 from ssl_pretrain.config.run_config import RunConfig
-from ssl_pretrain.schema import Policy
+from ssl_pretrain.schema import ResumePolicy
 from ssl_pretrain.views.recipe import Crop
 
 
@@ -29,7 +29,7 @@ def check_resume_config(saved_config: dict[str, Any], config: RunConfig, path: s
     """
     old_values = schema.flatten(schema.rename_keys(saved_config, path))
     new_values = schema.flatten(to_dict(config))
-    old_values = _defaults(config, old_values, new_values) | old_values
+    old_values = _default_values(config, old_values, new_values) | old_values
     differences = {
         key: f"{key} was {old_values.get(key)!r} and is now {new_values.get(key)!r}"
         for key in sorted(old_values.keys() | new_values.keys())
@@ -48,7 +48,7 @@ def check_resume_config(saved_config: dict[str, Any], config: RunConfig, path: s
             warnings.warn(f"{text}; the schedule changes from this step on", stacklevel=2)
 
 
-def _defaults(
+def _default_values(
     config: RunConfig, old_values: dict[str, Any], new_values: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the defaults of the new configuration's keys.
@@ -65,7 +65,7 @@ def _defaults(
     return defaults
 
 
-def resume_policy(key: str, method_config: type) -> Policy:
+def resume_policy(key: str, method_config: type) -> ResumePolicy:
     """Return the policy of a dotted key. A section's policy applies to all of its keys.
 
     Args:
@@ -77,7 +77,7 @@ def resume_policy(key: str, method_config: type) -> Policy:
         if not dataclasses.is_dataclass(section):
             break
         section = typing.cast(type, section)
-        policy: Policy = schema.field_metadata(section, name).get("on_resume", "same")
+        policy: ResumePolicy = schema.field_metadata(section, name).get("on_resume", "same")
         if policy != "same":
             return policy
         section = method_config if name == "method" else schema.field_types(section).get(name)

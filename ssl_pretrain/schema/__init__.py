@@ -1,6 +1,6 @@
 """Typed settings: dataclass fields with help, range and resume policy, read from YAML."""
 
-from ssl_pretrain.schema.former_keys import RENAMED_KEYS, current_key, rename_keys
+from ssl_pretrain.schema.former_keys import RENAMED_KEYS, rename_key, rename_keys
 from ssl_pretrain.schema.settings import (
     COSINE,
     FRACTION,
@@ -13,7 +13,7 @@ from ssl_pretrain.schema.settings import (
     PORT,
     POSITIVE_FLOAT,
     POSITIVE_INT,
-    Policy,
+    ResumePolicy,
     check,
     field_metadata,
     field_types,
@@ -35,11 +35,10 @@ __all__ = [
     "POSITIVE_FLOAT",
     "POSITIVE_INT",
     "RENAMED_KEYS",
-    "Policy",
+    "ResumePolicy",
     "Scalar",
     "build",
     "check",
-    "current_key",
     "declared_type",
     "field_metadata",
     "field_types",
@@ -47,6 +46,7 @@ __all__ = [
     "merge",
     "parse_override",
     "parse_yaml",
+    "rename_key",
     "rename_keys",
     "setting",
     "value_at",

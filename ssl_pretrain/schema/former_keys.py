@@ -1,4 +1,4 @@
-"""Former names of keys, which are accepted in old YAML files and runs and in overrides."""
+"""Accept former names of keys in YAML files, overrides and runs."""
 
 import warnings
 from collections.abc import Mapping
@@ -48,8 +48,11 @@ def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     return tree
 
 
-def current_key(key: str, value: str) -> str | None:
-    """Return the current name of a command-line key, or None if it no longer has an effect."""
+def rename_key(key: str, value: str) -> str | None:
+    """Return the current name of a command-line key, or None if it no longer has an effect.
+
+    A former name is accepted with a warning.
+    """
     if key in REMOVED_KEYS and REMOVED_KEYS[key] in (None, value):
         warnings.warn(f"{key}={value} no longer has an effect", stacklevel=3)
         return None

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 MAX_INT = 2**31 - 1  # upper bound of integers whose setting does not declare one
 
 T = TypeVar("T")
-Policy = Literal["same", "free", "warn"]
+ResumePolicy = Literal["same", "free", "warn"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def setting(
     default: T,
     help: str,
     *,
-    on_resume: Policy = "same",
+    on_resume: ResumePolicy = "same",
     minimum: float | None = None,
     maximum: float = math.inf,
     above: float | None = None,
@@ -72,7 +72,7 @@ def setting(
     Args:
         default: Default value. Each instance gets its own copy of a list, dict or section.
         help: Meaning, unit and special values, in sentences.
-        on_resume: Policy for a resumed run. "same": the value must not change. "free": it may
+        on_resume: ResumePolicy for a resumed run. "same": the value must not change. "free": it may
             change, because it does not affect what is computed. "warn": it may change, with a
             warning. A section's policy covers all its keys.
         minimum: Smallest number allowed.
@@ -107,8 +107,8 @@ def field_types(kind: type) -> dict[str, Any]:
 
 
 def field_bounds(field: dataclasses.Field[Any]) -> Bounds:
-    """Return a field's declared range, or the usual one for its name, or all numbers from 0."""
-    by_name = (usual for pattern, usual in DEFAULT_BOUNDS if pattern.fullmatch(field.name))
+    """Return a field's declared range, else the default for its name, else all numbers from 0."""
+    by_name = (bounds for pattern, bounds in DEFAULT_BOUNDS if pattern.fullmatch(field.name))
     return field.metadata.get("bounds") or next(by_name, Bounds())
 
 
