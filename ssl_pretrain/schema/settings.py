@@ -72,7 +72,7 @@ def setting(
     Args:
         default: Default value. Each instance gets its own copy of a list, dict or section.
         help: Meaning, unit and special values, in sentences.
-        on_resume: ResumePolicy for a resumed run. "same": the value must not change. "free": it may
+        on_resume: Policy for a resumed run. "same": the value must not change. "free": it may
             change, because it does not affect what is computed. "warn": it may change, with a
             warning. A section's policy covers all its keys.
         minimum: Smallest number allowed.
