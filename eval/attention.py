@@ -28,7 +28,7 @@ from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import NON_NEGATIVE_INT
 from ssl_pretrain.views import crops
 
-MASS = 0.6  # share of a head's attention that its mask covers, as in DINO's figure 1
+TOP_SHARE = 0.6  # share of a head's attention that its mask contains, as in DINO's figure 1
 OPTIONS: dict[str, dict[str, Any]] = {
     "--size": {
         "type": NON_NEGATIVE_INT,
@@ -48,21 +48,21 @@ def main(arguments: list[str]) -> None:
         "ssl_pretrain.eval.attention",
         __doc__,
         OPTIONS,
-        overrides_metavar="IMAGE",
-        overrides_help="image files, and key=value settings as in the other evaluations",
+        positionals_metavar="IMAGE",
+        positionals_help="image files, and key=value settings as in the other evaluations",
     )
     options = parser.parse_intermixed_args(arguments)
-    words = options.overrides
-    options.overrides = [word for word in words if "=" in word and not Path(word).exists()]
-    files = [Path(word) for word in words if word not in options.overrides]
+    positionals = options.overrides
+    options.overrides = [text for text in positionals if "=" in text and not Path(text).exists()]
+    files = [Path(text) for text in positionals if text not in options.overrides]
     if not files:
         raise ValueError("IMAGE: no image file was given; give at least one")
     run = command_line.open_run(options)
-    for path in write(run, files, options.output or run.path / "attention", options.size):
+    for path in write_pictures(run, files, options.output or run.path / "attention", options.size):
         print(path)
 
 
-def write(run: Run, files: list[Path], folder: Path, size: int = 0) -> list[Path]:
+def write_pictures(run: Run, files: list[Path], folder: Path, size: int = 0) -> list[Path]:
     """Write the pictures and return their paths.
 
     Args:
@@ -75,7 +75,7 @@ def write(run: Run, files: list[Path], folder: Path, size: int = 0) -> list[Path
         ValueError: If a file is not an image, or the size is not a multiple of the patch size.
     """
     size = size or run.image_size
-    images = torch.stack([_read(file, size) for file in files])
+    images = torch.stack([_read_image(file, size) for file in files])
     maps = compute_maps(run, images)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -83,9 +83,9 @@ def write(run: Run, files: list[Path], folder: Path, size: int = 0) -> list[Path
         prefix = f"{index + 1:02d}_{file.stem}"
         if maps.attention is not None:
             picture = _attention_picture(image, maps.attention[index])
-            paths.append(_save(picture, folder / f"{prefix}_attention.png"))
+            paths.append(_save_picture(picture, folder / f"{prefix}_attention.png"))
         picture = torch.cat([image.float() / 255, _enlarge(maps.components[index], size)], dim=2)
-        paths.append(_save(picture, folder / f"{prefix}_components.png"))
+        paths.append(_save_picture(picture, folder / f"{prefix}_components.png"))
     return paths
 
 
@@ -182,17 +182,17 @@ def principal_components(patches: Tensor) -> Tensor:
     return colors.reshape(num_images, rows, columns, 3).permute(0, 3, 1, 2).float().cpu()
 
 
-def mass_mask(weights: Tensor, mass: float = MASS) -> Tensor:
-    """Return, for each head, a mask of the fewest patches that receive `mass` of its attention.
+def top_patches_mask(weights: Tensor, share: float = TOP_SHARE) -> Tensor:
+    """Return, for each head, a mask of the fewest patches that receive `share` of its attention.
 
     Args:
         weights: Attention, (heads, rows, columns).
-        mass: Share of each head's attention, in [0, 1].
+        share: Share of each head's attention, in [0, 1].
     """
     flat = weights.flatten(1)
     shares, order = (flat / flat.sum(1, keepdim=True)).sort(dim=1, descending=True)
-    is_needed = shares.cumsum(1) - shares < mass
-    return torch.empty_like(is_needed).scatter_(1, order, is_needed).view_as(weights)
+    is_top = shares.cumsum(1) - shares < share
+    return torch.empty_like(is_top).scatter_(1, order, is_top).view_as(weights)
 
 
 def _attention_picture(image: Tensor, weights: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def _attention_picture(image: Tensor, weights: Tensor) -> Tensor:
     size, pixels = image.shape[-1], image.float() / 255
     heads = torch.cat([weights.mean(0, keepdim=True), weights]).cpu()
     maps, overlays, masked_images = [torch.ones_like(pixels)], [pixels], [torch.ones_like(pixels)]
-    for head, mask in zip(heads, mass_mask(heads)):
+    for head, mask in zip(heads, top_patches_mask(heads)):
         enlarged = _enlarge((head / head.max().clamp(min=1e-12))[None], size)[0]
         colors = colormaps["inferno"](enlarged.numpy())[..., :3].astype(np.float32)
         colored = torch.from_numpy(colors).permute(2, 0, 1)
@@ -222,14 +222,14 @@ def _enlarge(values: Tensor, size: int) -> Tensor:
     return nn.functional.interpolate(values[None], size=(size, size), mode="nearest")[0]
 
 
-def _read(file: Path, size: int) -> Tensor:
+def _read_image(file: Path, size: int) -> Tensor:
     if not file.is_file():
         raise ValueError(f"{file}: no such file; give the path of an image")
     pixels = torch.from_numpy(decode(file.read_bytes(), str(file))).permute(2, 0, 1)
     return crops.evaluate(pixels, size, 1.0, "bicubic")
 
 
-def _save(picture: Tensor, path: Path) -> Path:
+def _save_picture(picture: Tensor, path: Path) -> Path:
     pixels = (picture.clamp(0, 1) * 255).round().byte()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
     return path

@@ -41,8 +41,8 @@ def build_parser(
     name: str,
     description: str | None,
     options: Mapping[str, Mapping[str, Any]],
-    overrides_metavar: str = "key=value",
-    overrides_help: str = OVERRIDES_HELP,
+    positionals_metavar: str = "key=value",
+    positionals_help: str = OVERRIDES_HELP,
 ) -> argparse.ArgumentParser:
     """Return a parser with the shared options and the options of one evaluation.
 
@@ -50,8 +50,9 @@ def build_parser(
         name: Module to run with `python -m`.
         description: Text above the list of options.
         options: Arguments of `add_argument` for each flag of this evaluation.
-        overrides_metavar: Name of the positional arguments after RUN in the help.
-        overrides_help: Help text of those arguments.
+        positionals_metavar: Name in the help of the positional arguments after RUN. The parser
+            stores them as `overrides`.
+        positionals_help: Help text of those arguments.
     """
     parser = argparse.ArgumentParser(
         f"python -m {name}",
@@ -59,7 +60,7 @@ def build_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("overrides", nargs="*", metavar=overrides_metavar, help=overrides_help)
+    parser.add_argument("overrides", nargs="*", metavar=positionals_metavar, help=positionals_help)
     for flag, arguments in {**SHARED_OPTIONS, **options}.items():
         parser.add_argument(flag, **arguments)
     return parser
@@ -86,9 +87,9 @@ def evaluate_and_print(
         if not process_group.is_main():
             return
         folder, name = run.path / "eval", result["name"]
-        grid = folder / result["checkpoint"] / f"{name}_grid.json"
-        if grid.exists():
-            print(f"\n{results.format_result(json.loads(grid.read_text()))}")
+        grid_path = folder / result["checkpoint"] / f"{name}_grid.json"
+        if grid_path.exists():
+            print(f"\n{results.format_result(json.loads(grid_path.read_text()))}")
         print(f"\n{results.format_result(result)}")
         print(f"\n{result['seconds']:.0f} s; saved to {folder / name}.json")
 
@@ -119,7 +120,7 @@ def _join_ranks(device: str) -> Iterator[str]:
 
 
 def execute(main: Callable[[list[str]], None], name: str) -> None:
-    """Run `main` on the arguments of this process and exit with a status.
+    """Run `main` on the arguments of this process and exit with a status if it fails.
 
     An expected error is printed as one line. The status is 2 for a user's mistake, 74 for a failed
     write to disk, and 69 for a lost worker. With --skip-unlabeled, it is 77 for images without

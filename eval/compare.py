@@ -66,21 +66,21 @@ def write(runs: list[Path], output: Path | None = None) -> Path:
         heading=" and ".join(names) if len(names) < 4 else f"{len(names)} runs",
         names=names,
         legend=sections.series_legend(names),
-        differences=[[key, *values] for key, values in differences(runs_by_name).items()],
+        differences=[[key, *values] for key, values in config_differences(runs_by_name).items()],
         numbers=_last_values(metrics),
         evaluations=_evaluations(runs_by_name),
-        training=_charts(metrics),
-        alerts=[(name, sections.alerts(run)) for name, run in runs_by_name.items()],
+        training=_draw_charts(metrics),
+        alerts=[(name, sections.read_alerts(run)) for name, run in runs_by_name.items()],
     )
     path = output or runs[0].parent / "compare.html"
     durable_files.replace(path, text)
     return path
 
 
-def differences(runs: dict[str, Path]) -> dict[str, list[str]]:
-    """Return the configuration keys whose values differ, with the value of each run.
+def config_differences(runs: dict[str, Path]) -> dict[str, list[str]]:
+    """Return the configuration keys whose values differ, with one value per run.
 
-    The value is `-` for a run whose configuration lacks the key.
+    The value is "-" for a run whose configuration lacks the key.
     """
     flat_configs = [
         schema.flatten(yaml.safe_load((run / "config.yaml").read_text())) for run in runs.values()
@@ -98,16 +98,17 @@ def _recorded_keys(metrics: dict[str, list[sections.Record]], group: str) -> lis
 
 def _last_values(metrics: dict[str, list[sections.Record]]) -> list[list[str]]:
     """Return a table of the steps, the best k-NN accuracy and the last value of every curve."""
-    rows = [["steps", *(f"{log[-1]['step']:,}" if log else "-" for log in metrics.values())]]
-    knn_curves = [sections.curve(records, "knn") for records in metrics.values()]
+    steps = [f"{records[-1]['step']:,}" if records else "-" for records in metrics.values()]
+    rows = [["steps", *steps]]
+    knn_curves = [sections.metric_points(records, "knn") for records in metrics.values()]
     if any(knn_curves):
         best = [f"{max(y for _, y in points):.2f}" if points else "-" for points in knn_curves]
         rows.append(["best k-NN accuracy, %", *best])
     for group in metric_names.GROUPS:
         for key in _recorded_keys(metrics, group):
-            curves = [sections.curve(records, key) for records in metrics.values()]
-            label = metric_names.metric_info(key)
-            title = f"{group}: {label.title}{', %' if label.is_percentage else ''}"
+            curves = [sections.metric_points(records, key) for records in metrics.values()]
+            metric = metric_names.metric_info(key)
+            title = f"{group}: {metric.title}{', %' if metric.is_percentage else ''}"
             rows.append([title, *(f"{points[-1][1]:.6g}" if points else "-" for points in curves)])
     return rows
 
@@ -115,24 +116,24 @@ def _last_values(metrics: dict[str, list[sections.Record]]) -> list[list[str]]:
 def _evaluations(runs: dict[str, Path]) -> list[list[str]]:
     """Return a table of the pretrained features' results, each at its newest checkpoint."""
     newest_results = [
-        {kind: steps[max(steps)] for kind, steps in results.by_step(run).items()}
+        {name: steps[max(steps)] for name, steps in results.load_by_step(run).items()}
         for run in runs.values()
     ]
     columns = dict.fromkeys(
-        (kind, column)
+        (name, column)
         for evaluations in newest_results
-        for kind, result in evaluations.items()
+        for name, result in evaluations.items()
         for column in results.column_names(result)
     )
     return [
         [
-            f"{sections.TITLES.get(kind, kind)}, {column}",
+            f"{sections.TITLES.get(name, name)}, {column}",
             *(
-                _format_pretrained(evaluations.get(kind, {}), column)
+                _format_pretrained(evaluations.get(name, {}), column)
                 for evaluations in newest_results
             ),
         ]
-        for kind, column in sorted(columns, key=lambda key: key[0])
+        for name, column in sorted(columns, key=lambda key: key[0])
     ]
 
 
@@ -144,16 +145,16 @@ def _format_pretrained(result: dict[str, Any], column: str) -> str:
     return "-"
 
 
-def _charts(metrics: dict[str, list[sections.Record]]) -> list[tuple[str, list[page.Figure]]]:
+def _draw_charts(metrics: dict[str, list[sections.Record]]) -> list[tuple[str, list[page.Figure]]]:
     """Return the charts of each group of metrics, without the groups that no run recorded."""
 
-    def figure(key: str) -> page.Figure:
-        series = {name: sections.curve(records, key) for name, records in metrics.items()}
-        chart = charts.line_chart(series, key, marked=key == "knn")
-        return page.Figure(chart, sections.caption(key))
+    def draw_figure(key: str) -> page.Figure:
+        series = {name: sections.metric_points(records, key) for name, records in metrics.items()}
+        chart = charts.line_chart(series, key, has_markers=key == "knn")
+        return page.Figure(chart, sections.metric_caption(key))
 
     keys = {group: _recorded_keys(metrics, group) for group in metric_names.GROUPS}
-    return [(group, list(map(figure, keys[group]))) for group in keys if keys[group]]
+    return [(group, list(map(draw_figure, keys[group]))) for group in keys if keys[group]]
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ class ImageRng:
     """Counter-based random numbers for one corruption of one image."""
 
     seed: int
-    index: int  # position of the image in its data set
-    corruption: int  # position of the corruption in NAMES
-    num_used: int = 0  # count of the numbers returned so far
+    image_index: int  # position of the image in its data set
+    corruption_index: int  # position of the corruption in NAMES
+    num_used: int = 0  # numbers returned so far
 
     def uniform(self, *shape: int) -> np.ndarray:
         """Return the next numbers from the uniform distribution on [0, 1)."""
@@ -41,8 +41,8 @@ class ImageRng:
         numbers = counter_rng.uniform(
             self.seed,
             0,
-            self.index,
-            self.corruption,
+            self.image_index,
+            self.corruption_index,
             counter_rng.Purpose.CORRUPTION,
             self.num_used,
         )
@@ -57,7 +57,7 @@ def apply(name: str, image: np.ndarray, severity: int, index: int, seed: int = 0
     """Return the corrupted image, uint8 (height, width, 3).
 
     Args:
-        name: One of NAMES.
+        name: Name of the corruption, one of NAMES.
         image: Image, uint8 (height, width, 3).
         severity: Severity from 1 to 5.
         index: Index of the image in its data set. It selects the random numbers, as the seed does.
@@ -91,30 +91,30 @@ def shot_noise(image: np.ndarray, photons: float, rng: ImageRng) -> np.ndarray:
     return stats.poisson.ppf(rng.uniform(*image.shape), image * photons).clip(min=0) / photons
 
 
-def impulse_noise(image: np.ndarray, share: float, rng: ImageRng) -> np.ndarray:
-    """Set a random share of the values to 0 or 1, independently in each channel."""
-    is_noise, is_white = rng.uniform(*image.shape) < share, rng.uniform(*image.shape) < 0.5
+def impulse_noise(image: np.ndarray, probability: float, rng: ImageRng) -> np.ndarray:
+    """Set each value to 0 or 1 with this probability, independently in each channel."""
+    is_noise, is_white = rng.uniform(*image.shape) < probability, rng.uniform(*image.shape) < 0.5
     return np.where(is_noise, is_white, image)
 
 
-def defocus_blur(image: np.ndarray, disk_size: tuple[float, float], rng: ImageRng) -> np.ndarray:
-    """Blur with a disk. `disk_size` consists of `radius` and `alias`, the arguments of `disk`."""
-    return ndimage.correlate(image, disk(*disk_size)[..., None], mode="mirror")
+def defocus_blur(image: np.ndarray, constants: tuple[float, float], rng: ImageRng) -> np.ndarray:
+    """Blur with a disk. `constants` consists of `radius` and `sigma`, the arguments of `disk`."""
+    return ndimage.correlate(image, disk(*constants)[..., None], mode="mirror")
 
 
-def disk(radius: float, alias: float) -> np.ndarray:
+def disk(radius: float, sigma: float) -> np.ndarray:
     """Return a disk-shaped kernel whose weights sum to 1, smoothed by a Gaussian.
 
     Args:
         radius: Radius of the disk in pixels.
-        alias: Standard deviation of the Gaussian in pixels. The Gaussian is 3 pixels wide, or 5 if
+        sigma: Standard deviation of the Gaussian in pixels. The Gaussian is 3 pixels wide, or 5 if
             the radius exceeds 8.
     """
     half_size, half_width = (8, 1) if radius <= 8 else (radius, 2)
     positions = np.arange(-half_size, half_size + 1)
     kernel = (positions[:, None] ** 2 + positions**2 <= radius**2).astype(np.float64)
     kernel /= kernel.sum()
-    weights = np.exp(-(np.arange(-half_width, half_width + 1) ** 2) / (2 * alias**2))
+    weights = np.exp(-(np.arange(-half_width, half_width + 1) ** 2) / (2 * sigma**2))
     for axis in (0, 1):
         kernel = ndimage.correlate1d(kernel, weights / weights.sum(), axis=axis, mode="mirror")
     return kernel
@@ -134,13 +134,13 @@ def glass_blur(image: np.ndarray, constants: tuple[float, int, int], rng: ImageR
     sigma, max_distance, num_rounds = constants
     pixels = (gaussian_blur(image, sigma) * 255).astype(np.uint8)
     offsets = np.floor(rng.uniform(num_rounds, *image.shape[:2], 2) * 2 * max_distance)
-    _swap(pixels, offsets.astype(np.int64) - max_distance, max_distance)
+    _swap_pixels(pixels, offsets.astype(np.int64) - max_distance, max_distance)
     return gaussian_blur(pixels / 255.0, sigma)
 
 
 @njit(cache=True, nogil=True)
-def _swap(pixels, offsets, max_distance):
-    """Swap each pixel with the one at its offset (x, y), from the last pixel to the first."""
+def _swap_pixels(pixels, offsets, max_distance):
+    """Swap each pixel in place with the one at its offset (x, y), starting at the last pixel."""
     height, width, num_channels = pixels.shape
     for swap_round in range(offsets.shape[0]):
         for row in range(min(height - max_distance, height - 1), max_distance, -1):
@@ -153,12 +153,12 @@ def _swap(pixels, offsets, max_distance):
                     pixels[other_row, other_column, channel] = value
 
 
-def zoom_blur(image: np.ndarray, zoom: tuple[float, float], rng: ImageRng) -> np.ndarray:
+def zoom_blur(image: np.ndarray, constants: tuple[float, float], rng: ImageRng) -> np.ndarray:
     """Average a square image with enlarged copies of its center.
 
-    The zoom factors start at 1. `zoom` consists of their end (exclusive) and their step.
+    The zoom factors start at 1. `constants` consists of their end (exclusive) and their step.
     """
-    factors = np.arange(1, *zoom)
+    factors = np.arange(1, *constants)
     return (image + sum(enlarge(image, factor) for factor in factors)) / (len(factors) + 1)
 
 
@@ -176,16 +176,16 @@ def enlarge(image: np.ndarray, factor: float) -> np.ndarray:
 def fog(image: np.ndarray, constants: tuple[float, float], rng: ImageRng) -> np.ndarray:
     """Add clouds, and scale the image so that its maximum does not grow.
 
-    `constants` consists of the amount of fog and the `decay` that `plasma` takes.
+    `constants` consists of the amount of fog and the `decay` that `plasma_fractal` takes.
     """
     amount, decay = constants
     height, width = image.shape[:2]
     side = 1 << (max(height, width) - 1).bit_length()
-    clouds = plasma(side, decay, rng)[:height, :width, None]
+    clouds = plasma_fractal(side, decay, rng)[:height, :width, None]
     return (image + amount * clouds) * image.max() / (image.max() + amount)
 
 
-def plasma(side: int, decay: float, rng: ImageRng) -> np.ndarray:
+def plasma_fractal(side: int, decay: float, rng: ImageRng) -> np.ndarray:
     """Return clouds in [0, 1], (side, side), by midpoint displacement on a torus.
 
     Each finer level divides the noise by `decay`.
@@ -240,13 +240,13 @@ def elastic_transform(
     unit = side if side <= MAX_SMALL_SIDE else side * 244 / 224
     amplitude, sigma, max_shift = (unit * constant for constant in constants)
     rows, columns = np.meshgrid(*(np.arange(length) for length in image.shape[:2]), indexing="ij")
-    center, third = np.array(image.shape[:2]) // 2, side // 3
-    corners = center + third * np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])  # (x, y)
+    center, distance = np.array(image.shape[:2]) // 2, side // 3
+    corners = center + distance * np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])  # (x, y)
     shifted_corners = corners + max_shift * (2 * rng.uniform(3, 2) - 1)
     to_source = np.linalg.solve(np.column_stack([shifted_corners, np.ones(3)]), corners)
     homogeneous = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
     x, y = np.moveaxis(homogeneous @ to_source, -1, 0)
-    image = sample(image, y, x, "mirror")
+    image = interpolate(image, y, x, "mirror")
     x_shift, y_shift = (
         amplitude
         * ndimage.gaussian_filter(
@@ -254,11 +254,11 @@ def elastic_transform(
         )
         for _ in range(2)
     )
-    return sample(image, rows + y_shift, columns + x_shift, "reflect")
+    return interpolate(image, rows + y_shift, columns + x_shift, "reflect")
 
 
-def sample(image: np.ndarray, rows: np.ndarray, columns: np.ndarray, mode: str) -> np.ndarray:
-    """Interpolate the image linearly at these positions."""
+def interpolate(image: np.ndarray, rows: np.ndarray, columns: np.ndarray, mode: str) -> np.ndarray:
+    """Interpolate the image linearly at these positions. `mode` is SciPy's rule for the border."""
     return np.stack(
         [
             ndimage.map_coordinates(channel, [rows, columns], order=1, mode=mode)
@@ -268,10 +268,10 @@ def sample(image: np.ndarray, rows: np.ndarray, columns: np.ndarray, mode: str) 
     )
 
 
-def pixelate(image: np.ndarray, share: float, rng: ImageRng) -> np.ndarray:
-    """Shrink both sides to `share` of their length and enlarge them again, with box filters."""
+def pixelate(image: np.ndarray, scale: float, rng: ImageRng) -> np.ndarray:
+    """Shrink both sides by the factor `scale` and enlarge them again, with box filters."""
     height, width = image.shape[:2]
-    small_size = max(1, int(width * share)), max(1, int(height * share))
+    small_size = max(1, int(width * scale)), max(1, int(height * scale))
     small = _to_pil(image).resize(small_size, Image.Resampling.BOX)
     return np.asarray(small.resize((width, height), Image.Resampling.BOX)) / 255.0
 

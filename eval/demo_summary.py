@@ -10,7 +10,7 @@ from ssl_pretrain.eval import command_line, knn, report, results, runs
 from ssl_pretrain.eval.frozen import cached_linear
 from ssl_pretrain.eval.html import sections
 
-COLUMNS = {  # the `features` entry of a result file's rows, by column title
+FEATURES_OF_COLUMN = {  # `features` entry of a result file's rows, by column title
     "raw pixels": "raw pixels",
     "random backbone": results.BETTER_RANDOM,
     "pretrained": "pretrained",
@@ -29,18 +29,18 @@ NEXT_COMMANDS = """next:
   8 GPUs      torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml"""
 
 
-def summary(run: str | Path, seconds: dict[str, float] | None = None) -> str:
+def render_summary(run_path: str | Path, phase_seconds: dict[str, float] | None = None) -> str:
     """Return a text that compares raw pixels, the random backbone and the pretrained one.
 
     Args:
-        run: The folder of a run that has been evaluated.
-        seconds: Duration of each phase, by the name of the phase.
+        run_path: Folder of an evaluated run.
+        phase_seconds: Duration of each phase, by the name of the phase.
 
     Raises:
         ValueError: If the run has no k-NN or linear evaluation.
     """
-    path = Path(run)
-    evaluations = {result["name"]: result for result in results.load(path)}
+    path = Path(run_path)
+    evaluations = {result["name"]: result for result in results.load_newest(path)}
     for name in ("knn", "linear"):
         if name not in evaluations:
             raise ValueError(
@@ -60,7 +60,7 @@ def summary(run: str | Path, seconds: dict[str, float] | None = None) -> str:
         "random backbone: the same network before its first step, with initial or recalibrated "
         "batch norm statistics, whichever is better",
         "",
-        results.format_table(["accuracy, %", *COLUMNS], rows),
+        results.format_table(["accuracy, %", *FEATURES_OF_COLUMN], rows),
         "",
         f"k-NN: k = {protocol['k']}, temperature {protocol['temperature']}, on the test images",
     ]
@@ -68,59 +68,58 @@ def summary(run: str | Path, seconds: dict[str, float] | None = None) -> str:
         lines.append(f"shifted: {protocol['shifts']}")
     if "few labels" in linear_protocol:
         lines.append(f"linear, n per class: {linear_protocol['few labels']}")
-    lines += ["", *_curves(path)]
-    if seconds:
-        lines.append(
-            "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-        )
+    lines += ["", *_draw_curves(path)]
+    if phase_seconds:
+        phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in phase_seconds.items())
+        lines.append(f"seconds: {phases}")
     page = path / "report.html"
     report_or_command = page if page.is_file() else f"python -m ssl_pretrain.eval.report {path}"
     return "\n".join([*lines, f"report: {report_or_command}", "", NEXT_COMMANDS])
 
 
 def _format_metric(result: dict[str, Any], metric: str) -> list[str]:
-    """Format one metric of a result for each of COLUMNS, as "-" where there is no value."""
+    """Format one metric of a result per column, with "-" for a missing value."""
     rows = {row["features"]: row for row in result["rows"]}
     return [
         results.format_number(rows[features], metric) if features in rows else "-"
-        for features in COLUMNS.values()
+        for features in FEATURES_OF_COLUMN.values()
     ]
 
 
-def _curves(run: Path) -> list[str]:
+def _draw_curves(run_path: Path) -> list[str]:
     """Draw the loss and the k-NN accuracy of the run, one line each."""
-    metrics = sections.read_metrics(run)
+    metrics = sections.read_metrics(run_path)
     lines = []
     for title, key, unit in (
         ("loss", "loss", ""),
         ("k-NN", "knn", " %, of held-out training images"),
     ):
-        if values := [value for _, value in sections.curve(metrics, key)]:
+        if values := [value for _, value in sections.metric_points(metrics, key)]:
             lines.append(f"{title}  {sparkline(values)}  {values[0]:.4g} to {values[-1]:.4g}{unit}")
     return lines
 
 
 def sparkline(values: list[float], width: int = 48) -> str:
-    """Draw a curve as one line of at most `width` blocks, each the mean of a segment."""
+    """Draw a curve as at most `width` block characters. Each one shows the mean of a segment."""
     segments = np.array_split(np.array(values, dtype=float), min(width, len(values)))
     means = np.array([segment.mean() for segment in segments])
     levels = (means - means.min()) / (np.ptp(means) or 1) * (len(SPARKLINE_BLOCKS) - 1)
     return "".join(SPARKLINE_BLOCKS[int(level)] for level in levels.round())
 
 
-def evaluate(path: str | Path) -> dict[str, float]:
+def evaluate(run_path: str | Path) -> dict[str, float]:
     """Run the demo's evaluations and report, and return the duration of each in seconds."""
-    run = runs.load_run(path)
-    phases = {
+    run = runs.load_run(run_path)
+    evaluations = {
         "k-NN": lambda: knn.evaluate(run),
         "linear": lambda: cached_linear.evaluate(run, labels_per_class=[1, 5]),
         "report": lambda: report.write(run),
     }
     seconds = {}
-    for name, phase in phases.items():
+    for name, run_evaluation in evaluations.items():
         results.print_progress(f"{name}:")
         start = time.monotonic()
-        phase()
+        run_evaluation()
         seconds[name] = time.monotonic() - start
     return seconds
 
@@ -130,7 +129,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
         return
-    seconds = {}
+    phase_seconds = {}
     for argument in arguments[1:]:
         name, equals, value = argument.partition("=")
         if not equals or not value.replace(".", "", 1).isdigit():
@@ -138,8 +137,9 @@ def main(arguments: list[str]) -> None:
                 f"{argument!r} is not the duration of a phase; give phase=seconds, "
                 "such as training=95"
             )
-        seconds[name] = float(value)
-    print(f"\n{summary(arguments[0], seconds | evaluate(arguments[0]))}")
+        phase_seconds[name] = float(value)
+    phase_seconds |= evaluate(arguments[0])
+    print(f"\n{render_summary(arguments[0], phase_seconds)}")
 
 
 if __name__ == "__main__":

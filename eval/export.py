@@ -28,8 +28,8 @@ from ssl_pretrain.models import backbones, components, timm_networks
 from ssl_pretrain.system import durable_files
 
 WEIGHTS = "model.safetensors"
-TORCHVISION_TOLERANCE = 1e-5  # largest difference, as a share of the largest feature
-NUM_PROBED = 512  # training images that are tested for collapse
+TORCHVISION_TOLERANCE = 1e-5  # largest difference, relative to the largest feature
+NUM_COLLAPSE_IMAGES = 512  # training images whose features are tested for collapse
 # Smallest accepted effective rank of the centered features, and smallest accepted spread of the
 # features scaled to length 1. Features below either limit have collapsed to a line or a point.
 MIN_RANK, MIN_SPREAD = 2.0, 0.01
@@ -74,13 +74,13 @@ def main(arguments: list[str]) -> None:
         "ssl_pretrain.eval.export",
         HELP,
         OPTIONS,
-        overrides_metavar="OUT",
-        overrides_help="new folder or older export to write to (default: RUN/export), and"
+        positionals_metavar="OUT",
+        positionals_help="new folder or older export to write to (default: RUN/export), and"
         " key=value overrides as in the other evaluations",
     )
     options = parser.parse_intermixed_args(arguments)
-    folders = [word for word in options.overrides if "=" not in word]
-    options.overrides = [word for word in options.overrides if "=" in word]
+    folders = [text for text in options.overrides if "=" not in text]
+    options.overrides = [text for text in options.overrides if "=" in text]
     if len(folders) > 1:
         raise ValueError(f"OUT: got {' and '.join(folders)}; give a single folder after RUN")
     run = command_line.open_run(options)
@@ -127,19 +127,19 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     }
     images = reference_images(run.image_size)
     with torch.no_grad():
-        expected = run.backbone(images.to(run.device)).float().cpu().contiguous()
+        image_features = run.backbone(images.to(run.device)).float().cpu().contiguous()
     if "torchvision" in formats:
-        check_torchvision(run, weights, images, expected)
+        check_torchvision(run, weights, images, image_features)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    save_file({"images": images, "features": expected}, folder / REFERENCE)
+    save_file({"images": images, "features": image_features}, folder / REFERENCE)
     (folder / ARGUMENTS).touch()
     for name in (WEIGHTS, REFERENCE):  # safetensors writes files that only the owner can read
         durable_files.copy_permissions(folder / ARGUMENTS, folder / name)
     arguments = build_arguments(run) | {"sha256": _sha256(folder / WEIGHTS), "formats": formats}
     (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=1) + "\n")
     load(folder)
-    onnx_section = onnx.write(run, folder, images, expected) if "onnx" in formats else ""
+    onnx_section = onnx.write(run, folder, images, image_features) if "onnx" in formats else ""
     (folder / "README.md").write_text(model_card.render(run, arguments, problems, onnx_section))
     return folder
 
@@ -176,7 +176,7 @@ def load(folder: str | Path) -> components.Backbone:
 
 
 def build_arguments(run: Run) -> dict[str, Any]:
-    """Return the arguments that build the backbone, with its input format and its origin."""
+    """Return the entries of ARGUMENTS: the network, its input format and its origin."""
     config, evaluation = run.config, run.config.evaluation
     name, args = config.backbone.name, dict(config.backbone.args)
     size_arguments = timm_networks.size_arguments(name, run.view_size)
@@ -200,9 +200,9 @@ def build_arguments(run: Run) -> dict[str, Any]:
 
 
 def check_torchvision(
-    run: Run, weights: dict[str, Tensor], images: Tensor, expected: Tensor
+    run: Run, weights: dict[str, Tensor], images: Tensor, expected_features: Tensor
 ) -> None:
-    """Raise ValueError unless torchvision's network of this name computes the expected features."""
+    """Raise ValueError unless torchvision's network of this name computes these features."""
     import torchvision
 
     name, stem = run.config.backbone.name, run.config.backbone.stem
@@ -227,8 +227,8 @@ def check_torchvision(
             f" {str(error).splitlines()[-1].strip()}; load them with eval.export.load"
         ) from None
     with torch.no_grad():
-        difference = (model.eval()(images) - expected).abs().max().item()
-    if not difference <= TORCHVISION_TOLERANCE * max(1.0, expected.abs().max().item()):
+        difference = (model.eval()(images) - expected_features).abs().max().item()
+    if not difference <= TORCHVISION_TOLERANCE * max(1.0, expected_features.abs().max().item()):
         raise ValueError(
             f"--format torchvision: torchvision's {name} loads the weights, but its features differ"
             f" by {difference:.2g}; load them with eval.export.load"
@@ -253,9 +253,9 @@ def find_problems(run: Run) -> list[str]:
             f"not checked for collapse, because the training images are missing: {error}"
         )
         return problems
-    images = evaluation_split.EvaluationSplit(run, source).random_subset(NUM_PROBED)
+    images = evaluation_split.EvaluationSplit(run, source).random_subset(NUM_COLLAPSE_IMAGES)
     image_features, _ = features.extract(run.backbone, images)
-    deviations = spectrum.spectrum(image_features).sqrt()
+    deviations = spectrum.covariance_spectrum(image_features).sqrt()
     shares = deviations / deviations.sum().clamp(min=1e-12) + 1e-12
     rank = torch.exp(-(shares * shares.log()).sum()).item()  # RankMe, arXiv:2210.02885
     spread = deviations.norm().item()

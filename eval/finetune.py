@@ -56,9 +56,9 @@ def evaluate(run: Run, protocol: str, options: selection.TuningOptions) -> dict[
         ValueError: If the images have no labels, or an option does not fit them.
     """
     train, test = labeled_splits(run, "fine-tuning")
-    published = protocols.TUNING[protocol]
+    published = protocols.TUNING_PROTOCOLS[protocol]
     column = selection.Column(
-        np.arange(len(train)), selection.adapt(published, options, len(train))
+        np.arange(len(train)), selection.adapt_protocol(published, options, len(train))
     )
     return selection.evaluate_columns(
         run,

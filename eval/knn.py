@@ -123,7 +123,7 @@ def evaluate(
 
     Raises:
         ValueError: If the images have no labels, k exceeds the number of training images, or the
-            features do not fit in memory.
+            search does not fit in memory.
     """
     start = time.monotonic()
     k = run.config.evaluation.k if k is None else k
@@ -213,32 +213,34 @@ def _describe_shifts(test: EvaluationSplit, shift_distances: list[int]) -> str:
 def check_memory(
     run: Run, train: EvaluationSplit, test: EvaluationSplit, rows: Sequence[str]
 ) -> None:
-    """Print the memory that the search takes and the memory that is free.
+    """Print how much memory the search takes and how much is free.
 
     Raises:
-        ValueError: If the search does not fit.
+        ValueError: If the search does not fit in memory.
     """
     feature_dim: Any = run.backbone.feature_dim
     raw_dim = 3 * min(run.image_size, features.RAW_SIZE) ** 2
     dim = max(raw_dim if row == "raw" else feature_dim for row in rows)
     view_bytes = train.cache_bytes + test.cache_bytes if run.device.type == "cpu" else 0
-    needed = knn_search.required_bytes(len(train), len(test), dim, len(train.classes), view_bytes)
-    demand = f"needs up to {needed / memory.GIB:.2f} GiB"
+    needed_bytes = knn_search.required_bytes(
+        len(train), len(test), dim, len(train.classes), view_bytes
+    )
+    demand = f"needs up to {needed_bytes / memory.GIB:.2f} GiB"
     try:
-        free = memory.available_bytes(run.device)
+        free_bytes = memory.available_bytes(run.device)
     except ValueError:  # neither CUDA nor Linux
         results.print_progress(f"k-NN {demand}; the free memory is unknown on this system")
         return
     num_ranks = process_group.world_size()
     per_rank = "" if num_ranks == 1 else f" on each of {num_ranks} ranks"
-    results.print_progress(f"k-NN {demand}{per_rank}; {free / memory.GIB:.2f} GiB is free")
-    if needed > memory.USABLE_FRACTION * free:
+    results.print_progress(f"k-NN {demand}{per_rank}; {free_bytes / memory.GIB:.2f} GiB is free")
+    if needed_bytes > memory.USABLE_FRACTION * free_bytes:
         fewer_rows = "; --rows pretrained leaves out raw pixels, the widest features"
         raise ValueError(
             f"k-NN of {len(train):,} training and {len(test):,} test images with {dim:,} numbers"
             f" each {demand}{per_rank}, more than {memory.USABLE_FRACTION:.0%} of the"
-            f" {free / memory.GIB:.2f} GiB free. Use more ranks (torchrun --nproc-per-node N -m"
-            f" ssl_pretrain.eval.knn ...), or fewer images (data.subset=N)"
+            f" {free_bytes / memory.GIB:.2f} GiB free. Use more ranks (torchrun --nproc-per-node N"
+            f" -m ssl_pretrain.eval.knn ...), or fewer images (data.subset=N)"
             f"{fewer_rows if dim > feature_dim else ''}"
         )
 

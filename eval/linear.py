@@ -5,7 +5,7 @@ from typing import Any
 
 from ssl_pretrain.eval import command_line
 from ssl_pretrain.eval.frozen import cached_linear, features, published_linear
-from ssl_pretrain.eval.protocols import LINEAR, LinearOptions
+from ssl_pretrain.eval.protocols import LINEAR_PROTOCOLS, LinearOptions
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import NON_NEGATIVE_FLOAT, POSITIVE_FLOAT, POSITIVE_INT
 
@@ -16,7 +16,7 @@ HELP = f"""Accuracy of linear classifiers on frozen features, raw pixels and a r
 together on nine tenths of the training images. The setting that is best on the last tenth is then
 trained on all training images and tested once. For few labels see --labels-per-class.
 
---protocol {" | ".join(LINEAR)}:
+--protocol {" | ".join(LINEAR_PROTOCOLS)}:
 the published protocols. Random crops and flips of the training images are embedded anew in every
 epoch. Learning rates around the published one are trained in the same pass. The table shows the
 accuracy of the published setting and of the setting selected on held-out training images.
@@ -37,7 +37,7 @@ accuracy of every setting is saved next to it, in a file that ends in _grid.json
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--protocol": {
-        "choices": ["cached", *LINEAR],
+        "choices": ["cached", *LINEAR_PROTOCOLS],
         "default": "cached",
         "help": "protocol, described above (default: cached)",
     },
@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> None:
 
 def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     if options.protocol == "cached":
-        _refuse(options, "lrs", "weight_decays", "batch_size", "feature")
+        _refuse_options(options, "lrs", "weight_decays", "batch_size", "feature")
         if options.select != "held-out":
             raise ValueError(
                 f"--select {options.select}: --protocol cached selects on held-out training images;"
@@ -112,7 +112,7 @@ def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         return cached_linear.evaluate(
             run, options.epochs or 50, options.labels_per_class, options.rows or features.ROWS
         )
-    _refuse(options, "labels_per_class")
+    _refuse_options(options, "labels_per_class")
     linear_options = LinearOptions(
         protocol=options.protocol,
         lrs=options.lrs,
@@ -125,14 +125,16 @@ def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     return published_linear.evaluate(run, linear_options, options.rows or ["pretrained"])
 
 
-def _refuse(options: argparse.Namespace, *names: str) -> None:
-    """Raise ValueError if one of these options was given. The protocol does not take them."""
+def _refuse_options(options: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError if one of these options was given, which the protocol does not take."""
     for name in names:
         if getattr(options, name):
-            kind = "a published --protocol" if options.protocol == "cached" else "--protocol cached"
+            remedy = (
+                "a published --protocol" if options.protocol == "cached" else "--protocol cached"
+            )
             raise ValueError(
                 f"--{name.replace('_', '-')}: --protocol {options.protocol} does not take it; leave"
-                f" it out or give {kind}"
+                f" it out or give {remedy}"
             )
 
 

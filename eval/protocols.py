@@ -29,13 +29,13 @@ class LinearProtocol:
     # The learning rate is divided by 10 after each of these epochs. Without milestones, the rate
     # follows a cosine.
     milestones: tuple[int, ...] = ()
-    lr_changes_every_step: bool = False  # if False, the rate only changes between epochs
+    lr_changes_every_step: bool = False  # otherwise, the rate only changes between epochs
     init: Init = "normal"  # distribution of the initial weights, see LinearHeads
     init_std: float = 0.01  # standard deviation of normal initial weights; biases start at 0
-    normalizes_features: bool = False  # batch norm with trained, undecayed scale and shift
-    trust: float = 0.0  # LARC's coefficient, or 0 for plain SGD
-    uses_dino_feature: bool = False  # use DINO's feature of a ViT instead of the pooled output
-    # Cropping and resizing of the training views, and resizing of the test views.
+    normalizes_features: bool = False  # by batch norm with trained, undecayed scale and shift
+    larc_coefficient: float = 0.0  # 0 stands for plain SGD
+    uses_dino_feature: bool = False  # for a ViT, DINO's feature instead of the pooled output
+    # Cropping and resizing of the training views, and resizing of the test views
     crop_sampler: CropSampler = "torchvision"
     interpolation: Interpolation = "bilinear"
     antialias: bool = True
@@ -50,7 +50,7 @@ class LinearProtocol:
         return (1 + math.cos(math.pi * epoch / self.epochs)) / 2
 
 
-LINEAR = {
+LINEAR_PROTOCOLS = {
     "simclr": LinearProtocol(
         "SimCLR, the linear command of its README: google-research/simclr at 0075cc07",
         base_lr=0.1, batch_size=4096, epochs=90, weight_decay=1e-6, nesterov=True,
@@ -76,7 +76,7 @@ LINEAR = {
     ),
     "simsiam": LinearProtocol(
         "SimSiam, main_lincls.py --lars: facebookresearch/simsiam at a7bc1772",
-        base_lr=0.1, batch_size=4096, epochs=90, weight_decay=0.0, trust=0.001,
+        base_lr=0.1, batch_size=4096, epochs=90, weight_decay=0.0, larc_coefficient=0.001,
     ),
     "moco_v3": LinearProtocol(
         "MoCo v3, main_lincls.py, ResNet-50: facebookresearch/moco-v3 at c349e6e2",
@@ -104,12 +104,12 @@ LINEAR = {
 
 @dataclass(frozen=True)
 class LinearOptions:
-    """Name of a linear protocol, with the settings to try and the values to change.
+    """A published linear protocol, the settings to try and the values to change.
 
     None keeps the published value.
     """
 
-    protocol: str
+    protocol: str  # name in LINEAR_PROTOCOLS
     lrs: list[float] | None = None  # learning rates at a batch of 256
     weight_decays: list[float] | None = None
     epochs: int | None = None
@@ -118,9 +118,9 @@ class LinearOptions:
     selection: str = "held-out"
 
     @property
-    def published(self) -> LinearProtocol:
+    def published_protocol(self) -> LinearProtocol:
         """The protocol without changes."""
-        return LINEAR[self.protocol]
+        return LINEAR_PROTOCOLS[self.protocol]
 
     def adapt_protocol(self, num_images: int) -> LinearProtocol:
         """Return the protocol with the changes and a batch size that fits the images.
@@ -130,7 +130,7 @@ class LinearOptions:
         Raises:
             ValueError: If there are no epochs, or the batch size does not fit the images.
         """
-        published = self.published
+        published = self.published_protocol
         epochs = published.epochs if self.epochs is None else self.epochs
         batch_size = self.batch_size or fitting_batch_size(
             published.batch_size, num_images, process_group.world_size()
@@ -151,7 +151,7 @@ class LinearOptions:
         Raises:
             ValueError: If the published setting is selected and other settings are given.
         """
-        published = self.published
+        published = self.published_protocol
         if self.selection == "published":
             if self.lrs or self.weight_decays:
                 raise ValueError(
@@ -164,7 +164,9 @@ class LinearOptions:
         return list(itertools.product(lrs, decays))
 
 
-def describe_linear(protocol: LinearProtocol, published: LinearProtocol, num_images: int) -> str:
+def describe_linear_training(
+    protocol: LinearProtocol, published: LinearProtocol, num_images: int
+) -> str:
     """Describe the training of the heads and its differences from the published protocol."""
     schedule = f"cosine to 0 by {'steps' if protocol.lr_changes_every_step else 'epochs'}"
     if protocol.milestones:
@@ -177,7 +179,9 @@ def describe_linear(protocol: LinearProtocol, published: LinearProtocol, num_ima
     normal = f"from normal weights with standard deviation {protocol.init_std:g}"
     entries = [
         f"SGD with {'Nesterov ' if protocol.nesterov else ''}momentum {protocol.momentum:g}",
-        f"LARC with coefficient {protocol.trust:g}, without clipping" if protocol.trust else "",
+        f"LARC with coefficient {protocol.larc_coefficient:g}, without clipping"
+        if protocol.larc_coefficient
+        else "",
         f"published learning rate {protocol.base_lr:g} at a batch of 256, times"
         f" {protocol.batch_size / 256:g} for this batch",
         batch,
@@ -205,8 +209,8 @@ class TuningProtocol:
     base_lr: float  # learning rate at a batch of `lr_batch_size`
     lr_batch_size: int
     batch_size: int
-    epochs: float = 0.0  # unused if `steps` is set
-    steps: int = 0
+    epochs: float = 0.0  # unused if `num_steps` is set
+    num_steps: int = 0
     warmup_epochs: float = 0.0
     warmup_lr: float = 0.0  # learning rate at the start of the warm-up
     min_lr: float = 0.0  # learning rate at the end of the cosine
@@ -220,13 +224,13 @@ class TuningProtocol:
     randaugment: str = ""  # timm's name for a policy
     drop_path: float = 0.0  # rate of stochastic depth
     head_starts_at_zero: bool = False
-    has_slow_statistics: bool = False  # SimCLR's batch-norm momentum, at most 10 / steps_per_epoch
+    slows_batch_norm: bool = False  # a momentum of at most 10 / steps_per_epoch, as in SimCLR
     interpolation: Interpolation = "bicubic"
 
 
 SEMI_EPOCHS = {1: 60, 10: 30}  # epochs by percentage of labels (SimCLR, appendix B.5)
 
-TUNING = {
+TUNING_PROTOCOLS = {
     "semi": TuningProtocol(
         "SimCLR (arXiv:2002.05709), appendix B.5: no regularization, no warm-up, 60 epochs for 1 %"
         " and 30 for 10 % of the labels",
@@ -237,8 +241,8 @@ TUNING = {
         "SimCLR (arXiv:2002.05709), appendix B.8.1: 20,000 steps; select the learning rate from"
         " --lrs of 1e-4 to 0.1 and the weight decay from --weight-decays of 0 and 1e-6 to 1e-3,"
         " both logarithmic",
-        "sgd", base_lr=0.05, lr_batch_size=256, batch_size=256, steps=20_000,
-        head_starts_at_zero=True, has_slow_statistics=True,
+        "sgd", base_lr=0.05, lr_batch_size=256, batch_size=256, num_steps=20_000,
+        head_starts_at_zero=True, slows_batch_norm=True,
     ),
     "deit": TuningProtocol(
         "DeiT (arXiv:2012.12877), table 9 and main.py: facebookresearch/deit at 0282d2a1; epochs as"
@@ -252,7 +256,7 @@ TUNING = {
 
 
 def fitting_batch_size(
-    published: int, num_images: int, world_size: int, min_steps: int = 10
+    published_batch_size: int, num_images: int, world_size: int, min_steps: int = 10
 ) -> int:
     """Return the published batch size, or a smaller one for small data sets.
 
@@ -260,7 +264,8 @@ def fitting_batch_size(
     allows `min_steps` steps, but at least 16 if there are that many images. The result is a
     multiple of the number of ranks.
     """
-    if num_images < min_steps * published:
-        fitting = max(1, num_images // min_steps, min(num_images, 16))
-        published = min(published, 2 ** int(math.log2(fitting)))
-    return max(1, published // world_size) * world_size
+    batch_size = published_batch_size
+    if num_images < min_steps * batch_size:
+        largest = max(1, num_images // min_steps, min(num_images, 16))
+        batch_size = min(batch_size, 2 ** int(math.log2(largest)))
+    return max(1, batch_size // world_size) * world_size

@@ -13,6 +13,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ssl_pretrain.eval import command_line, results
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
@@ -21,7 +23,7 @@ from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import PORT
 from ssl_pretrain.system import durable_files
 
-MAX_LEGEND = 20  # largest number of classes in the legend of the projection
+MAX_LEGEND_CLASSES = 20  # largest number of classes in the legend of the projection
 OPTIONS: dict[str, dict[str, Any]] = {
     "--follow": {"action": "store_true", "help": "serve a live page during training"},
     "--port": {
@@ -37,7 +39,7 @@ def main(arguments: list[str]) -> None:
     parser = command_line.build_parser("ssl_pretrain.eval.report", __doc__, OPTIONS)
     options = parser.parse_intermixed_args(arguments)
     if options.follow:
-        live.follow(Path(options.run), options.port)
+        live.serve(Path(options.run), options.port)
     else:
         print(f"report: {write(command_line.open_run(options))}")
 
@@ -52,7 +54,7 @@ def write(run: Run) -> Path:
     config_path = shlex.quote(str(run.path / "config.yaml"))
     text = page.render(
         "report.html.jinja",
-        **sections.run_sections(run.path, metrics, run.view_size),
+        **sections.run_variables(run.path, metrics, run.view_size),
         **_evaluations(run, has_labels=bool((bank.labels >= 0).any())),
         title=f"{run.path.name} · {run.config.method.name}",
         name=run.path.name,
@@ -82,7 +84,9 @@ def _facts(run: Run, metrics: list[sections.Record]) -> list[tuple[str, str]]:
         ("global batch", f"{config.global_batch_size:,}"),
     ]
     if len(metrics) > 1 and "time" in metrics[0]:
-        facts.append(("wall time", sections.duration(last_record["time"] - metrics[0]["time"])))
+        facts.append(
+            ("wall time", sections.format_duration(last_record["time"] - metrics[0]["time"]))
+        )
     if counts := [record["replaced_images"] for record in metrics if "replaced_images" in record]:
         facts.append(("unreadable images replaced", f"{sum(counts):,}"))
     return facts
@@ -90,7 +94,7 @@ def _facts(run: Run, metrics: list[sections.Record]) -> list[tuple[str, str]]:
 
 def _evaluations(run: Run, has_labels: bool) -> dict[str, Any]:
     """Return the evaluations, with a note if there are none or if their checkpoints differ."""
-    evaluations = results.load(run.path)
+    evaluations = results.load_newest(run.path)
     other_checkpoints = sorted(
         {result["checkpoint"] for result in evaluations} - {run.checkpoint_path.name}
     )
@@ -103,27 +107,30 @@ def _evaluations(run: Run, has_labels: bool) -> dict[str, Any]:
     elif not evaluations:
         command = f"python -m ssl_pretrain.eval.knn {shlex.quote(str(run.path))}"
         note = f"There are no evaluations yet. Run {command} and ssl_pretrain.eval.linear."
-    return {"note": note, "evaluations": [sections.evaluation(result) for result in evaluations]}
+    return {
+        "note": note,
+        "evaluations": [sections.evaluation_variables(result) for result in evaluations],
+    }
 
 
 def _neighbors(
     queries: list[nearest_images.Query], bank: EvaluationSplit, query_kind: str
 ) -> dict[str, Any]:
-    """Return the template's variables for the table of queries and their neighbors."""
-    about = (
+    """Return the template variables of the table of queries and their neighbors."""
+    description = (
         f"Nearest neighbors of {len(queries)} {query_kind} among {len(bank):,} training images, by"
         " cosine similarity. The training mean is subtracted from the pixels."
     )
     if any(query.shift for query in queries):
-        about += " The queries are shifted by 1 or 2 original pixels before the search."
+        description += " The queries are shifted by 1 or 2 original pixels before the search."
     if any(query.label >= 0 for query in queries):
-        about += " Neighbors of the query's class are underlined in green, others in red."
-    names = [*bank.classes, ""]
+        description += " Neighbors of the query's class are underlined in green, others in red."
+    names = [*bank.classes, ""]  # the label -1 of unlabeled images selects the empty name
 
-    def cells(
+    def neighbor_cells(
         query: nearest_images.Query, neighbors: list[nearest_images.LabeledImage]
     ) -> tuple[list[dict[str, str]], str]:
-        """Return the cells of the neighbors and the share of them that have the query's class."""
+        """Return the neighbors' cells and how many of them have the query's class, as text."""
         marks = ["right" if label == query.label else "wrong" for _, label in neighbors]
         score = f"{marks.count('right')}/{len(marks)}"
         if query.label < 0:
@@ -134,24 +141,24 @@ def _neighbors(
 
     rows = []
     for query in queries:
-        by_pixels, pixel_score = cells(query, query.by_pixels)
-        by_features, feature_score = cells(query, query.by_features)
+        pixel_neighbors, pixel_score = neighbor_cells(query, query.pixel_neighbors)
+        feature_neighbors, feature_score = neighbor_cells(query, query.feature_neighbors)
         shift = query.shift and f"moved {query.shift}"
         rows.append(
             {
                 "query": _cell(query.image, names[query.label], ""),
                 "label": " · ".join(filter(None, [names[query.label], shift])),
-                "by_pixels": by_pixels,
+                "pixel_neighbors": pixel_neighbors,
                 "pixel_score": pixel_score,
-                "by_features": by_features,
+                "feature_neighbors": feature_neighbors,
                 "feature_score": feature_score,
             }
         )
-    return {"about": about, "rows": rows}
+    return {"description": description, "rows": rows}
 
 
-def _cell(image: Any, label: str, mark: str) -> dict[str, str]:
-    return {"source": page.pixels_source(image), "label": label, "mark": mark}
+def _cell(pixels: np.ndarray, label: str, mark: str) -> dict[str, str]:
+    return {"src": page.pixels_data_url(pixels), "label": label, "mark": mark}
 
 
 def _projection(run: Run, queries: EvaluationSplit, query_kind: str) -> dict[str, Any]:
@@ -161,7 +168,8 @@ def _projection(run: Run, queries: EvaluationSplit, query_kind: str) -> dict[str
     num_classes, label_array = len(queries.classes), labels.cpu().numpy()
     figures = [
         page.Figure(
-            charts.scatter_chart(nearest_images.project(vectors), label_array, num_classes), caption
+            charts.scatter_chart(nearest_images.project_by_tsne(vectors), label_array, num_classes),
+            caption,
         )
         for caption, vectors in (
             ("Raw pixels, centered", pixels - pixels.mean(dim=0)),
@@ -169,16 +177,16 @@ def _projection(run: Run, queries: EvaluationSplit, query_kind: str) -> dict[str
         )
     ]
     has_labels = bool((label_array >= 0).any())
-    about = (
+    description = (
         f"{len(queries):,} {query_kind}{', one color per class' if has_labels else ''}, projected"
         " by t-SNE of vectors scaled to length 1 (scikit-learn, perplexity 30, initialized by PCA,"
         " fixed seed)."
     )
-    names = queries.classes[:MAX_LEGEND] if has_labels else []
+    names = queries.classes[:MAX_LEGEND_CLASSES] if has_labels else []
     legend = [(name, charts.color(i, num_classes)) for i, name in enumerate(names)]
-    if has_labels and num_classes > MAX_LEGEND:
-        legend.append((f"and {num_classes - MAX_LEGEND} more", "transparent"))
-    return {"about": about, "figures": figures, "legend": legend}
+    if has_labels and num_classes > MAX_LEGEND_CLASSES:
+        legend.append((f"and {num_classes - MAX_LEGEND_CLASSES} more", "transparent"))
+    return {"description": description, "figures": figures, "legend": legend}
 
 
 def _config_text(run: Run) -> str:

@@ -30,7 +30,7 @@ class Row:
 
 
 def with_better_random(rows: list[Row]) -> list[Row]:
-    """Insert the baseline to beat, a row with the better random backbone's number per column."""
+    """Return the rows with the baseline to beat, the better random backbone of each column."""
     random_rows = [row for row in rows if row.features.startswith("random, ")]
     if not random_rows:
         return rows
@@ -46,7 +46,7 @@ def with_better_random(rows: list[Row]) -> list[Row]:
 
 
 def save(
-    run: Path,
+    run_path: Path,
     name: str,
     protocol: dict[str, Any],
     rows: list[Row],
@@ -60,9 +60,10 @@ def save(
     the highest step.
 
     Args:
-        run: Folder of the run.
+        run_path: Folder of the run.
         name: Name of the evaluation.
-        protocol: Everything a reader needs to reproduce the numbers. Each entry prints as one line.
+        protocol: Everything a reader needs to reproduce the numbers. Each entry is printed as one
+            line.
         rows: Rows of the table.
         provenance: Checkpoint, step and network, from `Run.provenance`.
         seconds: Duration of the evaluation.
@@ -77,30 +78,33 @@ def save(
         "seconds": round(seconds, 2),
     }
     if process_group.is_main():
-        folder, text = run / "eval", json.dumps(result, indent=1) + "\n"
-        newest, targets = folder / f"{name}.json", [folder / provenance["checkpoint"]]
+        folder, text = run_path / "eval", json.dumps(result, indent=1) + "\n"
+        newest, paths = (
+            folder / f"{name}.json",
+            [folder / provenance["checkpoint"] / f"{name}.json"],
+        )
         if not newest.exists() or json.loads(newest.read_text()).get("step", -1) <= result["step"]:
-            targets.append(folder)
-        for target in targets:
-            target.mkdir(parents=True, exist_ok=True)
-            durable_files.replace(target / newest.name, text)
+            paths.append(newest)
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            durable_files.replace(path, text)
     return result
 
 
-def load(run: Path) -> list[dict[str, Any]]:
-    """Read the newest result of each of a run's evaluations, sorted by name."""
-    return [json.loads(path.read_text()) for path in sorted((run / "eval").glob("*.json"))]
+def load_newest(run_path: Path) -> list[dict[str, Any]]:
+    """Read the newest result of each evaluation of a run, sorted by name."""
+    return [json.loads(path.read_text()) for path in sorted((run_path / "eval").glob("*.json"))]
 
 
-def by_step(run: Path) -> dict[str, dict[int, dict[str, Any]]]:
+def load_by_step(run_path: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """Read the results of all checkpoints, keyed by the evaluation's name and the step."""
     by_name: dict[str, dict[int, dict[str, Any]]] = {}
-    folder = run / "eval"
+    folder = run_path / "eval"
     for path in [*sorted(folder.glob("step_*/*.json")), *sorted(folder.glob("*.json"))]:
         result = json.loads(path.read_text())
         if {"name", "step", "rows"} <= result.keys():
             by_name.setdefault(result["name"], {})[result["step"]] = result
-    return {name: dict(sorted(results.items())) for name, results in by_name.items()}
+    return {name: dict(sorted(by_step.items())) for name, by_step in by_name.items()}
 
 
 def format_number(row: dict[str, Any], column: str) -> str:
@@ -134,7 +138,7 @@ def table_cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Format cells as plain text, with the first column flush left and the numbers flush right."""
+    """Format cells as plain text, with the first column flush left and the others flush right."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])

@@ -35,7 +35,7 @@ from ssl_pretrain.schema import COSINE
 RECALL_RANKS = (1, 5, 10)
 MAX_PAIRS = 1000
 NUM_PRINTED_PAIRS = 10
-ROUNDING = 1e-6  # rounding error of a cosine in float32
+ROUNDING_ERROR = 1e-6  # error of a cosine in float32
 OPTIONS: dict[str, dict[str, Any]] = {
     "--duplicates": {
         "type": COSINE,
@@ -45,7 +45,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
-Pair = tuple[float, int, int]  # cosine similarity, and the numbers a < b of two images
+# Cosine similarity, and the positions a < b of two images among all training and test images.
+Pair = tuple[float, int, int]
 
 
 def main(arguments: list[str]) -> None:
@@ -57,22 +58,22 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def evaluate(run: Run, duplicates: float = 0.995) -> dict[str, Any]:
+def evaluate(run: Run, min_cosine: float = 0.995) -> dict[str, Any]:
     """Measure mAP and recall in percent and save them to RUN/eval/retrieval.json.
 
     Args:
         run: Run to evaluate.
-        duplicates: Smallest cosine similarity of a pair that is listed as near-duplicates.
+        min_cosine: Smallest cosine similarity of a pair that is listed as near-duplicates.
 
     Returns:
         The content of the result file.
 
     Raises:
-        ValueError: If the images have no labels, or `duplicates` is not in (0, 1].
+        ValueError: If the images have no labels, or `min_cosine` is not in (0, 1].
     """
     start = time.monotonic()
-    if not 0 < duplicates <= 1:
-        raise ValueError(f"--duplicates: {duplicates} is not in (0, 1]; give one such as 0.995")
+    if not 0 < min_cosine <= 1:
+        raise ValueError(f"--duplicates: {min_cosine} is not in (0, 1]; give one such as 0.995")
     train, test = labeled_splits(run, "the retrieval evaluation")
     rows: list[results.Row] = []
     for representation in features.representations(run, train):
@@ -82,13 +83,13 @@ def evaluate(run: Run, duplicates: float = 0.995) -> dict[str, Any]:
         metrics = retrieval_metrics(bank - mean, bank_labels, queries - mean, labels)
         rows.append(results.Row(representation.name, metrics))
         results.print_progress(rows[-1].summary())
-    pairs, num_pairs = near_duplicates(torch.cat([bank, queries]), duplicates)
+    pairs, num_pairs = find_near_duplicates(torch.cat([bank, queries]), min_cosine)
     path = write_pairs(run, train, test, pairs)
     protocol = {
         **describe_splits(run, train, test),
         "normalization": NORMALIZATION,
         "ranking": "each test image ranks all training images; ties in the order of the data set",
-        "near duplicates": f"{num_pairs} pairs at cosine {duplicates:g} or more among training and"
+        "near duplicates": f"{num_pairs} pairs at cosine {min_cosine:g} or more among training and"
         f" test images; {path.name} has {len(pairs)}",
     }
     seconds, rows = time.monotonic() - start, results.with_better_random(rows)
@@ -117,21 +118,21 @@ def retrieval_metrics(
     bank = F.normalize(bank.float(), dim=1)
     total = torch.zeros(1 + len(RECALL_RANKS), dtype=torch.float64, device=bank.device)
     positions = torch.arange(1, len(bank) + 1, device=bank.device)
-    chunk_size = max(1, weighted_knn.MAX_SIMILARITIES // len(bank))
-    for chunk, truth in zip(queries.split(chunk_size), labels.split(chunk_size)):
-        similarities = F.normalize(chunk.float(), dim=1) @ bank.T
+    block_size = max(1, weighted_knn.MAX_SIMILARITIES // len(bank))
+    for block, block_labels in zip(queries.split(block_size), labels.split(block_size)):
+        similarities = F.normalize(block.float(), dim=1) @ bank.T
         order = similarities.argsort(dim=1, descending=True, stable=True)
-        relevant = bank_labels[order] == truth[:, None]
-        hits = relevant.cumsum(dim=1)
-        precision = (hits / positions * relevant).sum(dim=1, dtype=torch.float64)
-        average_precision = precision / hits[:, -1].clamp(min=1)
+        is_relevant = bank_labels[order] == block_labels[:, None]
+        hits = is_relevant.cumsum(dim=1)
+        precision_sum = (hits / positions * is_relevant).sum(dim=1, dtype=torch.float64)
+        average_precision = precision_sum / hits[:, -1].clamp(min=1)
         recalls = [hits[:, min(n, len(bank)) - 1] > 0 for n in RECALL_RANKS]
         total += torch.stack([values.double().sum() for values in (average_precision, *recalls)])
     names = ["mAP", *(f"recall@{n}" for n in RECALL_RANKS)]
     return dict(zip(names, (100 * total / len(queries)).tolist()))
 
 
-def near_duplicates(features: Tensor, min_cosine: float) -> tuple[list[Pair], int]:
+def find_near_duplicates(features: Tensor, min_cosine: float) -> tuple[list[Pair], int]:
     """Find pairs of images with nearly equal features.
 
     Args:
@@ -146,7 +147,7 @@ def near_duplicates(features: Tensor, min_cosine: float) -> tuple[list[Pair], in
     block_size = max(1, weighted_knn.MAX_SIMILARITIES // len(unit))
     for first in range(0, len(unit), block_size):
         similarities = unit[first : first + block_size] @ unit.T
-        are_near = (similarities >= min_cosine - ROUNDING).triu(first + 1)  # each pair once
+        are_near = (similarities >= min_cosine - ROUNDING_ERROR).triu(first + 1)  # each pair once
         rows, columns = are_near.nonzero(as_tuple=True)
         num_pairs += len(rows)
         cosines = similarities[rows, columns].double()
@@ -159,8 +160,9 @@ def near_duplicates(features: Tensor, min_cosine: float) -> tuple[list[Pair], in
 def write_pairs(run: Run, train: EvaluationSplit, test: EvaluationSplit, pairs: list[Pair]) -> Path:
     """Write RUN/eval/near_duplicates.csv, which has the cosine and the two files of each pair."""
 
-    def file_name(number: int) -> str:
-        split, row = (train, number) if number < len(train) else (test, number - len(train))
+    def file_name(position: int) -> str:
+        is_train = position < len(train)
+        split, row = (train, position) if is_train else (test, position - len(train))
         return split.source.name(int(split.indices[row]))
 
     path = run.path / "eval" / "near_duplicates.csv"

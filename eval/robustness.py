@@ -54,12 +54,12 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, Any]:
+def evaluate(run: Run, corruption_names: list[str], max_images: int = 2000) -> dict[str, Any]:
     """Measure the accuracy per corruption and severity, and save it to RUN/eval/robustness.json.
 
     Args:
         run: Run to evaluate.
-        names: Names of the corruptions to apply, from `corruptions.NAMES`.
+        corruption_names: Corruptions to apply, from `corruptions.NAMES`.
         max_images: Number of test images, always the same random choice. 0 uses all of them.
 
     Returns:
@@ -69,8 +69,8 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
         ValueError: If the images have no labels, a corruption is unknown, or k is larger than the
             number of training images.
     """
-    start_time = time.monotonic()
-    if unknown := [name for name in names if name not in corruptions.NAMES]:
+    start = time.monotonic()
+    if unknown := [name for name in corruption_names if name not in corruptions.NAMES]:
         raise ValueError(
             f"--corruptions: {unknown[0]!r} is unknown; choose among:"
             f" {', '.join(corruptions.NAMES)}"
@@ -81,8 +81,8 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
     evaluation = run.config.evaluation
     bank, bank_labels = features.extract(run.backbone, train)
 
-    def accuracy(name: str, severity: int) -> float:
-        queries, labels = extract_corrupted(run, test, name, severity)
+    def measure_accuracy(name: str, severity: int) -> float:
+        queries, labels = extract_corrupted_features(run, test, name, severity)
         predictions = weighted_knn.predict(
             bank,
             bank_labels,
@@ -94,23 +94,23 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
         return 100 * (predictions == labels).double().mean().item()
 
     rows = []
-    for name in names:
-        accuracies = [accuracy(name, severity) for severity in corruptions.SEVERITIES]
+    for name in corruption_names:
+        accuracies = [measure_accuracy(name, severity) for severity in corruptions.SEVERITIES]
         by_severity = dict(zip(map(str, corruptions.SEVERITIES), accuracies))
         rows.append(results.Row(name, {"mean": float(np.mean(accuracies)), **by_severity}))
         results.print_progress(f"{name}: {' '.join(f'{value:.1f}' for value in accuracies)}")
     means = {
         column: float(np.mean([row.metrics[column] for row in rows])) for column in rows[0].metrics
     }
-    clean = results.Row("clean", {"mean": accuracy("", 0)})
+    clean = results.Row("clean", {"mean": measure_accuracy("", 0)})
     constants = "CIFAR-10-C" if run.image_size <= corruptions.MAX_SMALL_SIDE else "ImageNet-C"
     protocol = {
         **describe_splits(run, train, test),
         "k": evaluation.k,
         "temperature": evaluation.temperature,
-        "corruptions": f"{len(names)} at severities 1 to 5, with the constants of {constants},"
+        "corruptions": f"{len(rows)} at severities 1 to 5, with the constants of {constants},"
         f" applied to evaluation views of {run.image_size} pixels",
-        "mean": f"over severities, and in the row `pretrained` also over {len(names)} corruptions",
+        "mean": f"over severities, and in the row `pretrained` also over {len(rows)} corruptions",
     }
     return results.save(
         run.path,
@@ -118,26 +118,26 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
         protocol,
         [clean, *rows, results.Row("pretrained", means)],
         run.provenance(),
-        time.monotonic() - start_time,
+        time.monotonic() - start,
         measure="k-NN accuracy, %",
     )
 
 
 @torch.no_grad()
-def extract_corrupted(
+def extract_corrupted_features(
     run: Run, split: EvaluationSplit, name: str, severity: int
 ) -> tuple[Tensor, Tensor]:
     """Return features and labels of the corrupted images, or of the clean ones for name ""."""
-    batches, first = [], 0
+    batches, start = [], 0
     for images, labels in split.batches():
         if name:
-            indices = split.indices[first : first + len(images)].tolist()
+            indices = split.indices[start : start + len(images)].tolist()
             corrupted_images = [
                 corruptions.apply(name, image, severity, index)
                 for image, index in zip(images.permute(0, 2, 3, 1).numpy(), indices)
             ]
             images = torch.from_numpy(np.stack(corrupted_images)).permute(0, 3, 1, 2)
-        first += len(images)
+        start += len(images)
         batches.append((run.backbone(features.normalize(run, images)).float(), labels))
     return features.concatenate(batches, run.device)
 

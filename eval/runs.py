@@ -31,7 +31,7 @@ class Run:
     config: RunConfig
     backbone: nn.Module
     step: int
-    network: str  # student, teacher, ...
+    network: str  # such as "student" or "teacher"
     checkpoint_path: Path
     view_size: int  # side in pixels of the largest training view, for which the backbone is built
     image_size: int  # side in pixels of the evaluation views
@@ -105,7 +105,7 @@ def load_run(
     return Run(
         path=path,
         config=run_config,
-        backbone=to_device(backbone, torch.device(device)),
+        backbone=prepare_for_evaluation(backbone, torch.device(device)),
         step=manifest["step"],
         network=manifest["network"],
         checkpoint_path=folder,
@@ -116,7 +116,7 @@ def load_run(
 
 
 def load_external_weights(weights: str, overrides: list[str], device: torch.device) -> Run:
-    """Load a network that this project did not train. Its results go to the `output` folder.
+    """Load a network that this project did not train. Its results go to the folder `output`.
 
     Image size, crop, interpolation, mean and standard deviation default to timm's values for this
     network.
@@ -154,7 +154,7 @@ def load_external_weights(weights: str, overrides: list[str], device: torch.devi
     return Run(
         path=path,
         config=run_config,
-        backbone=to_device(backbone, device),
+        backbone=prepare_for_evaluation(backbone, device),
         step=0,
         network="published weights",
         checkpoint_path=Path(init),
@@ -164,12 +164,12 @@ def load_external_weights(weights: str, overrides: list[str], device: torch.devi
     )
 
 
-def to_device(
+def prepare_for_evaluation(
     backbone: nn.Module,
     device: torch.device,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> nn.Module:
-    """Move a network to the device in evaluation mode, by default channels-last for speed."""
+    """Move a network to the device and to evaluation mode, by default channels-last for speed."""
     layout: Any = {"memory_format": memory_format}  # torch's annotations lack this argument
     return backbone.eval().to(device, **layout)
 
@@ -186,7 +186,7 @@ def _check_overrides(overrides: list[str], sections: tuple[str, ...], weights: s
             )
 
 
-def _check_architecture(path: Path, run_config: RunConfig, folder: Path) -> None:
+def _check_architecture(path: Path, run_config: RunConfig, checkpoint_path: Path) -> None:
     """Raise ValueError if the checkpoint's network differs from that in the run's config.yaml."""
     file = path / "config.yaml"
     saved_config = yaml.safe_load(file.read_text()) if file.is_file() else {}
@@ -195,12 +195,12 @@ def _check_architecture(path: Path, run_config: RunConfig, folder: Path) -> None
         saved_value = schema.value_at(saved_config, f"backbone.{key}")
         if saved_value not in (None, value):
             raise ValueError(
-                f"{folder}: has backbone.{key} {value}, but {file} has {saved_value};"
+                f"{checkpoint_path}: has backbone.{key} {value}, but {file} has {saved_value};"
                 " give a checkpoint of this run"
             )
 
 
-def _set_timm_defaults(run_config: RunConfig, name: str, keys: set[str]) -> None:
+def _set_timm_defaults(run_config: RunConfig, name: str, overridden_keys: set[str]) -> None:
     """Set timm's mean, standard deviation, crop and interpolation, except for overridden keys."""
     timm_config = timm_networks.pretrained_cfg(name)
     is_bicubic = timm_config.interpolation == "bicubic"
@@ -210,19 +210,21 @@ def _set_timm_defaults(run_config: RunConfig, name: str, keys: set[str]) -> None
         ("evaluation", "crop_ratio", float(timm_config.crop_pct)),
         ("evaluation", "interpolation", "bicubic" if is_bicubic else "bilinear"),
     ):
-        if not keys & {section, f"{section}.{key}"}:
+        if not overridden_keys & {section, f"{section}.{key}"}:
             setattr(getattr(run_config, section), key, value)
 
 
 def _write_config(path: Path, run_config: RunConfig) -> None:
-    """Write the configuration to the folder of the results, on the main rank only.
+    """Write the configuration to the folder of the results, from the main rank only.
 
     Raises:
         ValueError: If the folder contains a run or the results of other weights.
     """
     file = path / "config.yaml"
     previous = yaml.safe_load(file.read_text()) if file.is_file() else None
-    has_other_weights = previous and previous.get("backbone") != asdict(run_config.backbone)
+    has_other_weights = previous is not None and previous.get("backbone") != asdict(
+        run_config.backbone
+    )
     if (path / "checkpoints").exists() or has_other_weights:
         raise ValueError(
             f"output: {path} contains a run or the results of other weights; give another folder"

@@ -67,7 +67,7 @@ def evaluate(
     run: Run,
     options: selection.TuningOptions,
     percentages: list[float],
-    lists: list[str] | None = None,
+    subset_files: list[str] | None = None,
     subset_seed: int = 0,
 ) -> dict[str, Any]:
     """Measure the accuracy in percent after fine-tuning and save it to RUN/eval/semi.json.
@@ -76,36 +76,38 @@ def evaluate(
         run: Run to evaluate.
         options: Settings to try.
         percentages: Percentages of labeled training images. Each one gets its own column.
-        lists: Files that list the labeled images, instead of `percentages`.
+        subset_files: Files that list the labeled images, instead of `percentages`.
         subset_seed: Seed of the class-balanced choice.
 
     Returns:
         The content of the result file.
 
     Raises:
-        ValueError: If the images have no labels, a list does not fit them, or a percentage leaves a
-            class without an image.
+        ValueError: If the images have no labels, a listed image is not one of them, or a percentage
+            leaves a class without an image.
     """
     train, test = labeled_splits(run, "few-label fine-tuning")
-    if lists:
-        subsets = {Path(file).name: read_list(train, Path(file)) for file in lists}
+    if subset_files:
+        subsets = {Path(file).name: read_subset(train, Path(file)) for file in subset_files}
         origin = "training images that the file lists"
     else:
         subsets = {
-            f"{percent:g} %": balanced_rows(train, percent, subset_seed) for percent in percentages
+            f"{percent:g} %": draw_labeled_rows(train, percent, subset_seed)
+            for percent in percentages
         }
         origin = f"training images, the same number per class, drawn with seed {subset_seed}"
-    published = protocols.TUNING["semi"]
-    entries, columns = {"source": published.source}, {}
+    published = protocols.TUNING_PROTOCOLS["semi"]
+    protocol_entries, columns = {"source": published.source}, {}
     for name, rows in subsets.items():
-        epochs = protocols.SEMI_EPOCHS[1 if len(rows) < 0.05 * len(train) else 10]
-        protocol = selection.adapt(replace(published, epochs=epochs), options, len(rows))
+        nearest_percentage = 1 if len(rows) < 0.05 * len(train) else 10
+        epochs = protocols.SEMI_EPOCHS[nearest_percentage]
+        protocol = selection.adapt_protocol(replace(published, epochs=epochs), options, len(rows))
         columns[name] = selection.Column(rows, protocol)
-        entries[f"labels, {name}"] = f"{len(rows):,} {origin}"
-    return selection.evaluate_columns(run, "semi", columns, train, test, options, entries)
+        protocol_entries[f"labels, {name}"] = f"{len(rows):,} {origin}"
+    return selection.evaluate_columns(run, "semi", columns, train, test, options, protocol_entries)
 
 
-def balanced_rows(train: EvaluationSplit, percent: float, seed: int) -> np.ndarray:
+def draw_labeled_rows(train: EvaluationSplit, percent: float, seed: int) -> np.ndarray:
     """Draw about `percent` % of the rows of the training split, the same number per class.
 
     The result is sorted and has at least one row per class.
@@ -126,11 +128,11 @@ def balanced_rows(train: EvaluationSplit, percent: float, seed: int) -> np.ndarr
     )
 
 
-def read_list(train: EvaluationSplit, file: Path) -> np.ndarray:
-    """Return the rows of the training images whose file names are in a list.
+def read_subset(train: EvaluationSplit, file: Path) -> np.ndarray:
+    """Return the rows of the training images whose file names a file lists.
 
     Raises:
-        ValueError: If the list is missing or empty, or names an image outside the training split.
+        ValueError: If the file is missing or empty, or lists an image outside the training split.
     """
     if not file.is_file():
         raise ValueError(f"--subset {file}: no such file; give a list of file names, one per line")
@@ -141,10 +143,10 @@ def read_list(train: EvaluationSplit, file: Path) -> np.ndarray:
         Path(train.source.name(int(index))).name: row for row, index in enumerate(train.indices)
     }
     if missing := [name for name in names if name not in rows]:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        examples = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
             f"--subset {file}: {len(missing)} of its {len(names)} images are not in"
-            f" {train.source.full_path} ({first}); give a list for this data set"
+            f" {train.source.full_path} ({examples}); give a list for this data set"
         )
     return np.unique([rows[name] for name in names])
 

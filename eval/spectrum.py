@@ -22,11 +22,11 @@ from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.eval import command_line, results
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import BATCH_SIZE, EvaluationSplit
-from ssl_pretrain.eval.runs import Run, to_device
+from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.models import backbones
 
 NUM_TOP = 5  # number of largest eigenvalues in the top-5 share
-MAX_IMAGES = 10000
+MAX_IMAGES = 10000  # training images to embed
 
 
 def main(arguments: list[str]) -> None:
@@ -50,11 +50,11 @@ def evaluate(run: Run) -> dict[str, Any]:
     """
     start = time.monotonic()
     source = open_source(run.config.data, "train")
-    images = EvaluationSplit(run, source).random_subset(MAX_IMAGES)
+    split = EvaluationSplit(run, source).random_subset(MAX_IMAGES)
     rows = []
     for name in ("random, as built", "pretrained"):
-        backbone, projector = backbone_and_projector(run, trained=name == "pretrained")
-        pooled_features, _ = features.extract(backbone, images)
+        backbone, projector = build_backbone_and_projector(run, is_pretrained=name == "pretrained")
+        pooled_features, _ = features.extract(backbone, split)
         embeddings = torch.cat([projector(batch) for batch in pooled_features.split(BATCH_SIZE)])
         metrics = spectrum_metrics("embeddings", embeddings)
         metrics |= spectrum_metrics("features", pooled_features)
@@ -69,7 +69,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "measure": f"top-{NUM_TOP}: sum of the {NUM_TOP} largest eigenvalues of the covariance, in"
         " percent of the sum of all; rank: exponential of the entropy of the normalized"
         " eigenvalues; variance: sum of all eigenvalues, in percent of its maximum",
-        "images": f"{run.config.data.source}: {len(images)} training images in evaluation views",
+        "images": f"{run.config.data.source}: {len(split)} training images in evaluation views",
     }
     return results.save(
         run.path,
@@ -82,15 +82,15 @@ def evaluate(run: Run) -> dict[str, Any]:
     )
 
 
-def backbone_and_projector(run: Run, trained: bool) -> tuple[nn.Module, nn.Module]:
+def build_backbone_and_projector(run: Run, is_pretrained: bool) -> tuple[nn.Module, nn.Module]:
     """Return the student's backbone and projector in evaluation mode.
 
-    The projector was trained on the student's backbone, so the student is returned even if other
+    The projector was trained on the student's backbone, so this is the student even if the other
     evaluations use the teacher.
 
     Args:
         run: Run to evaluate.
-        trained: True to load the weights of the checkpoint, False to return the initial weights.
+        is_pretrained: True for the weights of the checkpoint, False for the initial weights.
 
     Raises:
         ValueError: If the method has no projector, or the weights do not match it.
@@ -101,25 +101,24 @@ def backbone_and_projector(run: Run, trained: bool) -> tuple[nn.Module, nn.Modul
             " evaluation measures; use eval.knn or eval.linear"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(
-            rng.derive_seed(run.config.seed, 0, 0)
-        )  # initializes the weights as training does
+        # The same seed as in training, so that the random network has the run's initial weights.
+        torch.manual_seed(rng.derive_seed(run.config.seed, 0, 0))
         method = run.config.method.build(backbones.build(run.config.backbone, run.view_size))
     if not hasattr(method, "projector"):
         raise ValueError(
             f"{run.path}: method {run.config.method.name} has no projector, whose output this"
             " evaluation measures; use eval.knn or eval.linear"
         )
-    if trained:
+    if is_pretrained:
         _, tensors = read_checkpoint(run.checkpoint_path)
         backbones.load_strict(method, tensors, str(run.checkpoint_path), exact=True)
     projector = method.get_submodule("projector").eval().to(run.device)
-    return to_device(method.backbone, run.device), projector
+    return prepare_for_evaluation(method.backbone, run.device), projector
 
 
 def spectrum_metrics(name: str, vectors: Tensor) -> dict[str, float]:
     """Return the top-5 share, the effective rank and the variance of vectors (n, dim)."""
-    eigenvalues = spectrum(vectors)
+    eigenvalues = covariance_spectrum(vectors)
     total = eigenvalues.sum()
     shares = eigenvalues / total.clamp(min=1e-30)
     entropy = -(shares * shares.clamp(min=1e-30).log()).sum()
@@ -130,7 +129,7 @@ def spectrum_metrics(name: str, vectors: Tensor) -> dict[str, float]:
     }
 
 
-def spectrum(vectors: Tensor) -> Tensor:
+def covariance_spectrum(vectors: Tensor) -> Tensor:
     """Return the eigenvalues of the covariance of vectors (n, dim) scaled to length 1.
 
     The result is float64, shape (dim,), in descending order.

@@ -62,7 +62,7 @@ def build_train_loader(
     return Loader(reader, max_replaced=data.max_replaced)
 
 
-def describe_view(view: Crop) -> str:
+def describe_train_view(view: Crop) -> str:
     """Describe a training view, as an entry of the saved protocol."""
     entries = [
         f"random crops of {view.scale[0]:g} to {view.scale[1]:g} of the area, {view.interpolation}",

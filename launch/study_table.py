@@ -22,7 +22,7 @@ class RunResults:
         # Metrics by evaluation, and then by row.
         self.tables: dict[str, dict[str, dict[str, float]]] = {
             result["name"]: {row["features"]: row["metrics"] for row in result["rows"]}
-            for result in results.load(run)
+            for result in results.load_newest(run)
         }
         self.records = records.read(run / "metrics.jsonl")
 

@@ -96,7 +96,7 @@ def _code_block(code: str) -> str:
 
 def _results(run: Run) -> str:
     """Return the section with this checkpoint's results and their protocols."""
-    all_results, checkpoint = results.load(run.path), run.checkpoint_path.name
+    all_results, checkpoint = results.load_newest(run.path), run.checkpoint_path.name
     sections = ["## Results"]
     for result in all_results:
         if result.get("checkpoint") == checkpoint and "rows" in result:

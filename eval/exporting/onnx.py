@@ -15,7 +15,7 @@ from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.eval.frozen import features, knn_search
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits
 from ssl_pretrain.eval.results import print_progress
-from ssl_pretrain.eval.runs import Run, to_device
+from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.system import markdown
 
 FLOAT_MODEL, INT8_MODEL = "model.onnx", "model_int8.onnx"
@@ -55,7 +55,7 @@ def write(run: Run, folder: Path, images: Tensor, expected: Tensor) -> str:
     """
     require_packages()
     run = replace(run, device=torch.device("cpu"))
-    model = to_device(run.backbone, run.device, torch.contiguous_format)
+    model = prepare_for_evaluation(run.backbone, run.device, torch.contiguous_format)
     convert(model, images, folder / FLOAT_MODEL)
     float_session = open_session(folder / FLOAT_MODEL)
     difference = (float_session(images) - expected).abs().max().item()

@@ -31,7 +31,7 @@ from ssl_pretrain.schema import (
 )
 
 ROWS = ("random", "pretrained")
-MIN_STEPS_PER_EPOCH = 3  # published batch sizes that give fewer steps are reduced
+MIN_STEPS_PER_EPOCH = 3  # published batch sizes that leave fewer steps are reduced
 MIXING_OPTION = {
     "type": NON_NEGATIVE_FLOAT,
     "metavar": "ALPHA",
@@ -102,20 +102,22 @@ class TuningOptions:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: training images and the protocol to train on them."""
+    """A column of the table: the labeled images and the protocol to train on them."""
 
-    indices: np.ndarray  # images of the training split
+    rows: np.ndarray  # rows of the training split
     protocol: TuningProtocol
 
 
 def tuning_options(namespace: argparse.Namespace) -> TuningOptions:
-    """Return the values of the TUNING_OPTIONS on the command line."""
+    """Return the values of TUNING_OPTIONS on the command line."""
     return TuningOptions(
         **{field.name: getattr(namespace, field.name) for field in fields(TuningOptions)}
     )
 
 
-def adapt(published: TuningProtocol, options: TuningOptions, num_images: int) -> TuningProtocol:
+def adapt_protocol(
+    published: TuningProtocol, options: TuningOptions, num_images: int
+) -> TuningProtocol:
     """Return the protocol with the options applied and a batch size that fits the images.
 
     Raises:
@@ -132,10 +134,10 @@ def adapt(published: TuningProtocol, options: TuningOptions, num_images: int) ->
         if (value := getattr(options, name)) is not None
     }
     if options.epochs is not None:
-        changes["steps"] = 0
+        changes["num_steps"] = 0
     protocol = replace(published, batch_size=batch_size, **changes)
     order.check_divides(batch_size, world_size)
-    if not 1 <= batch_size <= num_images or (protocol.epochs <= 0 and not protocol.steps):
+    if not 1 <= batch_size <= num_images or (protocol.epochs <= 0 and not protocol.num_steps):
         raise ValueError(
             f"--epochs {protocol.epochs:g}, --batch-size {batch_size}: give more than 0 epochs, and"
             f" a batch of 1 to {num_images} images"
@@ -160,7 +162,7 @@ def evaluate_columns(
     train: EvaluationSplit,
     test: EvaluationSplit,
     options: TuningOptions,
-    entries: dict[str, str],
+    protocol_entries: dict[str, str],
 ) -> dict[str, Any]:
     """Measure and save the test accuracy of each network in each column, in percent.
 
@@ -171,7 +173,7 @@ def evaluate_columns(
         train: Training images. Each column uses a subset of them.
         test: Test images.
         options: Settings to try.
-        entries: Further entries of the protocol.
+        protocol_entries: Further entries of the saved protocol.
 
     Returns:
         The content of the result file.
@@ -193,8 +195,11 @@ def evaluate_columns(
         **describe_splits(run, train, test, has_random_row=False),
         "feature": "none: the whole network is trained, with a linear classifier on its pooled"
         " output",
-        **entries,
-        **{f"training, {title}": describe(column, options) for title, column in columns.items()},
+        **protocol_entries,
+        **{
+            f"training, {title}": describe_training(column, options)
+            for title, column in columns.items()
+        },
     }
     return results.save(run.path, name, protocol, table, run.provenance(), time.monotonic() - start)
 
@@ -207,18 +212,18 @@ def _tune_and_test(
     test: EvaluationSplit,
     options: TuningOptions,
 ) -> tuple[float, str]:
-    """Return the test accuracy in percent, and a note about the selected setting, if any."""
+    """Return the test accuracy in percent, and a note about the setting if one was selected."""
     num_classes = len(train.classes)
 
-    def fine_tune(indices: np.ndarray, lr: float, weight_decay: float) -> nn.Module:
+    def fine_tune(rows: np.ndarray, lr: float, weight_decay: float) -> nn.Module:
         batch_size = fitting_batch_size(
-            column.protocol.batch_size, len(indices), process_group.world_size(), min_steps=1
+            column.protocol.batch_size, len(rows), process_group.world_size(), min_steps=1
         )
         protocol = replace(
             column.protocol, base_lr=lr, weight_decay=weight_decay, batch_size=batch_size
         )
         model = trainer.build_network(run, backbone, protocol, num_classes)
-        source = train.source.take(indices)
+        source = train.source.take(rows)
         return trainer.train(run, model, source, protocol, num_classes, options.ema)
 
     grid = list(
@@ -229,11 +234,11 @@ def _tune_and_test(
     )
     selected, note = grid[0], ""
     if len(grid) > 1:
-        train_rows, held_out_rows = hold_out(len(column.indices))
-        held_out = train.subset(column.indices[held_out_rows])
+        train_rows, held_out_rows = hold_out(len(column.rows))
+        held_out = train.subset(column.rows[held_out_rows])
         accuracies, losses = zip(
             *(
-                trainer.scores(fine_tune(column.indices[train_rows], *setting), held_out)
+                trainer.accuracy_and_loss(fine_tune(column.rows[train_rows], *setting), held_out)
                 for setting in grid
             )
         )
@@ -244,10 +249,10 @@ def _tune_and_test(
         )
         name = linear_heads.setting_name(*selected)
         note = f"{name}, on {len(held_out)} held-out labeled images ({percentages})"
-    return 100 * trainer.scores(fine_tune(column.indices, *selected), test)[0], note
+    return 100 * trainer.accuracy_and_loss(fine_tune(column.rows, *selected), test)[0], note
 
 
-def describe(column: Column, options: TuningOptions) -> str:
+def describe_training(column: Column, options: TuningOptions) -> str:
     """Describe the training of a column, as an entry of the saved protocol."""
     protocol = column.protocol
     lrs = ", ".join(f"{lr:g}" for lr in options.lrs or [protocol.base_lr])
@@ -256,8 +261,8 @@ def describe(column: Column, options: TuningOptions) -> str:
     entries = [
         "SGD with Nesterov momentum 0.9" if protocol.optimizer == "sgd" else "AdamW",
         f"learning rate {lrs} at a batch of {protocol.lr_batch_size}",
-        f"batch {protocol.batch_size} of {len(column.indices):,} labeled images",
-        f"{protocol.steps} steps" if protocol.steps else f"{protocol.epochs:g} epochs",
+        f"batch {protocol.batch_size} of {len(column.rows):,} labeled images",
+        f"{protocol.num_steps} steps" if protocol.num_steps else f"{protocol.epochs:g} epochs",
         f"warm-up {protocol.warmup_epochs:g} epochs, cosine to {protocol.min_lr:g}",
         f"weight decay {decays}"
         f"{'' if protocol.decays_norms_and_biases else ' (not biases and norms)'}",

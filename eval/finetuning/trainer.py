@@ -21,7 +21,7 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.protocols import TuningProtocol
-from ssl_pretrain.eval.runs import Run, to_device
+from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.eval.training_views import build_train_loader, build_train_view
 from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import schedules
@@ -34,16 +34,16 @@ HEAD_STD = 0.02  # standard deviation of initial classifier weights, as in DeiT 
 def build_network(
     run: Run, backbone: nn.Module, protocol: TuningProtocol, num_classes: int
 ) -> nn.Module:
-    """Return the backbone's timm model with a new classifier, on the run's device.
+    """Return a copy of the backbone's timm model with a new classifier, on the run's device.
 
     Raises:
         ValueError: If the protocol uses stochastic depth and the model does not support it.
     """
     config = replace(run.config.backbone, init="random", drop_path=protocol.drop_path)
     torch.manual_seed(rng.derive_seed(SEED, 0, 0))
-    tuned = backbones.build(config, run.view_size)
-    backbones.load_strict(tuned, backbone.state_dict(), "the backbone to fine-tune")
-    model: Any = tuned.model
+    backbone_copy = backbones.build(config, run.view_size)
+    backbones.load_strict(backbone_copy, backbone.state_dict(), "the backbone to fine-tune")
+    model: Any = backbone_copy.model
     model.reset_classifier(num_classes)
     head = model.get_classifier()
     nn.init.zeros_(head.bias)
@@ -51,11 +51,11 @@ def build_network(
         nn.init.zeros_(head.weight)
     else:
         nn.init.trunc_normal_(head.weight, std=HEAD_STD)
-    return to_device(model, run.device)
+    return prepare_for_evaluation(model, run.device)
 
 
 def build_optimizer(model: nn.Module, protocol: TuningProtocol) -> torch.optim.Optimizer:
-    """Return the protocol's optimizer. `set_learning_rates` sets its learning rates."""
+    """Return the protocol's optimizer, whose learning rates `set_learning_rates` sets."""
     no_decay_names: Any = getattr(model, "no_weight_decay", tuple)()
     if protocol.layer_decay < 1:
         groups = param_groups_layer_decay(
@@ -82,7 +82,7 @@ def train(
     source: Source,
     protocol: TuningProtocol,
     num_classes: int,
-    ema: float = 0.0,
+    ema_decay: float = 0.0,
 ) -> nn.Module:
     """Train `model` in place on all images of `source`.
 
@@ -95,7 +95,7 @@ def train(
         source: Labeled training images.
         protocol: Training protocol.
         num_classes: Number of classes.
-        ema: Decay of the moving average of the weights. 0 turns averaging off.
+        ema_decay: Decay of the moving average of the weights. 0 turns averaging off.
 
     Returns:
         The model, or its moving average if there is one, in evaluation mode.
@@ -104,32 +104,32 @@ def train(
     batch_norm.convert(model, local_batch_size, protocol.batch_size)
     model.train()
     optimizer = build_optimizer(model, protocol)
-    average = ModelEmaV3(model, decay=ema) if ema else None
-    mix = build_mixing(protocol, num_classes, run.device)
-    augment = None
+    ema_model = ModelEmaV3(model, decay=ema_decay) if ema_decay else None
+    augment_batch = build_batch_augmentation(protocol, num_classes, run.device)
+    augment_view = None
     if protocol.randaugment:
-        augment = partial(
+        augment_view = partial(
             rand_augment, policy=protocol.randaugment, mean=tuple(run.config.views.mean)
         )
     view = build_train_view(run, protocol.interpolation)
-    with build_train_loader(run, source, view, protocol.batch_size, augment) as loader:
-        num_steps = protocol.steps or max(1, round(protocol.epochs * loader.steps_per_epoch))
-        if protocol.has_slow_statistics:
-            slow_down_statistics(model, loader.steps_per_epoch)
+    with build_train_loader(run, source, view, protocol.batch_size, augment_view) as loader:
+        num_steps = protocol.num_steps or max(1, round(protocol.epochs * loader.steps_per_epoch))
+        if protocol.slows_batch_norm:
+            slow_down_batch_norm(model, loader.steps_per_epoch)
         epochs = num_steps / loader.steps_per_epoch
         for step, batch in zip(range(num_steps), loader.starting_at(0)):
             set_learning_rates(optimizer, protocol, step / num_steps, epochs)
-            seed_step(step)
+            seed_generators(step)
             views = batch.views[0].contiguous(memory_format=torch.channels_last)
-            images, targets = mix(views, batch.labels)
+            images, targets = augment_batch(views, batch.labels)
             loss = nn.functional.cross_entropy(model(images), targets)
             optimizer.zero_grad()
             loss.backward()
             average_gradients(model)
             optimizer.step()
-            if average is not None:
-                average.update(model)
-    return (model if average is None else average.module).eval()
+            if ema_model is not None:
+                ema_model.update(model)
+    return (model if ema_model is None else ema_model.module).eval()
 
 
 def set_learning_rates(
@@ -158,8 +158,8 @@ def set_learning_rates(
     return lr
 
 
-def seed_step(step: int) -> None:
-    """Seed the generators of stochastic depth, mixup and erasing by step and rank."""
+def seed_generators(step: int) -> None:
+    """Seed the generators of stochastic depth, mixup and erasing from the step and the rank."""
     seed = rng.derive_seed(SEED, step, process_group.rank())
     torch.manual_seed(seed)
     _seed_python_and_numpy(seed)
@@ -170,12 +170,12 @@ def _seed_python_and_numpy(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def build_mixing(
+def build_batch_augmentation(
     protocol: TuningProtocol, num_classes: int, device: torch.device
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return a function that maps images and labels to augmented images and soft targets.
 
-    The protocol decides whether the function erases rectangles and mixes images of the batch.
+    Depending on the protocol, the function erases rectangles and mixes images of the batch.
     """
     erase: Callable[[Tensor], Tensor] = nn.Identity()
     if protocol.erasing:
@@ -207,18 +207,18 @@ def average_gradients(model: nn.Module) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def slow_down_statistics(model: nn.Module, steps_per_epoch: int) -> None:
+def slow_down_batch_norm(model: nn.Module, steps_per_epoch: int) -> None:
     """Set the momentum of batch norm as in SimCLR (appendix B.8.1).
 
-    The paper's max(1 - 10 / steps_per_epoch, 0.9) is TensorFlow's momentum. PyTorch's momentum is
-    one minus that.
+    The paper's max(1 - 10 / steps_per_epoch, 0.9) is TensorFlow's momentum, which is 1 minus
+    PyTorch's.
     """
     for module in model.modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, batch_norm.GroupBatchNorm)):
             module.momentum = min(10 / steps_per_epoch, 0.1)
 
 
-def scores(model: nn.Module, split: EvaluationSplit) -> tuple[float, float]:
+def accuracy_and_loss(model: nn.Module, split: EvaluationSplit) -> tuple[float, float]:
     """Return the accuracy in [0, 1] and the cross entropy on a split, the same on all ranks."""
     logits, labels = features.embed_split(partial(features.extract, model), split)
     accuracy = (logits.argmax(dim=1) == labels).double().mean().item()

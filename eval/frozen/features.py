@@ -16,7 +16,7 @@ from ssl_pretrain import rng
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, rows_of
-from ssl_pretrain.eval.runs import Run, to_device
+from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.models import backbones
 from ssl_pretrain.views import color
 
@@ -75,7 +75,7 @@ def random_backbone(run: Run, train: EvaluationSplit | None = None) -> nn.Module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.derive_seed(run.config.seed, 0, 0))  # the trainer's seed
         architecture = replace(run.config.backbone, init="random")
-        backbone = to_device(backbones.build(architecture, run.view_size), run.device)
+        backbone = prepare_for_evaluation(backbones.build(architecture, run.view_size), run.device)
     if train is None:
         return backbone
     for norm in _batch_norms(backbone):

@@ -36,8 +36,8 @@ class LinearHeads:
         init_std: Standard deviation of normal initial weights. With 0, these weights are zero.
         affine: Train a scale and shift of the features per head, without weight decay, like those
             of a batch norm before the linear layer.
-        trust: Coefficient of LARC without clipping, which scales a gradient to this share of its
-            weights' norm, separately for weights and biases. 0 selects plain SGD.
+        larc_coefficient: Coefficient of LARC without clipping, which scales a gradient to this
+            share of its weights' norm, separately for weights and biases. 0 selects plain SGD.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class LinearHeads:
         init: Init = "normal",
         init_std: float = 0.0,
         affine: bool = False,
-        trust: float = 0.0,
+        larc_coefficient: float = 0.0,
     ):
         num_heads = len(lrs)
-        self.momentum, self.nesterov, self.trust = momentum, nesterov, trust
+        self.momentum, self.nesterov, self.larc_coefficient = momentum, nesterov, larc_coefficient
         self.lr, self.decay = (
             like.new_tensor(values).view(1, num_heads, 1) for values in (lrs, weight_decays)
         )
@@ -101,7 +101,7 @@ class LinearHeads:
         if self._affine is not None:
             affine_gradient = self._backpropagate(self._affine, global_gradient)
             self._descend(self._affine, self._affine_velocity, affine_gradient, factor)
-        if self.trust:
+        if self.larc_coefficient:
             self._scale_and_decay(global_gradient[:-1], self._weights[:-1])
             self._scale_and_decay(global_gradient[-1:], self._weights[-1:])
         else:
@@ -128,7 +128,8 @@ class LinearHeads:
             torch.linalg.vector_norm(values, dim=(0, 2), keepdim=True)
             for values in (weights, gradient)
         )
-        scale = self.trust * weight_norm / (gradient_norm + weight_norm * self.decay + LARC_EPS)
+        update_norm = gradient_norm + weight_norm * self.decay
+        scale = self.larc_coefficient * weight_norm / (update_norm + LARC_EPS)
         has_scale = (weight_norm > 0) & (gradient_norm > 0)
         gradient.addcmul_(weights, self.decay * has_scale).mul_(torch.where(has_scale, scale, 1.0))
 

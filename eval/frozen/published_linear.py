@@ -18,9 +18,13 @@ from ssl_pretrain.eval.frozen.evaluation_split import (
     hold_out,
     labeled_splits,
 )
-from ssl_pretrain.eval.protocols import LinearOptions, LinearProtocol, describe_linear
+from ssl_pretrain.eval.protocols import LinearOptions, LinearProtocol, describe_linear_training
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.eval.training_views import build_train_loader, build_train_view, describe_view
+from ssl_pretrain.eval.training_views import (
+    build_train_loader,
+    build_train_view,
+    describe_train_view,
+)
 from ssl_pretrain.views.recipe import Crop
 
 VIT_SMALL_DIM = 384  # token width of a ViT-S
@@ -127,7 +131,7 @@ class ProbedNetwork:
             init=protocol.init,
             init_std=protocol.init_std,
             affine=protocol.normalizes_features,
-            trust=protocol.trust,
+            larc_coefficient=protocol.larc_coefficient,
         )
         self.norm = linear_heads.FeatureNorm(dim, like) if protocol.normalizes_features else None
 
@@ -171,7 +175,7 @@ def evaluate(
             "--rows raw: the published protocols only evaluate networks; leave it out or give"
             " --protocol cached"
         )
-    published = options.published
+    published = options.published_protocol
     evaluation = replace(run.config.evaluation, interpolation=published.test_interpolation)
     run = replace(run, config=replace(run.config, evaluation=evaluation))
     train, test = labeled_splits(run, "the linear evaluation")
@@ -204,8 +208,8 @@ def evaluate(
         **describe_splits(run, train, test, has_random_row="random" in rows),
         "feature": str(networks[-1].feature),
         "source": published.source,
-        "classifier": describe_linear(protocol, published, len(source)),
-        "views": describe_view(view),
+        "classifier": describe_linear_training(protocol, published, len(source)),
+        "views": describe_train_view(view),
         "selection": SELECTIONS[options.selection].format(num_held_out=len(held_out_rows)),
     }
     grid_entries = entries | {
@@ -246,7 +250,7 @@ def _measure(
     percentages = (100 * network.scores(test)[0]).tolist()
     row = results.Row(network.name, {})
     grid_rows = [results.Row(f"{network.name}, test images", dict(zip(names, percentages)))]
-    published_setting = options.published.base_lr, options.published.weight_decay
+    published_setting = options.published_protocol.base_lr, options.published_protocol.weight_decay
     if published_setting in grid:
         row.metrics["published setting"] = percentages[grid.index(published_setting)]
     if options.selection == "published":

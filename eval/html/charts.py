@@ -18,8 +18,16 @@ Points = Sequence[tuple[float, float]]
 MAX_POINTS = 600  # longer curves are averaged in this many bins
 GRAY = "#858b91"  # legible on white and on near black
 PALETTE = (
-    *("#4e79a7", "#f28e2b", "#e15759", "#4fa8a0", "#59a14f"),
-    *("#c9a227", "#b07aa1", "#ff7f93", "#9c755f", "#8a8a8a"),
+    "#4e79a7",
+    "#f28e2b",
+    "#e15759",
+    "#4fa8a0",
+    "#59a14f",
+    "#c9a227",
+    "#b07aa1",
+    "#ff7f93",
+    "#9c755f",
+    "#8a8a8a",
 )
 # Text is not drawn as paths, so the page's font applies. Curves keep all their points.
 STYLE: Any = {"svg.fonttype": "none", "path.simplify": False, "font.size": 10}
@@ -45,8 +53,8 @@ def line_chart(
     y_label: str,
     x_label: str = "epoch",
     *,
-    marked: bool = False,
-    logarithmic: bool = False,
+    has_markers: bool = False,
+    is_logarithmic: bool = False,
 ) -> Markup:
     """Draw curves in one frame, or return empty markup if no point can be drawn.
 
@@ -54,14 +62,14 @@ def line_chart(
         series: The (x, y) points of each curve, keyed by its name.
         y_label: Name of the vertical axis, for screen readers only.
         x_label: Name of the horizontal axis.
-        marked: Mark each point. Intended for curves with few points.
-        logarithmic: Use logarithmic axes, and leave out points that are not positive.
+        has_markers: Draw a marker at each point. Intended for curves with few points.
+        is_logarithmic: Use logarithmic axes, and leave out points that are not positive.
     """
     figure = Figure((4.6, 2.5))
     axes: Axes = figure.add_axes((0.13, 0.17, 0.85, 0.8))
-    for number, points in enumerate(series.values()):
-        values = np.array([xy for xy in points if np.isfinite(xy).all()]).reshape(-1, 2)
-        if logarithmic:
+    for index, points in enumerate(series.values()):
+        values = np.array([point for point in points if np.isfinite(point).all()]).reshape(-1, 2)
+        if is_logarithmic:
             values = values[(values > 0).all(axis=1)]
         if len(values) > MAX_POINTS:
             bins = np.array_split(values, MAX_POINTS)
@@ -69,15 +77,15 @@ def line_chart(
         if len(values):
             axes.plot(
                 *values.T,
-                gid=f"curve-{number}",
-                color=color(number, max(2, len(series))),
+                gid=f"curve-{index}",
+                color=color(index, max(2, len(series))),
                 linewidth=1.6,
-                marker="o" if marked or len(values) == 1 else "",
+                marker="o" if has_markers or len(values) == 1 else "",
                 markersize=3.5,
             )
     if not axes.lines:
         return Markup("")
-    if logarithmic:
+    if is_logarithmic:
         axes.set(xscale="log", yscale="log")
     axes.set_xlabel(x_label, loc="right", color=GRAY)
     axes.grid(axis="y", alpha=0.3)

@@ -15,9 +15,9 @@ from ssl_pretrain.views import recipe
 REFRESH_SECONDS = 5
 
 
-def context(run: Path) -> dict[str, Any]:
-    """Return the variables of the page's templates, which do not depend on the weights."""
-    metrics, path = sections.read_metrics(run), run / "config.yaml"
+def template_variables(run_path: Path) -> dict[str, Any]:
+    """Return the variables of the page's templates, computed from the run's files alone."""
+    metrics, path = sections.read_metrics(run_path), run_path / "config.yaml"
     settings = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
     last_record: dict[str, Any] = metrics[-1] if metrics else {}
     facts = [
@@ -33,20 +33,20 @@ def context(run: Path) -> dict[str, Any]:
     view_size = 0
     if schema.value_at(settings, "views.crops") is not None:
         view_size = recipe.expand_counts(config.from_dict(settings).views)[0].size
-    newest_results = [steps[max(steps)] for steps in results.by_step(run).values()]
+    newest_results = [steps[max(steps)] for steps in results.load_by_step(run_path).values()]
     return {
-        **sections.run_sections(run, metrics, view_size),
-        "title": run.resolve().name,
+        **sections.run_variables(run_path, metrics, view_size),
+        "title": run_path.resolve().name,
         "facts": facts,
-        "evaluations": [sections.evaluation(result) for result in newest_results],
+        "evaluations": [sections.evaluation_variables(result) for result in newest_results],
         "refresh_milliseconds": 1000 * REFRESH_SECONDS,
     }
 
 
-def _etag(run: Path) -> str:
+def _etag(run_path: Path) -> str:
     """Return an ETag that changes whenever a file shown on the page changes."""
     patterns = ("*.jsonl", "*.json", "*.png", "config.yaml", "neigh*/*", "eval/**/*.json")
-    paths = sorted({path for pattern in patterns for path in run.glob(pattern)})
+    paths = sorted({path for pattern in patterns for path in run_path.glob(pattern)})
     file_states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return f'"{hashlib.sha256(repr(file_states).encode()).hexdigest()[:16]}"'
 
@@ -61,11 +61,11 @@ def is_own_host(host: str) -> bool:
     return name.lower() in ("127.0.0.1", "localhost", "[::1]")
 
 
-def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
-    """Return a server of the run's page on the loopback address.
+def build_server(run_path: Path, port: int = 0) -> ThreadingHTTPServer:
+    """Return a server of the run's page, bound to the loopback address.
 
     Args:
-        run: The run's folder.
+        run_path: Folder of the run.
         port: TCP port. 0 chooses a free port, which is the `server_port` of the result.
 
     Raises:
@@ -85,13 +85,15 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
                     403, "This page is served at http://127.0.0.1 and http://localhost only"
                 )
             elif self.path == "/":
-                self._answer(200, page.render("live.html.jinja", **context(run)))
+                self._answer(200, page.render("live.html.jinja", **template_variables(run_path)))
             elif self.path == "/main":
-                etag = _etag(run)
+                etag = _etag(run_path)
                 if self.headers.get("If-None-Match") == etag:
                     self._answer(304, "", etag)
                 else:
-                    self._answer(200, page.render("run.html.jinja", **context(run)), etag)
+                    self._answer(
+                        200, page.render("run.html.jinja", **template_variables(run_path)), etag
+                    )
             elif self.path == "/favicon.ico":
                 self._answer(204, "")
             else:
@@ -119,15 +121,20 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
 
 
-def follow(run: Path, port: int = 0) -> None:
+def serve(run_path: Path, port: int = 0) -> None:
     """Serve the page until the process is interrupted.
 
     Raises:
         ValueError: If the folder does not exist.
     """
-    if not run.is_dir():
-        raise ValueError(f"{run}: there is no such run folder; give the `output` of a run's config")
-    with server(run, port) as page_server:
+    if not run_path.is_dir():
+        raise ValueError(
+            f"{run_path}: there is no such run folder; give the `output` of a run's config"
+        )
+    with build_server(run_path, port) as page_server:
         address = f"http://127.0.0.1:{page_server.server_port}/"
-        print(f"live report of {run}: {address}   (this machine only; Ctrl-C to stop)", flush=True)
+        print(
+            f"live report of {run_path}: {address}   (this machine only; Ctrl-C to stop)",
+            flush=True,
+        )
         page_server.serve_forever()

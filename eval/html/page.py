@@ -44,16 +44,16 @@ def render(template: str, **context: Any) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def image_source(image: Image.Image) -> str:
-    """Return the `src` of an <img> that embeds the picture, as PNG if it is small, else as JPEG."""
-    kind = "png" if image.width * image.height <= 128 * 128 else "jpeg"
+def image_data_url(image: Image.Image) -> str:
+    """Return a data URL that embeds the picture, as PNG if it is small, else as JPEG."""
+    file_type = "png" if image.width * image.height <= 128 * 128 else "jpeg"
     content = io.BytesIO()
-    image.save(content, kind, optimize=True, quality=88)
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+    image.save(content, file_type, optimize=True, quality=88)
+    return f"data:image/{file_type};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def pixels_source(pixels: np.ndarray) -> str:
-    """Return the `src` of an <img> that embeds uint8 pixels (3, height, width), shrunk to fit."""
+def pixels_data_url(pixels: np.ndarray) -> str:
+    """Return a data URL that embeds uint8 pixels (3, height, width), shrunk to MAX_PICTURE_SIDE."""
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
-    return image_source(image)
+    return image_data_url(image)

@@ -29,7 +29,7 @@ TITLES = {
     "robustness": "Robustness",
     "detection": "Detection",
 }
-AXES = {*metric_names.AXES, "time"}
+AXIS_KEYS = {*metric_names.AXES, "time"}  # keys of a record that have no curve
 NUM_SPECTRA = 4  # curves in one chart, from the first spectrum to the last
 NUM_NEIGHBOR_PICTURES = 4
 VIEW_GAP = 2  # pixels between the views in views.png
@@ -40,30 +40,30 @@ MAX_PIXELATED_SIZE = 64  # views up to this size are enlarged without smoothing
 class View:
     """A training view on the page."""
 
-    source: str  # `src` of its <img>
+    src: str  # data URL of its <img>
     side: int  # width on the page in pixels
     description: str  # the random choices that produced it
 
 
-def run_sections(run: Path, metrics: list[Record], view_size: int) -> dict[str, Any]:
-    """Return the template variables that every page about one run needs."""
+def run_variables(run_path: Path, metrics: list[Record], view_size: int) -> dict[str, Any]:
+    """Return the template variables that every page about a single run needs."""
     return {
-        "alerts": alerts(run),
-        "training": training_figures(run, metrics),
-        "evaluations_over_steps": evaluations_over_steps(run),
-        "views": views(run, view_size),
+        "alerts": read_alerts(run_path),
+        "training": draw_training_figures(run_path, metrics),
+        "evaluations_over_steps": draw_evaluation_figures(run_path),
+        "views": cut_view_rows(run_path, view_size),
         "pixelated": view_size <= MAX_PIXELATED_SIZE,
-        "neighbors_over_time": neighbors_over_time(run),
+        "neighbors_over_time": read_neighbor_figures(run_path),
     }
 
 
-def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[Record]:
+def read_metrics(run_path: Path, name: str = "metrics.jsonl") -> list[Record]:
     """Read a file of records in the run's folder, one record per step, sorted by step."""
-    return records.read(run / name)
+    return records.read(run_path / name)
 
 
-def curve(metrics: list[Record], key: str) -> list[tuple[float, float]]:
-    """Return (epoch, value) of each record with a finite value of `key`, in percent for shares."""
+def metric_points(metrics: list[Record], key: str) -> list[tuple[float, float]]:
+    """Return (epoch, value) for each finite value of `key`, with shares in percent."""
     factor = 100 if metric_names.metric_info(key).is_percentage else 1
     return [
         (record["epoch"], factor * record[key])
@@ -74,13 +74,13 @@ def curve(metrics: list[Record], key: str) -> list[tuple[float, float]]:
 
 def recorded_keys(metrics: list[Record], group: str) -> list[str]:
     """Return the recorded keys of a group in the order of `metric_names.METRICS`, then by name."""
-    recorded = {key for record in metrics for key in record} - AXES
+    recorded = {key for record in metrics for key in record} - AXIS_KEYS
     known = [key for key in metric_names.METRICS if key in recorded]
     keys = [*known, *sorted(recorded.difference(known))]
     return [key for key in keys if metric_names.metric_info(key).group == group]
 
 
-def caption(key: str) -> str:
+def metric_caption(key: str) -> str:
     """Return the caption of a metric's chart: its title, its unit and its description."""
     metric = metric_names.metric_info(key)
     title = metric.title[0].upper() + metric.title[1:] + (", %" if metric.is_percentage else "")
@@ -88,39 +88,43 @@ def caption(key: str) -> str:
 
 
 def series_legend(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Return (name, color) of each series, in the colors of `charts.line_chart`."""
+    """Return the name and the color of each series, as `charts.line_chart` draws them."""
     return tuple((name, charts.color(i, max(2, len(names)))) for i, name in enumerate(names))
 
 
-def alerts(run: Path) -> list[Record]:
+def read_alerts(run_path: Path) -> list[Record]:
     """Read the alerts raised during the run."""
-    paths = metric_names.existing_paths(run, "alerts.jsonl")
+    paths = metric_names.existing_paths(run_path, "alerts.jsonl")
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
-def training_figures(run: Path, metrics: list[Record]) -> list[tuple[str, list[page.Figure]]]:
+def draw_training_figures(
+    run_path: Path, metrics: list[Record]
+) -> list[tuple[str, list[page.Figure]]]:
     """Draw the curves of each group, with the spectra and spreads of the embeddings over time."""
     groups = []
     for group in metric_names.GROUPS:
         figures = []
         for key in recorded_keys(metrics, group):
             title = metric_names.metric_info(key).title
-            chart = charts.line_chart({"": curve(metrics, key)}, title, marked=key == "knn")
-            figures.append(page.Figure(chart, caption(key)))
+            chart = charts.line_chart(
+                {"": metric_points(metrics, key)}, title, has_markers=key == "knn"
+            )
+            figures.append(page.Figure(chart, metric_caption(key)))
         if group == metric_names.COLLAPSE:
-            figures += _embedding_figures(read_metrics(run, "plots.jsonl"))
+            figures += _draw_embedding_figures(read_metrics(run_path, "plots.jsonl"))
         if figures:
             groups.append((group, figures))
     return groups
 
 
-def _evenly_spaced(items: Sequence[Any], max_count: int) -> list[Any]:
-    """Return at most `max_count` of the items, including the first and the last."""
-    indices = np.linspace(0, len(items) - 1, min(max_count, len(items))).round().astype(int)
+def _evenly_spaced(items: Sequence[Any], max_items: int) -> list[Any]:
+    """Return at most `max_items` of the items, including the first and the last."""
+    indices = np.linspace(0, len(items) - 1, min(max_items, len(items))).round().astype(int)
     return [items[index] for index in indices]
 
 
-def _embedding_figures(plots: list[Record]) -> list[page.Figure]:
+def _draw_embedding_figures(plots: list[Record]) -> list[page.Figure]:
     """Draw the spectrum and the spread of the embeddings at evenly spaced steps."""
     spectra, spreads = {}, {}
     for entry in _evenly_spaced(plots, NUM_SPECTRA):
@@ -131,7 +135,7 @@ def _embedding_figures(plots: list[Record]) -> list[page.Figure]:
     if not spectra:
         return []
     legend = series_legend(list(spectra))
-    spectrum = charts.line_chart(spectra, "variance", "eigenvalue", logarithmic=True)
+    spectrum = charts.line_chart(spectra, "variance", "eigenvalue", is_logarithmic=True)
     spread = charts.line_chart(spreads, "spread", "percent of the dimensions")
     return [
         page.Figure(spectrum, "Covariance spectrum of the embeddings", legend),
@@ -139,9 +143,9 @@ def _embedding_figures(plots: list[Record]) -> list[page.Figure]:
     ]
 
 
-def evaluation(result: Record) -> Record:
-    """Return the template variables of one evaluation: its table, protocol and choices."""
-    columns, choices = results.column_names(result), results.selected_hyperparameters(result)
+def evaluation_variables(result: Record) -> Record:
+    """Return the template variables of one evaluation: its table and its protocol."""
+    columns, selected = results.column_names(result), results.selected_hyperparameters(result)
     return {
         "title": TITLES.get(result["name"], result["name"]),
         "measure": result.get("measure", results.ACCURACY),
@@ -149,29 +153,29 @@ def evaluation(result: Record) -> Record:
         "rows": [
             {
                 "features": row["features"],
-                "kind": _row_class(row["features"]),
+                "css_class": _row_css_class(row["features"]),
                 "cells": [results.format_number(row, name) for name in columns],
             }
             for row in result["rows"]
         ],
         "protocol": [
             *result["protocol"].items(),
-            *((f"chosen for {features}", choice) for features, choice in choices.items()),
+            *((f"chosen for {features}", setting) for features, setting in selected.items()),
         ],
     }
 
 
-def _row_class(features: str) -> str:
+def _row_css_class(features: str) -> str:
     """Return the CSS class of a row of a result table."""
     if features.startswith("random, "):
         return "variant"
     return "ours" if features == "pretrained" else ""
 
 
-def evaluations_over_steps(run: Path) -> list[page.Figure]:
+def draw_evaluation_figures(run_path: Path) -> list[page.Figure]:
     """Plot evaluation results of the pretrained features over steps, if several steps have them."""
     figures = []
-    for name, steps in results.by_step(run).items():
+    for name, steps in results.load_by_step(run_path).items():
         series: dict[str, list[tuple[float, float]]] = {}
         for step, result in steps.items():
             for row in result["rows"]:
@@ -181,52 +185,53 @@ def evaluations_over_steps(run: Path) -> list[page.Figure]:
         if len(steps) > 1:
             title = TITLES.get(name, name)
             measure = steps[max(steps)].get("measure", results.ACCURACY)
-            chart = charts.line_chart(series, title, "step", marked=True)
+            chart = charts.line_chart(series, title, "step", has_markers=True)
             legend = series_legend(list(series))
             figures.append(page.Figure(chart, f"{title}, {measure} of each checkpoint", legend))
     return figures
 
 
-def views(run: Path, view_size: int) -> list[list[View]]:
+def cut_view_rows(run_path: Path, view_size: int) -> list[list[View]]:
     """Cut the trainer's grid of views into rows, one per image. Return no rows if there is no grid.
 
     Args:
-        run: The run's folder.
+        run_path: Folder of the run.
         view_size: Side of a view in pixels.
     """
-    path, choices_path = run / "views.png", run / "views.json"
+    path, descriptions_path = run_path / "views.png", run_path / "views.json"
     if not path.is_file():
         return []
     grid, pitch = Image.open(path).convert("RGB"), view_size + VIEW_GAP
     if (grid.width - VIEW_GAP) % pitch or (grid.height - VIEW_GAP) % pitch:
-        return [[View(page.image_source(grid), grid.width, "training views")]]
-    choices = json.loads(choices_path.read_text()) if choices_path.is_file() else []
+        return [[View(page.image_data_url(grid), grid.width, "training views")]]
+    has_descriptions = descriptions_path.is_file()
+    descriptions = json.loads(descriptions_path.read_text()) if has_descriptions else []
     lefts, side = range(VIEW_GAP, grid.width, pitch), max(view_size, 64)
     rows = []
     for row, top in enumerate(range(VIEW_GAP, grid.height, pitch)):
-        descriptions = choices[row] if row < len(choices) else []
-        if len(descriptions) != len(lefts):
-            descriptions = ["view"] * len(lefts)
+        texts = descriptions[row] if row < len(descriptions) else []
+        if len(texts) != len(lefts):
+            texts = ["view"] * len(lefts)
         crops = [grid.crop((left, top, left + view_size, top + view_size)) for left in lefts]
         rows.append(
-            [View(page.image_source(crop), side, text) for crop, text in zip(crops, descriptions)]
+            [View(page.image_data_url(crop), side, text) for crop, text in zip(crops, texts)]
         )
     return rows
 
 
-def neighbors_over_time(run: Path) -> list[page.Figure]:
+def read_neighbor_figures(run_path: Path) -> list[page.Figure]:
     """Return pictures of some queries and their nearest training images at several steps."""
-    folders = metric_names.existing_paths(run, "neighbors")
+    folders = metric_names.existing_paths(run_path, "neighbors")
     paths = [path for folder in folders for path in sorted(folder.glob("step_*.png"))]
     figures = []
     for path in _evenly_spaced(paths, NUM_NEIGHBOR_PICTURES):
-        source = page.image_source(Image.open(path).convert("RGB"))
-        image = Markup('<img class="picture" alt="{}" src="{}">').format(path.stem, source)
+        src = page.image_data_url(Image.open(path).convert("RGB"))
+        image = Markup('<img class="picture" alt="{}" src="{}">').format(path.stem, src)
         figures.append(page.Figure(image, f"Step {int(path.stem.removeprefix('step_')):,}"))
     return figures
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a duration as "3 h 05 min", "4 min 07 s" or "12 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

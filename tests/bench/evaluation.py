@@ -86,7 +86,7 @@ def compare_grids(options: argparse.Namespace) -> float:
             "grid",
             Feature(backbone, "pooled"),
             grid[:count],
-            protocols.LINEAR["simclr"],
+            protocols.LINEAR_PROTOCOLS["simclr"],
             NUM_CLASSES,
             CPU,
         )

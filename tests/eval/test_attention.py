@@ -36,8 +36,8 @@ def test_the_weights_reproduce_the_layers_output():
 
 def test_the_mask_keeps_the_fewest_patches_that_hold_the_mass():
     weights = torch.tensor([[[0.5, 0.2], [0.2, 0.1]], [[0.25, 0.25], [0.25, 0.25]]])
-    assert attention.mass_mask(weights, 0.6).sum((1, 2)).tolist() == [2, 3]
-    assert attention.mass_mask(weights, 0.5)[0].tolist() == [[True, False], [False, False]]
+    assert attention.top_patches_mask(weights, 0.6).sum((1, 2)).tolist() == [2, 3]
+    assert attention.top_patches_mask(weights, 0.5)[0].tolist() == [[True, False], [False, False]]
 
 
 def test_the_components_are_those_of_scikit_learn():
@@ -57,7 +57,9 @@ def test_the_components_are_those_of_scikit_learn():
 
 def test_a_vit_has_attention_and_components(vit, tmp_path):
     root = write_images(tmp_path / "photos", ["a.png", "b.png"], size=40)
-    paths = attention.write(vit, [root / "a.png", root / "b.png"], tmp_path / "out", size=32)
+    paths = attention.write_pictures(
+        vit, [root / "a.png", root / "b.png"], tmp_path / "out", size=32
+    )
     assert [path.name for path in paths] == [
         "01_a_attention.png",
         "01_a_components.png",
@@ -71,7 +73,7 @@ def test_a_vit_has_attention_and_components(vit, tmp_path):
 def test_a_resnet_has_components_only(tmp_path):
     root = write_images(tmp_path / "photos", ["a.png"], size=40)
     run = runs.load_run(make_run(tmp_path / "resnet"), device="cpu")
-    paths = attention.write(run, [root / "a.png"], tmp_path / "out", size=32)
+    paths = attention.write_pictures(run, [root / "a.png"], tmp_path / "out", size=32)
     assert [path.name for path in paths] == ["01_a_components.png"]
 
 
@@ -88,9 +90,9 @@ def test_unusable_input_is_refused(vit, tmp_path):
     root = write_images(tmp_path / "photos", ["a.png"], size=40)
     message = "--size: 30 pixels do not fit patches of 8 pixels; give a multiple of 8"
     with pytest.raises(ValueError, match=message):
-        attention.write(vit, [root / "a.png"], tmp_path, size=30)
+        attention.write_pictures(vit, [root / "a.png"], tmp_path, size=30)
     with pytest.raises(ValueError, match=r"none\.png: no such file; give the path of an image"):
-        attention.write(vit, [tmp_path / "none.png"], tmp_path)
+        attention.write_pictures(vit, [tmp_path / "none.png"], tmp_path)
     (tmp_path / "text.png").write_text("x")
     with pytest.raises(ValueError, match=r"text\.png"):
-        attention.write(vit, [tmp_path / "text.png"], tmp_path)
+        attention.write_pictures(vit, [tmp_path / "text.png"], tmp_path)

@@ -82,7 +82,7 @@ def test_the_report_shows_every_point_of_its_curves(browser, digits):
     assert "52.0" in text
     records = sections.read_metrics(digits)
     assert num_points(browser, "loss") == len(records)
-    assert num_points(browser, "k-NN accuracy") == len(sections.curve(records, "knn"))
+    assert num_points(browser, "k-NN accuracy") == len(sections.metric_points(records, "knn"))
 
 
 def test_the_comparison_shows_differences_before_numbers(browser, digits, tmp_path):
@@ -97,7 +97,7 @@ def test_the_comparison_shows_differences_before_numbers(browser, digits, tmp_pa
 @contextmanager
 def serve(run):
     """Serve the live page of a run and yield its address."""
-    server = live.server(run)
+    server = live.build_server(run)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -126,7 +126,7 @@ def test_the_live_page_follows_the_run(browser, tmp_path):
 
 
 def test_the_live_page_is_served_to_this_machine_only(tmp_path):
-    server = live.server(make_run(tmp_path / "run"))
+    server = live.build_server(make_run(tmp_path / "run"))
     assert server.server_address[0] == "127.0.0.1"
     server.server_close()
 

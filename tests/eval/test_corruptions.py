@@ -108,7 +108,9 @@ def test_a_disk_has_weight_one_and_is_round():
 def test_clouds_become_smoother_as_the_noise_decays_faster():
     roughness = []
     for decay in (1.5, 3.0):
-        clouds = [corruptions.plasma(32, decay, ImageRng(0, index, 0)) for index in range(8)]
+        clouds = [
+            corruptions.plasma_fractal(32, decay, ImageRng(0, index, 0)) for index in range(8)
+        ]
         assert all(cloud.min() == 0 and cloud.max() == 1 for cloud in clouds)
         roughness.append(np.abs(np.diff(clouds, 2, axis=1)).mean())
     assert roughness[0] > 4 * roughness[1]
@@ -117,7 +119,7 @@ def test_clouds_become_smoother_as_the_noise_decays_faster():
 def test_no_movement_leaves_an_image_unchanged():
     image = picture(32) / 255
     rows, columns = np.meshgrid(np.arange(32), np.arange(32), indexing="ij")
-    np.testing.assert_allclose(corruptions.sample(image, rows, columns, "mirror"), image)
+    np.testing.assert_allclose(corruptions.interpolate(image, rows, columns, "mirror"), image)
     np.testing.assert_allclose(corruptions.enlarge(image, 1.0), image)
 
 

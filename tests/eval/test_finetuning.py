@@ -19,7 +19,7 @@ from ssl_pretrain.eval.finetuning import selection, trainer
 from ssl_pretrain.eval.finetuning.selection import TuningOptions
 from ssl_pretrain.eval.frozen import evaluation_split
 
-SEMI, DEIT = protocols.TUNING["semi"], protocols.TUNING["deit"]
+SEMI, DEIT = protocols.TUNING_PROTOCOLS["semi"], protocols.TUNING_PROTOCOLS["deit"]
 CPU = torch.device("cpu")
 
 
@@ -123,20 +123,20 @@ def test_the_learning_rate_warms_up_and_falls():
 
 def test_a_protocol_without_mixing_keeps_the_images_and_smooths_the_labels():
     images, labels = random_images(8, 3, 16, 16), torch.arange(8) % 5
-    plain_images, targets = trainer.build_mixing(SEMI, 5, CPU)(images.clone(), labels)
+    plain_images, targets = trainer.build_batch_augmentation(SEMI, 5, CPU)(images.clone(), labels)
     assert torch.equal(plain_images, images)
     assert torch.equal(targets, F.one_hot(labels, 5).float())
-    smoothing = trainer.build_mixing(replace(SEMI, smoothing=0.1), 5, CPU)
+    smoothing = trainer.build_batch_augmentation(replace(SEMI, smoothing=0.1), 5, CPU)
     _, smoothed = smoothing(images.clone(), labels)
     assert smoothed[0].tolist() == pytest.approx([0.92, 0.02, 0.02, 0.02, 0.02])
 
 
 def test_mixing_depends_on_the_seed_of_the_step():
     images, labels = random_images(8, 3, 16, 16), torch.arange(8) % 5
-    mix = trainer.build_mixing(DEIT, 5, CPU)
-    trainer.seed_step(3)
+    mix = trainer.build_batch_augmentation(DEIT, 5, CPU)
+    trainer.seed_generators(3)
     first_images, targets = mix(images.clone(), labels)
-    trainer.seed_step(3)
+    trainer.seed_generators(3)
     second_images, _ = mix(images.clone(), labels)
     assert torch.equal(first_images, second_images)
     assert not torch.equal(first_images, images)
@@ -161,7 +161,7 @@ def test_the_moving_average_is_returned(run, train_split):
         trainer.build_network(run, run.backbone, protocol, 10) for _ in range(3)
     )
     last = trainer.train(run, last, images, protocol, 10)
-    average = trainer.train(run, average, images, protocol, 10, ema=0.75)
+    average = trainer.train(run, average, images, protocol, 10, ema_decay=0.75)
     # The classifier starts at zero, so the first step moves nothing else.
     expected = 0.75 * start.fc.weight + 0.25 * last.fc.weight
     torch.testing.assert_close(average.fc.weight, expected)
@@ -197,11 +197,11 @@ def test_fine_tuning_end_to_end(run_folder, capsys):
 
 
 def test_the_choice_of_labels_is_balanced_and_seeded(train_split):
-    rows = semi.balanced_rows(train_split, 10, 0)
+    rows = semi.draw_labeled_rows(train_split, 10, 0)
     assert np.bincount(train_split.labels[rows]).tolist() == [2] * 10
-    np.testing.assert_array_equal(rows, semi.balanced_rows(train_split, 10, 0))
-    assert not np.array_equal(rows, semi.balanced_rows(train_split, 10, 1))
-    assert len(semi.balanced_rows(train_split, 0.1, 0)) == 10
+    np.testing.assert_array_equal(rows, semi.draw_labeled_rows(train_split, 10, 0))
+    assert not np.array_equal(rows, semi.draw_labeled_rows(train_split, 10, 1))
+    assert len(semi.draw_labeled_rows(train_split, 0.1, 0)) == 10
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_the_choice_of_labels_is_balanced_and_seeded(train_split):
 def test_a_percentage_that_cannot_be_balanced_is_refused(train_split, percent, message):
     counts = np.bincount(train_split.labels, minlength=10)
     with pytest.raises(ValueError) as error:
-        semi.balanced_rows(train_split, percent, 0)
+        semi.draw_labeled_rows(train_split, percent, 0)
     assert str(error.value) == message.format(train_split.classes[counts.argmin()], counts.min())
 
 
@@ -228,10 +228,10 @@ def test_a_published_list_selects_its_images(train_split, tmp_path):
     names = [train_split.source.name(7), "some/folder/" + train_split.source.name(3)]
     published, other = tmp_path / "1percent.txt", tmp_path / "other.txt"
     published.write_text("\n".join(names) + "\n")
-    assert semi.read_list(train_split, published).tolist() == [3, 7]
+    assert semi.read_subset(train_split, published).tolist() == [3, 7]
     other.write_text(f"{names[0]}\nn01440764_10026.JPEG\n")
     with pytest.raises(ValueError) as error:
-        semi.read_list(train_split, other)
+        semi.read_subset(train_split, other)
     assert str(error.value) == (
         f"--subset {other}: 1 of its 2 images are not in {train_split.source.full_path}"
         " (n01440764_10026.JPEG); give a list for this data set"
@@ -260,10 +260,10 @@ def test_a_published_list_selects_its_images(train_split, tmp_path):
 )
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError) as error:
-        selection.adapt(DEIT, options, 200)
+        selection.adapt_protocol(DEIT, options, 200)
     assert str(error.value) == message
 
 
 def test_a_step_is_seeded_by_its_number_and_rank():
-    trainer.seed_step(5)
+    trainer.seed_generators(5)
     assert torch.initial_seed() == rng.derive_seed(0, 5, 0)

@@ -66,7 +66,7 @@ def evaluate_digits(path):
     """Evaluate raw pixels, which are centered over all ranks, and the backbone, on one rank."""
     run = runs.load_run(path, device="cpu")
     result = knn.evaluate(run, shift_distances=[], backend="torch", rows=["raw", "pretrained"])
-    return result["rows"], results.load(run.path)[1]["rows"]
+    return result["rows"], results.load_newest(run.path)[1]["rows"]
 
 
 # Of 3 ranks, one has none of the two batches of test images.

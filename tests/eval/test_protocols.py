@@ -10,7 +10,7 @@ from ssl_pretrain.eval import protocols
 def test_the_published_numbers():
     numbers = {
         name: (p.base_lr, p.batch_size, p.epochs, p.weight_decay, p.nesterov, p.milestones)
-        for name, p in protocols.LINEAR.items()
+        for name, p in protocols.LINEAR_PROTOCOLS.items()
     }
     assert numbers == {
         "simclr": (0.1, 4096, 90, 1e-6, True, ()),
@@ -26,8 +26,8 @@ def test_the_published_numbers():
     }
     tensorflow_samplers = {"simclr": "tensorflow", "byol": "clipped"}
     distributions = {"vissl": "uniform", "byol": "truncated"}
-    for name, protocol in protocols.LINEAR.items():
-        assert protocol.trust == (0.001 if name == "simsiam" else 0.0)
+    for name, protocol in protocols.LINEAR_PROTOCOLS.items():
+        assert protocol.larc_coefficient == (0.001 if name == "simsiam" else 0.0)
         assert protocol.normalizes_features == (name == "vissl")
         assert protocol.init == distributions.get(name, "normal")
         assert protocol.crop_sampler == tensorflow_samplers.get(name, "torchvision")
@@ -35,7 +35,7 @@ def test_the_published_numbers():
 
 
 def test_the_learning_rate_schedules():
-    moco, simclr = protocols.LINEAR["moco"], protocols.LINEAR["simclr"]
+    moco, simclr = protocols.LINEAR_PROTOCOLS["moco"], protocols.LINEAR_PROTOCOLS["simclr"]
     assert [round(moco.lr_factor(epoch), 6) for epoch in (0, 59.9, 60, 80)] == [1, 1, 0.1, 0.01]
     assert simclr.lr_factor(45.5) == pytest.approx((1 + math.cos(math.pi * 45.5 / 90)) / 2)
 

@@ -40,7 +40,7 @@ def train_with_torch(protocol, batches, lr, weight_decay, initial_weights):
     with torch.no_grad():
         layer.weight.copy_(initial_weights[:-1].T)
         layer.bias.copy_(initial_weights[-1])
-    sgd_decay = 0.0 if protocol.trust else weight_decay
+    sgd_decay = 0.0 if protocol.larc_coefficient else weight_decay
     groups = [{"params": list(layer.parameters()), "weight_decay": sgd_decay}]
     if protocol.normalizes_features:  # VISSL's regularize_bn is false
         groups.append({"params": list(norm.parameters()), "weight_decay": 0.0})
@@ -53,8 +53,8 @@ def train_with_torch(protocol, batches, lr, weight_decay, initial_weights):
     for step, (values, labels) in enumerate(batches):
         optimizer.zero_grad()
         F.cross_entropy(layer(norm(values)), labels).backward()
-        if protocol.trust:
-            apply_larc(layer, protocol.trust, weight_decay)
+        if protocol.larc_coefficient:
+            apply_larc(layer, protocol.larc_coefficient, weight_decay)
         optimizer.step()
         if protocol.lr_changes_every_step or (step + 1) % STEPS_PER_EPOCH == 0:
             schedule.step()
@@ -67,16 +67,16 @@ def train_with_torch(protocol, batches, lr, weight_decay, initial_weights):
 
 
 @torch.no_grad()
-def apply_larc(layer, trust, weight_decay):
+def apply_larc(layer, larc_coefficient, weight_decay):
     """Change the gradients as apex.parallel.LARC does with clip=False."""
     for parameter in layer.parameters():
         norm, gradient_norm = parameter.norm(), parameter.grad.norm()
         if norm != 0 and gradient_norm != 0:
             parameter.grad += weight_decay * parameter
-            parameter.grad *= trust * norm / (gradient_norm + norm * weight_decay + 1e-8)
+            parameter.grad *= larc_coefficient * norm / (gradient_norm + norm * weight_decay + 1e-8)
 
 
-@pytest.mark.parametrize("name", protocols.LINEAR)
+@pytest.mark.parametrize("name", protocols.LINEAR_PROTOCOLS)
 def test_a_protocol_equals_torchs_optimizer_and_schedule(name):
     protocol = LinearOptions(name, epochs=7, batch_size=16).adapt_protocol(1000)
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def test_a_protocol_equals_torchs_optimizer_and_schedule(name):
         for _ in range(7 * STEPS_PER_EPOCH)
     ]
     # LARC scales a step to 1 / 1,000 of the weights' norm, which small rates would hide.
-    lrs = [lr * (300 if protocol.trust else 1) for lr in (0.03, 0.3, 0.3)]
+    lrs = [lr * (300 if protocol.larc_coefficient else 1) for lr in (0.03, 0.3, 0.3)]
     decays = [0.0, protocol.weight_decay, 0.1]
     heads = LinearHeads(
         5,
@@ -100,7 +100,7 @@ def test_a_protocol_equals_torchs_optimizer_and_schedule(name):
         init=protocol.init,
         init_std=protocol.init_std,
         affine=protocol.normalizes_features,
-        trust=protocol.trust,
+        larc_coefficient=protocol.larc_coefficient,
     )
     norm = FeatureNorm(5, batches[0][0]) if protocol.normalizes_features else None
     initial_weights = heads.weights[:, 0].clone()

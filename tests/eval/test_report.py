@@ -102,9 +102,9 @@ def test_a_training_image_that_is_not_shifted_is_its_own_nearest_neighbor(digits
     run = runs.load_run(digits, device="cpu")
     bank, _, _ = nearest_images.open_bank_and_queries(run)
     for query in nearest_images.find_neighbors(run, bank, bank):
-        assert np.array_equal(query.by_features[0][0], query.image)
-        assert np.array_equal(query.by_pixels[0][0], query.image)
-        assert query.by_features[0][1] == query.label
+        assert np.array_equal(query.feature_neighbors[0][0], query.image)
+        assert np.array_equal(query.pixel_neighbors[0][0], query.image)
+        assert query.feature_neighbors[0][1] == query.label
 
 
 def test_class_names_and_config_are_escaped(tmp_path):
@@ -124,7 +124,7 @@ def test_class_names_and_config_are_escaped(tmp_path):
 def test_the_text_of_a_result_is_escaped():
     bad = "<script>x</script>"
     row = {"features": bad, "metrics": {bad: 1.0}, "spread": {}, "notes": {bad: bad}}
-    evaluation = sections.evaluation({"name": bad, "protocol": {bad: bad}, "rows": [row]})
+    evaluation = sections.evaluation_variables({"name": bad, "protocol": {bad: bad}, "rows": [row]})
     empty = {"evaluations_over_steps": [], "views": [], "pixelated": False, "training": []}
     context = empty | {"title": bad, "facts": [], "alerts": [], "neighbors_over_time": []}
     parsed = Page(page.render("run.html.jinja", **context, evaluations=[evaluation]))
@@ -147,7 +147,7 @@ def test_the_latest_record_of_a_step_counts_and_a_truncated_one_does_not(tmp_pat
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"ste']))
     records = sections.read_metrics(tmp_path)
     assert [record["step"] for record in records] == [1, 2]
-    assert sections.curve(records, "loss") == [(0.5, 4)]
+    assert sections.metric_points(records, "loss") == [(0.5, 4)]
     assert sections.read_metrics(tmp_path / "none") == []
 
 
@@ -169,7 +169,7 @@ def test_long_curves_are_averaged_over_equal_stretches():
 def test_logarithmic_curves_are_straight_for_a_power_law():
     power_law = [(10.0**i, 10.0 ** (-2 * i)) for i in range(4)]
     series = {"a": power_law, "b": [(1.0, 0.0), (1000.0, 1.0)]}
-    chart = charts.line_chart(series, "y", logarithmic=True)
+    chart = charts.line_chart(series, "y", is_logarithmic=True)
     points = curve_points(chart)
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
     assert slopes == pytest.approx([slopes[0]] * 3, rel=0.01) and slopes[0] < 0
@@ -177,7 +177,7 @@ def test_logarithmic_curves_are_straight_for_a_power_law():
 
 
 def test_results_of_all_steps_are_grouped_by_evaluation(digits):
-    by_name = results.by_step(digits)
+    by_name = results.load_by_step(digits)
     assert {name: list(steps) for name, steps in by_name.items()} == {"knn": [3, 7], "linear": [7]}
 
 
@@ -188,7 +188,7 @@ def test_a_comparison_shows_differing_keys_first_and_the_numbers_of_both_runs(di
     parsed = Page(text)
     assert parsed.headings == ["Config", "Numbers", "Training", "Alerts of digits"]
     assert parsed.external_urls == []
-    assert list(compare.differences({"a": digits, "b": other})) == ["optim.base_lr"]
+    assert list(compare.config_differences({"a": digits, "b": other})) == ["optim.base_lr"]
     assert "0.125" in text
     losses = [sections.read_metrics(run)[-1]["loss"] for run in (digits, other)]
     cells = "".join(f"<td>{loss:.6g}</td>" for loss in losses)
@@ -216,7 +216,7 @@ def test_a_sparkline_scales_values_to_eight_heights_and_at_most_48_characters():
 
 
 def test_the_demo_prints_numbers_curves_and_the_next_commands(digits):
-    text = demo_summary.summary(digits, {"training": 80.4, "k-NN": 12})
+    text = demo_summary.render_summary(digits, {"training": 80.4, "k-NN": 12})
     assert "digits: 1297 training, 500 test images, 10 classes" in text
     assert "k-NN: k = 20, temperature 0.07" in text
     assert re.search(r"accuracy, % +raw pixels +random backbone +pretrained\n", text)
@@ -233,4 +233,4 @@ def test_the_demo_prints_numbers_curves_and_the_next_commands(digits):
 def test_the_demo_needs_both_evaluations(tmp_path):
     message = r"has no knn evaluation; run python -m ssl_pretrain.eval.knn"
     with pytest.raises(ValueError, match=message):
-        demo_summary.summary(tmp_path)
+        demo_summary.render_summary(tmp_path)

@@ -11,7 +11,7 @@ from untrained_run import make_run, write_images
 
 from ssl_pretrain.eval import corruptions, retrieval, robustness, runs
 from ssl_pretrain.eval.frozen import evaluation_split, features
-from ssl_pretrain.eval.retrieval import near_duplicates, retrieval_metrics
+from ssl_pretrain.eval.retrieval import find_near_duplicates, retrieval_metrics
 
 
 def test_average_precision_and_recall_by_hand():
@@ -41,20 +41,20 @@ def test_results_do_not_depend_on_the_chunks(monkeypatch):
     bank, queries = (torch.randn(n, 5, generator=generator) for n in (40, 23))
     bank_labels, labels = (torch.randint(3, (n,), generator=generator) for n in (40, 23))
     metrics = retrieval_metrics(bank, bank_labels, queries, labels)
-    _, num_pairs = near_duplicates(bank, 0.9)
+    _, num_pairs = find_near_duplicates(bank, 0.9)
     monkeypatch.setattr(retrieval.weighted_knn, "MAX_SIMILARITIES", 40 * 3)
     assert retrieval_metrics(bank, bank_labels, queries, labels) == pytest.approx(metrics)
-    assert near_duplicates(bank, 0.9)[1] == num_pairs
+    assert find_near_duplicates(bank, 0.9)[1] == num_pairs
 
 
 def test_near_duplicates_are_listed_once_and_nearest_first(monkeypatch):
     vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.02], [3.0, 0.0]])
-    pairs, num_pairs = near_duplicates(vectors, 0.999)
+    pairs, num_pairs = find_near_duplicates(vectors, 0.999)
     assert [(a, b) for _, a, b in pairs] == [(0, 3), (0, 2), (2, 3)]
     assert num_pairs == 3
     assert pairs[0][0] == 1.0
     monkeypatch.setattr(retrieval, "MAX_PAIRS", 1)
-    pairs, num_pairs = near_duplicates(vectors, 0.999)
+    pairs, num_pairs = find_near_duplicates(vectors, 0.999)
     assert [(a, b) for _, a, b in pairs] == [(0, 3)]
     assert num_pairs == 3
 
@@ -75,7 +75,7 @@ def run_folder(tmp_path_factory):
 
 
 def test_a_copied_image_is_listed_with_both_files(run_folder):
-    result = retrieval.evaluate(runs.load_run(run_folder, device="cpu"), duplicates=1.0)
+    result = retrieval.evaluate(runs.load_run(run_folder, device="cpu"), min_cosine=1.0)
     with (run_folder / "eval" / "near_duplicates.csv").open(newline="") as file:
         header, first, *_ = csv.reader(file)
     assert header == ["cosine", "a", "b"]
@@ -89,7 +89,7 @@ def test_a_copied_image_is_listed_with_both_files(run_folder):
 def test_a_threshold_above_one_is_refused(run_folder):
     message = r"--duplicates: 1.5 is not in \(0, 1\]; give one such as 0.995"
     with pytest.raises(ValueError, match=message):
-        retrieval.evaluate(runs.load_run(run_folder, device="cpu"), duplicates=1.5)
+        retrieval.evaluate(runs.load_run(run_folder, device="cpu"), min_cosine=1.5)
 
 
 def test_the_accuracy_is_of_the_corrupted_views(run_folder):
@@ -108,7 +108,7 @@ def test_the_accuracy_is_of_the_corrupted_views(run_folder):
     ]
     views = torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2)
     expected = run.backbone(features.normalize(run, views)).float()
-    extracted, _ = robustness.extract_corrupted(run, test, "contrast", 5)
+    extracted, _ = robustness.extract_corrupted_features(run, test, "contrast", 5)
     torch.testing.assert_close(extracted, expected)
 
 

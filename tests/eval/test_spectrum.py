@@ -11,7 +11,9 @@ def test_two_orthogonal_directions_and_one_that_all_share():
     second = [[1.0, 0, 1], [1, 0, -1]]
     vectors = torch.tensor(3 * first + second)
     # Half of the squared length of each unit vector lies in the shared direction.
-    assert spectrum.spectrum(5 * vectors).tolist() == pytest.approx([6 / 16, 2 / 16, 0], abs=1e-12)
+    assert spectrum.covariance_spectrum(5 * vectors).tolist() == pytest.approx(
+        [6 / 16, 2 / 16, 0], abs=1e-12
+    )
     measures = spectrum.spectrum_metrics("z", vectors)
     assert measures["z, top-5 of all"] == pytest.approx(100)
     assert measures["z, rank"] == pytest.approx(0.75**-0.75 * 0.25**-0.25)

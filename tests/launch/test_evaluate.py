@@ -86,7 +86,7 @@ def modification_times(run):
 
 def test_every_checkpoint_is_evaluated_once_and_saved_by_step(run, capsys):
     assert evaluate_knn(run) == 0
-    first, last = results.by_step(run)["knn"].values()
+    first, last = results.load_by_step(run)["knn"].values()
     assert (first["step"], last["step"]) == (5, 10)
     assert json.loads((run / "eval" / "knn.json").read_text())["step"] == 10
     assert first["rows"][-1]["metrics"] != last["rows"][-1]["metrics"]
@@ -100,8 +100,8 @@ def test_every_checkpoint_is_evaluated_once_and_saved_by_step(run, capsys):
 
 def test_the_report_and_wandb_show_each_evaluation_at_its_step(run):
     assert evaluate_knn(run) == 0
-    by_step = results.by_step(run)["knn"]
-    figure = sections.evaluations_over_steps(run)[0]
+    by_step = results.load_by_step(run)["knn"]
+    figure = sections.draw_evaluation_figures(run)[0]
     assert figure.caption == "k-NN, accuracy, % of each checkpoint"
     curve = re.search(r'<g id="curve-0">\s*<path d="([^"]*)"', figure.image)[1]
     assert len(re.findall(r"[ML] ", curve)) == len(by_step) == 2
@@ -122,7 +122,7 @@ def test_an_earlier_step_does_not_replace_the_newest(tmp_path):
     for step, accuracy in ((10, 60.0), (5, 50.0)):
         save_result(tmp_path, Path(f"step_{step:08d}"), accuracy)
     assert json.loads((tmp_path / "eval" / "knn.json").read_text())["step"] == 10
-    assert [*results.by_step(tmp_path)["knn"]] == [5, 10]
+    assert [*results.load_by_step(tmp_path)["knn"]] == [5, 10]
 
 
 def test_a_checkpoint_stays_whole_while_it_is_evaluated(run):

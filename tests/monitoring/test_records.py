@@ -44,4 +44,4 @@ def test_files_of_an_earlier_version_come_before_those_of_this_version(tmp_path)
     for folder in folders:
         folder.mkdir()
     assert metric_names.existing_paths(tmp_path, "neighbors") == folders
-    assert [alert["text"] for alert in sections.alerts(tmp_path)] == ["old", "new"]
+    assert [alert["text"] for alert in sections.read_alerts(tmp_path)] == ["old", "new"]
