@@ -122,9 +122,9 @@ def _join_ranks(device: str) -> Iterator[str]:
 def execute(main: Callable[[list[str]], None], name: str) -> None:
     """Run `main` on the arguments of this process and exit with a status if it fails.
 
-    An expected error is printed as one line. The status is 2 for a user's mistake, 74 for a failed
-    write to disk, and 69 for a lost worker. With --skip-unlabeled, it is 77 for images without
-    labels.
+    An expected error is printed as one line that starts with `name`. The status is 2 for a user's
+    mistake, 74 for a failed write to disk, and 69 for a lost worker. With --skip-unlabeled, it is
+    77 for images without labels.
     """
     with tolerate_lost_output():
         try:

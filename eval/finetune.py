@@ -41,28 +41,28 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def evaluate(run: Run, protocol: str, options: selection.TuningOptions) -> dict[str, Any]:
+def evaluate(run: Run, protocol_name: str, options: selection.TuningOptions) -> dict[str, Any]:
     """Fine-tune the network and return its accuracy in percent.
 
     Args:
         run: Run to evaluate.
-        protocol: Name of a published protocol, "simclr" or "deit".
+        protocol_name: Name of a published protocol, "simclr" or "deit".
         options: Settings to try and other options of the command line.
 
     Returns:
-        The content of RUN/eval/finetune_<protocol>.json.
+        The content of RUN/eval/finetune_<protocol_name>.json.
 
     Raises:
-        ValueError: If the images have no labels, or an option does not fit them.
+        ValueError: If the images have no labels, or an option is out of range for them.
     """
     train, test = labeled_splits(run, "fine-tuning")
-    published = protocols.TUNING_PROTOCOLS[protocol]
+    published = protocols.TUNING_PROTOCOLS[protocol_name]
     column = selection.Column(
         np.arange(len(train)), selection.adapt_protocol(published, options, len(train))
     )
     return selection.evaluate_columns(
         run,
-        f"finetune_{protocol}",
+        f"finetune_{protocol_name}",
         {"all labels": column},
         train,
         test,

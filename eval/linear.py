@@ -114,7 +114,7 @@ def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         )
     _refuse_options(options, "labels_per_class")
     linear_options = LinearOptions(
-        protocol=options.protocol,
+        protocol_name=options.protocol,
         lrs=options.lrs,
         weight_decays=options.weight_decays,
         epochs=options.epochs,

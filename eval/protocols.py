@@ -109,7 +109,7 @@ class LinearOptions:
     None keeps the published value.
     """
 
-    protocol: str  # name in LINEAR_PROTOCOLS
+    protocol_name: str  # key of LINEAR_PROTOCOLS
     lrs: list[float] | None = None  # learning rates at a batch of 256
     weight_decays: list[float] | None = None
     epochs: int | None = None
@@ -120,7 +120,7 @@ class LinearOptions:
     @property
     def published_protocol(self) -> LinearProtocol:
         """The protocol without changes."""
-        return LINEAR_PROTOCOLS[self.protocol]
+        return LINEAR_PROTOCOLS[self.protocol_name]
 
     def adapt_protocol(self, num_images: int) -> LinearProtocol:
         """Return the protocol with the changes and a batch size that fits the images.

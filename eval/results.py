@@ -79,10 +79,8 @@ def save(
     }
     if process_group.is_main():
         folder, text = run_path / "eval", json.dumps(result, indent=1) + "\n"
-        newest, paths = (
-            folder / f"{name}.json",
-            [folder / provenance["checkpoint"] / f"{name}.json"],
-        )
+        newest = folder / f"{name}.json"
+        paths = [folder / provenance["checkpoint"] / newest.name]
         if not newest.exists() or json.loads(newest.read_text()).get("step", -1) <= result["step"]:
             paths.append(newest)
         for path in paths:

@@ -32,7 +32,7 @@ from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.monitoring import weighted_knn
 from ssl_pretrain.schema import COSINE
 
-RECALL_RANKS = (1, 5, 10)
+RECALL_CUTOFFS = (1, 5, 10)
 MAX_PAIRS = 1000
 NUM_PRINTED_PAIRS = 10
 ROUNDING_ERROR = 1e-6  # error of a cosine in float32
@@ -116,7 +116,7 @@ def retrieval_metrics(
         labels: Classes of the queries, (num_queries,).
     """
     bank = F.normalize(bank.float(), dim=1)
-    total = torch.zeros(1 + len(RECALL_RANKS), dtype=torch.float64, device=bank.device)
+    total = torch.zeros(1 + len(RECALL_CUTOFFS), dtype=torch.float64, device=bank.device)
     positions = torch.arange(1, len(bank) + 1, device=bank.device)
     block_size = max(1, weighted_knn.MAX_SIMILARITIES // len(bank))
     for block, block_labels in zip(queries.split(block_size), labels.split(block_size)):
@@ -126,9 +126,9 @@ def retrieval_metrics(
         hits = is_relevant.cumsum(dim=1)
         precision_sum = (hits / positions * is_relevant).sum(dim=1, dtype=torch.float64)
         average_precision = precision_sum / hits[:, -1].clamp(min=1)
-        recalls = [hits[:, min(n, len(bank)) - 1] > 0 for n in RECALL_RANKS]
+        recalls = [hits[:, min(n, len(bank)) - 1] > 0 for n in RECALL_CUTOFFS]
         total += torch.stack([values.double().sum() for values in (average_precision, *recalls)])
-    names = ["mAP", *(f"recall@{n}" for n in RECALL_RANKS)]
+    names = ["mAP", *(f"recall@{n}" for n in RECALL_CUTOFFS)]
     return dict(zip(names, (100 * total / len(queries)).tolist()))
 
 

@@ -132,9 +132,9 @@ def load_external_weights(weights: str, overrides: list[str], device: torch.devi
     """
     _check_overrides(overrides, EXTERNAL_SECTIONS, weights)
     run_config, is_timm = config.without_method(overrides, weights), weights.startswith("timm:")
-    keys = {override.partition("=")[0] for override in overrides}
+    overridden_keys = {override.partition("=")[0] for override in overrides}
     name, tag = run_config.backbone.name, weights.removeprefix("timm:")
-    if not keys & {"backbone", "backbone.name"}:
+    if not overridden_keys & {"backbone", "backbone.name"}:
         name, _, tag = tag.partition(".") if is_timm else ("", "", "")
         if not tag:
             raise ValueError(
@@ -144,7 +144,7 @@ def load_external_weights(weights: str, overrides: list[str], device: torch.devi
     init = f"timm:{tag}" if is_timm else weights
     run_config.backbone = replace(run_config.backbone, name=name, init=init)
     size = run_config.evaluation.image_size or timm_networks.native_size(name)
-    _set_timm_defaults(run_config, name, keys)
+    _set_timm_defaults(run_config, name, overridden_keys)
     image_size_check.check(run_config.backbone, {"evaluation.image_size": size})
     path = Path(run_config.output or f"runs/{f'{name}.{tag}' if is_timm else Path(weights).stem}")
     _write_config(path, run_config)

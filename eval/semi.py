@@ -99,8 +99,8 @@ def evaluate(
     published = protocols.TUNING_PROTOCOLS["semi"]
     protocol_entries, columns = {"source": published.source}, {}
     for name, rows in subsets.items():
-        nearest_percentage = 1 if len(rows) < 0.05 * len(train) else 10
-        epochs = protocols.SEMI_EPOCHS[nearest_percentage]
+        published_percentage = 1 if len(rows) < 0.05 * len(train) else 10
+        epochs = protocols.SEMI_EPOCHS[published_percentage]
         protocol = selection.adapt_protocol(replace(published, epochs=epochs), options, len(rows))
         columns[name] = selection.Column(rows, protocol)
         protocol_entries[f"labels, {name}"] = f"{len(rows):,} {origin}"

@@ -217,7 +217,7 @@ def evaluate(
         " trained in the same pass"
     }
     suffix = "_test_selected" if options.selection == "test" else ""
-    name, seconds = f"linear_{options.protocol}{suffix}", time.monotonic() - start
+    name, seconds = f"linear_{options.protocol_name}{suffix}", time.monotonic() - start
     results.save(run.path, f"{name}_grid", grid_entries, grid_table, run.provenance(), seconds)
     table = results.with_better_random(table)
     return results.save(run.path, name, entries, table, run.provenance(), seconds)
