@@ -16,8 +16,8 @@ from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.eval import command_line, results, spectrum
 from ssl_pretrain.eval.exporting import model_card, onnx
 from ssl_pretrain.eval.exporting.reference import (
-    ARGUMENTS,
-    REFERENCE,
+    ARGUMENTS_FILE,
+    REFERENCE_FILE,
     architecture_facts,
     check,
     reference_images,
@@ -36,8 +36,8 @@ MIN_RANK, MIN_SPREAD = 2.0, 0.01
 HELP = f"""Export the backbone of a run, without the projector.
 
 {WEIGHTS}: weights under timm's names, which for ResNets are also torchvision's.
-{ARGUMENTS}: the arguments that build the network.
-{REFERENCE}: images and their features. Weights can load without an error into the wrong
+{ARGUMENTS_FILE}: the arguments that build the network.
+{REFERENCE_FILE}: images and their features. Weights can load without an error into the wrong
 network, for example weights for 12 attention heads into a network with 6. The features reveal it.
 README.md: a model card with the configuration, results and checksums.
 Untrained weights are refused, and so are features that are the same for all images.
@@ -111,7 +111,7 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     formats = formats or ["timm"]
     if "onnx" in formats:
         onnx.require_packages()
-    if folder.exists() and any(folder.iterdir()) and not (folder / ARGUMENTS).exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / ARGUMENTS_FILE).exists():
         raise ValueError(f"{folder}: is not empty and contains no export; give a new folder")
     problems = find_problems(run)
     for problem in problems:
@@ -132,14 +132,16 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
         check_torchvision(run, weights, images, image_features)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    save_file({"images": images, "features": image_features}, folder / REFERENCE)
-    (folder / ARGUMENTS).touch()
-    for name in (WEIGHTS, REFERENCE):  # safetensors writes files that only the owner can read
-        durable_files.copy_permissions(folder / ARGUMENTS, folder / name)
+    save_file({"images": images, "features": image_features}, folder / REFERENCE_FILE)
+    (folder / ARGUMENTS_FILE).touch()
+    for name in (WEIGHTS, REFERENCE_FILE):  # safetensors writes files that only the owner can read
+        durable_files.copy_permissions(folder / ARGUMENTS_FILE, folder / name)
     arguments = build_arguments(run) | {"sha256": _sha256(folder / WEIGHTS), "formats": formats}
-    (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=1) + "\n")
+    (folder / ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=1) + "\n")
     load(folder)
-    onnx_section = onnx.write(run, folder, images, image_features) if "onnx" in formats else ""
+    onnx_section = (
+        onnx.write_models(run, folder, images, image_features) if "onnx" in formats else ""
+    )
     (folder / "README.md").write_text(model_card.render(run, arguments, problems, onnx_section))
     return folder
 
@@ -155,15 +157,15 @@ def load(folder: str | Path) -> components.Backbone:
     """
     folder = Path(folder)
     if missing := [
-        name for name in (WEIGHTS, ARGUMENTS, REFERENCE) if not (folder / name).is_file()
+        name for name in (WEIGHTS, ARGUMENTS_FILE, REFERENCE_FILE) if not (folder / name).is_file()
     ]:
         raise ValueError(
             f"{folder}: {', '.join(missing)} is missing; give a folder that eval.export wrote"
         )
-    arguments = json.loads((folder / ARGUMENTS).read_text())
+    arguments = json.loads((folder / ARGUMENTS_FILE).read_text())
     if _sha256(folder / WEIGHTS) != arguments["sha256"]:
         raise ValueError(
-            f"{folder / WEIGHTS}: is damaged: its SHA-256 differs from the one in {ARGUMENTS};"
+            f"{folder / WEIGHTS}: is damaged: its SHA-256 differs from the one in {ARGUMENTS_FILE};"
             " copy or export it again"
         )
     config = timm_networks.BackboneConfig(
@@ -176,7 +178,7 @@ def load(folder: str | Path) -> components.Backbone:
 
 
 def build_arguments(run: Run) -> dict[str, Any]:
-    """Return the entries of ARGUMENTS: the network, its input format and its origin."""
+    """Return the entries of ARGUMENTS_FILE: the network, its input format and its origin."""
     config, evaluation = run.config, run.config.evaluation
     name, args = config.backbone.name, dict(config.backbone.args)
     size_arguments = timm_networks.size_arguments(name, run.view_size)

@@ -172,16 +172,16 @@ def _measure(
 ) -> tuple[results.Row, results.Row]:
     """Return the table's row for the first vote settings and the grid's row for all others."""
     embed = representation.embed
-    search = knn_search.Search(
-        *embed(train.rank_share), len(train.classes), backend, representation.centered
+    classifier = knn_search.KnnClassifier(
+        *embed(train.rank_subset), len(train.classes), backend, representation.needs_centering
     )
-    accuracy, *grid_accuracies = search.accuracies(
+    accuracy, *grid_accuracies = classifier.accuracies(
         *features.embed_split(embed, test), vote_settings
     )
     row = results.Row(representation.name, {"clean": accuracy})
     for distance in shift_distances:
         accuracies = [
-            search.accuracies(*features.embed_split(embed, test, offset), vote_settings[:1])[0]
+            classifier.accuracies(*features.embed_split(embed, test, offset), vote_settings[:1])[0]
             for offset in features.shift_offsets(test, distance)
         ]
         row.metrics[f"shifted {distance}"] = sum(accuracies) / len(accuracies)

@@ -79,7 +79,7 @@ def evaluate(run: Run, min_cosine: float = 0.995) -> dict[str, Any]:
     for representation in features.representations(run, train):
         bank, bank_labels = representation.embed(train)
         queries, labels = representation.embed(test)
-        mean = bank.mean(dim=0) if representation.centered else 0.0
+        mean = bank.mean(dim=0) if representation.needs_centering else 0.0
         metrics = retrieval_metrics(bank - mean, bank_labels, queries - mean, labels)
         rows.append(results.Row(representation.name, metrics))
         results.print_progress(rows[-1].summary())

@@ -40,6 +40,7 @@ def render(run: Run, arguments: dict[str, Any], problems: list[str], onnx_sectio
 
 def _description(run: Run, arguments: dict[str, Any], is_published: bool) -> str:
     view, source = arguments["input"], run.config.data.source
+    size = view["size"]
     origin = (
         f"Backbone of the {arguments['network']} at step {arguments['step']:,}, pretrained with"
         f" {arguments['method']} on {source}. The projector is not included."
@@ -48,10 +49,9 @@ def _description(run: Run, arguments: dict[str, Any], is_published: bool) -> str
         origin = "Weights that were not trained by this project. Their classifier is not included."
     return (
         f"{origin}\n"
-        f"Input: float32 (n, 3, {view['size']}, {view['size']}). Resize the shorter side to"
-        f" {round(view['size'] / view['crop_ratio'])} pixels ({view['interpolation']}), crop the"
-        f" central square, subtract {view['mean']} from pixels in [0, 1], and divide by"
-        f" {view['std']}.\n"
+        f"Input: float32 (n, 3, {size}, {size}). Resize the shorter side to"
+        f" {round(size / view['crop_ratio'])} pixels ({view['interpolation']}), crop the central"
+        f" square, subtract {view['mean']} from pixels in [0, 1], and divide by {view['std']}.\n"
         f"Output: features (n, {arguments['facts']['feature_dim']})."
     )
 

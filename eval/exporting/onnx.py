@@ -19,13 +19,13 @@ from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.system import markdown
 
 FLOAT_MODEL, INT8_MODEL = "model.onnx", "model_int8.onnx"
-TOLERANCE = 1e-4  # largest difference from torch, as a share of the largest feature
+TOLERANCE = 1e-4  # largest accepted difference from torch, relative to the largest feature
 NUM_CALIBRATION_IMAGES = 256  # training images that set the ranges of 8-bit activations
-MAX_IMAGES = 10_000  # largest number of images per split for the accuracies
-NUM_TIMED_IMAGES = 30  # images per latency, embedded one at a time
+MAX_IMAGES = 10_000  # largest number of images per split that the accuracies are measured on
+NUM_TIMED_IMAGES = 30  # number of times that one image is embedded to measure the latency
 INSTALL = "pip install 'ssl_pretrain[onnx]'"
 
-Embed = Callable[[Tensor], Tensor]  # maps normalized images to features, both on the CPU
+ImageEmbedder = Callable[[Tensor], Tensor]  # maps normalized images to features on the CPU
 
 
 def require_packages() -> None:
@@ -38,46 +38,46 @@ def require_packages() -> None:
         raise ValueError(f"--format onnx: {error.name} is not installed; {INSTALL}") from None
 
 
-def write(run: Run, folder: Path, images: Tensor, expected: Tensor) -> str:
+def write_models(run: Run, folder: Path, images: Tensor, torch_features: Tensor) -> str:
     """Write model.onnx and model_int8.onnx.
 
     Args:
         run: Run to export.
         folder: Folder to write to.
         images: Reference images.
-        expected: Features of these images, computed by torch.
+        torch_features: Features of these images, computed by torch.
 
     Returns:
         Section of the model card, with accuracy, latency and size.
 
     Raises:
-        ValueError: If the features of onnxruntime differ from torch's.
+        ValueError: If the features of onnxruntime differ from those of torch.
     """
     require_packages()
     run = replace(run, device=torch.device("cpu"))
     model = prepare_for_evaluation(run.backbone, run.device, torch.contiguous_format)
     convert(model, images, folder / FLOAT_MODEL)
     float_session = open_session(folder / FLOAT_MODEL)
-    difference = (float_session(images) - expected).abs().max().item()
-    largest = expected.abs().max().item()
-    if not difference <= TOLERANCE * largest:
+    difference = (float_session(images) - torch_features).abs().max().item()
+    largest_feature = torch_features.abs().max().item()
+    if not difference <= TOLERANCE * largest_feature:
         raise ValueError(
             f"{folder / FLOAT_MODEL}: the features of the exported model differ from torch's by up"
-            f" to {difference:.2g}, and the largest feature is {largest:.2g}; do not use this file,"
-            " and export without --format onnx"
+            f" to {difference:.2g}, and the largest feature is {largest_feature:.2g}; do not use"
+            " this file, and export without --format onnx"
         )
     quantization = quantize(folder, run)
-    embeds: dict[str, Embed] = {
+    embedders: dict[str, ImageEmbedder] = {
         "torch, 32 bits": model,
         "onnx, 32 bits": float_session,
         "onnx, 8 bits": open_session(folder / INT8_MODEL),
     }
     files = {"onnx, 32 bits": folder / FLOAT_MODEL, "onnx, 8 bits": folder / INT8_MODEL}
     with torch.no_grad():
-        milliseconds = latencies(embeds, images)
-        accuracies, protocol = measure_accuracies(run, embeds)
+        milliseconds = median_milliseconds(embedders, images)
+        accuracies, protocol = measure_accuracies(run, embedders)
     rows = []
-    for name in embeds:
+    for name in embedders:
         accuracy = f"{accuracies[name]:.1f}" if name in accuracies else "-"
         megabytes = f"{files[name].stat().st_size / 1e6:.2f}" if name in files else "-"
         rows.append([name, accuracy, f"{milliseconds[name]:.2f}", megabytes])
@@ -111,7 +111,7 @@ def convert(model: nn.Module, images: Tensor, path: Path) -> None:
     )
 
 
-def open_session(path: Path) -> Embed:
+def open_session(path: Path) -> ImageEmbedder:
     """Load an ONNX model into onnxruntime."""
     import onnxruntime
 
@@ -178,14 +178,14 @@ class _CalibrationReader:
         return None if images is None else {"images": images.contiguous().numpy()}
 
 
-def latencies(embeds: dict[str, Embed], images: Tensor) -> dict[str, float]:
-    """Return the median time of each model for one image, in milliseconds.
+def median_milliseconds(embedders: dict[str, ImageEmbedder], images: Tensor) -> dict[str, float]:
+    """Measure the median time that each model takes for one image, in milliseconds.
 
     The models take turns, so that other load on the machine slows all of them alike.
     """
-    milliseconds: dict[str, list[float]] = {name: [] for name in embeds}
+    milliseconds: dict[str, list[float]] = {name: [] for name in embedders}
     for _ in range(NUM_TIMED_IMAGES + 1):
-        for name, embed in embeds.items():
+        for name, embed in embedders.items():
             start = time.perf_counter()
             embed(images[:1])
             milliseconds[name].append(1000 * (time.perf_counter() - start))
@@ -193,7 +193,9 @@ def latencies(embeds: dict[str, Embed], images: Tensor) -> dict[str, float]:
     return {name: statistics.median(times[1:]) for name, times in milliseconds.items()}
 
 
-def measure_accuracies(run: Run, embeds: dict[str, Embed]) -> tuple[dict[str, float], str]:
+def measure_accuracies(
+    run: Run, embedders: dict[str, ImageEmbedder]
+) -> tuple[dict[str, float], str]:
     """Return the k-NN accuracy of each model in percent, and a description of the protocol.
 
     Without labeled test images there is no accuracy, and the description says so.
@@ -206,9 +208,11 @@ def measure_accuracies(run: Run, embeds: dict[str, Embed]) -> tuple[dict[str, fl
     k, temperature = run.config.evaluation.k, run.config.evaluation.temperature
     bank, queries = (split.random_subset(MAX_IMAGES, sort=True) for split in splits)
     accuracies = {}
-    for name, embed in embeds.items():
-        search = knn_search.Search(*features.extract(embed, bank), len(bank.classes), "torch")
-        (accuracies[name],) = search.accuracies(
+    for name, embed in embedders.items():
+        classifier = knn_search.KnnClassifier(
+            *features.extract(embed, bank), len(bank.classes), "torch"
+        )
+        (accuracies[name],) = classifier.accuracies(
             *features.extract(embed, queries), [(k, temperature)]
         )
     return accuracies, (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssl_pretrain import rng
 
-REFERENCE, ARGUMENTS = "reference.safetensors", "timm.json"
+REFERENCE_FILE, ARGUMENTS_FILE = "reference.safetensors", "timm.json"
 NUM_IMAGES = 2
 # Largest accepted difference, relative to the largest feature. Rounding on another processor causes
 # a hundredth of this difference, and another network causes a hundred times as much.
@@ -46,21 +46,23 @@ def check(model: nn.Module, folder: str | Path) -> None:
         model: Maps images to features on the CPU.
         folder: Folder of the export.
     """
-    reference = load_file(Path(folder) / REFERENCE)
-    features, expected = model.eval()(reference["images"]), reference["features"]
-    if features.shape != expected.shape:
+    reference = load_file(Path(folder) / REFERENCE_FILE)
+    features, reference_features = model.eval()(reference["images"]), reference["features"]
+    if features.shape != reference_features.shape:
         raise ValueError(
             f"{folder}: the features of the model have shape {tuple(features.shape)}, but the"
-            f" exported features have shape {tuple(expected.shape)}; set num_classes=0"
+            f" exported features have shape {tuple(reference_features.shape)}; set num_classes=0"
         )
-    difference, largest = (features - expected).abs().max().item(), expected.abs().max().item()
-    if not difference <= TOLERANCE * largest:
-        arguments = json.loads((Path(folder) / ARGUMENTS).read_text())
+    difference = (features - reference_features).abs().max().item()
+    largest_feature = reference_features.abs().max().item()
+    if not difference <= TOLERANCE * largest_feature:
+        arguments = json.loads((Path(folder) / ARGUMENTS_FILE).read_text())
         facts = ", ".join(f"{key} {value}" for key, value in arguments["facts"].items())
         raise ValueError(
-            f"{folder}: the weights loaded, but the features differ by {difference:.2g}, where the"
-            f" largest is {largest:.2g}, so this is not the exported network, which has stem"
-            f" {arguments['stem']}, {facts}; build it from {ARGUMENTS}, or with eval.export.load"
+            f"{folder}: the weights loaded, but the features differ by up to {difference:.2g}, and"
+            f" the largest is {largest_feature:.2g}, so this is not the exported network (stem"
+            f" {arguments['stem']}, {facts}); build it from {ARGUMENTS_FILE}, or with"
+            " eval.export.load"
         )
 
 

@@ -98,7 +98,7 @@ def _measure(
     standardize = fit_standardization(train_features)
     train_features, test_features = standardize(train_features), standardize(test_features)
     num_classes = len(train.classes)
-    selected = select(train_features, train_labels, num_classes, epochs)
+    selected = select_setting(train_features, train_labels, num_classes, epochs)
     lrs, weight_decays = [selected.lr], [selected.weight_decay]
     weights = train_heads(train_features, train_labels, num_classes, lrs, weight_decays, epochs)
     accuracy = 100 * linear_heads.scores(weights, test_features, test_labels)[0].item()
@@ -141,18 +141,23 @@ class Selection:
         )
 
 
-def select(
+def select_setting(
     train_features: Tensor, train_labels: Tensor, num_classes: int, epochs: int
 ) -> Selection:
     """Select the learning rate and weight decay on held-out training images.
 
     The highest accuracy wins. Ties go to the lowest cross entropy.
     """
-    fit_rows, held_out_rows = hold_out(len(train_features))
+    train_rows, held_out_rows = hold_out(len(train_features))
     grid = list(itertools.product(LEARNING_RATES, WEIGHT_DECAYS))
-    lrs, decays = map(list, zip(*grid))
+    lrs, weight_decays = map(list, zip(*grid))
     weights = train_heads(
-        train_features[fit_rows], train_labels[fit_rows], num_classes, lrs, decays, epochs
+        train_features[train_rows],
+        train_labels[train_rows],
+        num_classes,
+        lrs,
+        weight_decays,
+        epochs,
     )
     accuracies, losses = linear_heads.scores(
         weights, train_features[held_out_rows], train_labels[held_out_rows]
@@ -176,7 +181,7 @@ def train_heads(
     """Train one linear classifier per setting, all on the same batches.
 
     Each equals a linear layer that starts at zero and is trained by torch.optim.SGD(nesterov=True)
-    with a cosine schedule. Every rank has all features and takes its share of every batch.
+    with a cosine schedule. Every rank has all features and trains on its rows of every batch.
 
     Args:
         train_features: Features, shape (num_images, dim).

@@ -1,4 +1,4 @@
-"""Data set splits in the views that evaluations use."""
+"""Splits of a data set, in the views that evaluations use."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EvaluationSplit:
     Args:
         run: Run whose configuration defines the evaluation view.
         source: Data set.
-        indices: Images of the source. Default: all.
+        indices: Indices of the images in the source. Default: all images.
     """
 
     def __init__(self, run: Run, source: Source, indices: np.ndarray | None = None):
@@ -47,7 +47,7 @@ class EvaluationSplit:
         return len(self.indices)
 
     def subset(self, rows: np.ndarray) -> EvaluationSplit:
-        """Return a split of only these rows."""
+        """Return a split with only these rows of this one."""
         return EvaluationSplit(self.run, self.source, self.indices[rows])
 
     def random_subset(self, num_images: int, sort: bool = False) -> EvaluationSplit:
@@ -59,11 +59,11 @@ class EvaluationSplit:
         return self.subset(np.sort(rows) if sort else rows)
 
     @cached_property
-    def rank_share(self) -> EvaluationSplit:
-        """This rank's images of the split. On a single rank it is the split itself."""
+    def rank_subset(self) -> EvaluationSplit:
+        """The images that this rank evaluates. On a single rank this is the split itself."""
         if process_group.world_size() == 1:
             return self
-        return self.subset(rows_of(process_group.rank(), len(self)))
+        return self.subset(rank_rows(process_group.rank(), len(self)))
 
     @property
     def cache_bytes(self) -> int:
@@ -94,7 +94,7 @@ class EvaluationSplit:
         self._cache = cache
 
 
-def rows_of(rank: int, num_images: int) -> np.ndarray:
+def rank_rows(rank: int, num_images: int) -> np.ndarray:
     """Return the rows that a rank evaluates, every world_size-th batch.
 
     Ranks take whole batches, so the results do not depend on the number of ranks.
@@ -118,7 +118,7 @@ def labeled_splits(
         ValueError: If no image has a label, there is only one class or no test image, or the two
             splits disagree on the classes.
     """
-    train = open_labeled(run, "train", purpose)
+    train = open_labeled_source(run, "train", purpose)
     if len(train.classes) < 2:
         raise UnlabeledError(
             f"data.root: {purpose} needs two or more classes, and {train.full_path} has"
@@ -126,9 +126,9 @@ def labeled_splits(
             " put the images in one folder per class"
         )
     if query_split == "train":
-        rows, held_out_rows = hold_out(len(train))
-        return EvaluationSplit(run, train, rows), EvaluationSplit(run, train, held_out_rows)
-    test = open_labeled(run, "val", purpose)
+        train_rows, held_out_rows = hold_out(len(train))
+        return EvaluationSplit(run, train, train_rows), EvaluationSplit(run, train, held_out_rows)
+    test = open_labeled_source(run, "val", purpose)
     if not len(test):
         raise UnlabeledError(
             f"data.val: {test.full_path} holds no image, so there is nothing to test on; name the "
@@ -138,14 +138,14 @@ def labeled_splits(
     return EvaluationSplit(run, train), EvaluationSplit(run, test)
 
 
-def open_labeled(run: Run, split: Literal["train", "val"], purpose: str) -> Source:
+def open_labeled_source(run: Run, split: Literal["train", "val"], purpose: str) -> Source:
     """Open the labeled images of a split.
 
     Images without a label are left out and counted in the printed description of the data. One rank
     per machine lists the files first, and the other ranks read its list.
 
     Raises:
-        UnlabeledError: If no image has a label, or there is no test split and none was named.
+        UnlabeledError: If no image has a label, or there is no test split and data.val names none.
     """
     if process_group.local_rank() == 0:
         source = _open_split(run, split)
@@ -193,10 +193,10 @@ def check_classes(train: Source, test: Source) -> None:
         )
 
 
-def hold_out(num_images: int, share: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Split range(num_images) into training rows and held-out rows, a fixed random share."""
+def hold_out(num_images: int, fraction: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """Split the rows of a data set into training rows and a fixed random fraction to hold out."""
     order = rng.permutation(SPLIT_SEED, 0, num_images, rng.Purpose.SPLIT)
-    num_held_out = max(1, round(num_images * share))
+    num_held_out = max(1, round(num_images * fraction))
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
@@ -214,7 +214,7 @@ def describe_splits(
         train: Training images.
         test: Test images, or held-out training images.
         query_split: Origin of the test images, as in `labeled_splits`.
-        has_random_row: The table has a row for the random backbone.
+        has_random_row: Whether the table has a row for the random backbone.
     """
     evaluation, size = run.config.evaluation, run.image_size
     kind = "held-out training images" if query_split == "train" else "test images"

@@ -1,7 +1,7 @@
 """Compute the frozen features to compare: raw pixels, random backbone and pretrained backbone.
 
-The images may be shifted by a few pixels to test invariance to translation. Each rank embeds its
-share of a split. A share consists of whole batches, so any number of ranks embeds the same batches.
+The images may be shifted by a few pixels to test invariance to translation. Each rank embeds whole
+batches of a split, so the batches are the same for any number of ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from ssl_pretrain import rng
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, rows_of
+from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, rank_rows
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.models import backbones
 from ssl_pretrain.views import color
 
 MAX_RECALIBRATION_IMAGES = 10000
 RAW_SIZE = 32  # pixels; larger views are averaged down to this height and width
-MIN_UNSHIFTED_SIDE = 32  # pixels; images whose shorter side is below this are shifted by default
+MIN_UNSHIFTED_SIDE = 32  # pixels; images with a smaller shorter side are shifted by default
 ROWS = ("raw", "random", "pretrained")
 
 Offset = tuple[int, int]  # pixels to the right and down
-Embed = Callable[..., tuple[Tensor, Tensor]]  # (split, offset) -> features (n, dim), labels (n,)
+# (split, offset) -> features (n, dim), labels (n,)
+SplitEmbedder = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -34,8 +35,8 @@ class Representation:
     """The kind of features that one row of a result table evaluates."""
 
     name: str
-    embed: Embed
-    centered: bool = False  # True if k-NN subtracts the training mean, which raw pixels need
+    embed: SplitEmbedder
+    needs_centering: bool = False  # k-NN must subtract the training mean
 
 
 def representations(
@@ -43,7 +44,7 @@ def representations(
 ) -> Iterator[Representation]:
     """Yield the representation of each row, raw pixels first."""
     if "raw" in rows:
-        yield Representation("raw pixels", raw_pixels, centered=True)
+        yield Representation("raw pixels", raw_pixels, needs_centering=True)
     for name, backbone in networks(run, train, rows):
         yield Representation(name, partial(extract, backbone))
 
@@ -149,14 +150,14 @@ def concatenate(
 
 
 def embed_split(
-    embed: Embed, split: EvaluationSplit, offset: Offset = (0, 0)
+    embed: SplitEmbedder, split: EvaluationSplit, offset: Offset = (0, 0)
 ) -> tuple[Tensor, Tensor]:
     """Return the features and labels of the shifted images in order, the same on every rank."""
-    features, labels = embed(split.rank_share, offset)
+    features, labels = embed(split.rank_subset, offset)
     world_size = process_group.world_size()
     if world_size == 1:
         return features, labels
-    gathered_rows = np.concatenate([rows_of(rank, len(split)) for rank in range(world_size)])
+    gathered_rows = np.concatenate([rank_rows(rank, len(split)) for rank in range(world_size)])
     order = torch.from_numpy(np.argsort(gathered_rows)).to(features.device)
     return gather_rows(features)[order], gather_rows(labels)[order]
 
@@ -168,19 +169,19 @@ def gather_rows(rows: Tensor) -> Tensor:
     shapes = collectives.gather_objects(tuple(rows.shape))
     longest = max(shape[0] for shape in shapes)
     row_shape = next(shape[1:] for shape in shapes if shape[0])
-    padded = rows.new_zeros(longest, *row_shape)
-    padded[: len(rows)] = rows.view(len(rows), *row_shape)
-    gathered = collectives.gather(padded).split(longest)
-    return torch.cat([rank_rows[: shape[0]] for rank_rows, shape in zip(gathered, shapes)])
+    padded_rows = rows.new_zeros(longest, *row_shape)
+    padded_rows[: len(rows)] = rows.view(len(rows), *row_shape)
+    rows_by_rank = collectives.gather(padded_rows).split(longest)
+    return torch.cat([padded[: shape[0]] for padded, shape in zip(rows_by_rank, shapes)])
 
 
 def shift(images: Tensor, dx: int, dy: int) -> Tensor:
-    """Shift images (n, channels, height, width) by dx pixels right and dy down, padding with 0."""
+    """Shift images (n, channels, height, width) by dx pixels right and dy down, and pad with 0."""
     if not dx and not dy:
         return images
     height, width = images.shape[-2:]
-    padded = nn.functional.pad(images, (max(dx, 0), max(-dx, 0), max(dy, 0), max(-dy, 0)))
-    return padded[..., max(-dy, 0) :, max(-dx, 0) :][..., :height, :width]
+    padded_images = nn.functional.pad(images, (max(dx, 0), max(-dx, 0), max(dy, 0), max(-dy, 0)))
+    return padded_images[..., max(-dy, 0) :, max(-dx, 0) :][..., :height, :width]
 
 
 def shift_offsets(split: EvaluationSplit, distance: int) -> list[Offset]:

@@ -39,19 +39,19 @@ def choose_backend(backend: str) -> str:
 
 
 def required_bytes(
-    num_bank: int, num_queries: int, dim: int, num_classes: int, view_bytes: int
+    num_bank_images: int, num_queries: int, dim: int, num_classes: int, view_bytes: int
 ) -> int:
     """Return an upper bound on the memory that a search takes on one rank, in bytes.
 
-    A rank stores its share of the bank and all queries twice (original and normalized), tiles of
-    similarities, votes, and the cached views.
+    A rank stores two copies (original and normalized) of all queries and of its rows of the bank.
+    It also stores tiles of similarities, votes, and the cached views.
     """
-    num_rows = -(-num_bank // process_group.world_size()) + num_queries
+    num_rows = -(-num_bank_images // process_group.world_size()) + num_queries
     num_values = 2 * num_rows * dim + QUERY_BATCH_SIZE * (3 * BANK_TILE_SIZE + num_classes)
     return 4 * num_values + view_bytes
 
 
-class Search:
+class KnnClassifier:
     """Weighted k-NN classifier over a bank of training features.
 
     Args:
@@ -59,14 +59,19 @@ class Search:
         labels: Class of each feature, (n,).
         num_classes: Number of classes over all ranks.
         backend: "faiss" or "torch".
-        centered: Subtract the mean of the whole bank from the bank and from the queries.
+        subtract_mean: Subtract the mean of the whole bank from the bank and from the queries.
     """
 
     def __init__(
-        self, bank: Tensor, labels: Tensor, num_classes: int, backend: str, centered: bool = False
+        self,
+        bank: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        backend: str,
+        subtract_mean: bool = False,
     ):
         self.num_classes, self.labels, self.backend = num_classes, labels, backend
-        self.mean = _global_mean(bank) if centered else None
+        self.mean = _global_mean(bank) if subtract_mean else None
         self.bank = self._unit_length(bank)
 
     def accuracies(
@@ -125,7 +130,7 @@ def _global_mean(bank: Tensor) -> Tensor:
 
 
 def _merge_ranks(similarities: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Merge the nearest neighbors that each rank found in its share of the bank.
+    """Merge the nearest neighbors that each rank found in its own rows of the bank.
 
     Args:
         similarities: Similarities of this rank's neighbors, (queries, at most k), nearest first.
@@ -139,9 +144,9 @@ def _merge_ranks(similarities: Tensor, labels: Tensor, k: int) -> tuple[Tensor, 
         return similarities, labels
 
     def gather_columns(values: Tensor, padding: float) -> Tensor:
-        padded = F.pad(values, (0, k - values.shape[1]), value=padding)
-        gathered = collectives.gather(padded)
-        return gathered.unflatten(0, (-1, len(padded))).transpose(0, 1).flatten(1)
+        rank_columns = F.pad(values, (0, k - values.shape[1]), value=padding)
+        all_columns = collectives.gather(rank_columns).unflatten(0, (-1, len(rank_columns)))
+        return all_columns.transpose(0, 1).flatten(1)
 
     nearest, columns = gather_columns(similarities, -torch.inf).topk(k, dim=1)
     return nearest, gather_columns(labels, 0).gather(1, columns)
@@ -172,5 +177,5 @@ def _search_with_faiss(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, T
         )
     else:
         neighbors = faiss.knn(*arguments, metric=faiss.METRIC_INNER_PRODUCT)
-    similarities, rows = (torch.from_numpy(each).to(queries.device) for each in neighbors)
+    similarities, rows = (torch.from_numpy(array).to(queries.device) for array in neighbors)
     return similarities, rows

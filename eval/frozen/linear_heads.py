@@ -36,8 +36,9 @@ class LinearHeads:
         init_std: Standard deviation of normal initial weights. With 0, these weights are zero.
         affine: Train a scale and shift of the features per head, without weight decay, like those
             of a batch norm before the linear layer.
-        larc_coefficient: Coefficient of LARC without clipping, which scales a gradient to this
-            share of its weights' norm, separately for weights and biases. 0 selects plain SGD.
+        larc_coefficient: Coefficient of LARC without clipping, which scales a gradient's norm to
+            this fraction of its weights' norm, separately for weights and biases. 0 selects plain
+            SGD.
     """
 
     def __init__(
@@ -56,8 +57,9 @@ class LinearHeads:
         larc_coefficient: float = 0.0,
     ):
         num_heads = len(lrs)
-        self.momentum, self.nesterov, self.larc_coefficient = momentum, nesterov, larc_coefficient
-        self.lr, self.decay = (
+        self.momentum, self.nesterov = momentum, nesterov
+        self.larc_coefficient = larc_coefficient
+        self.lrs, self.weight_decays = (
             like.new_tensor(values).view(1, num_heads, 1) for values in (lrs, weight_decays)
         )
         self._weights = like.new_zeros(dim + 1, num_heads, num_classes)  # the last row is the bias
@@ -80,14 +82,18 @@ class LinearHeads:
         return torch.cat([scale * inner, bias + (shift * inner).sum(0, keepdim=True)])
 
     def step(
-        self, features: Tensor, labels: Tensor, factor: float, global_batch_size: int | None = None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        lr_factor: float,
+        global_batch_size: int | None = None,
     ) -> None:
         """Take one step on the mean cross entropy of a batch.
 
         Args:
             features: This rank's features, (n, dim).
             labels: Classes of this rank's images, (n,).
-            factor: Factor of every learning rate in this step.
+            lr_factor: Factor of every learning rate in this step.
             global_batch_size: Images on all ranks. Default: n images per rank.
         """
         errors = logits(self.weights, features).softmax(dim=2)
@@ -100,13 +106,13 @@ class LinearHeads:
         global_gradient = collectives.reduce_sum(self._gradient)
         if self._affine is not None:
             affine_gradient = self._backpropagate(self._affine, global_gradient)
-            self._descend(self._affine, self._affine_velocity, affine_gradient, factor)
+            self._descend(self._affine, self._affine_velocity, affine_gradient, lr_factor)
         if self.larc_coefficient:
             self._scale_and_decay(global_gradient[:-1], self._weights[:-1])
             self._scale_and_decay(global_gradient[-1:], self._weights[-1:])
         else:
-            global_gradient.addcmul_(self._weights, self.decay)
-        self._descend(self._weights, self._velocity, global_gradient, factor)
+            global_gradient.addcmul_(self._weights, self.weight_decays)
+        self._descend(self._weights, self._velocity, global_gradient, lr_factor)
 
     def _backpropagate(self, affine: Tensor, gradient: Tensor) -> Tensor:
         """Convert the gradient of `weights` to the gradient of the inner weights, in place.
@@ -123,20 +129,23 @@ class LinearHeads:
         return affine_gradient
 
     def _scale_and_decay(self, gradient: Tensor, weights: Tensor) -> None:
-        """Apply apex's LARC, which skips weights and gradients that are zero."""
+        """Apply apex's LARC to the gradient in place, unless it or the weights are zero."""
         weight_norm, gradient_norm = (
             torch.linalg.vector_norm(values, dim=(0, 2), keepdim=True)
             for values in (weights, gradient)
         )
-        update_norm = gradient_norm + weight_norm * self.decay
+        update_norm = gradient_norm + weight_norm * self.weight_decays
         scale = self.larc_coefficient * weight_norm / (update_norm + LARC_EPS)
-        has_scale = (weight_norm > 0) & (gradient_norm > 0)
-        gradient.addcmul_(weights, self.decay * has_scale).mul_(torch.where(has_scale, scale, 1.0))
+        is_scaled = (weight_norm > 0) & (gradient_norm > 0)
+        gradient.addcmul_(weights, self.weight_decays * is_scaled)
+        gradient.mul_(torch.where(is_scaled, scale, 1.0))
 
-    def _descend(self, weights: Tensor, velocity: Tensor, gradient: Tensor, factor: float) -> None:
+    def _descend(
+        self, weights: Tensor, velocity: Tensor, gradient: Tensor, lr_factor: float
+    ) -> None:
         velocity.mul_(self.momentum).add_(gradient)
         step = gradient.add_(velocity, alpha=self.momentum) if self.nesterov else velocity
-        weights.addcmul_(step, self.lr, value=-factor)
+        weights.addcmul_(step, self.lrs, value=-lr_factor)
 
 
 def initial_weights(dim: int, num_classes: int, init: Init, init_std: float) -> Tensor:

@@ -98,7 +98,7 @@ def dino_feature_name(backbone: nn.Module) -> str:
 
 
 class ProbedNetwork:
-    """A frozen network and its linear heads, which fill one row of the table.
+    """A frozen network and its linear heads. Their results are one row of the table.
 
     Args:
         name: Name of the row.
@@ -135,12 +135,12 @@ class ProbedNetwork:
         )
         self.norm = linear_heads.FeatureNorm(dim, like) if protocol.normalizes_features else None
 
-    def step(self, views: Tensor, labels: Tensor, factor: float) -> None:
-        """Train the heads on one batch, with their learning rates multiplied by `factor`."""
+    def step(self, views: Tensor, labels: Tensor, lr_factor: float) -> None:
+        """Train the heads on one batch, with their learning rates multiplied by `lr_factor`."""
         values = self.feature(views).float()
         if self.norm:
             values = self.norm.normalize_batch(values)
-        self.heads.step(values, labels, factor)
+        self.heads.step(values, labels, lr_factor)
 
     def scores(self, split: EvaluationSplit) -> tuple[Tensor, Tensor]:
         """Return each head's accuracy in [0, 1] and cross entropy, the same on all ranks."""
@@ -229,13 +229,14 @@ def train_heads(
 ) -> None:
     """Train the heads of all networks on the same batches."""
     with build_train_loader(run, source, view, protocol.batch_size) as loader:
-        epoch_steps = loader.steps_per_epoch
-        for step, batch in zip(range(protocol.epochs * epoch_steps), loader.starting_at(0)):
+        steps_per_epoch = loader.steps_per_epoch
+        for step, batch in zip(range(protocol.epochs * steps_per_epoch), loader.starting_at(0)):
             views = batch.views[0].contiguous(memory_format=torch.channels_last)
             for network in networks:
-                network.step(views, batch.labels, protocol.lr_factor(step / epoch_steps))
-            if (step + 1) % epoch_steps == 0:
-                results.print_progress(f"epoch {(step + 1) // epoch_steps} of {protocol.epochs}")
+                network.step(views, batch.labels, protocol.lr_factor(step / steps_per_epoch))
+            if (step + 1) % steps_per_epoch == 0:
+                epoch = (step + 1) // steps_per_epoch
+                results.print_progress(f"epoch {epoch} of {protocol.epochs}")
 
 
 def _measure(

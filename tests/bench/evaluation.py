@@ -17,7 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 from ssl_pretrain.eval import protocols
-from ssl_pretrain.eval.frozen.knn_search import Search
+from ssl_pretrain.eval.frozen.knn_search import KnnClassifier
 from ssl_pretrain.eval.frozen.linear_heads import LinearHeads
 from ssl_pretrain.eval.frozen.published_linear import Feature, ProbedNetwork
 from ssl_pretrain.models import backbones
@@ -43,7 +43,7 @@ def compare_searches(options: argparse.Namespace) -> float:
     queries, _ = random_clusters(options.queries, options.dim, 2)
 
     def ours(backend: str) -> None:
-        Search(bank, labels, NUM_CLASSES, backend).predict(queries, [(options.k, 0.07)])
+        KnnClassifier(bank, labels, NUM_CLASSES, backend).predict(queries, [(options.k, 0.07)])
 
     def theirs(metric: str) -> None:
         search = NearestNeighbors(n_neighbors=options.k, algorithm="brute", metric=metric)

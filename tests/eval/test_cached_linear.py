@@ -91,7 +91,7 @@ def test_accuracy_and_cross_entropy_of_a_known_classifier():
 
 def test_the_setting_that_is_best_on_the_held_out_tenth_is_selected():
     values, labels = clusters(400)
-    selected = cached_linear.select(values, labels, 3, epochs=3)
+    selected = cached_linear.select_setting(values, labels, 3, epochs=3)
     fit, held_out = hold_out(400)
     assert len(held_out) == 40
     assert sorted([*fit, *held_out]) == list(range(400))
@@ -112,7 +112,7 @@ def test_cross_entropy_decides_between_equal_accuracies():
 def test_a_diverging_head_is_not_selected():
     values, labels = clusters(300)
     values[:, 0] *= 1e30
-    assert np.isfinite(cached_linear.select(values, labels, 3, epochs=2).held_out_accuracy)
+    assert np.isfinite(cached_linear.select_setting(values, labels, 3, epochs=2).held_out_accuracy)
 
 
 def test_standardizing_uses_training_statistics_and_survives_a_constant_feature():

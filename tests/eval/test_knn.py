@@ -13,7 +13,7 @@ from untrained_run import make_run, write_images
 
 from ssl_pretrain.eval import command_line, knn, results, runs
 from ssl_pretrain.eval.frozen import evaluation_split, features, knn_search
-from ssl_pretrain.eval.frozen.knn_search import Search
+from ssl_pretrain.eval.frozen.knn_search import KnnClassifier
 from ssl_pretrain.eval.results import Row
 
 VOTE_SETTINGS = [(k, temperature) for k in (10, 20, 100, 200) for temperature in (0.07, 0.1)]
@@ -35,8 +35,8 @@ def test_the_neighbors_are_those_of_scikit_learn():
     # In float64, because float32 rounding orders near ties.
     bank, queries = clusters(2000, 1)[0].double(), clusters(500, 2)[0].double()
     rows = torch.arange(len(bank))  # as labels, so that the search returns rows of the bank
-    search = Search(bank, rows, len(bank), "torch")
-    neighbors = torch.cat([labels for _, labels in search.neighbors(queries, 200)])
+    classifier = KnnClassifier(bank, rows, len(bank), "torch")
+    neighbors = torch.cat([labels for _, labels in classifier.neighbors(queries, 200)])
     exact = NearestNeighbors(n_neighbors=200, algorithm="brute", metric="cosine").fit(bank.numpy())
     expected = exact.kneighbors(queries.numpy(), return_distance=False)
     np.testing.assert_array_equal(neighbors.numpy(), expected)
@@ -48,17 +48,17 @@ def test_the_predictions_are_those_of_lightly(k, temperature):
     (bank, labels), (queries, _) = clusters(2000, 1), clusters(500, 2)
     unit_queries, unit_bank = F.normalize(queries, dim=1), F.normalize(bank, dim=1)
     theirs = knn_predict(unit_queries, unit_bank.T, labels, 10, knn_k=k, knn_t=temperature)[:, 0]
-    predictions = Search(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
+    predictions = KnnClassifier(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
     ours = predictions[VOTE_SETTINGS.index((k, temperature))]
     assert torch.equal(ours, theirs)
 
 
 def test_every_tile_of_the_bank_is_searched(monkeypatch):
     (bank, labels), (queries, _) = clusters(700, 1), clusters(90, 2)
-    whole = Search(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
+    whole = KnnClassifier(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
     monkeypatch.setattr(knn_search, "BANK_TILE_SIZE", 64)
     monkeypatch.setattr(knn_search, "QUERY_BATCH_SIZE", 7)
-    tiled = Search(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
+    tiled = KnnClassifier(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
     assert all(torch.equal(a, b) for a, b in zip(tiled, whole))
 
 
@@ -82,9 +82,9 @@ def test_faiss_and_torch_agree(centered):
     pytest.importorskip("faiss")
     (bank, labels), (queries, truth) = clusters(700, 1), clusters(300, 2)
     faiss, torch_ = (
-        Search(bank + 3, labels, 10, backend, centered) for backend in ("faiss", "torch")
+        KnnClassifier(bank + 3, labels, 10, backend, centered) for backend in ("faiss", "torch")
     )
-    predictions = [search.predict(queries + 3, VOTE_SETTINGS) for search in (faiss, torch_)]
+    predictions = [classifier.predict(queries + 3, VOTE_SETTINGS) for classifier in (faiss, torch_)]
     assert all(torch.equal(a, b) for a, b in zip(*predictions))
     accuracies = torch_.accuracies(queries + 3, truth, VOTE_SETTINGS)
     assert faiss.accuracies(queries + 3, truth, VOTE_SETTINGS) == accuracies
@@ -95,8 +95,12 @@ def test_faiss_and_torch_agree(centered):
 def test_centering_subtracts_the_training_mean_from_bank_and_queries():
     (bank, labels), (queries, _) = clusters(200, 1), clusters(50, 2)
     mean = bank.mean(dim=0)
-    centered = Search(bank, labels, 10, "torch", centered=True).predict(queries, [(5, 0.07)])[0]
-    by_hand = Search(bank - mean, labels, 10, "torch").predict(queries - mean, [(5, 0.07)])[0]
+    centered = KnnClassifier(bank, labels, 10, "torch", subtract_mean=True).predict(
+        queries, [(5, 0.07)]
+    )[0]
+    by_hand = KnnClassifier(bank - mean, labels, 10, "torch").predict(queries - mean, [(5, 0.07)])[
+        0
+    ]
     assert torch.equal(centered, by_hand)
 
 
@@ -201,7 +205,9 @@ def test_a_class_without_training_images_is_refused(tmp_path):
 
 def test_class_lists_that_disagree_are_refused(tmp_path):
     run, root = folder_run(tmp_path, ["a/0.png", "b/1.png"], ["a/0.png", "b/1.png"])
-    train, val = (evaluation_split.open_labeled(run, split, "k-NN") for split in ("train", "val"))
+    train, val = (
+        evaluation_split.open_labeled_source(run, split, "k-NN") for split in ("train", "val")
+    )
     val.classes = ["a", "c", "d", "e", "f"]
     with pytest.raises(ValueError) as error:
         evaluation_split.check_classes(train, val)

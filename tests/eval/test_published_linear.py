@@ -208,7 +208,7 @@ def test_the_published_rate_is_scaled_by_the_batch(run_folder):
     protocol = LinearOptions("moco", batch_size=64).adapt_protocol(200)
     feature = Feature(run.backbone, "pooled")
     network = ProbedNetwork("pretrained", feature, [(30.0, 0.0)], protocol, 10, run.device)
-    assert network.heads.lr.item() == 30.0 * 64 / 256
+    assert network.heads.lrs.item() == 30.0 * 64 / 256
 
 
 def test_a_selection_on_the_test_images_is_labeled_as_such(run_folder, capsys):
