@@ -105,8 +105,8 @@ def _require_reached(run: Path, step: int) -> None:
     # A run may end at a step that it does not log.
     if step > newest_step + manifest["config"]["log"]["every_steps"]:
         raise ValueError(
-            f"STEP: {run} has reached step {newest_step} of {last_step} and not {step}; give a "
-            f"step from 1 to {newest_step}"
+            f"STEP: {run} has only reached step {newest_step} of {last_step}, so step {step} cannot "
+            f"be repeated; give a step from 1 to {newest_step}"
         )
 
 

@@ -98,7 +98,7 @@ class Checkpoints:
 
         Args:
             step: Optimizer steps done.
-            wait: Return only when the checkpoint is on disk. Used for the last one of a run.
+            wait: Return only when the checkpoint is on disk. Used for the last save of a process.
 
         Raises:
             SaveError: If this save or the previous one failed. Older checkpoints are

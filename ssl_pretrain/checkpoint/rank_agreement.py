@@ -22,9 +22,9 @@ from ssl_pretrain.system.import_path import PACKAGE
 # Keys and sections that may differ between machines without changing the result.
 PER_MACHINE_KEYS = ("data.root", "data.cache_dir", "data.num_workers")
 PER_MACHINE_SECTIONS = ("launch", "plan")
-FOLDERS_NOT_COMPARED = {"eval", "launch"}  # code that training does not use
+IGNORED_FOLDERS = {"eval", "launch"}  # code that training does not use
 MAX_DIFFERENCES = 4  # largest number of differences in one message
-MOUNT_SECONDS = 90.0  # longest wait for another machine's files on a network file system
+MOUNT_PATIENCE_SECONDS = 90.0  # longest wait for another machine's files on a network file system
 RETRY_SECONDS = 2.0
 
 
@@ -64,7 +64,7 @@ def check_checkpoints(run: Path) -> None:
         return {"output: checkpoints": ", ".join(hashes)}
 
     remedy = f"put output ({run}) on a file system that every machine mounts at that path"
-    _require_equal(list_hashes, remedy, MOUNT_SECONDS)
+    _require_equal(list_hashes, remedy, MOUNT_PATIENCE_SECONDS)
 
 
 def _require_equal(
@@ -122,7 +122,7 @@ def _source_hashes(method_module: str) -> dict[str, str]:
     files = {
         f"{PACKAGE.name}/{path.relative_to(PACKAGE)}": path
         for path in PACKAGE.rglob("*.py")
-        if path.relative_to(PACKAGE).parts[0] not in FOLDERS_NOT_COMPARED
+        if path.relative_to(PACKAGE).parts[0] not in IGNORED_FOLDERS
     }
     method_file = getattr(sys.modules.get(method_module), "__file__", None)
     if method_file and not Path(method_file).is_relative_to(PACKAGE):
