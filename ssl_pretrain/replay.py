@@ -105,8 +105,8 @@ def _require_reached(run: Path, step: int) -> None:
     # A run may end at a step that it does not log.
     if step > newest_step + manifest["config"]["log"]["every_steps"]:
         raise ValueError(
-            f"STEP: {run} has only reached step {newest_step} of {last_step}, so step {step} cannot "
-            f"be repeated; give a step from 1 to {newest_step}"
+            f"STEP: {run} has only reached step {newest_step} of {last_step}, so step {step} "
+            f"cannot be repeated; give a step from 1 to {newest_step}"
         )
 
 
@@ -147,7 +147,7 @@ class _Probe:
     """Hooks that find the first module with a non-finite output and measure gradient norms."""
 
     def __init__(self, method: nn.Module):
-        self._first_bad_output = ""
+        self._first_nonfinite_output = ""
         self._squared_norms: dict[str, float] = defaultdict(float)
         for name, module in method.named_modules():
             if name and not list(module.children()):
@@ -158,18 +158,20 @@ class _Probe:
 
     def _check_output(self, name: str, module: nn.Module, inputs: object, output: object) -> None:
         if (
-            not self._first_bad_output
+            not self._first_nonfinite_output
             and isinstance(output, Tensor)
             and not output.isfinite().all()
         ):
-            self._first_bad_output = f"{name} ({type(module).__name__}), {tuple(output.shape)}"
+            self._first_nonfinite_output = (
+                f"{name} ({type(module).__name__}), {tuple(output.shape)}"
+            )
 
     def _add_gradient(self, child: str, gradient: Tensor) -> None:
         self._squared_norms[child] += gradient.double().square().sum().item()
 
     def describe(self) -> list[str]:
         """Return the lines of the report, with one gradient norm per child of the method."""
-        return [f"  first output that is not finite: {self._first_bad_output or 'none'}"] + [
+        return [f"  first output that is not finite: {self._first_nonfinite_output or 'none'}"] + [
             f"  gradient norm of {name}: {squared_norm**0.5:.6g}"
             for name, squared_norm in self._squared_norms.items()
         ]

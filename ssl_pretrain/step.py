@@ -41,8 +41,8 @@ class Stepper:
         global_batch_size: Images per step over all ranks.
         optim_config: Optimizer settings, used for clipping the gradient.
         execution: Device and formats of the model.
-        first_bad_step: First step, counted from 1, at which each embedding of this rank was not
-            finite. The scalar of an embedding is -1 while all its values have been finite.
+        first_nonfinite_steps: For each embedding of this rank, the first step, counted from 1, at
+            which it was not finite. The value is -1 while there is no such step.
     """
 
     model: nn.Module
@@ -53,7 +53,7 @@ class Stepper:
     global_batch_size: int
     optim_config: optimizers.OptimConfig
     execution: Execution
-    first_bad_step: dict[str, Tensor] = field(default_factory=dict)
+    first_nonfinite_steps: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, progress: schedules.Progress, batch: Batch) -> StepOutput:
         """Update the weights with the gradient of one global batch.
@@ -69,7 +69,7 @@ class Stepper:
         if self.parallel_config.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # earlier outputs may be overwritten
         embeddings, targets, logs = self._backward(batch, progress.step)
-        self._record_first_bad_step(embeddings, progress.step)
+        self._record_nonfinite_embeddings(embeddings, progress.step)
         frozen_prefixes = tuple(method.frozen(progress))
         gradient_norm, skipped = optimizers.guarded_step(
             self.optimizer,
@@ -99,16 +99,20 @@ class Stepper:
 
         The text is empty if all were finite. This is a collective that every rank must call.
         """
-        local_steps = {name: int(step) for name, step in self.first_bad_step.items() if step >= 0}
+        local_steps = {
+            name: int(step) for name, step in self.first_nonfinite_steps.items() if step >= 0
+        }
         return ", ".join(
             f"{name} of rank {rank} since step {step}"
             for rank, first_steps in enumerate(collectives.gather_objects(local_steps))
             for name, step in first_steps.items()
         )
 
-    def _record_first_bad_step(self, embeddings: Embeddings, step: int) -> None:
+    def _record_nonfinite_embeddings(self, embeddings: Embeddings, step: int) -> None:
         for name, z in embeddings.items():
-            first_step = self.first_bad_step.setdefault(name, torch.full((), -1, device=z.device))
+            first_step = self.first_nonfinite_steps.setdefault(
+                name, torch.full((), -1, device=z.device)
+            )
             is_first = (first_step < 0) & ~torch.isfinite(z).all()
             first_step.copy_(torch.where(is_first, step + 1, first_step))
 
