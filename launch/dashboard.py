@@ -110,7 +110,7 @@ def save_workspace(project: str, entity: str = "") -> str:
     """Save the dashboard to W&B and return its URL.
 
     Raises:
-        ValueError: If there is no key, W&B is set to send nothing, or W&B refuses the dashboard.
+        ValueError: If there is no key, W&B is offline or disabled, or W&B refuses the dashboard.
     """
     if not wandb_run.has_api_key():
         raise ValueError(
@@ -118,8 +118,8 @@ def save_workspace(project: str, entity: str = "") -> str:
         )
     if wandb_run.resolve_mode("online")[0] != "online":
         raise ValueError(
-            "W&B is set to send nothing (WANDB_MODE, WANDB_DISABLED or `wandb offline`); "
-            "let it send again, or use --dry-run"
+            "W&B is offline or disabled (WANDB_MODE, WANDB_DISABLED or `wandb offline`); "
+            "change that setting, or use --dry-run"
         )
     try:
         import wandb

@@ -35,7 +35,7 @@ class Study:
     plot_against: str = ""  # numeric key on the x-axis; if empty, a bar is drawn per variant
     runs: list[Variant] = field(default_factory=list)
 
-    def evaluations(self) -> list[str]:
+    def evaluation_names(self) -> list[str]:
         """Return the names of the evaluations whose results fill the columns."""
         names = [study_table.COLUMNS[column].evaluation for column in self.columns]
         return list(dict.fromkeys(name for name in names if name))
@@ -49,7 +49,7 @@ class PlannedRun:
     config: configuration.RunConfig
     overrides: list[str]  # overrides of the base configuration that yield `config`
 
-    def is_done(self) -> bool:
+    def is_evaluated(self) -> bool:
         """Return True if every evaluation of the run has a result."""
         results = Path(self.config.output) / "eval"
         return all((results / f"{name}.json").exists() for name in self.config.evaluation.at_end)
@@ -85,7 +85,7 @@ def load(path: str | Path) -> Study | None:
     return study
 
 
-def plan(
+def plan_runs(
     study: Study, path: str | Path, base: str | None, overrides: Sequence[str]
 ) -> list[PlannedRun]:
     """Plan every variant with every seed, in the order of the table.
@@ -97,9 +97,9 @@ def plan(
         overrides: key=value settings for all runs. seed=0,1,2 plans three runs per variant.
     """
     base = base or study.base
-    settings_of_all = dict(override.partition("=")[::2] for override in overrides)
-    seeds = settings_of_all.pop("seed", "0").split(",")
-    folder = settings_of_all.pop("output", f"runs/{Path(path).stem}_{Path(base).stem}")
+    shared_settings = dict(override.partition("=")[::2] for override in overrides)
+    seeds = shared_settings.pop("seed", "0").split(",")
+    folder = shared_settings.pop("output", f"runs/{Path(path).stem}_{Path(base).stem}")
     runs = []
     for variant in study.runs:
         slug = re.sub(r"[^a-z0-9.]+", "_", variant.name.lower()).strip("_")
@@ -109,10 +109,10 @@ def plan(
             run_overrides = [
                 *small_model,
                 *settings,
-                *(f"{key}={value}" for key, value in settings_of_all.items()),
+                *(f"{key}={value}" for key, value in shared_settings.items()),
                 f"seed={seed}",
                 f"output={folder}/{slug}_{seed}",
-                f"evaluation.at_end=[{','.join(study.evaluations())}]",
+                f"evaluation.at_end=[{','.join(study.evaluation_names())}]",
             ]
             config = configuration.load(base, run_overrides)
             runs.append(PlannedRun(variant.name, config, run_overrides))
@@ -130,12 +130,12 @@ def small_model_overrides(overrides: Sequence[str]) -> list[str]:
     if not names:
         return []
     method = methods.find(names[-1])
-    heads = [f"method.{key}={value}" for key, value in method.SMALL_CONFIG.items()]
-    return [f"{prefix}{names[-1]}", *heads, *getattr(method, "PRESET_OVERRIDES", [])]
+    small_config = [f"method.{key}={value}" for key, value in method.SMALL_CONFIG.items()]
+    return [f"{prefix}{names[-1]}", *small_config, *getattr(method, "PRESET_OVERRIDES", [])]
 
 
 def run_all(runs: Sequence[PlannedRun], base: str) -> int:
-    """Pretrain and evaluate the runs that are not done, and return the exit status.
+    """Pretrain and evaluate the runs without results, and return the exit status.
 
     Raw pixels and the random backbone are the same in all variants, so `linear` evaluates them only
     once per seed.
@@ -143,13 +143,13 @@ def run_all(runs: Sequence[PlannedRun], base: str) -> int:
 
     def evaluation_args_for(config: configuration.RunConfig) -> dict[str, list[str]]:
         has_references = any(
-            run.is_done() and study_table.has_reference_rows(run.config)
+            run.is_evaluated() and study_table.has_reference_rows(run.config)
             for run in runs
             if run.config.seed == config.seed
         )
         return {"linear": ["--rows", "pretrained"]} if has_references else {}
 
-    remaining = [(run.config, run.overrides) for run in runs if not run.is_done()]
+    remaining = [(run.config, run.overrides) for run in runs if not run.is_evaluated()]
     return pretrain.pretrain_series(remaining, base, evaluation_args_for)
 
 
@@ -161,7 +161,7 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
         options: Options of launch/sweep.py.
     """
     path = options.config
-    runs = plan(study, path, options.base, options.overrides)
+    runs = plan_runs(study, path, options.base, options.overrides)
     for run in runs:
         if run.config.launch.cluster == "slurm":
             raise configuration.ConfigError(
@@ -177,7 +177,7 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
     if status == STOPPED:
         return status
     folder = Path(runs[0].config.output).parent
-    evaluated_runs = [(run.variant, run.config) for run in runs if run.is_done()]
+    evaluated_runs = [(run.variant, run.config) for run in runs if run.is_evaluated()]
     if not evaluated_runs:
         print(
             f"error: {folder}: no run of this study has been evaluated, so no table was written; "
@@ -185,7 +185,7 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return USER_ERROR if options.table_only else 1
-    missing_variants = list(dict.fromkeys(run.variant for run in runs if not run.is_done()))
+    missing_variants = list(dict.fromkeys(run.variant for run in runs if not run.is_evaluated()))
     table = options.table or folder / f"{Path(path).stem}.md"
     study_table.write(
         study_table.Comparison(study.title, study.columns, evaluated_runs, study.plot_against),

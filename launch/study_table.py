@@ -117,11 +117,13 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.numbers: list[dict[str, float]] = []  # numbers of each run, by column
-        self.by_variant: dict[str, list[dict[str, float]]] = {}  # the same, grouped by variant
+        self.numbers_by_variant: dict[
+            str, list[dict[str, float]]
+        ] = {}  # the same, grouped by variant
         for variant, config in self.runs:
             run = RunResults(Path(config.output))
             self.numbers.append({name: COLUMNS[name].value(run) for name in self.columns})
-            self.by_variant.setdefault(variant, []).append(self.numbers[-1])
+            self.numbers_by_variant.setdefault(variant, []).append(self.numbers[-1])
 
 
 def has_reference_rows(config: RunConfig) -> bool:
@@ -143,10 +145,10 @@ def write(
     assert comparison.runs, "a table needs a finished run"
     path.parent.mkdir(parents=True, exist_ok=True)
     plot = path.with_suffix(".png")
-    draw(comparison, plot)
+    draw_plot(comparison, plot)
     rows = [
         [variant, len(runs), *(_format_cell(runs, column) for column in comparison.columns)]
-        for variant, runs in comparison.by_variant.items()
+        for variant, runs in comparison.numbers_by_variant.items()
     ]
     blocks = [
         f"# {comparison.title}",
@@ -194,11 +196,11 @@ def _format_cell(runs: Sequence[dict[str, float]], column: str) -> str:
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def draw(comparison: Comparison, path: Path) -> None:
+def draw_plot(comparison: Comparison, path: Path) -> None:
     """Plot the first two columns, as curves over `plot_against` or as one bar per variant."""
     from matplotlib.figure import Figure
 
-    height = max(3.4, 0.25 * len(comparison.by_variant))  # inches
+    height = max(3.4, 0.25 * len(comparison.numbers_by_variant))  # inches
     figure = Figure(figsize=(9, height), layout="constrained")
     columns = comparison.columns[:2]
     panels = figure.subplots(1, len(columns), sharey=not comparison.plot_against, squeeze=False)[0]
@@ -233,7 +235,7 @@ def _draw_curve(panel: Any, comparison: Comparison, column: str, color: str) -> 
 
 def _draw_bars(panel: Any, comparison: Comparison, column: str, color: str) -> None:
     """Draw the mean over seeds as a bar and every run as a point."""
-    for variant, runs in comparison.by_variant.items():
+    for variant, runs in comparison.numbers_by_variant.items():
         values = [numbers[column] for numbers in runs]
         panel.barh(variant, statistics.mean(values), color=color, alpha=0.75)
         panel.plot(values, [variant] * len(values), "k.", markersize=4)

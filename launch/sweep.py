@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     runs = [
         (configuration.load(path, run_overrides), run_overrides)
-        for run_overrides in combinations(path, overrides)
+        for run_overrides in combine_values(path, overrides)
     ]
     on_slurm = slurm.uses_slurm(runs[0][0].launch)
     for config, run_overrides in runs:
@@ -103,8 +103,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def combinations(path: str, overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of each run, with an `output` named after the values that differ.
+def combine_values(path: str, overrides: Sequence[str]) -> list[list[str]]:
+    """Combine the given values into the overrides of each run.
+
+    The `output` of a run is named after its values of the keys that have several.
 
     Raises:
         ConfigError: If an override is not key=value.

@@ -28,7 +28,7 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)
 STEM = ("conv1", "bn1", "act1", "maxpool")
 
 
-class Stages(nn.Module):
+class ResNetStages(nn.Module):
     """The stem and the first stages of a timm ResNet.
 
     Args:
@@ -53,12 +53,12 @@ class Stages(nn.Module):
         return OrderedDict((str(i), x) for i, x in enumerate(outputs[-self.num_outputs :]))
 
 
-class Pyramid(nn.Module):
+class FeaturePyramid(nn.Module):
     """A feature pyramid on res2 to res5, whose fifth level is pooled from the fourth."""
 
     def __init__(self, model: nn.Module, out_channels: int):
         super().__init__()
-        self.stages, self.out_channels = Stages(model, 4, 4), out_channels
+        self.stages, self.out_channels = ResNetStages(model, 4, 4), out_channels
         self.pyramid = FeaturePyramidNetwork(
             stage_channels(model),
             out_channels,
@@ -130,7 +130,7 @@ def _c4_modules(model: nn.Module, num_logits: int, protocol: Protocol) -> dict[s
     # A batch norm follows res5, as in MoCo's box head.
     res5 = nn.Sequential(model.get_submodule("layer4"), nn.BatchNorm2d(channels))
     modules: dict[str, Any] = {
-        "backbone": Stages(model, num_stages=3, num_outputs=1),
+        "backbone": ResNetStages(model, num_stages=3, num_outputs=1),
         "rpn_anchor_generator": AnchorGenerator((sizes,), (ASPECT_RATIOS,)),
         "box_roi_pool": MultiScaleRoIAlign(["0"], 14, sampling_ratio=0),
         "box_head": nn.Sequential(res5, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
@@ -146,7 +146,7 @@ def _c4_modules(model: nn.Module, num_logits: int, protocol: Protocol) -> dict[s
 def _fpn_modules(model: nn.Module, num_logits: int, protocol: Protocol) -> dict[str, Any]:
     """Return the modules of a detector on a feature pyramid."""
     channels, ratios = protocol.pyramid_channels, (ASPECT_RATIOS,) * 5
-    modules: dict[str, Any] = {"backbone": Pyramid(model, channels)}
+    modules: dict[str, Any] = {"backbone": FeaturePyramid(model, channels)}
     if protocol.num_box_convolutions:
         convolutions = [channels] * protocol.num_box_convolutions
         modules["box_head"] = FastRCNNConvFCHead(

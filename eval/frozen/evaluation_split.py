@@ -122,7 +122,7 @@ def labeled_splits(
     if len(train.classes) < 2:
         raise UnlabeledError(
             f"data.root: {purpose} needs two or more classes, and {train.full_path} has"
-            f" {len(train.classes)} ({', '.join(train.classes)}), so every answer would be right;"
+            f" {len(train.classes)} ({', '.join(train.classes)}), so any prediction is correct;"
             " put the images in one folder per class"
         )
     if query_split == "train":
@@ -131,8 +131,8 @@ def labeled_splits(
     test = open_labeled_source(run, "val", purpose)
     if not len(test):
         raise UnlabeledError(
-            f"data.val: {test.full_path} holds no image, so there is nothing to test on; name the "
-            "split that has test images"
+            f"data.val: {test.full_path} has no image, but the evaluation needs test images; name "
+            "a split that has some"
         )
     check_classes(train, test)
     return EvaluationSplit(run, train), EvaluationSplit(run, test)
@@ -180,10 +180,9 @@ def check_classes(train: Source, test: Source) -> None:
     """
     if unseen := [name for name in test.classes if name not in set(train.classes)]:
         raise ValueError(
-            f"data.val: {test.full_path} has {len(test.classes)} classes and {train.full_path}"
-            f" {len(train.classes)}, and {len(unseen)} of the former were never trained on"
-            f" ({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}); give splits of the"
-            " same data set"
+            f"data.val: {len(unseen)} of the {len(test.classes)} classes of {test.full_path}"
+            f" ({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}) are not among the"
+            f" {len(train.classes)} of {train.full_path}; give splits of the same data set"
         )
     if test.classes != train.classes[: len(test.classes)]:
         raise ValueError(

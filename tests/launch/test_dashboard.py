@@ -87,10 +87,10 @@ def test_bad_input_is_reported(capsys, monkeypatch, tmp_path):
         assert message in capsys.readouterr().err
 
 
-def test_nothing_is_created_where_wandb_is_set_to_send_nothing(monkeypatch):
+def test_nothing_is_created_while_wandb_is_offline(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with pytest.raises(ValueError, match="W&B is set to send nothing"):
+    with pytest.raises(ValueError, match="W&B is offline or disabled"):
         dashboard.save_workspace("digits", "team")
 
 

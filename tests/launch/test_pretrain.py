@@ -131,7 +131,7 @@ def test_a_sweep_is_the_product_of_its_values(tmp_path, capsys):
     names = ("seed=0,base_lr=0.1", "seed=0,base_lr=0.2", "seed=1,base_lr=0.1", "seed=1,base_lr=0.2")
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/sweep/{name}" for name in names]
     settings = ["seed=1", "optim.base_lr=0.2", "method.projector_dims=[16,8]"]
-    assert sweep.combinations(str(path), arguments[1:])[3][:3] == settings
+    assert sweep.combine_values(str(path), arguments[1:])[3][:3] == settings
     assert sweep.main([str(path), "seed"]) == 2
     assert capsys.readouterr().err == (
         "error: 'seed': not an override; give key=value, such as optim.base_lr=0.2,0.3\n"

@@ -25,14 +25,14 @@ def test_every_run_is_a_valid_configuration_with_its_own_folder(name, base):
     definition = study.load(path)
     if name == "methods":
         base = definition.base  # CPC's patches do not fit into the digits
-    runs = study.plan(definition, path, str(ROOT / base), ["seed=0,1", "epochs=2"])
+    runs = study.plan_runs(definition, path, str(ROOT / base), ["seed=0,1", "epochs=2"])
     assert len(runs) == 2 * len(definition.runs)
     assert len({run.config.output for run in runs}) == len(runs)
     settings = {variant.name: variant.set for variant in definition.runs}
     for run in runs:
         config.check(run.config, 1)
         assert run.config.epochs == 2
-        assert run.config.evaluation.at_end == definition.evaluations()
+        assert run.config.evaluation.at_end == definition.evaluation_names()
         for override in settings[run.variant]:
             key, _, value = override.partition("=")
             actual = attrgetter(key)(run.config)
@@ -92,7 +92,7 @@ def test_the_table_has_means_over_seeds_and_names_missing_runs(name, tmp_path, m
     monkeypatch.chdir(ROOT)
     definition = study.load(STUDIES[name])
     arguments = ["seed=0,1", f"output={tmp_path / 'runs'}"]
-    runs = study.plan(definition, STUDIES[name], None, arguments)
+    runs = study.plan_runs(definition, STUDIES[name], None, arguments)
     for number, run in enumerate(runs[:-2]):
         save_results(Path(run.config.output), accuracy=90 + number, spectrum=30 + number)
     table = tmp_path / "table.md"
@@ -143,7 +143,7 @@ def test_rows_that_all_variants_share_are_evaluated_once_per_seed(tmp_path, monk
     path = STUDIES["ablation"]
     definition = study.load(path)
     overrides = ["seed=0,1", f"output={tmp_path}"]
-    runs = study.plan(definition, path, str(ROOT / definition.base), overrides)[:4]
+    runs = study.plan_runs(definition, path, str(ROOT / definition.base), overrides)[:4]
     calls = []
 
     def pretrain_and_evaluate(config, _base, _overrides, options):
