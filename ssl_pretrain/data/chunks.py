@@ -19,7 +19,7 @@ from ssl_pretrain.data.shared_memory import SharedMemoryFull, allocate
 
 # A picklable function that cuts all crops, uint8 (3, size, size), from one image, uint8 (3, height,
 # width). Its other arguments are the epoch and the image's index.
-Cut = Callable[[Tensor, int, int], list[Tensor]]
+CropFunction = Callable[[Tensor, int, int], list[Tensor]]
 
 
 class ChunkRequest(NamedTuple):
@@ -92,13 +92,13 @@ class CropDataset(Dataset[Chunk]):
 
     Args:
         source: Source of the images.
-        cut: Function that cuts all crops of one image.
+        crop_image: Function that cuts all crops of one image.
         plan: Order of the run, which determines the replacements of unreadable images. Without a
             plan, as in a single pass, the next image of the source is the replacement.
     """
 
-    def __init__(self, source: Source, cut: Cut, plan: Plan | None = None):
-        self.source, self.cut, self.plan = source, cut, plan
+    def __init__(self, source: Source, crop_image: CropFunction, plan: Plan | None = None):
+        self.source, self.crop_image, self.plan = source, crop_image, plan
 
     def __getitem__(self, request: ChunkRequest) -> Chunk:
         start = time.perf_counter()
@@ -106,12 +106,13 @@ class CropDataset(Dataset[Chunk]):
         chunk = Chunk(torch.empty(0, dtype=torch.uint8), [], labels, replacements=[])
         for row, index in enumerate(request.indices.tolist()):
             try:
-                pixels, number = self._read_or_replace(request, row, chunk.replacements)
+                pixels, shown_index = self._read_or_replace(request, row, chunk.replacements)
             except (FileNotFoundError, ValueError) as error:
                 return replace(chunk, error=error)
-            labels[row] = self.source.label(number)
-            with self._name_image_in_errors(number):
-                crops = self.cut(torch.from_numpy(pixels).permute(2, 0, 1), request.epoch, index)
+            labels[row] = self.source.label(shown_index)
+            with self._name_image_in_errors(shown_index):
+                image = torch.from_numpy(pixels).permute(2, 0, 1)
+                crops = self.crop_image(image, request.epoch, index)
                 if row == 0:
                     num_bytes = len(labels) * sum(crop.numel() for crop in crops)
                     shapes = [crop.shape for crop in crops]
@@ -136,10 +137,10 @@ class CropDataset(Dataset[Chunk]):
             reason = str(error)
         pixels = np.empty(0, np.uint8)
 
-        def try_read(number: int) -> bool:
+        def try_read(candidate: int) -> bool:
             nonlocal pixels
             try:
-                pixels = self._read(number)
+                pixels = self._read(candidate)
             except UnreadableImage:
                 return False
             return True
@@ -151,16 +152,16 @@ class CropDataset(Dataset[Chunk]):
         replacements.append(Replacement.create(self.source, index, reason, spare))
         return pixels, replacements[-1].number
 
-    def _read(self, number: int) -> np.ndarray:
+    def _read(self, index: int) -> np.ndarray:
         try:
-            with self._name_image_in_errors(number):
-                return self.source.read(number)
+            with self._name_image_in_errors(index):
+                return self.source.read(index)
         except UnreadableImage:
             self.source.check_present()
             raise
 
     @contextmanager
-    def _name_image_in_errors(self, number: int) -> Iterator[None]:
+    def _name_image_in_errors(self, index: int) -> Iterator[None]:
         """Add the image's index and name to any unexpected error."""
         try:
             yield
@@ -168,7 +169,7 @@ class CropDataset(Dataset[Chunk]):
             raise
         except Exception as error:
             raise RuntimeError(
-                f"image {number}, {self.source.name(number)}: {type(error).__name__}: {error}"
+                f"image {index}, {self.source.name(index)}: {type(error).__name__}: {error}"
             ) from error
 
     def _find_next(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from ssl_pretrain.data.file_lists import FileList, open_list
+from ssl_pretrain.data.file_lists import FileList, read_list
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES
 from ssl_pretrain.data.folder_tree import DiskFolder, FolderTree, Location, ZipFolder, open_tree
 from ssl_pretrain.data.image_source import ImageFiles, NoSuchSplit
@@ -71,22 +71,22 @@ class FileDataSet:
             raise (ValueError if self.splits.train_error else NoSuchSplit)(self.splits.val_error)
         name = "train" if is_train else self.splits.val_name
         is_root = location.path == self.root and not location.folder_in_zip
-        images = self._list_images(location, name, "data.root" if is_root else f"data.{split}")
-        path, skipped_notes = location.full_path, _skipped_notes(images.files)
-        if not len(images.files):
+        file_list = self._list_images(location, name, "data.root" if is_root else f"data.{split}")
+        path, skipped_notes = location.full_path, _skipped_notes(file_list.files)
+        if not len(file_list.files):
             reason = f"data.root: {path} contains no image that Pillow can decode, at any depth"
             raise ValueError("; ".join([reason, *skipped_notes]))
         folder = SplitFolder(
             name,
-            images.files.paths(),
+            file_list.files.paths(),
             tree=open_tree(location.path, self._cache).descendant(location.folder_in_zip),
             root=open_tree(self.root, self._cache),
             full_path=path,
         )
-        labels, classes, label_notes = label_images(folder, images.labels, classes)
-        source = ImageFiles(path, images.files, labels, classes, self._value_range)
+        labels, classes, label_notes = label_images(folder, file_list.labels, classes)
+        source = ImageFiles(path, file_list.files, labels, classes, self._value_range)
         split_notes = self.splits.notes if is_train else []
-        source.notes = [*split_notes, *images.notes, *label_notes, *skipped_notes]
+        source.notes = [*split_notes, *file_list.notes, *label_notes, *skipped_notes]
         return source
 
     def _list_images(self, location: Location, split: str, key: str) -> FileList:
@@ -94,7 +94,7 @@ class FileDataSet:
         path = location.path
         if location.is_list:
             root = self.root if self.root.is_dir() else None
-            return open_list(path, split, self._cache, key, root)
+            return read_list(path, split, self._cache, key, root)
         if path.is_dir():
             files = list_folder(path, self._cache)
         elif path.suffix.lower() == ".zip":
@@ -104,33 +104,33 @@ class FileDataSet:
                 f"{key}: {path} is a file of an unsupported kind; give a folder, a .zip, or a list "
                 "of files (.csv, .tsv, .txt)"
             )
-        return FileList(_select(files, location), labels=None)
+        return FileList(_select_files(files, location), labels=None)
 
 
-def _select(files: Listing, location: Location) -> Listing:
+def _select_files(files: Listing, location: Location) -> Listing:
     """Return the files inside a location, without those in its excluded folders."""
     prefix = f"{location.folder_in_zip}/" if location.folder_in_zip else ""
-    excluded = tuple(f"{prefix}{name}/" for name in location.excluded)
-    if not prefix and not excluded:
+    excluded_prefixes = tuple(f"{prefix}{name}/" for name in location.excluded_folders)
+    if not prefix and not excluded_prefixes:
         return files
     indices = [
         index
         for index, path in enumerate(files.paths())
-        if path.startswith(prefix) and not path.startswith(excluded)
+        if path.startswith(prefix) and not path.startswith(excluded_prefixes)
     ]
     return files.take(indices, location.folder_in_zip)
 
 
 def _skipped_notes(files: Listing) -> list[str]:
     """Return a note on the files that are not read, if any, with the most frequent reason first."""
-    reasons = sorted(files.skipped, key=lambda skipped: -skipped.count)
+    reasons = sorted(files.skipped, key=lambda skipped: -skipped.num_files)
     if not reasons:
         return []
     descriptions = [
-        f"{skipped.count:,} {skipped.reason} (first: {skipped.first})"
+        f"{skipped.num_files:,} {skipped.reason} (first: {skipped.first_path})"
         for skipped in reasons[:_MAX_REASONS]
     ]
-    num_more = sum(skipped.count for skipped in reasons[_MAX_REASONS:])
+    num_more = sum(skipped.num_files for skipped in reasons[_MAX_REASONS:])
     ending = f", and {num_more:,} more" if num_more else ""
     return [f"left out in {files.root}: {', '.join(descriptions)}{ending}"]
 
@@ -143,7 +143,7 @@ class Splits:
     val: Location | None = None
     val_name: str = "val"  # "test" if only test images are held out
     train_error: str = ""  # reason why there is no training split, with the remedy
-    val_error: str = ""  # the same for the validation split
+    val_error: str = ""  # reason why there is no validation split, with the remedy
     notes: list[str] = field(default_factory=list)
 
 
@@ -220,8 +220,8 @@ def _add_named_val(splits: Splits, base: FolderTree, val: str) -> Splits:
     if train is not None and not train.is_list and not location.is_list:
         relative = os.path.relpath(location.full_path, train.full_path)
         is_inside = location.full_path.startswith(train.full_path + os.sep)
-        if is_inside and relative not in train.excluded:
-            train = replace(train, excluded=(*train.excluded, relative))
+        if is_inside and relative not in train.excluded_folders:
+            train = replace(train, excluded_folders=(*train.excluded_folders, relative))
     val_name = split_of(Path(val).stem) or "val"
     return replace(splits, train=train, val=location, val_name=val_name, val_error="")
 
@@ -231,8 +231,8 @@ def _add_usual_val(splits: Splits, root: Path, base: FolderTree, cache: Path) ->
     train = splits.train
     is_list = train is not None and train.is_list
     if train is not None and is_list:
-        rows = open_list(train.path, "train", cache, root=root if root.is_dir() else None)
-        if rows.has_split_column:
+        file_list = read_list(train.path, "train", cache, root=root if root.is_dir() else None)
+        if file_list.has_split_column:
             return replace(splits, val=train)
     top = top_folder(base)
     locations = split_locations(top, "val", is_list) or split_locations(top, "test", is_list)

@@ -20,7 +20,7 @@ from ssl_pretrain.data.table_parsing import (
 )
 
 _PATH_TITLES = ("path", "paths", "file", "files", "filename", "filepath", "image", "images")
-_MAX_DROPPED_FOLDERS = 11  # leading folders that a rule may remove from each path
+_MAX_REMOVED_FOLDERS = 11  # leading folders that a rule may remove from each path
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FileList:
     has_split_column: bool = False  # a column names the split of each row
 
 
-def open_list(
+def read_list(
     path: Path, split: str, cache: Path, key: str = "data.root", root: Path | None = None
 ) -> FileList:
     """Read a list of images: one row per image, with its path and optionally its label.
@@ -137,13 +137,13 @@ class _PathRule:
     """Rule that turns the paths in a list into paths of files."""
 
     base: Path  # the folder that paths are relative to
-    num_dropped: int = 0  # leading folders to remove from each path
-    has_backslashes: bool = False
+    num_removed_folders: int = 0  # leading folders to remove from each path
+    has_backslashes: bool = False  # the list has backslashes between folders
 
     def convert(self, cell: str) -> str:
         """Return the path in a cell, relative to `base`."""
-        if self.num_dropped:
-            return "/".join(re.split(r"[/\\]", cell)[self.num_dropped :])
+        if self.num_removed_folders:
+            return "/".join(re.split(r"[/\\]", cell)[self.num_removed_folders :])
         return cell.replace("\\", "/") if self.has_backslashes else cell
 
     def has_file(self, cell: str) -> bool:
@@ -170,5 +170,5 @@ def _rules(text: str, bases: list[Path]) -> list[_PathRule]:
     rules = [_PathRule(base) for base in bases]
     if "\\" in example:
         rules += [_PathRule(base, has_backslashes=True) for base in bases]
-    num_rules = min(len(re.split(r"[/\\]", example)), _MAX_DROPPED_FOLDERS + 1)
-    return rules + [_PathRule(bases[0], num_dropped) for num_dropped in range(1, num_rules)]
+    num_rules = min(len(re.split(r"[/\\]", example)), _MAX_REMOVED_FOLDERS + 1)
+    return rules + [_PathRule(bases[0], num_removed) for num_removed in range(1, num_rules)]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ssl_pretrain.data.images import suffixes
+from ssl_pretrain.data.images import image_suffixes
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".lst")  # lists of images and tables of labels
 SIGNATURE_BYTES = 16
@@ -30,7 +30,7 @@ _UNFINISHED_SUFFIXES = frozenset(  # partial downloads and backups
 _SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavif", re.DOTALL
 )
-_SAMPLE_SIZE = 8  # files to try per unknown suffix before reading all, approximately
+_SAMPLE_SIZE = 8  # approximate number of files to try per unknown suffix before reading all
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class SkippedFiles:
     """Files that are not read, all for the same reason."""
 
     reason: str
-    count: int
-    first: str  # alphabetically first path
+    num_files: int
+    first_path: str  # in alphabetical order
 
 
 class SkipCounter:
@@ -53,8 +53,8 @@ class SkipCounter:
         count, first = self._counts.get(reason, (0, path))
         self._counts[reason] = (count + 1, min(first, path))
 
-    def result(self) -> tuple[SkippedFiles, ...]:
-        """Return the counts, sorted by reason."""
+    def skipped_files(self) -> tuple[SkippedFiles, ...]:
+        """Return the skipped files, one item per reason, sorted by reason."""
         return tuple(SkippedFiles(reason, *self._counts[reason]) for reason in sorted(self._counts))
 
 
@@ -65,7 +65,7 @@ def is_skipped(name: str) -> bool:
 
 def is_image(name: str) -> bool:
     """Return True if the installed Pillow decodes files with this suffix."""
-    return os.path.splitext(name)[1].lower() in suffixes()
+    return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def entry_type(entry: os.DirEntry[str]) -> str:
@@ -82,13 +82,13 @@ def entry_type(entry: os.DirEntry[str]) -> str:
     return "broken links"
 
 
-def any_image_by_content(paths: Sequence[str]) -> bool:
+def sample_has_image(paths: Sequence[str]) -> bool:
     """Return True if any file in a sample of these paths has an image signature."""
     return any(_SIGNATURE.match(read_head(path)) for path in _sample(paths))
 
 
-def images_by_content(
-    paths: Iterable[str], head_of: Callable[[str], bytes], skips: SkipCounter
+def find_images_by_content(
+    paths: Iterable[str], read_head: Callable[[str], bytes], skip_counter: SkipCounter
 ) -> list[str]:
     """Find the images among files whose suffix is unknown or absent.
 
@@ -96,8 +96,8 @@ def images_by_content(
 
     Args:
         paths: Paths of the files.
-        head_of: Returns the first `SIGNATURE_BYTES` bytes of a file.
-        skips: Counts the files that are not images.
+        read_head: Function that returns the first `SIGNATURE_BYTES` bytes of a file.
+        skip_counter: Counter of the files that are not images.
     """
     groups: dict[str, list[str]] = {}
     for path in sorted(paths, key=os.fsencode):
@@ -107,13 +107,13 @@ def images_by_content(
         may_contain_images = (
             suffix not in _UNFINISHED_SUFFIXES
             and not suffix.endswith("~")
-            and any(_SIGNATURE.match(head_of(path)) for path in _sample(group))
+            and any(_SIGNATURE.match(read_head(path)) for path in _sample(group))
         )
         for path in group:
-            if may_contain_images and _SIGNATURE.match(head_of(path)):
+            if may_contain_images and _SIGNATURE.match(read_head(path)):
                 images.append(path)
             else:
-                skips.add(f"{suffix} files" if suffix else "files without a suffix", path)
+                skip_counter.add(f"{suffix} files" if suffix else "files without a suffix", path)
     return images
 
 

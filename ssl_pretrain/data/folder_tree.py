@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ssl_pretrain.data.file_types import (
     TABLE_SUFFIXES,
-    any_image_by_content,
     entry_type,
     is_image,
+    sample_has_image,
 )
 from ssl_pretrain.data.zip_archive import list_zip, read_table
 
@@ -30,7 +30,7 @@ class Location:
 
     path: Path
     folder_in_zip: str = ""  # path of the folder inside the zip
-    excluded: tuple[str, ...] = ()  # subfolders that do not belong to the split
+    excluded_folders: tuple[str, ...] = ()  # subfolders that do not belong to the split
 
     @property
     def full_path(self) -> str:
@@ -105,9 +105,9 @@ class FolderTree(ABC):
         """Yield the names of the subfolders that contain an image at any depth."""
         return (name for name in self.subfolder_names if self.child(name).has_images())
 
-    def location(self, excluded: tuple[str, ...] = ()) -> Location:
+    def location(self, excluded_folders: tuple[str, ...] = ()) -> Location:
         """Return the folder's location as a split without the excluded subfolders."""
-        return Location(self.path, self.folder_in_zip, excluded)
+        return Location(self.path, self.folder_in_zip, excluded_folders)
 
     def descendant(self, path: str) -> FolderTree:
         """Return the folder at a relative path. An empty path stands for the folder itself."""
@@ -140,7 +140,7 @@ class DiskFolder(FolderTree):
     @functools.cached_property
     def has_direct_images(self) -> bool:
         """True if a file has an image's suffix, or one of a sample begins with an image's bytes."""
-        return any(map(is_image, self.file_names)) or any_image_by_content(
+        return any(map(is_image, self.file_names)) or sample_has_image(
             [os.path.join(self.path, name) for name in self.file_names]
         )
 

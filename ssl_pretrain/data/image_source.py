@@ -184,12 +184,12 @@ def require_labels(source: Source, purpose: str) -> None:
     unlabeled = np.flatnonzero(source.labels < 0)
     if not len(unlabeled):
         return
-    count, example = "no", ""
+    num_labeled_text, example_text = "no", ""
     if len(unlabeled) < len(source):
-        count = f"{len(source) - len(unlabeled)} of {len(source)}"
-        example = f" (the first without a label: {source.name(int(unlabeled[0]))})"
+        num_labeled_text = f"{len(source) - len(unlabeled)} of {len(source)}"
+        example_text = f" (the first without a label: {source.name(int(unlabeled[0]))})"
     raise ValueError(
-        f"data.root: {purpose} needs labels, and {source.full_path} has {count} labeled images"
-        f"{example}; put the images in one folder per class (<class>/<file>), or list them in a "
-        "CSV as path,label"
+        f"data.root: {purpose} needs labels, and {source.full_path} has {num_labeled_text} "
+        f"labeled images{example_text}; put the images in one folder per class "
+        "(<class>/<file>), or list them in a CSV as path,label"
     )

@@ -43,7 +43,7 @@ _JPEG_SIGNATURE = b"\xff\xd8"
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION_TAG = 0x0112
 # Functions that turn the stored pixels upright, by EXIF orientation.
-_TURN_UPRIGHT = {
+_UPRIGHT_TRANSFORMS = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -73,16 +73,16 @@ class ImageHeader(NamedTuple):
 
 
 @functools.cache
-def formats() -> tuple[str, ...]:
+def image_formats() -> tuple[str, ...]:
     """Return Pillow's names for the formats that are read."""
     Image.init()
     return tuple(name for name in Image.OPEN if name not in _UNSAFE_FORMATS)
 
 
 @functools.cache
-def suffixes() -> frozenset[str]:
+def image_suffixes() -> frozenset[str]:
     """Return the suffixes of the formats that are read, in lower case."""
-    names = {*formats(), "MPO"}  # an MPO begins like a JPEG and is opened as one
+    names = {*image_formats(), "MPO"}  # an MPO begins like a JPEG and is opened as one
     formats_by_suffix = Image.registered_extensions()
     return frozenset(suffix for suffix in formats_by_suffix if formats_by_suffix[suffix] in names)
 
@@ -118,7 +118,7 @@ def decode(
         pixels = pixel_formats.to_rgb(image, value_range, has_16_bits)
         # Read the orientation after loading, because loading turns a TIFF upright.
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    return np.ascontiguousarray(_TURN_UPRIGHT.get(orientation, lambda pixels: pixels)(pixels))
+    return np.ascontiguousarray(_UPRIGHT_TRANSFORMS.get(orientation, lambda pixels: pixels)(pixels))
 
 
 def read_header(content: bytes, name: str) -> ImageHeader:
@@ -142,9 +142,9 @@ def _open(content: bytes, name: str) -> Iterator[Image.Image]:
     """Open an image by its content and turn all errors into UnreadableImage."""
     if not content:
         raise UnreadableImage(f"{name}: the file is empty")
-    is_jpeg = content.startswith(_JPEG_SIGNATURE)
+    formats = ("JPEG",) if content.startswith(_JPEG_SIGNATURE) else image_formats()
     try:
-        with Image.open(io.BytesIO(content), formats=("JPEG",) if is_jpeg else formats()) as image:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
             _check_size(image.width, image.height, name)
             yield image
     except UnreadableImage:

@@ -21,7 +21,7 @@ from ssl_pretrain.data.file_types import (
     SkipCounter,
     SkippedFiles,
     entry_type,
-    images_by_content,
+    find_images_by_content,
     is_image,
     read_head,
 )
@@ -168,11 +168,11 @@ def scan_folder(root: str) -> Scan:
             print(f"listing {root}: {len(files):,} files so far", file=sys.stderr, flush=True)
     images = [path for path in files if is_image(path)]
     others = [path for path in files if not is_image(path)]
-    images += images_by_content(
+    images += find_images_by_content(
         others, lambda path: read_head(os.path.join(root, path)), skip_counter
     )
     images.sort(key=os.fsencode)
-    return Scan(replace(pack(root, images), skipped=skip_counter.result()), folders, stamps)
+    return Scan(replace(pack(root, images), skipped=skip_counter.skipped_files()), folders, stamps)
 
 
 def _ancestors(root: str) -> set[tuple[int, int]]:

@@ -17,7 +17,7 @@ from ssl_pretrain.data.file_types import (
     SIGNATURE_BYTES,
     TABLE_SUFFIXES,
     SkipCounter,
-    images_by_content,
+    find_images_by_content,
     is_image,
     is_skipped,
 )
@@ -53,14 +53,15 @@ def scan_zip(root: str) -> Scan:
         with zipfile.ZipFile(root) as archive:
             images, others = _sort_members(archive, skips)
 
-            def head_of(path: str) -> bytes:
+            def read_head(path: str) -> bytes:
                 try:
                     with archive.open(others[path]) as file:
                         return file.read(SIGNATURE_BYTES)
                 except (OSError, *_ZIP_ERRORS):
                     return b""
 
-            images |= {path: others[path] for path in images_by_content(others, head_of, skips)}
+            paths = find_images_by_content(others, read_head, skips)
+            images |= {path: others[path] for path in paths}
     except (OSError, *_ZIP_ERRORS) as error:
         raise ValueError(f"data.root: {root} cannot be read as a zip: {error}") from None
     paths = sorted(images, key=os.fsencode)
@@ -68,7 +69,7 @@ def scan_zip(root: str) -> Scan:
     tables = [path for path in sorted(others) if path.lower().endswith(TABLE_SUFFIXES)]
     listing = replace(
         pack(root, paths, np.array(spans, np.int64).reshape(-1, len(Span._fields))),
-        skipped=skips.result(),
+        skipped=skips.skipped_files(),
         tables=tuple(tables[:_MAX_TABLES]),
     )
     return Scan(listing, [""], stamp(status))

@@ -306,7 +306,7 @@ class TestTrust:
     def test_no_other_program_is_started(self):
         eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
         assert refusal(eps, "a.jpg") == "a.jpg: not a known image format"
-        assert "EPS" not in images.formats() and ".eps" not in images.suffixes()
+        assert "EPS" not in images.image_formats() and ".eps" not in images.image_suffixes()
         # IPTC passes its content to any decoder.
         fields = {60: b"\1\0", 20: b"\0\12", 30: b"\0\12", 120: b"\0\5", 65: b"\1"}
         iptc = b"".join(
