@@ -164,7 +164,7 @@ class Estimate:
             "optimizer": self.optimizer_trace_and_bytes[1] / self.num_shards,
             "teacher": teacher / self.num_shards,
             "buffers": sum(self._bytes(buffer) for buffer in method.buffers()),
-            "views": pixels * self.share * (itemsize + NUM_UPLOADED_BATCHES),
+            "views": pixels * self.local_batch_size * (itemsize + NUM_UPLOADED_BATCHES),
             "peak of the step": self.peak_bytes(micro_batch_size),
             "reserved": RESERVED_BYTES,
         }
