@@ -42,14 +42,16 @@ class FileDataSet:
         root: Path of the folder, zip or list file.
         train: Value of `data.train`, which names the training split.
         val: Value of `data.val`, which names the validation split.
-        cache: Folder for cached listings.
+        cache_dir: Folder for cached listings.
         value_range: Value of `data.range`.
     """
 
-    def __init__(self, root: Path, train: str, val: str, cache: Path, value_range: Range | None):
+    def __init__(
+        self, root: Path, train: str, val: str, cache_dir: Path, value_range: Range | None
+    ):
         self.root = root
-        self.splits = _find_splits(root, train, val, cache)
-        self._cache = cache
+        self.splits = _find_splits(root, train, val, cache_dir)
+        self._cache_dir = cache_dir
         self._value_range = value_range
 
     def open_split(self, split: SplitName, classes: list[str] | None) -> ImageFiles:
@@ -79,8 +81,8 @@ class FileDataSet:
         folder = SplitFolder(
             name,
             file_list.files.paths(),
-            tree=open_tree(location.path, self._cache).descendant(location.folder_in_zip),
-            root=open_tree(self.root, self._cache),
+            tree=open_tree(location.path, self._cache_dir).descendant(location.folder_in_zip),
+            root=open_tree(self.root, self._cache_dir),
             full_path=path,
         )
         labels, classes, label_notes = label_images(folder, file_list.labels, classes)
@@ -94,11 +96,11 @@ class FileDataSet:
         path = location.path
         if location.is_list:
             root = self.root if self.root.is_dir() else None
-            return read_list(path, split, self._cache, key, root)
+            return read_list(path, split, self._cache_dir, key, root)
         if path.is_dir():
-            files = list_folder(path, self._cache)
+            files = list_folder(path, self._cache_dir)
         elif path.suffix.lower() == ".zip":
-            files = list_zip(path, self._cache)
+            files = list_zip(path, self._cache_dir)
         else:
             raise ValueError(
                 f"{key}: {path} is a file of an unsupported kind; give a folder, a .zip, or a list "
@@ -147,7 +149,7 @@ class Splits:
     notes: list[str] = field(default_factory=list)
 
 
-def _find_splits(root: Path, train: str, val: str, cache: Path) -> Splits:
+def _find_splits(root: Path, train: str, val: str, cache_dir: Path) -> Splits:
     """Find the splits of a data set.
 
     Args:
@@ -155,9 +157,9 @@ def _find_splits(root: Path, train: str, val: str, cache: Path) -> Splits:
         train: Path of the training split, which is a folder, list or zip, absolute or relative to
             root. "." means root itself. If it is empty, the split is found by its name.
         val: Path of the validation split, given like `train`, or "none" if there is none.
-        cache: Folder for cached listings.
+        cache_dir: Folder for cached listings.
     """
-    base = open_tree(root, cache)
+    base = open_tree(root, cache_dir)
     splits = _find_train(root, base, train, val)
     if val == "none":
         return replace(
@@ -165,7 +167,7 @@ def _find_splits(root: Path, train: str, val: str, cache: Path) -> Splits:
         )
     if val:
         return _add_named_val(splits, base, val)
-    return splits if splits.val_error else _add_usual_val(splits, root, base, cache)
+    return splits if splits.val_error else _add_usual_val(splits, root, base, cache_dir)
 
 
 def _find_train(root: Path, base: FolderTree, train: str, val: str) -> Splits:
@@ -226,12 +228,12 @@ def _add_named_val(splits: Splits, base: FolderTree, val: str) -> Splits:
     return replace(splits, train=train, val=location, val_name=val_name, val_error="")
 
 
-def _add_usual_val(splits: Splits, root: Path, base: FolderTree, cache: Path) -> Splits:
+def _add_usual_val(splits: Splits, root: Path, base: FolderTree, cache_dir: Path) -> Splits:
     """Add the validation split that has one of the usual names."""
     train = splits.train
     is_list = train is not None and train.is_list
     if train is not None and is_list:
-        file_list = read_list(train.path, "train", cache, root=root if root.is_dir() else None)
+        file_list = read_list(train.path, "train", cache_dir, root=root if root.is_dir() else None)
         if file_list.has_split_column:
             return replace(splits, val=train)
     top = top_folder(base)

@@ -34,14 +34,15 @@ class FileList:
 
 
 def read_list(
-    path: Path, split: str, cache: Path, key: str = "data.root", root: Path | None = None
+    path: Path, split: str, cache_dir: Path, key: str = "data.root", root: Path | None = None
 ) -> FileList:
     """Read a list of images: one row per image, with its path and optionally its label.
 
     Args:
         path: Path of the list.
         split: "train", "val" or "test". Only used if a column names the split of each row.
-        cache: Folder for cached listings, for lists that name images without folders or suffixes.
+        cache_dir: Folder for cached listings, which are used if the list names images without their
+            folders or suffixes.
         key: The configuration key of the list, for messages.
         root: Another folder that paths may be relative to.
 
@@ -58,7 +59,7 @@ def read_list(
     names: NameIndex | None = None
     if table_format.match_share <= 0:
         for rule in map(_PathRule, folders):
-            names = NameIndex(list_folder(rule.base, cache).paths())
+            names = NameIndex(list_folder(rule.base, cache_dir).paths())
             table_format = detect_format(text, names.find)
             if table_format.match_share > 0:
                 break

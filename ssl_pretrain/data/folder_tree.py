@@ -185,10 +185,10 @@ class ZipFolder(FolderTree):
         return read_table(self.path, os.path.join(self.folder_in_zip, name))
 
 
-def open_tree(root: Path, cache: Path) -> FolderTree:
+def open_tree(root: Path, cache_dir: Path) -> FolderTree:
     """Return the tree of the folder or zip at `root`. For a list file, use its folder."""
     if root.suffix.lower() == ".zip" and root.is_file():
-        listing = list_zip(root, cache)
+        listing = list_zip(root, cache_dir)
         return ZipFolder(root, _entries_by_folder([*listing.paths(), *listing.tables]))
     return DiskFolder(root if root.is_dir() else root.parent)
 

@@ -112,7 +112,7 @@ def stamp(status: os.stat_result) -> list[int]:
     return [status.st_mtime_ns, status.st_ctime_ns, status.st_size]
 
 
-def list_folder(root: str | Path, cache: Path) -> Listing:
+def list_folder(root: str | Path, cache_dir: Path) -> Listing:
     """List the images below a folder, at any depth. Links are followed.
 
     The listing is cached with the stamps of its folders, and renewed when one of them changes.
@@ -120,7 +120,7 @@ def list_folder(root: str | Path, cache: Path) -> Listing:
     Raises:
         ValueError: If a folder cannot be listed.
     """
-    return load_or_scan(os.path.abspath(root), cache, scan_folder)
+    return load_or_scan(os.path.abspath(root), cache_dir, scan_folder)
 
 
 def scan_folder(root: str) -> Scan:
@@ -185,18 +185,18 @@ def _ancestors(root: str) -> set[tuple[int, int]]:
     return identities
 
 
-def load_or_scan(root: str, cache: Path, scan: Callable[[str], Scan]) -> Listing:
+def load_or_scan(root: str, cache_dir: Path, scan: Callable[[str], Scan]) -> Listing:
     """Return the cached listing if its folders are unchanged, else scan them and cache the result.
 
     A damaged or read-only cache only costs time.
     """
-    path = cache / f"list-{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.npz"
+    path = cache_dir / f"list-{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.npz"
     with contextlib.suppress(Exception):  # any cache that cannot be used is renewed
         return _load(path, root)
     listing, folders, stamps = scan(root)
     if len(listing) and time.time_ns() - max(stamps) > _SETTLED_NS:
         with contextlib.suppress(OSError):
-            cache.mkdir(parents=True, exist_ok=True)
+            cache_dir.mkdir(parents=True, exist_ok=True)
             _save(path, listing, pack(root, folders), stamps)
     return listing
 

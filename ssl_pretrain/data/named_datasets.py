@@ -58,26 +58,26 @@ class Digits(Source):
         return b"digits" + self._numbers.tobytes()
 
 
-def pack_cifar10(root: str, cache: Path) -> Path:
-    """Write CIFAR-10 to `cache`/cifar10.zip unless that file exists, and return its path.
+def pack_cifar10(root: str, cache_dir: Path) -> Path:
+    """Write CIFAR-10 to `cache_dir`/cifar10.zip unless that file exists, and return its path.
 
     The zip contains train/<class>/ and test/<class>/.
 
     Args:
         root: Folder of torchvision's CIFAR-10. If empty, the data set is downloaded.
-        cache: Folder for the zip.
+        cache_dir: Folder for the zip.
 
     Raises:
         ValueError: If the images can be neither read nor downloaded.
     """
-    path = cache / "cifar10.zip"
+    path = cache_dir / "cifar10.zip"
     if path.exists():
         return path
     from torchvision.datasets import CIFAR10  # slow to import
 
     with tempfile.TemporaryDirectory() as download_folder:
         try:
-            cache.mkdir(parents=True, exist_ok=True)
+            cache_dir.mkdir(parents=True, exist_ok=True)
             splits = {
                 split: CIFAR10(root or download_folder, train=split == "train", download=not root)
                 for split in ("train", "test")

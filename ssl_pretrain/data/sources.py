@@ -178,23 +178,23 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
 
 def _open_files(config: DataConfig, has_train_beton: bool) -> FileDataSet:
     """Find the splits of a data set of image files."""
-    cache = Path(config.cache_dir).expanduser() if config.cache_dir else _user_cache()
-    root = _root(config, cache)
+    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else _user_cache_dir()
+    root = _root(config, cache_dir)
     train, val = config.train, config.val
     if config.source == "cifar10":
         train, val = train or "train", val or "test"
     if has_train_beton:  # other splits may be folders next to the .beton
         root, train = root if root.is_dir() else root.parent, ""
     value_range = (float(config.range[0]), float(config.range[1])) if config.range else None
-    return FileDataSet(root, train, val, cache, value_range)
+    return FileDataSet(root, train, val, cache_dir, value_range)
 
 
-def _root(config: DataConfig, cache: Path) -> Path:
+def _root(config: DataConfig, cache_dir: Path) -> Path:
     """Return the existing folder or file of the data set."""
     root = Path(config.root).expanduser()
     train = Path(config.train).expanduser()
     if config.source == "cifar10" and (not config.root or (root / "cifar-10-batches-py").is_dir()):
-        return pack_cifar10(config.root, cache)
+        return pack_cifar10(config.root, cache_dir)
     if not config.root and train.is_absolute():
         return train
     if not config.root:
@@ -215,7 +215,7 @@ def _root(config: DataConfig, cache: Path) -> Path:
     return root
 
 
-def _user_cache() -> Path:
+def _user_cache_dir() -> Path:
     """Return the user's folder for caches. Without a home, it is a path that cannot be written."""
     home = os.path.expanduser("~")
     return Path(home if os.path.isabs(home) else os.devnull) / ".cache" / "ssl_pretrain"

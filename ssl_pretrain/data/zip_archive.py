@@ -35,14 +35,14 @@ _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueErro
 Members = dict[str, zipfile.ZipInfo]
 
 
-def list_zip(path: str | Path, cache: Path) -> Listing:
+def list_zip(path: str | Path, cache_dir: Path) -> Listing:
     """List the images in a zip with their positions. The list is cached until the file changes.
 
     Raises:
         ValueError: If the file is not a zip, or an image in it is encrypted, compressed by another
             method than deflate, or of an impossible size.
     """
-    return load_or_scan(os.path.abspath(path), cache, scan_zip)
+    return load_or_scan(os.path.abspath(path), cache_dir, scan_zip)
 
 
 def scan_zip(root: str) -> Scan:
