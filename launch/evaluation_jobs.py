@@ -1,4 +1,4 @@
-"""Run the evaluations of a training run that are due, on this machine or as SLURM jobs."""
+"""Run the due evaluations of a training run, on this machine or as SLURM jobs."""
 
 import argparse
 import json

@@ -50,7 +50,7 @@ class EvaluationJob:
 
 @dataclass
 class PretrainingJob:
-    """Training on all ranks of a job. Its pickle has the command line only, no state or secret."""
+    """Training on all ranks of a job. Its pickle contains only the command line, and no secrets."""
 
     path: str
     overrides: tuple[str, ...]
@@ -69,7 +69,7 @@ class PretrainingJob:
             print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             status = UNEXPECTED_ERROR
         if status in (UNEXPECTED_ERROR, PROCESS_LOST):  # a rank or node may be lost
-            self._end_after_loss(run)
+            self._exit_after_failure(run)
         if status not in (0, STOPPED):
             os._exit(status)
         if status == STOPPED or not is_finished(run):
@@ -78,7 +78,7 @@ class PretrainingJob:
             os._exit(UNFINISHED)
         return 0
 
-    def _end_after_loss(self, run: Path) -> None:
+    def _exit_after_failure(self, run: Path) -> None:
         """Exit, and requeue the job if the run has saved a checkpoint since its last failure.
 
         A failure that repeats at the same step is not retried.

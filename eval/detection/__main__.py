@@ -16,8 +16,8 @@ from ssl_pretrain.schema import NON_NEGATIVE_INT, POSITIVE_INT
 HELP = f"""\
 Train torchvision's Faster or Mask R-CNN on a run's backbone, for detection or segmentation.
 
-The backbone is fine-tuned with the detector. The result is the average precision in percent from
-the pretrained backbone and from a random one, with mean and standard deviation over seeds. The
+The backbone is fine-tuned with the detector. The result is the average precision in percent with
+the pretrained backbone and with a random one, as mean and standard deviation over seeds. The
 protocols are {", ".join(PROTOCOLS)}.
 They are MoCo's, plus a small one for CPUs. Options override single values of a protocol. The result
 and the protocol are printed and saved to RUN/eval/detection.json.
@@ -121,7 +121,7 @@ PROTOCOL_OPTIONS = {  # option: (field of Protocol that it overrides, help)
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Build the parser, with an option for each entry of `PROTOCOL_OPTIONS`."""
     small, options = PROTOCOLS["small"], dict(OPTIONS)
     for option, (field, description) in PROTOCOL_OPTIONS.items():
@@ -137,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> None:
     """Train and test the detectors, or export the backbone for Detectron2."""
-    options = parser().parse_intermixed_args(arguments)
+    options = build_parser().parse_intermixed_args(arguments)
     rank_device = process_group.start()
     try:
         device = str(rank_device) if options.device == "auto" else options.device

@@ -55,7 +55,7 @@ def compare(
     return results.save(
         run.path,
         "detection",
-        describe(run, train, test, protocol, seeds),
+        describe_settings(run, train, test, protocol, seeds),
         rows,
         run.provenance(),
         time.monotonic() - start,
@@ -118,7 +118,7 @@ def train_and_test(
     ), losses
 
 
-def describe(
+def describe_settings(
     run: Run,
     train: AnnotatedImages,
     test: AnnotatedImages,

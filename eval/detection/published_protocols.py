@@ -35,7 +35,7 @@ class Protocol:
     smallest_anchor: int = 32  # pixels; each of the five anchor sizes is twice the previous one
     pyramid_channels: int = 256
     head_dim: int = 1024
-    num_box_convolutions: int = 4  # in FPN's box head; 0 replaces them with two linear layers
+    num_box_convolutions: int = 4  # FPN's box head; 0 selects two linear layers instead
     # Proposals before and after non-maximum suppression, in training and then in testing.
     num_proposals: tuple[int, int, int, int] = (2000, 2000, 1000, 1000)
     num_sampled_proposals: int = 512  # proposals per image that the heads are trained on

@@ -56,7 +56,7 @@ def write_models(run: Run, folder: Path, images: Tensor, torch_features: Tensor)
     require_packages()
     run = replace(run, device=torch.device("cpu"))
     model = prepare_for_evaluation(run.backbone, run.device, torch.contiguous_format)
-    convert(model, images, folder / FLOAT_MODEL)
+    export_float_model(model, images, folder / FLOAT_MODEL)
     float_session = open_session(folder / FLOAT_MODEL)
     difference = (float_session(images) - torch_features).abs().max().item()
     largest_feature = torch_features.abs().max().item()
@@ -96,8 +96,8 @@ def write_models(run: Run, folder: Path, images: Tensor, torch_features: Tensor)
     return "\n\n".join(["## ONNX", table, notes])
 
 
-def convert(model: nn.Module, images: Tensor, path: Path) -> None:
-    """Export a model that maps images (n, 3, size, size) to features (n, dim), for any n."""
+def export_float_model(model: nn.Module, images: Tensor, path: Path) -> None:
+    """Write the ONNX model that maps images (n, 3, size, size) to features (n, dim), for any n."""
     torch.onnx.export(
         model,
         (images,),

@@ -422,7 +422,7 @@ def test_the_command_compares_both_backbones_and_saves_the_protocol(
         ValueError, match="--voc, --coco: exactly one of them is required; give the images as"
     ):
         command.main([str(run.path)])
-    options = command.parser().parse_args([str(run.path), "--protocol", "voc_c4"])
+    options = command.build_parser().parse_args([str(run.path), "--protocol", "voc_c4"])
     assert command.choose_protocol(options) == PROTOCOLS["voc_c4"]
 
 
