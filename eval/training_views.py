@@ -3,7 +3,7 @@
 from ssl_pretrain.data import readers
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.loader import Loader
-from ssl_pretrain.data.order import Plan
+from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.views.recipe import Crop, CropSampler, Interpolation, ViewsConfig
@@ -49,11 +49,14 @@ def build_train_loader(
         augment: Further augmentation of each view, on the CPU.
     """
     data, views = run.config.data, run.config.views
-    kind = readers.ReaderKind.PROCESSES if augment else readers.choose_reader(data, source)[0]
+    if augment is None:
+        kind, _ = readers.choose_reader_kind(data, source)
+    else:
+        kind = readers.ReaderKind.PROCESSES
     reader = readers.build_reader(
         source,
         ViewsConfig({"train": view}, views.mean, views.std),
-        Plan(0, len(source), batch_size, process_group.rank(), process_group.world_size()),
+        BatchPlan(0, len(source), batch_size, process_group.rank(), process_group.world_size()),
         kind,
         num_workers=min(data.num_workers, process_group.cores_per_rank()),
         device=run.device,

@@ -67,7 +67,7 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
         stepper = build.build_run_stepper(method, config, execution)
         TrainingState(method, stepper.optimizer).restore(path)
         num_steps_done = step - 1 if from_checkpoint else num_steps_done
-        batches = loader.starting_at(num_steps_done)
+        batches = loader.iterate_from(num_steps_done)
         for index, batch in zip(range(num_steps_done, step), batches):
             progress = schedules.Progress(index, manifest["last_step"], loader.steps_per_epoch)
             optimizers.set_rates(

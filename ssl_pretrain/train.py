@@ -76,7 +76,7 @@ def train_and_report(
 ) -> Outcome:
     """Train as `train` does, then print and return the outcome."""
     run = Path(config.output)
-    workers.refuse_in_worker()
+    workers.exit_if_in_worker()
     with thread_lock.refuse_concurrent_training(), collectives.explain_lost_ranks():
         rank_agreement.check_settings_and_code(
             configuration.to_dict(config), type(config.method).__module__

@@ -99,13 +99,12 @@ def test_a_missing_file_lists_its_neighbors(path):
         (
             "global_batch_size=8192",
             12,
-            "global_batch_size: 8192 does not divide over 12 ranks; "
-            "the nearest that do are 8184 and 8196",
+            "global_batch_size: 8192 does not divide evenly over 12 ranks; give 8184 or 8196",
         ),
         (
             "global_batch_size=2",
             4,
-            "global_batch_size: 2 does not divide over 4 ranks; the nearest that does is 4",
+            "global_batch_size: 2 does not divide evenly over 4 ranks; give 4",
         ),
         (
             "micro_batch_size=most",

@@ -37,7 +37,7 @@ def _steps(path, overrides, steps=2):
     )
     method = build_method(settings)
     stepper = build_run_stepper(method, settings, Execution.resolve(settings.parallel, CPU))
-    for step, batch in zip(range(steps), batches.starting_at(0)):
+    for step, batch in zip(range(steps), batches.iterate_from(0)):
         progress = Progress(step + 2, 20, 2)
         optim.set_rates(stepper.optimizer, settings.optim, progress, settings.epochs, num_images)
         logs = stepper(progress, batch).logs
@@ -105,7 +105,7 @@ def _steps_with_a_nan_on_rank_1(path):
     method.after_step = lambda progress, embeddings, targets: steps_taken.append(
         float(method.step_taken)
     )
-    for step, batch in zip(range(2), batches.starting_at(0)):
+    for step, batch in zip(range(2), batches.iterate_from(0)):
         progress = Progress(step, 4, 2)
         optim.set_rates(stepper.optimizer, settings.optim, progress, settings.epochs, 24)
         before = {name: value.clone() for name, value in method.state_dict().items()}

@@ -136,7 +136,7 @@ def adapt_protocol(
     if options.epochs is not None:
         changes["num_steps"] = 0
     protocol = replace(published, batch_size=batch_size, **changes)
-    order.check_divides(batch_size, world_size)
+    order.check_batch_divides(batch_size, world_size)
     if not 1 <= batch_size <= num_images or (protocol.epochs <= 0 and not protocol.num_steps):
         raise ValueError(
             f"--epochs {protocol.epochs:g}, --batch-size {batch_size}: give more than 0 epochs, and"

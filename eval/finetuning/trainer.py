@@ -117,7 +117,7 @@ def train(
         if protocol.slows_batch_norm:
             slow_down_batch_norm(model, loader.steps_per_epoch)
         epochs = num_steps / loader.steps_per_epoch
-        for step, batch in zip(range(num_steps), loader.starting_at(0)):
+        for step, batch in zip(range(num_steps), loader.iterate_from(0)):
             set_learning_rates(optimizer, protocol, step / num_steps, epochs)
             seed_generators(step)
             views = batch.views[0].contiguous(memory_format=torch.channels_last)

@@ -230,7 +230,7 @@ def train_heads(
     """Train the heads of all networks on the same batches."""
     with build_train_loader(run, source, view, protocol.batch_size) as loader:
         steps_per_epoch = loader.steps_per_epoch
-        for step, batch in zip(range(protocol.epochs * steps_per_epoch), loader.starting_at(0)):
+        for step, batch in zip(range(protocol.epochs * steps_per_epoch), loader.iterate_from(0)):
             views = batch.views[0].contiguous(memory_format=torch.channels_last)
             for network in networks:
                 network.step(views, batch.labels, protocol.lr_factor(step / steps_per_epoch))

@@ -41,7 +41,7 @@ def check(config: RunConfig, world_size: int) -> None:
         image_size_check.check(config.backbone, sizes)
         config.method.check(config, world_size)
         _try_method(config)
-        order.check_divides(config.global_batch_size, world_size)
+        order.check_batch_divides(config.global_batch_size, world_size)
         _check_micro_batch(config, world_size)
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.data.order import Plan
+from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.replacement import Replacement, find_spare
 from ssl_pretrain.data.shared_memory import SharedMemoryFull, allocate
 
@@ -97,7 +97,7 @@ class CropDataset(Dataset[Chunk]):
             plan, as in a single pass, the next image of the source is the replacement.
     """
 
-    def __init__(self, source: Source, crop_image: CropFunction, plan: Plan | None = None):
+    def __init__(self, source: Source, crop_image: CropFunction, plan: BatchPlan | None = None):
         self.source, self.crop_image, self.plan = source, crop_image, plan
 
     def __getitem__(self, request: ChunkRequest) -> Chunk:
@@ -150,7 +150,7 @@ class CropDataset(Dataset[Chunk]):
         else:
             spare = self._find_next(index, request.indices, try_read)
         replacements.append(Replacement.create(self.source, index, reason, spare))
-        return pixels, replacements[-1].number
+        return pixels, replacements[-1].spare_index
 
     def _read(self, index: int) -> np.ndarray:
         try:

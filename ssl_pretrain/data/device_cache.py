@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_pretrain.data.chunks import Chunk, ChunkRequest
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.data.order import Plan
+from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.replacement import Replacement, find_spare
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.batch import upload
@@ -26,7 +26,9 @@ class DeviceCache:
     their image, so they never contain padding.
     """
 
-    def __init__(self, source: Source, view_crops: list[Crop], plan: Plan, device: torch.device):
+    def __init__(
+        self, source: Source, view_crops: list[Crop], plan: BatchPlan, device: torch.device
+    ):
         """Read all images and upload them.
 
         Raises:
@@ -69,7 +71,7 @@ class DeviceCache:
                     lambda candidate: candidate not in self._unreadable,
                 )
                 replacements.append(Replacement.create(self._source, index, reason, spare))
-                image_indices[row] = replacements[-1].number
+                image_indices[row] = replacements[-1].spare_index
         return image_indices, replacements
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from ssl_pretrain.data.folder_tree import DiskFolder, FolderTree, Location, ZipF
 from ssl_pretrain.data.image_source import ImageFiles, NoSuchSplit
 from ssl_pretrain.data.labels import SplitFolder, label_images
 from ssl_pretrain.data.listing import Listing, list_folder
-from ssl_pretrain.data.pixels import Range
+from ssl_pretrain.data.pixels import ValueRange
 from ssl_pretrain.data.split_guess import AmbiguousSplits, find_inner_splits, guess_training_split
 from ssl_pretrain.data.split_search import (
     folder_names,
@@ -47,7 +47,7 @@ class FileDataSet:
     """
 
     def __init__(
-        self, root: Path, train: str, val: str, cache_dir: Path, value_range: Range | None
+        self, root: Path, train: str, val: str, cache_dir: Path, value_range: ValueRange | None
     ):
         self.root = root
         self.splits = _find_splits(root, train, val, cache_dir)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pretrain.data.file_types import is_image
-from ssl_pretrain.data.listing import Listing, list_folder, pack
+from ssl_pretrain.data.listing import Listing, list_folder, pack_paths
 from ssl_pretrain.data.table_parsing import (
-    SAMPLE_ROWS,
+    NUM_SAMPLE_ROWS,
     Table,
     TableFormat,
     decode_text,
@@ -54,7 +54,7 @@ def read_list(
     texts = decode_text(path.read_bytes(), f"{key}: {path}")
     first_cells = [row[0].strip() for row in read_rows(first_lines(texts[0]), ",", 2)]
     if not first_cells or (len(first_cells) == 1 and first_cells[0].lower() in _PATH_TITLES):
-        return FileList(pack(str(folder), []), [])
+        return FileList(pack_paths(str(folder), []), [])
     text, table_format, rule = _best_rule(texts, [*folders, *list(folder.parents)[:2], Path.cwd()])
     names: NameIndex | None = None
     if table_format.match_share <= 0:
@@ -87,7 +87,8 @@ def read_list(
             "earlier row; that image is used once per row"
         )
     labels, label_notes = table.labels()
-    return FileList(pack(str(rule.base), paths), labels, (*notes, *label_notes), bool(split_note))
+    listing = pack_paths(str(rule.base), paths)
+    return FileList(listing, labels, (*notes, *label_notes), bool(split_note))
 
 
 def labels_from_table(content: bytes, paths: Iterable[str]) -> dict[str, str]:
@@ -166,7 +167,7 @@ def _best_rule(texts: list[str], bases: list[Path]) -> tuple[str, TableFormat, _
 def _rules(text: str, bases: list[Path]) -> list[_PathRule]:
     """Return the rules to try, simplest first."""
     bases = list(dict.fromkeys(bases))
-    lines = read_rows(first_lines(text), "", SAMPLE_ROWS)
+    lines = read_rows(first_lines(text), "", NUM_SAMPLE_ROWS)
     example = lines[-1][0] if lines else ""
     rules = [_PathRule(base) for base in bases]
     if "\\" in example:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ssl_pretrain.data.images import MAX_BYTES, UnreadableImage, decode
 from ssl_pretrain.data.listing import Listing, Span
-from ssl_pretrain.data.pixels import Range
+from ssl_pretrain.data.pixels import ValueRange
 from ssl_pretrain.data.zip_archive import read_span
 
 
@@ -116,7 +116,7 @@ class ImageFiles(EncodedSource):
         files: Listing,
         labels: np.ndarray,
         classes: list[str],
-        value_range: Range | None = None,
+        value_range: ValueRange | None = None,
     ):
         super().__init__(full_path, labels, classes)
         self.files = files

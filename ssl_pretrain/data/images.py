@@ -69,7 +69,7 @@ class ImageHeader(NamedTuple):
     height: int
     num_frames: int  # frames, or pages of a TIFF
     # Range of the values, without the lowest and highest 0.1 %. None for 8-bit images.
-    value_range: pixel_formats.Range | None = None
+    value_range: pixel_formats.ValueRange | None = None
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def image_suffixes() -> frozenset[str]:
 def decode(
     content: bytes,
     name: str,
-    value_range: pixel_formats.Range | None = None,
+    value_range: pixel_formats.ValueRange | None = None,
     jpeg_only: bool = False,
 ) -> np.ndarray:
     """Return writable RGB pixels by the rules above, uint8 (height, width, 3), in any memory order.
@@ -129,7 +129,7 @@ def read_header(content: bytes, name: str) -> ImageHeader:
     """
     with _open(content, name) as image:
         header = ImageHeader(image.mode, image.width, image.height, getattr(image, "n_frames", 1))
-        if not pixel_formats.is_wide(image.mode):
+        if not pixel_formats.is_wide_mode(image.mode):
             return header
         values = np.array(image)
     values = values[np.isfinite(values)]

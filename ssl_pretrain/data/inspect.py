@@ -10,7 +10,7 @@ import numpy as np
 
 from ssl_pretrain.data.image_source import ImageFiles, Source
 from ssl_pretrain.data.messages import printable
-from ssl_pretrain.data.source_report import ImageStatistics, layout_lines, measure
+from ssl_pretrain.data.source_report import ImageStatistics, layout_lines, measure_images
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.data.suggestion import format_channels, suggest_config
 from ssl_pretrain.schema import NON_NEGATIVE_INT, NUM_THREADS
@@ -31,7 +31,7 @@ examples:
 The configuration at the end is a starting point with a reason on each line. Save it as YAML and
 train with
   torchrun --nproc-per-node 8 -m ssl_pretrain.train my.yaml
-Exit status: 0 on success, 1 if any image read is bad, 2 if the data set cannot be opened."""
+Exit status: 0 on success, 1 if an image cannot be read, 2 if the data set cannot be opened."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,17 +47,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(*layout_lines(config, source), sep="\n")
     print(*_class_lines(source, args.all_classes), sep="\n")
-    statistics = measure(source, args.sample, args.threads)
+    statistics = measure_images(source, args.sample, args.threads)
     print(*_statistics_lines(statistics, len(source)), sep="\n")
-    num_bad = len(statistics.bad)
+    has_unreadable = bool(statistics.unreadable)
     if statistics.ranges and not config.range and isinstance(source, ImageFiles):
         # The suggested mean and std must be measured with the suggested range.
         source.value_range = statistics.value_range
         print("\nmeasured again with the range suggested below")
-        statistics = measure(source, args.sample, args.threads)
+        statistics = measure_images(source, args.sample, args.threads)
     if statistics.sizes:
         print("\n" + suggest_config(config, source, statistics))
-    return 1 if num_bad else 0
+    return 1 if has_unreadable else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,8 +139,8 @@ def _range_of(values: np.ndarray) -> str:
 
 
 def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]:
-    """Return lines with the measurements and the bad images."""
-    num_read = len(statistics.sizes) + len(statistics.bad)
+    """Return lines with the measurements and the unreadable images."""
+    num_read = len(statistics.sizes) + len(statistics.unreadable)
     sample = " (evenly spaced in the list; --sample 0 reads all)" if num_read < num_images else ""
     lines = [f"read {num_read:,} of {num_images:,} images{sample}"]
     if statistics.sizes:
@@ -168,8 +168,8 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
             f"  frames  {statistics.num_animated:,} images have several frames; only the first is "
             "read"
         )
-    lines.append(f"  bad     {len(statistics.bad):,}")
-    return lines + [f"    {printable(message)}" for message in statistics.bad]
+    lines.append(f"  bad     {len(statistics.unreadable):,}")
+    return lines + [f"    {printable(message)}" for message in statistics.unreadable]
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Listing:
         If `folder_in_zip` is given, it contains all of them, and the new paths are relative to it.
         """
         paths, prefix_length = self.paths(), len(folder_in_zip) + 1 if folder_in_zip else 0
-        subset = pack(self.root, [paths[index][prefix_length:] for index in indices])
+        subset = pack_paths(self.root, [paths[index][prefix_length:] for index in indices])
         return replace(
             self,
             packed=subset.packed,
@@ -94,7 +94,7 @@ class Scan(NamedTuple):
     stamps: list[int]
 
 
-def pack(root: str, paths: Iterable[str], spans: np.ndarray | None = None) -> Listing:
+def pack_paths(root: str, paths: Iterable[str], spans: np.ndarray | None = None) -> Listing:
     """Make a listing of these paths, in this order."""
     encoded = [os.fsencode(path) for path in paths]
     packed = np.frombuffer(b"".join(encoded), np.uint8)
@@ -104,7 +104,7 @@ def pack(root: str, paths: Iterable[str], spans: np.ndarray | None = None) -> Li
     return Listing(root, packed, ends, spans)
 
 
-def stamp(status: os.stat_result) -> list[int]:
+def change_stamp(status: os.stat_result) -> list[int]:
     """Return the times and the size that change with the content of a folder or file.
 
     The modification time alone is not enough, because programs can set it.
@@ -152,7 +152,7 @@ def scan_folder(root: str) -> Scan:
             raise ValueError(f"data.root: {path} cannot be listed: {error.strerror}") from None
         visited.add(identity)
         folders.append(folder)
-        stamps += stamp(status)
+        stamps += change_stamp(status)
         for kind, entry in entries:
             relative = os.path.join(folder, entry.name)
             if kind == "folder" and entry.is_symlink():
@@ -172,7 +172,9 @@ def scan_folder(root: str) -> Scan:
         others, lambda path: read_head(os.path.join(root, path)), skip_counter
     )
     images.sort(key=os.fsencode)
-    return Scan(replace(pack(root, images), skipped=skip_counter.skipped_files()), folders, stamps)
+    return Scan(
+        replace(pack_paths(root, images), skipped=skip_counter.skipped_files()), folders, stamps
+    )
 
 
 def _ancestors(root: str) -> set[tuple[int, int]]:
@@ -197,7 +199,7 @@ def load_or_scan(root: str, cache_dir: Path, scan: Callable[[str], Scan]) -> Lis
     if len(listing) and time.time_ns() - max(stamps) > _SETTLED_NS:
         with contextlib.suppress(OSError):
             cache_dir.mkdir(parents=True, exist_ok=True)
-            _save(path, listing, pack(root, folders), stamps)
+            _save(path, listing, pack_paths(root, folders), stamps)
     return listing
 
 
@@ -211,7 +213,8 @@ def _load(path: Path, root: str) -> Listing:
         raise ValueError("the listing has another format, or is for another folder")
     folders = Listing(root, arrays["folders"], arrays["folder_ends"], arrays["spans"]).paths()
     statuses = [os.stat(os.path.join(root, folder) if folder else root) for folder in folders]
-    if list(itertools.chain.from_iterable(map(stamp, statuses))) != arrays["stamps"].tolist():
+    stamps = list(itertools.chain.from_iterable(map(change_stamp, statuses)))
+    if stamps != arrays["stamps"].tolist():
         raise ValueError("a folder has changed")
     return Listing(
         root,

@@ -20,10 +20,10 @@ from torch import Tensor
 from ssl_pretrain.data import readers
 from ssl_pretrain.data.chunks import Chunk, ChunkRequest
 from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.data.order import Plan, check_divides
+from ssl_pretrain.data.order import BatchPlan, check_batch_divides
 from ssl_pretrain.data.readers import Reader
 from ssl_pretrain.data.replacement import ReplacementLimit
-from ssl_pretrain.data.source_report import check_range, layout_lines
+from ssl_pretrain.data.source_report import check_value_range, layout_lines
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.views import color, crops, recipe
@@ -39,7 +39,7 @@ class Loader:
         reader: Reads the images and cuts their crops.
         source: Source of the images.
         steps_per_epoch: Whole global batches per epoch.
-        num_read: Number of images in the batches so far.
+        num_images_read: Number of images in the batches so far.
         reading_seconds: Time that workers spent on these batches, summed over their chunks.
     """
 
@@ -59,7 +59,7 @@ class Loader:
         """
         self.reader, self.source = reader, reader.source
         self.steps_per_epoch = reader.plan.steps_per_epoch
-        self.num_read, self.reading_seconds = 0, 0.0
+        self.num_images_read, self.reading_seconds = 0, 0.0
         self._view_dtype = view_dtype
         self._replacements = ReplacementLimit(reader.source, len(reader.source), max_replaced)
         on_gpu = reader.device.type == "cuda"
@@ -70,9 +70,9 @@ class Loader:
     @property
     def num_replaced(self) -> int:
         """Number of unreadable images replaced so far in this rank's batches."""
-        return self._replacements.total
+        return self._replacements.num_replaced
 
-    def starting_at(self, step: int) -> Iterator[Batch]:
+    def iterate_from(self, step: int) -> Iterator[Batch]:
         """Return an endless iterator over the batches, beginning with that of `step`.
 
         The workers start immediately. A new call ends the iterator of the previous one. Errors are
@@ -88,7 +88,7 @@ class Loader:
         return self._batches(step, self.reader.pool.make_chunks(requests))
 
     def close(self) -> None:
-        """End the workers and the iterators of `starting_at`. Further calls do nothing."""
+        """End the workers and the iterators of `iterate_from`. Further calls do nothing."""
         self.reader.pool.close()
 
     def __enter__(self) -> Self:
@@ -126,7 +126,7 @@ class Loader:
         This is a collective on the CPU.
 
         Args:
-            step: Steps done, the same on every rank.
+            step: Number of completed steps, the same on every rank.
             every_steps: Number of steps between records.
             last_step: Last step of the run, which is recorded too.
 
@@ -139,7 +139,7 @@ class Loader:
         is_recorded = step % every_steps == 0 or step == last_step
         if not is_recorded and step % self.steps_per_epoch:
             return {}
-        num_replaced = self._replacements.add_ranks(is_reported=is_recorded)
+        num_replaced = self._replacements.count_over_ranks(is_reported=is_recorded)
         return {"replaced_images": num_replaced} if is_recorded else {}
 
     def _batches(self, first_step: int, chunks: Iterator[Chunk]) -> Iterator[Batch]:
@@ -163,7 +163,7 @@ class Loader:
 
     def _upload(self, chunk: Chunk) -> Chunk:
         """Count a chunk, raise its error if it has one, and copy it to the device."""
-        self.num_read += len(chunk.labels)
+        self.num_images_read += len(chunk.labels)
         self.reading_seconds += chunk.seconds
         self._replacements.add(chunk.replacements)
         if chunk.error is not None:
@@ -189,7 +189,7 @@ class Loader:
         return views
 
     def _draw_colors(self, step: int, indices: np.ndarray) -> list[ColorParameters]:
-        """Draw the color parameters of every view of some images of a step."""
+        """Draw the color parameters of each view of these images in a step."""
         plan, view_crops = self.reader.plan, recipe.expand_counts(self.reader.views)
         return [
             draw_colors(crop, plan.seed, plan.epoch(step), indices, view)
@@ -206,7 +206,7 @@ def build(
     device: torch.device | str,
     view_dtype: torch.dtype = torch.float32,
 ) -> Loader:
-    """Build the training batches of this rank. One rank per machine lists the files first.
+    """Build the loader of this rank. One rank per machine lists the files first.
 
     Args:
         data: The images and how they are read. At most one worker per core is started.
@@ -221,19 +221,19 @@ def build(
             batch, or the batch does not divide evenly over the ranks.
     """
     rank, world_size = process_group.rank(), process_group.world_size()
-    check_divides(global_batch_size, world_size)
+    check_batch_divides(global_batch_size, world_size)
     if process_group.local_rank() == 0:
         source = open_source(data, "train")
-        check_range(source)
+        check_value_range(source)
     collectives.barrier()
     if process_group.local_rank() != 0:
         source = open_source(data, "train")
-    kind, reason = readers.choose_reader(data, source)
+    kind, reason = readers.choose_reader_kind(data, source)
     process_group.print_once(
         *layout_lines(data, source), f"data.loader: {kind}: {reason}", file=sys.stderr
     )
-    window = data.quasi_random_window if data.order == "quasi_random" else 0
-    plan = Plan(seed, len(source), global_batch_size, rank, world_size, window)
+    window_size = data.quasi_random_window if data.order == "quasi_random" else 0
+    plan = BatchPlan(seed, len(source), global_batch_size, rank, world_size, window_size)
     num_workers = min(data.num_workers, process_group.cores_per_rank())
     reader = readers.build_reader(source, views, plan, kind, num_workers=num_workers, device=device)
     if reader.note:
@@ -241,7 +241,7 @@ def build(
     return Loader(reader, view_dtype=view_dtype, max_replaced=data.max_replaced)
 
 
-def _request_chunks(plan: Plan, chunk_size: int, first_step: int) -> Iterator[ChunkRequest]:
+def _request_chunks(plan: BatchPlan, chunk_size: int, first_step: int) -> Iterator[ChunkRequest]:
     """Yield the requests for the chunks of all batches, endlessly, beginning with `first_step`.
 
     If this were a method, its iterator would keep the loader from being garbage-collected.

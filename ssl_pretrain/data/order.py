@@ -14,12 +14,14 @@ import numpy as np
 from ssl_pretrain import rng
 from ssl_pretrain.rng import Purpose
 
-BLOCK = 64  # images; about 4 MB at 60 KB each, so that a disk loses little time by seeking
+# Images per block. With 60 KB per image, a block has about 4 MB, so a disk loses little time by
+# seeking.
+BLOCK_SIZE = 64
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The order of one run on one rank.
+class BatchPlan:
+    """The images of each step of a run on one rank.
 
     Attributes:
         seed: Seed of the run.
@@ -27,7 +29,7 @@ class Plan:
         global_batch_size: Images per step over all ranks.
         rank: Number of this rank.
         world_size: Number of ranks.
-        window: Number of images that the quasi-random order mixes, or 0 for the random order.
+        window_size: Number of images that the quasi-random order mixes, or 0 for the random order.
 
     Raises:
         ValueError: If the batch exceeds the data set, or does not divide evenly over the ranks.
@@ -38,10 +40,10 @@ class Plan:
     global_batch_size: int
     rank: int = 0
     world_size: int = 1
-    window: int = 0
+    window_size: int = 0
 
     def __post_init__(self) -> None:
-        check_divides(self.global_batch_size, self.world_size)
+        check_batch_divides(self.global_batch_size, self.world_size)
         steps_per_epoch(self.num_images, self.global_batch_size)
 
     @property
@@ -74,23 +76,23 @@ class Plan:
         The order is int64 (num_images,), read-only.
         """
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.seed, epoch, self.num_images, self.window)
+        order = _permutation(self.seed, epoch, self.num_images, self.window_size)
         return order, step_in_epoch * self.global_batch_size
 
-    def next_blocks(self, step: int) -> np.ndarray:
-        """Return the first image of each block in the window after that of a step's first image.
+    def next_window_blocks(self, step: int) -> np.ndarray:
+        """Return the first image of each block in the window that follows a step's first image.
 
         The array is int64. It is empty for the random order and in the last window.
         """
-        if not 0 < self.window < self.num_images:
+        if not 0 < self.window_size < self.num_images:
             return np.zeros(0, np.int64)
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        size = _blocks_per_window(self.window)
+        num_blocks = _num_blocks_per_window(self.window_size)
         blocks = _block_order(self.seed, epoch, self.num_images)
-        block_ends = np.minimum(BLOCK, self.num_images - blocks * BLOCK).cumsum()
+        block_ends = np.minimum(BLOCK_SIZE, self.num_images - blocks * BLOCK_SIZE).cumsum()
         start = step_in_epoch * self.global_batch_size
-        window = np.searchsorted(block_ends, start, side="right") // size
-        return blocks[(window + 1) * size : (window + 2) * size] * BLOCK
+        window = np.searchsorted(block_ends, start, side="right") // num_blocks
+        return blocks[(window + 1) * num_blocks : (window + 2) * num_blocks] * BLOCK_SIZE
 
 
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
@@ -113,34 +115,34 @@ def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
     return num_images // global_batch_size
 
 
-def check_divides(global_batch_size: int, world_size: int) -> None:
-    """Raise ValueError, naming the nearest valid sizes, unless the batch divides over the ranks."""
+def check_batch_divides(global_batch_size: int, world_size: int) -> None:
+    """Raise ValueError, with the nearest valid sizes, unless the batch divides over the ranks."""
     if global_batch_size % world_size == 0:
         return
     smaller = global_batch_size // world_size * world_size
-    nearest = f"do are {smaller} and {smaller + world_size}" if smaller else f"does is {world_size}"
+    valid_sizes = f"{smaller} or {smaller + world_size}" if smaller else str(world_size)
     raise ValueError(
-        f"global_batch_size: {global_batch_size} does not divide over {world_size} ranks; "
-        f"the nearest that {nearest}"
+        f"global_batch_size: {global_batch_size} does not divide evenly over {world_size} ranks; "
+        f"give {valid_sizes}"
     )
 
 
 # Sorting a million keys takes a tenth of a second, and every step of an epoch needs the order.
 @functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_images: int, window: int) -> np.ndarray:
+def _permutation(seed: int, epoch: int, num_images: int, window_size: int) -> np.ndarray:
     order = rng.permutation(seed, epoch, num_images)
-    if 0 < window < num_images:
+    if 0 < window_size < num_images:
         blocks = _block_order(seed, epoch, num_images)
         window_of_block = np.empty(len(blocks), np.int64)
-        window_of_block[blocks] = np.arange(len(blocks)) // _blocks_per_window(window)
-        order = order[np.argsort(window_of_block[order // BLOCK], kind="stable")]
+        window_of_block[blocks] = np.arange(len(blocks)) // _num_blocks_per_window(window_size)
+        order = order[np.argsort(window_of_block[order // BLOCK_SIZE], kind="stable")]
     order.flags.writeable = False
     return order
 
 
-def _blocks_per_window(window: int) -> int:
-    return max(1, window // BLOCK)
+def _num_blocks_per_window(window_size: int) -> int:
+    return max(1, window_size // BLOCK_SIZE)
 
 
 def _block_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    return rng.permutation(seed, epoch, -(-num_images // BLOCK), Purpose.BLOCK_ORDER)
+    return rng.permutation(seed, epoch, -(-num_images // BLOCK_SIZE), Purpose.BLOCK_ORDER)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Range = tuple[float, float]  # values that become black and white
+ValueRange = tuple[float, float]  # values that become black and white
 
 # 16-bit color with no more levels than this in its high byte uses at most 14 bits.
 _TOO_FEW_LEVELS = 64
@@ -71,12 +71,12 @@ def has_16_bits(image: Image.Image) -> bool:
     return codec == "SGI16" or ";16" in str(arguments[0])  # the raw mode, such as RGB;16L
 
 
-def is_wide(mode: str) -> bool:
+def is_wide_mode(mode: str) -> bool:
     """Return True for Pillow's modes with values wider than 8 bits."""
     return mode in ("I", "F") or mode.startswith("I;16")
 
 
-def to_rgb(image: Image.Image, value_range: Range | None, has_16_bits: bool) -> np.ndarray:
+def to_rgb(image: Image.Image, value_range: ValueRange | None, has_16_bits: bool) -> np.ndarray:
     """Return the pixels of a loaded image, uint8 (height, width, 3).
 
     Args:
@@ -88,7 +88,7 @@ def to_rgb(image: Image.Image, value_range: Range | None, has_16_bits: bool) -> 
         ValueError: If there is no agreed conversion, or the conversion would lose most of the
             image.
     """
-    if is_wide(image.mode):
+    if is_wide_mode(image.mode):
         levels = _to_levels(np.array(image), image.mode, value_range)
         is_inverted = image.format == "TIFF" and _tags(image).get(_PHOTOMETRIC) == 0
         return np.repeat((255 - levels if is_inverted else levels)[..., None], 3, axis=2)
@@ -115,7 +115,7 @@ def _tags(image: Image.Image) -> Mapping[int, Any]:
     return getattr(image, "tag_v2", {})
 
 
-def _to_levels(values: np.ndarray, mode: str, value_range: Range | None) -> np.ndarray:
+def _to_levels(values: np.ndarray, mode: str, value_range: ValueRange | None) -> np.ndarray:
     """Map values wider than 8 bits to uint8."""
     if value_range is not None:
         low, high = value_range
@@ -131,7 +131,7 @@ def _to_levels(values: np.ndarray, mode: str, value_range: Range | None) -> np.n
     return ((values + 128) // 257).astype(np.uint8)
 
 
-def _check_high_bytes(pixels: np.ndarray, value_range: Range | None) -> None:
+def _check_high_bytes(pixels: np.ndarray, value_range: ValueRange | None) -> None:
     """Raise ValueError if 16-bit color has few levels in the high bytes, which Pillow keeps."""
     if value_range is not None:
         raise ValueError(

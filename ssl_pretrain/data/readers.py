@@ -16,7 +16,7 @@ from ssl_pretrain.data.device_cache import DeviceCache
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.native.threads import ThreadPool
-from ssl_pretrain.data.order import Plan
+from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.data.shared_memory import Transfer, plan_transfer
 from ssl_pretrain.data.sources import DataConfig
@@ -25,11 +25,11 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.views import crops, recipe
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
-# Images per chunk. With small chunks all workers share the first batch, and chunks in flight need
-# little shared memory.
-MAX_CHUNK = 64
-MIN_CHUNK = 16
-BATCHES_AHEAD = 2  # batches that are prepared while the trainer uses one
+# Images per chunk. With small chunks, all workers share the first batch, and the chunks in flight
+# need little shared memory.
+MAX_CHUNK_SIZE = 64
+MIN_CHUNK_SIZE = 16
+NUM_BATCHES_AHEAD = 2  # batches that are prepared while the trainer uses one
 
 # Function that changes a view, given (view uint8 (3, s, s), epoch, index). It must be picklable.
 ViewAugmentation = Callable[[Tensor, int, int], Tensor]
@@ -62,7 +62,7 @@ class Reader:
     kind: ReaderKind
     source: Source
     views: ViewsConfig
-    plan: Plan
+    plan: BatchPlan
     device: torch.device
     num_workers: int
     chunk_size: int
@@ -73,7 +73,7 @@ class Reader:
 def build_reader(
     source: Source,
     views: ViewsConfig,
-    plan: Plan,
+    plan: BatchPlan,
     kind: ReaderKind = ReaderKind.PROCESSES,
     *,
     num_workers: int = 0,
@@ -95,7 +95,8 @@ def build_reader(
         ValueError: If a key of `views` is invalid, or the images do not fit in memory.
     """
     recipe.check(views)
-    assert augment is None or kind is ReaderKind.PROCESSES, "augment: only processes support it"
+    is_supported = augment is None or kind is ReaderKind.PROCESSES
+    assert is_supported, "only processes support augment"
     device, view_crops = torch.device(device), recipe.expand_counts(views)
     chunk_size, note = plan.local_batch_size, ""
     pool: ChunkPool
@@ -103,25 +104,26 @@ def build_reader(
         pool = DeviceCache(source, view_crops, plan, device)
     elif kind is ReaderKind.THREADS:
         assert isinstance(source, Beton), "threads only read .beton files"
-        pool = ThreadPool(source, view_crops, plan, num_workers, BATCHES_AHEAD, device)
+        pool = ThreadPool(source, view_crops, plan, num_workers, NUM_BATCHES_AHEAD, device)
     else:
         if num_workers:
-            chunk_size = min(MAX_CHUNK, max(MIN_CHUNK, -(-chunk_size // num_workers)))
+            chunk_size = min(MAX_CHUNK_SIZE, max(MIN_CHUNK_SIZE, -(-chunk_size // num_workers)))
         transfer = plan_transfer(
             sum(3 * crop.size**2 for crop in view_crops),
             chunk_size,
             num_workers,
-            num_chunks_ahead=BATCHES_AHEAD * -(-plan.local_batch_size // chunk_size),
+            num_chunks_ahead=NUM_BATCHES_AHEAD * -(-plan.local_batch_size // chunk_size),
             num_images_held=2 * plan.local_batch_size,
             num_ranks=process_group.local_world_size(),
         )
         chunk_size, note = transfer.chunk_size, transfer.note
-        dataset = CropDataset(source, partial(_cut_crops, view_crops, plan.seed, augment), plan)
-        pool = ProcessPool(dataset, num_workers, transfer, pinned=device.type == "cuda")
+        cut = partial(_cut_crops, view_crops, plan.seed, augment)
+        dataset = CropDataset(source, cut, plan)
+        pool = ProcessPool(dataset, num_workers, transfer, pin_memory=device.type == "cuda")
     return Reader(kind, source, views, plan, device, num_workers, chunk_size, pool, note)
 
 
-def choose_reader(data: DataConfig, source: Source) -> tuple[ReaderKind, str]:
+def choose_reader_kind(data: DataConfig, source: Source) -> tuple[ReaderKind, str]:
     """Return the way to read this source, and the reason.
 
     Raises:
@@ -163,7 +165,9 @@ def _cut_crops(
         crops.apply(image, crops.draw_box(crop, seed, epoch, index, view, height, width), crop)
         for view, crop in enumerate(view_crops)
     ]
-    return views if augment is None else [augment(view, epoch, index) for view in views]
+    if augment is None:
+        return views
+    return [augment(view, epoch, index) for view in views]
 
 
 def read_images(
@@ -186,8 +190,9 @@ def read_images(
         max_replaced: Share of the images that may be unreadable, as in `data.max_replaced`.
 
     Yields:
-        Pixels uint8 (batch, 3, s, s) and labels int64 (batch,), on the CPU. An unreadable image is
-        replaced by the next readable one with its label, and its file is named in a warning.
+        Pixels uint8 (batch, 3, s, s) and labels int64 (batch,), on the CPU. An unreadable image
+        and its label are replaced by the next readable image and the label of that one. A warning
+        names the unreadable file.
 
     Raises:
         ValueError: If more images are unreadable than `max_replaced` allows.
@@ -218,7 +223,7 @@ def read_images(
         for batch in batches
     ]
     limit = ReplacementLimit(source, len(order), max_replaced)
-    pool = ProcessPool(dataset, num_workers, transfer, pinned=False)
+    pool = ProcessPool(dataset, num_workers, transfer, pin_memory=False)
     try:
         chunks = pool.make_chunks(chain.from_iterable(requests))
         for batch_requests in requests:

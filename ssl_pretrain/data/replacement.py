@@ -15,51 +15,52 @@ from typing import NamedTuple, Self
 
 from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.image_source import Source
-from ssl_pretrain.data.order import Plan
+from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.distributed import collectives
 
 # The limit is lower for a .beton, because all of its images were readable when it was written.
-BETON_FACTOR = 0.1
+BETON_LIMIT_FACTOR = 0.1
 
 
 class Replacement(NamedTuple):
     """An unreadable image and its replacement.
 
     Attributes:
-        number: Index of the replacement.
-        file: Name of the unreadable image.
+        spare_index: Index of the replacement.
+        unreadable_name: Name of the unreadable image.
         message: Warning that names the unreadable image, the reason and the replacement.
     """
 
-    number: int
-    file: str
+    spare_index: int
+    unreadable_name: str
     message: str
 
     @classmethod
-    def create(cls, source: Source, unreadable: int, reason: str, number: int | None) -> Self:
+    def create(
+        cls, source: Source, unreadable_index: int, reason: str, spare_index: int | None
+    ) -> Self:
         """Record the replacement of an unreadable image.
 
         Args:
             source: Source of both images.
-            unreadable: Index of the unreadable image.
+            unreadable_index: Index of the unreadable image.
             reason: Name of the unreadable image and the reason why it cannot be read.
-            number: Index of the replacement, or None if no image is left.
+            spare_index: Index of the replacement, or None if no image is left.
 
         Raises:
             ValueError: If no image is left.
         """
-        if number is None:
+        if spare_index is None:
             raise ValueError(
                 f"data.root: {reason}; no other readable image of the {len(source):,} in "
                 f"{source.full_path} is left outside its batch to take its place; repair or remove "
                 "the unreadable images, or give a smaller global_batch_size"
             )
-        return cls(
-            number, source.name(unreadable), f"{reason}; {source.name(number)} takes its place"
-        )
+        message = f"{reason}; {source.name(spare_index)} takes its place"
+        return cls(spare_index, source.name(unreadable_index), message)
 
 
-def find_spare(plan: Plan, step: int, row: int, try_read: Callable[[int], bool]) -> int | None:
+def find_spare(plan: BatchPlan, step: int, row: int, try_read: Callable[[int], bool]) -> int | None:
     """Choose an image to replace the unreadable one in a row of this rank's batch.
 
     Args:
@@ -91,48 +92,48 @@ def find_spare(plan: Plan, step: int, row: int, try_read: Callable[[int], bool])
 
 
 class ReplacementLimit:
-    """The limit `data.max_replaced` on the replacements per pass, with one warning per file.
+    """The limit `data.max_replaced` on the replacements per pass, with one warning per image.
 
     Attributes:
-        total: Number of images replaced so far, over all passes.
+        num_replaced: Number of images replaced so far, over all passes.
     """
 
     def __init__(self, source: Source, num_images: int, max_replaced: float):
-        """Allow a share of the images of each pass, but at least one image if the share is not 0.
+        """Allow a share of the images of each pass, and at least one image unless the share is 0.
 
         Args:
             source: Source of the images, for messages.
             num_images: Number of images per pass.
             max_replaced: Share of the images that may be replaced, from `data.max_replaced`.
         """
-        self.total = 0
+        self.num_replaced = 0
         self._source, self._num_images = source, num_images
-        self._share = max_replaced * (BETON_FACTOR if isinstance(source, Beton) else 1.0)
-        self._limit = max(1, int(self._share * num_images)) if self._share > 0 else 0
+        self._max_share = max_replaced * (BETON_LIMIT_FACTOR if isinstance(source, Beton) else 1.0)
+        self._max_per_pass = max(1, int(self._max_share * num_images)) if self._max_share > 0 else 0
         self._num_in_pass, self._num_reported = 0, 0
-        self._reported_files: set[str] = set()
+        self._reported_names: set[str] = set()
 
     def begin_pass(self) -> None:
         """Reset the number of images replaced in the pass."""
         self._num_in_pass = 0
 
     def add(self, replacements: Sequence[Replacement]) -> None:
-        """Count replacements and warn about each new file.
+        """Count replacements and warn about each new unreadable image.
 
         Raises:
             ValueError: If this pass has more replacements than the limit.
         """
         for replacement in replacements:
-            if replacement.file not in self._reported_files:
-                self._reported_files.add(replacement.file)
+            if replacement.unreadable_name not in self._reported_names:
+                self._reported_names.add(replacement.unreadable_name)
                 warnings.warn(replacement.message, stacklevel=5)
-        self.total += len(replacements)
+        self.num_replaced += len(replacements)
         self._num_in_pass += len(replacements)
         if replacements:
             self._check(self._num_in_pass, replacements[-1].message)
 
-    def add_ranks(self, is_reported: bool) -> int:
-        """Apply the limit to the sum over all ranks, in a collective on the CPU.
+    def count_over_ranks(self, is_reported: bool) -> int:
+        """Count the replacements of all ranks and apply the limit, in a collective on the CPU.
 
         Args:
             is_reported: True if the caller reports the result. The next count then starts from 0.
@@ -143,14 +144,15 @@ class ReplacementLimit:
         Raises:
             ValueError: If the ranks have replaced too many images in this pass.
         """
-        counts = collectives.gather_objects((self._num_in_pass, self.total - self._num_reported))
+        num_unreported = self.num_replaced - self._num_reported
+        counts = collectives.gather_objects((self._num_in_pass, num_unreported))
         self._check(sum(num_in_pass for num_in_pass, _ in counts))
         if is_reported:
-            self._num_reported = self.total
+            self._num_reported = self.num_replaced
         return sum(num_unreported for _, num_unreported in counts)
 
     def _check(self, num_replaced: int, example: str = "") -> None:
-        if num_replaced <= self._limit:
+        if num_replaced <= self._max_per_pass:
             return
         remedy = "restore the files, remove them from the data set, or raise data.max_replaced"
         if isinstance(self._source, Beton):
@@ -163,6 +165,6 @@ class ReplacementLimit:
         raise ValueError(
             f"data.max_replaced: {num_replaced:,} of {self._num_images:,} images of "
             f"{self._source.full_path} could not be read in one pass, more than the "
-            f"{self._limit:,} that may be replaced ({self._share:.3g} of the images)"
+            f"{self._max_per_pass:,} that may be replaced ({self._max_share:.3g} of the images)"
             f"{example_text}; {remedy}"
         )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 SHARED_MEMORY = Path("/dev/shm")
-PREFETCH = 2  # minimum number of chunks that each worker prepares in advance
-USABLE_SHARE = 0.8  # largest fraction to use of the shared memory that is free at startup
-REMEDY = (
+MIN_PREFETCH_FACTOR = 2  # smallest number of chunks that each worker prepares in advance
+USABLE_FRACTION = 0.8  # largest fraction to use of the shared memory that is free at startup
+SHARED_MEMORY_REMEDY = (
     "give the container more shared memory (--shm-size=8g or --ipc=host), or set data.num_workers "
     "lower (0 needs none)"
 )
@@ -44,19 +44,19 @@ class Transfer:
 
     Attributes:
         chunk_size: Images per chunk.
-        prefetch: Chunks that each worker prepares in advance.
-        is_copied: The trainer copies each chunk out of shared memory as soon as it arrives.
+        prefetch_factor: Chunks that each worker prepares in advance.
+        copies_chunks: The trainer copies each chunk out of shared memory as soon as it arrives.
         note: Message to the user if low memory slows the run down, else empty.
     """
 
     chunk_size: int
-    prefetch: int = PREFETCH
-    is_copied: bool = False
+    prefetch_factor: int = MIN_PREFETCH_FACTOR
+    copies_chunks: bool = False
     note: str = ""
 
 
 def plan_transfer(
-    image_bytes: int,
+    bytes_per_image: int,
     chunk_size: int,
     num_workers: int,
     *,
@@ -67,7 +67,7 @@ def plan_transfer(
     """Choose a chunk size that fits in the free shared memory of this machine.
 
     Args:
-        image_bytes: Bytes of all views of one image.
+        bytes_per_image: Bytes of all views of one image.
         chunk_size: Images per chunk if there is room.
         num_workers: Processes per rank.
         num_chunks_ahead: Chunks that the workers of a rank prepare in advance, all together.
@@ -79,23 +79,25 @@ def plan_transfer(
     """
     if num_workers == 0:
         return Transfer(chunk_size)
-    prefetch = max(PREFETCH, -(-num_chunks_ahead // num_workers))
+    prefetch_factor = max(MIN_PREFETCH_FACTOR, -(-num_chunks_ahead // num_workers))
     if not SHARED_MEMORY.is_dir():
-        return Transfer(chunk_size, prefetch)
+        return Transfer(chunk_size, prefetch_factor)
     free_bytes = shutil.disk_usage(SHARED_MEMORY).free
-    capacity = USABLE_SHARE * free_bytes / (image_bytes * num_ranks)  # images per rank
-    if prefetch * num_workers * chunk_size + num_images_held <= capacity:
-        return Transfer(chunk_size, prefetch)
-    min_chunks = PREFETCH * num_workers + 1  # all prefetched chunks and the one in use
+    capacity = USABLE_FRACTION * free_bytes / (bytes_per_image * num_ranks)  # images per rank
+    if prefetch_factor * num_workers * chunk_size + num_images_held <= capacity:
+        return Transfer(chunk_size, prefetch_factor)
+    min_chunks = MIN_PREFETCH_FACTOR * num_workers + 1  # all prefetched chunks and the one in use
     if capacity < min_chunks:
         raise ValueError(
             f"data.num_workers: {num_workers} workers for each of {num_ranks} ranks on this "
-            f"machine have at least {num_ranks * min_chunks} images of {image_bytes / 2**20:.2f} "
-            f"MiB in flight, and {SHARED_MEMORY} has {free_bytes / 2**20:.1f} MiB free; {REMEDY}"
+            f"machine have at least {num_ranks * min_chunks} images of "
+            f"{bytes_per_image / 2**20:.2f} MiB in flight, and {SHARED_MEMORY} has "
+            f"{free_bytes / 2**20:.1f} MiB free; {SHARED_MEMORY_REMEDY}"
         )
     smaller_size = min(chunk_size, int(capacity / min_chunks))
     note = (
         f"data.num_workers: {SHARED_MEMORY} has {free_bytes / 2**20:.0f} MiB free, so workers send "
-        f"{smaller_size} images at a time instead of {chunk_size}, which is slower; {REMEDY}"
+        f"{smaller_size} images at a time instead of {chunk_size}, which is slower; "
+        f"{SHARED_MEMORY_REMEDY}"
     )
-    return Transfer(smaller_size, is_copied=True, note=note)
+    return Transfer(smaller_size, copies_chunks=True, note=note)

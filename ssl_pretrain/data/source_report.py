@@ -12,12 +12,12 @@ import numpy as np
 from ssl_pretrain.data.image_source import ImageFiles, Source
 from ssl_pretrain.data.images import ImageHeader, UnreadableImage, read_header
 from ssl_pretrain.data.messages import printable, report_progress
-from ssl_pretrain.data.pixels import Range
+from ssl_pretrain.data.pixels import ValueRange
 from ssl_pretrain.data.sources import DataConfig, open_source
 
 _MAX_CLASSES_SHOWN = 3
-_MIN_SHARE = 0.25  # smallest share of the 16-bit range that images may use, 14 bits
-_NUM_CHECKED = 32  # images whose values are measured before a run
+_MIN_RANGE_SHARE = 0.25  # smallest share of the 16-bit range that images may use, 14 bits
+_NUM_CHECKED_IMAGES = 32  # images whose values are measured before a run
 
 
 def layout_lines(config: DataConfig, train: Source) -> list[str]:
@@ -84,15 +84,15 @@ class ImageStatistics:
 
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height) as stored
     modes: Counter[str] = field(default_factory=Counter)  # Pillow's names of the pixel formats
-    ranges: list[Range] = field(default_factory=list)  # one per image of more than 8 bits
+    ranges: list[ValueRange] = field(default_factory=list)  # one per image of more than 8 bits
     num_animated: int = 0  # images with several frames, of which the first is read
-    bad: list[str] = field(default_factory=list)  # unreadable files, each with the reason
+    unreadable: list[str] = field(default_factory=list)  # names of images, each with the reason
     # Mean and standard deviation of pixels in [0, 1], per channel. All images weigh the same.
     mean: np.ndarray = field(default_factory=lambda: np.zeros(3))
     std: np.ndarray = field(default_factory=lambda: np.ones(3))
 
     @property
-    def value_range(self) -> Range:
+    def value_range(self) -> ValueRange:
         """Range of the values in use. A single value is widened to a range of length 1."""
         low, high = min(low for low, _ in self.ranges), max(high for _, high in self.ranges)
         return (low, high) if low < high else (low, low + 1)
@@ -104,7 +104,7 @@ class ImageStatistics:
         return max(1, round((high - low) / 257))
 
 
-def measure(source: Source, num_images: int = 0, num_threads: int = 4) -> ImageStatistics:
+def measure_images(source: Source, num_images: int = 0, num_threads: int = 4) -> ImageStatistics:
     """Measure images that are evenly spaced in the source, and report progress on stderr.
 
     Args:
@@ -112,14 +112,14 @@ def measure(source: Source, num_images: int = 0, num_threads: int = 4) -> ImageS
         num_images: Number of images to read, or 0 to read all.
         num_threads: Number of threads that read and decode.
     """
-    indices = _evenly_spaced(source, num_images)
+    indices = _evenly_spaced_indices(source, num_images)
     statistics = ImageStatistics()
     moments = np.zeros((2, 3))
     with ThreadPoolExecutor(num_threads) as pool:
         results = pool.map(partial(_measure_image, source), indices)
         for result in report_progress(results, len(indices), "read"):
             if isinstance(result, str):
-                statistics.bad.append(result)
+                statistics.unreadable.append(result)
                 continue
             header, image_moments = result
             moments += image_moments
@@ -134,7 +134,7 @@ def measure(source: Source, num_images: int = 0, num_threads: int = 4) -> ImageS
     return statistics
 
 
-def _evenly_spaced(source: Source, num_images: int) -> list[int]:
+def _evenly_spaced_indices(source: Source, num_images: int) -> list[int]:
     """Return evenly spaced image indices, which also spread over the classes. 0 returns all."""
     num_images = min(num_images or len(source), len(source))
     return np.linspace(0, len(source) - 1, num_images).astype(np.int64).tolist()
@@ -158,7 +158,7 @@ def _measure_image(source: Source, index: int) -> tuple[ImageHeader, np.ndarray]
     )
 
 
-def check_range(source: Source) -> None:
+def check_value_range(source: Source) -> None:
     """Raise ValueError if 16-bit images would become a few dark levels without `data.range`.
 
     Only a few images are read, evenly spaced in the source. Images with 8 bits or with
@@ -167,7 +167,7 @@ def check_range(source: Source) -> None:
     if not isinstance(source, ImageFiles) or source.value_range is not None:
         return
     statistics = ImageStatistics()
-    for index in _evenly_spaced(source, _NUM_CHECKED):
+    for index in _evenly_spaced_indices(source, _NUM_CHECKED_IMAGES):
         with suppress(UnreadableImage):
             header = read_header(source.read_bytes(index), source.name(index))
             if header.value_range is not None and header.mode != "F":
@@ -175,7 +175,7 @@ def check_range(source: Source) -> None:
     if not statistics.ranges:
         return
     low, high = statistics.value_range
-    if high - low >= _MIN_SHARE * 65536:
+    if high - low >= _MIN_RANGE_SHARE * 65536:
         return
     raise ValueError(
         f"data.range: not set, and the 16-bit images of {source.full_path} use values from "

@@ -17,7 +17,7 @@ from typing import Self
 from ssl_pretrain.data.file_types import is_image
 from ssl_pretrain.data.split_search import split_of
 
-SAMPLE_ROWS = 20  # rows whose paths are looked up
+NUM_SAMPLE_ROWS = 20  # rows whose paths are looked up
 _MAX_COLUMNS = 50
 _DELIMITERS = (",", ";", "\t", "|", " ", "")
 _HEAD_CHARACTERS = 1 << 16  # length of the sample that the format is detected from
@@ -90,11 +90,11 @@ def detect_format(text: str, find_image: Callable[[str], object]) -> TableFormat
     best = TableFormat("", 0, has_header=False, match_share=-1.0)
     for delimiter in _DELIMITERS:
         try:
-            rows = read_rows(first_lines(text), delimiter, 10 * SAMPLE_ROWS)
+            rows = read_rows(first_lines(text), delimiter, 10 * NUM_SAMPLE_ROWS)
         except csv.Error:
             continue
         body = rows[1:] or rows
-        body = body[:: max(1, len(body) // SAMPLE_ROWS)]
+        body = body[:: max(1, len(body) // NUM_SAMPLE_ROWS)]
         for column in range(min(_MAX_COLUMNS, max(map(len, body), default=0))):
             first, *cells = (_cell(row, column) for row in (rows[0], *body))
             first_exists = bool(first and find_image(first))
@@ -201,7 +201,7 @@ class Table:
             return False
         if self.titles:
             return self._title(0) in _INDEX_TITLES
-        numbers = self.cells(0)[:SAMPLE_ROWS]
+        numbers = self.cells(0)[:NUM_SAMPLE_ROWS]
         return any(numbers == [str(row + first) for row in range(len(numbers))] for first in (0, 1))
 
 

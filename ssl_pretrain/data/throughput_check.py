@@ -26,24 +26,25 @@ class Throughput:
         num_images: Number of images in these steps.
         seconds: Duration of these steps.
         waiting_seconds: Time that the trainer spent waiting for batches.
-        num_read: Number of images that the loader read in this time.
+        num_images_read: Number of images that the loader read in this time.
         reading_seconds: Time that workers spent on these images, summed over the workers.
     """
 
     num_images: int = 0
     seconds: float = 0.0
     waiting_seconds: float = 0.0
-    num_read: int = 0
+    num_images_read: int = 0
     reading_seconds: float = 0.0
 
 
 def report_bottleneck(loader: Loader, first_step: int, device: torch.device) -> Iterator[Batch]:
     """Yield the batches from `first_step` on. After some steps, rank 0 prints the bottleneck."""
-    batches = loader.starting_at(first_step)
+    batches = loader.iterate_from(first_step)
     yield from itertools.islice(batches, 1)
     _synchronize(device)
     throughput = Throughput()
-    start, num_read, reading_seconds = time.monotonic(), loader.num_read, loader.reading_seconds
+    start = time.monotonic()
+    num_images_read, reading_seconds = loader.num_images_read, loader.reading_seconds
     num_steps = 0
     while num_steps < MIN_STEPS or time.monotonic() - start <= MIN_SECONDS:
         wait_start = time.monotonic()
@@ -56,9 +57,9 @@ def report_bottleneck(loader: Loader, first_step: int, device: torch.device) -> 
         yield batch
     _synchronize(device)
     throughput.seconds = time.monotonic() - start
-    throughput.num_read = loader.num_read - num_read
+    throughput.num_images_read = loader.num_images_read - num_images_read
     throughput.reading_seconds = loader.reading_seconds - reading_seconds
-    process_group.print_once(describe(loader, throughput), file=sys.stderr)
+    process_group.print_once(describe_throughput(loader, throughput), file=sys.stderr)
     yield from batches
 
 
@@ -67,7 +68,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def describe(loader: Loader, throughput: Throughput) -> str:
+def describe_throughput(loader: Loader, throughput: Throughput) -> str:
     """Describe the speeds of loader and model in one line, with a remedy for a slow loader."""
     reader, num_ranks = loader.reader, process_group.world_size()
     working_seconds = throughput.seconds - throughput.waiting_seconds
@@ -81,7 +82,7 @@ def describe(loader: Loader, throughput: Throughput) -> str:
             f"throughput: loader on the device, model {model_rate:,.0f} images/s: "
             "the model never waits for data"
         )
-    loader_rate = num_ranks * num_workers * throughput.num_read / throughput.reading_seconds
+    loader_rate = num_ranks * num_workers * throughput.num_images_read / throughput.reading_seconds
     waiting_share = throughput.waiting_seconds / max(throughput.seconds, 1e-9)
     rates = (
         f"throughput: loader {loader_rate:,.0f} images/s, model {model_rate:,.0f} images/s, "
@@ -89,10 +90,10 @@ def describe(loader: Loader, throughput: Throughput) -> str:
     )
     if loader_rate >= model_rate:
         return rates + "the model is the bottleneck; the loader keeps up"
-    return rates + f"the loader is the bottleneck; {remedy(loader)}"
+    return rates + f"the loader is the bottleneck; {suggest_remedy(loader)}"
 
 
-def remedy(loader: Loader) -> str:
+def suggest_remedy(loader: Loader) -> str:
     """Return the most effective way to make this loader faster."""
     num_workers, cores = loader.reader.num_workers, process_group.cores_per_rank()
     if num_workers < cores:

@@ -16,10 +16,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from ssl_pretrain.data.chunks import Chunk, ChunkRequest, CropDataset
-from ssl_pretrain.data.shared_memory import REMEDY, SHARED_MEMORY, SharedMemoryFull, Transfer
+from ssl_pretrain.data.shared_memory import (
+    SHARED_MEMORY,
+    SHARED_MEMORY_REMEDY,
+    SharedMemoryFull,
+    Transfer,
+)
 from ssl_pretrain.system.exit_status import LostProcessError
 
-UNGUARDED_SCRIPT = 78  # exit status of a worker that imports a script without a main guard
+UNGUARDED_SCRIPT_STATUS = 78  # exit status of a worker that imports a script without a main guard
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 # On macOS a process cannot tell who sent a signal, so workers obey signals from anyone.
 BLOCKED_SIGNALS = STOP_SIGNALS if hasattr(signal, "sigtimedwait") else set()
@@ -35,27 +40,29 @@ class ProcessPool:
     Without processes, the trainer makes the chunks itself.
     """
 
-    def __init__(self, dataset: CropDataset, num_workers: int, transfer: Transfer, pinned: bool):
+    def __init__(
+        self, dataset: CropDataset, num_workers: int, transfer: Transfer, pin_memory: bool
+    ):
         """Prepare the processes. They start with the first call of `make_chunks`.
 
         Args:
             dataset: Data set that makes the chunk of a request.
             num_workers: Number of processes, or 0 to make the chunks in this process.
             transfer: How the processes hand over their chunks.
-            pinned: True to copy the chunks to pinned memory.
+            pin_memory: True to copy the chunks to pinned memory.
         """
         self._requests = _RequestSampler()
-        self._copies_chunks = transfer.is_copied
+        self._copies_chunks = transfer.copies_chunks
         self._loader = DataLoader(
             dataset,
             sampler=self._requests,
             batch_size=None,  # a worker makes the chunk of one request at a time
             num_workers=num_workers,
-            prefetch_factor=transfer.prefetch if num_workers else None,
+            prefetch_factor=transfer.prefetch_factor if num_workers else None,
             persistent_workers=num_workers > 0,
             multiprocessing_context="forkserver" if num_workers else None,
             worker_init_fn=_obey_trainer_only,
-            pin_memory=pinned,
+            pin_memory=pin_memory,
             generator=torch.Generator(),  # else iterating would advance the trainer's generator
         )
 
@@ -69,7 +76,7 @@ class ProcessPool:
         self._requests.requests = requests
         if self._loader.num_workers == 0:
             return iter(self._loader)
-        refuse_in_worker()
+        exit_if_in_worker()
         if multiprocessing.current_process().daemon:
             raise ValueError(
                 f"data.num_workers: {self._loader.num_workers} workers cannot be started by a "
@@ -214,7 +221,7 @@ def raise_worker_errors(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     except RuntimeError as error:
         workers = chunks._workers  # type: ignore[attr-defined]
         statuses = [worker.exitcode or 0 for worker in workers]
-        if UNGUARDED_SCRIPT in statuses:
+        if UNGUARDED_SCRIPT_STATUS in statuses:
             raise _unguarded_script_error() from None
         if "shared memory" in str(error) or -signal.SIGBUS in statuses:
             raise _full_memory_error(str(error).splitlines()[0]) from None
@@ -238,17 +245,18 @@ def _lost_worker_error(exit_status: int = 0) -> LostWorkerError:
 
 def _full_memory_error(reason: str) -> ValueError:
     return ValueError(
-        f"data.num_workers: a worker's images do not fit into {SHARED_MEMORY}: {reason}; {REMEDY}"
+        f"data.num_workers: a worker's images do not fit into {SHARED_MEMORY}: {reason}; "
+        f"{SHARED_MEMORY_REMEDY}"
     )
 
 
-def refuse_in_worker() -> None:
+def exit_if_in_worker() -> None:
     """End a worker process whose import of the main module starts another training.
 
     The trainer then raises an error with the remedy.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(UNGUARDED_SCRIPT)
+        os._exit(UNGUARDED_SCRIPT_STATUS)
 
 
 def _unguarded_script_error() -> ValueError:

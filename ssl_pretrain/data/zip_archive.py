@@ -22,7 +22,7 @@ from ssl_pretrain.data.file_types import (
     is_skipped,
 )
 from ssl_pretrain.data.images import MAX_BYTES
-from ssl_pretrain.data.listing import Listing, Scan, Span, load_or_scan, pack, stamp
+from ssl_pretrain.data.listing import Listing, Scan, Span, change_stamp, load_or_scan, pack_paths
 
 _MAX_TABLE_BYTES = 1 << 28  # largest table of labels, because tables are read whole
 _MAX_TABLES = 1000  # largest number of tables in a listing
@@ -68,11 +68,11 @@ def scan_zip(root: str) -> Scan:
     spans = [_span(root, path, images[path]) for path in paths]
     tables = [path for path in sorted(others) if path.lower().endswith(TABLE_SUFFIXES)]
     listing = replace(
-        pack(root, paths, np.array(spans, np.int64).reshape(-1, len(Span._fields))),
+        pack_paths(root, paths, np.array(spans, np.int64).reshape(-1, len(Span._fields))),
         skipped=skips.skipped_files(),
         tables=tuple(tables[:_MAX_TABLES]),
     )
-    return Scan(listing, [""], stamp(status))
+    return Scan(listing, [""], change_stamp(status))
 
 
 def _sort_members(archive: zipfile.ZipFile, skips: SkipCounter) -> tuple[Members, Members]:

@@ -43,7 +43,7 @@ from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.beton.encoder import EncodingSettings
 from ssl_pretrain.data.chunks import ChunkRequest
 from ssl_pretrain.data.native.threads import ThreadPool
-from ssl_pretrain.data.order import Plan
+from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views.recipe import Crop
 
@@ -73,7 +73,7 @@ class Ours:
             for step in itertools.count()
         )
         self.pool = ThreadPool(
-            source, view_crops, Plan(0, len(source), BATCH), threads, 2, torch.device("cpu")
+            source, view_crops, BatchPlan(0, len(source), BATCH), threads, 2, torch.device("cpu")
         )
         self.chunks = self.pool.make_chunks(requests)
         self.processes: list[int] = []

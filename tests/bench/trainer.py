@@ -36,7 +36,7 @@ class Alternating:
     """Loader that takes a bare step each time before it yields its only batch."""
 
     reader = SimpleNamespace(kind=ReaderKind.PROCESSES, num_workers=1)
-    num_read, reading_seconds = 0, 0.0
+    num_images_read, reading_seconds = 0, 0.0
     steps_per_epoch = 10
 
     def __init__(self, batch: Batch, bare: Any, steps: int):
@@ -52,7 +52,7 @@ class Alternating:
     def count_replaced(self, step: int, every_steps: int, last_step: int) -> dict[str, int]:
         return {}
 
-    def starting_at(self, step: int) -> Iterator[Batch]:
+    def iterate_from(self, step: int) -> Iterator[Batch]:
         for number in range(self.steps):
             start = _read_clocks()
             self.bare()

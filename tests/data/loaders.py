@@ -5,7 +5,7 @@ import itertools
 
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.loader import Loader
-from ssl_pretrain.data.order import Plan
+from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.readers import ReaderKind, build_reader
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.views.batch import Batch
@@ -25,7 +25,7 @@ def build_loader(
     max_replaced: float = DataConfig.max_replaced,
     **reader_options,
 ) -> Loader:
-    plan = Plan(seed, len(source), global_batch_size, rank, world_size, window)
+    plan = BatchPlan(seed, len(source), global_batch_size, rank, world_size, window)
     reader = build_reader(source, views, plan, ReaderKind(kind), **reader_options)
     return Loader(reader, max_replaced=max_replaced)
 
@@ -42,4 +42,4 @@ def digest(batch: Batch) -> str:
 def digests(loader: Loader, first: int, count: int) -> list[str]:
     """Return the digests of `count` batches from step `first` on, and close the loader."""
     with loader:
-        return [digest(batch) for batch in itertools.islice(loader.starting_at(first), count)]
+        return [digest(batch) for batch in itertools.islice(loader.iterate_from(first), count)]

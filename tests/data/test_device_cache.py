@@ -8,7 +8,7 @@ from betons import open_train, write_images
 from loaders import build_loader
 
 from ssl_pretrain.data import device_cache
-from ssl_pretrain.data.readers import ReaderKind, choose_reader
+from ssl_pretrain.data.readers import ReaderKind, choose_reader_kind
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
@@ -29,7 +29,7 @@ def test_batches_equal_those_of_worker_processes_within_one_gray_level(device, t
         build_loader(source, PLAIN, "device", device=device) as loader,
         build_loader(source, PLAIN) as reference,
     ):
-        for _, batch, expected in zip(range(6), loader.starting_at(2), reference.starting_at(2)):
+        for _, batch, expected in zip(range(6), loader.iterate_from(2), reference.iterate_from(2)):
             assert torch.equal(batch.indices.cpu(), expected.indices)
             assert torch.equal(batch.labels.cpu(), expected.labels)
             for view, expected_view in zip(batch.views, expected.views):
@@ -45,7 +45,7 @@ def test_resumed_steps_and_ranks_give_the_same_batches():
 
     def batches(first: int, **options):
         loader = build_loader(source, PLAIN, "device", global_batch_size=60, **options)
-        return loader.starting_at(first)
+        return loader.iterate_from(first)
 
     expected = [batch.views for batch in itertools.islice(batches(0), 4)][3]
     resumed = next(batches(3)).views
@@ -63,10 +63,10 @@ def test_an_unreadable_image_is_replaced_and_counted(tmp_path):
         build_loader(source, PLAIN, "device", **options) as loader,
         pytest.warns(UserWarning, match="the file is empty"),
     ):
-        batches = list(itertools.islice(loader.starting_at(0), 2))
+        batches = list(itertools.islice(loader.iterate_from(0), 2))
     assert loader.num_replaced == 1
     with build_loader(source, PLAIN, **options) as reference:
-        for batch, expected in zip(batches, reference.starting_at(0)):
+        for batch, expected in zip(batches, reference.iterate_from(0)):
             assert torch.equal(batch.labels, expected.labels)
             for view, expected_view in zip(batch.views, expected.views):
                 assert (view - expected_view).abs().max() * 255 < 1.01
@@ -85,6 +85,6 @@ def test_a_data_set_larger_than_the_device_is_refused(monkeypatch):
 
 def test_a_config_key_selects_the_device_cache():
     source = open_source(DataConfig("digits"), "val")
-    kind, reason = choose_reader(DataConfig("digits", cache="device"), source)
+    kind, reason = choose_reader_kind(DataConfig("digits", cache="device"), source)
     assert kind == ReaderKind.DEVICE_CACHE
     assert reason == "data.cache asks for all images on the device"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ssl_pretrain import config
 from ssl_pretrain.data import inspect
-from ssl_pretrain.data.source_report import ImageStatistics, measure
+from ssl_pretrain.data.source_report import ImageStatistics, measure_images
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.data.suggestion import suggest_config
 
@@ -77,7 +77,7 @@ def test_each_image_has_the_same_weight(tmp_path):
     for name, size, value in (("1.png", (1, 1), 255), ("2.png", (50, 50), 0)):
         (tmp_path / "data").mkdir(exist_ok=True)
         Image.new("RGB", size, (value, 0, 51)).save(tmp_path / "data" / name)
-    statistics = measure(open_source(DataConfig(root=str(tmp_path / "data")), "train"))
+    statistics = measure_images(open_source(DataConfig(root=str(tmp_path / "data")), "train"))
     np.testing.assert_allclose(statistics.mean, [0.5, 0, 0.2], atol=1e-6)
     np.testing.assert_allclose(statistics.std, [0.5, 0, 0], atol=1e-4)
 

@@ -90,7 +90,7 @@ def expected(source) -> list[str]:
 
 
 def test_a_batch_has_normalized_views_labels_and_indices(source):
-    batch = next(loader(source).starting_at(0))
+    batch = next(loader(source).iterate_from(0))
     assert [tuple(view.shape) for view in batch.views] == [(12, 3, 12, 12)] * 2 + [(12, 3, 6, 6)]
     assert all(view.dtype == torch.float32 and torch.isfinite(view).all() for view in batch.views)
     assert batch.labels.dtype == batch.indices.dtype == torch.int64
@@ -102,7 +102,7 @@ def test_a_batch_has_normalized_views_labels_and_indices(source):
 
 def test_views_are_the_crops_of_the_recipe(source):
     plain = ViewsConfig(crops={"global": Crop(count=2, size=12)})
-    batch = next(loader(source, views=plain, seed=5).starting_at(6))  # epoch 1, step 2
+    batch = next(loader(source, views=plain, seed=5).iterate_from(6))  # epoch 1, step 2
     for row, index in enumerate(batch.indices.tolist()):
         image = torch.from_numpy(source.read(index)).permute(2, 0, 1)
         for number in range(2):
@@ -134,7 +134,7 @@ def test_a_zip_gives_the_batches_of_its_folder(source, expected, tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_make_up_the_global_batch(world_size, source, expected):
     ranks = [
-        loader(source, rank=rank, world_size=world_size).starting_at(0)
+        loader(source, rank=rank, world_size=world_size).iterate_from(0)
         for rank in range(world_size)
     ]
     for step in range(5):
@@ -155,11 +155,11 @@ def test_resumed_batches_equal_uninterrupted_ones(first, num_workers, source, ex
 
 def test_a_second_start_uses_the_same_workers(source, expected):
     with loader(source, 2) as batches:
-        next(batches.starting_at(0))
+        next(batches.iterate_from(0))
         before = child_pids()
-        assert [digest(batch) for batch in itertools.islice(batches.starting_at(3), 3)] == expected[
-            3:6
-        ]
+        assert [
+            digest(batch) for batch in itertools.islice(batches.iterate_from(3), 3)
+        ] == expected[3:6]
         assert child_pids() == before
 
 
@@ -197,14 +197,14 @@ def test_digits_need_no_worker():
         seen = torch.cat(
             [
                 batch.indices
-                for batch in itertools.islice(batches.starting_at(0), batches.steps_per_epoch)
+                for batch in itertools.islice(batches.iterate_from(0), batches.steps_per_epoch)
             ]
         )
     assert len(seen.unique()) == 5 * 256
 
 
 def test_slices_of_a_batch_are_equal_and_complete(source):
-    batch = next(loader(source).starting_at(0))
+    batch = next(loader(source).iterate_from(0))
     slices = [batch.slice(number, 3) for number in range(3)]
     assert [len(rows) for rows in slices] == [4, 4, 4]
     for name in ("labels", "indices"):
@@ -238,7 +238,7 @@ class TestUnreadable(WithUnreadableImages):
         with loader(source, num_workers, plain, **options) as batches:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                steps = list(itertools.islice(batches.starting_at(0), 6))
+                steps = list(itertools.islice(batches.iterate_from(0), 6))
             assert batches.num_replaced == 6  # three images, in each of two epochs
         messages = [
             str(warning.message) for warning in caught if "takes its place" in str(warning.message)
@@ -266,13 +266,13 @@ class TestUnreadable(WithUnreadableImages):
     def test_replacement_is_the_same_for_any_workers_and_ranks(self, source):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            one = list(itertools.islice(loader(source, max_replaced=1.0).starting_at(0), 4))
+            one = list(itertools.islice(loader(source, max_replaced=1.0).iterate_from(0), 4))
             assert [digest(batch) for batch in one] == digests(
                 loader(source, 2, max_replaced=1.0), 0, 4
             )
             ranks = [
                 itertools.islice(
-                    loader(source, rank=rank, world_size=3, max_replaced=1.0).starting_at(0), 4
+                    loader(source, rank=rank, world_size=3, max_replaced=1.0).iterate_from(0), 4
                 )
                 for rank in range(3)
             ]
@@ -286,7 +286,7 @@ class TestUnreadable(WithUnreadableImages):
         batches = loader(source, global_batch_size=24, max_replaced=1.0)
         with batches, warnings.catch_warnings(), pytest.raises(ValueError) as caught:
             warnings.simplefilter("ignore")
-            next(batches.starting_at(0))
+            next(batches.iterate_from(0))
         assert "no other readable image of the 24" in str(
             caught.value
         ) and "give a smaller global_batch_size" in str(caught.value)
@@ -299,7 +299,7 @@ class TestUnreadable(WithUnreadableImages):
             pytest.raises(ValueError) as caught,
         ):
             warnings.simplefilter("ignore")
-            list(itertools.islice(batches.starting_at(0), 2))
+            list(itertools.islice(batches.iterate_from(0), 2))
         # The number depends on the size of the chunk.
         message = re.sub("^data.max_replaced: 3", "data.max_replaced: 2", str(caught.value))
         assert message.startswith(
@@ -313,7 +313,7 @@ class TestUnreadable(WithUnreadableImages):
     def test_an_epoch_within_the_limit_continues(self, source):
         with loader(source, max_replaced=0.13) as batches, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            list(itertools.islice(batches.starting_at(0), 8))  # three of 24 in each of four epochs
+            list(itertools.islice(batches.iterate_from(0), 8))  # three of 24 in each of four epochs
         assert batches.num_replaced == 12
 
     def test_no_image_may_be_replaced_if_the_share_is_zero(self, source):
@@ -325,7 +325,7 @@ class TestUnreadable(WithUnreadableImages):
             pytest.raises(ValueError) as caught,
         ):
             warnings.simplefilter("ignore")
-            list(itertools.islice(batches.starting_at(0), 2))
+            list(itertools.islice(batches.iterate_from(0), 2))
         assert "more than the 0 that may be replaced" in str(caught.value)
 
     @pytest.mark.parametrize("num_workers", [0, 2])
@@ -336,7 +336,7 @@ class TestUnreadable(WithUnreadableImages):
             loader(source, num_workers, max_replaced=1.0) as batches,
             pytest.raises(ValueError) as caught,
         ):
-            next(batches.starting_at(0))
+            next(batches.iterate_from(0))
         assert (
             f"no other readable image of the 24 in {source.full_path} is left outside its batch"
             in str(caught.value)
@@ -353,7 +353,7 @@ class TestUnreadable(WithUnreadableImages):
                     "run began"
                 ),
             ):
-                for _ in batches.starting_at(0):
+                for _ in batches.iterate_from(0):
                     pass
 
 
@@ -400,13 +400,13 @@ class TestFailures:
             loader(Failing(), num_workers, global_batch_size=8) as batches,
             pytest.raises(RuntimeError) as caught,
         ):
-            next(batches.starting_at(0))
+            next(batches.iterate_from(0))
         assert "image 5, image_5.png: KeyError: 'a mistake in the code'" in str(caught.value)
         assert time.monotonic() - began < 60
 
     def test_a_killed_worker_raises_an_error(self, source):
         with loader(source, 2) as batches:
-            steps = batches.starting_at(0)
+            steps = batches.iterate_from(0)
             next(steps)
             os.kill(min(child_pids()), signal.SIGKILL)
             with pytest.raises(workers.LostWorkerError) as caught:
@@ -443,7 +443,7 @@ class TestFailures:
         ) as batches:
             expected = [
                 batch.views[0].sum().item()
-                for batch in itertools.islice(batches.starting_at(0), 40)
+                for batch in itertools.islice(batches.iterate_from(0), 40)
             ]
         assert trainer.returncode == 0 and [float(word) for word in output.split()] == expected
 
@@ -464,7 +464,7 @@ class TestFailures:
 class TestProcesses:
     def test_close_leaves_no_process(self, source):
         batches = loader(source, 2)
-        next(batches.starting_at(0))
+        next(batches.iterate_from(0))
         pids = child_pids()
         threads = threading.active_count()
         assert len(pids) == 2
@@ -475,7 +475,7 @@ class TestProcesses:
 
     def test_a_dropped_loader_leaves_no_process(self, source):
         batches = loader(source, 1)
-        next(batches.starting_at(0))
+        next(batches.iterate_from(0))
         del batches
         gc.collect()
         assert not child_pids()
@@ -503,7 +503,7 @@ class TestProcesses:
 
     def test_workers_compute_on_one_thread(self):
         with loader(CountsThreads(), 1, global_batch_size=4) as batches:
-            assert next(batches.starting_at(0)).labels.tolist() == [1] * 4
+            assert next(batches.iterate_from(0)).labels.tolist() == [1] * 4
 
 
 class CountsThreads(Failing):
@@ -523,7 +523,7 @@ if __name__ == "__main__":
     views = ViewsConfig(crops={"global": Crop(size=8)})
     data = DataConfig("digits", num_workers=2)
     batches = build(data, views, seed=0, global_batch_size=32, device="cpu")
-    next(batches.starting_at(0))
+    next(batches.iterate_from(0))
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     sys.stdin.read()
 """
@@ -538,7 +538,7 @@ if __name__ == "__main__":
     views = ViewsConfig(crops={"global": Crop(size=8)})
     data = DataConfig("digits", num_workers=2)
     with build(data, views, seed=0, global_batch_size=32, device="cpu") as batches:
-        steps = batches.starting_at(0)
+        steps = batches.iterate_from(0)
         first = next(steps)
         workers = [child.pid for child in multiprocessing.active_children()]
         print(forkserver._forkserver._forkserver_pid, *workers, flush=True)
@@ -639,8 +639,7 @@ class TestMessages:
             ),
             (
                 {"world_size": 5},
-                "global_batch_size: 12 does not divide over 5 ranks; "
-                "the nearest that do are 10 and 15",
+                "global_batch_size: 12 does not divide evenly over 5 ranks; give 10 or 15",
             ),
         ],
     )

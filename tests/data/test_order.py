@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from ssl_pretrain.data import order
-from ssl_pretrain.data.order import Plan
+from ssl_pretrain.data.order import BatchPlan
 
 
-def epoch_of(plan: Plan, epoch: int = 0) -> np.ndarray:
+def epoch_of(plan: BatchPlan, epoch: int = 0) -> np.ndarray:
     """Return the indices of all steps of an epoch."""
     first = epoch * plan.steps_per_epoch
     return np.concatenate(
@@ -16,35 +16,36 @@ def epoch_of(plan: Plan, epoch: int = 0) -> np.ndarray:
 
 
 def test_an_epoch_has_each_image_once():
-    indices = epoch_of(Plan(0, 103, 10), epoch=3)
+    indices = epoch_of(BatchPlan(0, 103, 10), epoch=3)
     assert len(indices) == len(set(indices.tolist())) == 100
     assert indices.min() >= 0 and indices.max() < 103 and indices.dtype == np.int64
 
 
 def test_each_seed_and_epoch_has_its_own_order():
     first, *others = (
-        Plan(seed, 1000, 1000).indices(epoch).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))
+        BatchPlan(seed, 1000, 1000).indices(epoch).tolist()
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
     )
     assert all(other != first and sorted(other) == sorted(first) for other in others)
-    assert Plan(0, 1000, 1000).indices(0).tolist() == first
+    assert BatchPlan(0, 1000, 1000).indices(0).tolist() == first
 
 
 def test_the_order_is_pinned():
     # It changes only with `rng`, and every run with it.
-    assert Plan(0, 10, 10).indices(0).tolist() == [8, 7, 3, 5, 6, 2, 9, 4, 0, 1]
+    assert BatchPlan(0, 10, 10).indices(0).tolist() == [8, 7, 3, 5, 6, 2, 9, 4, 0, 1]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
 def test_ranks_make_up_the_global_batch(world_size):
     step = 2 * 8 + 3
-    ranks = [Plan(7, 100, 12, rank, world_size).indices(step) for rank in range(world_size)]
+    ranks = [BatchPlan(7, 100, 12, rank, world_size).indices(step) for rank in range(world_size)]
     assert {len(indices) for indices in ranks} == {12 // world_size}
-    np.testing.assert_array_equal(np.concatenate(ranks), Plan(7, 100, 12).indices(step))
+    np.testing.assert_array_equal(np.concatenate(ranks), BatchPlan(7, 100, 12).indices(step))
 
 
 def test_the_order_is_read_only():
     with pytest.raises(ValueError, match="read-only"):
-        Plan(0, 10, 5).indices(0)[0] = 1
+        BatchPlan(0, 10, 5).indices(0)[0] = 1
 
 
 def test_steps_per_epoch():
@@ -52,14 +53,13 @@ def test_steps_per_epoch():
 
 
 MESSAGES = {
-    (8192, 10_000, 12): (
-        "global_batch_size: 8192 does not divide over 12 ranks; the nearest that do are 8184 and "
-        "8196"
-    ),
-    (9, 9, 4): (
-        "global_batch_size: 9 does not divide over 4 ranks; the nearest that do are 8 and 12"
-    ),
-    (3, 9, 8): "global_batch_size: 3 does not divide over 8 ranks; the nearest that does is 8",
+    (
+        8192,
+        10_000,
+        12,
+    ): "global_batch_size: 8192 does not divide evenly over 12 ranks; give 8184 or 8196",
+    (9, 9, 4): "global_batch_size: 9 does not divide evenly over 4 ranks; give 8 or 12",
+    (3, 9, 8): "global_batch_size: 3 does not divide evenly over 8 ranks; give 8",
     (512, 99, 1): (
         "global_batch_size: 512 is more than the 99 images of the data set; give at most 99"
     ),
@@ -70,7 +70,7 @@ MESSAGES = {
 @pytest.mark.parametrize(("global_batch_size", "num_images", "world_size"), MESSAGES)
 def test_messages(global_batch_size, num_images, world_size):
     with pytest.raises(ValueError) as caught:
-        Plan(0, num_images, global_batch_size, 0, world_size)
+        BatchPlan(0, num_images, global_batch_size, 0, world_size)
     assert str(caught.value) == MESSAGES[global_batch_size, num_images, world_size]
 
 
@@ -79,8 +79,8 @@ class TestQuasiRandom:
 
     N, WINDOW, BATCH = 1000, 256, 30
 
-    def plan(self, seed: int = 0, rank: int = 0, world_size: int = 1) -> Plan:
-        return Plan(seed, self.N, self.BATCH, rank, world_size, self.WINDOW)
+    def plan(self, seed: int = 0, rank: int = 0, world_size: int = 1) -> BatchPlan:
+        return BatchPlan(seed, self.N, self.BATCH, rank, world_size, self.WINDOW)
 
     def test_an_epoch_has_each_image_once(self):
         indices = epoch_of(self.plan())
@@ -89,9 +89,9 @@ class TestQuasiRandom:
     def test_a_window_has_only_a_few_blocks(self):
         indices = epoch_of(self.plan())
         for first in range(0, 768, 256):  # the last block is short, and so is its window
-            assert len(set((indices[first : first + 200] // order.BLOCK).tolist())) <= 8
-        assert len(set((indices // order.BLOCK).tolist())) == 16
-        assert np.abs(np.diff(indices[:256])).mean() > order.BLOCK  # mixed within the window
+            assert len(set((indices[first : first + 200] // order.BLOCK_SIZE).tolist())) <= 8
+        assert len(set((indices // order.BLOCK_SIZE).tolist())) == 16
+        assert np.abs(np.diff(indices[:256])).mean() > order.BLOCK_SIZE  # mixed within the window
 
     def test_each_seed_and_epoch_has_its_own_order(self):
         orders = {
@@ -112,12 +112,12 @@ class TestQuasiRandom:
         last = plan.steps_per_epoch - 1
         for step in range(last):
             later = np.concatenate([plan.indices(after) for after in range(step + 1, last + 1)])
-            blocks = set((plan.next_blocks(step) // order.BLOCK).tolist())
-            assert blocks <= set((later // order.BLOCK).tolist())
-        assert len(plan.next_blocks(0)) == 4 and len(plan.next_blocks(last)) == 0
-        assert len(Plan(7, self.N, self.BATCH).next_blocks(0)) == 0
+            blocks = set((plan.next_window_blocks(step) // order.BLOCK_SIZE).tolist())
+            assert blocks <= set((later // order.BLOCK_SIZE).tolist())
+        assert len(plan.next_window_blocks(0)) == 4 and len(plan.next_window_blocks(last)) == 0
+        assert len(BatchPlan(7, self.N, self.BATCH).next_window_blocks(0)) == 0
 
     def test_a_window_of_the_whole_data_set_is_the_random_order(self):
         np.testing.assert_array_equal(
-            Plan(0, 100, 100, window=100).indices(0), Plan(0, 100, 100).indices(0)
+            BatchPlan(0, 100, 100, window_size=100).indices(0), BatchPlan(0, 100, 100).indices(0)
         )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ssl_pretrain.data.order import Plan
+from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.replacement import find_spare
 
 
@@ -17,7 +17,7 @@ def test_replacements_are_distinct_images_outside_the_batch(
 ):
     for seed in range(20):
         bad = set(np.random.default_rng(seed).permutation(num_images)[:num_bad].tolist())
-        plan = Plan(seed, num_images, batch_size, window=window)
+        plan = BatchPlan(seed, num_images, batch_size, window_size=window)
         for step in range(plan.steps_per_epoch + 1):  # one step of the second epoch too
             images = plan.indices(step).tolist()
             rows = [row for row, number in enumerate(images) if number in bad]
@@ -36,11 +36,11 @@ def test_ranks_agree_with_one_process():
     bad = {3, 5, 8, 13, 21, 34}
     for step in range(4):
         one_rank = [
-            find_spare(Plan(7, 40, 12), step, row, lambda number: number not in bad)
+            find_spare(BatchPlan(7, 40, 12), step, row, lambda number: number not in bad)
             for row in range(12)
         ]
         three_ranks = [
-            find_spare(Plan(7, 40, 12, rank, 3), step, row, lambda number: number not in bad)
+            find_spare(BatchPlan(7, 40, 12, rank, 3), step, row, lambda number: number not in bad)
             for rank in range(3)
             for row in range(4)
         ]
@@ -49,5 +49,5 @@ def test_ranks_agree_with_one_process():
 
 def test_usually_one_image_is_read():
     calls = []
-    find_spare(Plan(0, 100_000, 4096), 3, 17, lambda number: calls.append(number) or True)
+    find_spare(BatchPlan(0, 100_000, 4096), 3, 17, lambda number: calls.append(number) or True)
     assert len(calls) == 1

@@ -11,7 +11,7 @@ import torch
 from loaders import build_loader
 
 from ssl_pretrain.data.readers import read_images
-from ssl_pretrain.data.shared_memory import REMEDY, plan_transfer
+from ssl_pretrain.data.shared_memory import SHARED_MEMORY_REMEDY, plan_transfer
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.batch import Batch
@@ -48,7 +48,11 @@ def test_chunks_shrink_with_the_free_memory(
     transfer = plan_transfer(
         MIB // 10, 32, num_workers, num_chunks_ahead=4, num_images_held=128, num_ranks=num_ranks
     )
-    assert (transfer.chunk_size, transfer.is_copied, bool(transfer.note)) == (size, copies, copies)
+    assert (transfer.chunk_size, transfer.copies_chunks, bool(transfer.note)) == (
+        size,
+        copies,
+        copies,
+    )
 
 
 def test_too_little_memory_for_single_images_is_refused(monkeypatch):
@@ -57,14 +61,14 @@ def test_too_little_memory_for_single_images_is_refused(monkeypatch):
         plan_transfer(MIB, 32, 4, num_chunks_ahead=4, num_images_held=128, num_ranks=2)
     assert str(error.value) == (
         "data.num_workers: 4 workers for each of 2 ranks on this machine have at least 18 images "
-        f"of 1.00 MiB in flight, and /dev/shm has 1.0 MiB free; {REMEDY}"
+        f"of 1.00 MiB in flight, and /dev/shm has 1.0 MiB free; {SHARED_MEMORY_REMEDY}"
     )
 
 
 def batches(num_workers: int) -> list[Batch]:
     source = open_source(DataConfig(source="digits"), "train")
     with build_loader(source, VIEWS, global_batch_size=64, num_workers=num_workers) as loader:
-        return list(itertools.islice(loader.starting_at(0), 4))
+        return list(itertools.islice(loader.iterate_from(0), 4))
 
 
 def test_small_chunks_give_the_same_batches(monkeypatch):

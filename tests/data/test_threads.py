@@ -24,7 +24,7 @@ from ssl_pretrain.data import order
 from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.loader import Loader, build
 from ssl_pretrain.data.native import decode, threads
-from ssl_pretrain.data.readers import choose_reader
+from ssl_pretrain.data.readers import choose_reader_kind
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
@@ -72,7 +72,7 @@ def test_a_folder_gives_the_batches_of_the_beton_written_from_it(beton, expected
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_make_up_the_global_batch(world_size, beton, expected):
     ranks = [loader(beton, rank=rank, world_size=world_size) for rank in range(world_size)]
-    iterators = [batches.starting_at(0) for batches in ranks]
+    iterators = [batches.iterate_from(0) for batches in ranks]
     for step in range(5):
         shards = [next(batches) for batches in iterators]
         views = [torch.cat(tensors) for tensors in zip(*(shard.views for shard in shards))]
@@ -90,9 +90,9 @@ def test_batches_resumed_at_any_step_equal_uninterrupted_ones(first, beton, expe
 
 def test_a_second_iterator_ends_the_first(beton, expected):
     with loader(beton) as batches:
-        first = batches.starting_at(0)
+        first = batches.iterate_from(0)
         next(first)
-        second = itertools.islice(batches.starting_at(3), 3)
+        second = itertools.islice(batches.iterate_from(3), 3)
         assert [digest(batch) for batch in second] == expected[3:6]
         assert list(first) == []
 
@@ -183,13 +183,13 @@ class TestChoiceOfReader:
     def test_a_folder_is_read_as_a_folder(self, beton):
         source = open_train(Path(beton.full_path).parent / "data", loader="folder")
         train_folder = Path(beton.full_path).parent / "data" / "train"
-        assert choose_reader(DataConfig(), source) == (
+        assert choose_reader_kind(DataConfig(), source) == (
             "folder",
             f"{train_folder} is not a .beton; python -m ssl_pretrain.data.beton write creates one, "
             "which is read faster",
         )
         with pytest.raises(ValueError) as error:
-            choose_reader(DataConfig(loader="ffcv"), source)
+            choose_reader_kind(DataConfig(loader="ffcv"), source)
         assert str(error.value) == (
             f"data.loader: ffcv only reads .beton files, and {train_folder} is not one; "
             "python -m ssl_pretrain.data.beton write creates one, or set data.loader=folder"
@@ -198,12 +198,12 @@ class TestChoiceOfReader:
     def test_without_ffcv_the_folder_reader_reads_a_beton(self, beton, expected, monkeypatch):
         monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
         message = f"FFCV is not installed; {decode.INSTALL_HINT}"
-        kind, reason = choose_reader(DataConfig(), beton)
+        kind, reason = choose_reader_kind(DataConfig(), beton)
         assert kind == "folder"
         assert reason == f"FFCV cannot read this .beton ({message}, or set data.loader=folder)"
         assert digests(loader(beton, num_workers=0, kind=kind), 0, 2) == expected[:2]
         with pytest.raises(ValueError) as error:
-            choose_reader(DataConfig(loader="ffcv"), beton)
+            choose_reader_kind(DataConfig(loader="ffcv"), beton)
         assert str(error.value) == f"data.loader: {message}, or set data.loader=folder"
 
 
@@ -236,7 +236,7 @@ class TestBugsOfFFCV:
 
         monkeypatch.setattr(threads.decode, function, broken)
         with loader(beton) as batches, pytest.raises(MemoryError) as error:
-            next(batches.starting_at(0))
+            next(batches.iterate_from(0))
         assert str(error.value) == "no room for an image"
 
     def test_3_leaving_an_epoch_leaves_no_thread_behind(self, beton):
@@ -244,14 +244,14 @@ class TestBugsOfFFCV:
         expected = count_threads_and_files()
         for _ in range(6):
             with loader(beton) as batches:
-                for _batch in batches.starting_at(0):
+                for _batch in batches.iterate_from(0):
                     break
         assert count_threads_and_files() == expected
 
     def test_3_deleting_a_loader_leaves_no_thread_behind(self, beton):
         expected = count_threads_and_files()
         batches = loader(beton)
-        next(batches.starting_at(0))
+        next(batches.iterate_from(0))
         assert threading.active_count() == expected[0] + 2
         del batches
         gc.collect()
@@ -270,13 +270,13 @@ class TestBugsOfFFCV:
             warnings.catch_warnings(record=True) as messages,
         ):
             warnings.simplefilter("always")
-            for batch in itertools.islice(batches.starting_at(0), 2):
+            for batch in itertools.islice(batches.iterate_from(0), 2):
                 epoch.append((batch.indices.tolist(), batch.labels, batch.views[0].clone()))
         assert batches.num_replaced == 1
 
         path = small_beton.full_path
         (message,) = [str(warning.message) for warning in messages]
-        prefix = re.escape(f"{path}, image 5: {REASONS[damage]}; {path}, image ")
+        prefix = re.escape(f"{path}, image 5: {FAILURE_REASONS[damage]}; {path}, image ")
         replacement = int(re.fullmatch(prefix + r"(\d+) takes its place", message)[1])
         indices, labels, view = next(batch for batch in epoch if 5 in batch[0])
         assert replacement not in indices
@@ -287,7 +287,7 @@ class TestBugsOfFFCV:
         intact = loader(intact_beton, 0, kind="folder", **options)
         read = intact.source.read
         intact.source.read = lambda index: read(replacement if index == 5 else index)
-        expected = next(batch for batch in intact.starting_at(0) if 5 in batch.indices.tolist())
+        expected = next(batch for batch in intact.iterate_from(0) if 5 in batch.indices.tolist())
         assert torch.equal(expected.views[0], view)
 
     @pytest.mark.case(14)
@@ -311,7 +311,7 @@ class TestBugsOfFFCV:
             pytest.raises(ValueError) as error,
         ):
             warnings.simplefilter("ignore")
-            for _ in batches.starting_at(0):
+            for _ in batches.iterate_from(0):
                 pass
         last = re.search(r"the last: (.* takes its place); ", str(error.value))[1]
         assert str(error.value) == (
@@ -330,7 +330,7 @@ class TestBugsOfFFCV:
             loader(small_beton) as batches,
             pytest.raises(ValueError, match=f"not a JPEG; {message}"),
         ):
-            next(batches.starting_at(0))
+            next(batches.iterate_from(0))
 
     @pytest.mark.case(15)
     def test_5_an_unfinished_file_does_not_open(self, small_beton):
@@ -352,7 +352,7 @@ class TestBugsOfFFCV:
         assert len(set(expected)) == 10
 
 
-REASONS = {
+FAILURE_REASONS = {
     "header": "not a JPEG",
     "scan": "the JPEG is damaged",
     "other size": "the JPEG's size differs from its table entry",
@@ -366,7 +366,7 @@ def count_threads_and_files() -> tuple[int, int]:
 
 
 def damage_image(source: Beton, index: int, damage: str) -> None:
-    """Damage one JPEG in the file of the source. `damage` is a key of REASONS."""
+    """Damage one JPEG in the file of the source. `damage` is a key of FAILURE_REASONS."""
     samples = source.samples
     offset, length = int(samples.offset[index]), int(samples.length[index])
     with open(source.full_path, "r+b") as file:
@@ -392,7 +392,7 @@ class TestFailures:
             last = int(np.argmax(small_beton.samples.offset))
             os.truncate(small_beton.full_path, int(small_beton.samples.offset[last]) + 10)
             with pytest.raises(ValueError) as error:  # a user's error: one line, no traceback
-                next(batches.starting_at(0))
+                next(batches.iterate_from(0))
         missing = int(small_beton.samples.length[last]) - 10
         assert str(error.value) == (
             f"data.root: {small_beton.full_path}, image {last}: the file was truncated during the "
@@ -404,13 +404,13 @@ class TestFailures:
         batches = loader(small_beton)
         os.unlink(small_beton.full_path)
         with pytest.raises(FileNotFoundError, match=re.escape(small_beton.full_path)):
-            batches.starting_at(0)
+            batches.iterate_from(0)
 
     def test_a_loader_can_start_again_after_an_exception(self, beton, expected, monkeypatch):
         batches = loader(beton)
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(threads._Run, "_make_rows", lambda *_arguments: 1 // 0)
-            next(batches.starting_at(0))
+            patch.setattr(threads._Session, "_make_rows", lambda *_arguments: 1 // 0)
+            next(batches.iterate_from(0))
         assert digests(batches, 0, 3) == expected[:3]
 
 
@@ -430,7 +430,7 @@ sys.path.insert(0, "tests/data")
 from test_threads import loader, open_train
 source = open_train(Path(sys.argv[1]))
 with loader(source) as batches:
-    next(batches.starting_at(0))
+    next(batches.iterate_from(0))
 pids = {str(os.getpid())}
 def count_resources():
     # Names of shared memory contain the ID of the process that created it.
@@ -444,7 +444,7 @@ for number in range(100):
     if child == 0:
         os.close(reading)
         batches = loader(source)
-        next(batches.starting_at(number))
+        next(batches.iterate_from(number))
         os.write(writing, b"x")
         time.sleep(60)
     os.close(writing)
@@ -455,7 +455,7 @@ for number in range(100):
     os.close(reading)
 for number in range(100):
     batches = loader(source)
-    next(batches.starting_at(number))
+    next(batches.iterate_from(number))
     if number % 2:
         batches.close()
     del batches
@@ -481,7 +481,7 @@ import torch
 torch.set_num_threads(1)
 from test_threads import loader, open_train
 with loader(open_train(Path(sys.argv[1])), global_batch_size=25) as batches:
-    for step, batch in enumerate(batches.starting_at(0)):
+    for step, batch in enumerate(batches.iterate_from(0)):
         if step in (4, 100):
             gc.collect()
             print(os.sysconf("SC_PAGESIZE") * int(Path("/proc/self/statm").read_text().split()[1]))
@@ -518,15 +518,15 @@ def test_compiled_code_is_cached_on_disk(beton, expected):
 def test_a_gpu_gets_the_same_views(beton, tmp_path):
     plain = ViewsConfig(crops={"global": Crop(count=2, size=24)})
     with loader(beton, views=plain, device="cuda") as gpu, loader(beton, views=plain) as cpu:
-        for _, batch, expected in zip(range(12), gpu.starting_at(0), cpu.starting_at(0)):
+        for _, batch, expected in zip(range(12), gpu.iterate_from(0), cpu.iterate_from(0)):
             views = [view.cpu() for view in batch.views]
             torch.testing.assert_close(views, expected.views, rtol=0, atol=0)
             assert torch.equal(batch.labels.cpu(), expected.labels)
 
 
 def test_the_quasi_random_order_equals_that_of_processes(beton, monkeypatch):
-    monkeypatch.setattr(order, "BLOCK", 8)
-    monkeypatch.setattr(threads, "BLOCK", 8)
+    monkeypatch.setattr(order, "BLOCK_SIZE", 8)
+    monkeypatch.setattr(threads, "BLOCK_SIZE", 8)
     options = {"window": 16, "global_batch_size": 12}
     calls = []
     advise = os.posix_fadvise

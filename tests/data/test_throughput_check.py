@@ -33,7 +33,7 @@ def four_cores(monkeypatch):
 def describe(loader, waiting_seconds: float, reading_seconds: float) -> str:
     """Describe 600 images in 10 seconds."""
     measured = Throughput(600, 10.0, waiting_seconds, 600, reading_seconds)
-    return throughput_check.describe(loader, measured)
+    return throughput_check.describe_throughput(loader, measured)
 
 
 def test_a_slow_model_is_named(loader, four_cores):
@@ -51,12 +51,12 @@ def test_a_slow_loader_is_named_with_the_remedy(loader, four_cores):
         "raise data.num_workers from 0 to 4, the number of cores per rank"
     )
     loader.reader = replace(loader.reader, num_workers=4)
-    assert throughput_check.remedy(loader) == (
+    assert throughput_check.suggest_remedy(loader) == (
         "write a .beton (python -m ssl_pretrain.data.beton write), whose images are decoded once "
         "for all views, or give the rank more cores"
     )
     loader.reader = replace(loader.reader, kind=ReaderKind.THREADS)
-    assert throughput_check.remedy(loader) == (
+    assert throughput_check.suggest_remedy(loader) == (
         "write the .beton with a smaller --max-side (docs/data.md lists the cost), or give "
         "the rank more cores"
     )
@@ -88,7 +88,7 @@ def test_the_line_is_printed_once_and_no_batch_changes(tmp_path, monkeypatch, ca
     with build_loader(beton, VIEWS, "ffcv", global_batch_size=6, num_workers=1) as loader:
         reported = throughput_check.report_bottleneck(loader, 1, CPU)
         views = [batch.views for batch in itertools.islice(reported, 8)]
-        expected = [batch.views for batch in itertools.islice(loader.starting_at(1), 8)]
+        expected = [batch.views for batch in itertools.islice(loader.iterate_from(1), 8)]
     pairs = zip(itertools.chain(*views), itertools.chain(*expected), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
     (line,) = capsys.readouterr().err.splitlines()

@@ -69,7 +69,7 @@ def test_a_step_is_torchs_sgd_on_the_mean_cross_entropy(run, train_split):
     optimizer = torch.optim.SGD(theirs.parameters(), 0.05 * 24 / 256, momentum=0.9, nesterov=True)
     view = training_views.build_train_view(run, "bicubic")
     with training_views.build_train_loader(run, source, view, 24) as loader:
-        batch = next(loader.starting_at(0))
+        batch = next(loader.iterate_from(0))
     F.cross_entropy(theirs(batch.views[0]), batch.labels).backward()
     optimizer.step()
     for ours_value, theirs_value in zip(ours.state_dict().values(), theirs.state_dict().values()):

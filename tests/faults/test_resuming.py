@@ -82,10 +82,7 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused(paths, observe):
     assert ranks.run(path, *OVERRIDES, "--stop-after", "4", size=1)[0] == [0]
     statuses, output = ranks.run(path, *OVERRIDES, size=5)
     assert statuses == [2] * 5
-    message = (
-        "error: global_batch_size: 24 does not divide over 5 ranks; the nearest that do are 20 "
-        "and 25\n"
-    )
+    message = "error: global_batch_size: 24 does not divide evenly over 5 ranks; give 20 or 25\n"
     assert output.count(message) == 5
     observe("5 ranks: refused on all, status 2")
 

@@ -121,12 +121,12 @@ def test_crops_are_within_one_gray_level_of_a_cpus_without_blocking(
 def test_digits_from_the_device_arrive_without_blocking(cuda, forbid_synchronization):
     source = open_source(DataConfig("digits"), "val")
     with build_loader(source, SIMCLR, "device", global_batch_size=64, device=cuda) as on_gpu:
-        batches = on_gpu.starting_at(0)
+        batches = on_gpu.iterate_from(0)
         next(batches)
         with forbid_synchronization():
             ours = next(batches)
     with build_loader(source, SIMCLR, global_batch_size=64) as on_cpu:
-        _, expected = itertools.islice(on_cpu.starting_at(0), 2)
+        _, expected = itertools.islice(on_cpu.iterate_from(0), 2)
     assert torch.equal(ours.indices.cpu(), expected.indices) and torch.equal(
         ours.labels.cpu(), expected.labels
     )
@@ -147,7 +147,7 @@ def test_all_of_cifar10_is_on_the_device(cuda):
     ) as batches:
         allocated = torch.cuda.memory_allocated() - before
         assert allocated >= 50_000 * 3 * 32 * 32
-        batch = next(batches.starting_at(0))
+        batch = next(batches.iterate_from(0))
         assert all(
             view.device.type == "cuda" and view.shape == (512, 3, 32, 32) for view in batch.views
         )
@@ -161,7 +161,7 @@ def test_a_folders_batches_arrive_intact(cuda, tmp_path):
         build_loader(source, SIMCLR, device=cuda, num_workers=2) as on_gpu,
         build_loader(source, SIMCLR) as on_cpu,
     ):
-        for _, batch, expected in zip(range(12), on_gpu.starting_at(0), on_cpu.starting_at(0)):
+        for _, batch, expected in zip(range(12), on_gpu.iterate_from(0), on_cpu.iterate_from(0)):
             assert torch.equal(batch.indices.cpu(), expected.indices)
             torch.testing.assert_close(
                 [view.cpu() for view in batch.views], expected.views, rtol=0, atol=2e-4
@@ -178,7 +178,7 @@ def test_the_pinned_ring_sends_the_same_views(cuda, tmp_path):
         build_loader(source, views_config, "ffcv", num_workers=2, device=cuda) as on_gpu,
         build_loader(source, views_config, "ffcv", num_workers=2) as on_cpu,
     ):
-        for _, batch, expected in zip(range(12), on_gpu.starting_at(0), on_cpu.starting_at(0)):
+        for _, batch, expected in zip(range(12), on_gpu.iterate_from(0), on_cpu.iterate_from(0)):
             torch.testing.assert_close(
                 [view.cpu() for view in batch.views], expected.views, rtol=0, atol=1e-6
             )

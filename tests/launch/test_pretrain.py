@@ -104,8 +104,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     )
     assert pretrain.main([str(path), "launch.ranks=5"]) == 2
     assert capsys.readouterr().err == (
-        "error: global_batch_size: 24 does not divide over 5 ranks; "
-        "the nearest that do are 20 and 25\n"
+        "error: global_batch_size: 24 does not divide evenly over 5 ranks; give 20 or 25\n"
     )
 
 

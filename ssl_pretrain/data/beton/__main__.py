@@ -18,7 +18,7 @@ from ssl_pretrain.data.beton.check import find_problems
 from ssl_pretrain.data.beton.encoder import EncodingSettings
 from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.native import decode
-from ssl_pretrain.data.source_report import check_range
+from ssl_pretrain.data.source_report import check_value_range
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.schema import JPEG_QUALITY, NON_NEGATIVE_INT, NUM_THREADS, POSITIVE_INT
 
@@ -146,7 +146,7 @@ def _write(args: argparse.Namespace) -> int:
         )
     decode.load_library()  # fail before hours of work if FFCV is not installed
     source = open_source(DataConfig(args.source, args.root, range=list(args.range)), args.split)
-    check_range(source)
+    check_value_range(source)
     settings = EncodingSettings(args.max_side, args.quality, args.page_size)
     num_unreadable = 0
     for path, start, end in _output_ranges(args, len(source)):

@@ -1,4 +1,4 @@
-"""Read a stored image and make all its views in compiled code that runs without the GIL.
+"""Read an image of a .beton and make all its views in compiled code that runs without the GIL.
 
 Each image is read and decoded once. The decoder is libturbojpeg, which is part of FFCV's library,
 with one decompressor per thread. FFCV's own function, imdecode, is not used for three reasons. It
@@ -28,10 +28,10 @@ from ssl_pretrain.system.jit import njit
 from ssl_pretrain.views import crops, resize
 from ssl_pretrain.views.recipe import Crop
 
-DONE, TRUNCATED, NO_JPEG, OTHER_SIZE, DAMAGED = range(5)  # statuses that `decode_image` returns
-REASONS = {
-    NO_JPEG: "not a JPEG",
-    OTHER_SIZE: "the JPEG's size differs from its table entry",
+DONE, TRUNCATED, NOT_JPEG, WRONG_SIZE, DAMAGED = range(5)  # statuses that `decode_image` returns
+FAILURE_REASONS = {
+    NOT_JPEG: "not a JPEG",
+    WRONG_SIZE: "the JPEG's size differs from its table entry",
     DAMAGED: "the JPEG is damaged",
 }
 INSTALL_HINT = (
@@ -48,10 +48,10 @@ class CFunctions(NamedTuple):
     decompress: int
 
 
-class StoredImages(NamedTuple):
+class ImageTable(NamedTuple):
     """Descriptors of the open files and the columns of `Samples`, for compiled code."""
 
-    descriptors: np.ndarray
+    file_descriptors: np.ndarray
     file_index: np.ndarray
     offset: np.ndarray
     length: np.ndarray
@@ -74,9 +74,9 @@ class Workspace(NamedTuple):
     """Decompressor and buffers of one thread."""
 
     decompressor: int  # address of libturbojpeg's decompressor
-    compressed: np.ndarray
-    image: np.ndarray
-    transposed: np.ndarray
+    content: np.ndarray  # bytes of the image in its file
+    image: np.ndarray  # decoded pixels, in rows padded to whole tiles
+    transposed_image: np.ndarray
     header: np.ndarray  # int32: width, height, subsampling, color space
     resize_buffers: tuple[np.ndarray, ...]
 
@@ -107,7 +107,7 @@ def load_library() -> ctypes.CDLL:
     return library
 
 
-def c_functions() -> CFunctions:
+def load_c_functions() -> CFunctions:
     """Return the addresses of the C functions that `decode_image` calls."""
     ffcv = load_library()
     functions = (ctypes.CDLL(None).pread, ffcv.tjDecompressHeader3, ffcv.tjDecompress2)
@@ -150,15 +150,15 @@ class Decoder:
         self.close()
 
 
-def pack_stored(samples: Samples, descriptors: Sequence[int]) -> StoredImages:
+def pack_images(samples: Samples, file_descriptors: Sequence[int]) -> ImageTable:
     """Pack the table of the images for compiled code.
 
     Args:
         samples: The images.
-        descriptors: Descriptors of the open files, in the order of `samples.paths`.
+        file_descriptors: Descriptors of the open files, in the order of `samples.paths`.
     """
-    columns = (getattr(samples, name) for name in StoredImages._fields[1:])
-    return StoredImages(np.array(descriptors, np.int32), *columns)
+    columns = (getattr(samples, name) for name in ImageTable._fields[1:])
+    return ImageTable(np.array(file_descriptors, np.int32), *columns)
 
 
 def pack_views(view_crops: list[Crop], batch_size: int) -> ViewTable:
@@ -184,9 +184,9 @@ def allocate_workspace(samples: Samples, view_crops: list[Crop], decoder: Decode
     num_bytes = int((resize.pad_to_tiles(heights) * resize.pad_to_tiles(3 * widths)).max())
     return Workspace(
         decompressor=decoder.address,
-        compressed=np.empty(int(samples.length.max()), np.uint8),
+        content=np.empty(int(samples.length.max()), np.uint8),
         image=np.zeros(num_bytes, np.uint8),
-        transposed=np.zeros(num_bytes, np.uint8),
+        transposed_image=np.zeros(num_bytes, np.uint8),
         header=np.zeros(4, np.int32),
         resize_buffers=resize.allocate_buffers(
             int(max(heights.max(), widths.max())),
@@ -196,7 +196,7 @@ def allocate_workspace(samples: Samples, view_crops: list[Crop], decoder: Decode
     )
 
 
-def _c_call(result: types.Type, *parameters: types.Type):
+def _c_caller(result: types.Type, *parameters: types.Type):
     """Return a compiled function (address, arguments) that calls the C function at an address.
 
     Args:
@@ -223,31 +223,33 @@ def _c_call(result: types.Type, *parameters: types.Type):
     return call
 
 
-_pread = _c_call(types.int64, types.int32, types.intp, types.uint64, types.int64)
-_read_header = _c_call(types.int32, *[types.intp] * 2, types.uint64, *[types.intp] * 4)
-_decompress = _c_call(types.int32, *[types.intp] * 2, types.uint64, types.intp, *[types.int32] * 5)
+_pread = _c_caller(types.int64, types.int32, types.intp, types.uint64, types.int64)
+_read_header = _c_caller(types.int32, *[types.intp] * 2, types.uint64, *[types.intp] * 4)
+_decompress = _c_caller(
+    types.int32, *[types.intp] * 2, types.uint64, types.intp, *[types.int32] * 5
+)
 
 
 @njit(nogil=True, cache=True)
-def decode_image(functions, stored, number, workspace):
+def decode_image(functions, images, number, workspace):
     """Read one image into `workspace.image`, with rows padded to whole tiles. Return its status."""
-    height, width = np.int64(stored.height[number]), np.int64(stored.width[number])
-    if not _read(functions, stored, number, workspace):
+    height, width = np.int64(images.height[number]), np.int64(images.width[number])
+    if not _read_content(functions, images, number, workspace):
         return TRUNCATED
     pitch = resize.padded(3 * width)
-    if stored.mode[number] == RAW:
+    if images.mode[number] == RAW:
         for row in range(height):
-            source = workspace.compressed[row * 3 * width : (row + 1) * 3 * width]
+            source = workspace.content[row * 3 * width : (row + 1) * 3 * width]
             workspace.image[row * pitch : row * pitch + 3 * width] = source
         return DONE
-    jpeg = (workspace.decompressor, workspace.compressed.ctypes.data, stored.length[number])
+    jpeg = (workspace.decompressor, workspace.content.ctypes.data, images.length[number])
     base = workspace.header.ctypes.data  # address of the header's first field
     image = (*jpeg, workspace.image.ctypes.data, width, pitch, height, 0, 0)
     if _read_header(functions.read_header, (*jpeg, base, base + 4, base + 8, base + 12)) != 0:
         _decompress(functions.decompress, image)  # fails and resets the decompressor
-        return NO_JPEG
+        return NOT_JPEG
     if workspace.header[0] != width or workspace.header[1] != height:
-        return OTHER_SIZE
+        return WRONG_SIZE
     if _decompress(functions.decompress, image) != 0:
         # A mere warning also counts, because the writer stores no image that causes one.
         return DAMAGED
@@ -255,61 +257,69 @@ def decode_image(functions, stored, number, workspace):
 
 
 @njit(nogil=True)
-def _read(functions, stored, number, workspace):
+def _read_content(functions, images, number, workspace):
     """Read the bytes of one image. Return False if the file is too short."""
-    length, offset = stored.length[number], stored.offset[number]
-    descriptor = stored.descriptors[stored.file_index[number]]
-    target = workspace.compressed.ctypes.data
-    num_read = 0
-    while num_read < length:  # one call reads at most 2 GiB, and may be interrupted
-        count = _pread(
-            functions.pread, (descriptor, target + num_read, length - num_read, offset + num_read)
+    length, offset = images.length[number], images.offset[number]
+    descriptor = images.file_descriptors[images.file_index[number]]
+    target = workspace.content.ctypes.data
+    num_bytes = 0
+    while num_bytes < length:  # one call reads at most 2 GiB, and may be interrupted
+        num_new_bytes = _pread(
+            functions.pread,
+            (descriptor, target + num_bytes, length - num_bytes, offset + num_bytes),
         )
-        if count <= 0:
+        if num_new_bytes <= 0:
             return False
-        num_read += count
+        num_bytes += num_new_bytes
     return True
 
 
 @njit(nogil=True)
-def _write_views(stored, views, number, seed, epoch, index, row, workspace, batch):
-    """Write the views of the decoded image to a row of the batch, with the boxes of `index`."""
-    height, width = np.int64(stored.height[number]), np.int64(stored.width[number])
+def _write_views(images, views, number, seed, epoch, box_index, row, workspace, batch):
+    """Write the views of the decoded image `number` to a row of the batch.
+
+    The crop boxes are those of the image `box_index`.
+    """
+    height, width = np.int64(images.height[number]), np.int64(images.width[number])
     column_pitch, row_pitch = resize.padded(height), resize.padded(3 * width)
     resize.transpose(
-        workspace.image, row_pitch, height, 3 * width, workspace.transposed, column_pitch
+        workspace.image, row_pitch, height, 3 * width, workspace.transposed_image, column_pitch
     )
+    source = workspace.transposed_image
     for view in range(len(views.sizes)):
-        box = crops.box_at(views.box_parameters[view], (seed, epoch, index, view), height, width)
+        key = (seed, epoch, box_index, view)
+        box = crops.box_at(views.box_parameters[view], key, height, width)
         size, bicubic = views.sizes[view], views.bicubic[view]
         start = views.offsets[view] + row * 3 * size * size
         out = batch[start : start + 3 * size * size]
         if views.antialias[view]:
             buffers = workspace.resize_buffers
-            resize.write_view(workspace.transposed, column_pitch, box, size, bicubic, buffers, out)
+            resize.write_view(source, column_pitch, box, size, bicubic, buffers, out)
         else:
-            resize.write_plain_view(workspace.transposed, column_pitch, box, size, bicubic, out)
+            resize.write_plain_view(source, column_pitch, box, size, bicubic, out)
 
 
-def _compile(sources: str):
+def _compile(source_digest: str):
     """Compile `make_views`, which numba caches on disk until this file changes.
 
     Args:
-        sources: Digest of the modules that `make_views` calls. The function refers to it, so numba
-            compiles the function again when it changes.
+        source_digest: Digest of the modules that `make_views` calls. The function refers to it, so
+            numba compiles the function again when one of them changes.
     """
 
     @njit(nogil=True, cache=True)
-    def make_views(inputs, numbers, indices, first_row, seed, epoch, workspace, batch, status):
-        """Write the views of images `numbers` to the batch, with the crop boxes of `indices`."""
-        assert sources
-        functions, stored, views = inputs
+    def make_views(inputs, numbers, box_indices, first_row, seed, epoch, workspace, batch, status):
+        """Write the views of images `numbers`, with the crop boxes of images `box_indices`."""
+        assert source_digest
+        functions, images, views = inputs
         for row in range(len(numbers)):
-            number, index = numbers[row], indices[row]
-            status[row] = decode_image(functions, stored, number, workspace)
+            number, box_index = numbers[row], box_indices[row]
+            status[row] = decode_image(functions, images, number, workspace)
             if status[row] == DONE:
                 batch_row = first_row + row
-                _write_views(stored, views, number, seed, epoch, index, batch_row, workspace, batch)
+                _write_views(
+                    images, views, number, seed, epoch, box_index, batch_row, workspace, batch
+                )
 
     return make_views
 

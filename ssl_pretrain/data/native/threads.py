@@ -20,11 +20,11 @@ from torch import Tensor
 from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.chunks import Chunk, ChunkRequest
 from ssl_pretrain.data.native import decode
-from ssl_pretrain.data.order import BLOCK, Plan
+from ssl_pretrain.data.order import BLOCK_SIZE, BatchPlan
 from ssl_pretrain.data.replacement import Replacement, find_spare
 from ssl_pretrain.views.recipe import Crop
 
-# Largest number of rows that a thread fills at a time. They take some tens of milliseconds. A
+# Largest number of rows that a thread fills at a time. They take some tens of milliseconds, and a
 # request to stop has no effect until they are done.
 MAX_ROWS = 16
 POLL_SECONDS = 1.0  # interval between checks that the threads are alive
@@ -41,14 +41,14 @@ class _Buffer:
 
 @dataclass
 class _Batch:
-    """A batch in progress."""
+    """A batch that the threads are making."""
 
     request: ChunkRequest
     buffer: _Buffer
     labels: np.ndarray  # int64 (n,)
-    num_rows_begun: int = 0
+    num_rows_claimed: int = 0
     num_rows_done: int = 0
-    seconds: float = 0.0  # working time, summed over the threads
+    working_seconds: float = 0.0  # summed over the threads
     replacements: list[tuple[int, Replacement]] = field(default_factory=list)  # row, replacement
     # Pixels for the trainer and the event at the end of their copy. None until all rows are done.
     output: tuple[Tensor, torch.cuda.Event | None] | None = None
@@ -67,9 +67,9 @@ class ThreadPool:
         self,
         source: Beton,
         view_crops: list[Crop],
-        plan: Plan,
+        plan: BatchPlan,
         num_threads: int,
-        num_ahead: int,
+        num_batches_ahead: int,
         device: torch.device,
     ):
         """Prepare the threads without starting them.
@@ -79,20 +79,20 @@ class ThreadPool:
             view_crops: Recipe of each view.
             plan: Order of the images. Each request is one of its batches.
             num_threads: Number of threads. At least one is started.
-            num_ahead: Number of batches to make before they are needed.
+            num_batches_ahead: Number of batches to make before they are needed.
             device: Device of the pixels.
         """
         self.source, self.view_crops, self.plan, self.device = source, view_crops, plan, device
         self.num_threads = max(1, num_threads)
         self.rows_per_turn = max(1, min(MAX_ROWS, -(-plan.local_batch_size // self.num_threads)))
-        self.functions = decode.c_functions()
+        self.functions = decode.load_c_functions()
         self.views = decode.pack_views(view_crops, plan.local_batch_size)
         self.shapes = [torch.Size((3, crop.size, crop.size)) for crop in view_crops]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers: list[Tensor] = []
-        self.descriptors: list[int] = []  # file descriptors, one per file of the source
-        self._num_buffers = num_ahead + 1
-        self._run: _Run | None = None
+        self.file_descriptors: list[int] = []  # one per file of the source
+        self._num_buffers = num_batches_ahead + 1
+        self._session: _Session | None = None
 
     def make_chunks(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
         """Start the threads and return an iterator over the batches of the requests, in order.
@@ -107,11 +107,12 @@ class ThreadPool:
                 torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.stream is not None)
                 for _ in range(self._num_buffers)
             ]
-        if not self.descriptors:
+        if not self.file_descriptors:
             paths = self.source.samples.paths
-            self.descriptors = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths]
-        self._run = _Run(self, self._prefetch(requests) if self.plan.window else iter(requests))
-        return self._run.chunks()
+            self.file_descriptors = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths]
+        iterator = self._prefetch(requests) if self.plan.window_size else iter(requests)
+        self._session = _Session(self, iterator)
+        return self._session.chunks()
 
     def close(self) -> None:
         """Stop the threads, close the files and free the buffers.
@@ -119,20 +120,20 @@ class ThreadPool:
         `make_chunks` can start them again.
         """
         self._stop()
-        while self.descriptors:
-            os.close(self.descriptors.pop())
+        while self.file_descriptors:
+            os.close(self.file_descriptors.pop())
         self.buffers = []
 
     def _stop(self) -> None:
-        run, self._run = self._run, None
-        if run is not None:
-            run.stop()
+        session, self._session = self._session, None
+        if session is not None:
+            session.stop()
 
     def _prefetch(self, requests: Iterable[ChunkRequest]) -> Iterator[ChunkRequest]:
         """Yield the requests, and ask the system to read each window of images one window ahead."""
         prefetched: list[int] = []
         for request in requests:
-            blocks = self.plan.next_blocks(request.step).tolist()
+            blocks = self.plan.next_window_blocks(request.step).tolist()
             if blocks != prefetched:
                 prefetched = blocks
                 for first in blocks:
@@ -142,29 +143,29 @@ class ThreadPool:
     def _prefetch_block(self, first: int) -> None:
         """Ask the system to read a block of images into memory, without waiting for it."""
         samples = self.source.samples
-        last = min(first + BLOCK, len(samples)) - 1
+        last = min(first + BLOCK_SIZE, len(samples)) - 1
         # If a block continues in the next shard, only its part in the first shard is read.
         while samples.file_index[last] != samples.file_index[first]:
             last -= 1
         start, end = int(samples.offset[first]), int(samples.offset[last] + samples.length[last])
-        descriptor = self.descriptors[samples.file_index[first]]
+        descriptor = self.file_descriptors[samples.file_index[first]]
         os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
-class _Run:
+class _Session:
     """The threads of one call to `make_chunks`.
 
-    `condition` guards the state shared with the trainer.
+    `condition` guards the state that they share with the trainer.
     """
 
     def __init__(self, pool: ThreadPool, requests: Iterator[ChunkRequest]):
         self.pool, self.requests = pool, requests
-        self.stored_images = decode.pack_stored(pool.source.samples, pool.descriptors)
+        self.image_table = decode.pack_images(pool.source.samples, pool.file_descriptors)
         self.condition = threading.Condition()
         self.is_stopping = False
         self.error: BaseException | None = None
         self.free_buffers = deque(map(_Buffer, pool.buffers))
-        # Batches in the order of the requests. Only the last one has rows that no thread has begun.
+        # Batches in the order of the requests. Only the last one has rows that are not claimed yet.
         self.batches: deque[_Batch] = deque()
         self.threads = [
             threading.Thread(target=self._work, name=f"views-{number}", daemon=True)
@@ -202,7 +203,7 @@ class _Run:
                 trainer_stream.wait_event(copy_event)
                 pixels.record_stream(trainer_stream)
             replacements = [replacement for _, replacement in sorted(batch.replacements)]
-            yield Chunk(pixels, self.pool.shapes, batch.labels, replacements, batch.seconds)
+            yield Chunk(pixels, self.pool.shapes, batch.labels, replacements, batch.working_seconds)
             with self.condition:
                 self.free_buffers.append(_Buffer(batch.buffer.pixels, copy_event))
                 self.condition.notify_all()
@@ -210,7 +211,7 @@ class _Run:
     def _wait_for_batch(self) -> _Batch | None:
         with self.condition:
             while self.error is None:
-                if self.is_stopping:  # the next run reuses the buffers of finished batches
+                if self.is_stopping:  # the next session reuses the buffers of finished batches
                     return None
                 if self.batches and self.batches[0].output is not None:
                     return self.batches.popleft()
@@ -226,7 +227,7 @@ class _Run:
             with decode.Decoder() as decoder:
                 samples = pool.source.samples
                 workspace = decode.allocate_workspace(samples, pool.view_crops, decoder)
-                while (rows := self._begin_rows()) is not None:
+                while (rows := self._claim_rows()) is not None:
                     self._make_rows(*rows, workspace)
         except BaseException as error:
             with self.condition:
@@ -236,14 +237,14 @@ class _Run:
             with self.condition:
                 self.condition.notify_all()
 
-    def _begin_rows(self) -> tuple[_Batch, int, int] | None:
-        """Return a batch and the range of rows, first and end, that this thread has to fill.
+    def _claim_rows(self) -> tuple[_Batch, int, int] | None:
+        """Return a batch and the rows that this thread has to fill, from the first up to an end.
 
         Wait while the trainer has all buffers. Return None after the last request or a stop.
         """
         with self.condition:
             while not self.is_stopping:
-                if not self.batches or self.batches[-1].num_rows_begun == len(self.batches[-1]):
+                if not self.batches or self.batches[-1].num_rows_claimed == len(self.batches[-1]):
                     if not self.free_buffers:
                         self.condition.wait(POLL_SECONDS)
                         continue
@@ -254,9 +255,9 @@ class _Run:
                     assert len(labels) == self.pool.plan.local_batch_size, "a request is one batch"
                     self.batches.append(_Batch(request, self.free_buffers.popleft(), labels))
                 batch = self.batches[-1]
-                first = batch.num_rows_begun
-                batch.num_rows_begun = min(first + self.pool.rows_per_turn, len(batch))
-                return batch, first, batch.num_rows_begun
+                first = batch.num_rows_claimed
+                batch.num_rows_claimed = min(first + self.pool.rows_per_turn, len(batch))
+                return batch, first, batch.num_rows_claimed
             return None
 
     def _make_rows(self, batch: _Batch, first: int, end: int, workspace: decode.Workspace) -> None:
@@ -269,11 +270,11 @@ class _Run:
         replacements = []
         for row in np.flatnonzero(status).tolist():
             replacement = self._replace(batch, first + row, int(status[row]), workspace)
-            numbers[row] = replacement.number
+            numbers[row] = replacement.spare_index
             replacements.append((first + row, replacement))
         batch.labels[first:end] = self.pool.source.samples.label[numbers]
         with self.condition:
-            batch.seconds += time.perf_counter() - start
+            batch.working_seconds += time.perf_counter() - start
             batch.replacements += replacements
             batch.num_rows_done += end - first
             is_complete = batch.num_rows_done == len(batch)
@@ -287,20 +288,20 @@ class _Run:
         self,
         batch: _Batch,
         numbers: np.ndarray,
-        indices: np.ndarray,
+        box_indices: np.ndarray,
         first: int,
         workspace: decode.Workspace,
     ) -> np.ndarray:
-        """Write crops of the images `numbers`, with the crop boxes that `indices` would have.
+        """Write the views of images `numbers`, with the crop boxes of images `box_indices`.
 
         Returns:
             The status of each image.
         """
         pool, status = self.pool, np.zeros(len(numbers), np.int8)
         decode.make_views(
-            (pool.functions, self.stored_images, pool.views),
+            (pool.functions, self.image_table, pool.views),
             numbers,
-            indices,
+            box_indices,
             first,
             pool.plan.seed,
             batch.request.epoch,
@@ -314,28 +315,29 @@ class _Run:
         self, batch: _Batch, row: int, status: int, workspace: decode.Workspace
     ) -> Replacement:
         """Replace an unreadable image with the one that worker processes would choose."""
-        pool, index = self.pool, batch.request.indices[row : row + 1].astype(np.int64)
-        unreadable = int(index[0])
+        pool, indices = self.pool, batch.request.indices[row : row + 1].astype(np.int64)
+        unreadable_index = int(indices[0])
         if status == decode.TRUNCATED:
-            self._raise_read_error(unreadable)
+            self._raise_read_error(unreadable_index)
 
         def try_read(number: int) -> bool:
-            status = decode.decode_image(pool.functions, self.stored_images, number, workspace)
+            status = decode.decode_image(pool.functions, self.image_table, number, workspace)
             if status == decode.TRUNCATED:
                 self._raise_read_error(number)
             return bool(status == decode.DONE)
 
-        reason = f"{pool.source.name(unreadable)}: {decode.REASONS[status]}"
-        spare = find_spare(pool.plan, batch.request.step, row, try_read)
-        replacement = Replacement.create(pool.source, unreadable, reason, spare)
-        statuses = self._write_rows(batch, np.array([replacement.number]), index, row, workspace)
+        reason = f"{pool.source.name(unreadable_index)}: {decode.FAILURE_REASONS[status]}"
+        spare_index = find_spare(pool.plan, batch.request.step, row, try_read)
+        replacement = Replacement.create(pool.source, unreadable_index, reason, spare_index)
+        spare_indices = np.array([replacement.spare_index])
+        statuses = self._write_rows(batch, spare_indices, indices, row, workspace)
         assert statuses[0] == decode.DONE, "try_read has just decoded it"
         return replacement
 
     def _raise_read_error(self, number: int) -> None:
         """Read an image's bytes again, and raise an error that says why some are missing."""
         samples = self.pool.source.samples
-        descriptor = self.pool.descriptors[samples.file_index[number]]
+        descriptor = self.pool.file_descriptors[samples.file_index[number]]
         length = int(samples.length[number])
         try:
             content = os.pread(descriptor, length, int(samples.offset[number]))
