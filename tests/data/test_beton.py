@@ -439,7 +439,7 @@ class TestMessages:
     @pytest.mark.parametrize("field", ["offset", "width", "mode"])
     def test_entries_that_point_outside_the_file(self, field, beton):
         with edit_bytes(beton) as (path, content):
-            samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_OFFSET)
+            samples = np.frombuffer(content, tables.SAMPLE_DTYPE, 12, offset=tables.SAMPLES_OFFSET)
             samples["image"][field][2] = {"offset": 1 << 40, "width": 0, "mode": 9}[field]
         expected = (
             "the allocation table has no entry for image 2"
@@ -522,10 +522,10 @@ class TestDamage:
     def test_every_flipped_bit_of_the_tables_is_detected(self, beton):
         path = Path(beton.full_path)
         content = path.read_bytes()
-        allocations = int(np.frombuffer(content, tables.HEADER, 1)[0]["allocations_offset"])
-        samples_end = tables.SAMPLES_OFFSET + 12 * tables.SAMPLE.itemsize
+        allocations = int(np.frombuffer(content, tables.HEADER_DTYPE, 1)[0]["allocations_offset"])
+        samples_end = tables.SAMPLES_OFFSET + 12 * tables.SAMPLE_DTYPE.itemsize
         positions = [
-            *range(tables.HEADER.itemsize),
+            *range(tables.HEADER_DTYPE.itemsize),
             *range(tables.SAMPLES_OFFSET, samples_end),
             *range(allocations, len(content)),
         ]
@@ -586,10 +586,9 @@ class TestDamage:
     @pytest.mark.parametrize("length", [2**64 - 8, 2**63, 2**64 - 1])
     def test_a_length_that_wraps_is_refused(self, length, beton):
         with edit_bytes(beton) as (path, content):
-            table = int(np.frombuffer(content, tables.HEADER, 1)[0]["allocations_offset"])
-            np.frombuffer(content, tables.ALLOCATION, 12, offset=table)["length"][3] = np.uint64(
-                length
-            )
+            table = int(np.frombuffer(content, tables.HEADER_DTYPE, 1)[0]["allocations_offset"])
+            allocations = np.frombuffer(content, tables.ALLOCATION_DTYPE, 12, offset=table)
+            allocations["length"][3] = np.uint64(length)
         assert error_message(beton_file.read, path).endswith(
             "the entry of image 3 points outside the file; the file is damaged; copy or write it "
             "again"
@@ -599,9 +598,8 @@ class TestDamage:
     def test_a_label_that_is_no_class_is_refused(self, label, beton):
         """A file without class names gets one name per class, which could fill the memory."""
         with edit_bytes(beton) as (path, content):
-            np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_OFFSET)["label"][3] = (
-                label
-            )
+            samples = np.frombuffer(content, tables.SAMPLE_DTYPE, 12, offset=tables.SAMPLES_OFFSET)
+            samples["label"][3] = label
         assert error_message(beton_file.read, path) == (
             f"data.root: {path}: the label of image 3 is {label}, but labels are -1 for "
             "none or a class below 1,000,000; the file is damaged; copy or write it again"
@@ -609,7 +607,7 @@ class TestDamage:
 
     def test_a_file_without_images_is_refused(self, beton):
         with edit_bytes(beton) as (path, content):
-            np.frombuffer(content, tables.HEADER, 1)["num_samples"][0] = 0
+            np.frombuffer(content, tables.HEADER_DTYPE, 1)["num_samples"][0] = 0
         assert (
             error_message(open_train, path)
             == f"data.root: {path} contains no image; write it again"
@@ -626,7 +624,7 @@ class TestDamage:
 
     def test_an_entry_of_too_many_pixels_is_refused(self, beton):
         with edit_bytes(beton) as (path, content):
-            samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_OFFSET)
+            samples = np.frombuffer(content, tables.SAMPLE_DTYPE, 12, offset=tables.SAMPLES_OFFSET)
             samples["image"]["width"][2] = samples["image"]["height"][2] = 65535
         assert (
             "the entry of image 2 says 65,535 x 65,535 pixels, more than the limit of 178,956,970"

@@ -196,8 +196,9 @@ def find_beton(folder: Path, split: str) -> Path | None:
     The file is named after the split, in any spelling that `split_of` knows.
     """
     stems = sorted({path.name.split(".")[0].split("-0")[0] for path in folder.glob("*.beton")})
-    same_split = [stem for stem in stems if split_of(split) and split_of(stem) == split_of(split)]
-    for stem in (split, *same_split):
+    split_name = split_of(split)
+    synonyms = [stem for stem in stems if split_name and split_of(stem) == split_name]
+    for stem in (split, *synonyms):
         if (folder / f"{stem}.beton").is_file():
             return folder / f"{stem}.beton"
         if shards := sorted(folder.glob(f"{stem}-?????-of-?????.beton")):

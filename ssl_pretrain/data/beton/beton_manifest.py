@@ -32,13 +32,13 @@ class Manifest:
     num_unchanged: int = field(metadata={"key": "kept"})  # images stored with their original bytes
     num_encoded: int = field(metadata={"key": "encoded"})  # images stored as new JPEGs
     num_raw: int = field(metadata={"key": "raw"})  # images stored as pixels
-    unreadable_images: list[str] = field(metadata={"key": "bad"})  # one line per unreadable image
+    unreadable_images: list[str] = field(metadata={"key": "bad"})  # one line per image
     classes: list[str]
     fingerprint: str  # fingerprint of the images in the file
     # Fingerprint of the source, including its unreadable images.
     source_fingerprint: str = field(metadata={"key": "source"})
     first_index: int = field(metadata={"key": "first"})  # index in the source of the first image
-    max_side: int  # largest side of an image in pixels, or 0 for no limit
+    max_side: int  # longest side of an image in pixels, or 0 for no limit
     quality: int  # quality of the new JPEGs
     page_size: int  # bytes
     crc32: int  # CRC-32 of the CRC-32 values of all images

@@ -120,8 +120,8 @@ def _write_tables(journal: Journal, path: Path, page_size: int) -> str:
         raise ValueError(
             "no image of the source can be read, so nothing was written; give another source"
         )
-    samples = np.zeros(len(entries), tables.SAMPLE)
-    samples["image"] = entries[list(tables.IMAGE.names or ())].astype(tables.IMAGE)
+    samples = np.zeros(len(entries), tables.SAMPLE_DTYPE)
+    samples["image"] = entries[list(tables.IMAGE_DTYPE.names or ())].astype(tables.IMAGE_DTYPE)
     samples["label"] = entries["label"]
     tables.write_tables(journal.data_file, samples, entries["length"], page_size)
     return read_tables(unfinished_path(path)).sha256

@@ -26,17 +26,15 @@ def find_problems(samples: Samples, num_threads: int = 1) -> list[str]:
         for index, status in enumerate(statuses.tolist())
         if status != decode.DONE
     ]
-    for file_number, path in enumerate(map(Path, samples.paths)):
+    for file_index, path in enumerate(map(Path, samples.paths)):
         manifest = read_manifest(path)
+        file_crcs = crcs[samples.file_index == file_index].astype(np.uint32)
         if manifest is None:
             problems.append(
                 f"{path}: has no manifest ({manifest_path(path).name}), so there are no class "
                 "names and no checksum to compare with"
             )
-        elif (
-            zlib.crc32(crcs[samples.file_index == file_number].astype(np.uint32).tobytes())
-            != manifest.crc32
-        ):
+        elif zlib.crc32(file_crcs.tobytes()) != manifest.crc32:
             problems.append(
                 f"{path}: the images have changed since the file was written (their CRC-32 differs "
                 "from the manifest's)"

@@ -16,10 +16,10 @@ from typing import BinaryIO
 import numpy as np
 
 from ssl_pretrain.data.beton.encoder import Entry
-from ssl_pretrain.data.beton.tables import IMAGE
+from ssl_pretrain.data.beton.tables import IMAGE_DTYPE
 
-ENTRY = np.dtype(
-    [("outcome", "u1"), *IMAGE.descr, ("length", "<u8"), ("label", "<i8"), ("crc", "<u4")]
+ENTRY_DTYPE = np.dtype(
+    [("outcome", "u1"), *IMAGE_DTYPE.descr, ("length", "<u8"), ("label", "<i8"), ("crc", "<u4")]
 )
 _SYNC_BYTES = 64 << 20  # bytes between two fsyncs of both files
 _NUM_VERIFIED = 1000  # newest entries whose data are verified, because a power cut may lose data
@@ -58,8 +58,8 @@ class Journal:
         return self.entries[-1].offset + self.entries[-1].length
 
     def table(self) -> np.ndarray:
-        """Return all entries as an array of `ENTRY`."""
-        return np.array(self.entries, ENTRY)
+        """Return all entries as an array of `ENTRY_DTYPE`."""
+        return np.array(self.entries, ENTRY_DTYPE)
 
     def append(self, entry: Entry, content: bytes) -> None:
         """Write an image, then its entry.
@@ -80,7 +80,7 @@ class Journal:
             self.data_file.seek(offset)
             self.data_file.write(content)
             self.data_file.flush()  # before the entry, which promises that the bytes are written
-        self._log_file.write(np.array([entry], ENTRY).tobytes())
+        self._log_file.write(np.array([entry], ENTRY_DTYPE).tobytes())
         self._log_file.flush()
         self.entries.append(entry)
         if offset // _SYNC_BYTES != self.end_offset // _SYNC_BYTES:
@@ -93,10 +93,10 @@ class Journal:
         content = self._log_file.read()
         if content.startswith(header):
             # The division ignores a partial entry at the end.
-            num_entries = (len(content) - len(header)) // ENTRY.itemsize
-            rows = np.frombuffer(content, ENTRY, num_entries, offset=len(header)).tolist()
+            num_entries = (len(content) - len(header)) // ENTRY_DTYPE.itemsize
+            rows = np.frombuffer(content, ENTRY_DTYPE, num_entries, offset=len(header)).tolist()
             self.entries = self._intact_entries([Entry(*row) for row in rows])
-            self._log_file.seek(len(header) + len(self.entries) * ENTRY.itemsize)
+            self._log_file.seek(len(header) + len(self.entries) * ENTRY_DTYPE.itemsize)
             self._log_file.truncate()
             self.data_file.truncate(self.end_offset)
         else:  # a new journal, or one for another source or other settings

@@ -22,7 +22,7 @@ from ssl_pretrain.data.images import MAX_PIXELS
 
 VERSION = 2
 JPEG, RAW = 0, 1  # modes in which an image is stored
-HEADER = np.dtype(
+HEADER_DTYPE = np.dtype(
     [
         ("version", "<u2"),
         ("num_fields", "<u2"),
@@ -32,12 +32,12 @@ HEADER = np.dtype(
     ],
     align=True,
 )
-FIELD = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)], align=True)
-IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
-SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
-ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("length", "<u8")])
-FIELDS = (("image", 2), ("label", 1))  # names and FFCV's type numbers
-SAMPLES_OFFSET = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+FIELD_DTYPE = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)], align=True)
+IMAGE_DTYPE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
+SAMPLE_DTYPE = np.dtype([("image", IMAGE_DTYPE), ("label", "<i8")], align=True)
+ALLOCATION_DTYPE = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("length", "<u8")])
+FIELD_TYPES = (("image", 2), ("label", 1))  # names and FFCV's type numbers
+SAMPLES_OFFSET = HEADER_DTYPE.itemsize + len(FIELD_TYPES) * FIELD_DTYPE.itemsize
 _MAX_CLASSES = 1_000_000  # limits memory, because every class gets a name
 
 
@@ -123,15 +123,15 @@ def read_tables(path: Path) -> Tables:
         ValueError: If the file is truncated, unfinished, or not a .beton file of images and labels.
     """
     size = path.stat().st_size
-    truncated = f"data.root: {path} is truncated to {size:,} bytes; copy or write it again"
+    truncated_message = f"data.root: {path} is truncated to {size:,} bytes; copy or write it again"
     if not size:
         raise ValueError(
             f"data.root: {path} is empty, as its writer was stopped or the disk was full; "
             "write it again"
         )
     if size < SAMPLES_OFFSET:
-        raise ValueError(truncated)
-    header = np.fromfile(path, HEADER, 1)[0]
+        raise ValueError(truncated_message)
+    header = np.fromfile(path, HEADER_DTYPE, 1)[0]
     if header["version"] != VERSION or not 1 <= header["num_fields"] <= 100:
         raise ValueError(
             f"data.root: {path} is not a .beton file of format {VERSION}; write it with "
@@ -142,26 +142,29 @@ def read_tables(path: Path) -> Tables:
             f"data.root: {path} is unfinished, as its writer was stopped; run the same write again "
             "to finish it"
         )
-    fields = np.fromfile(path, FIELD, int(header["num_fields"]), offset=HEADER.itemsize)
+    fields = np.fromfile(path, FIELD_DTYPE, int(header["num_fields"]), offset=HEADER_DTYPE.itemsize)
     field_types = [
         (bytes(field["name"]).split(b"\0")[0].decode("ascii", "replace"), int(field["type"]))
         for field in fields
     ]
-    if field_types != list(FIELDS):
+    if field_types != list(FIELD_TYPES):
         raise ValueError(
             f"data.root: {path} has the fields {field_types} instead of image and label; write it "
             "with python -m ssl_pretrain.data.beton write"
         )
     n, offset = int(header["num_samples"]), int(header["allocations_offset"])
-    if SAMPLES_OFFSET + n * SAMPLE.itemsize > size or offset + n * ALLOCATION.itemsize > size:
-        raise ValueError(truncated)
-    samples = np.fromfile(path, SAMPLE, n, offset=SAMPLES_OFFSET)
-    return Tables(path, header, fields, samples, np.fromfile(path, ALLOCATION, n, offset=offset))
+    samples_end = SAMPLES_OFFSET + n * SAMPLE_DTYPE.itemsize
+    allocations_end = offset + n * ALLOCATION_DTYPE.itemsize
+    if max(samples_end, allocations_end) > size:
+        raise ValueError(truncated_message)
+    samples = np.fromfile(path, SAMPLE_DTYPE, n, offset=SAMPLES_OFFSET)
+    allocations = np.fromfile(path, ALLOCATION_DTYPE, n, offset=offset)
+    return Tables(path, header, fields, samples, allocations)
 
 
 def first_page_offset(num_images: int, page_size: int) -> int:
     """Return the offset of the first page, which comes after the entries of the images."""
-    return -(-(SAMPLES_OFFSET + num_images * SAMPLE.itemsize) // page_size) * page_size
+    return -(-(SAMPLES_OFFSET + num_images * SAMPLE_DTYPE.itemsize) // page_size) * page_size
 
 
 def write_tables(file: BinaryIO, samples: np.ndarray, lengths: np.ndarray, page_size: int) -> None:
@@ -169,13 +172,13 @@ def write_tables(file: BinaryIO, samples: np.ndarray, lengths: np.ndarray, page_
     offsets = samples["image"]["offset"]
     end = int(offsets[-1] + lengths[-1])
     columns = [np.arange(len(samples)), offsets, lengths]
-    allocations = np.rec.fromarrays(columns, dtype=ALLOCATION)
-    fields = np.zeros(len(FIELDS), FIELD)
-    for field, (name, kind) in zip(fields, FIELDS):
+    allocations = np.rec.fromarrays(columns, dtype=ALLOCATION_DTYPE)
+    fields = np.zeros(len(FIELD_TYPES), FIELD_DTYPE)
+    for field, (name, kind) in zip(fields, FIELD_TYPES):
         field["type"], field["name"][: len(name)] = kind, np.frombuffer(name.encode(), np.uint8)
-    header = np.array([(VERSION, len(FIELDS), page_size, len(samples), end)], HEADER)
+    header = np.array([(VERSION, len(FIELD_TYPES), page_size, len(samples), end)], HEADER_DTYPE)
     file.truncate(end)
-    body = [(end, allocations), (HEADER.itemsize, fields), (SAMPLES_OFFSET, samples)]
+    body = [(end, allocations), (HEADER_DTYPE.itemsize, fields), (SAMPLES_OFFSET, samples)]
     # The header is written last, so a file is recognized as unfinished after a crash.
     for tables in (body, [(0, header)]):
         for offset, table in tables:
