@@ -10,7 +10,7 @@ from ssl_pretrain.eval import command_line, knn, report, results, runs
 from ssl_pretrain.eval.frozen import cached_linear
 from ssl_pretrain.eval.html import sections
 
-FEATURES_OF_COLUMN = {  # `features` entry of a result file's rows, by column title
+FEATURES_BY_COLUMN = {  # `features` entry of a result file's rows, by column title
     "raw pixels": "raw pixels",
     "random backbone": results.BETTER_RANDOM,
     "pretrained": "pretrained",
@@ -60,7 +60,7 @@ def render_summary(run_path: str | Path, phase_seconds: dict[str, float] | None 
         "random backbone: the same network before its first step, with initial or recalibrated "
         "batch norm statistics, whichever is better",
         "",
-        results.format_table(["accuracy, %", *FEATURES_OF_COLUMN], rows),
+        results.format_table(["accuracy, %", *FEATURES_BY_COLUMN], rows),
         "",
         f"k-NN: k = {protocol['k']}, temperature {protocol['temperature']}, on the test images",
     ]
@@ -82,7 +82,7 @@ def _format_metric(result: dict[str, Any], metric: str) -> list[str]:
     rows = {row["features"]: row for row in result["rows"]}
     return [
         results.format_number(rows[features], metric) if features in rows else "-"
-        for features in FEATURES_OF_COLUMN.values()
+        for features in FEATURES_BY_COLUMN.values()
     ]
 
 
