@@ -108,7 +108,8 @@ def compute_maps(run: Run, images: Tensor) -> Maps:
     normalized = features.normalize(run, images)
     blocks = getattr(model, "blocks", None)
     if blocks is None or not isinstance(getattr(blocks[-1], "attn", None), Attention):
-        return Maps(None, principal_components(_feature_map(model, normalized)))
+        feature_map = _feature_map(model, normalized, run.config.backbone.name)
+        return Maps(None, principal_components(feature_map))
     patch_size, size = model.patch_embed.patch_size[0], images.shape[-1]
     accepts_size = size == run.view_size or getattr(model, "dynamic_img_size", False)
     if size % patch_size or not accepts_size:
@@ -128,7 +129,7 @@ def compute_maps(run: Run, images: Tensor) -> Maps:
     return Maps(attention, principal_components(patches))
 
 
-def _feature_map(model: Any, images: Tensor) -> Tensor:
+def _feature_map(model: Any, images: Tensor, name: str) -> Tensor:
     """Return a network's last feature map, (images, dim, rows, columns).
 
     Raises:
@@ -138,11 +139,11 @@ def _feature_map(model: Any, images: Tensor) -> Tensor:
         outputs = model.forward_features(images)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
-            f"--size: the network does not accept images of {images.shape[-1]} pixels:"
+            f"--size: {name} does not accept images of {images.shape[-1]} pixels:"
             f" {str(error).splitlines()[0]}; give another size"
         ) from None
     if not isinstance(outputs, Tensor) or outputs.ndim != 4:
-        raise ValueError("the network has no feature map to show; give a ViT or a CNN")
+        raise ValueError(f"backbone.name: {name} has no feature map to draw; give a ViT or a CNN")
     is_channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
     return outputs.permute(0, 3, 1, 2) if is_channels_last else outputs
 

@@ -32,7 +32,7 @@ TORCHVISION_TOLERANCE = 1e-5  # largest difference, relative to the largest feat
 NUM_COLLAPSE_IMAGES = 512  # training images whose features are tested for collapse
 # Smallest accepted effective rank of the centered features, and smallest accepted spread of the
 # features scaled to length 1. Features below either limit have collapsed to a line or a point.
-MIN_RANK, MIN_SPREAD = 2.0, 0.01
+MIN_EFFECTIVE_RANK, MIN_SPREAD = 2.0, 0.01
 HELP = f"""Export the backbone of a run, without the projector.
 
 {WEIGHTS}: weights under timm's names, which for ResNets are also torchvision's.
@@ -259,13 +259,13 @@ def find_problems(run: Run) -> list[str]:
     image_features, _ = features.extract(run.backbone, images)
     deviations = spectrum.covariance_spectrum(image_features).sqrt()
     shares = deviations / deviations.sum().clamp(min=1e-12) + 1e-12
-    rank = torch.exp(-(shares * shares.log()).sum()).item()  # RankMe, arXiv:2210.02885
+    effective_rank = torch.exp(-(shares * shares.log()).sum()).item()  # RankMe, arXiv:2210.02885
     spread = deviations.norm().item()
-    if not (rank >= MIN_RANK and spread >= MIN_SPREAD):
+    if not (effective_rank >= MIN_EFFECTIVE_RANK and spread >= MIN_SPREAD):
         problems.append(
             f"the features of {len(images)} training images have collapsed: effective rank"
-            f" {rank:.1f} of {image_features.shape[1]} (must be at least {MIN_RANK:g}), spread"
-            f" {spread:.2g} (must be at least {MIN_SPREAD:g})"
+            f" {effective_rank:.1f} of {image_features.shape[1]} (must be at least"
+            f" {MIN_EFFECTIVE_RANK:g}), spread {spread:.2g} (must be at least {MIN_SPREAD:g})"
         )
     return problems
 

@@ -55,15 +55,17 @@ def write(run: Run) -> Path:
     text = page.render(
         "report.html.jinja",
         **sections.run_variables(run.path, metrics, run.view_size),
-        **_evaluations(run, has_labels=bool((bank.labels >= 0).any())),
+        **_evaluation_variables(run, has_labels=bool((bank.labels >= 0).any())),
         title=f"{run.path.name} · {run.config.method.name}",
         name=run.path.name,
         network=run.network,
         checkpoint=run.checkpoint_path.name,
         facts=_facts(run, metrics),
         command=f"python -m ssl_pretrain.train {config_path} output=<new folder>",
-        nearest=_neighbors(nearest_images.find_neighbors(run, bank, queries), bank, query_kind),
-        projection=_projection(run, queries, query_kind),
+        nearest=_neighbor_variables(
+            nearest_images.find_neighbors(run, bank, queries), bank, query_kind
+        ),
+        projection=_projection_variables(run, queries, query_kind),
         config=_config_text(run),
     )
     path = run.path / "report.html"
@@ -92,8 +94,8 @@ def _facts(run: Run, metrics: list[sections.Record]) -> list[tuple[str, str]]:
     return facts
 
 
-def _evaluations(run: Run, has_labels: bool) -> dict[str, Any]:
-    """Return the evaluations, with a note if there are none or if their checkpoints differ."""
+def _evaluation_variables(run: Run, has_labels: bool) -> dict[str, Any]:
+    """Return the template variables of the evaluations and of the note above them."""
     evaluations = results.load_newest(run.path)
     other_checkpoints = sorted(
         {result["checkpoint"] for result in evaluations} - {run.checkpoint_path.name}
@@ -113,7 +115,7 @@ def _evaluations(run: Run, has_labels: bool) -> dict[str, Any]:
     }
 
 
-def _neighbors(
+def _neighbor_variables(
     queries: list[nearest_images.Query], bank: EvaluationSplit, query_kind: str
 ) -> dict[str, Any]:
     """Return the template variables of the table of queries and their neighbors."""
@@ -161,8 +163,8 @@ def _cell(pixels: np.ndarray, label: str, mark: str) -> dict[str, str]:
     return {"src": page.pixels_data_url(pixels), "label": label, "mark": mark}
 
 
-def _projection(run: Run, queries: EvaluationSplit, query_kind: str) -> dict[str, Any]:
-    """Return the charts of pixels and features projected to two dimensions, with their legend."""
+def _projection_variables(run: Run, queries: EvaluationSplit, query_kind: str) -> dict[str, Any]:
+    """Return the template variables of the charts of pixels and features in two dimensions."""
     backbone_features, labels = features.extract(run.backbone, queries)
     pixels, _ = features.raw_pixels(queries)
     num_classes, label_array = len(queries.classes), labels.cpu().numpy()
