@@ -80,7 +80,7 @@ def build_workspace(project: str, entity: str) -> Any:
         if key not in HIDDEN_METRICS:
             name = metric_names.display_name(key)
             contents[curve.group].append(panels.LinePlot(title=curve.title, x="step", y=[name]))
-    spread = metric_names.SPREAD
+    spread = metric_names.SPREAD_CHART
     contents[metric_names.COLLAPSE].append(
         panels.LinePlot(title=spread.partition("/")[2], x="step", y=[spread])
     )

@@ -59,7 +59,7 @@ class PretrainingJob:
     def __call__(self) -> int:
         """Train as one rank. Requeue the job unless the run has ended or failed for good."""
         # submitit's own handler would requeue at once, from rank 0 alone, in the middle of a step.
-        stop_signals.remember_signals()
+        stop_signals.install_early_handlers()
         _set_rank_environment()
         outputs = [override for override in self.overrides if override.startswith("output=")]
         run = Path(outputs[-1].removeprefix("output="))

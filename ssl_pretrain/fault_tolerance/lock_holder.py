@@ -30,7 +30,7 @@ class LockHolder:
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
-            born=start_time(os.getpid()),
+            born=process_start_time(os.getpid()),
             boot=_boot_id(),
             namespace=_pid_namespace(),
             job=os.environ.get("SLURM_JOB_ID", ""),
@@ -69,13 +69,13 @@ class LockHolder:
 
     def has_exited(self) -> bool:
         """Return True if the process has ended. The process id must be valid for the caller."""
-        return start_time(self.pid) != self.born
+        return process_start_time(self.pid) != self.born
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
 
-def start_time(pid: int) -> str:
+def process_start_time(pid: int) -> str:
     """Return the start time of a process in the kernel's clock ticks, or "" if it has ended."""
     with suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

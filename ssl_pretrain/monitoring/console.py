@@ -130,15 +130,15 @@ class WarningCollector:
         self._previous = warnings.showwarning
         warnings.showwarning = self._receive
 
-    def remove(self) -> None:
+    def uninstall(self) -> None:
         """Restore Python's handler, and print the remaining warnings to standard error."""
         if self._previous is not None and warnings.showwarning == self._receive:
             warnings.showwarning = self._previous
         self._previous = None
-        for text in self.take():
+        for text in self.take_pending():
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
-    def take(self) -> list[str]:
+    def take_pending(self) -> list[str]:
         """Return the warnings not yet shown, and remove them from the collector."""
         pending, self.pending = self.pending, []
         return pending

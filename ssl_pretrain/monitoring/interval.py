@@ -58,7 +58,7 @@ class Interval:
                 ranks.
         """
         num_steps = max(1, step - self._start_step)
-        seconds = max(time.monotonic() - self._start, 1e-9)
+        seconds = max(time.monotonic() - self._start_time, 1e-9)
         status = torch.tensor([self._seconds_waited / seconds, peak_memory_gib(), *flags])
         sums = torch.stack(
             [
@@ -80,7 +80,7 @@ class Interval:
 
     def _restart(self, step: int) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._start, self._start_step, self._seconds_waited = time.monotonic(), step, 0.0
+        self._start_time, self._start_step, self._seconds_waited = time.monotonic(), step, 0.0
 
 
 def peak_memory_gib() -> float:

@@ -37,12 +37,12 @@ def predict(
     weights = train.new_zeros(train.shape[1], num_classes).requires_grad_()
     solver = torch.optim.LBFGS([weights], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
 
-    def loss() -> Tensor:
+    def closure() -> Tensor:
         with torch.enable_grad():
             penalty = WEIGHT_DECAY / 2 * weights[:-1].square().sum()  # the bias is not decayed
-            value = F.cross_entropy(train @ weights, train_labels) + penalty
-            (weights.grad,) = torch.autograd.grad(value, weights)
-        return value
+            loss = F.cross_entropy(train @ weights, train_labels) + penalty
+            (weights.grad,) = torch.autograd.grad(loss, weights)
+        return loss
 
-    solver.step(loss)
+    solver.step(closure)
     return (test @ weights.detach()).argmax(dim=1)

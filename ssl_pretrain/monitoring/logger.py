@@ -99,14 +99,14 @@ class Logger:
         self._metrics: dict[str, float] = {}  # monitor results since the last record
         self._curves: dict[str, list[float]] | None = None  # sent to W&B with the next record
         self._curves_step = -MIN_STEPS_BETWEEN_CURVES
-        self._has_skipped = False  # True if the last record had skipped steps
-        self._problem: str | None = None  # message about the file that was not written
+        self._had_skipped_steps = False  # True if the last record had skipped steps
+        self._disk_problem: str | None = None  # message about the file that was not written
         self._wandb: wandb_run.WandbRun | None = None
-        self.past_records = self._trim(num_steps_done)
+        self.past_records = self._trim_records(num_steps_done)
         self.console = Console(last_step, self.past_records)
         self._warnings = WarningCollector(self.console.warn if process_group.is_main() else None)
         self._warnings.install()
-        self._files = BackgroundWriter(self.console.print_line)
+        self._writer = BackgroundWriter(self.console.print_line)
         if process_group.is_main():
             self._wandb = wandb_run.start(
                 settings.wandb,
@@ -149,15 +149,17 @@ class Logger:
         if step % self.settings.every_steps and step != self.last_step:
             return
         summary = self._interval.summarize_and_restart(
-            step, [bool(self._warnings.pending), bool(self._files.problems)]
+            step, [bool(self._warnings.pending), bool(self._writer.problems)]
         )
         has_warnings, has_disk_problem = summary.flags  # the same on every rank
         if has_warnings:
-            self._warnings.show_from_ranks(collectives.gather_objects(self._warnings.take()))
+            self._warnings.show_from_ranks(
+                collectives.gather_objects(self._warnings.take_pending())
+            )
         if has_disk_problem:
             self._handle_disk_problem()
         if process_group.is_main():
-            self._write(self._record(step, summary, learning_rates))
+            self._write_record(self._build_record(step, summary, learning_rates))
         self._metrics = {}
 
     def save_views(
@@ -166,7 +168,7 @@ class Logger:
         views: list[Tensor],
         mean: list[float],
         std: list[float],
-        describe: Callable[[], list[list[str]]] = list,
+        describe_views: Callable[[], list[list[str]]] = list,
     ) -> None:
         """Save views.png and views.json at the first step of the run.
 
@@ -175,13 +177,13 @@ class Logger:
             views: Views of this batch as the network sees them.
             mean: Channel means that the normalization subtracted.
             std: Channel standard deviations that the normalization divided by.
-            describe: Function that returns the augmentations of each image's views as text.
+            describe_views: Function that returns the augmentations of each image's views as text.
         """
         if step > 1 or not process_group.is_main():
             return
-        descriptions, path = describe(), self.run / "views.json"
+        descriptions, path = describe_views(), self.run / "views.json"
         text = json.dumps(descriptions, indent=1) + "\n"
-        self._files.try_write(path, partial(durable_files.replace, path, text))
+        self._writer.try_write(path, partial(durable_files.replace, path, text))
         caption = "\n".join(
             f"image {row + 1}, view {view + 1}: {description}"
             for row, texts in enumerate(descriptions)
@@ -196,14 +198,14 @@ class Logger:
             return
         self.console.warn(f"{title}: {text}")
         line = records.encode({"title": title, "text": text, "time": time.time()})
-        self._files.append(self.run / "alerts.jsonl", line)
+        self._writer.append(self.run / "alerts.jsonl", line)
         self._send("raise_alert", title=title, text=text, tag=tag or title.replace(" ", "-"))
 
     def close(self, succeeded: bool = True) -> None:
         """Write the last records and end the W&B run, as crashed unless `succeeded` is true."""
         self.console.close()
-        self._files.close()
-        self._warnings.remove()
+        self._writer.close()
+        self._warnings.uninstall()
         if self._wandb is not None:
             self._wandb.close(succeeded)
             self._wandb = None
@@ -220,10 +222,10 @@ class Logger:
         self.close(error_type is None)
         if error_type is None:
             background_writer.raise_or_warn(
-                self._problem or self._files.take_problems(), self.on_failure
+                self._disk_problem or self._writer.take_problems(), self.on_failure
             )
 
-    def _trim(self, num_steps_done: int) -> list[dict[str, Any]]:
+    def _trim_records(self, num_steps_done: int) -> list[dict[str, Any]]:
         """Remove the records after the resumed step. Return the others on rank 0."""
         problem, past_records = None, []
         if process_group.is_main():
@@ -238,7 +240,7 @@ class Logger:
         background_writer.raise_or_warn(problem, self.on_failure)
         return past_records
 
-    def _record(
+    def _build_record(
         self, step: int, summary: IntervalSummary, learning_rates: dict[str, float]
     ) -> dict[str, Any]:
         images_per_second = summary.num_steps * self.global_batch_size / summary.seconds
@@ -263,21 +265,21 @@ class Logger:
         utilization = {"flops_utilization": tflops / self._peak_tflops} if self._peak_tflops else {}
         return {"model_tflops": tflops} | utilization
 
-    def _write(self, record: dict[str, Any]) -> None:
-        self._files.append(self.run / "metrics.jsonl", records.encode(record))
+    def _write_record(self, record: dict[str, Any]) -> None:
+        self._writer.append(self.run / "metrics.jsonl", records.encode(record))
         self._send("log_record", record=record, curves=self._curves)
         self._curves = None
         self.console.show_progress(record)
         num_skipped = record.get("skipped_steps", 0)
-        if num_skipped and not self._has_skipped:
+        if num_skipped and not self._had_skipped_steps:
             text = f"step {record['step']}: {num_skipped:.0f} steps had a non-finite gradient"
             self.raise_alert("diverging", text, "diverged")
-        self._has_skipped = num_skipped > 0
+        self._had_skipped_steps = num_skipped > 0
 
     def _save_measurements(self, step: int, measurements: Measurements) -> None:
         if measurements.curves:
             curves = {"step": step, "epoch": step / self.steps_per_epoch, **measurements.curves}
-            self._files.append(self.run / "plots.jsonl", records.encode(curves))
+            self._writer.append(self.run / "plots.jsonl", records.encode(curves))
             if step - self._curves_step >= MIN_STEPS_BETWEEN_CURVES:
                 self._curves_step, self._curves = step, measurements.curves
         if measurements.neighbor_grid is not None:
@@ -290,7 +292,7 @@ class Logger:
             )
 
     def _save_picture(self, picture: Tensor, path: Path, key: str, caption: str, step: int) -> None:
-        if self._files.try_write(path, partial(image_grids.save_png, picture, path)):
+        if self._writer.try_write(path, partial(image_grids.save_png, picture, path)):
             self._send("log_picture", key=key, path=str(path), caption=caption, step=step)
 
     def _send(self, method: str, **arguments: Any) -> None:
@@ -299,8 +301,8 @@ class Logger:
 
     def _handle_disk_problem(self) -> None:
         """Request a stop or warn about the files, on every rank at the same step."""
-        problem = self._files.take_problems()
+        problem = self._writer.take_problems()
         if self.on_failure == "stop":
-            self.must_stop, self._problem = True, problem
+            self.must_stop, self._disk_problem = True, problem
         elif problem:
             self.console.warn(background_writer.continuation_warning(problem))

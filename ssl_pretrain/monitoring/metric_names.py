@@ -19,7 +19,7 @@ class MetricInfo(NamedTuple):
 LEARNING, COLLAPSE, NETWORK = "Learning", "Collapse", "Network"
 SPEED, EVALUATION = "Speed", "Evaluation"
 GROUPS = (LEARNING, COLLAPSE, EVALUATION, NETWORK, SPEED)
-SPREAD, SPECTRUM = f"{COLLAPSE}/spread of the dimensions", f"{COLLAPSE}/spectrum"
+SPREAD_CHART, SPECTRUM_CHART = f"{COLLAPSE}/spread of the dimensions", f"{COLLAPSE}/spectrum"
 VIEWS_PICTURE, NEIGHBORS_PICTURE = "Pictures/views", "Pictures/nearest neighbors"
 METRICS = {
     "loss": MetricInfo(

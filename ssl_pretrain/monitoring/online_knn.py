@@ -85,10 +85,12 @@ class OnlineKNN:
         self.steps_between_measurements = config.knn_every_epochs * steps_per_epoch
         labeled = image_order[labels[image_order] >= 0]
         num_queries = min(config.max_test, len(labeled) // 5)
-        self.queries = labeled[:num_queries]
-        self.bank = labeled[num_queries : num_queries + config.max_train]
+        self.query_indices = labeled[:num_queries]
+        self.bank_indices = labeled[num_queries : num_queries + config.max_train]
         if self.is_enabled:
-            weighted_knn.check_arguments(config.k, config.temperature, len(self.bank), "online.")
+            weighted_knn.check_arguments(
+                config.k, config.temperature, len(self.bank_indices), "online."
+            )
         elif config.knn_every_epochs > 0:
             process_group.print_once(
                 f"online k-NN is off, because only {len(labeled)} training images have labels"
@@ -97,7 +99,7 @@ class OnlineKNN:
     @property
     def is_enabled(self) -> bool:
         """True if the configuration and the labels allow measurements."""
-        return self.config.knn_every_epochs > 0 and len(self.queries) > 0
+        return self.config.knn_every_epochs > 0 and len(self.query_indices) > 0
 
     def is_due(self, step: int) -> bool:
         """Return True if the step has just passed a multiple of knn_every_epochs."""
@@ -139,14 +141,17 @@ class OnlineKNN:
             return Measurements()
         with temporary_eval_mode(backbone, self.device):
             local_features = _call_on_every_rank(
-                lambda: [self._embed(backbone, indices) for indices in (self.bank, self.queries)]
+                lambda: [
+                    self._embed(backbone, indices)
+                    for indices in (self.bank_indices, self.query_indices)
+                ]
             )
-        bank = self._gather(local_features[0], len(self.bank))
-        queries = self._gather(local_features[1], len(self.queries))
-        shard = np.arange(process_group.rank(), len(self.queries), process_group.world_size())
+        bank = self._gather(local_features[0], len(self.bank_indices))
+        queries = self._gather(local_features[1], len(self.query_indices))
+        shard = np.arange(process_group.rank(), len(self.query_indices), process_group.world_size())
         bank_labels, labels = (
             torch.from_numpy(self.labels[indices]).to(self.device)
-            for indices in (self.bank, self.queries[shard])
+            for indices in (self.bank_indices, self.query_indices[shard])
         )
         num_classes = int(self.labels.max()) + 1
 
@@ -173,7 +178,7 @@ class OnlineKNN:
             name: collectives.reduce_sum((classes == labels).sum().double()).item()
             for name, classes in predictions.items()
         }
-        accuracies = {name: count / len(self.queries) for name, count in num_correct.items()}
+        accuracies = {name: count / len(self.query_indices) for name, count in num_correct.items()}
         return Measurements(accuracies, neighbor_grid=picture)
 
     def _draw_neighbors(self, bank: Tensor, queries: Tensor) -> Tensor | None:
@@ -182,7 +187,10 @@ class OnlineKNN:
             return None
         similarities = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
         nearest = similarities.topk(min(NUM_NEIGHBORS, len(bank)), dim=1).indices.cpu().numpy()
-        query_indices, neighbor_indices = self.queries[: len(queries)], self.bank[nearest]
+        query_indices, neighbor_indices = (
+            self.query_indices[: len(queries)],
+            self.bank_indices[nearest],
+        )
         pixels = self.read_pixels(neighbor_indices.ravel())
         same_class = self.labels[neighbor_indices] == self.labels[query_indices][:, None]
         return image_grids.neighbor_grid(

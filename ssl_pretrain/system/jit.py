@@ -127,7 +127,7 @@ class CheckedCacheFile(caching.IndexDataCacheFile):
 
     def _load_index(self) -> dict[Any, str]:
         try:
-            stream = io.BytesIO(_checked_content(Path(self._index_path)))
+            stream = io.BytesIO(_read_verified(Path(self._index_path)))
             if pickle.load(stream) != self._version:
                 return {}
             stamp, overloads = pickle.load(stream)
@@ -136,7 +136,7 @@ class CheckedCacheFile(caching.IndexDataCacheFile):
             return {}
 
     def _load_data(self, name: str) -> Any:
-        return pickle.loads(_checked_content(Path(self._data_path(name))))
+        return pickle.loads(_read_verified(Path(self._data_path(name))))
 
     @contextmanager
     def _open_for_write(self, filepath: str) -> Iterator[io.BytesIO]:
@@ -147,7 +147,7 @@ class CheckedCacheFile(caching.IndexDataCacheFile):
             file.write(content + hashlib.sha256(content).digest())
 
 
-def _checked_content(path: Path) -> bytes:
+def _read_verified(path: Path) -> bytes:
     """Return the content of a file without its checksum.
 
     Raises:

@@ -20,7 +20,7 @@ _stop_requested = False  # True from the first stop signal to the end of the run
 _first_force_stop_seconds: float | None = None  # monotonic time of the first force-stop signal
 
 
-def remember_signals() -> None:
+def install_early_handlers() -> None:
     """Remember a request to stop while the run is being prepared and cannot respond to it.
 
     This replaces handlers that would act immediately, in the middle of a step, such as those of a

@@ -27,7 +27,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._armed = threading.Event()
-        self._limit, self._silence, self._compile_budget = 0.0, 0.0, 0.0  # seconds
+        self._limit_seconds, self._silent_seconds, self._compile_seconds_left = 0.0, 0.0, 0.0
         self._remedy, self._status = "", PROCESS_LOST
         self.activity = "preparing the run"
 
@@ -50,8 +50,8 @@ class Watchdog:
                 `COMPILE_FACTOR` times as long, if this process is computing.
         """
         with self._lock:
-            self._limit, self._silence, self._status = limit_seconds, 0.0, status
-            self._compile_budget = (
+            self._limit_seconds, self._silent_seconds, self._status = limit_seconds, 0.0, status
+            self._compile_seconds_left = (
                 (COMPILE_FACTOR - 1) * limit_seconds if includes_compilation else 0.0
             )
             self.activity, self._remedy = activity, remedy
@@ -70,34 +70,39 @@ class Watchdog:
         previous_time, previous_cpu_time = time.monotonic(), time.process_time()
         while True:
             self._armed.wait()
-            time.sleep(min(TICK_SECONDS, max(0.05, self._limit / 4)))
+            time.sleep(min(TICK_SECONDS, max(0.05, self._limit_seconds / 4)))
             now, cpu_time = time.monotonic(), time.process_time()
             # A longer interval means that the process was suspended.
             elapsed = min(now - previous_time, 2 * TICK_SECONDS)
             with self._lock:
                 if self._armed.is_set():
                     if (
-                        self._compile_budget > 0
+                        self._compile_seconds_left > 0
                         and cpu_time - previous_cpu_time > BUSY_FRACTION * elapsed
                     ):
-                        self._compile_budget -= elapsed
+                        self._compile_seconds_left -= elapsed
                     else:
-                        self._silence += elapsed
+                        self._silent_seconds += elapsed
                     self._arm_faulthandler()
-                    if self._silence > self._limit:
+                    if self._silent_seconds > self._limit_seconds:
                         self._end_process()
             previous_time, previous_cpu_time = now, cpu_time
 
     def _arm_faulthandler(self) -> None:
         with suppress(ValueError, OSError, OverflowError):  # stderr may be closed
-            seconds = self._limit - self._silence + self._compile_budget + BACKUP_SECONDS
+            seconds = (
+                self._limit_seconds
+                - self._silent_seconds
+                + self._compile_seconds_left
+                + BACKUP_SECONDS
+            )
             faulthandler.dump_traceback_later(max(1.0, seconds), exit=True, file=2)
 
     def _end_process(self) -> None:
         with suppress(ValueError, OSError):
             faulthandler.dump_traceback(file=2, all_threads=True)
         message = (
-            f"error: {rank_and_host()}: no sign of life for {self._limit:g} s "
+            f"error: {rank_and_host()}: no sign of life for {self._limit_seconds:g} s "
             f"(parallel.timeout_seconds) while {self.activity}: {self._remedy}\n"
         )
         with suppress(OSError):

@@ -41,7 +41,7 @@ def test_every_panel_shows_a_metric_that_is_logged():
     logged = {metric_names.display_name(key) for key in LOGGED | measured.keys()}
     sections = metrics_of(dashboard.build_workspace("p", "e"))
     shown = {metric for metrics in sections.values() for metric in metrics}
-    assert shown == logged | {metric_names.SPREAD}
+    assert shown == logged | {metric_names.SPREAD_CHART}
     assert list(sections) == [*metric_names.GROUPS, "Pictures"]
 
 

@@ -26,7 +26,7 @@ from ssl_pretrain.checkpoint.manifest import (
 )
 from ssl_pretrain.eval import results, runs
 from ssl_pretrain.eval.html import sections
-from ssl_pretrain.fault_tolerance.lock_holder import LockHolder, start_time
+from ssl_pretrain.fault_tolerance.lock_holder import LockHolder, process_start_time
 from ssl_pretrain.fault_tolerance.run_lock import RunLock
 from ssl_pretrain.launch import dashboard, evaluate, held_checkpoints, local
 from ssl_pretrain.launch.evaluation_jobs import EvaluationJobs
@@ -161,7 +161,7 @@ def test_half_a_checkpoint_counts_as_pruned(run, tmp_path):
 def test_the_links_of_a_killed_evaluation_are_removed(tmp_path):
     folder = tmp_path / ".held"
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    owner = replace(LockHolder.this_process(), pid=child.pid, born=start_time(child.pid))
+    owner = replace(LockHolder.this_process(), pid=child.pid, born=process_start_time(child.pid))
     abandoned = folder / "abandoned"
     abandoned.mkdir(parents=True)
     (abandoned / held_checkpoints.OWNER_FILE).write_text(owner.to_json())

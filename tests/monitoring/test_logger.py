@@ -164,7 +164,7 @@ def log_and_wait(logger, *steps):
     """Log steps, and wait after each until the background writer has tried to write it."""
     for step in steps:
         log_steps(logger, step)
-        while not logger._files._queue.empty():
+        while not logger._writer._queue.empty():
             time.sleep(0.01)
         time.sleep(0.05)
 

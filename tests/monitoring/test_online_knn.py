@@ -50,17 +50,25 @@ def build_knn(num_images=100, num_unlabeled=0, draws_random_numbers=False, **set
 
 def test_the_bank_and_the_queries_are_different_training_images():
     knn = build_knn(max_train=50, max_test=15)
-    assert len(knn.bank) == 50 and len(knn.queries) == 15 and not set(knn.bank) & set(knn.queries)
+    assert (
+        len(knn.bank_indices) == 50
+        and len(knn.query_indices) == 15
+        and not set(knn.bank_indices) & set(knn.query_indices)
+    )
 
 
 def test_the_accuracies_are_those_of_the_classifiers():
     knn = build_knn(max_train=50, max_test=15)
     data, labels = clusters(100)
-    bank, bank_labels, queries = data[knn.bank], labels[knn.bank], data[knn.queries]
+    bank, bank_labels, queries = (
+        data[knn.bank_indices],
+        labels[knn.bank_indices],
+        data[knn.query_indices],
+    )
     by_knn = weighted_knn.predict(bank, bank_labels, queries, k=5, temperature=0.07, num_classes=4)
     by_probe = linear_probe.predict(bank, bank_labels, queries, 4)
     expected = [
-        (predicted == labels[knn.queries]).double().mean().item()
+        (predicted == labels[knn.query_indices]).double().mean().item()
         for predicted in (by_knn, by_probe)
     ]
     metrics = knn.measure(nn.Identity()).metrics
@@ -121,7 +129,10 @@ def test_without_labels_nothing_is_measured_and_one_line_says_so(capsys):
 
 def test_only_labeled_images_are_used():
     knn = build_knn(num_unlabeled=60)
-    assert sorted([*knn.bank, *knn.queries]) == list(range(60, 100)) and len(knn.queries) == 8
+    assert (
+        sorted([*knn.bank_indices, *knn.query_indices]) == list(range(60, 100))
+        and len(knn.query_indices) == 8
+    )
 
 
 def test_a_k_that_does_not_fit_is_refused_before_training():

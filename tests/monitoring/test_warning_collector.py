@@ -18,9 +18,9 @@ def _warn_on_ranks():
             if process_group.rank() == 2:
                 warnings.warn("on one rank", stacklevel=1)
         num_pending = len(collector.pending)
-        collector.show_from_ranks(collectives.gather_objects(collector.take()))
+        collector.show_from_ranks(collectives.gather_objects(collector.take_pending()))
     finally:
-        collector.remove()
+        collector.uninstall()
     return num_pending, [text.partition(" (")[0] + text.partition(")")[2] for text in shown]
 
 

@@ -78,7 +78,7 @@ print(s.is_stop_requested)
 
 
 def test_signals_during_the_preparation_of_a_run_count():
-    process = start("stop_signals.remember_signals()\n" + SLEEPING)
+    process = start("stop_signals.install_early_handlers()\n" + SLEEPING)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     time.sleep(1.3)

@@ -97,8 +97,8 @@ class Client:
         }
         if curves:
             deviations, variances = curves["deviations"], curves["spectrum"]
-            row[metric_names.SPREAD] = self.wandb.Histogram(deviations, num_bins=32)
-            row[metric_names.SPECTRUM] = self.wandb.plot.line_series(
+            row[metric_names.SPREAD_CHART] = self.wandb.Histogram(deviations, num_bins=32)
+            row[metric_names.SPECTRUM_CHART] = self.wandb.plot.line_series(
                 xs=curves["spectrum_index"],
                 ys=[variances],
                 keys=[f"step {step}"],

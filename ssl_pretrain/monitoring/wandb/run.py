@@ -152,7 +152,7 @@ class WandbRun:
 
 
 def start(
-    setting: str,
+    configured_mode: str,
     run: Path,
     *,
     run_id: str | None,
@@ -164,13 +164,13 @@ def start(
     Overridden settings and failures are printed.
 
     Args:
-        setting: The value of `log.wandb`.
+        configured_mode: The value of `log.wandb`.
         run: The run's folder.
         run_id: ID of an existing W&B run to continue, or None for a new run.
         print_line: Prints messages.
         arguments: Further arguments of `WandbRun`.
     """
-    mode, message = resolve_mode(setting)
+    mode, message = resolve_mode(configured_mode)
     if message:
         print_line(message)
     if mode == "off":
@@ -186,7 +186,7 @@ def start(
         return None
 
 
-def resolve_mode(setting: str) -> tuple[str, str]:
+def resolve_mode(configured_mode: str) -> tuple[str, str]:
     """Return the mode of a run and a message for the user, which is usually empty.
 
     `auto` is online if there is a key, else off. `WANDB_MODE`, `WANDB_DISABLED` and W&B's own
@@ -194,10 +194,10 @@ def resolve_mode(setting: str) -> tuple[str, str]:
     `online` or `offline`, the message says so.
 
     Args:
-        setting: The value of `log.wandb`.
+        configured_mode: The value of `log.wandb`.
     """
     limit, source = _wandb_mode()
-    if setting == "auto":
+    if configured_mode == "auto":
         if has_api_key():
             return limit or "online", ""
         hint = (
@@ -206,9 +206,9 @@ def resolve_mode(setting: str) -> tuple[str, str]:
         )
         return "off", hint if limit == "offline" else ""
     order = ["off", "offline", "online"]
-    if limit and order.index(limit) < order.index(setting):
-        return limit, f"W&B: {limit}, because {source} overrides log.wandb={setting}"
-    return setting, ""
+    if limit and order.index(limit) < order.index(configured_mode):
+        return limit, f"W&B: {limit}, because {source} overrides log.wandb={configured_mode}"
+    return configured_mode, ""
 
 
 def has_api_key() -> bool:
