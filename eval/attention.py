@@ -227,7 +227,7 @@ def _read_image(file: Path, size: int) -> Tensor:
     if not file.is_file():
         raise ValueError(f"{file}: no such file; give the path of an image")
     pixels = torch.from_numpy(decode(file.read_bytes(), str(file))).permute(2, 0, 1)
-    return crops.evaluate(pixels, size, 1.0, "bicubic")
+    return crops.evaluation_view(pixels, size, 1.0, "bicubic")
 
 
 def _save_picture(picture: Tensor, path: Path) -> Path:

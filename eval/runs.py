@@ -87,7 +87,7 @@ def load_run(
         config.apply_overrides(manifest["config"], overrides, "the run's config")
     )
     _check_architecture(path, run_config, folder)
-    view_size = recipe.expand_counts(run_config.views)[0].size
+    view_size = recipe.crop_per_view(run_config.views)[0].size
     image_size = run_config.evaluation.image_size or view_size
     architecture = replace(run_config.backbone, init="random", init_key="", init_prefix="")
     image_size_check.check(

@@ -211,7 +211,7 @@ def build_method(config: RunConfig, source: Source | None = None) -> Method:
             `backbone.init` do not fit the backbone.
     """
     torch.manual_seed(rng.derive_seed(config.seed, 0, 0))
-    backbone = backbones.build(config.backbone, recipe.expand_counts(config.views)[0].size)
+    backbone = backbones.build(config.backbone, recipe.crop_per_view(config.views)[0].size)
     if notes := initial_weights.initialize(backbone, config.backbone):
         process_group.print_once(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}")
     method: Method = config.method.build(backbone)
@@ -313,8 +313,8 @@ def build_online_knn(config: RunConfig, data_loader: Loader, execution: Executio
     """Build the k-NN monitor. It transforms training images as evaluations do."""
     settings, source, views = config.evaluation, data_loader.source, config.views
     transform = partial(
-        crops.evaluate,
-        size=settings.image_size or recipe.expand_counts(views)[0].size,
+        crops.evaluation_view,
+        size=settings.image_size or recipe.crop_per_view(views)[0].size,
         crop_ratio=settings.crop_ratio,
         interpolation=settings.interpolation,
     )

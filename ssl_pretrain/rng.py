@@ -92,7 +92,7 @@ def uniform(
         seed: Seed of the run, in [0, 2**63).
         epoch: Number of completed passes over the data.
         indices: Indices of images in the data set, int64 of shape (n,), or a single index.
-        view: Index of the view in the order of `views.recipe.expand_counts`.
+        view: Index of the view in the order of `views.recipe.crop_per_view`.
         purpose: Purpose of the numbers.
         num_values: Number of values per index.
 

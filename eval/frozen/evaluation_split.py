@@ -79,7 +79,7 @@ class EvaluationSplit:
         cache = []
         evaluation, data = self.run.config.evaluation, self.run.config.data
         view = partial(
-            crops.evaluate,
+            crops.evaluation_view,
             size=self.run.image_size,
             crop_ratio=evaluation.crop_ratio,
             interpolation=evaluation.interpolation,

@@ -32,7 +32,7 @@ def template_variables(run_path: Path) -> dict[str, Any]:
         facts.append(("images per second", f"{last_record['images_per_second']:,.0f}"))
     view_size = 0
     if schema.value_at(settings, "views.crops") is not None:
-        view_size = recipe.expand_counts(config.from_dict(settings).views)[0].size
+        view_size = recipe.crop_per_view(config.from_dict(settings).views)[0].size
     newest_results = [steps[max(steps)] for steps in results.load_by_step(run_path).values()]
     return {
         **sections.run_variables(run_path, metrics, view_size),

@@ -88,7 +88,7 @@ def configured_micro_batch_size(config: RunConfig, world_size: int) -> int | Non
 
 def build_method_on_meta(config: RunConfig) -> Method:
     """Build the run's method on the meta device, where its weights take no memory."""
-    image_size = recipe.expand_counts(config.views)[0].size
+    image_size = recipe.crop_per_view(config.views)[0].size
     with torch.device("meta"):
         return config.method.build(backbones.on_meta(config.backbone, image_size))
 
@@ -101,7 +101,7 @@ def _try_method(config: RunConfig) -> None:
     """
     backbone = dataclasses.replace(config.backbone, init="random")
     group_size = execution.bn_group_images(config.parallel, config.global_batch_size)
-    sizes = [crop.size for crop in recipe.expand_counts(config.views)]
+    sizes = [crop.size for crop in recipe.crop_per_view(config.views)]
     num_images = min(2, group_size)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         method = build_method_on_meta(dataclasses.replace(config, backbone=backbone))

@@ -103,7 +103,7 @@ class Loader:
 
     def describe_views(self, step: int, num_images: int) -> list[list[str]]:
         """Describe the views of this rank's first images in a step, one list per image."""
-        plan, view_crops = self.reader.plan, recipe.expand_counts(self.reader.views)
+        plan, view_crops = self.reader.plan, recipe.crop_per_view(self.reader.views)
         numbers, epoch = self.indices(step)[:num_images], plan.epoch(step)
         colors = self._draw_colors(step, numbers)
         texts = []
@@ -190,7 +190,7 @@ class Loader:
 
     def _draw_colors(self, step: int, indices: np.ndarray) -> list[ColorParameters]:
         """Draw the color parameters of each view of these images in a step."""
-        plan, view_crops = self.reader.plan, recipe.expand_counts(self.reader.views)
+        plan, view_crops = self.reader.plan, recipe.crop_per_view(self.reader.views)
         return [
             draw_colors(crop, plan.seed, plan.epoch(step), indices, view)
             for view, crop in enumerate(view_crops)

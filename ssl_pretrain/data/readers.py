@@ -97,7 +97,7 @@ def build_reader(
     recipe.check(views)
     is_supported = augment is None or kind is ReaderKind.PROCESSES
     assert is_supported, "only processes support augment"
-    device, view_crops = torch.device(device), recipe.expand_counts(views)
+    device, view_crops = torch.device(device), recipe.crop_per_view(views)
     chunk_size, note = plan.local_batch_size, ""
     pool: ChunkPool
     if kind is ReaderKind.DEVICE_CACHE:
@@ -184,7 +184,7 @@ def read_images(
         source: The images.
         indices: Indices of the images to read, (n,). None stands for all images.
         transform: Picklable function from an image, uint8 (3, height, width), to its view, uint8
-            (3, s, s), such as `partial(crops.evaluate, size=32)`.
+            (3, s, s), such as `partial(crops.evaluation_view, size=32)`.
         batch_size: Images per batch. The last batch may be smaller.
         num_workers: Number of worker processes. With 0, this process reads the images.
         max_replaced: Share of the images that may be unreadable, as in `data.max_replaced`.

@@ -53,7 +53,7 @@ class StopRequest:
 
         Args:
             batches: The batches of the steps that follow.
-            num_steps_done: Optimizer steps done before. The first of these steps also compiles.
+            num_steps_done: Steps done before the first batch. The first step also compiles.
         """
         iterator, timeout = iter(batches), process_group.timeout_seconds()
         for step in itertools.count(num_steps_done + 1):

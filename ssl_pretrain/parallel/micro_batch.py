@@ -19,7 +19,7 @@ def blank_batch(views: ViewsConfig, num_images: int, execution: Execution) -> Ba
     zeros = partial(torch.zeros, num_images, device=execution.device)
     images = [
         zeros(3, crop.size, crop.size, dtype=execution.view_dtype)
-        for crop in recipe.expand_counts(views)
+        for crop in recipe.crop_per_view(views)
     ]
     indices = zeros(dtype=torch.int64)
     return Batch(execution.place_views(images), indices, indices)

@@ -156,7 +156,7 @@ class Estimate:
         sizes = sorted(unit.num_weights for unit in self.units)
         num_gathered = sum(sizes[-2:]) if self.num_shards > 1 else 0
         is_replicated = self.cluster.num_ranks > 1 and self.num_shards == 1
-        pixels = sum(3 * crop.size**2 for crop in recipe.expand_counts(self.run.views))
+        pixels = sum(3 * crop.size**2 for crop in recipe.crop_per_view(self.run.views))
         return {
             "parameters": (weights - teacher) / self.num_shards,
             "DDP buckets": self.gradient_bytes if is_replicated else 0.0,

@@ -116,7 +116,7 @@ def _describe_steps(run: RunConfig) -> list[str]:
 
 
 def _describe_batch(run: RunConfig, method: Method, world_size: int) -> list[str]:
-    views, batch = recipe.expand_counts(run.views), run.global_batch_size
+    views, batch = recipe.crop_per_view(run.views), run.global_batch_size
     rows = len(views) * batch
     negatives = "none, because the loss does not compare images"
     if method.couples != "nothing":

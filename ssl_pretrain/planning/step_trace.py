@@ -91,7 +91,7 @@ def _trace_images(
             torch.zeros(num_images, 3, crop.size, crop.size, dtype=execution.dtype).to(
                 memory_format=execution.memory_format
             )
-            for crop in recipe.expand_counts(run.views)
+            for crop in recipe.crop_per_view(run.views)
         ]
         zeros = torch.zeros(num_images, dtype=torch.int64)
         return network, Batch(views, labels=zeros, indices=zeros)
@@ -170,7 +170,7 @@ def trace_optimizer(
 
 def trace_coloring(run: RunConfig) -> Trace:
     """Trace the color augmentation of all views of `NUM_COLORED_IMAGES` images."""
-    crops = recipe.expand_counts(run.views)
+    crops = recipe.crop_per_view(run.views)
 
     def prepare() -> list[Tensor]:
         return [

@@ -16,8 +16,8 @@ class Batch:
         views: One tensor per view, global views first, each (B, 3, height, width) and normalized.
             They are float32, or bfloat16 if the GPU computes in bfloat16.
         labels: int64 (B,), -1 for an image without a label.
-        indices: int64 (B,), numbers of the images in the source. An unreadable image keeps its
-            number, but has the pixels and the label of its replacement.
+        indices: int64 (B,), indices of the images in the source. An unreadable image keeps its
+            index, but has the pixels and the label of its replacement.
     """
 
     views: list[Tensor]
@@ -35,8 +35,8 @@ class Batch:
             self.indices.to(device),
         )
 
-    def slice(self, number: int, num_slices: int) -> Batch:
-        """Return slice `number` of `num_slices` slices of equal length, counted from 0.
+    def slice(self, index: int, num_slices: int) -> Batch:
+        """Return slice `index` of `num_slices` slices of equal length, counted from 0.
 
         Raises:
             ValueError: If the images do not divide evenly.
@@ -46,7 +46,7 @@ class Batch:
                 f"a batch of {len(self)} images does not divide into {num_slices} equal slices"
             )
         size = len(self) // num_slices
-        rows = slice(number * size, (number + 1) * size)
+        rows = slice(index * size, (index + 1) * size)
         return Batch([view[rows] for view in self.views], self.labels[rows], self.indices[rows])
 
 

@@ -42,7 +42,7 @@ def apply(
     Raises:
         ValueError: If `pixels` is not uint8 (n, 3, height, width) with the n of `parameters`.
     """
-    _check(pixels, len(parameters.jitter))
+    _check_pixels(pixels, len(parameters.is_jittered))
     if pixels.device.type != "cpu":
         return color_torch.apply(pixels, parameters, crop, mean, std)
     views = torch.empty(pixels.shape)
@@ -79,7 +79,7 @@ def apply_to_group(
     if pixels[0].device.type not in FUSED_DEVICES or find_spec("triton") is None:
         return [apply(*pair, crop, mean, std) for pair in zip(pixels, parameters)]
     for view, values in zip(pixels, parameters):
-        _check(view, len(values.jitter))
+        _check_pixels(view, len(values.is_jittered))
     from ssl_pretrain.views import color_triton
 
     group = ColorParameters(
@@ -100,13 +100,13 @@ def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
     Raises:
         ValueError: If `pixels` is not uint8 (n, 3, height, width).
     """
-    _check(pixels, len(pixels))
+    _check_pixels(pixels, len(pixels))
     return color_torch.standardize(pixels.to(torch.float32).div_(255), mean, std)
 
 
-def _check(pixels: Tensor, n: int) -> None:
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[:2] != (n, 3):
+def _check_pixels(pixels: Tensor, num_images: int) -> None:
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[:2] != (num_images, 3):
         raise ValueError(
-            f"color: pixels must be uint8 ({n}, 3, height, width), got {pixels.dtype} "
+            f"color: pixels must be uint8 ({num_images}, 3, height, width), got {pixels.dtype} "
             f"{tuple(pixels.shape)}"
         )

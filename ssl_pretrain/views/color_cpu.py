@@ -11,11 +11,11 @@ from functools import partial
 import numpy as np
 
 from ssl_pretrain.system.jit import njit
-from ssl_pretrain.views.color_parameters import ColorParameters, strengths
+from ssl_pretrain.views.color_parameters import ColorParameters, jitter_strengths
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
-# Flags that let the compiler round a product and a sum together, which is twice as fast and more
-# accurate. `_SUM` also lets it compute a sum in the lanes of a vector.
+# Flags for the compiler. `contract` lets it round a product and a sum together, which is twice as
+# fast and more accurate. The others let it compute a sum in the lanes of a vector.
 _CONTRACT = {"contract"}
 _SUM = {"contract", "reassoc", "nsz"}
 # With these flags, the code of a helper that is compiled alone differs from its code within
@@ -48,7 +48,7 @@ def apply(
         out: Output, float32 (n, 3, height, width).
     """
     recipe = (
-        strengths(crop),
+        jitter_strengths(crop),
         crop.brightness_mode == "add",
         crop.contrast_mean == "channel",
         crop.saturation_mode == "hsv",
@@ -60,13 +60,13 @@ def apply(
     )
     columns = (
         pixels,
-        parameters.jitter,
-        parameters.order,
-        parameters.factors,
-        parameters.grayscale,
-        parameters.blur,
-        parameters.sigma,
-        parameters.solarize,
+        parameters.is_jittered,
+        parameters.jitter_order,
+        parameters.jitter_factors,
+        parameters.is_gray,
+        parameters.is_blurred,
+        parameters.blur_sigma,
+        parameters.is_solarized,
         out,
     )
     num_rows = max(1, -(-len(pixels) // num_threads))
@@ -84,30 +84,32 @@ def apply(
 @njit(nogil=True, cache=True, error_model="numpy")
 def _apply(recipe, rows):
     strengths, _, _, _, taps, zero_border, threshold, mean, std = recipe
-    pixels, jitter, order, factors, grayscale, blur, sigma, solarize, out = rows
+    pixels, is_jittered, order, factors, is_gray, is_blurred, sigma, is_solarized, out = rows
     _, _, height, width = pixels.shape
     kernel = np.empty(taps, np.float32)
-    padded = np.empty(width + taps, np.float32)
+    padded_row = np.empty(width + taps, np.float32)
     # The last row stays zero. It stands for the rows outside of the view if the border is zero.
     blurred_rows = np.zeros((height + 1, width), np.float32)
-    for number in range(len(pixels)):
-        image = out[number].reshape(3, height * width)
-        source = pixels[number].reshape(3, height * width)
+    for index in range(len(pixels)):
+        image = out[index].reshape(3, height * width)
+        source = pixels[index].reshape(3, height * width)
         for channel in range(3):
-            _to_unit(source[channel], image[channel])
-        if jitter[number]:
+            _scale_to_unit(source[channel], image[channel])
+        if is_jittered[index]:
             for stage in range(4):
-                operation = order[number, stage]
+                operation = order[index, stage]
                 if strengths[operation] != 0:
-                    _adjust(image, operation, factors[number, operation], recipe)
-        if grayscale[number]:
+                    _adjust(image, operation, factors[index, operation], recipe)
+        if is_gray[index]:
             _to_gray(image[0], image[1], image[2])
-        if blur[number]:
-            _fill_kernel(kernel, sigma[number])
+        if is_blurred[index]:
+            _compute_kernel(kernel, sigma[index])
             for channel in range(3):
-                _blur(out[number, channel], kernel, padded, blurred_rows, zero_border)
+                _blur(out[index, channel], kernel, padded_row, blurred_rows, zero_border)
         for channel in range(3):
-            _finish(image[channel], solarize[number], threshold, mean[channel], std[channel])
+            _solarize_and_normalize(
+                image[channel], is_solarized[index], threshold, mean[channel], std[channel]
+            )
 
 
 @_helper(error_model="numpy")
@@ -133,7 +135,7 @@ def _adjust(image, operation, factor, recipe):
 
 
 @_helper(error_model="numpy")
-def _to_unit(source, target):
+def _scale_to_unit(source, target):
     for i in range(len(source)):
         target[i] = np.float32(source[i]) / np.float32(255)
 
@@ -154,10 +156,10 @@ def _shift(image, delta):
 def _mean_gray(red, green, blue):
     total = 0.0
     for first in range(0, len(red), 1024):  # sums of 1024 values in float32 are added in float64
-        short = ZERO
+        partial_sum = ZERO
         for i in range(first, min(first + 1024, len(red))):
-            short += red[i] * RED + green[i] * GREEN + blue[i] * BLUE
-        total += np.float64(short)
+            partial_sum += red[i] * RED + green[i] * GREEN + blue[i] * BLUE
+        total += np.float64(partial_sum)
     return np.float32(total / len(red))
 
 
@@ -165,25 +167,25 @@ def _mean_gray(red, green, blue):
 def _mean(channel):
     total = 0.0
     for first in range(0, len(channel), 1024):
-        short = ZERO
+        partial_sum = ZERO
         for i in range(first, min(first + 1024, len(channel))):
-            short += channel[i]
-        total += np.float64(short)
+            partial_sum += channel[i]
+        total += np.float64(partial_sum)
     return np.float32(total / len(channel))
 
 
 @_helper(fastmath=_CONTRACT)
 def _blend_with_mean(image, factor, mean):
-    other = mean * (ONE - factor)
+    offset = mean * (ONE - factor)
     for i in range(len(image)):
-        image[i] = min(max(image[i] * factor + other, ZERO), ONE)
+        image[i] = min(max(image[i] * factor + offset, ZERO), ONE)
 
 
 @_helper(fastmath=_CONTRACT)
 def _blend_with_gray(red, green, blue, factor):
-    rest = ONE - factor
+    gray_weight = ONE - factor
     for i in range(len(red)):
-        gray = (red[i] * RED + green[i] * GREEN + blue[i] * BLUE) * rest
+        gray = (red[i] * RED + green[i] * GREEN + blue[i] * BLUE) * gray_weight
         red[i] = min(max(red[i] * factor + gray, ZERO), ONE)
         green[i] = min(max(green[i] * factor + gray, ZERO), ONE)
         blue[i] = min(max(blue[i] * factor + gray, ZERO), ONE)
@@ -209,9 +211,10 @@ def _rotate_hue(red, green, blue, shift):
         r, g, b = red[i], green[i], blue[i]
         low, high = min(min(r, g), b), max(max(r, g), b)
         chroma = high - low
-        safe = max(chroma, TINY)
-        at_red, at_green, at_blue = (g - b) / safe, (b - r) / safe + TWO, (r - g) / safe + FOUR
-        sixths = at_red if high == r else (at_green if high == g else at_blue)
+        divisor = max(chroma, TINY)
+        from_red, from_green = (g - b) / divisor, (b - r) / divisor + TWO
+        from_blue = (r - g) / divisor + FOUR
+        sixths = from_red if high == r else (from_green if high == g else from_blue)
         sixths = sixths + shift
         sixths = sixths - SIX * np.floor(sixths / SIX)
         red[i] = min(max(abs(sixths - THREE) - ONE, ZERO), ONE) * chroma + low
@@ -227,7 +230,7 @@ def _to_gray(red, green, blue):
 
 
 @_helper(error_model="numpy")
-def _fill_kernel(kernel, sigma):
+def _compute_kernel(kernel, sigma):
     radius, total = len(kernel) // 2, 0.0
     for tap in range(len(kernel)):
         kernel[tap] = np.exp(-0.5 * ((tap - radius) / sigma) ** 2)
@@ -237,38 +240,39 @@ def _fill_kernel(kernel, sigma):
 
 
 @_helper()
-def _blur(image, kernel, padded, rows, zero_border):
-    """Blur along the rows, then along the columns. The last row of the buffer `rows` is zero."""
+def _blur(image, kernel, padded_row, blurred_rows, zero_border):
+    """Blur along the rows, then along the columns. The last of the `blurred_rows` is zero."""
     height, width = image.shape
     radius = len(kernel) // 2
     for y in range(height):
         if zero_border:
-            padded[:radius] = ZERO
-            padded[radius + width :] = ZERO
+            padded_row[:radius] = ZERO
+            padded_row[radius + width :] = ZERO
         for x in range(0 if zero_border else radius):
-            padded[radius - 1 - x] = image[y, x + 1]
-            padded[radius + width + x] = image[y, width - 2 - x]
-        padded[radius : radius + width] = image[y]
-        rows[y] = ZERO
+            padded_row[radius - 1 - x] = image[y, x + 1]
+            padded_row[radius + width + x] = image[y, width - 2 - x]
+        padded_row[radius : radius + width] = image[y]
+        blurred_rows[y] = ZERO
         for tap in range(0, len(kernel) - 2, 3):
-            a, b, c = padded[tap:], padded[tap + 1 :], padded[tap + 2 :]
-            _add_three(rows[y], a, b, c, kernel[tap], kernel[tap + 1], kernel[tap + 2])
+            a, b, c = padded_row[tap:], padded_row[tap + 1 :], padded_row[tap + 2 :]
+            _add_three(blurred_rows[y], a, b, c, kernel[tap], kernel[tap + 1], kernel[tap + 2])
         for tap in range(len(kernel) // 3 * 3, len(kernel)):
-            _add_one(rows[y], padded[tap:], kernel[tap])
+            _add_one(blurred_rows[y], padded_row[tap:], kernel[tap])
     for y in range(height):
         image[y] = ZERO
         for tap in range(0, len(kernel) - 2, 3):
             first = y + tap - radius
-            a = rows[_row_at(first, height, zero_border)]
-            b = rows[_row_at(first + 1, height, zero_border)]
-            c = rows[_row_at(first + 2, height, zero_border)]
+            a = blurred_rows[_row_inside(first, height, zero_border)]
+            b = blurred_rows[_row_inside(first + 1, height, zero_border)]
+            c = blurred_rows[_row_inside(first + 2, height, zero_border)]
             _add_three(image[y], a, b, c, kernel[tap], kernel[tap + 1], kernel[tap + 2])
         for tap in range(len(kernel) // 3 * 3, len(kernel)):
-            _add_one(image[y], rows[_row_at(y + tap - radius, height, zero_border)], kernel[tap])
+            row = blurred_rows[_row_inside(y + tap - radius, height, zero_border)]
+            _add_one(image[y], row, kernel[tap])
 
 
 @_helper()
-def _row_at(row, length, zero_border):
+def _row_inside(row, length, zero_border):
     """Map a row outside of the image to its reflection, or to row `length`, which is zero."""
     if zero_border:
         return row if 0 <= row < length else length
@@ -289,8 +293,8 @@ def _add_one(target, a, weight):
 
 
 @_helper(error_model="numpy")
-def _finish(image, solarized, threshold, mean, std):
-    if solarized:
+def _solarize_and_normalize(image, is_solarized, threshold, mean, std):
+    if is_solarized:
         for i in range(len(image)):
             image[i] = ONE - image[i] if image[i] >= threshold else image[i]
     for i in range(len(image)):

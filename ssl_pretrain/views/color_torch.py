@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pretrain.views.batch import upload
-from ssl_pretrain.views.color_parameters import ColorParameters, strengths
+from ssl_pretrain.views.color_parameters import ColorParameters, jitter_strengths
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue (ITU-R BT.601)
@@ -59,16 +59,17 @@ def _upload_parameters(
     hue, then those of grayscale, blur and solarization. The values are the four factors and sigma,
     float32 (n, 5).
     """
-    jitter, order, is_used = parameters.jitter, parameters.order, strengths(crop) > 0
+    is_jittered, order = parameters.is_jittered, parameters.jitter_order
+    is_used = jitter_strengths(crop) > 0
     masks = [
-        jitter & (order[:, stage] == operation) & is_used[operation]
+        is_jittered & (order[:, stage] == operation) & is_used[operation]
         for stage in range(4)
         for operation in range(4)
     ]
-    masks += [parameters.grayscale, parameters.blur, parameters.solarize]
+    masks += [parameters.is_gray, parameters.is_blurred, parameters.is_solarized]
     rows = [np.flatnonzero(mask) for mask in masks]
     device_rows = upload(torch.from_numpy(np.concatenate(rows)), device)
-    values = torch.from_numpy(np.column_stack([parameters.factors, parameters.sigma]))
+    values = torch.from_numpy(np.column_stack([parameters.jitter_factors, parameters.blur_sigma]))
     return device_rows.split(list(map(len, rows))), upload(values, device)
 
 
@@ -168,11 +169,11 @@ def _blur(images: Tensor, sigma: Tensor, taps: int, border: str = "reflect") -> 
 
 def standardize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """Return (images - mean) / std, which overwrites `images`."""
-    shift, scale = _constants(tuple(mean), tuple(std), images.device)
+    shift, scale = _mean_and_std(tuple(mean), tuple(std), images.device)
     return images.sub_(shift).div_(scale)
 
 
 @lru_cache(maxsize=16)
-def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+def _mean_and_std(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
     """Return mean and std on the device, (2, 3, 1, 1), cached because the copy blocks the host."""
     return torch.tensor([mean, std], device=device)[:, :, None, None]

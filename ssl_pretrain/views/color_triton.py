@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ssl_pretrain.views.batch import upload
-from ssl_pretrain.views.color_parameters import ColorParameters, strengths
+from ssl_pretrain.views.color_parameters import ColorParameters, jitter_strengths
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
 _PIXELS = 1024  # pixels per program
-_MEAN_PIXELS = 2048  # pixels per iteration of the loop over an image in `_means`
+_MEAN_PIXELS = 2048  # pixels per iteration of the loop over an image in `_compute_means`
 
-# Columns of the table that `pack` returns. The first four contain the operations of the stages.
+# Columns of the table of `pack_parameters`. The first four contain the operations of the stages.
 _FACTORS = tl.constexpr(4)
 _SIGMA = tl.constexpr(8)
 _GRAYSCALE = tl.constexpr(9)
@@ -31,24 +31,24 @@ _VIEW_IN_SLOT = tl.constexpr(12)
 _NUM_COLUMNS = tl.constexpr(13)
 
 
-def pack(parameters: ColorParameters, crop: Crop) -> np.ndarray:
+def pack_parameters(parameters: ColorParameters, crop: Crop) -> np.ndarray:
     """Return the parameters of n views as one float32 table (n, 13), to upload in one copy.
 
     The columns are the operations of the four stages (-1 for none), their factors, the sigma of the
     blur, two flags for grayscale and solarization, the view's slot in the blur buffers (-1 for
     none) and, in row k, the view in slot k.
     """
-    order, blurred_views = parameters.order, np.flatnonzero(parameters.blur)
-    is_active = parameters.jitter[:, None] & (strengths(crop)[order] > 0)
+    order, blurred_views = parameters.jitter_order, np.flatnonzero(parameters.is_blurred)
+    is_active = parameters.is_jittered[:, None] & (jitter_strengths(crop)[order] > 0)
     slots, views_in_slots = np.full(len(order), -1), np.zeros(len(order), np.int64)
     slots[blurred_views] = np.arange(len(blurred_views))
     views_in_slots[: len(blurred_views)] = blurred_views
     columns = (
         np.where(is_active, order, -1),
-        np.take_along_axis(parameters.factors, order, axis=1),
-        parameters.sigma,
-        parameters.grayscale,
-        parameters.solarize,
+        np.take_along_axis(parameters.jitter_factors, order, axis=1),
+        parameters.blur_sigma,
+        parameters.is_gray,
+        parameters.is_solarized,
         slots,
         views_in_slots,
     )
@@ -74,14 +74,14 @@ def apply(
         dtype: Type of the views, float32 or bfloat16.
     """
     n, _, height, width = pixels.shape
-    area, num_blurred = height * width, int(parameters.blur.sum())
+    area, num_blurred = height * width, int(parameters.is_blurred.sum())
     pixels = pixels.contiguous()
-    table = upload(torch.from_numpy(pack(parameters, crop)), pixels.device)
+    table = upload(torch.from_numpy(pack_parameters(parameters, crop)), pixels.device)
     views = torch.empty_like(pixels, dtype=dtype, memory_format=torch.channels_last)
     means = torch.empty(n, 3, device=pixels.device)
     buffers = torch.empty(2, num_blurred, 3, area, device=pixels.device)
     modes = {"ADDS": crop.brightness_mode == "add", "HSV": crop.saturation_mode == "hsv"}
-    _means[(n,)](
+    _compute_means[(n,)](
         pixels,
         table,
         means,
@@ -93,7 +93,7 @@ def apply(
     )
     tile = {"PIXELS": _PIXELS, "num_warps": 4}
     outputs = (views, crop.solarize_threshold, *mean, *(1 / value for value in std))
-    _colors[(n, triton.cdiv(area, _PIXELS))](
+    _apply_colors[(n, triton.cdiv(area, _PIXELS))](
         pixels, table, means, buffers, area, *outputs, **modes, **tile
     )
     if num_blurred:
@@ -171,7 +171,7 @@ def _adjust(
     red,
     green,
     blue,
-    code,
+    operation,
     factor,
     mean_red,
     mean_green,
@@ -181,27 +181,27 @@ def _adjust(
 ):
     """Apply one stage of the jitter.
 
-    `code` is 0 for brightness, 1 for contrast, 2 for saturation, 3 for hue, and -1 for nothing.
+    `operation` is 0 for brightness, 1 for contrast, 2 for saturation, 3 for hue, or -1 for none.
     """
-    if code == 0:
+    if operation == 0:
         if ADDS:
             red, green, blue = _clamp(red + factor), _clamp(green + factor), _clamp(blue + factor)
         else:
             red, green, blue = _clamp(red * factor), _clamp(green * factor), _clamp(blue * factor)
-    elif code == 1:
+    elif operation == 1:
         mean_weight = 1.0 - factor
         red = _clamp(red * factor + mean_red * mean_weight)
         green = _clamp(green * factor + mean_green * mean_weight)
         blue = _clamp(blue * factor + mean_blue * mean_weight)
-    elif code == 2:
+    elif operation == 2:
         red, green, blue = _saturate(red, green, blue, factor, HSV)
-    elif code == 3:
+    elif operation == 3:
         red, green, blue = _rotate_hue(red, green, blue, factor)
     return red, green, blue
 
 
 @triton.jit
-def _means(
+def _compute_means(
     pixels,
     table,
     means,
@@ -229,9 +229,18 @@ def _means(
             mask = offsets < area
             red, green, blue = _load(pixels, image, offsets, mask, area)
             for k in tl.static_range(3):
-                code = tl.where(k < contrast_stage, tl.load(row + k), -1.0).to(tl.int32)
+                operation = tl.where(k < contrast_stage, tl.load(row + k), -1.0).to(tl.int32)
                 red, green, blue = _adjust(
-                    red, green, blue, code, tl.load(row + _FACTORS + k), 0.0, 0.0, 0.0, ADDS, HSV
+                    red,
+                    green,
+                    blue,
+                    operation,
+                    tl.load(row + _FACTORS + k),
+                    0.0,
+                    0.0,
+                    0.0,
+                    ADDS,
+                    HSV,
                 )
             red_sum += tl.where(mask, red, 0.0)
             green_sum += tl.where(mask, green, 0.0)
@@ -259,7 +268,7 @@ def _store_normalized(target, values, mean, scale, mask):
 
 
 @triton.jit
-def _colors(
+def _apply_colors(
     pixels,
     table,
     means,
@@ -277,22 +286,22 @@ def _colors(
     HSV: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """Apply jitter and grayscale to a tile. Then finish the tile, or store it for the blur."""
+    """Apply jitter and grayscale to a tile, then complete it or store it for the blur."""
     image = tl.program_id(0)
     row = table + image * _NUM_COLUMNS
     offsets = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     mask = offsets < area
     red, green, blue = _load(pixels, image, offsets, mask, area)
     for k in tl.static_range(4):
-        code = tl.load(row + k).to(tl.int32)
-        image_mean_red = tl.load(means + image * 3, mask=code == 1, other=0.0)
-        image_mean_green = tl.load(means + image * 3 + 1, mask=code == 1, other=0.0)
-        image_mean_blue = tl.load(means + image * 3 + 2, mask=code == 1, other=0.0)
+        operation = tl.load(row + k).to(tl.int32)
+        image_mean_red = tl.load(means + image * 3, mask=operation == 1, other=0.0)
+        image_mean_green = tl.load(means + image * 3 + 1, mask=operation == 1, other=0.0)
+        image_mean_blue = tl.load(means + image * 3 + 2, mask=operation == 1, other=0.0)
         red, green, blue = _adjust(
             red,
             green,
             blue,
-            code,
+            operation,
             tl.load(row + _FACTORS + k),
             image_mean_red,
             image_mean_green,

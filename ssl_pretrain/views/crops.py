@@ -32,10 +32,10 @@ from ssl_pretrain.views import resize
 from ssl_pretrain.views.batch import upload
 from ssl_pretrain.views.recipe import Crop, Interpolation
 
-MAX_ASPECT = 16  # aspect ratio beyond which `evaluate` resizes only the middle of an image
+MAX_ASPECT = 16  # aspect ratio beyond which `evaluation_view` resizes only the middle of an image
 MAX_ATTEMPTS = 10  # as in torchvision
 TENSORFLOW_MAX_ATTEMPTS = 100  # as in SimCLR's code
-TENSORFLOW_MIN_AREA = 0.1  # smallest share of the image in a box, SimCLR's min_object_covered
+TENSORFLOW_MIN_AREA_SHARE = 0.1  # smallest share of the image in a box, SimCLR's min_object_covered
 TORCHVISION, TENSORFLOW, CLIPPED = 0.0, 1.0, 2.0  # numbers because compiled code takes no text
 SAMPLERS = {"torchvision": TORCHVISION, "tensorflow": TENSORFLOW, "clipped": CLIPPED}
 _CROP, _FLIP = int(Purpose.CROP), int(Purpose.FLIP)
@@ -64,11 +64,11 @@ def draw_box(
         seed: Seed of the run.
         epoch: Number of passes over the data before this one.
         index: Number of the image in the data set.
-        view: Number of the view, in the order of `recipe.expand_counts`.
+        view: Number of the view, in the order of `recipe.crop_per_view`.
         height: Height of the decoded image, in pixels.
         width: Width of the decoded image, in pixels.
     """
-    return Box(*box_at(box_parameters(crop), (seed, epoch, index, view), height, width))
+    return Box(*draw_box_fields(box_parameters(crop), (seed, epoch, index, view), height, width))
 
 
 def box_parameters(crop: Crop) -> tuple[float, ...]:
@@ -78,8 +78,8 @@ def box_parameters(crop: Crop) -> tuple[float, ...]:
 
 
 @njit(nogil=True, cache=True)
-def box_at(parameters, key, height, width):
-    """Draw the fields of a `Box` as `draw_box` does, in compiled code.
+def draw_box_fields(parameters, key, height, width):
+    """Draw a box as `draw_box` does, in compiled code. Return the fields of a `Box`.
 
     Args:
         parameters: The recipe's numbers, from `box_parameters`.
@@ -154,7 +154,8 @@ def _tensorflow_box(areas, ratios, key, height, width):
             box_width = int(np.rint(box_height * ratio))
         area = box_height * box_width
         fits = 0 < box_height <= height and 0 < box_width <= width
-        if fits and min_area <= area <= max_area and area >= TENSORFLOW_MIN_AREA * height * width:
+        is_large = area >= TENSORFLOW_MIN_AREA_SHARE * height * width
+        if fits and is_large and min_area <= area <= max_area:
             top = int(u_top * (height - box_height))
             left = int(u_left * (width - box_width))
             return top, left, box_height, box_width
@@ -177,15 +178,15 @@ def draw_boxes(
     Returns:
         int64 array of shape (n, 5), one `Box` per row.
     """
-    return _boxes_at(box_parameters(crop), seed, epoch, indices, view, sizes)
+    return _draw_box_rows(box_parameters(crop), seed, epoch, indices, view, sizes)
 
 
 @njit(nogil=True, cache=True)
-def _boxes_at(parameters, seed, epoch, indices, view, sizes):
+def _draw_box_rows(parameters, seed, epoch, indices, view, sizes):
     boxes = np.empty((len(indices), 5), np.int64)
     for row in range(len(indices)):
         key = (seed, epoch, indices[row], view)
-        box = box_at(parameters, key, sizes[row, 0], sizes[row, 1])
+        box = draw_box_fields(parameters, key, sizes[row, 0], sizes[row, 1])
         boxes[row, 0], boxes[row, 1], boxes[row, 2], boxes[row, 3], boxes[row, 4] = box
     return boxes
 
@@ -199,22 +200,22 @@ def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
         crop: Recipe with the size, interpolation and antialiasing.
     """
     if not crop.antialias:
-        return _without_antialias(image, box, crop)
+        return _apply_without_antialias(image, box, crop)
     size, mode = [crop.size, crop.size], F.InterpolationMode(crop.interpolation)
     view = F.resized_crop(image, *box[:4], size, mode, antialias=True)
     return view.flip(-1) if box.flip else view
 
 
-def _without_antialias(image: Tensor, box: Box, crop: Crop) -> Tensor:
+def _apply_without_antialias(image: Tensor, box: Box, crop: Crop) -> Tensor:
     """Apply a crop without antialiasing, exactly as the compiled loader does.
 
     torch cannot do it, because its cubic filter then has another parameter (a = -0.75).
     """
-    cut = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
-    transposed = cut.permute(2, 0, 1).contiguous().flatten().numpy()
+    box_pixels = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
+    transposed = box_pixels.permute(2, 0, 1).contiguous().flatten().numpy()
     view = torch.empty(3, crop.size, crop.size, dtype=torch.uint8)
     bicubic = crop.interpolation == "bicubic"
-    resize.write_plain_cut(
+    resize.resize_without_antialias(
         transposed, box.height, box.width, box.flip, crop.size, bicubic, view.flatten().numpy()
     )
     return view
@@ -235,37 +236,40 @@ def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
         The views, uint8 (n, 3, size, size).
     """
     top, left, height, width, flip = upload(torch.from_numpy(boxes), images.device).unbind(1)
-    along_x = _resize_matrices(left, width, images.shape[3], crop)
-    along_x = torch.where(flip[:, None, None] == 1, along_x.flip(1), along_x)
-    along_y = _resize_matrices(top, height, images.shape[2], crop)
-    views = images.to(torch.float32) @ along_x[:, None].transpose(2, 3)
+    x_weights = _resize_matrices(left, width, images.shape[3], crop)
+    x_weights = torch.where(flip[:, None, None] == 1, x_weights.flip(1), x_weights)
+    y_weights = _resize_matrices(top, height, images.shape[2], crop)
+    views = images.to(torch.float32) @ x_weights[:, None].transpose(2, 3)
     if crop.antialias:
         views = _to_levels(views)
-    return _to_levels(along_y[:, None] @ views).to(torch.uint8)
+    return _to_levels(y_weights[:, None] @ views).to(torch.uint8)
 
 
-def _resize_matrices(first: Tensor, length: Tensor, total: int, crop: Crop) -> Tensor:
+def _resize_matrices(
+    box_starts: Tensor, box_lengths: Tensor, image_length: int, crop: Crop
+) -> Tensor:
     """Return the weight of each pixel of an image in each pixel of a view along one axis.
 
-    With antialiasing the weights are rounded as by `resize.fill_weights`. Without it they are the
-    weights of `resize.write_plain_view`, which are not rounded.
+    With antialiasing the weights are rounded as by `resize.compute_weights`. Without it they are
+    those of `resize.write_view_without_antialias`, which are not rounded.
 
     Args:
-        first: First pixel of each box along the axis, int64 (n,).
-        length: Pixels of each box along the axis, int64 (n,).
-        total: Pixels of the image along the axis.
+        box_starts: First pixel of each box along the axis, int64 (n,).
+        box_lengths: Pixels of each box along the axis, int64 (n,).
+        image_length: Pixels of the image along the axis.
         crop: Recipe with the size, interpolation and antialiasing.
 
     Returns:
-        The weights, float32 (n, size, total).
+        The weights, float32 (n, size, image_length).
     """
-    scale = (length.to(torch.float64) / crop.size)[:, None, None]
+    scale = (box_lengths.to(torch.float64) / crop.size)[:, None, None]
     stretch = scale.clamp_min(1.0) if crop.antialias else torch.ones_like(scale)
     reach = (2.0 if crop.interpolation == "bicubic" else 1.0) * stretch
-    center = scale * (torch.arange(crop.size, device=first.device)[:, None] + 0.5)
-    pixel = torch.arange(total, device=first.device) - first[:, None, None]
+    center = scale * (torch.arange(crop.size, device=box_starts.device)[:, None] + 0.5)
+    pixel = torch.arange(image_length, device=box_starts.device) - box_starts[:, None, None]
     start = (center - reach + 0.5).trunc().clamp_min(0)
-    end = torch.minimum((center + reach + 0.5).trunc(), length[:, None, None].to(torch.float64))
+    box_end = box_lengths[:, None, None].to(torch.float64)
+    end = torch.minimum((center + reach + 0.5).trunc(), box_end)
     x = ((pixel - center + 0.5) / stretch).abs()
     if crop.interpolation == "bicubic":
         weights = torch.where(
@@ -289,7 +293,7 @@ def _to_levels(images: Tensor) -> Tensor:
     return images.add_(0.5).floor_().clamp_(0, 255)
 
 
-def evaluate(
+def evaluation_view(
     image: Tensor, size: int, crop_ratio: float = 0.875, interpolation: Interpolation = "bilinear"
 ) -> Tensor:
     """Return the view for evaluations, uint8 (3, size, size).
@@ -309,7 +313,7 @@ def evaluate(
         ValueError: If crop_ratio is outside (0, 1].
     """
     if not 0 < crop_ratio <= 1:
-        raise ValueError(f"crops.evaluate: crop_ratio must be in (0, 1], got {crop_ratio}")
+        raise ValueError(f"crops.evaluation_view: crop_ratio must be in (0, 1], got {crop_ratio}")
     mode = F.InterpolationMode(interpolation)
     resized_side = round(size / crop_ratio)
     height, width = image.shape[-2:]

@@ -99,7 +99,7 @@ class ViewsConfig:
     std: list[float] = setting([1.0, 1.0, 1.0], "Divisor of each color channel.", above=0)
 
 
-def expand_counts(views: ViewsConfig) -> list[Crop]:
+def crop_per_view(views: ViewsConfig) -> list[Crop]:
     """Return the recipe of every view of an image, in the order of the YAML."""
     return [crop for crop in views.crops.values() for _ in range(crop.count)]
 

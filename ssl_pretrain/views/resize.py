@@ -9,9 +9,9 @@ The filter is the triangle or Keys' cubic with a = -0.5, widened by the scale if
 Weights are rounded to 16-bit fixed point, with as many fractional bits as the largest weight
 allows. Sums have 32 bits. After each pass they are rounded and clamped to a byte.
 
-`write_plain_view` resizes without antialiasing, as tf.image.resize does. The filter is never
-widened, so a pixel of the view depends on at most 4 x 4 pixels, however much the image shrinks.
-Sums are float32 and are only rounded to a byte after both passes.
+`write_view_without_antialias` resizes as tf.image.resize does. The filter is never widened, so a
+pixel of the view depends on at most 4 x 4 pixels, however much the image shrinks. Sums are float32
+and are only rounded to a byte after both passes.
 """
 
 import math
@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from ssl_pretrain.system.jit import njit
 
-# Side in bytes of the tiles of a transposition. Rows and columns are padded to its multiples.
+# Side in bytes of the tiles of a transposition. Rows and columns are padded to multiples of it.
 TILE = 16
 
 
@@ -32,7 +32,7 @@ def pad_to_tiles(count):
     return (count + TILE - 1) // TILE * TILE
 
 
-padded = njit(nogil=True)(pad_to_tiles)
+pad_to_tiles_jit = njit(nogil=True)(pad_to_tiles)
 
 
 def max_taps(longest_side: int, size: int, bicubic: bool) -> int:
@@ -46,7 +46,7 @@ def max_taps(longest_side: int, size: int, bicubic: bool) -> int:
 
 @intrinsic
 def _transpose_tile(_context, source, source_pitch, target, target_pitch):
-    """Transpose 16 x 16 bytes between two addresses, by interleaving registers four times."""
+    """Transpose 16 x 16 bytes from one address to another, by interleaving registers four times."""
 
     def codegen(context, builder, _signature, arguments):
         source, source_pitch, target, target_pitch = arguments
@@ -107,18 +107,18 @@ def _filter(x, bicubic):
 
 
 @njit(nogil=True)
-def fill_weights(length, size, bicubic, mirrored, starts, counts, weights, exact):
+def compute_weights(length, size, bicubic, is_mirrored, starts, counts, weights, exact):
     """Compute the fixed-point weights of a resize from `length` pixels to `size` along one axis.
 
     Args:
         length: Pixels of the box along the axis.
         size: Pixels of the view.
         bicubic: Use the cubic filter instead of the triangle.
-        mirrored: Reverse the order of the view's pixels.
+        is_mirrored: Reverse the order of the view's pixels.
         starts: Output, int64 (size,). First pixel on which each pixel of the view depends.
         counts: Output, int64 (size,). Number of pixels on which each pixel of the view depends.
         weights: Output, int16 (size, taps). Fixed-point weights of these pixels, then zeros.
-        exact: Buffer for the exact weights, float64 (size, taps).
+        exact: Buffer for the weights before they are rounded, float64 (size, taps).
 
     Returns:
         Number of fractional bits of the weights.
@@ -131,7 +131,7 @@ def fill_weights(length, size, bicubic, mirrored, starts, counts, weights, exact
         center = scale * (pixel + 0.5)
         start = max(int(center - reach + 0.5), 0)
         count = min(int(center + reach + 0.5), length) - start
-        row = size - 1 - pixel if mirrored else pixel
+        row = size - 1 - pixel if is_mirrored else pixel
         starts[row], counts[row] = start, count
         total = 0.0
         for tap in range(count):
@@ -213,7 +213,7 @@ def _write_rounded(target, sums, n, bits):
 
 
 @njit(nogil=True)
-def _blend(target, source, first, pitch, count, weights, bits, offsets, sums):
+def _write_sum(target, source, first, pitch, count, weights, bits, offsets, sums):
     """Write the weighted sum of `count` rows of bytes of the source, rounded to bytes.
 
     The rows begin at `first`, `pitch` apart. `offsets` and `sums` are buffers for the offsets of
@@ -236,11 +236,13 @@ def _blend(target, source, first, pitch, count, weights, bits, offsets, sums):
 
 @njit(nogil=True)
 def write_view(transposed, pitch, box, size, bicubic, buffers, out):
-    """Write one view from a transposed image, whose row 3 * x + channel is a column of the image.
+    """Write one view from a transposed image.
+
+    Row 3 * x + channel of the transposed image holds column x of that channel.
 
     Args:
         transposed: The transposed image, flat, as `transpose` writes it.
-        pitch: Bytes between the starts of two of its rows.
+        pitch: Bytes from the start of one of its rows to the start of the next.
         box: Top, left, height, width and flip, as in `crops.Box`.
         size: Side of the view, in pixels.
         bicubic: Use the cubic filter instead of the triangle.
@@ -248,63 +250,69 @@ def write_view(transposed, pitch, box, size, bicubic, buffers, out):
         out: Output, flat, 3 * size * size bytes.
     """
     top, left, height, width, flip = box
-    narrow, upright, starts, counts, weights, exact, offsets, sums = buffers
-    bits = fill_weights(width, size, bicubic, flip, starts, counts, weights, exact)
-    wide, tall = padded(size), padded(height)
+    filtered_columns, filtered_rows, starts, counts, weights, exact, offsets, sums = buffers
+    column_pitch, row_pitch = pad_to_tiles_jit(height), pad_to_tiles_jit(size)
+    bits = compute_weights(width, size, bicubic, flip, starts, counts, weights, exact)
     for channel in range(3):
         for x in range(size):
             first = (3 * (left + starts[x]) + channel) * pitch + top
-            start = (channel * wide + x) * tall
-            column = narrow[start : start + height]
-            _blend(column, transposed, first, 3 * pitch, counts[x], weights[x], bits, offsets, sums)
-    bits = fill_weights(height, size, bicubic, False, starts, counts, weights, exact)
+            start = (channel * row_pitch + x) * column_pitch
+            column = filtered_columns[start : start + height]
+            _write_sum(
+                column, transposed, first, 3 * pitch, counts[x], weights[x], bits, offsets, sums
+            )
+    bits = compute_weights(height, size, bicubic, False, starts, counts, weights, exact)
     for channel in range(3):
-        transpose(narrow[channel * wide * tall :], tall, size, height, upright, wide)
+        columns = filtered_columns[channel * row_pitch * column_pitch :]
+        transpose(columns, column_pitch, size, height, filtered_rows, row_pitch)
         for y in range(size):
+            first = starts[y] * row_pitch
             start = (channel * size + y) * size
             row = out[start : start + size]
-            _blend(row, upright, starts[y] * wide, wide, counts[y], weights[y], bits, offsets, sums)
+            _write_sum(
+                row, filtered_rows, first, row_pitch, counts[y], weights[y], bits, offsets, sums
+            )
 
 
 @njit(nogil=True)
-def write_plain_view(transposed, pitch, box, size, bicubic, out):
+def write_view_without_antialias(transposed, pitch, box, size, bicubic, out):
     """Write one view without antialiasing. The arguments are those of `write_view`.
 
     Where the filter reaches beyond the box, its weights are normalized over the pixels inside
     (TensorFlow's half_pixel_centers). For the triangle this is the same as repeating the edge.
     """
     top, left, height, width, flip = box
-    along_x, along_y = np.zeros((size, 4), np.float32), np.zeros((size, 4), np.float32)
-    first_x, first_y = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    _fill_plain_weights(width, size, bicubic, flip, first_x, along_x)
-    _fill_plain_weights(height, size, bicubic, False, first_y, along_y)
+    x_weights, y_weights = np.zeros((size, 4), np.float32), np.zeros((size, 4), np.float32)
+    x_starts, y_starts = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    _compute_weights_without_antialias(width, size, bicubic, flip, x_starts, x_weights)
+    _compute_weights_without_antialias(height, size, bicubic, False, y_starts, y_weights)
     column = np.zeros(height + 3, np.float32)  # padded for pixels of weight 0 below the box
     for channel in range(3):
         for x in range(size):
             column[:] = 0
             for tap in range(4):
-                weight = along_x[x, tap]
+                weight = x_weights[x, tap]
                 if weight != 0:
-                    start = (3 * (left + first_x[x] + tap) + channel) * pitch + top
+                    start = (3 * (left + x_starts[x] + tap) + channel) * pitch + top
                     _add_weighted(column, transposed[start : start + height], weight)
             for y in range(size):
-                first = first_y[y]
-                total = column[first] * along_y[y, 0] + column[first + 1] * along_y[y, 1]
-                total += column[first + 2] * along_y[y, 2] + column[first + 3] * along_y[y, 3]
+                first = y_starts[y]
+                total = column[first] * y_weights[y, 0] + column[first + 1] * y_weights[y, 1]
+                total += column[first + 2] * y_weights[y, 2] + column[first + 3] * y_weights[y, 3]
                 out[(channel * size + y) * size + x] = np.uint8(
                     min(max(total + np.float32(0.5), np.float32(0)), np.float32(255))
                 )
 
 
 @njit(nogil=True)
-def _fill_plain_weights(length, size, bicubic, mirrored, starts, weights):
+def _compute_weights_without_antialias(length, size, bicubic, is_mirrored, starts, weights):
     """Compute the first pixel on which each pixel of a view depends, and up to four weights."""
     reach = 2 if bicubic else 1
     for pixel in range(size):
         center = length / size * (pixel + 0.5)
         start = max(math.floor(center - reach + 0.5), 0)
         count = min(math.floor(center + reach + 0.5), length) - start
-        row = size - 1 - pixel if mirrored else pixel
+        row = size - 1 - pixel if is_mirrored else pixel
         starts[row] = start
         total = 0.0
         for tap in range(count):
@@ -321,9 +329,10 @@ def _add_weighted(sums, source, weight):
 
 
 @njit(nogil=True, cache=True)
-def write_plain_cut(transposed, height, width, flip, size, bicubic, out):
-    """Call `write_plain_view` on a whole image, for callers in Python."""
-    write_plain_view(transposed, height, (0, 0, height, width, flip), size, bicubic, out)
+def resize_without_antialias(transposed, height, width, flip, size, bicubic, out):
+    """Write a view of a whole image, as a function that can be called from Python."""
+    box = (0, 0, height, width, flip)
+    write_view_without_antialias(transposed, height, box, size, bicubic, out)
 
 
 def allocate_buffers(longest_side: int, sizes: list[int], bicubic: bool) -> tuple[np.ndarray, ...]:
@@ -334,15 +343,15 @@ def allocate_buffers(longest_side: int, sizes: list[int], bicubic: bool) -> tupl
         sizes: Sides of the views, in pixels.
         bicubic: True if any view uses the cubic filter.
     """
-    wide, tall = pad_to_tiles(max(sizes)), pad_to_tiles(longest_side)
+    column_pitch, row_pitch = pad_to_tiles(longest_side), pad_to_tiles(max(sizes))
     taps = max(max_taps(longest_side, size, bicubic) for size in sizes)
     return (
-        np.zeros(3 * wide * tall, np.uint8),
-        np.zeros(wide * tall, np.uint8),
+        np.zeros(3 * row_pitch * column_pitch, np.uint8),
+        np.zeros(row_pitch * column_pitch, np.uint8),
         np.zeros(max(sizes), np.int64),
         np.zeros(max(sizes), np.int64),
         np.zeros((max(sizes), taps), np.int16),
         np.zeros((max(sizes), taps)),
         np.zeros(taps, np.int64),
-        np.zeros(max(wide, tall), np.int32),
+        np.zeros(max(row_pitch, column_pitch), np.int32),
     )

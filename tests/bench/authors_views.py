@@ -165,12 +165,12 @@ def _apply_authors(
 ) -> np.ndarray:
     """Apply the authors' function, with a row's parameters, to a float image in [0, 1]."""
     if name == "contrast":
-        factor = float(parameters.factors[row, color_parameters.CONTRAST])
+        factor = float(parameters.jitter_factors[row, color_parameters.CONTRAST])
         return authors.adjust_contrast(image, factor).clip(0, 1)
     if name == "saturation":
-        factor = float(parameters.factors[row, color_parameters.SATURATION])
+        factor = float(parameters.jitter_factors[row, color_parameters.SATURATION])
         return authors.adjust_saturation(image, factor)
-    return authors.gaussian_blur(image, float(parameters.sigma[row]), blur_taps(crop))
+    return authors.gaussian_blur(image, float(parameters.blur_sigma[row]), blur_taps(crop))
 
 
 def _format_cell(difference: np.ndarray) -> str:
@@ -198,7 +198,7 @@ def compare_whole_views(images: list[np.ndarray]) -> tuple[float, float]:
     result = (0.0, 0.0)
     for name in ("simclr", "byol"):
         config = load(ROOT / f"configs/{name}_imagenet.yaml", ["data.root=/data"])
-        for number, crop in enumerate(recipe.expand_counts(config.views)):
+        for number, crop in enumerate(recipe.crop_per_view(config.views)):
             frames, details = zip(
                 *(
                     _statistics(images, replace(crop, **options), number)

@@ -48,7 +48,7 @@ def smooth_images(num_images: int, seed: int = 0) -> Tensor:
 def draw_parameters(num_images: int) -> ColorParameters:
     """Draw SimCLR's parameters as in a run, but with one order for all images."""
     parameters = draw_colors(SIMCLR, 0, 0, np.arange(num_images), 0)
-    return replace(parameters, order=np.tile(np.array(ORDER), (num_images, 1)))
+    return replace(parameters, jitter_order=np.tile(np.array(ORDER), (num_images, 1)))
 
 
 def apply_ours(pixels: Tensor, parameters: ColorParameters) -> Tensor:
@@ -61,8 +61,8 @@ def apply_kornia(pixels: Tensor, parameters: ColorParameters) -> Tensor:
     from kornia.color import rgb_to_grayscale
 
     images = pixels.to(torch.float32) / 255
-    jitter = torch.from_numpy(np.flatnonzero(parameters.jitter))
-    factors = torch.from_numpy(parameters.factors)[jitter]
+    jitter = torch.from_numpy(np.flatnonzero(parameters.is_jittered))
+    factors = torch.from_numpy(parameters.jitter_factors)[jitter]
     jittered = images[jitter]
     for operation in ORDER:
         factor = factors[:, operation]
@@ -75,10 +75,10 @@ def apply_kornia(pixels: Tensor, parameters: ColorParameters) -> Tensor:
         else:
             jittered = enhance.adjust_hue(jittered, factor * 2 * torch.pi)
     images[jitter] = jittered
-    gray = torch.from_numpy(np.flatnonzero(parameters.grayscale))
+    gray = torch.from_numpy(np.flatnonzero(parameters.is_gray))
     images[gray] = rgb_to_grayscale(images[gray]).expand(-1, 3, -1, -1)
-    blur = torch.from_numpy(np.flatnonzero(parameters.blur))
-    sigma = torch.from_numpy(parameters.sigma)[blur, None].expand(-1, 2)
+    blur = torch.from_numpy(np.flatnonzero(parameters.is_blurred))
+    sigma = torch.from_numpy(parameters.blur_sigma)[blur, None].expand(-1, 2)
     images[blur] = filters.gaussian_blur2d(images[blur], (blur_taps(SIMCLR),) * 2, sigma, "reflect")
     return images
 

@@ -568,7 +568,7 @@ class TestReadImages:
             read_images(
                 source,
                 None,
-                partial(crops.evaluate, size=8),
+                partial(crops.evaluation_view, size=8),
                 batch_size=16,
                 num_workers=num_workers,
             )
@@ -578,7 +578,7 @@ class TestReadImages:
         ]
         assert torch.cat([labels for _, labels in batches]).tolist() == source.labels.tolist()
         expected = [
-            crops.evaluate(torch.from_numpy(source.read(index)).permute(2, 0, 1), size=8)
+            crops.evaluation_view(torch.from_numpy(source.read(index)).permute(2, 0, 1), size=8)
             for index in range(len(source))
         ]
         pixels = torch.cat([pixels for pixels, _ in batches])
@@ -587,13 +587,13 @@ class TestReadImages:
 
     def test_indices_choose_the_images(self, source):
         ((_, labels),) = read_images(
-            source, [7, 3, 7], partial(crops.evaluate, size=8), batch_size=16, num_workers=0
+            source, [7, 3, 7], partial(crops.evaluation_view, size=8), batch_size=16, num_workers=0
         )
         assert labels.tolist() == [source.label(7), source.label(3), source.label(7)]
 
     def test_an_early_exit_leaves_no_process(self, source):
         passes = read_images(
-            source, None, partial(crops.evaluate, size=8), batch_size=4, num_workers=2
+            source, None, partial(crops.evaluation_view, size=8), batch_size=4, num_workers=2
         )
         next(passes)
         passes.close()
@@ -603,7 +603,7 @@ class TestReadImages:
         assert (
             list(
                 read_images(
-                    source, [], partial(crops.evaluate, size=8), batch_size=4, num_workers=2
+                    source, [], partial(crops.evaluation_view, size=8), batch_size=4, num_workers=2
                 )
             )
             == []
@@ -614,13 +614,13 @@ class TestUnreadableInEvaluation(WithUnreadableImages):
     def test_an_unreadable_image_is_replaced_with_its_label(self, source):
         with pytest.warns(UserWarning, match="the file is empty; .* takes its place"):
             ((_, labels),) = read_images(
-                source, [2, 3], partial(crops.evaluate, size=8), batch_size=4, num_workers=0
+                source, [2, 3], partial(crops.evaluation_view, size=8), batch_size=4, num_workers=0
             )
         assert labels.tolist() == [source.label(2), source.label(5)]
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_more_than_the_limit_end_the_pass(self, num_workers, source):
-        passes = read_images(source, None, partial(crops.evaluate, size=8), 4, num_workers)
+        passes = read_images(source, None, partial(crops.evaluation_view, size=8), 4, num_workers)
         with warnings.catch_warnings(), pytest.raises(ValueError) as caught:
             warnings.simplefilter("ignore")
             list(passes)

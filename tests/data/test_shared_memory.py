@@ -84,7 +84,7 @@ def test_small_chunks_give_the_same_images_to_evaluations(monkeypatch):
     source = open_source(DataConfig(source="digits"), "val")
     numbers, transform = (
         np.arange(5, 105),
-        partial(crops.evaluate, size=32, crop_ratio=1.0, interpolation="bilinear"),
+        partial(crops.evaluation_view, size=32, crop_ratio=1.0, interpolation="bilinear"),
     )
     expected = list(read_images(source, numbers, transform, 32, 0))
     set_free_bytes(monkeypatch, 20 * 3 * 32 * 32)

@@ -83,7 +83,7 @@ def random_crops(run: RunConfig, images: int) -> list[torch.Tensor]:
         torch.from_numpy(
             generator.integers(0, 256, (images, 3, crop.size, crop.size), dtype=np.uint8)
         )
-        for crop in recipe.expand_counts(run.views)
+        for crop in recipe.crop_per_view(run.views)
     ]
     return [crop.pin_memory() for crop in crops] if torch.cuda.is_available() else crops
 
@@ -117,7 +117,7 @@ def build_benchmark_stepper(
     execution = Execution.resolve(run.parallel, device)
     views = [
         torch.randn(images, 3, crop.size, crop.size, device=device).to(execution.view_dtype)
-        for crop in recipe.expand_counts(run.views)
+        for crop in recipe.crop_per_view(run.views)
     ]
     method, batch = build_method(run), build_batch(run, execution.place_views(views), device)
     stepper = build_stepper(
@@ -244,7 +244,7 @@ def measure(
     images, stepper, batch = find_largest_batch(run, device, sizes)
     result: dict[str, Any] = {"versions": versions("timm"), "images": images, "compiled": compiled}
     result["seconds_to_first_step"] = time.perf_counter() - start
-    crops, view_crops = random_crops(run, images), recipe.expand_counts(run.views)
+    crops, view_crops = random_crops(run, images), recipe.crop_per_view(run.views)
     epochs = itertools.count()
 
     def whole() -> None:

@@ -101,7 +101,7 @@ def test_an_adjustment_is_the_authors(apply, options, operation, theirs):
     crop = Crop(size=40, jitter=1.0, **options)
     pixels, parameters = images(24, 40), draw_colors(crop, 0, 0, np.arange(24), 0)
     for view, image, factors in zip(
-        apply(pixels, parameters, crop, *PLAIN), pixels, parameters.factors
+        apply(pixels, parameters, crop, *PLAIN), pixels, parameters.jitter_factors
     ):
         expected = np.clip(theirs(floats(image), float(factors[operation])), 0, 1)
         assert largest_difference(view, expected) < ROUNDING
@@ -117,7 +117,7 @@ def test_the_zero_border_of_a_blur_is_the_authors(apply, size, kernel):
     )
     parameters = draw_colors(crop, 0, 0, np.arange(3), 0)
     views = apply(pixels, parameters, crop, *PLAIN)
-    for view, image, sigma in zip(views, pixels, parameters.sigma):
+    for view, image, sigma in zip(views, pixels, parameters.blur_sigma):
         expected = authors.gaussian_blur(floats(image), float(sigma), blur_taps(crop))
         assert largest_difference(view, expected) < ROUNDING
 
@@ -136,8 +136,8 @@ def apply_authors_colors(
     image: np.ndarray, parameters: ColorParameters, row: int, crop: Crop
 ) -> np.ndarray:
     """Apply the authors' functions in the order and with the parameters of a row."""
-    for operation in parameters.order[row] if parameters.jitter[row] else ():
-        factor = float(parameters.factors[row, operation])
+    for operation in parameters.jitter_order[row] if parameters.is_jittered[row] else ():
+        factor = float(parameters.jitter_factors[row, operation])
         if operation == BRIGHTNESS:
             image = image + factor if crop.brightness_mode == "add" else image * factor
         elif operation == CONTRAST:
@@ -148,11 +148,11 @@ def apply_authors_colors(
             hue, saturation, value = authors.rgb_to_hsv(image)
             image = authors.hsv_to_rgb((hue + factor) % 1, saturation, value)
         image = np.clip(image, 0, 1)
-    if parameters.grayscale[row]:
+    if parameters.is_gray[row]:
         image = np.repeat(image @ np.array([[0.2989], [0.587], [0.114]]), 3, axis=2)
-    if parameters.blur[row]:
-        image = authors.gaussian_blur(image, float(parameters.sigma[row]), blur_taps(crop))
-    if parameters.solarize[row]:
+    if parameters.is_blurred[row]:
+        image = authors.gaussian_blur(image, float(parameters.blur_sigma[row]), blur_taps(crop))
+    if parameters.is_solarized[row]:
         image = np.where(image < 0.5, image, 1 - image)
     return image
 
@@ -189,11 +189,13 @@ def test_a_resize_without_antialias_is_the_authors_within_one_level(
     batch_view = crops.apply_to_batch(pixels[None].contiguous(), boxes, crop)[0].numpy()
     assert np.abs(view - expected).max() < 0.51
     assert np.abs(batch_view - expected).max() < 0.51
-    compiled_view = write_plain_view(image, (*box, flip), size, interpolation == "bicubic")
+    compiled_view = write_view_without_antialias(
+        image, (*box, flip), size, interpolation == "bicubic"
+    )
     assert np.array_equal(compiled_view, view)
 
 
-def write_plain_view(
+def write_view_without_antialias(
     image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, bicubic: bool
 ) -> np.ndarray:
     """Transpose a whole image and resize a box of it, as `native.decode` does."""
@@ -203,7 +205,7 @@ def write_plain_view(
     padded[:height, : 3 * width] = image.reshape(height, -1)
     resize.transpose(padded.reshape(-1), wide, height, 3 * width, transposed, tall)
     out = np.full(3 * size * size, 77, np.uint8)
-    resize.write_plain_view(transposed, tall, box, size, bicubic, out)
+    resize.write_view_without_antialias(transposed, tall, box, size, bicubic, out)
     return out.reshape(3, size, size)
 
 

@@ -77,7 +77,7 @@ def test_one_adjustment_is_torchvisions(name):
     pixels, parameters = images(24), parameters_of(crop, 24)
     views = color.apply(pixels, parameters, crop, *PLAIN)
     assert views.dtype == torch.float32
-    for view, image, factors in zip(views, floats(pixels), parameters.factors):
+    for view, image, factors in zip(views, floats(pixels), parameters.jitter_factors):
         torch.testing.assert_close(
             view, ADJUST[operation](image, float(factors[operation])), **TOLERANCE
         )
@@ -97,7 +97,7 @@ def test_hue_rotates_every_color_as_in_torchvision(shift):
 def test_added_brightness_shifts_and_clamps():
     crop = Crop(size=16, jitter=1.0, brightness=0.4, brightness_mode="add")
     pixels, parameters = images(24), parameters_of(crop, 24)
-    delta = torch.from_numpy(parameters.factors[:, BRIGHTNESS])
+    delta = torch.from_numpy(parameters.jitter_factors[:, BRIGHTNESS])
     assert delta.min() < 0 < delta.max()
     expected = (floats(pixels) + delta[:, None, None, None]).clamp(0, 1)
     torch.testing.assert_close(color.apply(pixels, parameters, crop, *PLAIN), expected, **TOLERANCE)
@@ -117,7 +117,7 @@ def test_blur_is_torchvisions(size, kernel):
     pixels, parameters = images(4, size), parameters_of(crop, 4)
     taps = blur_taps(crop)
     for view, image, sigma in zip(
-        color.apply(pixels, parameters, crop, *PLAIN), floats(pixels), parameters.sigma
+        color.apply(pixels, parameters, crop, *PLAIN), floats(pixels), parameters.blur_sigma
     ):
         torch.testing.assert_close(
             view, F.gaussian_blur(image, [taps, taps], [float(sigma)] * 2), **TOLERANCE
@@ -143,16 +143,17 @@ def one_by_one(pixels: torch.Tensor, parameters: ColorParameters, crop: Crop) ->
     """Apply torchvision's functions to one image after another, in the order of SimCLR."""
     views = []
     for row, image in enumerate(floats(pixels)):
-        if parameters.jitter[row]:
-            for operation in parameters.order[row]:
-                image = ADJUST[int(operation)](image, float(parameters.factors[row, operation]))
-        if parameters.grayscale[row]:
+        if parameters.is_jittered[row]:
+            for operation in parameters.jitter_order[row]:
+                factor = float(parameters.jitter_factors[row, operation])
+                image = ADJUST[int(operation)](image, factor)
+        if parameters.is_gray[row]:
             image = F.rgb_to_grayscale(image, num_output_channels=3)
-        if parameters.blur[row]:
+        if parameters.is_blurred[row]:
             image = F.gaussian_blur(
-                image, [blur_taps(crop)] * 2, [float(parameters.sigma[row])] * 2
+                image, [blur_taps(crop)] * 2, [float(parameters.blur_sigma[row])] * 2
             )
-        if parameters.solarize[row]:
+        if parameters.is_solarized[row]:
             image = F.solarize(image, crop.solarize_threshold)
         views.append(image)
     return torch.stack(views)
@@ -161,9 +162,14 @@ def one_by_one(pixels: torch.Tensor, parameters: ColorParameters, crop: Crop) ->
 def test_the_whole_chain_is_torchvisions_in_the_drawn_order():
     crop = Crop(size=32, **EVERYTHING)
     pixels, parameters = images(96, 32), parameters_of(crop, 96)
-    for mask in (parameters.jitter, parameters.grayscale, parameters.blur, parameters.solarize):
+    for mask in (
+        parameters.is_jittered,
+        parameters.is_gray,
+        parameters.is_blurred,
+        parameters.is_solarized,
+    ):
         assert 0 < mask.sum() < 96
-    assert len(np.unique(parameters.order, axis=0)) > 12
+    assert len(np.unique(parameters.jitter_order, axis=0)) > 12
     torch.testing.assert_close(
         color.apply(pixels, parameters, crop, *PLAIN),
         one_by_one(pixels, parameters, crop),
@@ -199,7 +205,7 @@ def test_an_operation_changes_only_the_images_it_was_drawn_for():
     crop = Crop(size=16, jitter=0.5, hue=0.3, blur=0.3, blur_sigma=[1.0, 2.0])
     pixels, parameters = images(40), parameters_of(crop, 40)
     views = color.apply(pixels, parameters, crop, *PLAIN)
-    untouched = ~(parameters.jitter | parameters.blur)
+    untouched = ~(parameters.is_jittered | parameters.is_blurred)
     assert 0 < untouched.sum() < 40
     assert torch.equal(views[untouched], floats(pixels)[untouched])
     assert not torch.isclose(views[3:], floats(pixels)[3:]).all(dim=(1, 2, 3))[~untouched[3:]].any()
@@ -258,7 +264,7 @@ def test_factors_are_distributed_as_those_of_color_jitter():
         theirs = [transform.make_params([]) for _ in range(4000)]
     for column, name in enumerate(strengths):
         low, high = getattr(transform, name)
-        ours = parameters.factors[:, column]
+        ours = parameters.jitter_factors[:, column]
         assert low <= ours.min()
         assert ours.max() <= high
         assert stats.kstest(ours, stats.uniform(low, high - low).cdf).pvalue > CHANCE
@@ -266,7 +272,7 @@ def test_factors_are_distributed_as_those_of_color_jitter():
 
 
 def test_every_order_of_the_jitter_is_equally_frequent():
-    orders, counts = np.unique(parameters_of(Crop(), N).order, axis=0, return_counts=True)
+    orders, counts = np.unique(parameters_of(Crop(), N).jitter_order, axis=0, return_counts=True)
     assert len(orders) == 24
     assert stats.chisquare(counts).pvalue > CHANCE
 
@@ -276,10 +282,10 @@ def test_added_brightness_and_sigma_are_uniform_in_their_ranges():
         Crop(brightness=0.4, brightness_mode="add", blur_sigma=[0.1, 2.0]), N
     )
     assert (
-        stats.kstest(parameters.factors[:, BRIGHTNESS], stats.uniform(-0.4, 0.8).cdf).pvalue
+        stats.kstest(parameters.jitter_factors[:, BRIGHTNESS], stats.uniform(-0.4, 0.8).cdf).pvalue
         > CHANCE
     )
-    assert stats.kstest(parameters.sigma, stats.uniform(0.1, 1.9).cdf).pvalue > CHANCE
+    assert stats.kstest(parameters.blur_sigma, stats.uniform(0.1, 1.9).cdf).pvalue > CHANCE
 
 
 @pytest.mark.parametrize("name", ["jitter", "grayscale", "blur", "solarize"])
@@ -402,7 +408,7 @@ def test_kornia_gives_the_same_views():
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
     parameters = bench.draw_parameters(24)
-    assert 0 < parameters.grayscale.sum() < 24 and 0 < parameters.blur.sum() < 24
+    assert 0 < parameters.is_gray.sum() < 24 and 0 < parameters.is_blurred.sum() < 24
     pixels = bench.smooth_images(24)
     difference = bench.apply_ours(pixels, parameters) - bench.apply_kornia(pixels, parameters)
     assert difference.abs().max() < 0.25 / 255  # a quarter of a gray level

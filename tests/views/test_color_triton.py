@@ -25,11 +25,11 @@ SWITCHES = [False, True]
 # The kernel, its constants with the authors' functions switched on or off, and its warps.
 KERNELS = {
     "means": (
-        color_triton._means,
+        color_triton._compute_means,
         lambda on: {"ADDS": on, "HSV": on, "CHANNEL_MEAN": on, "PIXELS": 2048},
         8,
     ),
-    "colors": (color_triton._colors, lambda on: {"ADDS": on, "HSV": on, "PIXELS": 1024}, 4),
+    "colors": (color_triton._apply_colors, lambda on: {"ADDS": on, "HSV": on, "PIXELS": 1024}, 4),
     "blur_rows": (
         color_triton._blur_rows,
         lambda on: {"TAPS": 23, "ZERO_BORDER": on, "PIXELS": 1024},
@@ -97,9 +97,9 @@ def test_a_kernel_compiles_and_takes_little_shared_memory(capability, name, auth
 
 
 def test_the_table_assigns_slots_of_the_blur_buffers():
-    blur = np.array([False, True, False, True, True])
-    parameters = replace(draw_colors(Crop(), 0, 0, np.arange(5), 0), blur=blur)
-    table = color_triton.pack(parameters, Crop())
+    is_blurred = np.array([False, True, False, True, True])
+    parameters = replace(draw_colors(Crop(), 0, 0, np.arange(5), 0), is_blurred=is_blurred)
+    table = color_triton.pack_parameters(parameters, Crop())
     assert table[:, 11].tolist() == [-1, 0, -1, 1, 2]
     assert table[:3, 12].tolist() == [1, 3, 4]
     assert torch.from_numpy(table).dtype == torch.float32

@@ -188,7 +188,7 @@ def test_evaluation_takes_the_resized_center(
             v2.CenterCrop(size),
         ]
     )
-    view = crops.evaluate(image(height, width), size, crop_ratio, interpolation)
+    view = crops.evaluation_view(image(height, width), size, crop_ratio, interpolation)
     assert view.shape == (3, size, size)
     assert torch.equal(view, transform(image(height, width)))
 
@@ -208,7 +208,7 @@ def test_evaluation_of_a_long_thin_image_takes_nearly_the_resized_center(
             v2.CenterCrop(size),
         ]
     )
-    view = crops.evaluate(smooth, size, crop_ratio, interpolation)
+    view = crops.evaluation_view(smooth, size, crop_ratio, interpolation)
     difference = (view.int() - transform(smooth).int()).abs().float()
     # In gray levels. The scale along the longer side is rounded.
     assert difference.mean() < 1 and difference.max() <= 8
@@ -224,12 +224,14 @@ def test_memory_of_an_evaluation_view_is_bounded_by_the_view(height, width, monk
         return view
 
     monkeypatch.setattr(F, "resize", record_shape)
-    assert crops.evaluate(torch.zeros(3, height, width, dtype=torch.uint8), 64).shape == (3, 64, 64)
+    black = torch.zeros(3, height, width, dtype=torch.uint8)
+    assert crops.evaluation_view(black, 64).shape == (3, 64, 64)
     assert max(max(shape[-2:]) for shape in shapes) <= 24 * 73
 
 
 @pytest.mark.parametrize("crop_ratio", [0.0, 1.5])
 def test_an_impossible_crop_ratio_is_refused(crop_ratio):
     with pytest.raises(ValueError) as error:
-        crops.evaluate(image(40, 40), 32, crop_ratio)
-    assert str(error.value) == f"crops.evaluate: crop_ratio must be in (0, 1], got {crop_ratio}"
+        crops.evaluation_view(image(40, 40), 32, crop_ratio)
+    message = f"crops.evaluation_view: crop_ratio must be in (0, 1], got {crop_ratio}"
+    assert str(error.value) == message

@@ -32,7 +32,7 @@ def test_counts_expand_in_the_order_of_the_file():
         }
     )
     recipe.check(config)
-    crops = recipe.expand_counts(config)
+    crops = recipe.crop_per_view(config)
     assert [crop.size for crop in crops] == [224] * 2 + [96] * 6
     assert [crop.blur for crop in crops[:3]] == [1.0, 0.1, 0.0]
 

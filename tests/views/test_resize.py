@@ -71,7 +71,7 @@ def test_weights_add_up_and_fit_their_buffers(bicubic, length, size):
     taps = resize.max_taps(length, size, bicubic)
     starts, counts = np.zeros(size, np.int64), np.zeros(size, np.int64)
     weights, exact = np.zeros((size, taps), np.int16), np.zeros((size, taps))
-    bits = resize.fill_weights(length, size, bicubic, False, starts, counts, weights, exact)
+    bits = resize.compute_weights(length, size, bicubic, False, starts, counts, weights, exact)
     assert counts.min() >= 1
     assert counts.max() <= taps
     assert (starts + counts).max() <= length

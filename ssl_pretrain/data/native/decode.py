@@ -236,7 +236,7 @@ def decode_image(functions, images, number, workspace):
     height, width = np.int64(images.height[number]), np.int64(images.width[number])
     if not _read_content(functions, images, number, workspace):
         return TRUNCATED
-    pitch = resize.padded(3 * width)
+    pitch = resize.pad_to_tiles_jit(3 * width)
     if images.mode[number] == RAW:
         for row in range(height):
             source = workspace.content[row * 3 * width : (row + 1) * 3 * width]
@@ -281,14 +281,14 @@ def _write_views(images, views, number, seed, epoch, box_index, row, workspace, 
     The crop boxes are those of the image `box_index`.
     """
     height, width = np.int64(images.height[number]), np.int64(images.width[number])
-    column_pitch, row_pitch = resize.padded(height), resize.padded(3 * width)
+    column_pitch, row_pitch = resize.pad_to_tiles_jit(height), resize.pad_to_tiles_jit(3 * width)
     resize.transpose(
         workspace.image, row_pitch, height, 3 * width, workspace.transposed_image, column_pitch
     )
     source = workspace.transposed_image
     for view in range(len(views.sizes)):
         key = (seed, epoch, box_index, view)
-        box = crops.box_at(views.box_parameters[view], key, height, width)
+        box = crops.draw_box_fields(views.box_parameters[view], key, height, width)
         size, bicubic = views.sizes[view], views.bicubic[view]
         start = views.offsets[view] + row * 3 * size * size
         out = batch[start : start + 3 * size * size]
@@ -296,7 +296,7 @@ def _write_views(images, views, number, seed, epoch, box_index, row, workspace, 
             buffers = workspace.resize_buffers
             resize.write_view(source, column_pitch, box, size, bicubic, buffers, out)
         else:
-            resize.write_plain_view(source, column_pitch, box, size, bicubic, out)
+            resize.write_view_without_antialias(source, column_pitch, box, size, bicubic, out)
 
 
 def _compile(source_digest: str):
