@@ -75,7 +75,7 @@ class StopRequest:
             )
             yield batch
 
-    def exchange(self, step: int = -1) -> bool:
+    def exchange_flags(self, step: int = -1) -> bool:
         """Send this rank's flag to the other ranks and report to the watchdog, after each step.
 
         Returns:

@@ -100,9 +100,9 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
     ) -> Any:
-        wide = x if x.dtype == torch.float64 else x.float()
-        local_mean, local_variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
-        count = local_mean.new_full((1,), wide.numel() / wide.shape[1])
+        x_float = x if x.dtype == torch.float64 else x.float()
+        local_mean, local_variance = torch.batch_norm_update_stats(x_float, None, None, 0.0)
+        count = local_mean.new_full((1,), x_float.numel() / x_float.shape[1])
         channels = len(local_mean)
         # Sums of squared deviations, m2 = variance * count. Shape (ranks, 2 * channels + 1).
         packed = torch.cat([local_mean, local_variance * count, count])[None]
@@ -110,7 +110,7 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         total = counts.sum()
         mean = (means * counts).sum(0) / total
         variance = (m2s.sum(0) + (counts * (means - mean).square()).sum(0)) / total
-        y = F.batch_norm(wide, mean, variance, weight, bias, False, 0.0, eps)
+        y = F.batch_norm(x_float, mean, variance, weight, bias, False, 0.0, eps)
         ctx.save_for_backward(x, mean, variance, weight, total)
         ctx.group, ctx.eps, ctx.has_bias = group, eps, bias is not None
         ctx.mark_non_differentiable(mean, variance, total)
@@ -119,11 +119,11 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
         x, mean, variance, weight, total = ctx.saved_tensors
-        wide, grad = x.to(mean.dtype), grad.to(mean.dtype)
+        x_float, grad = x.to(mean.dtype), grad.to(mean.dtype)
         inverse_std = (variance + ctx.eps).rsqrt()
         # Two sums over this rank's rows, with the mean and standard deviation of the group.
         _, sum_product, sum_grad = torch.ops.aten.native_batch_norm_backward(
-            grad, wide, weight, None, None, mean, inverse_std, True, ctx.eps, [False, True, True]
+            grad, x_float, weight, None, None, mean, inverse_std, True, ctx.eps, [False, True, True]
         )
         local_sums = torch.stack([sum_grad, sum_product])
         mean_grad, mean_product = (collectives.reduce_sum(local_sums, ctx.group) / total).unbind()
@@ -133,7 +133,7 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         slope = -scale * inverse_std * mean_product
         offset = -scale * mean_grad - slope * mean
         channel_shape = (1, -1, *[1] * (x.ndim - 2))
-        x_grad = torch.addcmul(offset.view(channel_shape), wide, slope.view(channel_shape))
+        x_grad = torch.addcmul(offset.view(channel_shape), x_float, slope.view(channel_shape))
         x_grad = torch.addcmul(x_grad, grad, scale.view(channel_shape)).to(x.dtype)
         # The gradients of weight and bias are this rank's sums. DDP averages them over ranks.
         weight_grad = sum_product if weight is not None else None

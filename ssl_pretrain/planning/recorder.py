@@ -112,7 +112,7 @@ class Recorder(TorchDispatchMode):
         phase, position = BATCH_NORMS.get(name, ("", 0))
         if phase and args[position]:
             self.batch_norm_channels[phase].append(inputs[0].shape[1])
-        flops, kind = _flops(function._overloadpacket, args, kwargs, out)
+        flops, kind = _count_flops(function._overloadpacket, args, kwargs, out)
         bytes_moved = _bytes_moved(function, name, args, inputs, outputs)
         is_wide = bool(outputs) and outputs[0].dtype in (torch.float32, torch.float64)
         self.rows.append((flops, bytes_moved, self._held_bytes, kind, is_wide))
@@ -154,7 +154,7 @@ FLOP_FORMULAS: dict[Any, Any] = {
 }
 
 
-def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
+def _count_flops(packet: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
     """Return the number of floating-point operations of an operation, and its kind."""
     if packet not in FLOP_FORMULAS:
         return 0, OTHER

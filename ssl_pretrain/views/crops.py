@@ -44,7 +44,7 @@ _CROP, _FLIP = int(Purpose.CROP), int(Purpose.FLIP)
 class Box(NamedTuple):
     """The part of an image that becomes a view, in pixels of the image.
 
-    `flip` mirrors it left to right.
+    If `flip` is true, the view is mirrored from left to right.
     """
 
     top: int
@@ -63,8 +63,8 @@ def draw_box(
         crop: Recipe of the view.
         seed: Seed of the run.
         epoch: Number of passes over the data before this one.
-        index: Number of the image in the data set.
-        view: Number of the view, in the order of `recipe.crop_per_view`.
+        index: Index of the image in the data set.
+        view: Index of the view, in the order of `recipe.crop_per_view`.
         height: Height of the decoded image, in pixels.
         width: Width of the decoded image, in pixels.
     """
@@ -171,8 +171,8 @@ def draw_boxes(
         crop: Recipe of the view.
         seed: Seed of the run.
         epoch: Number of passes over the data before this one.
-        indices: Numbers of the images in the data set, int64 (n,).
-        view: Number of the view.
+        indices: Indices of the images in the data set, int64 (n,).
+        view: Index of the view.
         sizes: Height and width of each image in pixels, int64 (n, 2).
 
     Returns:

@@ -18,7 +18,7 @@ def signal_rank_1():
         for step in range(4):
             if step == 1 and process_group.rank() == 1:
                 os.kill(os.getpid(), signal.SIGUSR2)
-            decisions.append(stop.exchange())
+            decisions.append(stop.exchange_flags())
     return decisions
 
 
