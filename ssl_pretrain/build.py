@@ -100,7 +100,8 @@ class Training:
 
     def agree_to_stop(self, step: int) -> bool:
         """Return True on all ranks if training ends with this step."""
-        return self.stop_request.exchange_flags(step) or step == self.end_step or self.logger.must_stop
+        is_requested = self.stop_request.exchange_flags(step)
+        return is_requested or step == self.end_step or self.logger.must_stop
 
     def save_checkpoint(self, step: int, wait: bool) -> None:
         """Check that all ranks have the same weights, and save them.
