@@ -176,7 +176,7 @@ def _build_bool(tree: Any, key: str) -> bool:
         return tree
     word = tree.text.lower() if isinstance(tree, Scalar) else ""
     if word not in BOOLEANS:
-        raise ValueError(f"{key}: {_describe(tree)} is neither true nor false; give one of them")
+        raise ValueError(f"{key}: {_describe(tree)} is not a boolean; give true or false")
     return BOOLEANS[word]
 
 

@@ -125,7 +125,7 @@ MISTAKES = {
     "optim.betas=[0.9, 1]": (
         "optim.betas[1]: 1.0 is out of range; give a finite number >= 0 and < 1"
     ),
-    "optim.nesterov=maybe": "optim.nesterov: 'maybe' is neither true nor false; give one of them",
+    "optim.nesterov=maybe": "optim.nesterov: 'maybe' is not a boolean; give true or false",
     "launch=4": "launch: '4' is not a section; write its keys below it, or as {key: value}",
     "log.tags=a": "log.tags: 'a' is not a list; write it as [a, b]",
     "optim.base_lr=null": "optim.base_lr: 'null' is not a number; write one such as 0.3 or 1e-6",
