@@ -47,9 +47,9 @@ def main(arguments: list[str]) -> None:
 def write(run: Run) -> Path:
     """Write RUN/report.html and return its path."""
     metrics = sections.read_metrics(run.path)
-    bank, queries, query_kind = nearest_images.open_bank_and_queries(run)
+    bank, candidates, image_kind = nearest_images.open_bank_and_candidates(run)
     results.print_progress(
-        f"report: embedding {len(bank)} training images and {len(queries)} {query_kind}"
+        f"report: embedding {len(bank)} training images and {len(candidates)} {image_kind}"
     )
     config_path = shlex.quote(str(run.path / "config.yaml"))
     text = page.render(
@@ -63,9 +63,9 @@ def write(run: Run) -> Path:
         facts=_facts(run, metrics),
         command=f"python -m ssl_pretrain.train {config_path} output=<new folder>",
         nearest=_neighbor_variables(
-            nearest_images.find_neighbors(run, bank, queries), bank, query_kind
+            nearest_images.find_neighbors(run, bank, candidates), bank, image_kind
         ),
-        projection=_projection_variables(run, queries, query_kind),
+        projection=_projection_variables(run, candidates, image_kind),
         config=_config_text(run),
     )
     path = run.path / "report.html"
@@ -116,11 +116,11 @@ def _evaluation_variables(run: Run, has_labels: bool) -> dict[str, Any]:
 
 
 def _neighbor_variables(
-    queries: list[nearest_images.Query], bank: EvaluationSplit, query_kind: str
+    queries: list[nearest_images.Query], bank: EvaluationSplit, image_kind: str
 ) -> dict[str, Any]:
     """Return the template variables of the table of queries and their neighbors."""
     description = (
-        f"Nearest neighbors of {len(queries)} {query_kind} among {len(bank):,} training images, by"
+        f"Nearest neighbors of {len(queries)} {image_kind} among {len(bank):,} training images, by"
         " cosine similarity. The training mean is subtracted from the pixels."
     )
     if any(query.shift for query in queries):
@@ -163,11 +163,11 @@ def _cell(pixels: np.ndarray, label: str, mark: str) -> dict[str, str]:
     return {"src": page.pixels_data_url(pixels), "label": label, "mark": mark}
 
 
-def _projection_variables(run: Run, queries: EvaluationSplit, query_kind: str) -> dict[str, Any]:
+def _projection_variables(run: Run, split: EvaluationSplit, image_kind: str) -> dict[str, Any]:
     """Return the template variables of the charts of pixels and features in two dimensions."""
-    backbone_features, labels = features.extract(run.backbone, queries)
-    pixels, _ = features.raw_pixels(queries)
-    num_classes, label_array = len(queries.classes), labels.cpu().numpy()
+    backbone_features, labels = features.extract(run.backbone, split)
+    pixels, _ = features.raw_pixels(split)
+    num_classes, label_array = len(split.classes), labels.cpu().numpy()
     figures = [
         page.Figure(
             charts.scatter_chart(nearest_images.project_by_tsne(vectors), label_array, num_classes),
@@ -180,11 +180,11 @@ def _projection_variables(run: Run, queries: EvaluationSplit, query_kind: str) -
     ]
     has_labels = bool((label_array >= 0).any())
     description = (
-        f"{len(queries):,} {query_kind}{', one color per class' if has_labels else ''}, projected"
+        f"{len(split):,} {image_kind}{', one color per class' if has_labels else ''}, projected"
         " by t-SNE of vectors scaled to length 1 (scikit-learn, perplexity 30, initialized by PCA,"
         " fixed seed)."
     )
-    names = queries.classes[:MAX_LEGEND_CLASSES] if has_labels else []
+    names = split.classes[:MAX_LEGEND_CLASSES] if has_labels else []
     legend = [(name, charts.color(i, num_classes)) for i, name in enumerate(names)]
     if has_labels and num_classes > MAX_LEGEND_CLASSES:
         legend.append((f"and {num_classes - MAX_LEGEND_CLASSES} more", "transparent"))

@@ -122,7 +122,7 @@ def build_server(run_path: Path, port: int = 0) -> ThreadingHTTPServer:
 
 
 def serve(run_path: Path, port: int = 0) -> None:
-    """Serve the page until the process is interrupted.
+    """Serve the page of a run until the process is interrupted.
 
     Raises:
         ValueError: If the folder does not exist.

@@ -33,8 +33,8 @@ class Query:
     feature_neighbors: list[LabeledImage]  # nearest by learned features
 
 
-def open_bank_and_queries(run: Run) -> tuple[EvaluationSplit, EvaluationSplit, str]:
-    """Return the bank of training images, the images to choose queries from, and their kind.
+def open_bank_and_candidates(run: Run) -> tuple[EvaluationSplit, EvaluationSplit, str]:
+    """Return the bank of training images, the candidates for queries, and their kind.
 
     The kind is "test images", or "held-out training images" if there is no test split.
     """
@@ -44,21 +44,21 @@ def open_bank_and_queries(run: Run) -> tuple[EvaluationSplit, EvaluationSplit, s
         source = open_source(run.config.data, "val")
     except ValueError:
         num_held_out = max(1, min(MAX_CANDIDATES, len(train) // 10))
-        source, query_rows, kind = train, bank_rows[:num_held_out], "held-out training images"
+        source, candidate_rows, kind = train, bank_rows[:num_held_out], "held-out training images"
         bank_rows = bank_rows[num_held_out:]
     else:
-        query_rows = rng.permutation(SPLIT_SEED, 0, len(source), rng.Purpose.SPLIT)[:MAX_CANDIDATES]
-        kind = "test images"
+        rows = rng.permutation(SPLIT_SEED, 0, len(source), rng.Purpose.SPLIT)
+        candidate_rows, kind = rows[:MAX_CANDIDATES], "test images"
     bank = EvaluationSplit(run, train, np.sort(bank_rows[:MAX_BANK_IMAGES]))
-    return bank, EvaluationSplit(run, source, np.sort(query_rows)), kind
+    return bank, EvaluationSplit(run, source, np.sort(candidate_rows)), kind
 
 
-def find_neighbors(run: Run, bank: EvaluationSplit, queries: EvaluationSplit) -> list[Query]:
-    """Find the neighbors of ten queries, each from a different class if there are ten classes.
+def find_neighbors(run: Run, bank: EvaluationSplit, candidates: EvaluationSplit) -> list[Query]:
+    """Choose ten queries, of different classes if there are ten, and find their neighbors.
 
     Small images are shifted by one or two original pixels before the search.
     """
-    split = queries.subset(_one_row_per_class(queries.labels))
+    split = candidates.subset(_query_rows(candidates.labels))
     offsets, shifts = _query_shifts(split)
     pixels = torch.cat([views for views, _ in split.batches()])
     images = torch.cat(
@@ -88,7 +88,7 @@ def find_neighbors(run: Run, bank: EvaluationSplit, queries: EvaluationSplit) ->
     ]
 
 
-def _one_row_per_class(labels: np.ndarray) -> np.ndarray:
+def _query_rows(labels: np.ndarray) -> np.ndarray:
     """Return the rows of ten queries: the first image of each of ten evenly spaced classes.
 
     If there are fewer classes or no labels, the first of the remaining images complete the ten.

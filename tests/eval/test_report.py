@@ -87,7 +87,7 @@ def test_the_page_holds_every_section_and_fetches_nothing(digits):
 
 def test_the_ten_queries_cover_ten_classes_and_are_shifted_by_one_or_two_pixels(digits):
     run = runs.load_run(digits, device="cpu")
-    bank, test, kind = nearest_images.open_bank_and_queries(run)
+    bank, test, kind = nearest_images.open_bank_and_candidates(run)
     queries = nearest_images.find_neighbors(run, bank, test)
     assert (len(bank), len(test), kind) == (1297, 500, "test images")
     assert sorted(query.label for query in queries) == list(range(10))
@@ -100,7 +100,7 @@ def test_the_ten_queries_cover_ten_classes_and_are_shifted_by_one_or_two_pixels(
 def test_a_training_image_that_is_not_shifted_is_its_own_nearest_neighbor(digits, monkeypatch):
     monkeypatch.setattr(nearest_images.features, "default_shift_distances", lambda split: [])
     run = runs.load_run(digits, device="cpu")
-    bank, _, _ = nearest_images.open_bank_and_queries(run)
+    bank, _, _ = nearest_images.open_bank_and_candidates(run)
     for query in nearest_images.find_neighbors(run, bank, bank):
         assert np.array_equal(query.feature_neighbors[0][0], query.image)
         assert np.array_equal(query.pixel_neighbors[0][0], query.image)
