@@ -23,7 +23,7 @@ from ssl_pretrain.data.split_search import (
     split_locations,
     split_of,
     top_folder,
-    wrappers,
+    wrapper_folders,
 )
 from ssl_pretrain.data.zip_archive import list_zip
 
@@ -265,7 +265,7 @@ def _find_named(base: FolderTree, name: str) -> Location | None:
         is_list_or_zip = path.is_file() and path.suffix.lower() in (*TABLE_SUFFIXES, ".zip")
         return Location(path) if path.is_dir() or is_list_or_zip else None
     name = os.path.normpath(name)
-    for folder in wrappers(base):
+    for folder in wrapper_folders(base):
         if isinstance(folder, ZipFolder):
             if folder.child(name).has_images():
                 return folder.child(name).location()

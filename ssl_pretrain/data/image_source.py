@@ -159,7 +159,7 @@ class ImageFiles(EncodedSource):
         return read_span(self._archive, Span(*self.files.spans[index].tolist()))
 
     def _identity(self) -> bytes:
-        return self.files.packed.tobytes() + self.files.ends.tobytes()
+        return self.files.packed_paths.tobytes() + self.files.ends.tobytes()
 
 
 def _read_regular_file(path: str) -> bytes:

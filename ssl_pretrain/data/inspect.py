@@ -16,8 +16,8 @@ from ssl_pretrain.data.suggestion import format_channels, suggest_config
 from ssl_pretrain.schema import NON_NEGATIVE_INT, NUM_THREADS
 
 _SAMPLE_SIZE = 10_000
-_CLASSES_SHOWN = 20
-_MIN_LEVELS = 64  # a warning is printed if 16-bit images use fewer gray levels
+_MAX_CLASSES_SHOWN = 20
+_MIN_GRAY_LEVELS = 64  # a note is printed if 16-bit images would keep fewer
 
 _EPILOG = """\
 examples:
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--all-classes",
         action="store_true",
-        help=f"list every class, not only {_CLASSES_SHOWN}",
+        help=f"list every class, not only {_MAX_CLASSES_SHOWN}",
     )
     return parser
 
@@ -127,14 +127,14 @@ def _class_lines(source: Source, all_classes: bool) -> list[str]:
     counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
     order = np.arange(len(counts)) if all_classes else np.argsort(counts, kind="stable")
     lines = [f"  {counts[label]:>9,}  {printable(source.classes[label])}" for label in order]
-    num_hidden = len(lines) - _CLASSES_SHOWN
+    num_hidden = len(lines) - _MAX_CLASSES_SHOWN
     if num_hidden > 0 and not all_classes:
-        half = _CLASSES_SHOWN // 2
+        half = _MAX_CLASSES_SHOWN // 2
         lines[half:-half] = [f"        ...  {num_hidden:,} classes (--all-classes lists them)"]
-    return [f"images per class: {_range_of(counts)}", *lines]
+    return [f"images per class: {_min_median_max(counts)}", *lines]
 
 
-def _range_of(values: np.ndarray) -> str:
+def _min_median_max(values: np.ndarray) -> str:
     return f"min {values.min():,}, median {int(np.median(values)):,}, max {values.max():,}"
 
 
@@ -146,7 +146,7 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
     if statistics.sizes:
         widths, heights = np.array(statistics.sizes).T
         for name, sides in (("width", widths), ("height", heights)):
-            lines.append(f"  {name:<7} {_range_of(sides)} pixels")
+            lines.append(f"  {name:<7} {_min_median_max(sides)} pixels")
         modes = [f"{mode} {count:,}" for mode, count in statistics.modes.most_common()]
         lines.append(f"  modes   {', '.join(modes)}")
         unit = "(red, green, blue, in [0, 1]; each image has equal weight)"
@@ -158,7 +158,7 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
             f"  values  {low:g} to {high:g} in {len(statistics.ranges):,} images wider than 8 bits "
             "(excluding the lowest and highest 0.1 %)"
         )
-        if statistics.num_gray_levels < _MIN_LEVELS:
+        if statistics.num_gray_levels < _MIN_GRAY_LEVELS:
             lines.append(
                 "          without data.range, 16-bit images would keep only "
                 f"{statistics.num_gray_levels} of 256 gray levels"

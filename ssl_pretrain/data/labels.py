@@ -181,7 +181,7 @@ def _read_table(
         raise UnusableTable(str(error.strerror)) from None
     labels = {path: label for path, label in labels_from_table(content, paths).items() if label}
     if not labels:
-        return _labels_from_lines(folder, _lines(content), paths, classes or [])
+        return _labels_from_lines(folder, _nonempty_lines(content), paths, classes or [])
     num_labels = len(set(labels.values()))
     if classes is None and 2 * num_labels > len(labels):
         raise UnusableTable(f"it has {num_labels:,} different labels for {len(labels):,} images")
@@ -197,7 +197,7 @@ def _read_table(
     return labels
 
 
-def _lines(content: bytes) -> list[str]:
+def _nonempty_lines(content: bytes) -> list[str]:
     return list(filter(None, map(str.strip, content.decode("utf-8", "replace").splitlines())))
 
 
@@ -215,7 +215,7 @@ def _labels_from_lines(
     if not set(lines) <= set(classes):
         if not all(line.isdecimal() for line in lines):
             return {}
-        class_of_line = _class_numbers(folder, classes)
+        class_of_line = _classes_by_number(folder, classes)
     if unknown_lines := set(lines) - set(class_of_line):
         raise UnusableTable(
             f"it has the class {min(unknown_lines)}, which is not in the list of classes"
@@ -239,7 +239,7 @@ def _rows_of_images(paths: list[str], num_rows: int) -> list[int]:
     return np.argsort(order).tolist()
 
 
-def _class_numbers(folder: FolderTree, classes: list[str]) -> dict[str, str]:
+def _classes_by_number(folder: FolderTree, classes: list[str]) -> dict[str, str]:
     """Return the class of each ILSVRC2012 number, from `meta.mat` or a list of synsets."""
     if "meta.mat" in folder.file_names:
         return _read_meta(folder.read("meta.mat"), classes)
@@ -250,7 +250,7 @@ def _class_numbers(folder: FolderTree, classes: list[str]) -> dict[str, str]:
         if not name.lower().endswith(TABLE_SUFFIXES):
             continue
         try:
-            rows = [line.split() for line in _lines(folder.read(name))]
+            rows = [line.split() for line in _nonempty_lines(folder.read(name))]
         except OSError:
             continue
         synsets = [row[0] for row in rows]

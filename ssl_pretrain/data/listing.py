@@ -36,7 +36,7 @@ class Span(NamedTuple):
     """Position of a file inside a zip, from the archive's central directory."""
 
     offset: int  # position of the local header
-    stored: int  # bytes in the archive, compressed
+    compressed_size: int  # bytes in the archive
     method: int  # compression method
     size: int  # bytes of the decompressed file
     crc: int  # CRC-32 of the decompressed file
@@ -50,8 +50,8 @@ class Listing:
     """
 
     root: str  # the folder or the zip
-    packed: np.ndarray  # uint8, concatenated paths in the file system's encoding
-    ends: np.ndarray  # int64 (n,), end of each path in `packed`
+    packed_paths: np.ndarray  # uint8, concatenated paths in the file system's encoding
+    ends: np.ndarray  # int64 (n,), end of each path in `packed_paths`
     spans: np.ndarray  # int64 (n, 5), a `Span` per image of a zip; (0, 5) for a folder
     folder_in_zip: str = ""  # folder of the zip that the paths are relative to
     skipped: tuple[SkippedFiles, ...] = ()
@@ -63,11 +63,11 @@ class Listing:
     def path(self, index: int) -> str:
         """Return the path of one image, relative to `root`/`folder_in_zip`."""
         start = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.packed[start : self.ends[index]].tobytes())
+        return os.fsdecode(self.packed_paths[start : self.ends[index]].tobytes())
 
     def paths(self) -> list[str]:
         """Return all paths."""
-        data, starts = self.packed.tobytes(), [0, *self.ends.tolist()]
+        data, starts = self.packed_paths.tobytes(), [0, *self.ends.tolist()]
         return [os.fsdecode(data[start:end]) for start, end in itertools.pairwise(starts)]
 
     def take(self, indices: Sequence[int] | np.ndarray, folder_in_zip: str = "") -> Self:
@@ -79,7 +79,7 @@ class Listing:
         subset = pack_paths(self.root, [paths[index][prefix_length:] for index in indices])
         return replace(
             self,
-            packed=subset.packed,
+            packed_paths=subset.packed_paths,
             ends=subset.ends,
             spans=self.spans[indices] if len(self.spans) else self.spans,
             folder_in_zip=folder_in_zip or self.folder_in_zip,
@@ -237,10 +237,10 @@ def _save(path: Path, listing: Listing, folders: Listing, stamps: list[int]) -> 
             file,
             format=np.int64(_CACHE_FORMAT),
             root=np.frombuffer(os.fsencode(listing.root), np.uint8),
-            packed=listing.packed,
+            packed=listing.packed_paths,
             ends=listing.ends,
             spans=listing.spans,
-            folders=folders.packed,
+            folders=folders.packed_paths,
             folder_ends=folders.ends,
             stamps=np.array(stamps, np.int64),
             # JSON escapes bytes that are not UTF-8.

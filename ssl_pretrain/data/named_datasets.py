@@ -14,7 +14,7 @@ from ssl_pretrain import rng
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.listing import open_atomically
 
-_VAL_PER_CLASS = 50
+_NUM_VAL_PER_CLASS = 50
 
 
 class Digits(Source):
@@ -26,7 +26,8 @@ class Digits(Source):
 
         digits = load_digits()
         order = rng.permutation(0, 0, len(digits.target), rng.Purpose.SPLIT)
-        val_numbers = [order[digits.target[order] == digit][:_VAL_PER_CLASS] for digit in range(10)]
+        targets = digits.target[order]
+        val_numbers = [order[targets == digit][:_NUM_VAL_PER_CLASS] for digit in range(10)]
         is_val = np.isin(np.arange(len(order)), val_numbers)
         self._numbers = np.flatnonzero(is_val == (split == "val"))
         super().__init__(

@@ -8,8 +8,8 @@ from PIL import Image
 
 ValueRange = tuple[float, float]  # values that become black and white
 
-# 16-bit color with no more levels than this in its high byte uses at most 14 bits.
-_TOO_FEW_LEVELS = 64
+# Most levels that the high byte of 16-bit color can have if the color uses at most 14 bits.
+_MAX_14_BIT_LEVELS = 64
 _EXTRA_SAMPLES, _PHOTOMETRIC, _SUBFILE, _NUM_BANDS = 338, 262, 254, 277  # TIFF tags
 _COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # keyed by photometric interpretation
 _RANGE_REMEDY = (
@@ -140,7 +140,7 @@ def _check_high_bytes(pixels: np.ndarray, value_range: ValueRange | None) -> Non
         )
     # The percentile ignores the few values that a sensor saturates.
     num_levels = int(np.percentile(pixels, 99.9, method="nearest")) + 1
-    if num_levels <= _TOO_FEW_LEVELS:
+    if num_levels <= _MAX_14_BIT_LEVELS:
         raise ValueError(
             f"its 16-bit color would keep {num_levels} of 256 levels, because Pillow reads only "
             "the high byte; convert the image to 8 bits, scaled by its own range"

@@ -150,7 +150,7 @@ def open_source(config: DataConfig, split: SplitName, classes: list[str] | None 
             "folder"
         )
     source = _open_all(config, split, classes)
-    return _subset(source, config.subset) if split == "train" else source
+    return _choose_subset(source, config.subset) if split == "train" else source
 
 
 def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -> Source:
@@ -179,7 +179,7 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
 def _open_files(config: DataConfig, has_train_beton: bool) -> FileDataSet:
     """Find the splits of a data set of image files."""
     cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else _user_cache_dir()
-    root = _root(config, cache_dir)
+    root = _find_root(config, cache_dir)
     train, val = config.train, config.val
     if config.source == "cifar10":
         train, val = train or "train", val or "test"
@@ -189,7 +189,7 @@ def _open_files(config: DataConfig, has_train_beton: bool) -> FileDataSet:
     return FileDataSet(root, train, val, cache_dir, value_range)
 
 
-def _root(config: DataConfig, cache_dir: Path) -> Path:
+def _find_root(config: DataConfig, cache_dir: Path) -> Path:
     """Return the existing folder or file of the data set."""
     root = Path(config.root).expanduser()
     train = Path(config.train).expanduser()
@@ -263,7 +263,7 @@ def _prefers_beton(loader: str, root: Path, name: str) -> bool:
     return not has_folder or loader == "ffcv" or has_ffcv
 
 
-def _subset(source: Source, size: int) -> Source:
+def _choose_subset(source: Source, size: int) -> Source:
     """Return `size` images, the same for every seed of the run. 0 returns all of them."""
     if not 0 <= size <= len(source):
         raise ValueError(

@@ -22,7 +22,7 @@ from ssl_pretrain.data.split_search import (
     suggested_split,
     top_folder,
     words_in_name,
-    wrappers,
+    wrapper_folders,
 )
 
 # Words in the names of tables that do not list images.
@@ -31,7 +31,7 @@ _FILE_SPLITS = ("train", "val", "test", None)  # order of preference among lists
 _MAX_CHILDREN = 50  # subfolders that are searched per folder
 _MAX_FOLDERS = 500  # folders that are searched in total
 _MAX_FILES = 1000  # image names that are examined per folder
-_MANY_CLASSES = 10  # among this many, one may be named like a split by chance
+_MANY_CLASSES = 10  # among so many classes, one may be named like a split by chance
 
 Guess = tuple[Location, list[str]]  # the training images, and notes on the choice
 
@@ -40,24 +40,24 @@ class AmbiguousSplits(ValueError):
     """A layout that suggests splits without naming them."""
 
     def __init__(self, reason: str, example: str = ""):
-        as_in = f", as in {example}" if example else ""
+        example_text = f", as in {example}" if example else ""
         super().__init__(
-            f"data.train: {reason}{as_in}, or give data.train=. if all images there are for "
+            f"data.train: {reason}{example_text}, or give data.train=. if all images there are for "
             "training"
         )
 
 
-def guess_training_split(base: FolderTree, val: str) -> Guess:
+def guess_training_split(root: FolderTree, val: str) -> Guess:
     """Return the location of the training images if the configuration does not name it.
 
     Args:
-        base: The root of the data set.
+        root: The root of the data set.
         val: Name of the validation split in the configuration, or "".
 
     Raises:
         AmbiguousSplits: If held-out images might be among the guessed ones.
     """
-    top = top_folder(base)
+    top = top_folder(root)
     locations = split_locations(top, "train")
     if len(locations) > 1:
         names = [os.path.basename(location.full_path) for location in locations]
@@ -71,13 +71,13 @@ def guess_training_split(base: FolderTree, val: str) -> Guess:
             "unpack it"
         )
     if not locations:
-        return _all_images(base, top, val)
+        return _all_images(root, top, val)
     if locations[0].is_file:
         return locations[0], []
-    return _training_folder(base, top, locations[0], val)
+    return _training_folder(root, top, locations[0], val)
 
 
-def _training_folder(base: FolderTree, top: FolderTree, train: Location, val: str) -> Guess:
+def _training_folder(root: FolderTree, top: FolderTree, train: Location, val: str) -> Guess:
     """Return a folder called train, unless it might just as well be one class of several."""
     name = os.path.basename(train.full_path)
     folder = top.child(name)
@@ -89,7 +89,7 @@ def _training_folder(base: FolderTree, top: FolderTree, train: Location, val: st
     if is_only_split and num_classes < 2:
         siblings = [other for other in others if top.child(other).has_images()]
         if len(siblings) + 1 >= _MANY_CLASSES:
-            return base.location(), [
+            return root.location(), [
                 f"{train.full_path} is read as one of {len(siblings) + 1} classes; "
                 f"give data.train={name} if it is the training split"
             ]
@@ -104,25 +104,25 @@ def _training_folder(base: FolderTree, top: FolderTree, train: Location, val: st
     return train, [f"not read: {folder_names(unread)} in {top.full_path}"] if unread else []
 
 
-def _all_images(base: FolderTree, top: FolderTree, val: str) -> Guess:
+def _all_images(root: FolderTree, top: FolderTree, val: str) -> Guess:
     """Return all images below the root, without the held-out splits."""
     names = [name for name in top.subfolder_names if name != val]
     held_out = [name for name in names if split_of(name)]
-    suggestive = [name for name in names if not split_of(name) and suggested_split(name)]
-    if not held_out and not suggestive:
-        _check_structure(base, top)
-        return base.location(), []
-    others = [name for name in names if name not in (*held_out, *suggestive)]
-    num_classes = sum(top.child(name).has_images() for name in others) + len(suggestive)
-    if suggestive and len(suggestive) * _MANY_CLASSES > num_classes:
+    split_like = [name for name in names if not split_of(name) and suggested_split(name)]
+    if not held_out and not split_like:
+        _check_structure(root, top)
+        return root.location(), []
+    others = [name for name in names if name not in (*held_out, *split_like)]
+    num_classes = sum(top.child(name).has_images() for name in others) + len(split_like)
+    if split_like and len(split_like) * _MANY_CLASSES > num_classes:
         raise AmbiguousSplits(
-            f"{top.full_path} contains {folder_names([*held_out, *suggestive])}, whose names look "
+            f"{top.full_path} contains {folder_names([*held_out, *split_like])}, whose names look "
             "like splits; say which is which",
-            _example([*held_out, *suggestive]),
+            _example_settings([*held_out, *split_like]),
         )
-    notes = [f"{name}/ is read as one of {num_classes} classes" for name in suggestive]
+    notes = [f"{name}/ is read as one of {num_classes} classes" for name in split_like]
     if not held_out:
-        return base.location(), notes
+        return root.location(), notes
     if not num_classes and not top.has_direct_images:
         raise AmbiguousSplits(
             f"{top.full_path} contains {folder_names(held_out)} and no training images; "
@@ -134,7 +134,7 @@ def _all_images(base: FolderTree, top: FolderTree, val: str) -> Guess:
     return top.location(tuple(held_out)), notes
 
 
-def _example(names: list[str]) -> str:
+def _example_settings(names: list[str]) -> str:
     """Return example settings for these folders, all of which look like splits."""
     train = [name for name in names if not split_of(name) and suggested_split(name) == TRAIN]
     held_out = [name for name in names if name not in train]
@@ -143,14 +143,14 @@ def _example(names: list[str]) -> str:
     )
 
 
-def _check_structure(base: FolderTree, top: FolderTree) -> None:
+def _check_structure(root: FolderTree, top: FolderTree) -> None:
     """Raise AmbiguousSplits if folders, lists or images suggest splits below the top folder."""
-    relative = "" if top is base else f"{os.path.relpath(top.full_path, base.full_path)}/"
+    relative = "" if top is root else f"{os.path.relpath(top.full_path, root.full_path)}/"
     _check_inner_splits(top, relative)
     _check_same_classes(top)
-    for wrapper in wrappers(base):
+    for wrapper in wrapper_folders(root):
         for folder in (wrapper, *_folders_without_images(wrapper)):
-            _check_lists(base, folder)
+            _check_lists(root, folder)
     kinds: dict[str, str] = {}
     for name in top.file_names[:: max(1, len(top.file_names) // _MAX_FILES)]:
         if (kind := suggested_split(name)) and is_image(name):
@@ -213,15 +213,15 @@ def _folders_without_images(folder: FolderTree) -> Iterator[FolderTree]:
             yield from (child.child(inner) for inner in child.subfolder_names[:_MAX_CHILDREN])
 
 
-def _check_lists(base: FolderTree, folder: FolderTree) -> None:
+def _check_lists(root: FolderTree, folder: FolderTree) -> None:
     """Raise AmbiguousSplits if files in a folder look like lists of splits."""
     kinds = _lists_by_kind(folder.file_names)
     if len(kinds) < 2:
         return
     reason = f"{folder.full_path} contains lists whose names look like splits"
-    if isinstance(base, ZipFolder):
+    if isinstance(root, ZipFolder):
         raise AmbiguousSplits(f"{reason}, which are not read inside a zip; unpack it")
-    relative = os.path.relpath(folder.full_path, base.full_path)
+    relative = os.path.relpath(folder.full_path, root.full_path)
     train, held_out = (
         os.path.normpath(os.path.join(relative, kinds[kind])) for kind in (TRAIN, HELD_OUT)
     )

@@ -49,26 +49,27 @@ def words_in_name(name: str) -> list[str]:
     return [word.lower() for word in words]
 
 
-def wrappers(base: FolderTree) -> Iterator[FolderTree]:
+def wrapper_folders(root: FolderTree) -> Iterator[FolderTree]:
     """Yield the root, then its only folder with images, then the only one in that, and so on."""
-    yield base
+    folder = root
+    yield folder
     for _ in range(MAX_WRAPPERS):
-        if base.has_direct_images:
+        if folder.has_direct_images:
             return
-        names = list(itertools.islice(base.folders_with_images(), 2))
+        names = list(itertools.islice(folder.folders_with_images(), 2))
         if len(names) != 1:
             return
-        base = base.child(names[0])
-        yield base
+        folder = folder.child(names[0])
+        yield folder
 
 
-def top_folder(base: FolderTree) -> FolderTree:
+def top_folder(root: FolderTree) -> FolderTree:
     """Return the first wrapper that contains a training split.
 
     If there is none, return the first wrapper with a folder whose name suggests a split. If there
     is no such folder either, return the innermost wrapper.
     """
-    folders = list(wrappers(base))
+    folders = list(wrapper_folders(root))
     for folder in folders:
         splits = [*map(split_of, folder.subfolder_names), *map(split_of_file, folder.file_names)]
         if "train" in splits:

@@ -40,11 +40,11 @@ class TableFormat:
     match_share: float  # share of the sampled rows whose path exists
 
 
-def decode_text(content: bytes, source: str) -> list[str]:
-    """Decode the content in each plausible encoding.
+def decode_text(content: bytes, name: str) -> list[str]:
+    """Decode the content of a file in each plausible encoding.
 
     Raises:
-        ValueError: If it is not text. The message begins with `source`.
+        ValueError: If it is not text. The message begins with `name`.
     """
     try:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -56,11 +56,11 @@ def decode_text(content: bytes, source: str) -> list[str]:
         except UnicodeDecodeError:  # file names that are not UTF-8, or a spreadsheet
             return [content.decode("utf-8", "surrogateescape"), content.decode("cp1252", "replace")]
     except ValueError as error:
-        raise ValueError(f"{source} is not a list of paths: {error}") from None
+        raise ValueError(f"{name} is not a list of paths: {error}") from None
 
 
 def read_rows(text: str, delimiter: str, max_rows: int | None = None) -> list[list[str]]:
-    """Return the rows that are not empty. Comments at the top are skipped."""
+    """Split a text into rows of cells. Empty rows and comments at the top are skipped."""
     # Some spreadsheets begin with a line such as "sep=;".
     text = re.sub(r"\A(sep=.\r?\n)?(#[ \t].*\r?\n)*", "", text)
     rows: Iterable[list[str]]
@@ -85,7 +85,7 @@ def detect_format(text: str, find_image: Callable[[str], object]) -> TableFormat
 
     Args:
         text: The table.
-        find_image: Returns a truthy value if a cell names an existing image.
+        find_image: Function that returns a truthy value if a cell names an existing image.
     """
     best = TableFormat("", 0, has_header=False, match_share=-1.0)
     for delimiter in _DELIMITERS:
@@ -99,10 +99,10 @@ def detect_format(text: str, find_image: Callable[[str], object]) -> TableFormat
             first, *cells = (_cell(row, column) for row in (rows[0], *body))
             first_exists = bool(first and find_image(first))
             num_matches = sum(bool(cell and find_image(cell)) for cell in cells) + first_exists
-            share = num_matches / (len(body) + first_exists)
-            if share > best.match_share:
+            match_share = num_matches / (len(body) + first_exists)
+            if match_share > best.match_share:
                 has_header = len(rows) > 1 and not first_exists and not is_image(first)
-                best = TableFormat(delimiter, column, has_header, share)
+                best = TableFormat(delimiter, column, has_header, match_share)
         if best.match_share == 1:
             break
     return best
@@ -125,7 +125,7 @@ class Table:
         return cls(titles, [row for row in rows if _cell(row, column)], column)
 
     def cells(self, column: int) -> list[str]:
-        """Return the cells of a column, "" where a row is too short."""
+        """Return the cells of a column. A row that is too short gives ""."""
         return [_cell(row, column) for row in self.rows]
 
     def select_split(self, split: str) -> tuple[Self, str]:
@@ -176,15 +176,15 @@ class Table:
 
     def _label_column(self) -> tuple[int | None, list[str]]:
         """Return the column of the labels, or None, and notes on the choice."""
-        excluded = (self.path_column, self._split_column, 0 if self._has_index else None)
+        excluded = (self.path_column, self._split_column, 0 if self._has_row_numbers else None)
         others = [column for column in range(self._width) if column not in excluded]
         if not self.titles:
             after_path = [column for column in others if column > self.path_column]
             return next(iter(after_path or others), None), []
-        column_of = {self._title(column): column for column in reversed(others)}
+        columns_by_title = {self._title(column): column for column in reversed(others)}
         for title in _LABEL_TITLES:
-            if title in column_of:
-                return column_of[title], []
+            if title in columns_by_title:
+                return columns_by_title[title], []
         if len(others) == 1:
             column = others[0]
             if column >= len(self.titles):
@@ -195,7 +195,7 @@ class Table:
         return None, [note] if others else []
 
     @property
-    def _has_index(self) -> bool:
+    def _has_row_numbers(self) -> bool:
         """True if the first column numbers the rows, as data-frame libraries do."""
         if self.path_column == 0:
             return False

@@ -26,9 +26,9 @@ from ssl_pretrain.data.listing import Listing, Scan, Span, change_stamp, load_or
 
 _MAX_TABLE_BYTES = 1 << 28  # largest table of labels, because tables are read whole
 _MAX_TABLES = 1000  # largest number of tables in a listing
-_MAX_GROWTH = 200  # decompressed bytes per stored byte, for images of more than _GROWTH_BYTES
-_GROWTH_BYTES = 1 << 28  # decompressed bytes that are accepted whatever the growth
-_LOCAL_HEADER_BYTES = 30  # bytes of a member's header before its name
+_MAX_COMPRESSION_RATIO = 200  # for images of more than _MAX_UNCHECKED_BYTES
+_MAX_UNCHECKED_BYTES = 1 << 28  # decompressed bytes that are accepted at any ratio
+_LOCAL_HEADER_BYTES = 30  # length of a member's header before its name
 # zipfile raises RuntimeError for an encrypted member or an unknown compression method.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError)
 
@@ -48,10 +48,10 @@ def list_zip(path: str | Path, cache_dir: Path) -> Listing:
 def scan_zip(root: str) -> Scan:
     """List the images in a zip without the cache."""
     status = os.stat(root)
-    skips = SkipCounter()
+    skip_counter = SkipCounter()
     try:
         with zipfile.ZipFile(root) as archive:
-            images, others = _sort_members(archive, skips)
+            images, others = _group_members(archive, skip_counter)
 
             def read_head(path: str) -> bytes:
                 try:
@@ -60,7 +60,7 @@ def scan_zip(root: str) -> Scan:
                 except (OSError, *_ZIP_ERRORS):
                     return b""
 
-            paths = find_images_by_content(others, read_head, skips)
+            paths = find_images_by_content(others, read_head, skip_counter)
             images |= {path: others[path] for path in paths}
     except (OSError, *_ZIP_ERRORS) as error:
         raise ValueError(f"data.root: {root} cannot be read as a zip: {error}") from None
@@ -69,16 +69,16 @@ def scan_zip(root: str) -> Scan:
     tables = [path for path in sorted(others) if path.lower().endswith(TABLE_SUFFIXES)]
     listing = replace(
         pack_paths(root, paths, np.array(spans, np.int64).reshape(-1, len(Span._fields))),
-        skipped=skips.skipped_files(),
+        skipped=skip_counter.skipped_files(),
         tables=tuple(tables[:_MAX_TABLES]),
     )
     return Scan(listing, [""], change_stamp(status))
 
 
-def _sort_members(archive: zipfile.ZipFile, skips: SkipCounter) -> tuple[Members, Members]:
+def _group_members(archive: zipfile.ZipFile, skip_counter: SkipCounter) -> tuple[Members, Members]:
     """Return the images and the other files, each by its path after unpacking.
 
-    Members that are not read are counted in `skips`.
+    Members that are not read are counted in `skip_counter`.
     """
     images: Members = {}
     others: Members = {}
@@ -89,17 +89,17 @@ def _sort_members(archive: zipfile.ZipFile, skips: SkipCounter) -> tuple[Members
         if not levels or name.endswith("/"):
             continue
         if any(is_skipped(level) for level in levels if level != ".."):
-            skips.add(HIDDEN, path)
+            skip_counter.add(HIDDEN, path)
         elif name.startswith("/") or re.match("[A-Za-z]:/", name):
-            skips.add("members with absolute paths", name)
+            skip_counter.add("members with absolute paths", name)
         elif ".." in levels:
-            skips.add("members outside the archive", name)
+            skip_counter.add("members outside the archive", name)
         elif stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
-            skips.add("links, pipes or devices", path)
+            skip_counter.add("links, pipes or devices", path)
         else:
             members = images if is_image(path) else others
             if path in members:
-                skips.add("earlier members of the same name", path)
+                skip_counter.add("earlier members of the same name", path)
             members[path] = member
     return images, others
 
@@ -118,7 +118,7 @@ def _span(root: str, path: str, member: zipfile.ZipInfo) -> Span:
             f"data.root: {root} contains {path}, which is encrypted or compressed by an "
             "unsupported method; pack the images again with `zip -r -0`"
         )
-    if max(span.offset, span.stored, span.size) >= 2**63:
+    if max(span.offset, span.compressed_size, span.size) >= 2**63:
         raise ValueError(
             f"data.root: {root} is damaged, because {path} has an impossible size; copy it again"
         )
@@ -158,30 +158,31 @@ def read_table(path: str | Path, name: str) -> bytes:
         raise OSError(errno.EIO, str(error)) from None
 
 
-def read_span(archive: int, span: Span) -> bytes:
+def read_span(descriptor: int, span: Span) -> bytes:
     """Return the decompressed bytes of an image in a zip.
 
     Args:
-        archive: File descriptor of the zip.
+        descriptor: File descriptor of the zip.
         span: Position of the image.
 
     Raises:
         OSError: If the zip is damaged, or the image would grow implausibly (a zip bomb).
     """
     # The lengths of the name and the extra field may differ from those in the zip's directory.
-    header = os.pread(archive, _LOCAL_HEADER_BYTES, span.offset)
+    header = os.pread(descriptor, _LOCAL_HEADER_BYTES, span.offset)
     name_bytes = int.from_bytes(header[26:28], "little")
     extra_bytes = int.from_bytes(header[28:30], "little")
     start = span.offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
-    stored = os.pread(archive, min(span.stored, MAX_BYTES), start)
-    if header[:4] != b"PK\3\4" or len(stored) != span.stored:
+    compressed = os.pread(descriptor, min(span.compressed_size, MAX_BYTES), start)
+    if header[:4] != b"PK\3\4" or len(compressed) != span.compressed_size:
         raise OSError("the zip is damaged or was replaced")
-    if span.size > MAX_BYTES or span.size > max(_GROWTH_BYTES, _MAX_GROWTH * span.stored):
+    plausible_size = max(_MAX_UNCHECKED_BYTES, _MAX_COMPRESSION_RATIO * span.compressed_size)
+    if span.size > min(MAX_BYTES, plausible_size):
         raise OSError(
-            f"decompressing the image would turn {span.stored:,} into {span.size:,} bytes, "
-            "which no image needs (a zip bomb?)"
+            f"decompressing the image would turn {span.compressed_size:,} into {span.size:,} "
+            "bytes, which no image needs (a zip bomb?)"
         )
-    content = _inflate(stored, span.size) if span.method else stored
+    content = _inflate(compressed, span.size) if span.method else compressed
     if len(content) != span.size:
         difference = "more" if len(content) > span.size else "fewer"
         raise OSError(
@@ -192,9 +193,9 @@ def read_span(archive: int, span: Span) -> bytes:
     return content
 
 
-def _inflate(stored: bytes, size: int) -> bytes:
+def _inflate(compressed: bytes, size: int) -> bytes:
     """Decompress at most `size` + 1 bytes, enough to notice that the content is too long."""
     try:
-        return zlib.decompressobj(-15).decompress(stored, size + 1)
+        return zlib.decompressobj(-15).decompress(compressed, size + 1)
     except zlib.error as error:
         raise OSError(str(error)) from error
