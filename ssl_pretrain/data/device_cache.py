@@ -63,11 +63,10 @@ class DeviceCache:
         replacements = []
         for row, index in enumerate(request.indices.tolist()):
             if reason := self._unreadable.get(index):
-                slot = request.first_row + row
                 spare = find_spare(
                     self._plan,
                     request.step,
-                    slot,
+                    request.first_row + row,
                     lambda candidate: candidate not in self._unreadable,
                 )
                 replacements.append(Replacement.create(self._source, index, reason, spare))

@@ -25,11 +25,11 @@ _MAX_REMOVED_FOLDERS = 11  # leading folders that a rule may remove from each pa
 
 @dataclass(frozen=True)
 class FileList:
-    """The rows of a list that belong to one split."""
+    """The images of one split, from a list file, a folder or a zip."""
 
-    files: Listing  # the images, in the order of the list
-    labels: list[str] | None  # label of each row, "" if it has none; None for a folder
-    notes: tuple[str, ...] = ()  # how the list was read
+    files: Listing  # in the order of the list
+    labels: list[str] | None  # one per image of a list, "" if it has none; None without a list
+    notes: tuple[str, ...] = ()  # notes on how the list was read
     has_split_column: bool = False  # a column names the split of each row
 
 
@@ -56,24 +56,24 @@ def read_list(
     if not first_cells or (len(first_cells) == 1 and first_cells[0].lower() in _PATH_TITLES):
         return FileList(pack_paths(str(folder), []), [])
     text, table_format, rule = _best_rule(texts, [*folders, *list(folder.parents)[:2], Path.cwd()])
-    names: NameIndex | None = None
+    name_index: NameIndex | None = None
     if table_format.match_share <= 0:
         for rule in map(_PathRule, folders):
-            names = NameIndex(list_folder(rule.base, cache_dir).paths())
-            table_format = detect_format(text, names.find)
+            name_index = NameIndex(list_folder(rule.base, cache_dir).paths())
+            table_format = detect_format(text, name_index.find)
             if table_format.match_share > 0:
                 break
         else:
-            first = next(filter(is_image, first_cells), first_cells[0])
+            example = next(filter(is_image, first_cells), first_cells[0])
             raise ValueError(
-                f"{key}: {path} begins with {first!r}, which is not in {folder}; "
+                f"{key}: {path} begins with {example!r}, which is not in {folder}; "
                 "write paths relative to the list's folder"
             )
     table, split_note = Table.parse(text, table_format).select_split(split)
     paths = [rule.convert(cell) for cell in table.cells(table.path_column)]
     notes = [f"{path}: {split_note}"] if split_note else []
-    if names is not None:
-        paths = [names.find(cell) or cell for cell in paths]
+    if name_index is not None:
+        paths = [name_index.find(cell) or cell for cell in paths]
         notes.append(
             f"{path} names its images without their folders or suffixes; "
             f"they were found below {rule.base}"
@@ -101,16 +101,16 @@ def labels_from_table(content: bytes, paths: Iterable[str]) -> dict[str, str]:
     Returns:
         Labels by path, for the images that the table names. Empty if it names none.
     """
-    names = NameIndex(paths)
+    name_index = NameIndex(paths)
     try:
         text = decode_text(content, "")[0]
     except ValueError:
         return {}
-    table_format = detect_format(text, names.find)
+    table_format = detect_format(text, name_index.find)
     if table_format.match_share <= 0:
         return {}
     table = Table.parse(text, table_format)
-    images = [names.find(cell) for cell in table.cells(table.path_column)]
+    images = [name_index.find(cell) for cell in table.cells(table.path_column)]
     labels, _ = table.labels()
     return {path: label for path, label in zip(images, labels) if path is not None}
 

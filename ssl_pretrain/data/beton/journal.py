@@ -36,10 +36,10 @@ def journal_path(path: Path) -> Path:
 
 
 class Journal:
-    """Images written so far and their entries. `open_journal` creates it.
+    """The images written so far and their entries, opened by `open_journal`.
 
     Attributes:
-        data_file: The unfinished .beton.
+        data_file: The file that contains the images.
         entries: One entry per image, including unreadable ones.
     """
 
