@@ -89,14 +89,14 @@ class StopRequest:
             self._signals.is_stop_requested = True
         if process_group.world_size() == 1:
             return self._signals.is_stop_requested
-        is_requested = self._wait()
+        is_requested = self._wait_for_exchange()
         flag = torch.tensor([int(self._signals.is_stop_requested)])
         group = process_group.cpu_group()
         work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group, async_op=True)
         self._pending = flag, work
         return is_requested
 
-    def _wait(self) -> bool:
+    def _wait_for_exchange(self) -> bool:
         """Wait for the pending exchange, and return True if any rank had sent a request."""
         if self._pending is None:
             return False
@@ -110,6 +110,6 @@ class StopRequest:
 
     def __exit__(self, exception_type: object, *_exception: object) -> None:
         if exception_type is None:  # after an error, the other ranks may never answer
-            self._wait()
+            self._wait_for_exchange()
         watchdog.disarm()
         self._signals.close()

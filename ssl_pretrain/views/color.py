@@ -30,7 +30,7 @@ FUSED_DEVICES = ("cuda",)  # device types that use the kernels of color_triton
 def apply(
     pixels: Tensor, parameters: ColorParameters, crop: Crop, mean: list[float], std: list[float]
 ) -> Tensor:
-    """Return the finished views, float32 (n, 3, size, size), on the device of `pixels`.
+    """Return the normalized views, float32 (n, 3, size, size), on the device of `pixels`.
 
     Args:
         pixels: Crops, uint8 (n, 3, size, size).
@@ -66,7 +66,7 @@ def apply_to_group(
     std: list[float],
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Return the finished views of one kind of crop. On CUDA a few kernels compute all of them.
+    """Return the augmented and normalized views of one kind of crop, from a few kernels on CUDA.
 
     Args:
         pixels: Crops of each view, uint8 (n, 3, size, size).

@@ -63,7 +63,7 @@ def apply(
     std: list[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return the finished views, (n, 3, height, width) in channels_last, without blocking the host.
+    """Return the normalized views, (n, 3, height, width) in channels_last. Do not block the host.
 
     Args:
         pixels: Crops, uint8 (n, 3, height, width).
