@@ -97,7 +97,7 @@ def load_run(
     prefix = manifest["evaluated"] + "."
     weights = {
         key.removeprefix(prefix): value
-        for key, value in backbones.plain_keys(tensors).items()
+        for key, value in backbones.strip_wrapper_prefixes(tensors).items()
         if key.startswith(prefix)
     }
     origin = f"{folder}, for backbone.name {run_config.backbone.name}"

@@ -94,7 +94,7 @@ class Training:
         """Take the measurements that are due after a step: collapse, k-NN, replaced images."""
         method = self.stepper.method
         collapse = self.collapse_monitor.measure(step, output.embeddings, output.targets)
-        knn = self.online_knn.measure_if_due(step, method.get_submodule(method.evaluated))
+        knn = self.online_knn.measure_if_due(step, method.get_submodule(method.evaluated_module))
         counts = self.loader.count_replaced(step, self.config.log.every_steps, self.num_steps)
         return collapse | knn | Measurements(dict(counts))
 

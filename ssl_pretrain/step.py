@@ -71,7 +71,7 @@ class Stepper:
         embeddings, targets, logs = self._backward(batch, progress.step)
         self._record_nonfinite_embeddings(embeddings, progress.step)
         frozen_prefixes = tuple(method.frozen(progress))
-        gradient_norm, skipped = optimizers.guarded_step(
+        gradient_norm, skipped = optimizers.step_if_finite(
             self.optimizer,
             self.optim_config.clip_norm,
             self.optim_config.clip_by,

@@ -148,7 +148,7 @@ def set_learning_rates(
     """
     lr = schedules.warmup_cosine(
         fraction,
-        warmup=min(1.0, protocol.warmup_epochs / epochs),
+        warmup_fraction=min(1.0, protocol.warmup_epochs / epochs),
         start=protocol.warmup_lr,
         peak=protocol.base_lr * (protocol.batch_size / protocol.lr_batch_size),
         final=protocol.min_lr,

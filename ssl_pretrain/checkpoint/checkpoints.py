@@ -214,8 +214,8 @@ class Checkpoints:
         return {
             "format": manifests.FORMAT,
             "step": step,
-            "evaluated": getattr(self.state.method, "evaluated", "backbone"),
-            "network": getattr(self.state.method, "network", "student"),
+            "evaluated": getattr(self.state.method, "evaluated_module", "backbone"),
+            "network": getattr(self.state.method, "evaluated_network", "student"),
             "versions": manifests.list_versions(),
             "machine": self._describe_machine(),
             **asdict(self.facts),

@@ -53,7 +53,7 @@ def read_initial_weights(init: str, key: str = "") -> tuple[dict[str, Tensor] | 
             "the folder of a run"
         )
     if not path.is_dir():
-        return weights_file.read_file(path, f"backbone.init: {init!r}", key)
+        return weights_file.read_weights(path, f"backbone.init: {init!r}", key)
     is_checkpoint = (path / MANIFEST_FILE).exists()
     weight_files = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     if weight_files and not is_checkpoint:

@@ -90,7 +90,7 @@ def build_method_on_meta(config: RunConfig) -> Method:
     """Build the run's method on the meta device, where its weights take no memory."""
     image_size = recipe.crop_per_view(config.views)[0].size
     with torch.device("meta"):
-        return config.method.build(backbones.on_meta(config.backbone, image_size))
+        return config.method.build(backbones.build_on_meta(config.backbone, image_size))
 
 
 def _try_method(config: RunConfig) -> None:
@@ -116,7 +116,7 @@ def _try_method(config: RunConfig) -> None:
             try:
                 method(Batch(images, zeros, zeros))
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
-                if not timm_networks.lacks_meta(error):
+                if not timm_networks.is_meta_limitation(error):
                     raise _explain_forward_error(config, error, sizes) from None
 
 

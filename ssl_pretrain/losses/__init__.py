@@ -1,1 +1,1 @@
-"""Loss functions, one file a family: pure functions of embeddings."""
+"""Loss functions, which are pure functions of embeddings, with one file per family."""

@@ -1,4 +1,4 @@
-"""Choose how to compute sums over pairs of embeddings: in plain tiles or by Triton kernels."""
+"""Choice between plain tiles and Triton kernels for sums over pairs of embeddings."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ class Backend:
     Attributes:
         tile_rows: Anchors per tile.
         tile_columns: Candidates per tile.
-        fused: Use the Triton kernels instead of tiles for embeddings that they support.
+        fused: True to use the Triton kernels instead of tiles for embeddings that they support.
     """
 
     tile_rows: int
@@ -37,12 +37,12 @@ class Backend:
             return None
         from ssl_pretrain.losses import tiles_triton
 
-        if not tiles_triton.fits(anchors):
+        if not tiles_triton.supports(anchors):
             return None
         try:
             return compute(tiles_triton)
         except tiles_triton.OutOfResources as error:
-            tiles_triton.disable(anchors.device, error)
+            tiles_triton.disable_kernels(anchors.device, error)
             return None
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses.similarity import upcast
-from ssl_pretrain.losses.tiles import log_sum_exp, log_sum_exp_among
+from ssl_pretrain.losses.tiles import log_sum_exp, symmetric_log_sum_exp
 
 
 def plain_nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
@@ -50,7 +50,7 @@ def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
         tensor(2.79...)
     """
     z_a, z_b = _unit_pair("nt_xent", "z_a", z_a, "z_b", z_b, temperature)
-    lse, _ = log_sum_exp_among(torch.cat([z_a, z_b]), scale=1 / temperature)
+    lse, _ = symmetric_log_sum_exp(torch.cat([z_a, z_b]), scale=1 / temperature)
     return lse.mean() - (z_a * z_b).sum(1).mean() / temperature
 
 
@@ -85,12 +85,12 @@ def info_nce(
     anchors, bound = queries / temperature, 1 / temperature
     positive = (queries * keys).sum(1) / temperature
     if queue is None:
-        return (log_sum_exp(anchors, collectives.gather(keys), bound=bound) - positive).mean()
+        return (log_sum_exp(anchors, collectives.gather(keys), logit_bound=bound) - positive).mean()
     if queue.ndim != 2 or queue.shape[1] != keys.shape[1]:
         raise ValueError(
             f"info_nce: the queue must be (queue_size, {keys.shape[1]}), got {tuple(queue.shape)}"
         )
-    negatives = log_sum_exp(anchors, queue.to(queries.dtype), bound=bound)
+    negatives = log_sum_exp(anchors, queue.to(queries.dtype), logit_bound=bound)
     return (torch.logaddexp(negatives, positive) - positive).mean()
 
 
@@ -129,7 +129,7 @@ def supervised_contrastive(
             f"supervised_contrastive: labels must be ({len(z_a)},), one per image, "
             f"got {tuple(labels.shape)}"
         )
-    lse, positives = log_sum_exp_among(
+    lse, positives = symmetric_log_sum_exp(
         torch.cat([z_a, z_b]), scale=1 / temperature, labels=labels.repeat(2)
     )
     return (lse - positives).mean()
@@ -303,8 +303,10 @@ def _log_sum_over_negatives(name: str, z_a: Tensor, z_b: Tensor, scale: float) -
         raise ValueError(
             f"{name}: needs at least 2 images in the global batch, got 1, which has no negative"
         )
-    excluded = (0, num_images, -num_images)  # the anchor itself and its positive
-    negatives, _ = log_sum_exp_among(torch.cat([z_a, z_b]), scale=scale, excluded=excluded)
+    offsets = (0, num_images, -num_images)  # to the anchor itself and to its positive
+    negatives, _ = symmetric_log_sum_exp(
+        torch.cat([z_a, z_b]), scale=scale, excluded_offsets=offsets
+    )
     return negatives
 
 

@@ -21,32 +21,30 @@ class GlobalMatrix:
 
     Attributes:
         columns: Shape (dim, columns).
-        start: Index of the first of these columns in the matrix.
-        weight: Number of ranks if each has its own columns, 1 if every rank has all of them.
+        first_column: Index of the first of these columns in the matrix.
+        num_parts: Number of ranks if each has its own columns, 1 if every rank has all of them.
     """
 
     columns: Tensor
-    start: int
-    weight: float
+    first_column: int
+    num_parts: int
 
     def diagonal(self) -> Tensor:
         """Return the matrix's diagonal in these columns, shape (columns,)."""
-        return self.columns.diagonal(-self.start)
+        return self.columns.diagonal(-self.first_column)
 
     def off_diagonal(self) -> Tensor:
         """Return these columns with zeros on the matrix's diagonal, shape (dim, columns)."""
         zeros = torch.zeros_like(self.columns)
-        return self.columns - torch.diagonal_scatter(zeros, self.diagonal(), -self.start)
+        return self.columns - torch.diagonal_scatter(zeros, self.diagonal(), -self.first_column)
 
     def sum(self, entries: Tensor) -> Tensor:
-        """Return this rank's share of a sum over the whole matrix.
-
-        The mean of the shares over ranks is the sum.
+        """Return a scalar whose mean over ranks is the sum over the whole matrix.
 
         Args:
             entries: Values computed from `diagonal` or `off_diagonal`.
         """
-        return self.weight * entries.sum()
+        return self.num_parts * entries.sum()
 
 
 def variance_hinge(covariance: GlobalMatrix) -> Tensor:
@@ -56,7 +54,7 @@ def variance_hinge(covariance: GlobalMatrix) -> Tensor:
 
 
 def diagonal_error(correlation: GlobalMatrix) -> Tensor:
-    """Return the sum of squared differences of the diagonal from 1."""
+    """Return the sum of squared differences between the diagonal and 1."""
     return correlation.sum((correlation.diagonal() - 1).square())
 
 
@@ -76,7 +74,7 @@ def cross_correlation(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> GlobalM
     Args:
         z_a: Embeddings of the first view, shape (local_batch, dim).
         z_b: Embeddings of the second view, same shape.
-        eps: Number added to the variances, as in the batch norm of the authors' code.
+        eps: Constant added to the variances, as in the batch norm of the authors' code.
     """
     with torch.autocast(z_a.device.type, enabled=False):
         z_a, count = _centered(z_a)
@@ -114,9 +112,9 @@ def _product(z_a: Tensor, z_b: Tensor, count: int, divisor: int) -> GlobalMatrix
     """Return z_a.T @ z_b / divisor over the `count` rows of all ranks."""
     dim, world_size = z_a.shape[1], process_group.world_size()
     if world_size == 1 or dim <= count:
-        return GlobalMatrix(collectives.reduce_sum(z_a.T @ z_b) / divisor, 0, 1.0)
+        return GlobalMatrix(collectives.reduce_sum(z_a.T @ z_b) / divisor, 0, 1)
     rank = process_group.rank()
     start, end = dim * rank // world_size, dim * (rank + 1) // world_size
     all_a = collectives.gather(z_a)
     all_b = all_a if z_b is z_a else collectives.gather(z_b)
-    return GlobalMatrix(all_a.T @ all_b[:, start:end] / divisor, start, float(world_size))
+    return GlobalMatrix(all_a.T @ all_b[:, start:end] / divisor, start, world_size)

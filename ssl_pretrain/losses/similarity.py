@@ -30,18 +30,20 @@ class Pairs:
 
     Attributes:
         squared_distance: Squared Euclidean distance. Gradients flow to both embeddings.
-        positive: True for two different embeddings of the same group.
-        negative: True for embeddings of different groups.
+        is_positive: True for two different embeddings of the same group.
+        is_negative: True for embeddings of different groups.
     """
 
     squared_distance: Tensor
-    positive: Tensor
-    negative: Tensor
+    is_positive: Tensor
+    is_negative: Tensor
 
     def mean(self, terms: Tensor, mask: Tensor) -> Tensor:
-        """Return this rank's share of the mean of `terms` over the masked pairs of all ranks.
+        """Return a scalar whose mean over ranks is the mean of `terms` over all masked pairs.
 
-        The mean of the shares over ranks is the mean over all ranks' pairs.
+        Args:
+            terms: One number per pair of this rank.
+            mask: True for the pairs to average, such as `is_positive`.
         """
         count = collectives.reduce_sum(mask.sum().to(terms.dtype))
         return process_group.world_size() * (terms * mask).sum() / count.clamp(min=1)
@@ -66,18 +68,21 @@ def all_pairs(z_a: Tensor, z_b: Tensor, groups: Tensor) -> Pairs:
     return Pairs(squared_distance.clamp(min=0), same_group & ~same_embedding, ~same_group)
 
 
-def number_classes(labels: Tensor) -> Tensor:
-    """Replace labels by class numbers below len(labels), without waiting for the device."""
+def class_indices(labels: Tensor) -> Tensor:
+    """Return an index below len(labels) for the class of each label.
+
+    The host does not wait for the device.
+    """
     ascending, order = labels.sort()
     is_first = torch.ones_like(ascending)
     is_first[1:] = ascending[1:] != ascending[:-1]
     return torch.empty_like(labels).scatter_(0, order, is_first.cumsum(0) - 1)
 
 
-def mean_positive(
+def mean_positive_logits(
     z: Tensor, all_z: Tensor, classes: Tensor, local_start: int, scale: float
 ) -> Tensor:
-    """Return the mean of scale * z_i @ z_j over the positives j of each anchor i.
+    """Return the mean of the logits scale * z_i @ z_j over the positives j of each anchor i.
 
     The positives of an anchor are the other embeddings of its class. Sums per class replace sums
     over pairs, so the cost is linear in the number of embeddings.
@@ -85,7 +90,7 @@ def mean_positive(
     Args:
         z: Embeddings of this rank, shape (rows, dim).
         all_z: Embeddings of all ranks, shape (all_rows, dim).
-        classes: Class numbers of all ranks' embeddings, shape (all_rows,).
+        classes: Class indices of all ranks' embeddings, shape (all_rows,).
         local_start: Index of this rank's first row in `all_z`.
         scale: Factor of the similarities, 1 / temperature.
 
@@ -97,23 +102,24 @@ def mean_positive(
     return ((sums - z) * z).sum(1) * scale / _num_positives(classes)[local_rows]
 
 
-def mean_positive_gradient(
+def mean_positive_logits_gradient(
     z: Tensor, all_z: Tensor, classes: Tensor, local_start: int, all_grad: Tensor
 ) -> Tensor:
-    """Return the gradient of all ranks' `mean_positive` with respect to `z`, divided by `scale`.
+    """Return the gradient with respect to `z` of all ranks' mean logits, divided by `scale`.
 
     Args:
-        z: As in `mean_positive`.
-        all_z: As in `mean_positive`.
-        classes: As in `mean_positive`.
-        local_start: As in `mean_positive`.
+        z: As in `mean_positive_logits`.
+        all_z: As in `mean_positive_logits`.
+        classes: As in `mean_positive_logits`.
+        local_start: As in `mean_positive_logits`.
         all_grad: Gradient of the loss with respect to all ranks' means, shape (all_rows,).
     """
     local_rows = slice(local_start, local_start + len(z))
-    shares = (all_grad / _num_positives(classes))[:, None]
+    grad_per_positive = (all_grad / _num_positives(classes))[:, None]
     sums = _class_sums(all_z, classes)[classes[local_rows]]
-    weighted_sums = _class_sums(all_z * shares, classes)[classes[local_rows]]
-    return shares[local_rows] * (sums - z) + weighted_sums - shares[local_rows] * z
+    weighted_sums = _class_sums(all_z * grad_per_positive, classes)[classes[local_rows]]
+    local_grad = grad_per_positive[local_rows]
+    return local_grad * (sums - z) + weighted_sums - local_grad * z
 
 
 def _class_sums(rows: Tensor, classes: Tensor) -> Tensor:

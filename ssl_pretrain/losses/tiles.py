@@ -26,9 +26,9 @@ def log_sum_exp(
     anchors: Tensor,
     candidates: Tensor,
     *,
-    bound: float = float("inf"),
+    logit_bound: float = float("inf"),
     local_start: int = 0,
-    excluded: Sequence[int] = (),
+    excluded_offsets: Sequence[int] = (),
     backend: Backend | None = None,
 ) -> Tensor:
     """Return log sum_j exp(anchors[i] @ candidates[j]), differentiable in both.
@@ -39,26 +39,28 @@ def log_sum_exp(
         anchors: Embeddings of this rank, divided by the temperature, shape (num_anchors, dim).
         candidates: Embeddings of all ranks, shape (num_candidates, dim). If gathering them was
             differentiable, their gradients are reduced to the ranks that they came from.
-        bound: Largest absolute value of a logit. A small bound makes subtracting maxima
+        logit_bound: Largest absolute value of a logit. A small bound makes subtracting maxima
             unnecessary.
-        local_start: Index of this rank's first candidate, for `excluded`.
-        excluded: Offsets d. The pairs (i, local_start + i + d) are left out of the sums.
+        local_start: Index of this rank's first candidate, for `excluded_offsets`.
+        excluded_offsets: Offsets d. The pairs (i, local_start + i + d) are left out of the sums.
         backend: Implementation of the sums. The default suits the device.
 
     Returns:
         Tensor of shape (num_anchors,).
     """
     backend = backend or backend_for(anchors)
-    is_safe = bound <= LARGEST_SAFE_LOGIT
+    exp_is_safe = logit_bound <= LARGEST_SAFE_LOGIT
     with torch.autocast(anchors.device.type, enabled=False):
-        return _LogSumExp.apply(anchors, candidates, is_safe, local_start, tuple(excluded), backend)
+        return _LogSumExp.apply(
+            anchors, candidates, exp_is_safe, local_start, tuple(excluded_offsets), backend
+        )
 
 
-def log_sum_exp_among(
+def symmetric_log_sum_exp(
     z: Tensor,
     *,
     scale: float,
-    excluded: Sequence[int] = (0,),
+    excluded_offsets: Sequence[int] = (0,),
     labels: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -71,8 +73,8 @@ def log_sum_exp_among(
     Args:
         z: Embeddings of this rank, of unit length, shape (rows, dim).
         scale: 1 / temperature.
-        excluded: Offsets d within this rank's rows. The pairs (i, i + d) are left out of the sums.
-            For each d, -d must be included too.
+        excluded_offsets: Offsets d within this rank's rows. The pairs (i, i + d) are left out of
+            the sums. For each d, -d must be given too.
         labels: Labels of the rows, shape (rows,), for the means over positives.
         backend: Implementation of the sums. The default suits the device.
 
@@ -83,7 +85,7 @@ def log_sum_exp_among(
     """
     backend = backend or backend_for(z)
     with torch.autocast(z.device.type, enabled=False):
-        return _LogSumExpAmong.apply(z, scale, tuple(excluded), labels, backend)
+        return _SymmetricLogSumExp.apply(z, scale, tuple(excluded_offsets), labels, backend)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -92,35 +94,39 @@ class _LogSumExp(torch.autograd.Function):
         ctx: Any,
         anchors: Tensor,
         candidates: Tensor,
-        is_safe: bool,
+        exp_is_safe: bool,
         local_start: int,
-        excluded: tuple[int, ...],
+        excluded_offsets: tuple[int, ...],
         backend: Backend,
     ) -> Tensor:
         lse = backend.run_fused(
             anchors,
-            lambda kernels: kernels.log_sum_exp(anchors, candidates, local_start, excluded),
+            lambda kernels: kernels.log_sum_exp(anchors, candidates, local_start, excluded_offsets),
         )
         if lse is None:
-            sums = _RunningSums(anchors, is_safe)
-            for tile, logits in _logits(anchors, candidates, local_start, excluded, backend):
+            sums = _RunningSums(anchors, exp_is_safe)
+            for tile, logits in _logits(
+                anchors, candidates, local_start, excluded_offsets, backend
+            ):
                 sums.add_to_rows(tile, logits)
             lse = sums.log()
         ctx.save_for_backward(anchors, candidates, lse)
-        ctx.arguments = local_start, excluded, backend
+        ctx.arguments = local_start, excluded_offsets, backend
         return lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         anchors, candidates, lse = ctx.saved_tensors
-        local_start, excluded, backend = ctx.arguments
+        local_start, excluded_offsets, backend = ctx.arguments
         fused = backend.run_fused(anchors, lambda kernels: _fused_gradients(kernels, ctx, grad))
         if fused is not None:
             return *fused, None, None, None, None
         anchors_grad = torch.zeros_like(anchors) if ctx.needs_input_grad[0] else None
         candidates_grad = torch.zeros_like(candidates) if ctx.needs_input_grad[1] else None
         with torch.autocast(anchors.device.type, enabled=False):
-            for tile, logits in _logits(anchors, candidates, local_start, excluded, backend):
+            for tile, logits in _logits(
+                anchors, candidates, local_start, excluded_offsets, backend
+            ):
                 weights = logits.sub_(lse[tile.rows, None]).exp_().mul_(grad[tile.rows, None])
                 if anchors_grad is not None:
                     anchors_grad[tile.rows].addmm_(weights, candidates[tile.columns])
@@ -129,42 +135,42 @@ class _LogSumExp(torch.autograd.Function):
         return anchors_grad, candidates_grad, None, None, None, None
 
 
-class _LogSumExpAmong(torch.autograd.Function):
+class _SymmetricLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         z: Tensor,
         scale: float,
-        excluded: tuple[int, ...],
+        excluded_offsets: tuple[int, ...],
         labels: Tensor | None,
         backend: Backend,
     ) -> tuple[Tensor, Tensor]:
         all_z, local_start = collectives.gather(z), process_group.rank() * len(z)
-        is_safe = scale <= LARGEST_SAFE_LOGIT
+        exp_is_safe = scale <= LARGEST_SAFE_LOGIT
         lse = backend.run_fused(
-            z, lambda kernels: kernels.log_sum_exp(z * scale, all_z, local_start, excluded)
+            z, lambda kernels: kernels.log_sum_exp(z * scale, all_z, local_start, excluded_offsets)
         )
         if lse is None:
-            sums = _RunningSums(z, is_safe)
+            sums = _RunningSums(z, exp_is_safe)
             for tile, logits in _logits(
-                z * scale, all_z, local_start, excluded, backend, half=is_safe
+                z * scale, all_z, local_start, excluded_offsets, backend, skip_mirrors=exp_is_safe
             ):
                 sums.add_to_rows(tile, logits)
-                if is_safe and tile.mirror is not None:
-                    sums.sum[tile.mirror] += logits.sum(0)
+                if exp_is_safe and tile.mirror_rows is not None:
+                    sums.sum[tile.mirror_rows] += logits.sum(0)
             lse = sums.log()
         classes, positive_means = None, torch.zeros_like(lse)
         if labels is not None:
-            classes = similarity.number_classes(collectives.gather(labels))
-            positive_means = similarity.mean_positive(z, all_z, classes, local_start, scale)
+            classes = similarity.class_indices(collectives.gather(labels))
+            positive_means = similarity.mean_positive_logits(z, all_z, classes, local_start, scale)
         ctx.save_for_backward(z, all_z, lse, classes)
-        ctx.arguments = scale, local_start, excluded, is_safe, backend
+        ctx.arguments = scale, local_start, excluded_offsets, exp_is_safe, backend
         return lse, positive_means
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, positives_grad: Tensor) -> Any:
         z, all_z, lse, classes = ctx.saved_tensors
-        scale, local_start, excluded, _, backend = ctx.arguments
+        scale, local_start, excluded_offsets, _, backend = ctx.arguments
         with torch.autocast(z.device.type, enabled=False):
             all_lse, all_grad, all_positives_grad = collectives.gather(
                 torch.stack([lse, grad, positives_grad], dim=1)
@@ -175,7 +181,7 @@ class _LogSumExpAmong(torch.autograd.Function):
                     z * scale,
                     all_z,
                     local_start=local_start,
-                    excluded=excluded,
+                    excluded_offsets=excluded_offsets,
                     anchor_terms=(lse, grad),
                     candidate_terms=(all_lse, all_grad),
                 ),
@@ -183,7 +189,7 @@ class _LogSumExpAmong(torch.autograd.Function):
             if total is None:
                 total = _tiled_gradient(ctx.arguments, z, all_z, all_lse, all_grad)
             if classes is not None:
-                total += similarity.mean_positive_gradient(
+                total += similarity.mean_positive_logits_gradient(
                     z, all_z, classes, local_start, all_positives_grad
                 )
         return total * scale, None, None, None, None
@@ -192,8 +198,8 @@ class _LogSumExpAmong(torch.autograd.Function):
 def _fused_gradients(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of `_LogSumExp` with respect to its anchors and candidates."""
     anchors, candidates, lse = ctx.saved_tensors
-    local_start, excluded, _ = ctx.arguments
-    pairs = {"local_start": local_start, "excluded": excluded}
+    local_start, excluded_offsets, _ = ctx.arguments
+    pairs = {"local_start": local_start, "excluded_offsets": excluded_offsets}
     return (
         kernels.weighted_sum(anchors, candidates, **pairs, anchor_terms=(lse, grad))
         if ctx.needs_input_grad[0]
@@ -210,10 +216,12 @@ def _tiled_gradient(
     arguments: Any, z: Tensor, all_z: Tensor, all_lse: Tensor, all_grad: Tensor
 ) -> Tensor:
     """Return sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j for this rank's rows i."""
-    scale, local_start, excluded, is_safe, backend = arguments
+    scale, local_start, excluded_offsets, exp_is_safe, backend = arguments
     total = torch.zeros_like(z)
-    coefficients = all_grad * torch.exp(-all_lse) if is_safe else None
-    for tile, logits in _logits(z * scale, all_z, local_start, excluded, backend, half=is_safe):
+    coefficients = all_grad * torch.exp(-all_lse) if exp_is_safe else None
+    for tile, logits in _logits(
+        z * scale, all_z, local_start, excluded_offsets, backend, skip_mirrors=exp_is_safe
+    ):
         rows = slice(local_start + tile.rows.start, local_start + tile.rows.stop)
         columns = tile.columns
         if coefficients is not None:
@@ -222,8 +230,8 @@ def _tiled_gradient(
             weights = (logits - all_lse[rows, None]).exp_().mul_(all_grad[rows, None])
             weights += logits.sub_(all_lse[None, columns]).exp_().mul_(all_grad[None, columns])
         total[tile.rows].addmm_(weights, all_z[columns])
-        if is_safe and tile.mirror is not None:
-            total[tile.mirror].addmm_(weights.T, z[tile.rows])
+        if exp_is_safe and tile.mirror_rows is not None:
+            total[tile.mirror_rows].addmm_(weights.T, z[tile.rows])
     return total
 
 
@@ -231,14 +239,14 @@ class _RunningSums:
     """Sums of exponentials, one per row.
 
     Args:
-        like: Tensor with the number of rows, data type and device of the sums.
-        is_safe: True if the logits are small enough for exp without subtracting the maximum.
+        like: Tensor whose number of rows, data type and device the sums take.
+        exp_is_safe: True if the logits are small enough for exp without subtracting the maximum.
     """
 
-    def __init__(self, like: Tensor, is_safe: bool):
+    def __init__(self, like: Tensor, exp_is_safe: bool):
         rows, smallest = len(like), torch.finfo(like.dtype).min
         self.sum = like.new_zeros(rows)
-        self.maximum = None if is_safe else like.new_full((rows,), smallest)
+        self.maximum = None if exp_is_safe else like.new_full((rows,), smallest)
 
     def add_to_rows(self, tile: _Tile, logits: Tensor) -> None:
         """Add a tile to the sums of its rows, and overwrite `logits` with exponentials."""
@@ -260,18 +268,17 @@ class _Tile(NamedTuple):
     rows: slice  # anchors of this rank
     columns: slice  # candidates of all ranks
     is_local: bool  # True if the candidates belong to this rank
-    # Rows of the tile with the transposed logits, which is skipped if `half`. None if there is no
-    # such tile.
-    mirror: slice | None
+    # Rows of the mirror, the tile with the transposed logits. None if there is no such tile.
+    mirror_rows: slice | None
 
 
 def _logits(
     anchors: Tensor,
     candidates: Tensor,
     local_start: int,
-    excluded: tuple[int, ...],
+    excluded_offsets: tuple[int, ...],
     backend: Backend,
-    half: bool = False,
+    skip_mirrors: bool = False,
 ) -> Iterator[tuple[_Tile, Tensor]]:
     """Yield every tile with its logits, which are -inf for excluded pairs.
 
@@ -281,21 +288,22 @@ def _logits(
         anchors: As in `log_sum_exp`.
         candidates: As in `log_sum_exp`.
         local_start: As in `log_sum_exp`.
-        excluded: As in `log_sum_exp`.
+        excluded_offsets: As in `log_sum_exp`.
         backend: Backend with the size of the tiles.
-        half: Skip the tiles below the diagonal where both embeddings belong to this rank.
+        skip_mirrors: Skip tiles below the diagonal, whose mirrors above it have the same logits.
     """
     height = backend.tile_rows
     # With square tiles, the diagonal only crosses tiles that start on it.
-    width = height if half else backend.tile_columns
+    width = height if skip_mirrors else backend.tile_columns
     buffer = anchors.new_empty(min(height, len(anchors)) * min(width, len(candidates)))
     for tile in _tiles(len(anchors), len(candidates), local_start, height, width):
-        if half and tile.mirror is not None and tile.mirror.start < tile.rows.start:
+        mirror_rows = tile.mirror_rows
+        if skip_mirrors and mirror_rows is not None and mirror_rows.start < tile.rows.start:
             continue
         tile_anchors, tile_candidates = anchors[tile.rows], candidates[tile.columns]
         logits = buffer[: len(tile_anchors) * len(tile_candidates)].view(len(tile_anchors), -1)
         torch.mm(tile_anchors, tile_candidates.T, out=logits)
-        for offset in excluded if tile.is_local else ():
+        for offset in excluded_offsets if tile.is_local else ():
             diagonal = local_start + tile.rows.start + offset - tile.columns.start
             logits.diagonal(diagonal).fill_(float("-inf"))
         yield tile, logits
@@ -317,5 +325,5 @@ def _tiles(
             for column in range(start, stop, width):
                 end = min(column + width, stop)
                 has_mirror = is_local and column != local_start + row
-                mirror = slice(column - local_start, end - local_start) if has_mirror else None
-                yield _Tile(rows, slice(column, end), is_local, mirror)
+                mirror_rows = slice(column - local_start, end - local_start) if has_mirror else None
+                yield _Tile(rows, slice(column, end), is_local, mirror_rows)

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["OutOfResources", "disable", "fits", "log_sum_exp", "weighted_sum"]
+__all__ = ["OutOfResources", "disable_kernels", "log_sum_exp", "supports", "weighted_sum"]
 
-MAX_DIM = 256  # largest dimension of embeddings whose blocks fit into shared memory
+MAX_DIM = 256  # largest embedding dimension whose blocks fit into shared memory
 _NUM_PROGRAMS = 264  # target number of programs, twice the multiprocessors of an H100
 _NO_OFFSET = 2**30  # an offset that excludes no pair
 
@@ -57,7 +57,7 @@ _BLOCKS: dict[int, dict[int, Blocks]] = {
 _disabled_devices: set[torch.device] = set()  # devices whose limits a launch exceeded
 
 
-def fits(anchors: Tensor) -> bool:
+def supports(anchors: Tensor) -> bool:
     """Return True if the kernels support these embeddings, shape (num_anchors, dim)."""
     return (
         anchors.dtype == torch.float32
@@ -66,19 +66,19 @@ def fits(anchors: Tensor) -> bool:
     )
 
 
-def blocks_for(padded: int, shared_memory: int) -> Blocks:
-    """Return the block sizes for embeddings padded to `padded` dimensions.
+def choose_blocks(padded_dim: int, shared_memory_bytes: int) -> Blocks:
+    """Return the block sizes for embeddings padded to `padded_dim` dimensions.
 
     Args:
-        padded: Power of two from 16 to `MAX_DIM`.
-        shared_memory: Bytes of shared memory that one program may use on the device.
+        padded_dim: Power of two from 16 to `MAX_DIM`.
+        shared_memory_bytes: Bytes of shared memory that one program may use on the device.
     """
-    limit = next((limit for limit in _BLOCKS if limit <= shared_memory), min(_BLOCKS))
-    return next(blocks for dim, blocks in _BLOCKS[limit].items() if padded <= dim)
+    limit = next((limit for limit in _BLOCKS if limit <= shared_memory_bytes), min(_BLOCKS))
+    return next(blocks for dim, blocks in _BLOCKS[limit].items() if padded_dim <= dim)
 
 
-def disable(device: torch.device, error: Exception) -> None:
-    """Use the plain tiles on this device from now on, and warn about it.
+def disable_kernels(device: torch.device, error: Exception) -> None:
+    """Print a warning and use the plain tiles on this device from now on.
 
     Args:
         device: The CUDA device on which a launch failed.
@@ -93,7 +93,7 @@ def disable(device: torch.device, error: Exception) -> None:
 
 
 def log_sum_exp(
-    anchors: Tensor, candidates: Tensor, local_start: int, excluded: Sequence[int]
+    anchors: Tensor, candidates: Tensor, local_start: int, excluded_offsets: Sequence[int]
 ) -> Tensor:
     """Return log sum_j exp(anchors[i] @ candidates[j]) for each anchor i.
 
@@ -102,8 +102,8 @@ def log_sum_exp(
         candidates: Embeddings of all ranks, shape (num_candidates, dim).
         local_start: Index of this rank's first candidate. The rank has as many candidates as
             anchors.
-        excluded: Up to three offsets d. The pair (i, local_start + i + d) is excluded if that
-            candidate belongs to this rank.
+        excluded_offsets: Up to three offsets d. The pair (i, local_start + i + d) is excluded if
+            that candidate belongs to this rank.
 
     Returns:
         float32 tensor of shape (num_anchors,).
@@ -111,7 +111,7 @@ def log_sum_exp(
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
     grid, sizes, constants = _plan_launch(anchors, candidates)
     partial_results = anchors.new_empty(grid[1], len(anchors))
-    pairs = local_start, len(anchors), *_offsets(excluded), False
+    pairs = local_start, len(anchors), *_offsets(excluded_offsets), False
     _log_sum_exp[grid](anchors, candidates, partial_results, *sizes, *pairs, **constants)
     return partial_results[0] if grid[1] == 1 else torch.logsumexp(partial_results, dim=0)
 
@@ -121,7 +121,7 @@ def weighted_sum(
     candidates: Tensor,
     *,
     local_start: int,
-    excluded: Sequence[int],
+    excluded_offsets: Sequence[int],
     anchor_terms: tuple[Tensor, Tensor] | None = None,
     candidate_terms: tuple[Tensor, Tensor] | None = None,
     swapped: bool = False,
@@ -136,11 +136,11 @@ def weighted_sum(
         anchors: Shape (num_anchors, dim).
         candidates: Shape (num_candidates, dim).
         local_start: As in `log_sum_exp`.
-        excluded: As in `log_sum_exp`.
+        excluded_offsets: As in `log_sum_exp`.
         anchor_terms: (lse, gradient) of the anchors, each of shape (num_anchors,).
         candidate_terms: (lse, gradient) of the candidates, each of shape (num_candidates,).
         swapped: True if `anchors` are the candidates of `log_sum_exp` and `candidates` are its
-            anchors. `local_start` and `excluded` keep their meaning.
+            anchors. `local_start` and `excluded_offsets` keep their meaning.
 
     Returns:
         float32 tensor of shape (num_anchors, dim).
@@ -155,8 +155,11 @@ def weighted_sum(
     row_terms = [tensor.contiguous() for tensor in anchor_terms or placeholders]
     column_terms = [tensor.contiguous() for tensor in candidate_terms or placeholders]
     num_local = len(candidates if swapped else anchors)
-    pairs = local_start, num_local, *_offsets(excluded), swapped
-    constants |= {"BY_ROW": anchor_terms is not None, "BY_COLUMN": candidate_terms is not None}
+    pairs = local_start, num_local, *_offsets(excluded_offsets), swapped
+    constants |= {
+        "HAS_ROW_TERMS": anchor_terms is not None,
+        "HAS_COLUMN_TERMS": candidate_terms is not None,
+    }
     _weighted_sum[grid](
         anchors, candidates, partial_results, *row_terms, *column_terms, *sizes, *pairs, **constants
     )
@@ -173,24 +176,24 @@ def _plan_launch(
         The sizes: the numbers of anchors, of candidates and of candidates per program. The
         constants with which the kernels are compiled.
     """
-    padded = max(16, triton.next_power_of_2(anchors.shape[1]))
-    blocks = blocks_for(padded, _shared_memory(anchors.device))
+    padded_dim = max(16, triton.next_power_of_2(anchors.shape[1]))
+    blocks = choose_blocks(padded_dim, _shared_memory(anchors.device))
     num_row_blocks = triton.cdiv(len(anchors), blocks.rows)
     num_column_blocks = triton.cdiv(len(candidates), blocks.columns)
     num_splits = max(1, min(_NUM_PROGRAMS // num_row_blocks, num_column_blocks))
-    per_split = triton.cdiv(num_column_blocks, num_splits) * blocks.columns
+    candidates_per_split = triton.cdiv(num_column_blocks, num_splits) * blocks.columns
     tensor_cores = anchors.is_cuda and torch.cuda.get_device_capability(anchors.device) >= (8, 0)
     constants = {
         "DIM": anchors.shape[1],
-        "PADDED": padded,
+        "PADDED_DIM": padded_dim,
         "ROWS": blocks.rows,
         "COLUMNS": blocks.columns,
         "PRECISION": "tf32x3" if tensor_cores else "ieee",
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }
-    grid = num_row_blocks, triton.cdiv(len(candidates), per_split)
-    return grid, (len(anchors), len(candidates), per_split), constants
+    grid = num_row_blocks, triton.cdiv(len(candidates), candidates_per_split)
+    return grid, (len(anchors), len(candidates), candidates_per_split), constants
 
 
 @lru_cache(maxsize=16)
@@ -206,14 +209,25 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties["max_shared_mem"])
 
 
-def _offsets(excluded: Sequence[int]) -> tuple[int, int, int]:
-    assert len(excluded) <= 3, f"the kernels take at most three offsets, got {len(excluded)}"
-    first, second, third = (*excluded, *[_NO_OFFSET] * (3 - len(excluded)))
+def _offsets(excluded_offsets: Sequence[int]) -> tuple[int, int, int]:
+    """Return exactly three offsets for the kernels. The added ones exclude no pair."""
+    num_offsets = len(excluded_offsets)
+    assert num_offsets <= 3, f"the kernels take at most three offsets, got {num_offsets}"
+    first, second, third = (*excluded_offsets, *[_NO_OFFSET] * (3 - num_offsets))
     return first, second, third
 
 
 @triton.jit
-def _is_included(row, column, local_start, num_local, first, second, third, SWAPPED: tl.constexpr):
+def _is_included(
+    row,
+    column,
+    local_start,
+    num_local,
+    first_offset,
+    second_offset,
+    third_offset,
+    SWAPPED: tl.constexpr,
+):
     """Return a mask that is False for excluded pairs.
 
     The pair of anchor i and candidate local_start + i + d is excluded if d is an excluded offset
@@ -227,17 +241,17 @@ def _is_included(row, column, local_start, num_local, first, second, third, SWAP
     return (
         (candidate < 0)
         | (candidate >= num_local)
-        | ((offset != first) & (offset != second) & (offset != third))
+        | ((offset != first_offset) & (offset != second_offset) & (offset != third_offset))
     )
 
 
 @triton.jit
-def _load_rows(pointer, rows, count, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Load rows of a (count, DIM) matrix and pad them to PADDED columns.
+def _load_rows(pointer, rows, count, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """Load rows of a (count, DIM) matrix and pad them to PADDED_DIM columns.
 
     Rows and columns beyond the matrix are 0.
     """
-    dims = tl.arange(0, PADDED)
+    dims = tl.arange(0, PADDED_DIM)
     return tl.load(
         pointer + rows[:, None] * DIM + dims[None, :],
         mask=(rows < count)[:, None] & (dims < DIM)[None, :],
@@ -254,19 +268,26 @@ def _tile(
     num_candidates,
     local_start,
     num_local,
-    first,
-    second,
-    third,
+    first_offset,
+    second_offset,
+    third_offset,
     SWAPPED: tl.constexpr,
     DIM: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Return the candidates of a tile and its logits, which are -inf for excluded pairs."""
-    candidate_tile = _load_rows(candidates, columns, num_candidates, DIM, PADDED)
+    candidate_tile = _load_rows(candidates, columns, num_candidates, DIM, PADDED_DIM)
     logits = tl.dot(anchor_tile, tl.trans(candidate_tile), input_precision=PRECISION)
     is_included = (columns < num_candidates)[None, :] & _is_included(
-        rows[:, None], columns[None, :], local_start, num_local, first, second, third, SWAPPED
+        rows[:, None],
+        columns[None, :],
+        local_start,
+        num_local,
+        first_offset,
+        second_offset,
+        third_offset,
+        SWAPPED,
     )
     return candidate_tile, tl.where(is_included, logits, float("-inf"))
 
@@ -278,26 +299,26 @@ def _log_sum_exp(
     results,
     num_anchors,
     num_candidates,
-    per_split,
+    candidates_per_split,
     local_start,
     num_local,
-    first,
-    second,
-    third,
+    first_offset,
+    second_offset,
+    third_offset,
     SWAPPED: tl.constexpr,
     DIM: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Store the log-sum-exp of ROWS anchors over this program's share of the candidates."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    anchor_tile = _load_rows(anchors, rows, num_anchors, DIM, PADDED)
+    anchor_tile = _load_rows(anchors, rows, num_anchors, DIM, PADDED_DIM)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    begin = tl.program_id(1) * per_split
-    for start in range(begin, tl.minimum(begin + per_split, num_candidates), COLUMNS):
+    begin = tl.program_id(1) * candidates_per_split
+    for start in range(begin, tl.minimum(begin + candidates_per_split, num_candidates), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         _, logits = _tile(
             anchor_tile,
@@ -307,12 +328,12 @@ def _log_sum_exp(
             num_candidates,
             local_start,
             num_local,
-            first,
-            second,
-            third,
+            first_offset,
+            second_offset,
+            third_offset,
             SWAPPED,
             DIM,
-            PADDED,
+            PADDED_DIM,
             PRECISION,
         )
         new_largest = tl.maximum(largest, tl.max(logits, axis=1))
@@ -338,30 +359,30 @@ def _weighted_sum(
     column_gradient,
     num_anchors,
     num_candidates,
-    per_split,
+    candidates_per_split,
     local_start,
     num_local,
-    first,
-    second,
-    third,
+    first_offset,
+    second_offset,
+    third_offset,
     SWAPPED: tl.constexpr,
     DIM: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
-    BY_ROW: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
+    HAS_ROW_TERMS: tl.constexpr,
+    HAS_COLUMN_TERMS: tl.constexpr,
 ):
     """Store the weighted sums of ROWS anchors over this program's share of the candidates."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    anchor_tile = _load_rows(anchors, rows, num_anchors, DIM, PADDED)
-    if BY_ROW:
+    anchor_tile = _load_rows(anchors, rows, num_anchors, DIM, PADDED_DIM)
+    if HAS_ROW_TERMS:
         lse_of_row = tl.load(row_lse + rows, mask=rows < num_anchors, other=0.0)
         gradient_of_row = tl.load(row_gradient + rows, mask=rows < num_anchors, other=0.0)
-    total = tl.zeros([ROWS, PADDED], tl.float32)
-    begin = tl.program_id(1) * per_split
-    for start in range(begin, tl.minimum(begin + per_split, num_candidates), COLUMNS):
+    total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    begin = tl.program_id(1) * candidates_per_split
+    for start in range(begin, tl.minimum(begin + candidates_per_split, num_candidates), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         candidate_tile, logits = _tile(
             anchor_tile,
@@ -371,23 +392,23 @@ def _weighted_sum(
             num_candidates,
             local_start,
             num_local,
-            first,
-            second,
-            third,
+            first_offset,
+            second_offset,
+            third_offset,
             SWAPPED,
             DIM,
-            PADDED,
+            PADDED_DIM,
             PRECISION,
         )
         weights = tl.zeros([ROWS, COLUMNS], tl.float32)
-        if BY_ROW:
+        if HAS_ROW_TERMS:
             weights += tl.exp(logits - lse_of_row[:, None]) * gradient_of_row[:, None]
-        if BY_COLUMN:
+        if HAS_COLUMN_TERMS:
             lse = tl.load(column_lse + columns, mask=columns < num_candidates, other=0.0)
             gradient = tl.load(column_gradient + columns, mask=columns < num_candidates, other=0.0)
             weights += tl.exp(logits - lse[None, :]) * gradient[None, :]
         total += tl.dot(weights, candidate_tile, input_precision=PRECISION)
-    dims = tl.arange(0, PADDED)
+    dims = tl.arange(0, PADDED_DIM)
     origin = results + tl.program_id(1) * num_anchors * DIM
     pointers = origin + rows[:, None] * DIM + dims[None, :]
     tl.store(pointers, total, mask=(rows < num_anchors)[:, None] & (dims < DIM)[None, :])

@@ -38,13 +38,14 @@ class Method(nn.Module):
     Each subclass has its own file. Methods never import each other.
 
     Attributes:
-        couples: Tensors through which the loss compares different images. They determine how a
-            batch that does not fit in memory is split.
+        couples: Kind of tensors through which the loss depends on several images at once, such
+            as "embeddings" for a contrastive loss. It decides how the step splits a batch that
+            does not fit in memory. "nothing" means that the loss is a mean over images.
         transient: Names of embeddings and targets that are dropped between `loss` and
             `after_step`, because they are too large to keep for every micro-batch.
         needs_labels: True if the data set must have labels.
-        evaluated: Name of the submodule that is evaluated and exported.
-        network: Name of the evaluated network in tables.
+        evaluated_module: Name of the submodule that is evaluated and exported.
+        evaluated_network: Name of that network in tables.
         step_taken: 1.0 if the optimizer took the step, or 0.0 if it skipped the step because the
             gradient was not finite. It is on the device. `after_step` multiplies each update by it.
     """
@@ -52,8 +53,8 @@ class Method(nn.Module):
     couples: Literal["nothing", "targets", "embeddings"] = "nothing"
     transient: tuple[str, ...] = ()
     needs_labels: bool = False
-    evaluated: str = "backbone"
-    network: str = "student"
+    evaluated_module: str = "backbone"
+    evaluated_network: str = "student"
     step_taken: Tensor | float = 1.0
 
     def __init__(self, config: Any, backbone: Backbone):
@@ -121,9 +122,13 @@ class Method(nn.Module):
         has_right_count = len(views) >= 2 if local_views else len(views) == 2
         if not has_right_count or views[0].shape != views[1].shape:
             sizes = ", ".join(str(view.shape[-1]) for view in views)
-            expected = "2 global views and any number of local ones"
+            requirement = (
+                "2 global views and any number of local ones"
+                if local_views
+                else "2 views of one size"
+            )
             raise ValueError(
-                f"{self.config.name}: takes {expected if local_views else '2 views of one size'}, "
+                f"{self.config.name}: takes {requirement}, "
                 f"got {len(views)} ({sizes} pixels); set views.crops.*.count"
             )
         return views[0], views[1]
@@ -167,7 +172,7 @@ class GroupedPairs(Method):
         return {"groups": batch.labels if self.needs_labels else batch.indices}
 
 
-def by_size(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+def forward_by_size(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
     """Return `network(view)` for each view. Consecutive views of equal size share one call.
 
     Batch norm then normalizes over all of them together, as in SwAV and DINO.
@@ -179,7 +184,7 @@ def by_size(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> lis
     return outputs
 
 
-def refuse_init(vit_starts: str, run: Any) -> None:
+def check_vit_starts(vit_starts: str, run: Any) -> None:
     """Raise ValueError if the authors' initialization would replace loaded weights."""
     if vit_starts == "authors" and run.backbone.init != "random":
         raise ValueError(

@@ -90,8 +90,8 @@ class BYOL(Method):
         Each prediction is compared with the teacher's embedding of the other view. Both are scaled
         to unit length. The mean cosine of the first view's predictions and targets is logged.
         """
-        a_to_b = squared_distance(embeddings["p_a"], targets["z_b"])
-        b_to_a = squared_distance(embeddings["p_b"], targets["z_a"])
+        a_to_b = mean_squared_distance(embeddings["p_a"], targets["z_b"])
+        b_to_a = mean_squared_distance(embeddings["p_b"], targets["z_a"])
         # Equation 2, summed over both directions.
         return LossOutput(a_to_b + b_to_a, {"predicted_cosine": 1 - a_to_b.detach() / 2})
 
@@ -105,7 +105,7 @@ class BYOL(Method):
         return Monitored(embeddings["p_a"], (embeddings["p_a"], targets["z_b"]))
 
 
-def squared_distance(prediction: Tensor, target: Tensor) -> Tensor:
+def mean_squared_distance(prediction: Tensor, target: Tensor) -> Tensor:
     """Return the mean squared distance of the normalized vectors, which is 2 - 2 cos."""
     prediction, target = F.normalize(upcast(prediction), dim=1), F.normalize(upcast(target), dim=1)
     return (prediction - target).square().sum(1).mean()

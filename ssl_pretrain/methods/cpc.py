@@ -57,7 +57,7 @@ class Config(MethodConfig):
         return CPC(self, backbone)
 
 
-class Context(nn.Module):
+class ContextNetwork(nn.Module):
     """Residual blocks in which a row of patches depends only on itself and the rows before it."""
 
     def __init__(self, dim: int, config: Config):
@@ -100,7 +100,7 @@ class CPC(Method):
         super().__init__(config, backbone)
         self.project = nn.Conv2d(backbone.feature_dim, config.target_dim, 1)
         self.contexts = nn.ModuleList(
-            Context(backbone.feature_dim, config) for _ in range(config.num_directions)
+            ContextNetwork(backbone.feature_dim, config) for _ in range(config.num_directions)
         )
 
     def forward(self, batch: Batch) -> Embeddings:
@@ -110,16 +110,16 @@ class CPC(Method):
             `targets`, shape (local_batch, target_dim * side * side), and `predictions`, shape
             (local_batch, num_directions, len(rows_ahead), target_dim, side, side).
         """
-        patches = self.patches(batch)
+        patches = self.cut_patches(batch)
         features = self.backbone(patches.flatten(0, 2)).view(*patches.shape[:3], -1)
         grid = features.permute(2, 3, 0, 1)  # (local_batch, feature_dim, side, side)
-        predictions = [context(rotate(grid, i)) for i, context in enumerate(self.contexts)]
+        predictions = [context(orient(grid, i)) for i, context in enumerate(self.contexts)]
         return {
             "targets": self.project(grid).flatten(1),
             "predictions": torch.stack(predictions, dim=1),
         }
 
-    def patches(self, batch: Batch) -> Tensor:
+    def cut_patches(self, batch: Batch) -> Tensor:
         """Cut the view into a grid of overlapping patches.
 
         The shape is (side, side, local_batch, 3, patch_size, patch_size).
@@ -146,12 +146,13 @@ class CPC(Method):
         """
         predictions = similarity.upcast(embeddings["predictions"])
         grid = similarity.upcast(embeddings["targets"]).unflatten(1, predictions.shape[3:])
-        candidates = collectives.gather(as_rows(grid))  # all patches of all images
+        candidates = collectives.gather(flatten_patches(grid))  # all patches of all images
         loss = predictions.new_zeros(())
         for direction in range(predictions.shape[1]):
             for i, ahead in enumerate(self.config.rows_ahead):
-                queries = self.config.scale * as_rows(predictions[:, direction, i, :, :-ahead])
-                positives = as_rows(rotate(grid, direction)[:, :, ahead:])
+                predicted = predictions[:, direction, i, :, :-ahead]
+                queries = self.config.scale * flatten_patches(predicted)
+                positives = flatten_patches(orient(grid, direction)[:, :, ahead:])
                 positive_logits = (queries * positives).sum(1)
                 loss = loss + (tiles.log_sum_exp(queries, candidates) - positive_logits).mean()
         loss = loss / len(self.contexts)
@@ -162,18 +163,18 @@ class CPC(Method):
         return Monitored(embeddings["targets"])
 
 
-def as_rows(grid: Tensor) -> Tensor:
-    """Return the patches of a grid as rows, (images, dim, height, width) -> (patches, dim)."""
+def flatten_patches(grid: Tensor) -> Tensor:
+    """Flatten a grid of patches, (images, dim, height, width) -> (patches, dim)."""
     return grid.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def rotate(grid: Tensor, direction: int) -> Tensor:
-    """Turn a square grid of patches so that the rows to predict from come first.
+def orient(grid: Tensor, direction: int) -> Tensor:
+    """Flip or transpose a square grid of patches so that the rows to predict from come first.
 
     Args:
         grid: Shape (images, dim, side, side).
-        direction: Position of the rows to predict from, which is above (0), below (1), to the left
-            (2) or to the right (3).
+        direction: Position of the rows to predict from, which is the top (0), the bottom (1), the
+            left (2) or the right (3).
     """
-    rotations = grid, grid.flip(2), grid.transpose(2, 3), grid.flip(3).transpose(2, 3)
-    return rotations[direction]
+    orientations = grid, grid.flip(2), grid.transpose(2, 3), grid.flip(3).transpose(2, 3)
+    return orientations[direction]

@@ -24,8 +24,8 @@ from ssl_pretrain.methods.base import (
     Method,
     MethodConfig,
     Monitored,
-    by_size,
-    refuse_init,
+    check_vit_starts,
+    forward_by_size,
 )
 from ssl_pretrain.models.components import Backbone, Teacher, rising_momentum
 from ssl_pretrain.optim import schedules
@@ -80,36 +80,37 @@ class Config(MethodConfig):
 
     def check(self, run: Any, world_size: int) -> None:
         """Raise ValueError if the authors' initialization would replace loaded weights."""
-        refuse_init(self.vit_starts, run)
+        check_vit_starts(self.vit_starts, run)
 
     def build(self, backbone: Backbone) -> Method:
         """Build DINO on top of a backbone."""
         return DINO(self, backbone)
 
 
-class UnitRows(nn.Linear):
+class NormalizedLinear(nn.Linear):
     """A linear layer without bias whose weight rows are normalized to unit length.
 
     Args:
         in_dim: Width of the input.
-        dim: Width of the output.
+        out_dim: Width of the output.
         train_norm: Scale each row by a trained `norm`.
     """
 
     norm: Tensor | None
 
-    def __init__(self, in_dim: int, dim: int, train_norm: bool):
-        super().__init__(in_dim, dim, bias=False)
-        self.register_parameter("norm", nn.Parameter(torch.ones(dim, 1)) if train_norm else None)
+    def __init__(self, in_dim: int, out_dim: int, train_norm: bool):
+        super().__init__(in_dim, out_dim, bias=False)
+        norm = nn.Parameter(torch.ones(out_dim, 1)) if train_norm else None
+        self.register_parameter("norm", norm)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return the products of `z`, (rows, in_dim), with the unit rows, shape (rows, dim)."""
+        """Map `z` of shape (rows, in_dim) to its products with the unit rows, (rows, out_dim)."""
         rows = F.normalize(self.weight)
         return F.linear(z, rows if self.norm is None else rows * self.norm)
 
 
 class Head(nn.Module):
-    """Head that maps features to normalized embeddings, and those to the prototypes' logits."""
+    """Head that maps features to normalized embeddings and then to the prototypes' logits."""
 
     def __init__(self, in_dim: int, config: Config):
         super().__init__()
@@ -125,7 +126,9 @@ class Head(nn.Module):
         self.mlp = nn.Sequential(
             linear[0], norms[0], nn.GELU(), linear[1], norms[1], nn.GELU(), linear[2]
         )
-        self.last_layer = UnitRows(config.bottleneck_dim, config.num_prototypes, config.train_norm)
+        self.last_layer = NormalizedLinear(
+            config.bottleneck_dim, config.num_prototypes, config.train_norm
+        )
 
     def embed(self, features: Tensor) -> Tensor:
         """Return the embeddings of unit length, shape (rows, bottleneck_dim)."""
@@ -140,8 +143,8 @@ class Head(nn.Module):
 class DINO(Method):
     """Student that predicts a teacher's centered and sharpened output for another view."""
 
-    evaluated = "teacher.backbone"
-    network = "teacher"
+    evaluated_module = "teacher.backbone"
+    evaluated_network = "teacher"
     transient = ("logits",)  # the largest tensors, views * num_prototypes numbers per image
     center: Tensor
     teacher_temperature: Tensor
@@ -150,7 +153,8 @@ class DINO(Method):
         super().__init__(config, backbone)
         class_token = getattr(backbone.model, "cls_token", None)
         if class_token is not None and config.vit_starts == "authors":
-            nn.init.trunc_normal_(class_token, std=0.02)  # timm starts the rest as the authors do
+            # timm initializes the other weights as the authors do.
+            nn.init.trunc_normal_(class_token, std=0.02)
         self.head = Head(backbone.feature_dim, config)
         self.teacher = Teacher(backbone=backbone, head=self.head)
         self.register_buffer("center", torch.zeros(config.num_prototypes))
@@ -165,26 +169,26 @@ class DINO(Method):
         """
         self.two_views(batch, local_views=True)
         num_views = len(batch.views)
-        z = self.head.embed(torch.cat(by_size(self.backbone, batch.views)))
+        z = self.head.embed(torch.cat(forward_by_size(self.backbone, batch.views)))
         logits = torch.stack(self.head.last_layer(z).chunk(num_views), dim=1)
         z_a, z_b = z.detach().chunk(num_views)[:2]
         return {"z_a": z_a, "z_b": z_b, "logits": logits}
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
-        """Return the teacher's logits of the global views, their mean, and assigned prototypes.
+        """Return the teacher's logits of the global views, their mean, and the assignments.
 
         Returns:
-            `logits`, shape (local_batch, 2, num_prototypes). `mean`, their mean over the images and
-            views of this micro-batch, shape (1, num_prototypes). `assigned`, the index of the
-            largest centered logit of each first view, shape (local_batch,).
+            `logits`, shape (local_batch, 2, num_prototypes). `mean_logits`, their mean over the
+            images and views of this micro-batch, shape (1, num_prototypes). `assignments`, the
+            index of the largest centered logit of each first view, shape (local_batch,).
         """
         logits = upcast(self.teacher(torch.cat(batch.views[:2])))
         logits_a, logits_b = logits.chunk(2)
         return {
             "logits": torch.stack([logits_a, logits_b], dim=1),
-            "mean": logits.mean(0, keepdim=True),
-            "assigned": (logits_a - self.center).argmax(1),
+            "mean_logits": logits.mean(0, keepdim=True),
+            "assignments": (logits_a - self.center).argmax(1),
         }
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
@@ -214,7 +218,7 @@ class DINO(Method):
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
         """Update the teacher and the center, and set the teacher temperature of the next step."""
         self.teacher.update(self, rising_momentum(progress, self.config.momentum), self.step_taken)
-        mean = collectives.reduce_sum(targets["mean"].mean(0)) / process_group.world_size()
+        mean = collectives.reduce_sum(targets["mean_logits"].mean(0)) / process_group.world_size()
         momentum = self.config.center_momentum
         new_center = momentum * self.center + (1 - momentum) * mean  # equation 4
         self.center.copy_(self.if_step_taken(new_center, self.center))
@@ -226,11 +230,11 @@ class DINO(Method):
         return ("head.last_layer",) if is_frozen else ()
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
-        """Monitor the embeddings of the global views and the teacher's assigned prototypes."""
+        """Monitor the embeddings of the global views and the teacher's assignments."""
         return Monitored(
             embeddings["z_a"],
             (embeddings["z_a"], embeddings["z_b"]),
-            assignments=targets["assigned"],
+            assignments=targets["assignments"],
             num_prototypes=self.config.num_prototypes,
         )
 
@@ -240,8 +244,9 @@ def temperature_at(config: Config, epoch: int) -> float:
 
     It changes by the same amount in every epoch of the warm-up.
     """
-    warmup = config.teacher_temperature_warmup_epochs
-    if epoch >= warmup:
+    warmup_epochs = config.teacher_temperature_warmup_epochs
+    if epoch >= warmup_epochs:
         return config.teacher_temperature
     start, final = config.teacher_temperature_start, config.teacher_temperature
-    return schedules.linear(epoch, start=start, final=final, end=max(1, warmup - 1))
+    last_warmup_epoch = max(1, warmup_epochs - 1)
+    return schedules.linear(epoch, start=start, final=final, final_position=last_warmup_epoch)

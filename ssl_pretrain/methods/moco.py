@@ -23,7 +23,7 @@ from ssl_pretrain.methods.base import (
     MethodConfig,
     Monitored,
 )
-from ssl_pretrain.models.components import Backbone, Queue, Teacher, check_queue, mlp
+from ssl_pretrain.models.components import Backbone, Queue, Teacher, check_queue_size, mlp
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
@@ -56,7 +56,7 @@ class Config(MethodConfig):
                 `shuffled_batch_norm` is combined with micro-batches.
         """
         if not self.without_queue:
-            check_queue(self.queue_size, run.global_batch_size)
+            check_queue_size(self.queue_size, run.global_batch_size)
         allowed_sizes = (0, run.global_batch_size // world_size)
         if self.shuffled_batch_norm and run.micro_batch_size not in allowed_sizes:
             raise ValueError(

@@ -20,7 +20,7 @@ from ssl_pretrain.methods.base import (
     Method,
     MethodConfig,
     Monitored,
-    refuse_init,
+    check_vit_starts,
 )
 from ssl_pretrain.models.components import Backbone, Teacher, mlp, rising_momentum
 from ssl_pretrain.optim.schedules import Progress
@@ -59,7 +59,7 @@ class Config(MethodConfig):
 
     def check(self, run: Any, world_size: int) -> None:
         """Raise ValueError if the authors' initialization would replace loaded weights."""
-        refuse_init(self.vit_starts, run)
+        check_vit_starts(self.vit_starts, run)
 
     def build(self, backbone: Backbone) -> Method:
         """Build MoCo v3 on top of a backbone."""

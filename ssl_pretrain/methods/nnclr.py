@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ssl_pretrain.losses import contrastive, similarity
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
-from ssl_pretrain.models.components import Backbone, Queue, check_queue, mlp
+from ssl_pretrain.models.components import Backbone, Queue, check_queue_size, mlp
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
@@ -39,7 +39,7 @@ class Config(MethodConfig):
 
     def check(self, run: Any, world_size: int) -> None:
         """Raise ValueError unless whole global batches fill the queue exactly."""
-        check_queue(self.queue_size, run.global_batch_size)
+        check_queue_size(self.queue_size, run.global_batch_size)
 
     def build(self, backbone: Backbone) -> Method:
         """Build NNCLR on top of a backbone."""
@@ -73,20 +73,21 @@ class NNCLR(Method):
         """
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
         temperature = self.config.temperature
-        neighbor_a, neighbor_b = nearest(z_a, self.queue.rows), nearest(z_b, self.queue.rows)
-        a_to_b = contrastive.info_nce(neighbor_a, embeddings["p_b"], temperature=temperature)
-        b_to_a = contrastive.info_nce(neighbor_b, embeddings["p_a"], temperature=temperature)
-        logs = {"neighbor_cosine": similarity.mean_cosine(neighbor_a, z_a.detach())}
+        neighbors_a = nearest_neighbors(z_a, self.queue.rows)
+        neighbors_b = nearest_neighbors(z_b, self.queue.rows)
+        a_to_b = contrastive.info_nce(neighbors_a, embeddings["p_b"], temperature=temperature)
+        b_to_a = contrastive.info_nce(neighbors_b, embeddings["p_a"], temperature=temperature)
+        logs = {"neighbor_cosine": similarity.mean_cosine(neighbors_a, z_a.detach())}
         return LossOutput((a_to_b + b_to_a) / 2, logs)
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Normalize the first view's embeddings and push them to the queue."""
+        """Normalize the first view's embeddings and push them onto the queue."""
         self.queue.push(F.normalize(similarity.upcast(embeddings["z_a"])), self.step_taken)
 
 
 @torch.no_grad()
-def nearest(z: Tensor, queue: Tensor) -> Tensor:
+def nearest_neighbors(z: Tensor, queue: Tensor) -> Tensor:
     """Return, for each embedding, the row of the queue with the largest cosine.
 
     Args:

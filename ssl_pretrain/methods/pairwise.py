@@ -47,7 +47,7 @@ class Pairwise(GroupedPairs):
         pairs = all_pairs(z_a, z_b, targets["groups"])
         distance = pairs.squared_distance.clamp(min=1e-12).sqrt()
         hinge = F.relu(self.config.margin - distance)
-        attraction = pairs.mean(pairs.squared_distance / 2, pairs.positive)
-        repulsion = pairs.mean(hinge.square() / 2, pairs.negative)
+        attraction = pairs.mean(pairs.squared_distance / 2, pairs.is_positive)
+        repulsion = pairs.mean(hinge.square() / 2, pairs.is_negative)
         logs = {"pulled": attraction, "pushed": repulsion}
         return LossOutput((attraction + repulsion) / 2, logs)

@@ -22,9 +22,9 @@ from ssl_pretrain.methods.base import (
     Method,
     MethodConfig,
     Monitored,
-    by_size,
+    forward_by_size,
 )
-from ssl_pretrain.models.components import Backbone, Queue, check_queue, mlp
+from ssl_pretrain.models.components import Backbone, Queue, check_queue_size, mlp
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
@@ -61,7 +61,7 @@ class Config(MethodConfig):
     def check(self, run: Any, world_size: int) -> None:
         """Raise ValueError unless the queue, if any, holds a whole number of global batches."""
         if self.queue_size:
-            check_queue(self.queue_size, run.global_batch_size)
+            check_queue_size(self.queue_size, run.global_batch_size)
 
     def build(self, backbone: Backbone) -> Method:
         """Build SwAV on top of a backbone."""
@@ -92,7 +92,7 @@ class SwAV(Method):
         """
         self.two_views(batch, local_views=True)
         num_views = len(batch.views)
-        features = torch.cat(by_size(self.backbone, batch.views))
+        features = torch.cat(forward_by_size(self.backbone, batch.views))
         z = F.normalize(self.projector(features))  # batch norm sees all views at once
         scores = torch.stack(self.prototypes(z).chunk(num_views), dim=1)
         z_a, z_b = z.detach().chunk(num_views)[:2]
@@ -120,17 +120,18 @@ class SwAV(Method):
     def assignments(self, scores: Tensor, view: int) -> Tensor:
         """Return soft assignments of this rank's images, shape (local_batch, num_prototypes).
 
-        Every prototype gets an equal share of the global batch and of the queue, once it is full.
+        Every prototype gets an equal share of the global batch, and of the queue once it is full.
         """
         valid = scores.new_ones(len(scores))
         rows = scores
         if self.queue is not None:
-            share = len(self.queue.rows) // process_group.world_size()  # each rank scores its share
-            start = process_group.rank() * share
-            past = self.queue.rows[start : start + share, view].to(scores.dtype)
+            # Each rank scores an equal number of the queue's rows.
+            num_past = len(self.queue.rows) // process_group.world_size()
+            start = process_group.rank() * num_past
+            past = self.queue.rows[start : start + num_past, view].to(scores.dtype)
             rows = torch.cat([scores, past @ upcast(self.prototypes.weight).T])
-            full = (self.queue.filled == len(self.queue.rows)).to(scores.dtype)
-            valid = torch.cat([valid, full.expand(share)])
+            is_full = (self.queue.filled == len(self.queue.rows)).to(scores.dtype)
+            valid = torch.cat([valid, is_full.expand(num_past)])
         q = sinkhorn(
             rows,
             valid,
@@ -141,7 +142,10 @@ class SwAV(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Normalize the prototypes and, from `queue_from_epoch` on, push the embeddings."""
+        """Normalize the prototypes and push the embeddings onto the queue.
+
+        The queue is empty until epoch `queue_from_epoch`.
+        """
         (weight,) = collectives.local_tensors([self.prototypes.weight])  # a shard has whole rows
         weight.copy_(self.if_step_taken(F.normalize(weight), weight))
         if self.queue is not None and progress.epoch >= self.config.queue_from_epoch:
@@ -166,7 +170,7 @@ class SwAV(Method):
 def sinkhorn(scores: Tensor, valid: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
     """Return the assignments of this rank's rows to prototypes (section 3.1).
 
-    Each row sums to 1, and every prototype has the same share of all ranks' rows.
+    Each row sums to 1, and all prototypes have the same sum over the rows of all ranks.
 
     Args:
         scores: Shape (rows, num_prototypes), at least float32, as exp(1 / 0.05) overflows float16.

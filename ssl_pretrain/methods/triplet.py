@@ -1,8 +1,8 @@
 """Triplet loss with semi-hard mining (Schroff, Kalenichenko, Philbin, CVPR 2015, arXiv:1503.03832).
 
 Each anchor-positive pair is completed by the closest negative that is farther from the anchor than
-the positive, or by the farthest negative if none is. Negatives are mined from the global batch,
-as in tensorflow/addons 0.20 (losses/triplet.py).
+the positive. If there is no such negative, the farthest one is taken. Negatives are mined from the
+global batch, as in tensorflow/addons 0.20 (losses/triplet.py).
 """
 
 from dataclasses import dataclass
@@ -40,25 +40,26 @@ class Triplet(GroupedPairs):
     """Triplet loss with semi-hard negatives mined from the global batch."""
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the mean triplet loss over positive pairs, and log the share of nonzero terms."""
+        """Return the mean triplet loss of positive pairs, and log the fraction of nonzero terms."""
         z_a, z_b = F.normalize(upcast(embeddings["z_a"])), F.normalize(upcast(embeddings["z_b"]))
         pairs = all_pairs(z_a, z_b, targets["groups"])
-        negative_distance = semi_hard_distance(pairs)
-        terms = F.relu(self.config.margin + pairs.squared_distance - negative_distance)
+        to_negative = squared_semi_hard_distance(pairs)
+        terms = F.relu(self.config.margin + pairs.squared_distance - to_negative)
         active = (terms.detach() > 0).to(terms.dtype)
-        loss = pairs.mean(terms, pairs.positive)  # equation 3
-        return LossOutput(loss, {"active": pairs.mean(active, pairs.positive)})
+        loss = pairs.mean(terms, pairs.is_positive)  # equation 3
+        return LossOutput(loss, {"active": pairs.mean(active, pairs.is_positive)})
 
 
-def semi_hard_distance(pairs: Pairs) -> Tensor:
+def squared_semi_hard_distance(pairs: Pairs) -> Tensor:
     """Return the squared distance from the anchor to the semi-hard negative of each pair.
 
     That is the closest negative farther away than the pair's candidate, or else the farthest one.
     The result has the shape of `pairs.squared_distance`, and gradients flow through it.
     """
-    distance = pairs.squared_distance.detach()
-    negative_distance = distance.masked_fill(~pairs.negative, float("inf"))
-    sorted_distance, sorted_candidates = negative_distance.sort(dim=1)
-    last_position = (pairs.negative.sum(1, keepdim=True) - 1).clamp(min=0)
-    position = torch.searchsorted(sorted_distance, distance, right=True).minimum(last_position)
-    return pairs.squared_distance.gather(1, sorted_candidates.gather(1, position))
+    distances = pairs.squared_distance.detach()
+    negative_distances = distances.masked_fill(~pairs.is_negative, float("inf"))
+    sorted_distances, sorted_candidates = negative_distances.sort(dim=1)
+    last_position = (pairs.is_negative.sum(1, keepdim=True) - 1).clamp(min=0)
+    position = torch.searchsorted(sorted_distances, distances, right=True)
+    negatives = sorted_candidates.gather(1, position.minimum(last_position))
+    return pairs.squared_distance.gather(1, negatives)

@@ -10,7 +10,7 @@ from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.timm_networks import BackboneConfig
 
 REMEDY = "set backbone.name, backbone.stem and backbone.args as in the run that trained them"
-PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.compile, FSDP1
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.compile, FSDP1
 
 
 def build(config: BackboneConfig, image_size: int) -> Backbone:
@@ -23,20 +23,20 @@ def build(config: BackboneConfig, image_size: int) -> Backbone:
         ValueError: If timm has no such model or weights, refuses an argument, or cannot make the
             stem small, or if the network does not return one vector per image of that size.
     """
-    width = image_size_check.feature_dim(config, image_size, image_size)
+    width = image_size_check.measure_feature_dim(config, image_size, image_size)
     return Backbone(timm_networks.create(config, image_size), width)
 
 
-def on_meta(config: BackboneConfig, image_size: int) -> Backbone:
+def build_on_meta(config: BackboneConfig, image_size: int) -> Backbone:
     """Build a backbone on the meta device, to count its parameters and operations."""
-    return timm_networks.without_memory(lambda: build(config, image_size)).to("meta")
+    return timm_networks.create_on_meta(lambda: build(config, image_size)).to("meta")
 
 
-def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def strip_wrapper_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the prefixes of wrapped modules from the names of weights."""
     plain_weights = {}
     for key, value in weights.items():
-        for prefix in PREFIXES:
+        for prefix in WRAPPER_PREFIXES:
             key = key.replace(f".{prefix}", ".").removeprefix(prefix)
         plain_weights[key] = value
     return plain_weights
@@ -49,14 +49,14 @@ def load_strict(
     prefix: str = "",
     exact: bool = False,
 ) -> list[str]:
-    """Load every key of the backbone from `weights`, or change nothing.
+    """Load every key of the backbone from `weights`, or raise an error and change nothing.
 
     Args:
         backbone: The network.
         weights: Tensors under the names of this project, of timm, or of the code that published
             them. Tensors of a classifier or of other networks are ignored.
         source: Name of the weights for messages.
-        prefix: Prefix of the backbone's keys in `weights`. If it is empty, it is searched for.
+        prefix: Prefix of the backbone's keys in `weights`. If empty, it is found automatically.
         exact: True to refuse weights if any of them would be ignored or converted. Used for
             checkpoints of this project.
 
@@ -67,15 +67,15 @@ def load_strict(
         ValueError: If a key is missing, unexpected or has another shape. The message lists such
             keys and names `source`.
     """
-    weights, state = plain_keys(weights), backbone.state_dict()
-    prefix = next(iter(plain_keys({prefix: torch.empty(0)})))
+    weights, state = strip_wrapper_prefixes(weights), backbone.state_dict()
+    prefix = next(iter(strip_wrapper_prefixes({prefix: torch.empty(0)})))
     if prefix and not any(key.startswith(prefix) for key in weights):
         raise ValueError(
             f"{source}: backbone.init_prefix: no tensor name starts with {prefix!r}; "
             f"choose a prefix of names such as {', '.join(list(weights)[:3])}"
         )
     if not exact and isinstance(backbone, Backbone):
-        match = published_weights.match(backbone.model, weights, prefix or None)
+        match = published_weights.match_weights(backbone.model, weights, prefix or None)
         if isinstance(match, str):
             remedy = "" if "init_prefix" in match else f"; {REMEDY}"
             raise ValueError(
@@ -90,7 +90,7 @@ def load_strict(
         for key in set(state) & set(weights)
         if weights[key].shape != state[key].shape
     ]
-    problems = published_weights.describe_keys(
+    problems = published_weights.describe_mismatched_keys(
         sorted(set(state) - set(weights)),
         sorted(set(weights) - set(state)),
         sorted(shape_mismatches),

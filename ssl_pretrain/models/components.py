@@ -180,7 +180,7 @@ class Queue(nn.Module):
         """
         new_rows = collectives.gather(rows.detach().to(self.rows.dtype))
         num_new, size = len(new_rows), len(self.rows)
-        check_queue(size, num_new)
+        check_queue_size(size, num_new)
         indices = torch.arange(num_new, device=new_rows.device) + self.position
         is_pushed = torch.as_tensor(step_taken, device=new_rows.device) > 0
         old_rows = self.rows.index_select(0, indices)
@@ -189,7 +189,7 @@ class Queue(nn.Module):
         self.filled.copy_((self.filled + num_new * is_pushed).clamp(max=size))
 
 
-def check_queue(queue_size: int, global_batch_size: int) -> None:
+def check_queue_size(queue_size: int, global_batch_size: int) -> None:
     """Raise ValueError unless whole global batches fill the queue exactly."""
     if queue_size < 1 or queue_size % global_batch_size:
         lower = queue_size // global_batch_size * global_batch_size

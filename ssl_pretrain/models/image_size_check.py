@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ssl_pretrain.models.timm_networks import (
     BackboneConfig,
     create,
-    lacks_meta,
+    create_on_meta,
+    is_meta_limitation,
     native_size,
-    without_memory,
 )
 
 
@@ -45,18 +45,18 @@ def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
         )
     for key, size in sizes.items():
         try:
-            feature_dim(config, next(iter(sizes.values())), size)
+            measure_feature_dim(config, next(iter(sizes.values())), size)
         except ValueError as error:
             is_about_size = str(error).startswith(f"{size} pixels")
             raise ValueError(f"{key}: {error}" if is_about_size else str(error)) from None
 
 
-def feature_dim(config: BackboneConfig, built_for: int, size: int) -> int:
+def measure_feature_dim(config: BackboneConfig, build_size: int, size: int) -> int:
     """Measure the width of the features from the network's output.
 
     Args:
         config: The backbone.
-        built_for: Image size in pixels that the network is built for.
+        build_size: Image size in pixels that the network is built for.
         size: Image size in pixels that it runs on.
 
     Raises:
@@ -64,16 +64,16 @@ def feature_dim(config: BackboneConfig, built_for: int, size: int) -> int:
             vector per image.
     """
     random_init = replace(config, init="random", init_key="", init_prefix="")
-    return _cached_feature_dim(yaml.safe_dump(asdict(random_init)), built_for, size)
+    return _cached_feature_dim(yaml.safe_dump(asdict(random_init)), build_size, size)
 
 
 @lru_cache(maxsize=256)
-def _cached_feature_dim(config_yaml: str, built_for: int, size: int) -> int:
+def _cached_feature_dim(config_yaml: str, build_size: int, size: int) -> int:
     config = BackboneConfig(**yaml.safe_load(config_yaml))
     try:
-        return _measure(config, built_for, size)
+        return _measure(config, build_size, size)
     except _WrongSizeError as error:
-        raise ValueError(_describe_wrong_size(config, built_for, size, str(error))) from None
+        raise ValueError(_describe_wrong_size(config, build_size, size, str(error))) from None
 
 
 class _WrongSizeError(Exception):
@@ -83,10 +83,10 @@ class _WrongSizeError(Exception):
         super().__init__((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))
 
 
-def _measure(config: BackboneConfig, built_for: int, size: int) -> int:
+def _measure(config: BackboneConfig, build_size: int, size: int) -> int:
     """Measure the width of the features, or raise `_WrongSizeError`."""
     try:
-        model = without_memory(lambda: create(config, built_for))
+        model = create_on_meta(lambda: create(config, build_size))
     except ValueError:
         raise
     except Exception as error:
@@ -94,11 +94,11 @@ def _measure(config: BackboneConfig, built_for: int, size: int) -> int:
     try:
         widths = _output_widths(model, size)
     except Exception as error:
-        if not lacks_meta(error) or next(model.parameters()).device.type != "meta":
+        if not is_meta_limitation(error) or next(model.parameters()).device.type != "meta":
             raise _WrongSizeError(error) from None
         try:
             with torch.random.fork_rng(devices=[]):
-                widths = _output_widths(create(config, built_for), size)
+                widths = _output_widths(create(config, build_size), size)
         except Exception as error_on_cpu:
             raise _WrongSizeError(error_on_cpu) from None
     if len(widths) != 1 or not all(isinstance(width, int) for width in widths):
@@ -131,14 +131,14 @@ def _output_widths(model: nn.Module, size: int) -> set[int | str]:
     return widths
 
 
-def _describe_wrong_size(config: BackboneConfig, built_for: int, size: int, reason: str) -> str:
+def _describe_wrong_size(config: BackboneConfig, build_size: int, size: int, reason: str) -> str:
     """Describe why a size does not fit, and name the nearest sizes that fit."""
     patch = _patch_size(config)
     step = patch or 32
     smaller_sizes = list(range((size - 1) // step * step, 0, -step))[:8]
     larger_sizes = range((size // step + 1) * step, size + 8 * step, step)
     fitting_sizes = {
-        _first_fitting_size(config, built_for, size, candidates)
+        _first_fitting_size(config, build_size, size, candidates)
         for candidates in (smaller_sizes, larger_sizes, [native_size(config.name)])
     } - {0}
     patches = f" (patches of {patch})" if patch else ""
@@ -148,12 +148,12 @@ def _describe_wrong_size(config: BackboneConfig, built_for: int, size: int, reas
 
 
 def _first_fitting_size(
-    config: BackboneConfig, built_for: int, size: int, candidates: Iterable[int]
+    config: BackboneConfig, build_size: int, size: int, candidates: Iterable[int]
 ) -> int:
     """Return the first candidate that the network takes, or 0 if it takes none."""
     for candidate in candidates:
         try:
-            _measure(config, candidate if built_for == size else built_for, candidate)
+            _measure(config, candidate if build_size == size else build_size, candidate)
         except (_WrongSizeError, ValueError):
             continue
         return candidate
@@ -163,7 +163,7 @@ def _first_fitting_size(
 def _patch_size(config: BackboneConfig) -> int:
     """Return the side of a ViT's patches in pixels, or 0 for other networks."""
     try:
-        model = without_memory(lambda: create(config, native_size(config.name)))
+        model = create_on_meta(lambda: create(config, native_size(config.name)))
     except Exception:
         return 0
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 0)

@@ -48,13 +48,13 @@ class Match:
 
 @dataclass
 class Mismatch:
-    """Description of the tensors under a prefix that do not fit a network, and their number."""
+    """Why the tensors under a prefix do not fit a network, and the number of wrong tensors."""
 
-    text: str
+    description: str
     num_problems: float = math.inf
 
 
-def match(model: nn.Module, weights: Weights, prefix: str | None = None) -> Match | str:
+def match_weights(model: nn.Module, weights: Weights, prefix: str | None = None) -> Match | str:
     """Find the model's tensors in `weights`, or return a description of why they do not fit.
 
     Args:
@@ -62,7 +62,7 @@ def match(model: nn.Module, weights: Weights, prefix: str | None = None) -> Matc
         weights: Tensors under any names.
         prefix: Prefix of the model's keys, or None to search for it.
     """
-    candidates = [prefix] if prefix is not None else prefixes(weights, model)
+    candidates = [prefix] if prefix is not None else candidate_prefixes(weights, model)
     mismatches = [Mismatch("none of its tensors")]
     for convert in (False, True):
         results = {
@@ -72,10 +72,10 @@ def match(model: nn.Module, weights: Weights, prefix: str | None = None) -> Matc
         if matches:
             return _choose(matches)
         mismatches += [result for result in results.values() if isinstance(result, Mismatch)]
-    return min(mismatches, key=lambda mismatch: mismatch.num_problems).text
+    return min(mismatches, key=lambda mismatch: mismatch.num_problems).description
 
 
-def prefixes(weights: Iterable[str], model: nn.Module) -> list[str]:
+def candidate_prefixes(weights: Iterable[str], model: nn.Module) -> list[str]:
     """Return prefixes with at least half as many keys as the model has, preferred ones first."""
     counts: Counter[str] = Counter()
     for key in weights:
@@ -120,7 +120,7 @@ def _equal(weights: Weights, others: Weights) -> bool:
 def _match_prefix(
     model: nn.Module, weights: Weights, prefix: str, convert: bool
 ) -> Match | Mismatch:
-    expected = model.state_dict()
+    model_state = model.state_dict()
     tensors = {
         key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
     }
@@ -133,24 +133,24 @@ def _match_prefix(
             return Mismatch("timm has no converter for it")
         notes += _describe_changes(tensors, converted_tensors)
         tensors = converted_tensors
-    present = [key for key in expected if key in tensors]
-    absent = [key for key in expected if key not in tensors]
+    present = [key for key in model_state if key in tensors]
+    absent = [key for key in model_state if key not in tensors]
     missing = [key for key in absent if not key.endswith("num_batches_tracked")]
     reshaped = [
-        f"{key} {tuple(tensors[key].shape)} for {tuple(expected[key].shape)}"
+        f"{key} {tuple(tensors[key].shape)} for {tuple(model_state[key].shape)}"
         for key in present
-        if tensors[key].shape != expected[key].shape
+        if tensors[key].shape != model_state[key].shape
     ]
-    extra = [key for key in tensors if key not in expected]
+    extra = [key for key in tensors if key not in model_state]
     ignorable = [key for key in extra if tensors[key].ndim == 0 or _is_ignorable(model, key)]
     unexpected = [key for key in extra if key not in ignorable]
     if missing or unexpected or reshaped:
-        text = describe_keys(sorted(missing), sorted(unexpected), sorted(reshaped))
+        text = describe_mismatched_keys(sorted(missing), sorted(unexpected), sorted(reshaped))
         return Mismatch(text, len(missing) + len(unexpected) + len(reshaped))
     unusable = [
         key
         for key in present
-        if expected[key].is_floating_point()
+        if model_state[key].is_floating_point()
         and not (tensors[key].is_floating_point() and tensors[key].isfinite().all())
     ]
     if unusable:
@@ -162,7 +162,7 @@ def _match_prefix(
     if ignorable:
         notes.append(f"left out {_names_or_number(sorted(ignorable))}")
     return Match(
-        {key: tensors[key] for key in present} | {key: expected[key] for key in absent}, notes
+        {key: tensors[key] for key in present} | {key: model_state[key] for key in absent}, notes
     )
 
 
@@ -204,7 +204,7 @@ def _describe_changes(before: Weights, after: Weights) -> list[str]:
     return notes + ([f"{num_renamed} names converted"] if num_renamed else [])
 
 
-def describe_keys(missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
+def describe_mismatched_keys(missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
     """Describe keys that do not fit, such as `2 missing (a, b); 1 of another shape (...)`."""
     groups = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     return "; ".join(

@@ -98,7 +98,7 @@ def _construct(config: BackboneConfig, args: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
     except Exception as error:  # constructors raise errors of many types
-        if isinstance(error, RuntimeError) and lacks_meta(error):
+        if isinstance(error, RuntimeError) and is_meta_limitation(error):
             raise  # the caller then builds the network on the CPU
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         if "drop_path_rate" in str(error) and config.drop_path:
@@ -132,7 +132,7 @@ def size_arguments(name: str, image_size: int) -> dict[str, Any]:
 @cache
 def constructor_arguments(name: str) -> frozenset[str]:
     """Return the names of the constructor arguments that a timm network's entry point passes on."""
-    model = without_memory(lambda: timm.create_model(name, num_classes=0))
+    model = create_on_meta(lambda: timm.create_model(name, num_classes=0))
     names: set[str] = set()
     for base in type(model).__mro__:  # a class with **kwargs passes them to the next class
         parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
@@ -195,7 +195,7 @@ def _check_name(name: str) -> None:
         )
 
 
-def without_memory(construct: Callable[[], Network]) -> Network:
+def create_on_meta(construct: Callable[[], Network]) -> Network:
     """Create a network on the meta device, or on the CPU if its constructor needs values.
 
     The state of torch's random number generator does not change.
@@ -205,12 +205,12 @@ def without_memory(construct: Callable[[], Network]) -> Network:
             with torch.device("meta"):
                 return construct()
         except (NotImplementedError, RuntimeError) as error:
-            if not lacks_meta(error):
+            if not is_meta_limitation(error):
                 raise
             with torch.device("cpu"):
                 return construct()
 
 
-def lacks_meta(error: BaseException) -> bool:
+def is_meta_limitation(error: BaseException) -> bool:
     """Return True if the error means that the meta device lacks an operation."""
     return isinstance(error, NotImplementedError) or "meta" in str(error).lower()

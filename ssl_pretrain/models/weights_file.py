@@ -32,7 +32,7 @@ MAX_DEPTH = 5  # number of nested levels of mappings that are searched
 MAX_SIZE_RATIO = 10  # the weights have at least 1/10 as many tensors as the largest mapping
 
 
-def read_file(path: Path, source: str, key: str = "") -> tuple[Weights, list[str]]:
+def read_weights(path: Path, source: str, key: str = "") -> tuple[Weights, list[str]]:
     """Read the tensors of a .safetensors or torch file and return them with notes on their key.
 
     Args:

@@ -89,9 +89,9 @@ class LARS(SGD):
     Args:
         params: Parameters, or groups of them.
         momentum: Factor of the momentum buffer before an update is added.
-        trust_coefficient: Length of a step relative to the weights.
-        convention: `classic` puts the rate inside the buffer, v = momentum * v + lr * trust * u and
-            p = p - v (google-research/simclr, lars_optimizer.py). `popular` puts it outside,
+        trust_coefficient: Length of a step relative to the length of the weights.
+        convention: `classic` puts lr inside the momentum buffer, v = momentum * v + lr * trust * u
+            and p = p - v (google-research/simclr, lars_optimizer.py). `popular` puts it outside,
             v = momentum * v + trust * u and p = p - lr * v. The two differ while lr changes.
     """
 
@@ -136,8 +136,8 @@ class LARC(SGD):
     Args:
         params: Parameters, or groups of them.
         momentum: Factor of the momentum buffer before an update is added.
-        trust_coefficient: Length of a step relative to the weights.
-        clip: Use min(rate / lr, 1), so no tensor's rate exceeds lr.
+        trust_coefficient: Length of a step relative to the length of the weights.
+        clip: Use min(rate / lr, 1), so that no tensor's rate exceeds lr.
     """
 
     def __init__(

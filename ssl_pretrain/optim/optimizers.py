@@ -180,15 +180,18 @@ def rates(
         fraction, epochs_done = progress.epoch / epochs, float(progress.epoch)
     else:
         fraction, epochs_done = progress.fraction, progress.step / progress.steps_per_epoch
-    warmup, start = min(1.0, config.warmup_epochs / epochs), config.warmup_start_ratio * peak
+    warmup_fraction = min(1.0, config.warmup_epochs / epochs)
+    start = config.warmup_start_ratio * peak
     if config.schedule == "cosine":
         final = config.final_lr_ratio * peak
-        lr = schedules.warmup_cosine(fraction, warmup=warmup, start=start, peak=peak, final=final)
+        lr = schedules.warmup_cosine(
+            fraction, warmup_fraction=warmup_fraction, start=start, peak=peak, final=final
+        )
     else:
         num_passed = sum(epochs_done >= milestone for milestone in config.milestones)
         lr = peak * config.milestone_factor**num_passed
-        if fraction < warmup:
-            lr = start + (lr - start) * fraction / warmup
+        if fraction < warmup_fraction:
+            lr = start + (lr - start) * fraction / warmup_fraction
     if config.final_weight_decay is not None:
         decay = schedules.cosine(progress.fraction, start=decay, final=config.final_weight_decay)
     return {"lr": lr, "weight_decay": decay}
@@ -211,7 +214,7 @@ def set_rates(
 
 
 @torch.no_grad()
-def guarded_step(
+def step_if_finite(
     optimizer: torch.optim.Optimizer,
     clip_norm: float = 0.0,
     clip_by: str = "whole",
@@ -245,7 +248,7 @@ def guarded_step(
         torch._foreach_mul_(gradients, list((clip_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
     for parameter in frozen:
         parameter.grad = None
-    masked: Any = optimizer  # `SGD` describes the protocol
+    masked: Any = optimizer  # the docstring of `SGD` describes the protocol
     masked.found_inf, masked.grad_scale = skipped, None
     masked.step()
     return norm, skipped

@@ -38,7 +38,12 @@ class Progress:
 
 
 def warmup_cosine(
-    fraction: float, *, warmup: float, start: float = 0.0, peak: float = 1.0, final: float = 0.0
+    fraction: float,
+    *,
+    warmup_fraction: float,
+    start: float = 0.0,
+    peak: float = 1.0,
+    final: float = 0.0,
 ) -> float:
     """Linear warm-up from `start` to `peak`, then half a cosine down to `final`.
 
@@ -46,14 +51,16 @@ def warmup_cosine(
 
     Args:
         fraction: Fraction of the run that is done, from 0 to 1.
-        warmup: Fraction of the run that the warm-up takes, from 0 to 1.
+        warmup_fraction: Fraction of the run that the warm-up takes, from 0 to 1.
         start: Value at the first step.
         peak: Value at the end of the warm-up.
         final: Value at the end of the run.
     """
-    if fraction < warmup:
-        return start + (peak - start) * fraction / warmup
-    after_warmup = (fraction - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    if fraction < warmup_fraction:
+        return start + (peak - start) * fraction / warmup_fraction
+    after_warmup = 1.0
+    if warmup_fraction < 1:
+        after_warmup = (fraction - warmup_fraction) / (1 - warmup_fraction)
     return cosine(after_warmup, start=peak, final=final)
 
 
@@ -62,6 +69,8 @@ def cosine(fraction: float, *, start: float, final: float) -> float:
     return final + (start - final) * (1 + math.cos(math.pi * fraction)) / 2
 
 
-def linear(position: float, *, start: float, final: float, end: float = 1.0) -> float:
-    """Straight line from `start` at position 0 to `final` at `end`, constant afterwards."""
-    return start + (final - start) * min(1.0, position / end) if end > 0 else final
+def linear(position: float, *, start: float, final: float, final_position: float = 1.0) -> float:
+    """Straight line from `start` at position 0 to `final` at `final_position`, then constant."""
+    if final_position <= 0:
+        return final
+    return start + (final - start) * min(1.0, position / final_position)

@@ -148,7 +148,7 @@ def trace_optimizer(
         optimizer = optim.build(run.optim, network)
         optim.set_rates(optimizer, run.optim, HALFWAY, run.epochs, run.global_batch_size)
         _allocate_gradients(network)
-        optim.guarded_step(optimizer)  # the first step allocates the state
+        optim.step_if_finite(optimizer)  # the first step allocates the state
         _allocate_gradients(network)
         return optimizer, _empty(specs.embeddings), _empty(specs.targets)
 
@@ -159,7 +159,7 @@ def trace_optimizer(
         for group in (embeddings, targets):
             for name in network.transient:
                 group.pop(name, None)
-        optim.guarded_step(optimizer, run.optim.clip_norm, run.optim.clip_by)
+        optim.step_if_finite(optimizer, run.optim.clip_norm, run.optim.clip_by)
         network.after_step(HALFWAY, {name: z.detach() for name, z in embeddings.items()}, targets)
         state = [value for entries in optimizer.state.values() for value in entries.values()]
         return sum(value.nbytes for value in state if isinstance(value, Tensor))
@@ -189,7 +189,7 @@ def trace_coloring(run: RunConfig) -> Trace:
 
 def trace_backbone(name: str, size: int, num_images: int, *, bfloat16: bool) -> Trace:
     """Trace the forward and backward pass of a timm backbone on views of `size` pixels."""
-    backbone = backbones.on_meta(BackboneConfig(name=name), size)
+    backbone = backbones.build_on_meta(BackboneConfig(name=name), size)
 
     def prepare() -> Tensor:
         make_fake(backbone)

@@ -85,7 +85,7 @@ class MonitorWithOracle(CollapseMonitor):
 
     @torch.no_grad()
     def oracle(self, embeddings):
-        backbone = self.method.get_submodule(self.method.evaluated)
+        backbone = self.method.get_submodule(self.method.evaluated_module)
         training = backbone.training
         features = backbone.eval()(self.pixels).numpy()
         backbone.train(training)

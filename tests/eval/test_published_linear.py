@@ -258,7 +258,7 @@ def test_the_last_blocks_class_tokens_are_those_of_hooks():
 def test_the_feature_of_dino_depends_on_the_width():
     narrow = backbones.build(BackboneConfig("test_vit"), 32)
     assert published_linear.dino_feature_name(narrow) == "last4"
-    wide = backbones.on_meta(BackboneConfig("vit_base_patch16_224"), 224)
+    wide = backbones.build_on_meta(BackboneConfig("vit_base_patch16_224"), 224)
     assert published_linear.dino_feature_name(wide) == "cls_mean"
     assert Feature(wide, "cls_mean").feature_dim == 1536
 

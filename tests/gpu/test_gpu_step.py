@@ -99,7 +99,7 @@ def test_the_optimizer_updates_weights_as_on_a_cpu(recipe, cuda):
                 parameter.grad = torch.randn(parameter.shape, generator=generator).to(
                     parameter.device
                 )
-            optim.guarded_step(optimizer, OPTIM[recipe].clip_norm)
+            optim.step_if_finite(optimizer, OPTIM[recipe].clip_norm)
     for ours, expected in zip(on_gpu.parameters(), on_cpu.parameters()):
         torch.testing.assert_close(ours.cpu(), expected, rtol=1e-5, atol=1e-6)
 

@@ -13,9 +13,18 @@ from ssl_pretrain.losses import tiles_triton
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}
 KERNELS = {
     "log_sum_exp": (tiles_triton._log_sum_exp, {}),
-    "weighted_sum, by row": (tiles_triton._weighted_sum, {"BY_ROW": True, "BY_COLUMN": False}),
-    "weighted_sum, by column": (tiles_triton._weighted_sum, {"BY_ROW": False, "BY_COLUMN": True}),
-    "weighted_sum, by both": (tiles_triton._weighted_sum, {"BY_ROW": True, "BY_COLUMN": True}),
+    "weighted_sum, by row": (
+        tiles_triton._weighted_sum,
+        {"HAS_ROW_TERMS": True, "HAS_COLUMN_TERMS": False},
+    ),
+    "weighted_sum, by column": (
+        tiles_triton._weighted_sum,
+        {"HAS_ROW_TERMS": False, "HAS_COLUMN_TERMS": True},
+    ),
+    "weighted_sum, by both": (
+        tiles_triton._weighted_sum,
+        {"HAS_ROW_TERMS": True, "HAS_COLUMN_TERMS": True},
+    ),
 }
 _POINTERS = (
     "anchors",
@@ -40,13 +49,13 @@ def compile_kernel(
     name: str, dim: int, capability: int, blocks: tiles_triton.Blocks | None = None
 ) -> Compiled:
     """Compile one kernel with the blocks of the product, or with others."""
-    padded = max(16, triton.next_power_of_2(dim))
-    blocks = blocks or tiles_triton.blocks_for(padded, SHARED_MEMORY[capability])
+    padded_dim = max(16, triton.next_power_of_2(dim))
+    blocks = blocks or tiles_triton.choose_blocks(padded_dim, SHARED_MEMORY[capability])
     kernel, flags = KERNELS[name]
     constants = {
         "SWAPPED": False,
         "DIM": dim,
-        "PADDED": padded,
+        "PADDED_DIM": padded_dim,
         "ROWS": blocks.rows,
         "COLUMNS": blocks.columns,
         "PRECISION": "tf32x3",

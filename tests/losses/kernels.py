@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from ssl_pretrain.losses import tiles
 from ssl_pretrain.losses.backend import BACKENDS, use_backend
 
-CASES = {  # rows, candidates, dim, local_start, excluded, scale; None candidates: among themselves
+# Rows, candidates, dim, local_start, excluded_offsets and scale. If the candidates are None, the
+# rows are compared among themselves.
+CASES = {
     "nt_xent": (70, None, 24, 0, (0,), 10.0),
     "decoupled": (66, None, 16, 0, (0, 33, -33), 5.0),
     "cold, so that exponentials overflow without a maximum": (40, None, 16, 0, (0,), 500.0),
@@ -27,7 +29,7 @@ CASES = {  # rows, candidates, dim, local_start, excluded, scale; None candidate
 
 def values(name: str, device: str, fused: bool) -> dict[str, torch.Tensor]:
     """Return the log-sum-exps of a case, and the gradients of their weighted sum."""
-    rows, columns, dim, local_start, excluded, scale = CASES[name]
+    rows, columns, dim, local_start, excluded_offsets, scale = CASES[name]
     generator = torch.Generator().manual_seed(0)
 
     def unit(count: int) -> torch.Tensor:
@@ -38,12 +40,16 @@ def values(name: str, device: str, fused: bool) -> dict[str, torch.Tensor]:
     z = unit(rows)
     with use_backend(replace(BACKENDS[device], fused=fused)):
         if columns is None:
-            lse, _ = tiles.log_sum_exp_among(z, scale=scale, excluded=excluded)
+            lse, _ = tiles.symmetric_log_sum_exp(z, scale=scale, excluded_offsets=excluded_offsets)
             (for_z,) = torch.autograd.grad((lse * weights).sum(), [z])
             return {"lse": lse, "by z": for_z}
         candidates = unit(columns)
         lse = tiles.log_sum_exp(
-            z * scale, candidates, bound=scale, local_start=local_start, excluded=excluded
+            z * scale,
+            candidates,
+            logit_bound=scale,
+            local_start=local_start,
+            excluded_offsets=excluded_offsets,
         )
         for_z, for_candidates = torch.autograd.grad((lse * weights).sum(), [z, candidates])
         return {"lse": lse, "by anchors": for_z, "by candidates": for_candidates}

@@ -23,7 +23,7 @@ def weights(dim):
 
 
 def penalty(block, weight):
-    columns = slice(block.start, block.start + block.columns.shape[1])
+    columns = slice(block.first_column, block.first_column + block.columns.shape[1])
     off_diagonal = (weight[:, columns] * block.off_diagonal()).square().sum()
     diagonal = (weight.diagonal()[columns] * (block.diagonal() - 1)).sum()
     return block.sum(off_diagonal + diagonal)

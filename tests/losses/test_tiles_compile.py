@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 import compiling
 from compiling import KERNELS, SHARED_MEMORY, compile_kernel
 
-from ssl_pretrain.losses.tiles_triton import Blocks, blocks_for
+from ssl_pretrain.losses.tiles_triton import Blocks, choose_blocks
 
 # One dimension per shape class. 128 is SimCLR's, 256 MoCo v3's and NNCLR's.
 QUICK = [(capability, dim) for capability in SHARED_MEMORY for dim in (128, 256)]
@@ -45,6 +45,6 @@ def test_blocks_that_once_failed_to_launch_do_not_fit():
 
 
 def test_an_unknown_device_takes_blocks_of_the_next_smaller_limit():
-    assert blocks_for(128, 300_000) == blocks_for(128, compiling.SHARED_MEMORY[90])
-    assert blocks_for(128, 150_000) == blocks_for(128, compiling.SHARED_MEMORY[89])
-    assert blocks_for(256, 48_000) == blocks_for(256, compiling.SHARED_MEMORY[89])
+    assert choose_blocks(128, 300_000) == choose_blocks(128, compiling.SHARED_MEMORY[90])
+    assert choose_blocks(128, 150_000) == choose_blocks(128, compiling.SHARED_MEMORY[89])
+    assert choose_blocks(256, 48_000) == choose_blocks(256, compiling.SHARED_MEMORY[89])

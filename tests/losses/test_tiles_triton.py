@@ -45,10 +45,10 @@ def test_the_kernels_are_for_cuda_and_float32_alone():
 
     on_cpu = torch.zeros(4, 8)
     assert backend_for(on_cpu).run_fused(on_cpu, lambda kernels: kernels) is None
-    assert tiles_triton.fits(torch.zeros(4, 8))
-    assert tiles_triton.fits(torch.zeros(4, 256))
-    assert not tiles_triton.fits(torch.zeros(4, 257))
-    assert not tiles_triton.fits(torch.zeros(4, 8, dtype=torch.float64))
+    assert tiles_triton.supports(torch.zeros(4, 8))
+    assert tiles_triton.supports(torch.zeros(4, 256))
+    assert not tiles_triton.supports(torch.zeros(4, 257))
+    assert not tiles_triton.supports(torch.zeros(4, 8, dtype=torch.float64))
 
 
 def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_warns_once(monkeypatch):
@@ -67,7 +67,7 @@ def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_warns_once(monke
 
     def loss_and_gradient(fused=True):
         backend = replace(BACKENDS["cpu"], fused=fused)
-        lse, _ = tiles.log_sum_exp_among(z, scale=5.0, backend=backend)
+        lse, _ = tiles.symmetric_log_sum_exp(z, scale=5.0, backend=backend)
         return lse.detach(), torch.autograd.grad(lse.sum(), z)[0]
 
     with pytest.warns(UserWarning) as warnings:

@@ -9,7 +9,7 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.methods.byol import squared_distance
+from ssl_pretrain.methods.byol import mean_squared_distance
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"hidden_dim": 8, "dim": 4, "momentum": 0.9}
@@ -66,8 +66,8 @@ def test_redrawn_weights_are_a_permutation_of_the_students():
 
 def test_opposite_predictions_cost_four_per_direction():
     z = torch.randn(5, 3)
-    assert squared_distance(z, 2 * z).item() == pytest.approx(0, abs=1e-6)
-    assert squared_distance(z, -z).item() == pytest.approx(4)
+    assert mean_squared_distance(z, 2 * z).item() == pytest.approx(0, abs=1e-6)
+    assert mean_squared_distance(z, -z).item() == pytest.approx(4)
 
 
 def test_the_biases_are_the_authors():

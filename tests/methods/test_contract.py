@@ -179,7 +179,9 @@ def test_bfloat16_trains_to_finite_weights(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_evaluated_network_is_a_whole_backbone(name):
     method = contract.build(name)
-    prefix = f"{method.evaluated}."
+    prefix = f"{method.evaluated_module}."
     keys = [key for key in method.state_dict() if key.startswith(prefix)]
     assert {key.removeprefix(prefix) for key in keys} == set(method.backbone.state_dict())
-    assert method.network == ("teacher" if method.evaluated.startswith("teacher") else "student")
+    assert method.evaluated_network == (
+        "teacher" if method.evaluated_module.startswith("teacher") else "student"
+    )

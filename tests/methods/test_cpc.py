@@ -7,7 +7,7 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.methods.cpc import rotate
+from ssl_pretrain.methods.cpc import orient
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 VIEWS = (20,)
@@ -75,7 +75,7 @@ def test_a_prediction_sees_its_own_row_and_those_before(row):
 
 def test_the_four_directions_turn_the_grid():
     grid = torch.arange(9.0).view(1, 1, 3, 3)  # row by row
-    first_rows = [rotate(grid, way)[0, 0, 0].tolist() for way in range(4)]
+    first_rows = [orient(grid, way)[0, 0, 0].tolist() for way in range(4)]
     assert first_rows == [[0, 1, 2], [6, 7, 8], [0, 3, 6], [2, 5, 8]]
 
 

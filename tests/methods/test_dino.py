@@ -112,7 +112,7 @@ def test_logits_of_one_micro_batch_at_most_are_held_at_once():
     outputs, sizes = [], []
 
     def record_size(module, inputs, output):
-        if type(module).__name__ == "UnitRows":
+        if type(module).__name__ == "NormalizedLinear":
             outputs.append(weakref.ref(output))
             sizes.append(sum(ref().numel() for ref in outputs if ref() is not None))
 

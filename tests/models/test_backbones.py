@@ -24,7 +24,7 @@ from ssl_pretrain.models.timm_networks import BackboneConfig
     ],
 )
 def test_the_papers_parameter_counts(settings, size, parameters, dim):
-    backbone = backbones.on_meta(settings, size)
+    backbone = backbones.build_on_meta(settings, size)
     assert (backbones.count_parameters(backbone), backbone.feature_dim) == (parameters, dim)
 
 
@@ -39,7 +39,7 @@ def test_the_papers_parameter_counts(settings, size, parameters, dim):
     ],
 )
 def test_the_blocks_of_a_network_are_found(name, count, first):
-    blocks = backbones.blocks(backbones.on_meta(BackboneConfig(name=name), 224))
+    blocks = backbones.blocks(backbones.build_on_meta(BackboneConfig(name=name), 224))
     assert (len(blocks), blocks[0][0]) == (count, first)
 
 

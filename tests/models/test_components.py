@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.models.components import Queue, Teacher, check_queue, mlp, rising_momentum
+from ssl_pretrain.models.components import Queue, Teacher, check_queue_size, mlp, rising_momentum
 from ssl_pretrain.optim.schedules import Progress
 
 pytestmark = pytest.mark.promise
@@ -106,9 +106,9 @@ def test_the_queue_holds_the_global_batch_in_order_on_every_rank(world_size):
     ],
 )
 def test_a_queue_that_the_batch_does_not_fill_is_refused(queue_size, batch_size, message):
-    check_queue(65536, 8192)
+    check_queue_size(65536, 8192)
     with pytest.raises(ValueError) as error:
-        check_queue(queue_size, batch_size)
+        check_queue_size(queue_size, batch_size)
     assert str(error.value) == message
 
 

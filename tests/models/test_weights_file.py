@@ -30,7 +30,7 @@ VISSL = {f"_feature_blocks.{key}": value for key, value in BARE.items()}
 def load(path: Path) -> list[str]:
     """Load a file into a backbone and check that it has the weights. Returns the notes."""
     backbone = backbones.build(BackboneConfig(name="test_resnet"), 32)
-    weights, notes = weights_file.read_file(path, "weights")
+    weights, notes = weights_file.read_weights(path, "weights")
     notes += backbones.load_strict(backbone, weights, "weights")
     assert all(torch.equal(value, BARE[key]) for key, value in backbone.model.state_dict().items())
     return notes

@@ -39,7 +39,7 @@ def take_steps(optimizer, model, rates):
         for group in optimizer.param_groups:
             group["lr"] = lr
         set_gradients(model, step)
-        optim.guarded_step(optimizer)
+        optim.step_if_finite(optimizer)
 
 
 def plain_lars(model, rates, convention, weight_decay=0.01, momentum=0.9, eta=0.001):
@@ -95,11 +95,11 @@ def test_a_lars_step_on_resnet50_is_few_operations(convention):
     optimizer = optim.build(OptimConfig(name="lars", momentum_convention=convention), model)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optim.guarded_step(optimizer)  # the first step allocates the momentum buffers
+    optim.step_if_finite(optimizer)  # the first step allocates the momentum buffers
     with Operations() as step:
         optimizer.step()
     with Operations() as whole:
-        optim.guarded_step(optimizer, clip_norm=1.0)
+        optim.step_if_finite(optimizer, clip_norm=1.0)
     assert len(list(model.parameters())) == 159
     assert len(step.names) <= 25, step.names
     assert len(whole.names) <= 35, whole.names
@@ -111,7 +111,7 @@ def test_a_zero_weight_moves_with_trust_one():
     group = {"params": [weight], "names": ["w"], "lr": 0.1}
     optimizer = LARS([group], momentum=0.0, trust_coefficient=0.001, convention="classic")
     weight.grad = torch.ones(2, 2)
-    optim.guarded_step(optimizer)
+    optim.step_if_finite(optimizer)
     torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.1))
 
 
@@ -154,7 +154,7 @@ def test_a_non_finite_gradient_changes_nothing(name, bad):
         if step == 1:
             next(iter(model.parameters())).grad[0, 0, 0, 0] = bad
         before = [value.clone() for value in everything(model, optimizer)]
-        norm, skipped = optim.guarded_step(optimizer)
+        norm, skipped = optim.step_if_finite(optimizer)
         unchanged = all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer)))
         assert skipped.item() == (1.0 if step == 1 else 0.0)
         assert math.isfinite(norm.item()) == (step != 1)
@@ -176,7 +176,7 @@ def test_clipping_bounds_the_whole_gradient():
     for group in optimizer.param_groups:
         group["lr"] = 1.0
     set_gradients(model, 0)
-    norm, _ = optim.guarded_step(optimizer, clip_norm=0.5)
+    norm, _ = optim.step_if_finite(optimizer, clip_norm=0.5)
     update = [(p.detach() - q).flatten() for p, q in zip(model.parameters(), before)]
     assert norm.item() > 5
     assert torch.cat(update).norm().item() == pytest.approx(0.5, rel=1e-5)

@@ -80,7 +80,7 @@ def test_weights_and_optimizer_take_the_memory_of_the_built_run(run, optimizer_n
     optimizer = optim.build(run.optim, method)
     for parameter in method.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
-    optim.guarded_step(optimizer)
+    optim.step_if_finite(optimizer)
     estimate = Estimate(run, ONE_GPU, TOY)
     sizes = estimate.memory_by_component(4)
     assert sizes["parameters"] + sizes["teacher"] == sum(p.nbytes for p in method.parameters())
