@@ -56,9 +56,9 @@ def evaluate(run: Run, protocol_name: str, options: selection.TuningOptions) -> 
         ValueError: If the images have no labels, or an option is out of range for them.
     """
     train, test = labeled_splits(run, "fine-tuning")
-    published = protocols.TUNING_PROTOCOLS[protocol_name]
+    published_protocol = protocols.TUNING_PROTOCOLS[protocol_name]
     column = selection.Column(
-        np.arange(len(train)), selection.adapt_protocol(published, options, len(train))
+        np.arange(len(train)), selection.adapt_protocol(published_protocol, options, len(train))
     )
     return selection.evaluate_columns(
         run,
@@ -67,7 +67,7 @@ def evaluate(run: Run, protocol_name: str, options: selection.TuningOptions) -> 
         train,
         test,
         options,
-        {"source": published.source},
+        {"source": published_protocol.source},
     )
 
 

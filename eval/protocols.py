@@ -130,10 +130,10 @@ class LinearOptions:
         Raises:
             ValueError: If there are no epochs, or the batch size does not fit the images.
         """
-        published = self.published_protocol
-        epochs = published.epochs if self.epochs is None else self.epochs
+        published_protocol = self.published_protocol
+        epochs = published_protocol.epochs if self.epochs is None else self.epochs
         batch_size = self.batch_size or fitting_batch_size(
-            published.batch_size, num_images, process_group.world_size()
+            published_protocol.batch_size, num_images, process_group.world_size()
         )
         if epochs < 1 or not 1 <= batch_size <= num_images:
             raise ValueError(
@@ -141,9 +141,12 @@ class LinearOptions:
                 f" of 1 to {num_images} images"
             )
         milestones = tuple(
-            round(epoch * epochs / published.epochs) for epoch in published.milestones
+            round(epoch * epochs / published_protocol.epochs)
+            for epoch in published_protocol.milestones
         )
-        return replace(published, epochs=epochs, batch_size=batch_size, milestones=milestones)
+        return replace(
+            published_protocol, epochs=epochs, batch_size=batch_size, milestones=milestones
+        )
 
     def grid(self) -> list[tuple[float, float]]:
         """Return the learning rate at a batch of 256 and the weight decay of each head.
@@ -151,31 +154,31 @@ class LinearOptions:
         Raises:
             ValueError: If the published setting is selected and other settings are given.
         """
-        published = self.published_protocol
+        published_protocol = self.published_protocol
         if self.selection == "published":
             if self.lrs or self.weight_decays:
                 raise ValueError(
                     "--select published: only the published setting is trained; leave out --lrs and"
                     " --weight-decays"
                 )
-            return [(published.base_lr, published.weight_decay)]
-        lrs = self.lrs or [published.base_lr * factor for factor in LR_FACTORS]
-        decays = self.weight_decays or list(dict.fromkeys([published.weight_decay, 0.0]))
+            return [(published_protocol.base_lr, published_protocol.weight_decay)]
+        lrs = self.lrs or [published_protocol.base_lr * factor for factor in LR_FACTORS]
+        decays = self.weight_decays or list(dict.fromkeys([published_protocol.weight_decay, 0.0]))
         return list(itertools.product(lrs, decays))
 
 
 def describe_linear_training(
-    protocol: LinearProtocol, published: LinearProtocol, num_images: int
+    protocol: LinearProtocol, published_protocol: LinearProtocol, num_images: int
 ) -> str:
     """Describe the training of the heads and its differences from the published protocol."""
     schedule = f"cosine to 0 by {'steps' if protocol.lr_changes_every_step else 'epochs'}"
     if protocol.milestones:
         schedule = f"a tenth of the rate after {', '.join(map(str, protocol.milestones))} epochs"
     batch, epochs = f"batch {protocol.batch_size}", f"{protocol.epochs} epochs"
-    if protocol.batch_size != published.batch_size:
-        batch += f" (published: {published.batch_size}, {num_images:,} images)"
-    if protocol.epochs != published.epochs:
-        epochs += f" (published: {published.epochs})"
+    if protocol.batch_size != published_protocol.batch_size:
+        batch += f" (published: {published_protocol.batch_size}, {num_images:,} images)"
+    if protocol.epochs != published_protocol.epochs:
+        epochs += f" (published: {published_protocol.epochs})"
     normal = f"from normal weights with standard deviation {protocol.init_std:g}"
     entries = [
         f"SGD with {'Nesterov ' if protocol.nesterov else ''}momentum {protocol.momentum:g}",

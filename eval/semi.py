@@ -96,12 +96,14 @@ def evaluate(
             for percent in percentages
         }
         origin = f"training images, the same number per class, drawn with seed {subset_seed}"
-    published = protocols.TUNING_PROTOCOLS["semi"]
-    protocol_entries, columns = {"source": published.source}, {}
+    published_protocol = protocols.TUNING_PROTOCOLS["semi"]
+    protocol_entries, columns = {"source": published_protocol.source}, {}
     for name, rows in subsets.items():
         published_percentage = 1 if len(rows) < 0.05 * len(train) else 10
         epochs = protocols.SEMI_EPOCHS[published_percentage]
-        protocol = selection.adapt_protocol(replace(published, epochs=epochs), options, len(rows))
+        protocol = selection.adapt_protocol(
+            replace(published_protocol, epochs=epochs), options, len(rows)
+        )
         columns[name] = selection.Column(rows, protocol)
         protocol_entries[f"labels, {name}"] = f"{len(rows):,} {origin}"
     return selection.evaluate_columns(run, "semi", columns, train, test, options, protocol_entries)

@@ -116,7 +116,7 @@ def tuning_options(namespace: argparse.Namespace) -> TuningOptions:
 
 
 def adapt_protocol(
-    published: TuningProtocol, options: TuningOptions, num_images: int
+    published_protocol: TuningProtocol, options: TuningOptions, num_images: int
 ) -> TuningProtocol:
     """Return the protocol with the options applied and a batch size that fits the images.
 
@@ -126,7 +126,7 @@ def adapt_protocol(
     """
     world_size = process_group.world_size()
     batch_size = options.batch_size or fitting_batch_size(
-        published.batch_size, num_images, world_size, MIN_STEPS_PER_EPOCH
+        published_protocol.batch_size, num_images, world_size, MIN_STEPS_PER_EPOCH
     )
     changes: dict[str, Any] = {
         name: value
@@ -135,7 +135,7 @@ def adapt_protocol(
     }
     if options.epochs is not None:
         changes["num_steps"] = 0
-    protocol = replace(published, batch_size=batch_size, **changes)
+    protocol = replace(published_protocol, batch_size=batch_size, **changes)
     order.check_batch_divides(batch_size, world_size)
     if not 1 <= batch_size <= num_images or (protocol.epochs <= 0 and not protocol.num_steps):
         raise ValueError(

@@ -175,8 +175,8 @@ def evaluate(
             "--rows raw: the published protocols only evaluate networks; leave it out or give"
             " --protocol cached"
         )
-    published = options.published_protocol
-    evaluation = replace(run.config.evaluation, interpolation=published.test_interpolation)
+    published_protocol = options.published_protocol
+    evaluation = replace(run.config.evaluation, interpolation=published_protocol.test_interpolation)
     run = replace(run, config=replace(run.config, evaluation=evaluation))
     train, test = labeled_splits(run, "the linear evaluation")
     source, selection_split = train.source, test
@@ -207,8 +207,8 @@ def evaluate(
     entries = {
         **describe_splits(run, train, test, has_random_row="random" in rows),
         "feature": str(networks[-1].feature),
-        "source": published.source,
-        "classifier": describe_linear_training(protocol, published, len(source)),
+        "source": published_protocol.source,
+        "classifier": describe_linear_training(protocol, published_protocol, len(source)),
         "views": describe_train_view(view),
         "selection": SELECTIONS[options.selection].format(num_held_out=len(held_out_rows)),
     }
