@@ -465,7 +465,7 @@ class TestBetonBesideFolders:
     def root(self, tmp_path, monkeypatch):
         monkeypatch.setattr(beton_file, "read", lambda path: path)
         monkeypatch.setattr(sources, "Beton", lambda path: path)
-        monkeypatch.setattr(sources, "_subset", lambda source, size: source)
+        monkeypatch.setattr(sources, "_choose_subset", lambda source, size: source)
         monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: self.ffcv)
         root = write_images(tmp_path / "data", "train/a/1.png", "train/b/2.png", "val/a/3.png")
         for name in ("train.beton", "val-00000-of-00002.beton", "val-00001-of-00002.beton"):
