@@ -80,7 +80,7 @@ def write(
         for entry, content in report_progress(images, end - start, "wrote", num_done):
             journal.append(entry, content)
         manifest = replace(
-            _partial_manifest(source, settings, journal.table(), start),
+            _partial_manifest(source, settings, journal.to_array(), start),
             write_id=write_id,
             shard_set_id=shard_set_id,
             range=value_range,
@@ -114,7 +114,7 @@ def _finished_manifest(path: Path, write_id: str) -> Manifest | None:
 
 def _write_tables(journal: Journal, path: Path, page_size: int) -> str:
     """Write the tables to the data file, and return their hash."""
-    entries = journal.table()
+    entries = journal.to_array()
     entries = entries[entries["outcome"] != UNREADABLE]
     if not len(entries):
         raise ValueError(

@@ -57,8 +57,8 @@ class Journal:
             return self._first_page_offset
         return self.entries[-1].offset + self.entries[-1].length
 
-    def table(self) -> np.ndarray:
-        """Return all entries as an array of `ENTRY_DTYPE`."""
+    def to_array(self) -> np.ndarray:
+        """Return the entries as an array of `ENTRY_DTYPE`."""
         return np.array(self.entries, ENTRY_DTYPE)
 
     def append(self, entry: Entry, content: bytes) -> None:
