@@ -114,8 +114,8 @@ class LinearOptions:
     weight_decays: list[float] | None = None
     epochs: int | None = None
     batch_size: int | None = None
-    feature: str | None = None
-    selection: str = "held-out"
+    feature: str | None = None  # "pooled", "last4" or "cls_mean"
+    selection: str = "held-out"  # or "published" or "test"
 
     @property
     def published_protocol(self) -> LinearProtocol:
