@@ -288,10 +288,18 @@ def test_added_brightness_and_sigma_are_uniform_in_their_ranges():
     assert stats.kstest(parameters.blur_sigma, stats.uniform(0.1, 1.9).cdf).pvalue > CHANCE
 
 
-@pytest.mark.parametrize("name", ["jitter", "grayscale", "blur", "solarize"])
-def test_an_operation_has_the_probability_of_the_recipe(name):
+@pytest.mark.parametrize(
+    ("key", "mask_name"),
+    [
+        ("jitter", "is_jittered"),
+        ("grayscale", "is_gray"),
+        ("blur", "is_blurred"),
+        ("solarize", "is_solarized"),
+    ],
+)
+def test_an_operation_has_the_probability_of_the_recipe(key, mask_name):
     def mask(probability):
-        return getattr(parameters_of(Crop(**{name: probability}), N), name)
+        return getattr(parameters_of(Crop(**{key: probability}), N), mask_name)
 
     assert not mask(0.0).any()
     assert mask(1.0).all()
@@ -300,7 +308,8 @@ def test_an_operation_has_the_probability_of_the_recipe(name):
 
 def test_random_numbers_are_independent_of_each_other():
     p = parameters_of(Crop(**EVERYTHING), N)
-    columns = [p.jitter, p.grayscale, p.blur, p.solarize, p.sigma, *p.factors.T, *p.order[:, :2].T]
+    masks = [p.is_jittered, p.is_gray, p.is_blurred, p.is_solarized]
+    columns = [*masks, p.blur_sigma, *p.jitter_factors.T, *p.jitter_order[:, :2].T]
     correlations = np.corrcoef(np.array(columns, dtype=float))
     allowed = np.eye(len(columns), dtype=bool)
     allowed[-1, -2] = allowed[-2, -1] = True  # two stages never share an operation
@@ -310,8 +319,8 @@ def test_random_numbers_are_independent_of_each_other():
 @pytest.mark.parametrize("other", [{"seed": 1}, {"epoch": 1}, {"view": 1}])
 def test_parameters_differ_by_seed_epoch_and_view(other):
     a, b = parameters_of(Crop(**EVERYTHING), 500), parameters_of(Crop(**EVERYTHING), 500, **other)
-    for name in ("jitter", "order", "factors", "grayscale", "blur", "sigma", "solarize"):
-        assert not np.array_equal(getattr(a, name), getattr(b, name)), name
+    for field in fields(ColorParameters):
+        assert not np.array_equal(getattr(a, field.name), getattr(b, field.name)), field.name
 
 
 def test_an_image_gets_the_same_parameters_in_any_batch():
