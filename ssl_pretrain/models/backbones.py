@@ -77,9 +77,10 @@ def load_strict(
     if not exact and isinstance(backbone, Backbone):
         match = published_weights.match_weights(backbone.model, weights, prefix or None)
         if isinstance(match, str):
-            remedy = "" if "init_prefix" in match else f"; {REMEDY}"
+            if "init_prefix" in match:  # the message already contains the remedy
+                raise ValueError(f"{source}: {match}. Nothing was loaded")
             raise ValueError(
-                f"{source}: not the weights of this backbone: {match}. Nothing was loaded{remedy}"
+                f"{source}: not the weights of this backbone: {match}. Nothing was loaded; {REMEDY}"
             )
         _load(backbone.model, match.weights)
         return [note for note in match.notes if note != "prefix 'model.'"]

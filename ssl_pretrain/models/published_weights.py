@@ -19,7 +19,7 @@ from torch import nn
 from ssl_pretrain.models import torchvision_names
 from ssl_pretrain.models.weights_file import Weights, named_tensors
 
-# Words in a prefix, most preferred first, for files in which several networks fit.
+# Words of a prefix, most preferred first, for files with several networks that fit.
 PREFERRED_WORDS = (
     "",
     "backbone",
@@ -48,7 +48,7 @@ class Match:
 
 @dataclass
 class Mismatch:
-    """Why the tensors under a prefix do not fit a network, and the number of wrong tensors."""
+    """Description and number of the tensors under a prefix that do not fit a network."""
 
     description: str
     num_problems: float = math.inf
@@ -63,7 +63,7 @@ def match_weights(model: nn.Module, weights: Weights, prefix: str | None = None)
         prefix: Prefix of the model's keys, or None to search for it.
     """
     candidates = [prefix] if prefix is not None else candidate_prefixes(weights, model)
-    mismatches = [Mismatch("none of its tensors")]
+    mismatches = [Mismatch("none of its tensors were found")]
     for convert in (False, True):
         results = {
             candidate: _match_prefix(model, weights, candidate, convert) for candidate in candidates
@@ -106,7 +106,7 @@ def _choose(matches: dict[str, Match]) -> Match | str:
         and not _equal(matches[best].weights, matches[others[0]].weights)
     ):
         return (
-            f"several networks in it fit, under {', '.join(map(repr, (best, *others)))}; "
+            f"several networks fit this backbone, under {', '.join(map(repr, (best, *others)))}; "
             "choose one with backbone.init_prefix"
         )
     notes = [f"another network under {other!r} left out" for other in others]
@@ -155,8 +155,8 @@ def _match_prefix(
     ]
     if unusable:
         text = (
-            f"{_names_or_number(sorted(unusable))}: values that are not finite, or integers where "
-            "the network has none"
+            "invalid values (not finite, or integers instead of floating-point numbers) in "
+            f"{_names_or_number(sorted(unusable))}"
         )
         return Mismatch(text, len(unusable))
     if ignorable:

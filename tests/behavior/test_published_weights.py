@@ -124,7 +124,7 @@ REFUSED = {
     "two networks alike": (
         add_prefix("left.", network_weights()) | add_prefix("right.", other_weights()),
         [],
-        "not the weights of this backbone: several networks in it fit, under 'left.', 'right.'; "
+        "several networks fit this backbone, under 'left.', 'right.'; "
         "choose one with backbone.init_prefix. Nothing was loaded",
     ),
     "a program": (

@@ -144,8 +144,8 @@ def _script(path: Path) -> None:
         ),
         (
             lambda path: torch.save(BARE | {"bn1.bias": BARE["bn1.bias"] * torch.nan}, path),
-            "weights: not the weights of this backbone: bn1.bias: values that are not finite, "
-            "or integers where the network has none. ",
+            "weights: not the weights of this backbone: invalid values (not finite, or integers "
+            "instead of floating-point numbers) in bn1.bias. ",
         ),
     ],
     ids=["empty", "page", "pointer", "truncated", "program", "two places", "list", "nan"],
