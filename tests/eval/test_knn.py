@@ -188,8 +188,8 @@ def test_a_single_class_is_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         knn.evaluate(run)
     assert str(error.value) == (
-        f"data.root: k-NN needs two or more classes, and {root / 'train.csv'} has 1 (cat), so every"
-        " answer would be right; put the images in one folder per class"
+        f"data.root: k-NN needs two or more classes, and {root / 'train.csv'} has 1 (cat), so any"
+        " prediction is correct; put the images in one folder per class"
     )
 
 
