@@ -118,7 +118,8 @@ class Fault:
 
     def act_flip(self, stepper, batch):
         with torch.no_grad():
-            next(stepper.model.parameters()).flatten()[0] += 10
+            weight = next(stepper.model.parameters())
+            weight[(0,) * weight.ndim] += 10
 
     def inject_slow(self) -> None:
         report = throughput_check.report_bottleneck

@@ -268,7 +268,7 @@ def test_a_diverging_run_rolls_back_then_ends_and_its_replay_diverges_too(paths,
     diverging = run.with_name("run_diverging")
     overrides = [
         "optim.name=sgd",
-        "optim.base_lr=1e300",
+        "optim.base_lr=1e30",
         "optim.lr_scaling=none",
         "optim.warmup_epochs=0",
         "guard.max_skipped_steps=2",
