@@ -63,8 +63,8 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_changes_nothing
     (step,) = saved_steps(run)
     resume()
     observe(
-        f"{name} to rank 1 at step 5, SIGUSR2 to all and a first SIGTERM in the save of step {step}: "
-        f"statuses {STOPPED}, the same bits"
+        f"{name} to rank 1 at step 5, SIGUSR2 to all and a first SIGTERM in the save of step "
+        f"{step}: statuses {STOPPED}, the same bits"
     )
 
 
