@@ -1,11 +1,12 @@
 """Spectrum of a run's embeddings (the projector's output) and features.
 
-The vectors of training images in their evaluation views are scaled to length 1. Three numbers
-describe their covariance. The top-5 share is the sum of the 5 largest eigenvalues in percent of the
-sum of all. It is near 100 for a representation that has collapsed into a few directions. The
-effective rank is the exponential of the entropy of the normalized eigenvalues. The variance is the
-sum of all eigenvalues in percent. It is 100 for vectors that fill the sphere evenly and 0 for a
-single point. No labels are needed. The result is printed and saved to RUN/eval/spectrum.json.
+Both are computed for training images in evaluation views and scaled to length 1. Three numbers
+describe the covariance of the resulting vectors. The top-5 share is the sum of the 5 largest
+eigenvalues as a percentage of the sum of all eigenvalues. It is near 100 for a representation that
+has collapsed into a few directions. The effective rank is the exponential of the entropy of the
+normalized eigenvalues. The variance is the sum of all eigenvalues as a percentage of its maximum.
+It is 100 for vectors that fill the sphere evenly and 0 for a single point. No labels are needed.
+The result is printed and saved to RUN/eval/spectrum.json.
 
     python -m ssl_pretrain.eval.spectrum runs/demo
 """
@@ -97,8 +98,8 @@ def build_backbone_and_projector(run: Run, is_pretrained: bool) -> tuple[nn.Modu
     """
     if run.config.method.name == config.NO_METHOD:
         raise ValueError(
-            f"{run.checkpoint_path}: weights without a run have no projector, whose output this"
-            " evaluation measures; use eval.knn or eval.linear"
+            f"{run.checkpoint_path}: this evaluation measures the projector's output, and weights"
+            " without a run have no projector; use eval.knn or eval.linear"
         )
     with torch.random.fork_rng(devices=[]):
         # The same seed as in training, so that the random network has the run's initial weights.
@@ -106,8 +107,8 @@ def build_backbone_and_projector(run: Run, is_pretrained: bool) -> tuple[nn.Modu
         method = run.config.method.build(backbones.build(run.config.backbone, run.view_size))
     if not hasattr(method, "projector"):
         raise ValueError(
-            f"{run.path}: method {run.config.method.name} has no projector, whose output this"
-            " evaluation measures; use eval.knn or eval.linear"
+            f"{run.path}: this evaluation measures the projector's output, and method"
+            f" {run.config.method.name} has no projector; use eval.knn or eval.linear"
         )
     if is_pretrained:
         _, tensors = read_checkpoint(run.checkpoint_path)

@@ -132,8 +132,8 @@ def check_options(options: argparse.Namespace) -> None:
     wants_gpu = options.device.startswith("cuda") and not options.share_gpu
     if wants_gpu and trainer and trainer.is_on_this_host():
         raise ValueError(
-            f"--device {options.device}: process {trainer.pid} trains in {options.run} on this "
-            "machine and uses its GPUs; add --share-gpu to share them, or --device cpu"
+            f"--device {options.device}: process {trainer.pid} is training in {options.run} on "
+            "this machine and uses its GPUs; add --share-gpu to share them, or --device cpu"
         )
 
 

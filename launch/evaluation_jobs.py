@@ -34,7 +34,7 @@ def evaluation_command(name: str, run: str | Path, *arguments: str) -> list[str]
     return [sys.executable, "-m", f"ssl_pretrain.eval.{name}", str(run), *arguments]
 
 
-def run_at_end(
+def run_final_evaluations(
     config: configuration.RunConfig, evaluation_args: dict[str, list[str]]
 ) -> dict[str, int]:
     """Run the evaluations in `evaluation.at_end` that are missing for the last checkpoint.
@@ -70,7 +70,7 @@ def run_at_end(
         statuses[name] = local.run(command)
         if local.stop_requested():
             print(
-                f"stopped during {name}, after the pretraining; run the same command to continue",
+                f"stopped during {name}, after pretraining; run the same command to continue",
                 flush=True,
             )
             return statuses
@@ -91,7 +91,7 @@ class EvaluationJobs:
 
     Attributes:
         run: Folder of the run.
-        failed: Descriptions of the evaluations that failed in this process.
+        failures: Descriptions of the evaluations that failed in this process.
     """
 
     def __init__(self, run: Path, options: argparse.Namespace):
@@ -162,13 +162,13 @@ class EvaluationJobs:
     def evaluate(self, checkpoint: Path, name: str) -> None:
         """Run one evaluation of one checkpoint in its own process.
 
-        A checkpoint that the training has pruned is skipped with a message.
+        A checkpoint that the training run has pruned is skipped with a message.
         """
         self._attempted.add((checkpoint.name, name))
         with held_checkpoints.hold(checkpoint, self.run / "eval" / HELD_FOLDER) as held_checkpoint:
             if held_checkpoint is None:
                 print(
-                    f"skipped {name} of {checkpoint.name}: the training pruned this checkpoint "
+                    f"skipped {name} of {checkpoint.name}: the training run pruned this checkpoint "
                     "before its turn; to keep more, raise checkpoint.keep_last",
                     flush=True,
                 )
@@ -190,13 +190,13 @@ class EvaluationJobs:
             self.failures.append(f"{name} of {checkpoint.name}")
         else:
             print(
-                f"skipped {name} of {checkpoint.name}: the training pruned this checkpoint during "
-                "the evaluation; to keep more, raise checkpoint.keep_last",
+                f"skipped {name} of {checkpoint.name}: the training run pruned this checkpoint "
+                "during the evaluation; to keep more, raise checkpoint.keep_last",
                 flush=True,
             )
 
     def choose_device(self) -> str:
-        """Choose the device of the next evaluation, and print a change to the CPU.
+        """Choose the device of the next evaluation, and print a notice when it changes to the CPU.
 
         While the run trains on this machine, the device is the CPU unless an option overrides it.
         """
@@ -206,8 +206,8 @@ class EvaluationJobs:
         if trainer is None or not trainer.is_on_this_host():
             return "auto"
         notice = (
-            f"evaluating on the CPU, because process {trainer.pid} trains in {self.run} on this "
-            "machine; add --share-gpu to use the GPU"
+            f"evaluating on the CPU, because process {trainer.pid} is training in {self.run} on "
+            "this machine; add --share-gpu to use the GPU"
         )
         if notice != self._last_notice:
             self._last_notice = notice

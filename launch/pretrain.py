@@ -12,7 +12,7 @@ if not __package__:  # run as a file from a clone
 from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.launch import dashboard, local, slurm, slurm_job
-from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names, run_at_end
+from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names, run_final_evaluations
 from ssl_pretrain.planning import plan
 from ssl_pretrain.system.exit_status import NO_LABELS, STOPPED
 
@@ -124,7 +124,7 @@ def pretrain_and_evaluate(
     status = _training_status(config, local.run(command))
     if status:
         return status
-    statuses = run_at_end(config, evaluation_args or {})
+    statuses = run_final_evaluations(config, evaluation_args or {})
     if local.stop_requested():
         return STOPPED
     if statuses:

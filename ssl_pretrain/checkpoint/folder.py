@@ -69,7 +69,8 @@ def newest_checkpoint(run: str | Path) -> Path:
 def newest_checkpoint_after(run: Path, epochs: float) -> Path | None:
     """Return the newest intact checkpoint after at least `epochs` epochs, or None.
 
-    Files are hashed only if the manifest of the newest checkpoint has reached that many epochs.
+    Files are hashed only if, according to its manifest, the newest checkpoint has reached that many
+    epochs.
     """
 
     def has_reached(path: Path) -> bool:
@@ -99,7 +100,8 @@ def is_finished(run: str | Path) -> bool:
 def prepare_folder(run: Path) -> None:
     """Remove unfinished checkpoints and check that new ones can be written.
 
-    Only the main rank does the work, but every rank must call this function and raises its error.
+    Only the main rank does the work, but every rank must call this function, and an error is raised
+    on all of them.
 
     Raises:
         ValueError: If no checkpoint can be written. The message names the folder, the failed call

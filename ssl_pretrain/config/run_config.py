@@ -37,7 +37,9 @@ class PlanConfig:
         "0 takes it from the GPU's data sheet.",
     )
     decoded_per_core: float = setting(
-        0.0, "Images per second that one CPU core decodes and crops. 0 leaves the loader out."
+        0.0,
+        "Images per second that one CPU core decodes and crops. "
+        "0 leaves data loading out of the estimate.",
     )
     num_images: int = setting(
         0, "Training images in the data set. 0 counts them, which needs access to the data."

@@ -77,7 +77,7 @@ def log_mean_gaussian(z: Tensor, t: float) -> Tensor:
         Scalar, at most 0 and the same on all ranks.
     """
     # |z_i - z_j|^2 = 2 - 2 z_i @ z_j for unit vectors
-    row_sums, _ = tiles.symmetric_log_sum_exp(z, scale=2 * t)
-    total = collectives.reduce_sum(torch.exp(row_sums - 2 * t).sum())
+    log_row_sums, _ = tiles.symmetric_log_sum_exp(z, scale=2 * t)
+    total = collectives.reduce_sum(torch.exp(log_row_sums - 2 * t).sum())
     num_rows = len(z) * process_group.world_size()
     return torch.log(total) - math.log(num_rows * (num_rows - 1))

@@ -1,8 +1,8 @@
 """SimCLR (Chen et al., ICML 2020, arXiv:2002.05709) and v2 (NeurIPS 2020, arXiv:2006.10029).
 
-Two views of an image attract each other, and the other images of the batch are negatives. Head,
-initialization and the sum over both directions follow google-research/simclr at 383d4143
-(model_util.py, objective.py).
+Two views of an image attract each other, and the other images of the batch are negatives. The
+projector, its initialization and the sum over both directions follow google-research/simclr at
+383d4143 (model_util.py, objective.py).
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ SMALL_CONFIG = {"projector_dims": [256, 128], "temperature": 0.2}
 
 @dataclass
 class Config(MethodConfig):
-    """Configuration of SimCLR with the head of v2. For v1 set projector_dims to [2048, 128]."""
+    """Configuration of SimCLR with the v2 projector. For v1 set projector_dims to [2048, 128]."""
 
     name: str = "simclr"
     temperature: float = setting(0.1, "Divisor of the cosine similarities (0.5 on CIFAR-10).")

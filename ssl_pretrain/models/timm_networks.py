@@ -88,7 +88,7 @@ def create(config: BackboneConfig, image_size: int) -> nn.Module:
         args["drop_path_rate"] = config.drop_path
     model = _construct(config, args)
     if config.stem != "imagenet":
-        _shrink_stem(model, config.name, without_stride=config.stem == "small")
+        _shrink_stem(model, config.name, unit_stride=config.stem == "small")
     return model
 
 
@@ -143,7 +143,7 @@ def constructor_arguments(name: str) -> frozenset[str]:
     return frozenset(names if "kwargs" in entry else names & entry)
 
 
-def _shrink_stem(model: nn.Module, name: str, without_stride: bool) -> None:
+def _shrink_stem(model: nn.Module, name: str, unit_stride: bool) -> None:
     stem = getattr(model, "conv1", None)
     if stem is None or not hasattr(model, "maxpool"):
         raise ValueError(
@@ -151,7 +151,7 @@ def _shrink_stem(model: nn.Module, name: str, without_stride: bool) -> None:
             "max-pooling stem; use imagenet, with args.patch_size for a ViT"
         )
     model.maxpool = nn.Identity()
-    if not without_stride:
+    if not unit_stride:
         return
     # 7x7 with stride 2 becomes 3x3 with stride 1, as in SimCLR's CIFAR runs (appendix B.9).
     if isinstance(stem, nn.Conv2d):
@@ -170,7 +170,7 @@ def native_size(name: str) -> int:
 
 
 def pretrained_cfg(name: str) -> Any:
-    """Return timm's record of a network, such as its input size, mean and classifier.
+    """Return timm's metadata for a network, such as its input size, mean and classifier.
 
     Raises:
         ValueError: If timm has no such model.
@@ -183,7 +183,7 @@ def _check_name(name: str) -> None:
     network, dot, tag = name.partition(".")
     if dot and timm.is_model(network):
         raise ValueError(
-            f"backbone.name: {name!r} includes the name of weights; "
+            f"backbone.name: {name!r} includes the tag of pretrained weights; "
             f"give backbone.name={network} backbone.init=timm:{tag}"
         )
     if not timm.is_model(name):

@@ -152,11 +152,11 @@ def _is_excluded(config: OptimConfig, name: str, parameter: Tensor) -> bool:
 def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer over `parameter_groups`. `set_rates` sets its rates before each step."""
     groups = [group for group in parameter_groups(config, module) if group["params"]]
-    adaptive = {"momentum": config.momentum, "trust_coefficient": config.trust_coefficient}
+    adaptive_options = {"momentum": config.momentum, "trust_coefficient": config.trust_coefficient}
     if config.name == "lars":
-        return LARS(groups, convention=config.momentum_convention, **adaptive)
+        return LARS(groups, convention=config.momentum_convention, **adaptive_options)
     if config.name == "larc":
-        return LARC(groups, clip=config.larc_clip, **adaptive)
+        return LARC(groups, clip=config.larc_clip, **adaptive_options)
     if config.name == "sgd":
         return SGD(groups, momentum=config.momentum, nesterov=config.nesterov)
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
@@ -229,8 +229,8 @@ def step_if_finite(
         optimizer: An optimizer built by `build`.
         clip_norm: Largest norm of the gradient. 0 means no clipping.
         clip_by: `whole` clips the whole gradient. `tensor` clips the gradient of each tensor.
-        frozen: Parameters that stay fixed in this step. Their gradients count for clipping, as in
-            DINO's code, and then become None.
+        frozen: Parameters that stay fixed in this step. Their gradients count toward the
+            clipped norm, as in DINO's code, and are then set to None.
 
     Returns:
         The norm of the gradient before clipping, and 1.0 if the step was skipped, else 0.0.
@@ -248,7 +248,7 @@ def step_if_finite(
         torch._foreach_mul_(gradients, list((clip_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
     for parameter in frozen:
         parameter.grad = None
-    masked: Any = optimizer  # the docstring of `SGD` describes the protocol
-    masked.found_inf, masked.grad_scale = skipped, None
-    masked.step()
+    untyped_optimizer: Any = optimizer  # the docstring of `SGD` describes the protocol
+    untyped_optimizer.found_inf, untyped_optimizer.grad_scale = skipped, None
+    untyped_optimizer.step()
     return norm, skipped

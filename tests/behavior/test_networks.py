@@ -48,7 +48,7 @@ ERRORS = {
         "set it to 0"
     ),
     ("backbone.name=resnet18.a1_in1k",): (
-        "backbone.name: 'resnet18.a1_in1k' includes the name of weights; "
+        "backbone.name: 'resnet18.a1_in1k' includes the tag of pretrained weights; "
         "give backbone.name=resnet18 backbone.init=timm:a1_in1k"
     ),
     ("views.crops.global.count=3",): (

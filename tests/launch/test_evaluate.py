@@ -146,7 +146,7 @@ def test_a_pruned_checkpoint_is_skipped_with_a_message(run, capsys):
     shutil.rmtree(due[0][0])
     jobs.evaluate(*due[0])
     assert capsys.readouterr().out == (
-        "skipped knn of step_00000005: the training pruned this checkpoint before its turn; "
+        "skipped knn of step_00000005: the training run pruned this checkpoint before its turn; "
         "to keep more, raise checkpoint.keep_last\n"
     )
     assert not jobs.failures
@@ -227,7 +227,7 @@ def test_the_gpu_of_a_training_is_not_used(run, capsys):
         assert jobs.choose_device() == jobs.choose_device() == "cpu"
         notice = capsys.readouterr().out
         assert notice.count("\n") == 1
-        assert f"trains in {run} on this machine; add --share-gpu to use the GPU" in notice
+        assert f"is training in {run} on this machine; add --share-gpu to use the GPU" in notice
         assert jobs_of(run, "--share-gpu").choose_device() == "auto"
         assert evaluate.main([str(run), "--device", "cuda"]) == 2
         assert capsys.readouterr().err.endswith(

@@ -32,7 +32,7 @@ IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Client:
-    """One run at W&B, which receives the records of one training in the order of their steps.
+    """Client of one W&B run, which logs the records of one training run in step order.
 
     A message names one of the public methods and has its arguments as further fields.
     """
@@ -105,7 +105,7 @@ class Client:
                 title="Covariance spectrum",
                 xname="eigenvalue",
             )
-        self._log(row | next(self._evaluations(), {}), step)
+        self._log(row | next(self._take_unsent_evaluations(), {}), step)
 
     def log_picture(self, key: str, path: str, caption: str, step: int) -> None:
         """Log a picture."""
@@ -122,7 +122,7 @@ class Client:
     def finish_run(self, exit_code: int) -> None:
         """Log the evaluations that were not logged with a record, and end the run."""
         last_step = self.last_step
-        for row in self._evaluations():
+        for row in self._take_unsent_evaluations():
             self._log({"step": max(last_step, row["evaluated_step"])} | row, self.last_step + 1)
         threading.Timer(FINISH_SECONDS, exit_process, [1]).start()
         self.run.finish(exit_code=exit_code)
@@ -134,7 +134,7 @@ class Client:
             self.last_step = step
         self.run.log(row, step=step)
 
-    def _evaluations(self) -> Iterator[dict[str, Any]]:
+    def _take_unsent_evaluations(self) -> Iterator[dict[str, Any]]:
         """Yield the results in RUN/eval/ that W&B does not have, and mark them as sent."""
         for result in evaluations.unsent_results(self.folder):
             rows = (row["metrics"] for row in result["rows"] if row["features"] == "pretrained")
@@ -183,7 +183,7 @@ def restart_client(settings: dict[str, Any]) -> NoReturn:
 
 
 def print_line(line: str) -> None:
-    """Print a line to client.log and, if it still runs, to the training process."""
+    """Print a line to client.log and, if it is still running, to the training process."""
     print(line, file=sys.stderr, flush=True)
     with suppress(OSError, ValueError):
         print(line, flush=True)
@@ -202,7 +202,7 @@ def read_messages(source: io.FileIO, timeout_seconds: float) -> Iterator[dict[st
 
 
 def handle_messages(settings: dict[str, Any], source: io.FileIO) -> NoReturn:
-    """Handle the messages until they end, and end this process."""
+    """Handle messages until the input ends, then end this process."""
     client = Client(settings)
     has_succeeded, is_stalled = False, False
     for message in read_messages(source, settings["stall_seconds"]):
@@ -229,12 +229,12 @@ def exit_process(status: int) -> NoReturn:
 
 
 def main() -> None:
-    """Serve the messages on standard input until they end, then exit.
+    """Handle the messages on standard input until it ends, then exit.
 
     The settings are JSON, either in the file named on the command line or in the first line of the
     input.
     """
-    # These signals are meant for the training, which closes the input when it ends.
+    # These signals are meant for the training process, which closes the input when it ends.
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     use_temporary_folder()
