@@ -150,7 +150,7 @@ def evaluate(
     protocol["normalization"] = NORMALIZATION
 
     def save(stem: str, entries: dict[str, Any], table_rows: list[results.Row]) -> dict[str, Any]:
-        table_rows = results.with_better_random(table_rows)
+        table_rows = results.with_better_random_row(table_rows)
         return results.save(
             run.path, stem, protocol | entries, table_rows, run.provenance(), seconds
         )

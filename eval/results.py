@@ -29,8 +29,11 @@ class Row:
         )
 
 
-def with_better_random(rows: list[Row]) -> list[Row]:
-    """Return the rows with the baseline to beat, the better random backbone of each column."""
+def with_better_random_row(rows: list[Row]) -> list[Row]:
+    """Return the rows with a baseline row inserted after the random ones.
+
+    The baseline has the number of the better random backbone in each column.
+    """
     random_rows = [row for row in rows if row.features.startswith("random, ")]
     if not random_rows:
         return rows

@@ -92,7 +92,7 @@ def evaluate(run: Run, min_cosine: float = 0.995) -> dict[str, Any]:
         "near duplicates": f"{num_pairs} pairs at cosine {min_cosine:g} or more among training and"
         f" test images; {path.name} has {len(pairs)}",
     }
-    seconds, rows = time.monotonic() - start, results.with_better_random(rows)
+    seconds, rows = time.monotonic() - start, results.with_better_random_row(rows)
     result = results.save(
         run.path, "retrieval", protocol, rows, run.provenance(), seconds, measure="%"
     )

@@ -16,7 +16,7 @@ RAW_PIXELS = "raw pixels"  # name of a reference row, which is the same for all 
 
 
 class RunResults:
-    """Results of the evaluations and records of the training of one run."""
+    """Evaluation results and training records of one run."""
 
     def __init__(self, run: Path):
         # Metrics by evaluation, and then by row.
@@ -46,7 +46,7 @@ class Column:
     """A column of the table, with one number per run."""
 
     help: str
-    evaluation: str  # name of the evaluation with the number, or empty for training records
+    evaluation: str  # evaluation that reports the number, or empty for training records
     metric: str = ""  # column of that evaluation
     compute: Callable[[RunResults], float] | None = None  # replaces the lookup of `metric`
 

@@ -11,14 +11,14 @@ from ssl_pretrain.eval.detection.annotations import AnnotatedImages, Objects, bu
 
 
 def load_coco(
-    annotations: str | Path, folder: str | Path, classes: Sequence[str] = ()
+    annotation_file: str | Path, folder: str | Path, classes: Sequence[str] = ()
 ) -> AnnotatedImages:
     """Load images with annotations in COCO's JSON format.
 
     Categories are labeled from 1 in the order of their ids.
 
     Args:
-        annotations: The JSON file.
+        annotation_file: The JSON file.
         folder: Folder of the images.
         classes: Required names of the categories, in order. If empty, any names are accepted.
 
@@ -26,11 +26,11 @@ def load_coco(
         ValueError: If the file is not in COCO's format, lacks images or boxes, or its categories
             differ from `classes`.
     """
-    path = Path(annotations)
+    path = Path(annotation_file)
     try:
         content = json.loads(path.read_text())
         categories = sorted(content["categories"], key=lambda category: category["id"])
-        images, boxes = content["images"], content["annotations"]
+        images, annotations = content["images"], content["annotations"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: cannot be read as COCO's JSON ({type(error).__name__}: {error}); give a file "
@@ -40,32 +40,32 @@ def load_coco(
     if classes and names != list(classes):
         raise ValueError(
             f"{path}: the categories are {', '.join(names)}, but those of --classes or of the "
-            f"training images are {', '.join(classes)}; give files of one data set"
+            f"training images are {', '.join(classes)}; give files of the same data set"
         )
-    if not images or not boxes:
+    if not images or not annotations:
         raise ValueError(
-            f"{path}: has {len(images)} images and {len(boxes)} boxes; give a file with both"
+            f"{path}: has {len(images)} images and {len(annotations)} boxes; give a file with both"
         )
     labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
-    boxes_by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
-    for box in boxes:
-        boxes_by_image[box["image_id"]].append(box)
+    annotations_by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    for annotation in annotations:
+        annotations_by_image[annotation["image_id"]].append(annotation)
     return AnnotatedImages(
         path.name,
         [(Path(folder), image["file_name"]) for image in images],
-        [_parse_coco_boxes(boxes_by_image[image["id"]], labels) for image in images],
+        [_parse_coco_objects(annotations_by_image[image["id"]], labels) for image in images],
         names,
     )
 
 
-def _parse_coco_boxes(boxes: list[dict[str, Any]], labels: dict[int, int]) -> Objects:
+def _parse_coco_objects(annotations: list[dict[str, Any]], labels: dict[int, int]) -> Objects:
     """Return the objects of one image. `labels` maps category ids to labels."""
-    coco_boxes = [box["bbox"] for box in boxes]
-    segments = [box.get("segmentation") for box in boxes]
+    boxes = [annotation["bbox"] for annotation in annotations]
+    segments = [annotation.get("segmentation") for annotation in annotations]
     return build_objects(
-        [[left, top, left + width, top + height] for left, top, width, height in coco_boxes],
-        [labels[box["category_id"]] for box in boxes],
-        [bool(box.get("iscrowd", 0)) for box in boxes],
+        [[left, top, left + width, top + height] for left, top, width, height in boxes],
+        [labels[annotation["category_id"]] for annotation in annotations],
+        [bool(annotation.get("iscrowd", 0)) for annotation in annotations],
         segments if all(segments) else [],
     )
 
@@ -111,7 +111,7 @@ def load_voc(root: str | Path, split: str, classes: Sequence[str] = ()) -> Annot
 
 
 def parse_voc_xml(xml: bytes, name: str) -> tuple[list[list[float]], list[str], list[bool]]:
-    """Return the boxes of one image, their class names, and True for each difficult one.
+    """Return the boxes of one image, their class names, and whether each one is difficult.
 
     Raises:
         ValueError: If the content is not in VOC's XML format.
@@ -168,7 +168,7 @@ class _VocTree:
         names = [line.split()[0] for line in lines if line.strip()]
         if not names:
             raise ValueError(
-                f"{self._root}: ImageSets/Main/{split}.txt lists no image; give another split"
+                f"{self._root}: ImageSets/Main/{split}.txt lists no images; give another split"
             )
         return names
 

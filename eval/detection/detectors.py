@@ -32,17 +32,17 @@ class ResNetStages(nn.Module):
     """The stem and the first stages of a timm ResNet.
 
     Args:
-        model: The ResNet.
+        resnet: The ResNet.
         num_stages: Number of stages to keep, counted from the first.
         num_outputs: Number of stages, counted from the last, whose outputs are returned.
     """
 
-    def __init__(self, model: nn.Module, num_stages: int, num_outputs: int):
+    def __init__(self, resnet: nn.Module, num_stages: int, num_outputs: int):
         super().__init__()
-        self.stem = nn.Sequential(OrderedDict((name, getattr(model, name)) for name in STEM))
+        self.stem = nn.Sequential(OrderedDict((name, getattr(resnet, name)) for name in STEM))
         numbers = range(1, num_stages + 1)
-        self.layers = nn.ModuleList(getattr(model, f"layer{number}") for number in numbers)
-        self.num_outputs, self.out_channels = num_outputs, stage_channels(model)[num_stages - 1]
+        self.layers = nn.ModuleList(getattr(resnet, f"layer{number}") for number in numbers)
+        self.num_outputs, self.out_channels = num_outputs, stage_channels(resnet)[num_stages - 1]
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """Return the outputs of the last stages, named "0", "1" and so on."""
@@ -56,11 +56,11 @@ class ResNetStages(nn.Module):
 class FeaturePyramid(nn.Module):
     """A feature pyramid on res2 to res5, whose fifth level is pooled from the fourth."""
 
-    def __init__(self, model: nn.Module, out_channels: int):
+    def __init__(self, resnet: nn.Module, out_channels: int):
         super().__init__()
-        self.stages, self.out_channels = ResNetStages(model, 4, 4), out_channels
+        self.stages, self.out_channels = ResNetStages(resnet, 4, 4), out_channels
         self.pyramid = FeaturePyramidNetwork(
-            stage_channels(model),
+            stage_channels(resnet),
             out_channels,
             extra_blocks=LastLevelMaxPool(),
             norm_layer=nn.BatchNorm2d,
@@ -71,14 +71,14 @@ class FeaturePyramid(nn.Module):
         return self.pyramid(self.stages(images))
 
 
-def stage_channels(model: nn.Module) -> list[int]:
+def stage_channels(resnet: nn.Module) -> list[int]:
     """Return the number of channels of each stage, res2 to res5."""
-    return [info["num_chs"] for info in model.feature_info[-4:]]  # type: ignore[index]
+    return [info["num_chs"] for info in resnet.feature_info[-4:]]  # type: ignore[index]
 
 
-def check_backbone(model: nn.Module, name: str) -> None:
-    """Raise ValueError unless the network is a timm ResNet."""
-    if not all(hasattr(model, module) for module in (*STEM, "layer1", "layer4", "feature_info")):
+def check_backbone(backbone: nn.Module, name: str) -> None:
+    """Raise ValueError unless the backbone is a timm ResNet."""
+    if not all(hasattr(backbone, module) for module in (*STEM, "layer1", "layer4", "feature_info")):
         raise ValueError(
             "backbone.name: detection needs a timm ResNet with the stages layer1 to layer4, but "
             f"{name} has no such stages; evaluate it with eval.linear"
@@ -86,16 +86,16 @@ def check_backbone(model: nn.Module, name: str) -> None:
 
 
 def build(
-    model: nn.Module,
+    resnet: nn.Module,
     num_classes: int,
     protocol: Protocol,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> nn.Module:
-    """Build the protocol's detector, whose backbone is `model` itself, not a copy.
+    """Build the protocol's detector, whose backbone is `resnet` itself, not a copy.
 
     Args:
-        model: A timm ResNet without classifier. Its parameters are trained further.
+        resnet: A timm ResNet without a classifier. Its parameters are fine-tuned.
         num_classes: Number of classes without the background.
         protocol: Architecture and sizes of the detector.
         mean: Channel means used in pretraining, for pixel values from 0 to 1.
@@ -115,7 +115,7 @@ def build(
         "box_batch_size_per_image": protocol.num_sampled_proposals,
     }
     build_modules = _c4_modules if protocol.architecture == "c4" else _fpn_modules
-    settings |= build_modules(model, num_classes + 1, protocol)
+    settings |= build_modules(resnet, num_classes + 1, protocol)
     return MaskRCNN(**settings) if protocol.predicts_masks else FasterRCNN(**settings)
 
 
@@ -124,13 +124,13 @@ def _anchor_sizes(protocol: Protocol) -> list[int]:
     return [protocol.smallest_anchor * 2**level for level in range(5)]
 
 
-def _c4_modules(model: nn.Module, num_logits: int, protocol: Protocol) -> dict[str, Any]:
+def _c4_modules(resnet: nn.Module, num_logits: int, protocol: Protocol) -> dict[str, Any]:
     """Return the modules of a detector on res4, whose box and mask heads share res5."""
-    channels, sizes = stage_channels(model)[3], tuple(_anchor_sizes(protocol))
+    channels, sizes = stage_channels(resnet)[3], tuple(_anchor_sizes(protocol))
     # A batch norm follows res5, as in MoCo's box head.
-    res5 = nn.Sequential(model.get_submodule("layer4"), nn.BatchNorm2d(channels))
+    res5 = nn.Sequential(resnet.get_submodule("layer4"), nn.BatchNorm2d(channels))
     modules: dict[str, Any] = {
-        "backbone": ResNetStages(model, num_stages=3, num_outputs=1),
+        "backbone": ResNetStages(resnet, num_stages=3, num_outputs=1),
         "rpn_anchor_generator": AnchorGenerator((sizes,), (ASPECT_RATIOS,)),
         "box_roi_pool": MultiScaleRoIAlign(["0"], 14, sampling_ratio=0),
         "box_head": nn.Sequential(res5, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
@@ -143,10 +143,10 @@ def _c4_modules(model: nn.Module, num_logits: int, protocol: Protocol) -> dict[s
     return modules
 
 
-def _fpn_modules(model: nn.Module, num_logits: int, protocol: Protocol) -> dict[str, Any]:
+def _fpn_modules(resnet: nn.Module, num_logits: int, protocol: Protocol) -> dict[str, Any]:
     """Return the modules of a detector on a feature pyramid."""
     channels, ratios = protocol.pyramid_channels, (ASPECT_RATIOS,) * 5
-    modules: dict[str, Any] = {"backbone": FeaturePyramid(model, channels)}
+    modules: dict[str, Any] = {"backbone": FeaturePyramid(resnet, channels)}
     if protocol.num_box_convolutions:
         convolutions = [channels] * protocol.num_box_convolutions
         modules["box_head"] = FastRCNNConvFCHead(

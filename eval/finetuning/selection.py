@@ -59,7 +59,10 @@ TUNING_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--batch-size": {
         "type": POSITIVE_INT,
-        "help": "images per step over all ranks (default: the protocol's, or less for few images)",
+        "help": (
+            "images per step over all ranks (default: the protocol's, reduced if there are few"
+            " images)"
+        ),
     },
     "--layer-decay": {
         "type": FRACTION,
@@ -89,7 +92,7 @@ TUNING_OPTIONS: dict[str, dict[str, Any]] = {
 class TuningOptions:
     """Settings to try and overrides of a published protocol. None keeps the published value."""
 
-    lrs: list[float] | None = None  # at the protocol's `lr_batch_size`
+    lrs: list[float] | None = None  # for a batch of the protocol's `lr_batch_size` images
     weight_decays: list[float] | None = None
     epochs: float | None = None
     batch_size: int | None = None
@@ -104,7 +107,7 @@ class TuningOptions:
 class Column:
     """A column of the table: the labeled images and the protocol to train on them."""
 
-    rows: np.ndarray  # rows of the training split
+    labeled_rows: np.ndarray  # indices into the training split
     protocol: TuningProtocol
 
 
@@ -121,8 +124,9 @@ def adapt_protocol(
     """Return the protocol with the options applied and a batch size that fits the images.
 
     Raises:
-        ValueError: If the training would have no steps, the batch does not fit the images or the
-            ranks, a rank's images cannot be mixed in pairs, or a value is out of range.
+        ValueError: If the training would have no steps, the batch exceeds the number of images or
+            does not divide evenly over the ranks, a rank's images cannot be mixed in pairs, or a
+            value is out of range.
     """
     world_size = process_group.world_size()
     batch_size = options.batch_size or fitting_batch_size(
@@ -234,11 +238,13 @@ def _tune_and_test(
     )
     selected, note = grid[0], ""
     if len(grid) > 1:
-        train_rows, held_out_rows = hold_out(len(column.rows))
-        held_out = train.subset(column.rows[held_out_rows])
+        train_rows, held_out_rows = hold_out(len(column.labeled_rows))
+        held_out = train.subset(column.labeled_rows[held_out_rows])
         accuracies, losses = zip(
             *(
-                trainer.accuracy_and_loss(fine_tune(column.rows[train_rows], *setting), held_out)
+                trainer.accuracy_and_loss(
+                    fine_tune(column.labeled_rows[train_rows], *setting), held_out
+                )
                 for setting in grid
             )
         )
@@ -249,7 +255,7 @@ def _tune_and_test(
         )
         name = linear_heads.setting_name(*selected)
         note = f"{name}, on {len(held_out)} held-out labeled images ({percentages})"
-    return 100 * trainer.accuracy_and_loss(fine_tune(column.rows, *selected), test)[0], note
+    return 100 * trainer.accuracy_and_loss(fine_tune(column.labeled_rows, *selected), test)[0], note
 
 
 def describe_training(column: Column, options: TuningOptions) -> str:
@@ -261,7 +267,7 @@ def describe_training(column: Column, options: TuningOptions) -> str:
     entries = [
         "SGD with Nesterov momentum 0.9" if protocol.optimizer == "sgd" else "AdamW",
         f"learning rate {lrs} at a batch of {protocol.lr_batch_size}",
-        f"batch {protocol.batch_size} of {len(column.rows):,} labeled images",
+        f"batch {protocol.batch_size} of {len(column.labeled_rows):,} labeled images",
         f"{protocol.num_steps} steps" if protocol.num_steps else f"{protocol.epochs:g} epochs",
         f"warm-up {protocol.warmup_epochs:g} epochs, cosine to {protocol.min_lr:g}",
         f"weight decay {decays}"

@@ -81,7 +81,7 @@ def evaluate(
     }
     seconds = time.monotonic() - start
     results.save(run.path, "linear_grid", grid_protocol, grid, run.provenance(), seconds)
-    table = results.with_better_random(table)
+    table = results.with_better_random_row(table)
     return results.save(run.path, "linear", protocol, table, run.provenance(), seconds)
 
 

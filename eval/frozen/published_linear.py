@@ -219,7 +219,7 @@ def evaluate(
     suffix = "_test_selected" if options.selection == "test" else ""
     name, seconds = f"linear_{options.protocol_name}{suffix}", time.monotonic() - start
     results.save(run.path, f"{name}_grid", grid_entries, grid_table, run.provenance(), seconds)
-    table = results.with_better_random(table)
+    table = results.with_better_random_row(table)
     return results.save(run.path, name, entries, table, run.provenance(), seconds)
 
 

@@ -65,7 +65,7 @@ def read_initial_weights(init: str, key: str = "") -> tuple[dict[str, Tensor] | 
 
 
 def read_evaluated_weights(path: Path) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint's evaluated network, with the names of a backbone's."""
+    """Return the weights of a checkpoint's evaluated network, keyed by backbone parameter name."""
     manifest, tensors = read_checkpoint(path)
     prefix = f"{manifest['evaluated']}."
     return {

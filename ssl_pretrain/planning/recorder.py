@@ -1,7 +1,7 @@
 """Trace computations on fake tensors, and count their floating-point operations.
 
-The real program runs on fake tensors, which have a shape but no memory, so that a step of any
-size takes about a second. A multiplication and an addition count as two operations.
+The real program runs on fake tensors, which have a shape but no memory, so a step of any size
+takes about a second. A multiplication and an addition count as two operations.
 """
 
 import weakref
@@ -66,20 +66,21 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows: list[tuple[int, int, int, int, bool]] = []
+        # FLOPs, bytes moved, bytes held, kind, and whether it runs without tensor cores.
+        self.operations: list[tuple[int, int, int, int, bool]] = []
         self.collectives: list[tuple[str, int]] = []
         self.batch_norm_channels: dict[str, list[int]] = {"forward": [], "backward": []}
         self.phase_starts: dict[str, int] = {}
         self._storage_bytes: dict[int, int] = {}  # by storage; freed storages are removed
-        self._held_bytes = 0
+        self._bytes_held = 0
 
     def begin_phase(self, name: str) -> None:
-        """Begin a phase."""
-        self.phase_starts[name] = len(self.rows)
+        """Begin a named phase with the next operation."""
+        self.phase_starts[name] = len(self.operations)
 
     def trace(self) -> Trace:
         """Return the operations recorded so far."""
-        rows = np.array(self.rows, dtype=np.int64).reshape(-1, 5)
+        rows = np.array(self.operations, dtype=np.int64).reshape(-1, 5)
         flops, bytes_moved, bytes_held, kinds, without_tensor_cores = rows.T
         return Trace(
             flops,
@@ -114,21 +115,21 @@ class Recorder(TorchDispatchMode):
             self.batch_norm_channels[phase].append(inputs[0].shape[1])
         flops, kind = _count_flops(function._overloadpacket, args, kwargs, out)
         bytes_moved = _bytes_moved(function, name, args, inputs, outputs)
-        is_wide = bool(outputs) and outputs[0].dtype in (torch.float32, torch.float64)
-        self.rows.append((flops, bytes_moved, self._held_bytes, kind, is_wide))
+        without_tensor_cores = bool(outputs) and outputs[0].dtype in (torch.float32, torch.float64)
+        self.operations.append((flops, bytes_moved, self._bytes_held, kind, without_tensor_cores))
         return out
 
     def _count_until_freed(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor in `_held_bytes` until it is freed."""
+        """Count the storage of a tensor in `_bytes_held` until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._storage_bytes:
             self._storage_bytes[key] = storage.nbytes()
-            self._held_bytes += storage.nbytes()
+            self._bytes_held += storage.nbytes()
             weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:
-        self._held_bytes -= self._storage_bytes.pop(key, 0)
+        self._bytes_held -= self._storage_bytes.pop(key, 0)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -145,7 +146,7 @@ def _attention_backward_flops(
     return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
 
 
-# torch's formulas, and those that it lacks for attention on a CPU and for addmm in place.
+# torch's formulas, plus the ones it lacks: attention on the CPU and in-place addmm.
 FLOP_FORMULAS: dict[Any, Any] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
@@ -155,7 +156,7 @@ FLOP_FORMULAS: dict[Any, Any] = {
 
 
 def _count_flops(packet: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
-    """Return the number of floating-point operations of an operation, and its kind."""
+    """Return the FLOPs and the kind of an operation."""
     if packet not in FLOP_FORMULAS:
         return 0, OTHER
     kind = CONVOLUTION if "conv" in packet.__name__ else MATMUL

@@ -9,7 +9,6 @@ import math
 import re
 import typing
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -150,14 +149,17 @@ def _check_value(value: Any, key: str, bounds: Bounds) -> None:
 
 def number_type(kind: type[int] | type[float], bounds: Bounds) -> Callable[[str], float]:
     """Return an argparse type that converts text to a number and checks its range."""
+    number = "whole number" if kind is int else "finite number"
 
     def convert(text: str) -> float:
-        value = math.nan  # outside every range
-        with suppress(ValueError):
+        try:
             value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a {number}; give one {bounds}"
+            ) from None
         if not bounds.contains(value):
-            number = "a whole number" if kind is int else "a finite number"
-            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give {number} {bounds}")
+            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give a {number} {bounds}")
         return value
 
     return convert

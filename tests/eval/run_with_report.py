@@ -54,10 +54,10 @@ def save_results(run, columns=("clean", "shifted 1", "shifted 2")):
         for i, name in enumerate(["raw pixels", "random, as built", "pretrained"])
     ]
     protocol = PROTOCOL | {"shifts": "by four"}
-    results.save(run, "knn", protocol, results.with_better_random(rows), CHECKPOINT, 1.0)
+    results.save(run, "knn", protocol, results.with_better_random_row(rows), CHECKPOINT, 1.0)
     rows = [Row(row.features, {"1 per class": 30.0}, {"1 per class": 2.5}) for row in rows]
     protocol = PROTOCOL | {"few labels": "ten draws"}
-    results.save(run, "linear", protocol, results.with_better_random(rows), CHECKPOINT, 1.0)
+    results.save(run, "linear", protocol, results.with_better_random_row(rows), CHECKPOINT, 1.0)
 
 
 def make_run_with_report(run: Path) -> Path:

@@ -195,7 +195,7 @@ def test_mistakes_in_voc_data_are_named(voc_zip, tmp_path):
         f"{voc_zip}: ImageSets/Main has no split 'val'; choose one of: none, test, trainval"
     )
     assert error_of(load_voc, voc_zip, "none") == (
-        f"{voc_zip}: ImageSets/Main/none.txt lists no image; give another split"
+        f"{voc_zip}: ImageSets/Main/none.txt lists no images; give another split"
     )
     assert error_of(load_voc, voc_zip, "test", ["ball", "box"]) == (
         f"{voc_zip}: 'test' has boxes of bar, which are not among the classes ball, box; "
@@ -226,7 +226,7 @@ def test_mistakes_in_coco_data_are_named(tmp_path):
     path = write_coco(tmp_path / "coco")
     assert error_of(load_coco, path, "", ["cat"]) == (
         f"{path}: the categories are ball, box, bar, but those of --classes or of the training "
-        "images are cat; give files of one data set"
+        "images are cat; give files of the same data set"
     )
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
     assert error_of(load_coco, path, "") == (

@@ -246,7 +246,7 @@ def test_the_better_random_backbone_is_taken_column_by_column():
         Row("random, as built", {"a": 1.0, "b": 5.0}, {"b": 0.1}),
         Row("random, recalibrated", {"a": 2.0, "b": 4.0}, {"b": 0.2}),
     ]
-    better = results.with_better_random(rows)[-1]
+    better = results.with_better_random_row(rows)[-1]
     assert (better.metrics, better.spread) == ({"a": 2.0, "b": 5.0}, {"b": 0.1})
     assert better.notes == {"a": "recalibrated", "b": "as built"}
 

@@ -63,7 +63,7 @@ EncodedImage = tuple[Entry, bytes]
 def encode_image(
     source: Source, index: int, settings: EncodingSettings, decoder: Decoder
 ) -> EncodedImage:
-    """Return how one image is stored, and the bytes to store.
+    """Encode one image and return its table entry and the bytes to store.
 
     The entry has an outcome, a mode and a size. Its other fields are not set.
 
@@ -166,7 +166,7 @@ def _encode_in_processes(
 
 
 def _init_worker(source: Source, settings: EncodingSettings) -> None:
-    """Set up this worker, and let it exit when its parent ends, even if the parent is killed."""
+    """Set up this worker, and make it exit when its parent does, even if the parent is killed."""
     global _worker_state
     _worker_state = source, settings, Decoder()
     parent = multiprocessing.parent_process()
