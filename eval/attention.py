@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command line."""
+    """Run the command-line interface."""
     parser = command_line.build_parser(
         "ssl_pretrain.eval.attention",
         __doc__,

@@ -22,7 +22,7 @@ NAMING_KEYS = ("output", "log.name", "log.tags")  # keys that only name a run an
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command line."""
+    """Run the command-line interface."""
     parser = argparse.ArgumentParser(
         "python -m ssl_pretrain.eval.compare",
         description=__doc__,

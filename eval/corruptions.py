@@ -1,9 +1,9 @@
 """Common corruptions of images (Hendrycks and Dietterich, ICLR 2019, arXiv:1903.12261).
 
 The definitions and constants are those of the `create_c` scripts in hendrycks/robustness. Images
-whose longer side is at most MAX_SMALL_SIDE use the constants of CIFAR-10-C, and larger images use
-those of ImageNet-C. Twelve of the fifteen corruptions are implemented. Snow and motion blur need
-ImageMagick, and frost needs the authors' photographs.
+whose longer side is at most MAX_SMALL_IMAGE_SIDE use the constants of CIFAR-10-C, and larger images
+use those of ImageNet-C. Twelve of the fifteen corruptions are implemented. Snow and motion blur
+need ImageMagick, and frost needs the authors' photographs.
 
 A corrupted image depends only on the image, its index, the severity and the seed. All severities of
 an image use the same counter-based random numbers. The elastic transform interpolates at exact
@@ -23,7 +23,8 @@ from ssl_pretrain import rng as counter_rng
 from ssl_pretrain.system.jit import njit
 
 SEVERITIES = (1, 2, 3, 4, 5)
-MAX_SMALL_SIDE = 64  # pixels; images up to this longer side use the constants of CIFAR-10-C
+# Images whose longer side is at most this many pixels use the constants of CIFAR-10-C.
+MAX_SMALL_IMAGE_SIDE = 64
 
 
 @dataclass
@@ -60,7 +61,7 @@ def apply(name: str, image: np.ndarray, severity: int, index: int, seed: int = 0
         name: Name of the corruption, one of NAMES.
         image: Image, uint8 (height, width, 3).
         severity: Severity from 1 to 5.
-        index: Index of the image in its data set. It selects the random numbers, as the seed does.
+        index: Index of the image in its data set. The random numbers depend on it and on the seed.
         seed: Seed of the random numbers.
 
     Raises:
@@ -70,7 +71,7 @@ def apply(name: str, image: np.ndarray, severity: int, index: int, seed: int = 0
         raise ValueError(f"corruption: {name!r} is unknown; choose among: {', '.join(NAMES)}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity: {severity} is out of range; choose 1 to 5")
-    corruption, is_small = CORRUPTIONS[name], max(image.shape[:2]) <= MAX_SMALL_SIDE
+    corruption, is_small = CORRUPTIONS[name], max(image.shape[:2]) <= MAX_SMALL_IMAGE_SIDE
     constants = corruption.cifar10_c if is_small else corruption.imagenet_c
     rng = ImageRng(seed, index, NAMES.index(name))
     corrupted = corruption.function(image / 255.0, constants[severity - 1], rng)
@@ -107,14 +108,15 @@ def disk(radius: float, sigma: float) -> np.ndarray:
 
     Args:
         radius: Radius of the disk in pixels.
-        sigma: Standard deviation of the Gaussian in pixels. The Gaussian is 3 pixels wide, or 5 if
+        sigma: Standard deviation of the Gaussian in pixels. Its kernel is 3 pixels wide, or 5 if
             the radius exceeds 8.
     """
-    half_size, half_width = (8, 1) if radius <= 8 else (radius, 2)
-    positions = np.arange(-half_size, half_size + 1)
+    disk_half_width, gaussian_half_width = (8, 1) if radius <= 8 else (radius, 2)
+    positions = np.arange(-disk_half_width, disk_half_width + 1)
     kernel = (positions[:, None] ** 2 + positions**2 <= radius**2).astype(np.float64)
     kernel /= kernel.sum()
-    weights = np.exp(-(np.arange(-half_width, half_width + 1) ** 2) / (2 * sigma**2))
+    offsets = np.arange(-gaussian_half_width, gaussian_half_width + 1)
+    weights = np.exp(-(offsets**2) / (2 * sigma**2))
     for axis in (0, 1):
         kernel = ndimage.correlate1d(kernel, weights / weights.sum(), axis=axis, mode="mirror")
     return kernel
@@ -237,7 +239,7 @@ def elastic_transform(
     """
     side = min(image.shape[:2])
     # The authors' ImageNet-C constants are multiples of 244, although their images have 224 pixels.
-    unit = side if side <= MAX_SMALL_SIDE else side * 244 / 224
+    unit = side if side <= MAX_SMALL_IMAGE_SIDE else side * 244 / 224
     amplitude, sigma, max_shift = (unit * constant for constant in constants)
     rows, columns = np.meshgrid(*(np.arange(length) for length in image.shape[:2]), indexing="ij")
     center, distance = np.array(image.shape[:2]) // 2, side // 3
@@ -258,7 +260,7 @@ def elastic_transform(
 
 
 def interpolate(image: np.ndarray, rows: np.ndarray, columns: np.ndarray, mode: str) -> np.ndarray:
-    """Interpolate the image linearly at these positions. `mode` is SciPy's rule for the border."""
+    """Interpolate the image linearly at these positions. `mode` is SciPy's boundary mode."""
     return np.stack(
         [
             ndimage.map_coordinates(channel, [rows, columns], order=1, mode=mode)

@@ -125,7 +125,7 @@ def evaluate(run_path: str | Path) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command line."""
+    """Run the command-line interface."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
         return

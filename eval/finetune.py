@@ -31,17 +31,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command line."""
+    """Run the command-line interface."""
     command_line.evaluate_and_print(
         command_line.build_parser(
-            "ssl_pretrain.eval.finetune", __doc__, OPTIONS | selection.TUNING_OPTIONS
+            "ssl_pretrain.eval.finetune", __doc__, OPTIONS | selection.FINETUNING_OPTIONS
         ),
         arguments,
-        lambda run, options: evaluate(run, options.protocol, selection.tuning_options(options)),
+        lambda run, options: evaluate(run, options.protocol, selection.finetuning_options(options)),
     )
 
 
-def evaluate(run: Run, protocol_name: str, options: selection.TuningOptions) -> dict[str, Any]:
+def evaluate(run: Run, protocol_name: str, options: selection.FinetuningOptions) -> dict[str, Any]:
     """Fine-tune the network and return its accuracy in percent.
 
     Args:
@@ -56,7 +56,7 @@ def evaluate(run: Run, protocol_name: str, options: selection.TuningOptions) -> 
         ValueError: If the images have no labels, or an option is out of range for them.
     """
     train, test = labeled_splits(run, "fine-tuning")
-    published_protocol = protocols.TUNING_PROTOCOLS[protocol_name]
+    published_protocol = protocols.FINETUNING_PROTOCOLS[protocol_name]
     column = selection.Column(
         np.arange(len(train)), selection.adapt_protocol(published_protocol, options, len(train))
     )

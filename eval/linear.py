@@ -95,7 +95,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command line."""
+    """Run the command-line interface."""
     command_line.evaluate_and_print(
         command_line.build_parser("ssl_pretrain.eval.linear", HELP, OPTIONS), arguments, _evaluate
     )

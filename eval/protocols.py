@@ -32,8 +32,9 @@ class LinearProtocol:
     lr_changes_every_step: bool = False  # otherwise, the rate only changes between epochs
     init: Init = "normal"  # distribution of the initial weights, see LinearHeads
     init_std: float = 0.01  # standard deviation of normal initial weights; biases start at 0
-    normalizes_features: bool = False  # by batch norm with trained, undecayed scale and shift
-    larc_coefficient: float = 0.0  # 0 stands for plain SGD
+    # Features pass through a batch norm whose trained scale and shift are not decayed.
+    normalizes_features: bool = False
+    larc_coefficient: float = 0.0  # trust coefficient; 0 means plain SGD
     uses_dino_feature: bool = False  # for a ViT, DINO's feature instead of the pooled output
     # Cropping and resizing of the training views, and resizing of the test views
     crop_sampler: CropSampler = "torchvision"
@@ -204,7 +205,7 @@ def describe_linear_training(
 
 
 @dataclass(frozen=True)
-class TuningProtocol:
+class FinetuningProtocol:
     """Training of the backbone and a classifier together from the pretrained weights."""
 
     source: str
@@ -227,27 +228,28 @@ class TuningProtocol:
     randaugment: str = ""  # timm's name for a policy
     drop_path: float = 0.0  # rate of stochastic depth
     head_starts_at_zero: bool = False
-    slows_batch_norm: bool = False  # a momentum of at most 10 / steps_per_epoch, as in SimCLR
+    # The momentum of batch norm is at most 10 / steps_per_epoch, as in SimCLR.
+    limits_batch_norm_momentum: bool = False
     interpolation: Interpolation = "bicubic"
 
 
 SEMI_EPOCHS = {1: 60, 10: 30}  # epochs by percentage of labels (SimCLR, appendix B.5)
 
-TUNING_PROTOCOLS = {
-    "semi": TuningProtocol(
+FINETUNING_PROTOCOLS = {
+    "semi": FinetuningProtocol(
         "SimCLR (arXiv:2002.05709), appendix B.5: no regularization, no warm-up, 60 epochs for 1 %"
         " and 30 for 10 % of the labels",
         "sgd", base_lr=0.05, lr_batch_size=256, batch_size=4096, epochs=60,
         head_starts_at_zero=True,
     ),
-    "simclr": TuningProtocol(
+    "simclr": FinetuningProtocol(
         "SimCLR (arXiv:2002.05709), appendix B.8.1: 20,000 steps; select the learning rate from"
         " --lrs of 1e-4 to 0.1 and the weight decay from --weight-decays of 0 and 1e-6 to 1e-3,"
         " both logarithmic",
         "sgd", base_lr=0.05, lr_batch_size=256, batch_size=256, num_steps=20_000,
-        head_starts_at_zero=True, slows_batch_norm=True,
+        head_starts_at_zero=True, limits_batch_norm_momentum=True,
     ),
-    "deit": TuningProtocol(
+    "deit": FinetuningProtocol(
         "DeiT (arXiv:2012.12877), table 9 and main.py: facebookresearch/deit at 0282d2a1; epochs as"
         " MoCo v3 fine-tunes with it; without repeated augmentation",
         "adamw", base_lr=5e-4, lr_batch_size=512, batch_size=1024, epochs=150, warmup_epochs=5,

@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command line."""
+    """Run the command-line interface."""
     parser = command_line.build_parser("ssl_pretrain.eval.report", __doc__, OPTIONS)
     options = parser.parse_intermixed_args(arguments)
     if options.follow:
@@ -47,9 +47,9 @@ def main(arguments: list[str]) -> None:
 def write(run: Run) -> Path:
     """Write RUN/report.html and return its path."""
     metrics = sections.read_metrics(run.path)
-    bank, candidates, image_kind = nearest_images.open_bank_and_candidates(run)
+    bank, query_candidates, image_kind = nearest_images.open_bank_and_query_candidates(run)
     results.print_progress(
-        f"report: embedding {len(bank)} training images and {len(candidates)} {image_kind}"
+        f"report: embedding {len(bank)} training images and {len(query_candidates)} {image_kind}"
     )
     config_path = shlex.quote(str(run.path / "config.yaml"))
     text = page.render(
@@ -63,9 +63,9 @@ def write(run: Run) -> Path:
         facts=_facts(run, metrics),
         command=f"python -m ssl_pretrain.train {config_path} output=<new folder>",
         nearest=_neighbor_variables(
-            nearest_images.find_neighbors(run, bank, candidates), bank, image_kind
+            nearest_images.find_neighbors(run, bank, query_candidates), bank, image_kind
         ),
-        projection=_projection_variables(run, candidates, image_kind),
+        projection=_projection_variables(run, query_candidates, image_kind),
         config=_config_text(run),
     )
     path = run.path / "report.html"
@@ -170,7 +170,7 @@ def _projection_variables(run: Run, split: EvaluationSplit, image_kind: str) -> 
     num_classes, label_array = len(split.classes), labels.cpu().numpy()
     figures = [
         page.Figure(
-            charts.scatter_chart(nearest_images.project_by_tsne(vectors), label_array, num_classes),
+            charts.scatter_plot(nearest_images.project_by_tsne(vectors), label_array, num_classes),
             caption,
         )
         for caption, vectors in (

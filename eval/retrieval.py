@@ -50,7 +50,7 @@ Pair = tuple[float, int, int]
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command line."""
+    """Run the command-line interface."""
     command_line.evaluate_and_print(
         command_line.build_parser("ssl_pretrain.eval.retrieval", __doc__, OPTIONS),
         arguments,

@@ -103,7 +103,7 @@ def evaluate(run: Run, corruption_names: list[str], max_images: int = 2000) -> d
         column: float(np.mean([row.metrics[column] for row in rows])) for column in rows[0].metrics
     }
     clean = results.Row("clean", {"mean": measure_accuracy("", 0)})
-    constants = "CIFAR-10-C" if run.image_size <= corruptions.MAX_SMALL_SIDE else "ImageNet-C"
+    constants = "CIFAR-10-C" if run.image_size <= corruptions.MAX_SMALL_IMAGE_SIDE else "ImageNet-C"
     protocol = {
         **describe_splits(run, train, test),
         "k": evaluation.k,

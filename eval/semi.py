@@ -47,15 +47,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command line."""
+    """Run the command-line interface."""
     command_line.evaluate_and_print(
         command_line.build_parser(
-            "ssl_pretrain.eval.semi", __doc__, OPTIONS | selection.TUNING_OPTIONS
+            "ssl_pretrain.eval.semi", __doc__, OPTIONS | selection.FINETUNING_OPTIONS
         ),
         arguments,
         lambda run, options: evaluate(
             run,
-            selection.tuning_options(options),
+            selection.finetuning_options(options),
             options.percent,
             options.subset,
             options.subset_seed,
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
 
 def evaluate(
     run: Run,
-    options: selection.TuningOptions,
+    options: selection.FinetuningOptions,
     percentages: list[float],
     subset_files: list[str] | None = None,
     subset_seed: int = 0,
@@ -96,7 +96,7 @@ def evaluate(
             for percent in percentages
         }
         origin = f"training images, the same number per class, drawn with seed {subset_seed}"
-    published_protocol = protocols.TUNING_PROTOCOLS["semi"]
+    published_protocol = protocols.FINETUNING_PROTOCOLS["semi"]
     protocol_entries, columns = {"source": published_protocol.source}, {}
     for name, rows in subsets.items():
         published_percentage = 1 if len(rows) < 0.05 * len(train) else 10

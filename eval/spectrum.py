@@ -31,7 +31,7 @@ MAX_IMAGES = 10000  # training images to embed
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command line."""
+    """Run the command-line interface."""
     command_line.evaluate_and_print(
         command_line.build_parser("ssl_pretrain.eval.spectrum", __doc__, {}),
         arguments,

@@ -178,7 +178,7 @@ class _Probe:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
+    """Run the command-line interface and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m ssl_pretrain.replay",
         description=__doc__,

@@ -126,7 +126,7 @@ def _train(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
+    """Run the command-line interface and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m ssl_pretrain.train",
         description=__doc__,

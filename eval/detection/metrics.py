@@ -49,8 +49,8 @@ def average_precision(
         truth: Annotated objects of each image.
         detections: Detections in each image.
         classes: Names of the classes.
-        sizes: Height and width of each image, for drawing polygons. If they are given, "coco" also
-            returns "mask AP" and so on for detections with masks.
+        sizes: Height and width of each image, for rasterizing polygons. If they are given and the
+            detections have masks, "coco" also returns "mask AP", "mask AP50" and so on.
 
     Raises:
         ValueError: If there is no image or no object, or the numbers of images differ.
@@ -86,8 +86,8 @@ def voc_average_precision(
     """Return Pascal VOC's average precision, the mean over the classes that have an object.
 
     A detection belongs to the object that it overlaps most. It is correct if the overlap reaches
-    the threshold and no detection with a higher score has matched that object. Box edges are
-    counted from 0. Their areas equal those of VOC's development kit, which counts both end pixels.
+    the threshold and no detection with a higher score has matched that object. Box coordinates
+    start at 0. Box areas equal those of VOC's development kit, which counts both end pixels.
 
     Args:
         truth: Annotated objects of each image.
@@ -140,15 +140,15 @@ def _match_image(
     overlaps = box_iou(*pair).numpy()
     best_objects = overlaps.argmax(axis=1).tolist()
     for column, threshold in enumerate(IOU_THRESHOLDS):
-        matched_boxes: set[int] = set()
-        for row, box in enumerate(best_objects):
-            if overlaps[row, box] < threshold - 1e-9:
+        matched_objects: set[int] = set()
+        for row, object_index in enumerate(best_objects):
+            if overlaps[row, object_index] < threshold - 1e-9:
                 continue
-            if ignored[box]:
+            if ignored[object_index]:
                 matches[row, column] = -1
-            elif box not in matched_boxes:
+            elif object_index not in matched_objects:
                 matches[row, column] = 1
-                matched_boxes.add(box)
+                matched_objects.add(object_index)
     return matches
 
 
@@ -207,7 +207,7 @@ def coco_average_precision(
 def coco_dataset(
     truth: Sequence[Objects], classes: Sequence[str], sizes: Sequence[tuple[int, int]] = ()
 ) -> dict[str, Any]:
-    """Return the objects in COCO's JSON form. Images are numbered from 0, categories from 1."""
+    """Return the objects in COCO's JSON format. Images are numbered from 0, categories from 1."""
     images: list[dict[str, Any]] = [{"id": image} for image in range(len(truth))]
     for image, size in zip(images, sizes):
         image |= dict(zip(("height", "width"), size))

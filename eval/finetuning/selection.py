@@ -20,7 +20,7 @@ from ssl_pretrain.eval import results
 from ssl_pretrain.eval.finetuning import trainer
 from ssl_pretrain.eval.frozen import features, linear_heads
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, describe_splits, hold_out
-from ssl_pretrain.eval.protocols import TuningProtocol, fitting_batch_size
+from ssl_pretrain.eval.protocols import FinetuningProtocol, fitting_batch_size
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import (
     FRACTION,
@@ -37,7 +37,7 @@ MIXING_OPTION = {
     "metavar": "ALPHA",
     "help": "0 turns it off (default: the protocol's)",
 }
-TUNING_OPTIONS: dict[str, dict[str, Any]] = {
+FINETUNING_OPTIONS: dict[str, dict[str, Any]] = {
     "--lrs": {
         "type": POSITIVE_FLOAT,
         "nargs": "+",
@@ -89,7 +89,7 @@ TUNING_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class TuningOptions:
+class FinetuningOptions:
     """Settings to try and overrides of a published protocol. None keeps the published value."""
 
     lrs: list[float] | None = None  # for a batch of the protocol's `lr_batch_size` images
@@ -108,19 +108,19 @@ class Column:
     """A column of the table: the labeled images and the protocol to train on them."""
 
     labeled_rows: np.ndarray  # indices into the training split
-    protocol: TuningProtocol
+    protocol: FinetuningProtocol
 
 
-def tuning_options(namespace: argparse.Namespace) -> TuningOptions:
-    """Return the values of TUNING_OPTIONS on the command line."""
-    return TuningOptions(
-        **{field.name: getattr(namespace, field.name) for field in fields(TuningOptions)}
+def finetuning_options(namespace: argparse.Namespace) -> FinetuningOptions:
+    """Return the values of FINETUNING_OPTIONS on the command line."""
+    return FinetuningOptions(
+        **{field.name: getattr(namespace, field.name) for field in fields(FinetuningOptions)}
     )
 
 
 def adapt_protocol(
-    published_protocol: TuningProtocol, options: TuningOptions, num_images: int
-) -> TuningProtocol:
+    published_protocol: FinetuningProtocol, options: FinetuningOptions, num_images: int
+) -> FinetuningProtocol:
     """Return the protocol with the options applied and a batch size that fits the images.
 
     Raises:
@@ -165,7 +165,7 @@ def evaluate_columns(
     columns: dict[str, Column],
     train: EvaluationSplit,
     test: EvaluationSplit,
-    options: TuningOptions,
+    options: FinetuningOptions,
     protocol_entries: dict[str, str],
 ) -> dict[str, Any]:
     """Measure and save the test accuracy of each network in each column, in percent.
@@ -214,7 +214,7 @@ def _tune_and_test(
     column: Column,
     train: EvaluationSplit,
     test: EvaluationSplit,
-    options: TuningOptions,
+    options: FinetuningOptions,
 ) -> tuple[float, str]:
     """Return the test accuracy in percent, and a note about the setting if one was selected."""
     num_classes = len(train.classes)
@@ -258,7 +258,7 @@ def _tune_and_test(
     return 100 * trainer.accuracy_and_loss(fine_tune(column.labeled_rows, *selected), test)[0], note
 
 
-def describe_training(column: Column, options: TuningOptions) -> str:
+def describe_training(column: Column, options: FinetuningOptions) -> str:
     """Describe the training of a column, as an entry of the saved protocol."""
     protocol = column.protocol
     lrs = ", ".join(f"{lr:g}" for lr in options.lrs or [protocol.base_lr])

@@ -20,7 +20,7 @@ from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
-from ssl_pretrain.eval.protocols import TuningProtocol
+from ssl_pretrain.eval.protocols import FinetuningProtocol
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.eval.training_views import build_train_loader, build_train_view
 from ssl_pretrain.models import backbones
@@ -32,7 +32,7 @@ HEAD_STD = 0.02  # standard deviation of initial classifier weights, as in DeiT 
 
 
 def build_network(
-    run: Run, backbone: nn.Module, protocol: TuningProtocol, num_classes: int
+    run: Run, backbone: nn.Module, protocol: FinetuningProtocol, num_classes: int
 ) -> nn.Module:
     """Return a copy of the backbone's timm model with a new classifier, on the run's device.
 
@@ -54,7 +54,7 @@ def build_network(
     return prepare_for_evaluation(model, run.device)
 
 
-def build_optimizer(model: nn.Module, protocol: TuningProtocol) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, protocol: FinetuningProtocol) -> torch.optim.Optimizer:
     """Return the protocol's optimizer, whose learning rates `set_learning_rates` sets."""
     no_decay_names: Any = getattr(model, "no_weight_decay", tuple)()
     if protocol.layer_decay < 1:
@@ -80,7 +80,7 @@ def train(
     run: Run,
     model: nn.Module,
     source: Source,
-    protocol: TuningProtocol,
+    protocol: FinetuningProtocol,
     num_classes: int,
     ema_decay: float = 0.0,
 ) -> nn.Module:
@@ -114,8 +114,8 @@ def train(
     view = build_train_view(run, protocol.interpolation)
     with build_train_loader(run, source, view, protocol.batch_size, augment_view) as loader:
         num_steps = protocol.num_steps or max(1, round(protocol.epochs * loader.steps_per_epoch))
-        if protocol.slows_batch_norm:
-            slow_down_batch_norm(model, loader.steps_per_epoch)
+        if protocol.limits_batch_norm_momentum:
+            limit_batch_norm_momentum(model, loader.steps_per_epoch)
         epochs = num_steps / loader.steps_per_epoch
         for step, batch in zip(range(num_steps), loader.iterate_from(0)):
             set_learning_rates(optimizer, protocol, step / num_steps, epochs)
@@ -133,7 +133,7 @@ def train(
 
 
 def set_learning_rates(
-    optimizer: torch.optim.Optimizer, protocol: TuningProtocol, fraction: float, epochs: float
+    optimizer: torch.optim.Optimizer, protocol: FinetuningProtocol, fraction: float, epochs: float
 ) -> float:
     """Set the learning rates by linear warm-up and cosine decay, scaled by the batch size.
 
@@ -171,7 +171,7 @@ def _seed_python_and_numpy(seed: int) -> None:
 
 
 def build_batch_augmentation(
-    protocol: TuningProtocol, num_classes: int, device: torch.device
+    protocol: FinetuningProtocol, num_classes: int, device: torch.device
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return a function that maps images and labels to augmented images and soft targets.
 
@@ -207,7 +207,7 @@ def average_gradients(model: nn.Module) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def slow_down_batch_norm(model: nn.Module, steps_per_epoch: int) -> None:
+def limit_batch_norm_momentum(model: nn.Module, steps_per_epoch: int) -> None:
     """Set the momentum of batch norm as in SimCLR (appendix B.8.1).
 
     The paper's max(1 - 10 / steps_per_epoch, 0.9) is TensorFlow's momentum, which is 1 minus

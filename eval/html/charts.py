@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 Points = Sequence[tuple[float, float]]
 
 MAX_POINTS = 600  # longer curves are averaged in this many bins
-GRAY = "#858b91"  # legible on white and on near black
+GRAY = "#858b91"  # legible on white and near-black backgrounds
 PALETTE = (
     "#4e79a7",
     "#f28e2b",
@@ -34,7 +34,7 @@ STYLE: Any = {"svg.fonttype": "none", "path.simplify": False, "font.size": 10}
 
 
 def color(index: int, num_colors: int) -> str:
-    """Return the color of series or class `index`, legible on white and on near black.
+    """Return the color of series or class `index`, legible on white and near-black backgrounds.
 
     Negative indices, the labels of unlabeled images, are gray.
     """
@@ -54,7 +54,7 @@ def line_chart(
     x_label: str = "epoch",
     *,
     has_markers: bool = False,
-    is_logarithmic: bool = False,
+    has_log_axes: bool = False,
 ) -> Markup:
     """Draw curves in one frame, or return empty markup if no point can be drawn.
 
@@ -63,13 +63,13 @@ def line_chart(
         y_label: Name of the vertical axis, for screen readers only.
         x_label: Name of the horizontal axis.
         has_markers: Draw a marker at each point. Intended for curves with few points.
-        is_logarithmic: Use logarithmic axes, and leave out points that are not positive.
+        has_log_axes: Use logarithmic axes, and leave out points that are not positive.
     """
     figure = Figure((4.6, 2.5))
     axes: Axes = figure.add_axes((0.13, 0.17, 0.85, 0.8))
     for index, points in enumerate(series.values()):
         values = np.array([point for point in points if np.isfinite(point).all()]).reshape(-1, 2)
-        if is_logarithmic:
+        if has_log_axes:
             values = values[(values > 0).all(axis=1)]
         if len(values) > MAX_POINTS:
             bins = np.array_split(values, MAX_POINTS)
@@ -85,7 +85,7 @@ def line_chart(
             )
     if not axes.lines:
         return Markup("")
-    if is_logarithmic:
+    if has_log_axes:
         axes.set(xscale="log", yscale="log")
     axes.set_xlabel(x_label, loc="right", color=GRAY)
     axes.grid(axis="y", alpha=0.3)
@@ -96,7 +96,7 @@ def line_chart(
 
 
 @rc_context(STYLE)
-def scatter_chart(positions: np.ndarray, labels: np.ndarray, num_classes: int) -> Markup:
+def scatter_plot(positions: np.ndarray, labels: np.ndarray, num_classes: int) -> Markup:
     """Draw points (n, 2), each in the color of its class, or gray if its label is -1."""
     figure = Figure((4.4, 4.4))
     axes: Axes = figure.add_axes((0, 0, 1, 1))

@@ -16,7 +16,7 @@ from ssl_pretrain.eval.runs import Run
 NUM_QUERIES = 10
 NUM_NEIGHBORS = 6
 MAX_BANK_IMAGES = 10000  # training images that are searched for neighbors
-MAX_CANDIDATES = 1000  # images to choose the queries from; all of them are projected
+MAX_QUERY_CANDIDATES = 1000  # images to choose the queries from; all of them are projected
 DIRECTIONS = ("right", "left", "down", "up")
 
 LabeledImage = tuple[np.ndarray, int]  # image, uint8 (3, size, size), and label, -1 if unknown
@@ -33,7 +33,7 @@ class Query:
     feature_neighbors: list[LabeledImage]  # nearest by learned features
 
 
-def open_bank_and_candidates(run: Run) -> tuple[EvaluationSplit, EvaluationSplit, str]:
+def open_bank_and_query_candidates(run: Run) -> tuple[EvaluationSplit, EvaluationSplit, str]:
     """Return the bank of training images, the candidates for queries, and their kind.
 
     The kind is "test images", or "held-out training images" if there is no test split.
@@ -43,22 +43,24 @@ def open_bank_and_candidates(run: Run) -> tuple[EvaluationSplit, EvaluationSplit
     try:
         source = open_source(run.config.data, "val")
     except ValueError:
-        num_held_out = max(1, min(MAX_CANDIDATES, len(train) // 10))
+        num_held_out = max(1, min(MAX_QUERY_CANDIDATES, len(train) // 10))
         source, candidate_rows, kind = train, bank_rows[:num_held_out], "held-out training images"
         bank_rows = bank_rows[num_held_out:]
     else:
         rows = rng.permutation(SPLIT_SEED, 0, len(source), rng.Purpose.SPLIT)
-        candidate_rows, kind = rows[:MAX_CANDIDATES], "test images"
+        candidate_rows, kind = rows[:MAX_QUERY_CANDIDATES], "test images"
     bank = EvaluationSplit(run, train, np.sort(bank_rows[:MAX_BANK_IMAGES]))
     return bank, EvaluationSplit(run, source, np.sort(candidate_rows)), kind
 
 
-def find_neighbors(run: Run, bank: EvaluationSplit, candidates: EvaluationSplit) -> list[Query]:
+def find_neighbors(
+    run: Run, bank: EvaluationSplit, query_candidates: EvaluationSplit
+) -> list[Query]:
     """Choose ten queries, of different classes if there are ten, and find their neighbors.
 
     Small images are shifted by one or two original pixels before the search.
     """
-    split = candidates.subset(_query_rows(candidates.labels))
+    split = query_candidates.subset(_query_rows(query_candidates.labels))
     offsets, shifts = _query_shifts(split)
     pixels = torch.cat([views for views, _ in split.batches()])
     images = torch.cat(

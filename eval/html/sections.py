@@ -135,7 +135,7 @@ def _draw_embedding_figures(plots: list[Record]) -> list[page.Figure]:
     if not spectra:
         return []
     legend = series_legend(list(spectra))
-    spectrum = charts.line_chart(spectra, "variance", "eigenvalue", is_logarithmic=True)
+    spectrum = charts.line_chart(spectra, "variance", "eigenvalue", has_log_axes=True)
     spread = charts.line_chart(spreads, "spread", "percent of the dimensions")
     return [
         page.Figure(spectrum, "Covariance spectrum of the embeddings", legend),

@@ -9,10 +9,10 @@ from torch import Tensor
 
 SHARED_MEMORY = Path("/dev/shm")
 MIN_PREFETCH_FACTOR = 2  # smallest number of chunks that each worker prepares in advance
-USABLE_FRACTION = 0.8  # largest fraction to use of the shared memory that is free at startup
+USABLE_FRACTION = 0.8  # largest usable fraction of the shared memory that is free at startup
 SHARED_MEMORY_REMEDY = (
-    "give the container more shared memory (--shm-size=8g or --ipc=host), or set data.num_workers "
-    "lower (0 needs none)"
+    "give the container more shared memory (--shm-size=8g or --ipc=host), or lower "
+    "data.num_workers (0 needs no shared memory)"
 )
 
 
@@ -23,8 +23,8 @@ class SharedMemoryFull(RuntimeError):
 def allocate(num_bytes: int) -> Tensor:
     """Return an uninitialized uint8 tensor, in shared memory if this is a worker process.
 
-    Otherwise the worker's queue would move the chunk to shared memory in a background thread. If
-    memory is full, that thread prints an error and drops the chunk.
+    If a worker allocated ordinary memory, its queue would move the chunk to shared memory in a
+    background thread. That thread prints an error and drops the chunk if shared memory is full.
 
     Raises:
         SharedMemoryFull: If there is no room for it.
@@ -34,7 +34,9 @@ def allocate(num_bytes: int) -> Tensor:
     try:
         storage = torch.UntypedStorage._new_shared(num_bytes)
     except RuntimeError as error:
-        raise SharedMemoryFull(f"{num_bytes / 2**20:.1f} MiB of shared memory: {error}") from None
+        raise SharedMemoryFull(
+            f"cannot allocate {num_bytes / 2**20:.1f} MiB of shared memory: {error}"
+        ) from None
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
@@ -70,7 +72,7 @@ def plan_transfer(
         bytes_per_image: Bytes of all views of one image.
         chunk_size: Images per chunk if there is room.
         num_workers: Processes per rank.
-        num_chunks_ahead: Chunks that the workers of a rank prepare in advance, all together.
+        num_chunks_ahead: Chunks that the workers of a rank prepare in advance, in total.
         num_images_held: Images that the trainer keeps in shared memory unless it copies them.
         num_ranks: Ranks on this machine.
 

@@ -199,13 +199,13 @@ def _fused_gradients(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | Non
     """Return the gradients of `_LogSumExp` with respect to its anchors and candidates."""
     anchors, candidates, lse = ctx.saved_tensors
     local_start, excluded_offsets, _ = ctx.arguments
-    pairs = {"local_start": local_start, "excluded_offsets": excluded_offsets}
+    exclusion_arguments = {"local_start": local_start, "excluded_offsets": excluded_offsets}
     return (
-        kernels.weighted_sum(anchors, candidates, **pairs, anchor_terms=(lse, grad))
+        kernels.weighted_sum(anchors, candidates, **exclusion_arguments, anchor_terms=(lse, grad))
         if ctx.needs_input_grad[0]
         else None,
         kernels.weighted_sum(
-            candidates, anchors, **pairs, candidate_terms=(lse, grad), swapped=True
+            candidates, anchors, **exclusion_arguments, candidate_terms=(lse, grad), swapped=True
         )
         if ctx.needs_input_grad[1]
         else None,
@@ -239,7 +239,7 @@ class _RunningSums:
     """Sums of exponentials, one per row.
 
     Args:
-        like: Tensor whose number of rows, data type and device the sums take.
+        like: Tensor with the number of rows, the dtype and the device of the sums.
         exp_is_safe: True if the logits are small enough for exp without subtracting the maximum.
     """
 
@@ -289,7 +289,7 @@ def _logits(
         candidates: As in `log_sum_exp`.
         local_start: As in `log_sum_exp`.
         excluded_offsets: As in `log_sum_exp`.
-        backend: Backend with the size of the tiles.
+        backend: Backend, which sets the tile size.
         skip_mirrors: Skip tiles below the diagonal, whose mirrors above it have the same logits.
     """
     height = backend.tile_rows

@@ -148,23 +148,23 @@ class Estimate:
     def memory_by_component(self, micro_batch_size: int) -> dict[str, float]:
         """Return the bytes on each GPU at the peak of a step, by component."""
         method, itemsize = self.method, self.execution.dtype.itemsize
-        weights = sum(self._bytes(p) for p in method.parameters())
-        teacher = sum(
+        parameter_bytes = sum(self._bytes(p) for p in method.parameters())
+        teacher_bytes = sum(
             self._bytes(p) for name, p in method.named_parameters() if name.startswith("teacher.")
         )
         # FSDP gathers the next unit before it frees the current one.
         sizes = sorted(unit.num_weights for unit in self.units)
         num_gathered = sum(sizes[-2:]) if self.num_shards > 1 else 0
         is_replicated = self.cluster.num_ranks > 1 and self.num_shards == 1
-        pixels = sum(3 * crop.size**2 for crop in recipe.crop_per_view(self.run.views))
+        values_per_image = sum(3 * crop.size**2 for crop in recipe.crop_per_view(self.run.views))
         return {
-            "parameters": (weights - teacher) / self.num_shards,
+            "parameters": (parameter_bytes - teacher_bytes) / self.num_shards,
             "DDP buckets": self.gradient_bytes if is_replicated else 0.0,
             "gathered weights": num_gathered * itemsize,
             "optimizer": self.optimizer_trace_and_bytes[1] / self.num_shards,
-            "teacher": teacher / self.num_shards,
+            "teacher": teacher_bytes / self.num_shards,
             "buffers": sum(self._bytes(buffer) for buffer in method.buffers()),
-            "views": pixels * self.local_batch_size * (itemsize + NUM_UPLOADED_BATCHES),
+            "views": values_per_image * self.local_batch_size * (itemsize + NUM_UPLOADED_BATCHES),
             "peak of the step": self.peak_bytes(micro_batch_size),
             "reserved": RESERVED_BYTES,
         }
@@ -213,7 +213,7 @@ class Estimate:
 
         num_fitting = bisect_left(sizes, True, key=is_too_large)
         if num_fitting:
-            return sizes[num_fitting - 1], f"of its share of {self.local_batch_size:,}"
+            return sizes[num_fitting - 1], f"of the {self.local_batch_size:,} images per rank"
         smallest_text = "one image takes"
         if has_batch_norm:
             smallest_text = (

@@ -9,15 +9,15 @@ _lock = threading.Lock()
 
 @contextmanager
 def refuse_concurrent_training() -> Iterator[None]:
-    """Refuse to train in two threads at a time, because they would share a random generator.
+    """Refuse to train in two threads at a time, which would share a random number generator.
 
     Raises:
         ValueError: If another thread of this process is training.
     """
     if not _lock.acquire(blocking=False):
         raise ValueError(
-            "another thread of this process is training, and two at a time would change each "
-            "other's weights; train one after the other, or start each one in its own process"
+            "another thread of this process is training, and both would use the same random number "
+            "generator; train one run after the other, or start each run in its own process"
         )
     try:
         yield

@@ -61,7 +61,7 @@ if __name__ == "__main__":
     result = commands.run(script(text))
     assert result.status == 0, result.text
     assert (
-        "second thread: another thread of this process is training, and two at a time"
+        "second thread: another thread of this process is training, and both would use"
         in result.stdout
     )
     for name in ("thread", "coroutine", "executor"):

@@ -16,10 +16,10 @@ from untrained_run import make_run
 from ssl_pretrain import rng
 from ssl_pretrain.eval import finetune, protocols, runs, semi, training_views
 from ssl_pretrain.eval.finetuning import selection, trainer
-from ssl_pretrain.eval.finetuning.selection import TuningOptions
+from ssl_pretrain.eval.finetuning.selection import FinetuningOptions
 from ssl_pretrain.eval.frozen import evaluation_split
 
-SEMI, DEIT = protocols.TUNING_PROTOCOLS["semi"], protocols.TUNING_PROTOCOLS["deit"]
+SEMI, DEIT = protocols.FINETUNING_PROTOCOLS["semi"], protocols.FINETUNING_PROTOCOLS["deit"]
 CPU = torch.device("cpu")
 
 
@@ -242,17 +242,17 @@ def test_a_published_list_selects_its_images(train_split, tmp_path):
     ("options", "message"),
     [
         (
-            TuningOptions(batch_size=500),
+            FinetuningOptions(batch_size=500),
             "--epochs 150, --batch-size 500: give more than 0 epochs, and a batch of 1 to 200"
             " images",
         ),
         (
-            TuningOptions(batch_size=15),
+            FinetuningOptions(batch_size=15),
             "--batch-size 15: 15 images per rank cannot be mixed in pairs; give an even number, or"
             " --mixup 0 --cutmix 0",
         ),
         (
-            TuningOptions(layer_decay=1.5),
+            FinetuningOptions(layer_decay=1.5),
             "--layer-decay 1.5, --ema 0: give a layer decay in (0, 1] and a moving-average"
             " decay in [0, 1)",
         ),

@@ -87,7 +87,7 @@ def test_the_page_holds_every_section_and_fetches_nothing(digits):
 
 def test_the_ten_queries_cover_ten_classes_and_are_shifted_by_one_or_two_pixels(digits):
     run = runs.load_run(digits, device="cpu")
-    bank, test, kind = nearest_images.open_bank_and_candidates(run)
+    bank, test, kind = nearest_images.open_bank_and_query_candidates(run)
     queries = nearest_images.find_neighbors(run, bank, test)
     assert (len(bank), len(test), kind) == (1297, 500, "test images")
     assert sorted(query.label for query in queries) == list(range(10))
@@ -100,7 +100,7 @@ def test_the_ten_queries_cover_ten_classes_and_are_shifted_by_one_or_two_pixels(
 def test_a_training_image_that_is_not_shifted_is_its_own_nearest_neighbor(digits, monkeypatch):
     monkeypatch.setattr(nearest_images.features, "default_shift_distances", lambda split: [])
     run = runs.load_run(digits, device="cpu")
-    bank, _, _ = nearest_images.open_bank_and_candidates(run)
+    bank, _, _ = nearest_images.open_bank_and_query_candidates(run)
     for query in nearest_images.find_neighbors(run, bank, bank):
         assert np.array_equal(query.feature_neighbors[0][0], query.image)
         assert np.array_equal(query.pixel_neighbors[0][0], query.image)
@@ -169,7 +169,7 @@ def test_long_curves_are_averaged_over_equal_stretches():
 def test_logarithmic_curves_are_straight_for_a_power_law():
     power_law = [(10.0**i, 10.0 ** (-2 * i)) for i in range(4)]
     series = {"a": power_law, "b": [(1.0, 0.0), (1000.0, 1.0)]}
-    chart = charts.line_chart(series, "y", is_logarithmic=True)
+    chart = charts.line_chart(series, "y", has_log_axes=True)
     points = curve_points(chart)
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
     assert slopes == pytest.approx([slopes[0]] * 3, rel=0.01) and slopes[0] < 0

@@ -63,7 +63,7 @@ def test_every_method_has_a_plan(path, tmp_path):
     for line in (
         "# on 4 x H100, 2 nodes of 2: rates from data sheets",
         "at the peak of the step:",
-        "largest micro-batch: 4 of its share of 4",
+        "largest micro-batch: 4 of the 4 images per rank",
         "time per step: ",
     ):
         assert line in text, text

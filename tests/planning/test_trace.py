@@ -107,7 +107,7 @@ def test_a_tiled_loss_counts_the_matrix_products_of_its_tiles():
 
     def differentiate(inputs, begin_phase):
         anchors, candidates = inputs
-        log_sum_exp(anchors, candidates, bound=1.0).sum().backward()
+        log_sum_exp(anchors, candidates, logit_bound=1.0).sum().backward()
 
     traced, _ = record_trace(prepare, differentiate)
     assert traced.flops.sum() == 4 * (2 * 6 * 10 * 4)
