@@ -1,4 +1,4 @@
-"""The flagship recipe fits the GPUs that its header names, as `--plan` computes it."""
+"""`--plan` says that the flagship recipe fits the GPUs named in its header."""
 
 import pytest
 from commands import run
@@ -15,7 +15,7 @@ CONFIG = "configs/simclr_imagenet.yaml"
         ("H200", ["parallel.activation_checkpointing=none"], True),
     ],
 )
-def test_eight_gpus_hold_the_flagship(gpu, overrides, fits):
+def test_the_plan_says_whether_the_flagship_fits_eight_gpus(gpu, overrides, fits):
     arguments = [
         "data.root=/data/imagenet",
         "--plan",

@@ -101,7 +101,7 @@ def test_weights_are_found_in_published_files(config, tmp_path):
         assert line.startswith(f"weights: {tmp_path / name}.pth: {report}"), line
 
 
-REFUSED = {
+REFUSED_FILES = {
     "another depth": (
         network_weights("test_vit", depth=8),
         ["backbone.name=test_vit"],
@@ -139,7 +139,7 @@ REFUSED = {
 
 def test_weights_of_another_network_are_refused(config, tmp_path):
     commands = []
-    for number, (content, keys, _) in enumerate(REFUSED.values()):
+    for number, (content, keys, _) in enumerate(REFUSED_FILES.values()):
         torch.save(content, tmp_path / f"{number}.pth")
         commands.append(
             [
@@ -151,10 +151,10 @@ def test_weights_of_another_network_are_refused(config, tmp_path):
             ]
         )
     for number, ((_, _, message), (status, _, err)) in enumerate(
-        zip(REFUSED.values(), run_modules(commands), strict=True)
+        zip(REFUSED_FILES.values(), run_modules(commands), strict=True)
     ):
-        source = f"error: backbone.init: '{tmp_path / str(number)}.pth'"
-        assert status == 2 and err.replace("': ", "' ").startswith(f"{source} {message}"), err
+        error_start = f"error: backbone.init: '{tmp_path / str(number)}.pth'"
+        assert status == 2 and err.replace("': ", "' ").startswith(f"{error_start} {message}"), err
 
 
 def test_a_key_and_a_prefix_select_the_weights(config, tmp_path):
@@ -177,7 +177,7 @@ def test_a_key_and_a_prefix_select_the_weights(config, tmp_path):
     assert "read at 'nets.deep'; prefix 'right.'; " in result.stdout
 
 
-def test_positions_of_another_image_size_are_resampled_and_reported(config, tmp_path):
+def test_position_embeddings_of_another_image_size_are_resampled_and_reported(config, tmp_path):
     save_file(network_weights("test_vit", img_size=160), tmp_path / "vit.safetensors")
     keys = [f"backbone.init={tmp_path / 'vit.safetensors'}", "backbone.name=test_vit"]
     result = run("-m", "ssl_pretrain.train", config, *keys, f"output={tmp_path / 'run'}")
@@ -187,13 +187,16 @@ def test_positions_of_another_image_size_are_resampled_and_reported(config, tmp_
 
 def test_evaluations_accept_weights_without_a_run(config, tmp_path):
     torch.save({"model": network_weights()}, tmp_path / "published.pth")
-    shared = [
+    shared_arguments = [
         str(tmp_path / "published.pth"),
         f"data.root={config.parent / 'images'}",
         "backbone.name=test_resnet",
     ]
-    shared += ["evaluation.image_size=32", f"output={tmp_path / 'evaluated'}"]
-    commands = [["eval.knn", *shared, "--k", "3"], ["eval.linear", *shared, "--epochs", "2"]]
+    shared_arguments += ["evaluation.image_size=32", f"output={tmp_path / 'evaluated'}"]
+    commands = [
+        ["eval.knn", *shared_arguments, "--k", "3"],
+        ["eval.linear", *shared_arguments, "--epochs", "2"],
+    ]
     for status, out, err in run_modules(commands):
         assert status == 0, err
         assert "published weights of published.pth, test_resnet" in out
@@ -206,17 +209,17 @@ def test_every_evaluation_accepts_weights_of_a_network_that_is_neither_resnet_no
     config, tmp_path
 ):
     torch.save({"model": network_weights("test_efficientnet")}, tmp_path / "published.pth")
-    shared = [str(tmp_path / "published.pth"), "backbone.name=test_efficientnet"]
-    shared += ["evaluation.image_size=32", f"output={tmp_path / 'evaluated'}"]
-    data = [f"data.root={config.parent / 'images'}", "evaluation.k=3"]
-    picture = str(config.parent / "images" / "train" / "class_0" / "0.png")
+    shared_arguments = [str(tmp_path / "published.pth"), "backbone.name=test_efficientnet"]
+    shared_arguments += ["evaluation.image_size=32", f"output={tmp_path / 'evaluated'}"]
+    data_arguments = [f"data.root={config.parent / 'images'}", "evaluation.k=3"]
+    image_path = str(config.parent / "images" / "train" / "class_0" / "0.png")
     commands = [
-        ["eval.semi", *shared, *data, "--percent", "50", "--epochs", "1"],
-        ["eval.finetune", *shared, *data, "--epochs", "1"],
-        ["eval.retrieval", *shared, *data],
-        ["eval.robustness", *shared, *data, "--corruptions", "gaussian_noise"],
-        ["eval.attention", shared[0], picture, *shared[1:]],
-        ["eval.export", *shared, *data],
+        ["eval.semi", *shared_arguments, *data_arguments, "--percent", "50", "--epochs", "1"],
+        ["eval.finetune", *shared_arguments, *data_arguments, "--epochs", "1"],
+        ["eval.retrieval", *shared_arguments, *data_arguments],
+        ["eval.robustness", *shared_arguments, *data_arguments, "--corruptions", "gaussian_noise"],
+        ["eval.attention", shared_arguments[0], image_path, *shared_arguments[1:]],
+        ["eval.export", *shared_arguments, *data_arguments],
     ]
     for command, (status, _, err) in zip(commands, run_modules(commands), strict=True):
         assert status == 0, f"{command[0]}: {err}"
@@ -228,7 +231,7 @@ def test_every_evaluation_accepts_weights_of_a_network_that_is_neither_resnet_no
     assert (tmp_path / "evaluated" / "attention" / "01_0_components.png").is_file()
 
 
-def test_results_of_weights_are_not_mixed_with_others(config, tmp_path):
+def test_results_of_different_weights_are_not_mixed(config, tmp_path):
     torch.save(network_weights(), tmp_path / "a.pth")
     torch.save(other_weights(), tmp_path / "b.pth")
     keys = [

@@ -1,7 +1,7 @@
-"""Compare the colors of views with kornia's, in speed and in value.
+"""Compare our color augmentations with kornia's, in speed and in output.
 
-Both apply the same parameters to one batch of 256 x 3 x 224 x 224. Kornia has one order of the
-jitter for a whole batch, so both use that here. Ours usually has one order per image.
+Both apply the same parameters to one batch of 256 x 3 x 224 x 224. Kornia applies the
+jitter in one order for a whole batch, so both do that here. Ours usually draws one order per image.
 """
 
 import time
@@ -56,14 +56,14 @@ def apply_ours(pixels: Tensor, parameters: ColorParameters) -> Tensor:
 
 
 def apply_kornia(pixels: Tensor, parameters: ColorParameters) -> Tensor:
-    """Apply each of kornia's functions to its images, as kornia's augmentations do."""
+    """Apply each of kornia's functions to the images that get it, as kornia's augmentations do."""
     from kornia import enhance, filters
     from kornia.color import rgb_to_grayscale
 
     images = pixels.to(torch.float32) / 255
-    jitter = torch.from_numpy(np.flatnonzero(parameters.is_jittered))
-    factors = torch.from_numpy(parameters.jitter_factors)[jitter]
-    jittered = images[jitter]
+    jitter_indices = torch.from_numpy(np.flatnonzero(parameters.is_jittered))
+    factors = torch.from_numpy(parameters.jitter_factors)[jitter_indices]
+    jittered = images[jitter_indices]
     for operation in ORDER:
         factor = factors[:, operation]
         if operation == BRIGHTNESS:
@@ -74,12 +74,14 @@ def apply_kornia(pixels: Tensor, parameters: ColorParameters) -> Tensor:
             jittered = enhance.adjust_saturation_with_gray_subtraction(jittered, factor)
         else:
             jittered = enhance.adjust_hue(jittered, factor * 2 * torch.pi)
-    images[jitter] = jittered
-    gray = torch.from_numpy(np.flatnonzero(parameters.is_gray))
-    images[gray] = rgb_to_grayscale(images[gray]).expand(-1, 3, -1, -1)
-    blur = torch.from_numpy(np.flatnonzero(parameters.is_blurred))
-    sigma = torch.from_numpy(parameters.blur_sigma)[blur, None].expand(-1, 2)
-    images[blur] = filters.gaussian_blur2d(images[blur], (blur_taps(SIMCLR),) * 2, sigma, "reflect")
+    images[jitter_indices] = jittered
+    gray_indices = torch.from_numpy(np.flatnonzero(parameters.is_gray))
+    images[gray_indices] = rgb_to_grayscale(images[gray_indices]).expand(-1, 3, -1, -1)
+    blur_indices = torch.from_numpy(np.flatnonzero(parameters.is_blurred))
+    sigma = torch.from_numpy(parameters.blur_sigma)[blur_indices, None].expand(-1, 2)
+    images[blur_indices] = filters.gaussian_blur2d(
+        images[blur_indices], (blur_taps(SIMCLR),) * 2, sigma, "reflect"
+    )
     return images
 
 
@@ -96,7 +98,7 @@ def compare(num_images: int = 256, rounds: int = 3) -> dict[str, float]:
             start = time.perf_counter()
             function(pixels, parameters)
             seconds[name].append(time.perf_counter() - start)
-    ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["kornia"])]
+    ratios = [kornia / ours for ours, kornia in zip(seconds["ours"], seconds["kornia"])]
     return {
         "ours": float(np.median(seconds["ours"])),
         "kornia": float(np.median(seconds["kornia"])),

@@ -1,11 +1,11 @@
-"""Measure what a file of smaller images costs, for the table of docs/data.md.
+"""Measure the size and the pixel error of smaller stored images, for the table in docs/data.md.
 
     PYTHONPATH=. python tests/bench/resolution.py
 
-All numbers are for imagenet_sample.zip. The pixel error compares the same region of the image as a
-view, cut from the file and from the original by Pillow, whose boxes may begin between pixels. Both
-are antialiased bilinear. The error is the root of the mean square over views, in gray levels. A
-view is enlarged if its box has fewer pixels than the view along at least one side.
+All numbers are for imagenet_sample.zip. The pixel error compares a view cut from the file with
+the same view cut from the original. Pillow resizes both with antialiased bilinear interpolation,
+because its boxes may begin between pixels. The error is the root mean square over views, in gray
+levels. A view is enlarged if its box has fewer pixels than the view along at least one side.
 """
 
 import argparse
@@ -61,17 +61,23 @@ def main() -> None:
             )
             stored = open_source(DataConfig(root=str(path)), "train")
             assert isinstance(stored, Beton)
-            size = float(stored.samples.length.mean())  # without the tables of the file
+            bytes_per_image = float(stored.samples.length.mean())  # without the file's tables
             cells = []
             for crop in VIEWS.values():
                 errors, enlarged = [], []
                 for index in np.linspace(0, len(stored) - 1, args.images).astype(int).tolist():
-                    error, larger = compare(originals.read(index), stored.read(index), crop, index)
+                    error, is_enlarged = compare(
+                        originals.read(index), stored.read(index), crop, index
+                    )
                     errors.append(error)
-                    enlarged.append(larger)
+                    enlarged.append(is_enlarged)
                 cells.append(f"{np.sqrt(np.mean(errors)):.1f}, {100 * np.mean(enlarged):.0f} %")
-            name = str(side) if side else "none"
-            row = [name, f"{size / 1e3:.0f}", f"{size * 1281167 / 1e9:.0f} GB"]
+            max_side = str(side) if side else "none"
+            row = [
+                max_side,
+                f"{bytes_per_image / 1e3:.0f}",
+                f"{bytes_per_image * 1281167 / 1e9:.0f} GB",
+            ]
             row += [f"{manifest.num_unchanged} of 600", *cells]
             print(f"| {' | '.join(row)} |", flush=True)
 
@@ -79,20 +85,20 @@ def main() -> None:
 def compare(original: np.ndarray, stored: np.ndarray, crop: Crop, index: int) -> tuple[float, bool]:
     """Return the mean squared difference of one view, and whether its box is enlarged."""
     box = crops.draw_box(crop, 0, 0, index, 0, *stored.shape[:2])
-    by_y, by_x = original.shape[0] / stored.shape[0], original.shape[1] / stored.shape[1]
+    scale_y, scale_x = original.shape[0] / stored.shape[0], original.shape[1] / stored.shape[1]
 
-    def view(image: np.ndarray, by_y: float, by_x: float) -> np.ndarray:
+    def cut_view(image: np.ndarray, scale_y: float, scale_x: float) -> np.ndarray:
         region = (
-            box.left * by_x,
-            box.top * by_y,
-            (box.left + box.width) * by_x,
-            (box.top + box.height) * by_y,
+            box.left * scale_x,
+            box.top * scale_y,
+            (box.left + box.width) * scale_x,
+            (box.top + box.height) * scale_y,
         )
         picture = Image.fromarray(np.ascontiguousarray(image))
         size = (crop.size, crop.size)
         return np.asarray(picture.resize(size, Image.Resampling.BILINEAR, region), np.float32)
 
-    error = np.square(view(stored, 1, 1) - view(original, by_y, by_x)).mean()
+    error = np.square(cut_view(stored, 1, 1) - cut_view(original, scale_y, scale_x)).mean()
     return float(error), min(box.height, box.width) < crop.size
 
 

@@ -1,4 +1,4 @@
-"""Files of the writer: their content, reading by FFCV, resuming after a kill, and messages."""
+"""Written .beton files: their content, reading by FFCV, resuming after a kill, and messages."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ from ssl_pretrain.data.beton.encoder import (
     encode_image,
 )
 from ssl_pretrain.data.images import UnreadableImage, decode
-from ssl_pretrain.data.native import decode as compiled
+from ssl_pretrain.data.native import decode as native_decode
 from ssl_pretrain.data.sources import DataConfig, open_source
 
 pytestmark = [needs_ffcv, pytest.mark.timeout(200)]
@@ -42,9 +42,9 @@ def sha256(path: Path) -> str:
 
 
 def error_message(function, *arguments) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as error:
         function(*arguments)
-    return str(caught.value)
+    return str(error.value)
 
 
 @contextmanager
@@ -113,9 +113,9 @@ class TestRealData:
         )
         samples = beton_file.read(tmp_path / "train.beton")
         assert int(np.maximum(samples.width, samples.height).max()) == 256
-        small = sum(max(source.read(index).shape) <= 256 for index in range(0, 600, 20))
+        num_small = sum(max(source.read(index).shape) <= 256 for index in range(0, 600, 20))
         assert (
-            0 <= small <= 30
+            0 <= num_small <= 30
             and manifest.num_unchanged + manifest.num_encoded == 600
             and manifest.num_unchanged < 60
         )
@@ -127,15 +127,15 @@ def test_each_kind_of_image_is_stored_as_documented(tmp_path):
     gray = Image.open(io.BytesIO(encode_jpeg(1, 60, 40))).convert("L")
     exif = Image.Exif()
     exif[0x0112] = 6
-    plain, large = encode_jpeg(2, 60, 40), encode_jpeg(3, 90, 40)
-    kinds = {
-        "a_plain.jpg": plain,
-        "b_large.jpg": large,
+    small_jpeg, large_jpeg = encode_jpeg(2, 60, 40), encode_jpeg(3, 90, 40)
+    jpeg_contents = {
+        "a_plain.jpg": small_jpeg,
+        "b_large.jpg": large_jpeg,
         "c_turned.jpg": encode_jpeg(4, 60, 40, exif=exif.tobytes()),
         "d_progressive.jpg": encode_jpeg(5, 60, 40, progressive=True),
-        "e_trailing.jpg": plain + b"after the end",
+        "e_trailing.jpg": small_jpeg + b"after the end",
     }
-    for name, content in kinds.items():
+    for name, content in jpeg_contents.items():
         (folder / name).write_bytes(content)
     gray.save(folder / "f_gray.jpg")
     Image.fromarray(np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)).save(
@@ -148,7 +148,7 @@ def test_each_kind_of_image_is_stored_as_documented(tmp_path):
         source, tmp_path / "train.beton", EncodingSettings(max_side=80), num_workers=1
     )
     beton = open_train(tmp_path / "train.beton")
-    decoder = compiled.Decoder()
+    decoder = native_decode.Decoder()
     outcomes = [
         encode_image(source, index, EncodingSettings(max_side=80), decoder)[0].outcome
         for index in range(9)
@@ -190,7 +190,7 @@ def test_each_kind_of_image_is_stored_as_documented(tmp_path):
     assert find_problems(beton.samples) == []
 
 
-def test_ffcv_reads_our_files_and_we_read_files_of_ffcv(tmp_path):
+def test_ffcv_reads_our_files_and_we_read_its_files(tmp_path):
     beton = write_beton(tmp_path / "data", n=20)
     code = """
 import sys, numpy as np
@@ -268,7 +268,7 @@ def test_check_names_damaged_images(tmp_path, capsys):
     with open(beton.full_path, "r+b") as file:
         file.seek(int(beton.samples.offset[3]))
         file.write(b"GIF")
-        # The JPEG still decodes without a warning.
+        # After this change image 7 still decodes without a warning.
         file.seek(int(beton.samples.offset[7] + beton.samples.length[7]) - 40)
         before = file.read(1)
         file.seek(-1, os.SEEK_CUR)
@@ -291,24 +291,30 @@ def _write_slowly(root: Path, path: Path) -> None:
     )
 
 
-class TestKilled:
+class TestWriting:
     def test_ten_kills_do_not_change_the_file(self, tmp_path):
         root = write_images(tmp_path / "data", n=300)
-        whole, path = tmp_path / "whole" / "train.beton", tmp_path / "killed" / "train.beton"
+        reference, path = (
+            tmp_path / "reference" / "train.beton",
+            tmp_path / "killed" / "train.beton",
+        )
         beton_writer.write(
-            open_train(root, loader="folder"), whole, EncodingSettings(max_side=64), num_workers=1
+            open_train(root, loader="folder"),
+            reference,
+            EncodingSettings(max_side=64),
+            num_workers=1,
         )
         journal, sizes = path.with_name("train.beton.journal"), []
         for delay in np.random.default_rng(0).uniform(0, 0.2, 10):
             process = _context.Process(target=_write_slowly, args=(root, path))
             process.start()
-            until = time.monotonic() + 60
+            deadline = time.monotonic() + 60
             while (
                 sizes
                 and not (journal.exists() and journal.stat().st_size > sizes[-1])
-                and time.monotonic() < until
+                and time.monotonic() < deadline
             ):
-                time.sleep(0.005)  # all but the first are killed after another image was written
+                time.sleep(0.005)  # all but the first kill come after another image was written
             time.sleep(delay)
             process.kill()
             process.join()
@@ -319,10 +325,10 @@ class TestKilled:
         beton_writer.write(
             open_train(root, loader="folder"), path, EncodingSettings(max_side=64), num_workers=1
         )
-        assert sha256(path) == sha256(whole) and sha256(manifest_path(path)) == sha256(
-            manifest_path(whole)
+        assert sha256(path) == sha256(reference) and sha256(manifest_path(path)) == sha256(
+            manifest_path(reference)
         )
-        assert sorted(each.name for each in path.parent.iterdir()) == [
+        assert sorted(file.name for file in path.parent.iterdir()) == [
             "train.beton",
             "train.beton.json",
         ]
@@ -333,8 +339,8 @@ class TestKilled:
     )
     def test_images_lost_in_a_power_cut_are_written_again(self, damage, tmp_path, monkeypatch):
         source = open_train(write_images(tmp_path / "data", n=40), loader="folder")
-        whole, path = tmp_path / "whole" / "train.beton", tmp_path / "train.beton"
-        beton_writer.write(source, whole, EncodingSettings(), num_workers=1)
+        reference, path = tmp_path / "reference" / "train.beton", tmp_path / "train.beton"
+        beton_writer.write(source, reference, EncodingSettings(), num_workers=1)
         with monkeypatch.context() as patch:
             stop = OSError("the disk is full")
 
@@ -363,7 +369,7 @@ class TestKilled:
             content[-3000] ^= 255
             data.write_bytes(bytes(content))
         beton_writer.write(source, path, EncodingSettings(), num_workers=1)
-        assert sha256(path) == sha256(whole)
+        assert sha256(path) == sha256(reference)
 
     def test_a_finished_file_is_not_written_again(self, tmp_path):
         beton = write_beton(tmp_path / "data", n=12)
@@ -411,7 +417,7 @@ class TestMessages:
         return write_beton(tmp_path / "data", n=12)
 
     @pytest.mark.case(15)
-    def test_files_that_do_not_open(self, beton, tmp_path):
+    def test_the_error_says_why_a_file_does_not_open(self, beton, tmp_path):
         path, size = Path(beton.full_path), os.stat(beton.full_path).st_size
         os.truncate(path, size - 100)
         assert (
@@ -437,7 +443,7 @@ class TestMessages:
         )
 
     @pytest.mark.parametrize("field", ["offset", "width", "mode"])
-    def test_entries_that_point_outside_the_file(self, field, beton):
+    def test_entries_that_point_outside_the_file_are_refused(self, field, beton):
         with edit_bytes(beton) as (path, content):
             samples = np.frombuffer(content, tables.SAMPLE_DTYPE, 12, offset=tables.SAMPLES_OFFSET)
             samples["image"][field][2] = {"offset": 1 << 40, "width": 0, "mode": 9}[field]
@@ -450,13 +456,13 @@ class TestMessages:
             f"data.root: {path}: {expected}; the file is damaged; copy or write it again"
         )
 
-    def test_a_damaged_manifest(self, beton):
+    def test_a_damaged_manifest_is_refused_and_a_missing_one_is_not(self, beton):
         path = manifest_path(Path(beton.full_path))
         path.write_text("{")
         assert error_message(beton_file.read, Path(beton.full_path)) == (
             f"data.root: {path} is damaged; copy it again, or run the same write again"
         )
-        path.unlink()  # as in files of FFCV, whose classes are named by number
+        path.unlink()  # as with FFCV's files, whose classes are named by number
         assert open_train(Path(beton.full_path)).classes == ["0", "1", "2"]
 
     @pytest.mark.parametrize(
@@ -475,7 +481,7 @@ class TestMessages:
             ),
         ],
     )
-    def test_impossible_options(self, options, message, beton, tmp_path, capsys):
+    def test_impossible_options_are_refused(self, options, message, beton, tmp_path, capsys):
         assert (
             command.main(["write", str(tmp_path / "data"), str(tmp_path / "x.beton"), *options])
             == 2
@@ -505,7 +511,7 @@ class TestMessages:
             "val-00002-of-00004.beton"
         ]
 
-    def test_progress_names_the_time_left(self, monkeypatch, capsys):
+    def test_progress_shows_the_time_left(self, monkeypatch, capsys):
         clock = iter(range(0, 100, 2))
         monkeypatch.setattr(messages.time, "monotonic", lambda: next(clock))
         assert list(messages.report_progress("abcd", 4, "wrote")) == list("abcd")
@@ -519,15 +525,17 @@ class TestDamage:
     def beton(self, tmp_path) -> Beton:
         return write_beton(tmp_path / "data", n=12)
 
-    def test_every_flipped_bit_of_the_tables_is_detected(self, beton):
+    def test_flipped_bits_of_the_tables_are_detected(self, beton):
         path = Path(beton.full_path)
         content = path.read_bytes()
-        allocations = int(np.frombuffer(content, tables.HEADER_DTYPE, 1)[0]["allocations_offset"])
+        allocations_offset = int(
+            np.frombuffer(content, tables.HEADER_DTYPE, 1)[0]["allocations_offset"]
+        )
         samples_end = tables.SAMPLES_OFFSET + 12 * tables.SAMPLE_DTYPE.itemsize
         positions = [
             *range(tables.HEADER_DTYPE.itemsize),
             *range(tables.SAMPLES_OFFSET, samples_end),
-            *range(allocations, len(content)),
+            *range(allocations_offset, len(content)),
         ]
         for number, position in enumerate(positions[::5]):
             flipped = bytearray(content)
@@ -537,7 +545,7 @@ class TestDamage:
         path.write_bytes(content)
         assert len(beton_file.read(path)) == 12
 
-    def test_every_flipped_bit_of_the_manifest_is_detected(self, beton):
+    def test_flipped_bits_of_the_manifest_are_detected(self, beton):
         path = manifest_path(Path(beton.full_path))
         content = path.read_bytes()
         for position in range(0, len(content), 3):
@@ -551,7 +559,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         "text", ["[]", "null", "5", '"text"', "{}", "\xff", pytest.param("[" * 200_000, id="deep")]
     )
-    def test_other_json_is_no_manifest(self, text, beton, capsys):
+    def test_text_that_is_no_manifest_is_refused(self, text, beton, capsys):
         path = manifest_path(Path(beton.full_path))
         path.write_text(text, encoding="latin-1")
         expected = (
@@ -565,10 +573,11 @@ class TestDamage:
         path = manifest_path(Path(beton.full_path))
         manifest = json.loads(path.read_text())
         for key in manifest:
-            for other in ({}, {key: None}, {key: [5]}):
+            for replacement in ({}, {key: None}, {key: [5]}):
                 path.write_text(
                     json.dumps(
-                        {name: value for name, value in manifest.items() if name != key} | other
+                        {name: value for name, value in manifest.items() if name != key}
+                        | replacement
                     )
                 )
                 assert "is damaged" in error_message(beton_file.read, Path(beton.full_path))
@@ -584,10 +593,14 @@ class TestDamage:
         assert len(beton_file.read(Path(beton.full_path))) == 12
 
     @pytest.mark.parametrize("length", [2**64 - 8, 2**63, 2**64 - 1])
-    def test_a_length_that_wraps_is_refused(self, length, beton):
+    def test_a_length_that_overflows_is_refused(self, length, beton):
         with edit_bytes(beton) as (path, content):
-            table = int(np.frombuffer(content, tables.HEADER_DTYPE, 1)[0]["allocations_offset"])
-            allocations = np.frombuffer(content, tables.ALLOCATION_DTYPE, 12, offset=table)
+            allocations_offset = int(
+                np.frombuffer(content, tables.HEADER_DTYPE, 1)[0]["allocations_offset"]
+            )
+            allocations = np.frombuffer(
+                content, tables.ALLOCATION_DTYPE, 12, offset=allocations_offset
+            )
             allocations["length"][3] = np.uint64(length)
         assert error_message(beton_file.read, path).endswith(
             "the entry of image 3 points outside the file; the file is damaged; copy or write it "
@@ -622,7 +635,7 @@ class TestDamage:
             "folder that contains train.beton"
         )
 
-    def test_an_entry_of_too_many_pixels_is_refused(self, beton):
+    def test_an_entry_with_too_many_pixels_is_refused(self, beton):
         with edit_bytes(beton) as (path, content):
             samples = np.frombuffer(content, tables.SAMPLE_DTYPE, 12, offset=tables.SAMPLES_OFFSET)
             samples["image"]["width"][2] = samples["image"]["height"][2] = 65535
@@ -631,11 +644,11 @@ class TestDamage:
             in error_message(beton_file.read, path)
         )
 
-    def test_buffers_fit_tall_and_wide_images_separately(self, beton):
+    def test_a_buffer_is_not_sized_for_the_largest_height_times_the_largest_width(self, beton):
         sides = np.array([1, 60000] * 6)
         samples = replace(beton.samples, height=sides, width=sides[::-1])
-        with compiled.Decoder() as decoder:
-            assert compiled.allocate_workspace(samples, [], decoder).image.nbytes < 20_000_000
+        with native_decode.Decoder() as decoder:
+            assert native_decode.allocate_workspace(samples, [], decoder).image.nbytes < 20_000_000
 
     def test_a_replaced_file_is_detected(self, beton, tmp_path):
         other = write_beton(tmp_path / "other" / "data", n=12, max_side=30)
@@ -655,9 +668,9 @@ class TestDamage:
         eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
         content[offset : offset + len(eps)] = eps
         path.write_bytes(content)
-        with pytest.raises(UnreadableImage) as caught:
+        with pytest.raises(UnreadableImage) as error:
             open_train(path).read(4)
-        assert str(caught.value) == f"{path}, image 4: not a JPEG"
+        assert str(error.value) == f"{path}, image 4: not a JPEG"
 
 
 @pytest.mark.parametrize(
@@ -665,9 +678,9 @@ class TestDamage:
 )
 def test_a_killed_rewrite_is_finished(moment, tmp_path, monkeypatch):
     source = open_train(write_images(tmp_path / "data", n=12), loader="folder")
-    path, whole = tmp_path / "train.beton", tmp_path / "whole" / "train.beton"
+    path, reference = tmp_path / "train.beton", tmp_path / "reference" / "train.beton"
     beton_writer.write(source, path, EncodingSettings(max_side=30), num_workers=1)
-    beton_writer.write(source, whole, EncodingSettings(max_side=60), num_workers=1)
+    beton_writer.write(source, reference, EncodingSettings(max_side=60), num_workers=1)
     with monkeypatch.context() as patch:
 
         def interrupt(*_arguments):
@@ -689,23 +702,23 @@ def test_a_killed_rewrite_is_finished(moment, tmp_path, monkeypatch):
     if moment == "between manifest and data":
         assert "do not belong together" in error_message(beton_file.read, path)
     beton_writer.write(source, path, EncodingSettings(max_side=60), num_workers=1)
-    assert sha256(path) == sha256(whole)
-    assert sorted(each.name for each in tmp_path.glob("train.beton*")) == [
+    assert sha256(path) == sha256(reference)
+    assert sorted(file.name for file in tmp_path.glob("train.beton*")) == [
         "train.beton",
         "train.beton.json",
     ]
 
 
-def test_stored_bytes_are_the_jpeg_of_the_source(tmp_path):
+def test_a_subset_reads_its_images_and_a_deleted_file_is_reported(tmp_path):
     beton = write_beton(tmp_path / "data", n=12)
     np.testing.assert_array_equal(beton.read(3), decode(beton.read_bytes(3), "x"))
     subset = beton.take(np.array([5, 2]))
     assert subset.fingerprint not in (beton.fingerprint, beton.take(np.array([2, 5])).fingerprint)
     np.testing.assert_array_equal(subset.read(0), beton.read(5))
     os.unlink(beton.full_path)
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(FileNotFoundError) as error:
         beton.check_present()
     assert (
-        str(caught.value)
+        str(error.value)
         == f"data.root: {beton.full_path} no longer exists, but existed when the run began"
     )

@@ -12,7 +12,7 @@ from ssl_pretrain.data.readers import ReaderKind, choose_reader_kind
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
-PLAIN = ViewsConfig(
+VIEWS = ViewsConfig(
     crops={
         "global": Crop(count=2, size=12),
         "local": Crop(count=1, size=6, scale=[0.1, 0.4], interpolation="bicubic"),
@@ -26,8 +26,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
 def test_batches_equal_those_of_worker_processes_within_one_gray_level(device, tmp_path):
     source = open_train(write_images(tmp_path / "data", n=50), loader="folder")
     with (
-        build_loader(source, PLAIN, "device", device=device) as loader,
-        build_loader(source, PLAIN) as reference,
+        build_loader(source, VIEWS, "device", device=device) as loader,
+        build_loader(source, VIEWS) as reference,
     ):
         for _, batch, expected in zip(range(6), loader.iterate_from(2), reference.iterate_from(2)):
             assert torch.equal(batch.indices.cpu(), expected.indices)
@@ -43,13 +43,13 @@ def test_batches_equal_those_of_worker_processes_within_one_gray_level(device, t
 def test_resumed_steps_and_ranks_give_the_same_batches():
     source = open_source(DataConfig("digits"), "val")
 
-    def batches(first: int, **options):
-        loader = build_loader(source, PLAIN, "device", global_batch_size=60, **options)
+    def iterate_batches(first: int, **options):
+        loader = build_loader(source, VIEWS, "device", global_batch_size=60, **options)
         return loader.iterate_from(first)
 
-    expected = [batch.views for batch in itertools.islice(batches(0), 4)][3]
-    resumed = next(batches(3)).views
-    ranks = [next(batches(3, rank=rank, world_size=2)).views for rank in range(2)]
+    expected = [batch.views for batch in itertools.islice(iterate_batches(0), 4)][3]
+    resumed = next(iterate_batches(3)).views
+    ranks = [next(iterate_batches(3, rank=rank, world_size=2)).views for rank in range(2)]
     for view, view_after_resume, *slices in zip(expected, resumed, *ranks):
         assert torch.equal(view, view_after_resume) and torch.equal(view, torch.cat(slices))
 
@@ -60,12 +60,12 @@ def test_an_unreadable_image_is_replaced_and_counted(tmp_path):
     (root / "train" / "class_0" / "0003.jpg").write_bytes(b"")
     options = {"global_batch_size": 6, "max_replaced": 1.0}
     with (
-        build_loader(source, PLAIN, "device", **options) as loader,
+        build_loader(source, VIEWS, "device", **options) as loader,
         pytest.warns(UserWarning, match="the file is empty"),
     ):
         batches = list(itertools.islice(loader.iterate_from(0), 2))
     assert loader.num_replaced == 1
-    with build_loader(source, PLAIN, **options) as reference:
+    with build_loader(source, VIEWS, **options) as reference:
         for batch, expected in zip(batches, reference.iterate_from(0)):
             assert torch.equal(batch.labels, expected.labels)
             for view, expected_view in zip(batch.views, expected.views):
@@ -76,7 +76,7 @@ def test_a_data_set_larger_than_the_device_is_refused(monkeypatch):
     source = open_source(DataConfig("digits"), "val")
     monkeypatch.setattr(device_cache, "_usable_bytes", lambda device: 50_000.0)
     with pytest.raises(ValueError) as error:
-        build_loader(source, PLAIN, "device")
+        build_loader(source, VIEWS, "device")
     assert str(error.value) == (
         "data.cache: device: the 500 images of scikit-learn's digits need at least 0.0 GiB, "
         "but half of the free memory of cpu is 0.0 GiB; set data.cache=none"

@@ -1,4 +1,4 @@
-"""Images that replace others are outside the batch, distinct, and the same for any ranks."""
+"""Replacements are distinct images outside the batch, and the same for any number of ranks."""
 
 import numpy as np
 import pytest
@@ -26,10 +26,10 @@ def test_replacements_are_distinct_images_outside_the_batch(
                 for row in rows
             ]
             replacements = [number for number in spares if number is not None]
-            outside = set(range(num_images)) - set(images) - bad
-            assert set(replacements) <= outside and len(set(replacements)) == len(replacements)
-            # None is left without one while there are any.
-            assert len(replacements) == min(len(rows), len(outside))
+            available = set(range(num_images)) - set(images) - bad
+            assert set(replacements) <= available and len(set(replacements)) == len(replacements)
+            # A row has no replacement only if no image is left.
+            assert len(replacements) == min(len(rows), len(available))
 
 
 def test_ranks_agree_with_one_process():

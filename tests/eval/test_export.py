@@ -1,4 +1,4 @@
-"""eval.export: the files load strictly elsewhere with the same features, or are refused."""
+"""Exported files load strictly in other libraries with the same features, or are refused."""
 
 import hashlib
 import json
@@ -31,14 +31,14 @@ WEIGHTS, ARGUMENTS = "model.safetensors", "timm.json"
 
 
 @pytest.fixture(scope="module")
-def vit(tmp_path_factory):
+def vit_export(tmp_path_factory):
     """The export of a ViT-S with 12 heads, like MoCo v3's. timm's has 6."""
     path = make_run(tmp_path_factory.mktemp("runs") / "vit", *VIT)
     return export.export(runs.load_run(path, device="cpu"), path.parent / "exported")
 
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny_run(tmp_path):
     return make_run(tmp_path / "run")
 
 
@@ -49,7 +49,7 @@ def error_of(function, *arguments) -> str:
 
 
 def rename_tensors(run: Path, rename, **entries) -> None:
-    """Give the tensors of the newest checkpoint other names."""
+    """Rename the tensors of the newest checkpoint and change entries of its manifest."""
     file = checkpoint_of(run) / "method.safetensors"
     save_file({rename(key): value for key, value in load_file(file).items()}, file)
     edit_manifest(run, **entries)
@@ -75,7 +75,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", [*WRAPPERS, "compiled"])
 @torch.no_grad()
-def test_timm_and_torchvision_load_it_strictly_with_the_same_features(name, tmp_path):
+def test_timm_and_torchvision_load_an_export_strictly_with_the_same_features(name, tmp_path):
     path = make_run(tmp_path / "run", *RESNET)
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     expected = runs.load_run(path, device="cpu").backbone(images)
@@ -85,31 +85,31 @@ def test_timm_and_torchvision_load_it_strictly_with_the_same_features(name, tmp_
     run = runs.load_run(path, device="cpu")
     folder = export.export(run, tmp_path / "exported", ["timm", "torchvision"])
     weights = folder / WEIGHTS
-    in_timm = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(weights))
-    in_torchvision = torchvision.models.resnet18(weights=None)
-    in_torchvision.fc = nn.Identity()
-    in_torchvision.load_state_dict(load_file(weights), strict=True)
+    timm_model = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(weights))
+    torchvision_model = torchvision.models.resnet18(weights=None)
+    torchvision_model.fc = nn.Identity()
+    torchvision_model.load_state_dict(load_file(weights), strict=True)
     tolerance = 1e-5 * expected.abs().max().item()
-    for model in (in_timm.eval(), in_torchvision.eval(), export.load(folder)):
+    for model in (timm_model.eval(), torchvision_model.eval(), export.load(folder)):
         torch.testing.assert_close(model(images), expected, rtol=0, atol=tolerance)
     network = json.loads((folder / ARGUMENTS).read_text())["network"]
     assert network == ("teacher" if name == "teacher" else "student")
 
 
-def test_weights_of_twelve_heads_load_into_six_and_are_refused(vit):
-    weights = str(vit / WEIGHTS)
-    six = timm.create_model(
+def test_weights_of_twelve_heads_load_into_six_and_are_refused(vit_export):
+    weights = str(vit_export / WEIGHTS)
+    six_heads = timm.create_model(
         "vit_small_patch16_224", num_classes=0, img_size=32, depth=2, checkpoint_path=weights
     )
-    message = error_of(export.check, six, vit)
+    message = error_of(export.check, six_heads, vit_export)
     assert "the weights loaded, but the features differ by up to" in message
     assert "so this is not the exported network" in message
     assert "num_heads 12, patch_size [16, 16]" in message
     assert message.endswith("build it from timm.json, or with eval.export.load")
-    arguments = json.loads((vit / ARGUMENTS).read_text())["create_model"]
-    twelve = timm.create_model("vit_small_patch16_224", **arguments, checkpoint_path=weights)
-    export.check(twelve, vit)
-    assert export.load(vit).model.blocks[0].attn.num_heads == 12
+    arguments = json.loads((vit_export / ARGUMENTS).read_text())["create_model"]
+    twelve_heads = timm.create_model("vit_small_patch16_224", **arguments, checkpoint_path=weights)
+    export.check(twelve_heads, vit_export)
+    assert export.load(vit_export).model.blocks[0].attn.num_heads == 12
 
 
 def edit_export(folder: Path, weights=None, **entries) -> None:
@@ -121,15 +121,15 @@ def edit_export(folder: Path, weights=None, **entries) -> None:
     (folder / ARGUMENTS).write_text(json.dumps(arguments))
 
 
-def test_loading_compares_the_features(vit, tmp_path):
-    folder = shutil.copytree(vit, tmp_path / "six")
+def test_loading_compares_the_features(vit_export, tmp_path):
+    folder = shutil.copytree(vit_export, tmp_path / "six")
     edit_export(folder, args={"num_heads": 6, "depth": 2})
     message = error_of(export.load, folder)
     assert "the weights loaded, but the features differ by up to" in message
 
 
-def test_a_missing_key_and_another_architecture_are_named(vit, tmp_path):
-    folder = shutil.copytree(vit, tmp_path / "cut")
+def test_a_missing_key_and_another_architecture_are_named(vit_export, tmp_path):
+    folder = shutil.copytree(vit_export, tmp_path / "cut")
     weights = load_file(folder / WEIGHTS)
     del weights["norm.bias"]
     edit_export(folder, weights)
@@ -139,13 +139,13 @@ def test_a_missing_key_and_another_architecture_are_named(vit, tmp_path):
         " trained them"
     )
     edit_export(folder, architecture="resnet18", args={})
-    other = r"not the weights of this backbone: .* missing .* unexpected"
-    with pytest.raises(ValueError, match=other):
+    pattern = r"not the weights of this backbone: .* missing .* unexpected"
+    with pytest.raises(ValueError, match=pattern):
         export.load(folder)
 
 
-def test_a_damaged_or_incomplete_folder_is_named(vit, tmp_path):
-    folder = shutil.copytree(vit, tmp_path / "damaged")
+def test_a_damaged_or_incomplete_folder_is_named(vit_export, tmp_path):
+    folder = shutil.copytree(vit_export, tmp_path / "damaged")
     content = bytearray((folder / WEIGHTS).read_bytes())
     content[-1] ^= 1
     (folder / WEIGHTS).write_bytes(content)
@@ -176,8 +176,8 @@ def test_untrained_weights_are_refused_or_flagged(tmp_path, capsys):
     assert f"WARNING: {problem}" in capsys.readouterr().err
 
 
-def test_a_collapsed_backbone_is_refused(tiny, tmp_path):
-    run = runs.load_run(tiny, device="cpu")
+def test_a_collapsed_backbone_is_refused(tiny_run, tmp_path):
+    run = runs.load_run(tiny_run, device="cpu")
     with torch.no_grad():
         for norm in run.backbone.model.layer4.modules():
             if isinstance(norm, nn.BatchNorm2d):
@@ -188,13 +188,13 @@ def test_a_collapsed_backbone_is_refused(tiny, tmp_path):
         export.export(run, tmp_path / "out")
 
 
-def test_the_card_has_results_and_checksum_and_no_path(tiny, tmp_path, capsys):
-    knn.evaluate(runs.load_run(tiny, device="cpu"), shift_distances=[], rows=["pretrained"])
+def test_the_card_has_results_and_checksum_and_no_path(tiny_run, tmp_path, capsys):
+    knn.evaluate(runs.load_run(tiny_run, device="cpu"), shift_distances=[], rows=["pretrained"])
     out = tmp_path / "out"
-    export.main([str(tiny), "--device", "cpu", str(out), f"data.cache_dir={tmp_path}"])
+    export.main([str(tiny_run), "--device", "cpu", str(out), f"data.cache_dir={tmp_path}"])
     assert capsys.readouterr().out.startswith(f"exported student of step_00000007 to {out}")
     card = (out / "README.md").read_text()
-    accuracy = json.loads((tiny / "eval/knn.json").read_text())["rows"][0]["metrics"]["clean"]
+    accuracy = json.loads((tiny_run / "eval/knn.json").read_text())["rows"][0]["metrics"]["clean"]
     table = f"| accuracy, % | clean |\n|---|---|\n| pretrained | {accuracy:.1f} |\n"
     assert f"### knn\n\n{table}" in card
     assert json.loads((out / ARGUMENTS).read_text())["sha256"] in card
@@ -203,8 +203,8 @@ def test_the_card_has_results_and_checksum_and_no_path(tiny, tmp_path, capsys):
     assert str(tmp_path) not in card
 
 
-def test_an_older_export_is_replaced(tiny, tmp_path):
-    run = runs.load_run(tiny, device="cpu")
+def test_an_older_export_is_replaced(tiny_run, tmp_path):
+    run = runs.load_run(tiny_run, device="cpu")
     for _ in range(2):
         assert export.export(run, tmp_path / "out") == tmp_path / "out"
 
@@ -235,22 +235,22 @@ def test_a_small_stem_loads_only_with_this_project(tmp_path):
     assert isinstance(export.load(folder).model.maxpool, nn.Identity)
     assert "timm and torchvision have no `no_pool` stem" in (folder / "README.md").read_text()
     weights = str(folder / WEIGHTS)
-    in_timm = timm.create_model("resnet18", num_classes=0, checkpoint_path=weights)
-    assert "(stem no_pool," in error_of(export.check, in_timm, folder)
+    timm_model = timm.create_model("resnet18", num_classes=0, checkpoint_path=weights)
+    assert "(stem no_pool," in error_of(export.check, timm_model, folder)
 
 
-def test_a_folder_that_holds_something_else_is_left_unchanged(tiny, tmp_path):
+def test_a_folder_that_holds_something_else_is_left_unchanged(tiny_run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("text")
-    assert error_of(export.export, runs.load_run(tiny, device="cpu"), out) == (
+    assert error_of(export.export, runs.load_run(tiny_run, device="cpu"), out) == (
         f"{out}: is not empty and contains no export; give a new folder"
     )
 
 
-def test_a_missing_onnx_is_an_error(tiny, tmp_path, monkeypatch):
+def test_a_missing_onnx_is_an_error(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    run = runs.load_run(tiny, device="cpu")
+    run = runs.load_run(tiny_run, device="cpu")
     assert error_of(export.export, run, tmp_path / "out", ["onnx"]) == (
         f"--format onnx: onnxruntime is not installed; {onnx.INSTALL}"
     )
@@ -266,24 +266,24 @@ def test_onnx_gives_torchs_features_for_any_number_of_images(overrides, tmp_path
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = run.backbone(images)
-    full = onnx.open_session(folder / "model.onnx")(images)
+    features = onnx.open_session(folder / "model.onnx")(images)
     tolerance = 1e-4 * expected.abs().max().item()
-    torch.testing.assert_close(full, expected, rtol=0, atol=tolerance)
-    small = onnx.open_session(folder / "model_int8.onnx")(images)
-    assert small.shape == expected.shape
-    assert torch.cosine_similarity(small, expected).min() > 0.9
+    torch.testing.assert_close(features, expected, rtol=0, atol=tolerance)
+    int8_features = onnx.open_session(folder / "model_int8.onnx")(images)
+    assert int8_features.shape == expected.shape
+    assert torch.cosine_similarity(int8_features, expected).min() > 0.9
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in (folder / "README.md").read_text().splitlines()
         if line.startswith(("| torch,", "| onnx,"))
     ]
-    names, accuracies, _, megabytes = zip(*rows)
-    assert names == ("torch, 32 bits", "onnx, 32 bits", "onnx, 8 bits")
+    row_names, accuracies, _, megabytes = zip(*rows)
+    assert row_names == ("torch, 32 bits", "onnx, 32 bits", "onnx, 8 bits")
     assert abs(float(accuracies[0]) - float(accuracies[1])) <= 0.4
     assert float(megabytes[1]) > 2 * float(megabytes[2])
 
 
-def test_the_facts_of_a_network_whose_blocks_have_no_attention():
+def test_the_facts_of_a_network_without_attention_have_no_head_count():
     backbone = backbones.build(BackboneConfig(name="test_efficientnet"), 32)
     facts = reference.architecture_facts(backbone)
     assert facts["feature_dim"] == backbone.feature_dim

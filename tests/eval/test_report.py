@@ -15,11 +15,11 @@ from ssl_pretrain.eval import compare, demo_summary, report, results, runs
 from ssl_pretrain.eval.html import charts, nearest_images, page, sections
 
 SECTIONS = ["Evaluation", "Training", "Views", "Nearest neighbors", "Projection", "Config"]
-FULL = ["Alerts", *SECTIONS[:3], "Neighbors over time", *SECTIONS[3:]]
-VOID = {"meta", "img", "br"}
+ALL_SECTIONS = ["Alerts", *SECTIONS[:3], "Neighbors over time", *SECTIONS[3:]]
+VOID_TAGS = {"meta", "img", "br"}
 
 
-class Page(HTMLParser):
+class ParsedPage(HTMLParser):
     """Tags, headings, embedded images and external URLs of a page, whose tags must balance."""
 
     def __init__(self, text):
@@ -36,11 +36,11 @@ class Page(HTMLParser):
                 embedded = value.startswith("data:image/")
                 self.num_images += embedded
                 self.external_urls += [] if embedded else [value]
-        if tag not in VOID:
+        if tag not in VOID_TAGS:
             self.open_tags.append(tag)
 
     def handle_endtag(self, tag):
-        if tag not in VOID:
+        if tag not in VOID_TAGS:
             assert self.open_tags.pop() == tag
 
     def handle_startendtag(self, tag, attrs):
@@ -51,7 +51,7 @@ class Page(HTMLParser):
             self.headings.append(text)
 
 
-def curve_points(chart, number=0):
+def read_curve_points(chart, number=0):
     """Read the points of one curve from a chart's SVG. Heights grow upward."""
     (path,) = re.findall(rf'<g id="curve-{number}">\s*<path d="([^"]*)"', chart)
     return [(float(x), -float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)]
@@ -64,13 +64,13 @@ def digits(tmp_path_factory):
 
 def test_the_page_holds_every_section_and_fetches_nothing(digits):
     text = (digits / "report.html").read_text()
-    parsed = Page(text)
-    assert parsed.headings == FULL
-    assert parsed.external_urls == []
-    views, nearest, over_time = 8 * 2, 10 + 2 * 10 * 6, 2
-    assert parsed.num_images == views + nearest + over_time
+    parsed_page = ParsedPage(text)
+    assert parsed_page.headings == ALL_SECTIONS
+    assert parsed_page.external_urls == []
+    num_views, num_nearest, num_over_time = 8 * 2, 10 + 2 * 10 * 6, 2
+    assert parsed_page.num_images == num_views + num_nearest + num_over_time
     assert not re.search(r"https?://|url\((?!#)|@import", text)
-    assert not parsed.tags & {"script", "link", "iframe"}
+    assert not parsed_page.tags & {"script", "link", "iframe"}
     assert text.count('class="chart"') == 4 + 2 + 1
     assert text.count('class="scatter"') == 2
     for phrase in (
@@ -112,24 +112,26 @@ def test_class_names_and_config_are_escaped(tmp_path):
     folders = [f"{split}/{name}" for split in ("train", "val") for name in classes]
     names = [f"{folder}/{number}.png" for folder in folders for number in range(6)]
     root = write_images(tmp_path / "data", names)
-    data = ("data.source=folder", f"data.root={root}")
-    run = make_run(tmp_path / "run", *data, "log.project='<img src=x>'")
-    parsed = Page(report.write(runs.load_run(run, device="cpu")).read_text())
-    assert parsed.headings == SECTIONS
-    assert parsed.external_urls == []
-    assert not parsed.tags & {"script", "b"}
+    data_overrides = ("data.source=folder", f"data.root={root}")
+    run = make_run(tmp_path / "run", *data_overrides, "log.project='<img src=x>'")
+    parsed_page = ParsedPage(report.write(runs.load_run(run, device="cpu")).read_text())
+    assert parsed_page.headings == SECTIONS
+    assert parsed_page.external_urls == []
+    assert not parsed_page.tags & {"script", "b"}
     assert "There are no evaluations yet" in (run / "report.html").read_text()
 
 
 def test_the_text_of_a_result_is_escaped():
-    bad = "<script>x</script>"
-    row = {"features": bad, "metrics": {bad: 1.0}, "spread": {}, "notes": {bad: bad}}
-    evaluation = sections.evaluation_variables({"name": bad, "protocol": {bad: bad}, "rows": [row]})
+    html = "<script>x</script>"
+    row = {"features": html, "metrics": {html: 1.0}, "spread": {}, "notes": {html: html}}
+    evaluation = sections.evaluation_variables(
+        {"name": html, "protocol": {html: html}, "rows": [row]}
+    )
     empty = {"evaluations_over_steps": [], "views": [], "pixelated": False, "training": []}
-    context = empty | {"title": bad, "facts": [], "alerts": [], "neighbors_over_time": []}
-    parsed = Page(page.render("run.html.jinja", **context, evaluations=[evaluation]))
-    assert "script" not in parsed.tags
-    assert {"table", "dl", "h3"} <= parsed.tags
+    context = empty | {"title": html, "facts": [], "alerts": [], "neighbors_over_time": []}
+    parsed_page = ParsedPage(page.render("run.html.jinja", **context, evaluations=[evaluation]))
+    assert "script" not in parsed_page.tags
+    assert {"table", "dl", "h3"} <= parsed_page.tags
 
 
 def test_images_without_labels_or_a_test_split_are_shown(tmp_path):
@@ -138,7 +140,7 @@ def test_images_without_labels_or_a_test_split_are_shown(tmp_path):
     text = report.write(runs.load_run(run, device="cpu")).read_text()
     assert "4 held-out training images among 36 training images" in text
     assert "right" not in re.findall(r'<span class="(\w*)">', text)
-    assert "moved" not in text  # only small images are shifted, and these have 40 pixels
+    assert "moved" not in text  # only small images are shifted, and these are 40 pixels wide
 
 
 def test_the_latest_record_of_a_step_counts_and_a_truncated_one_does_not(tmp_path):
@@ -154,26 +156,26 @@ def test_the_latest_record_of_a_step_counts_and_a_truncated_one_does_not(tmp_pat
 def test_a_curve_shows_the_finite_points_to_scale():
     nan = float("nan")
     points = [(0, 0.0), (5, 50.0), (10, 100.0), (11, nan)]
-    (x0, y0), (x1, y1), (x2, y2) = curve_points(charts.line_chart({"": points}, "y"))
+    (x0, y0), (x1, y1), (x2, y2) = read_curve_points(charts.line_chart({"": points}, "y"))
     assert x0 < x2 and y0 < y2
     assert (x1, y1) == pytest.approx(((x0 + x2) / 2, (y0 + y2) / 2))
     assert charts.line_chart({"": [(1, nan)]}, "y") == ""
     assert "<use" in charts.line_chart({"": [(1, 2.0)]}, "y")  # a single point has a marker
 
 
-def test_long_curves_are_averaged_over_equal_stretches():
+def test_long_curves_are_averaged_to_the_largest_number_of_points():
     chart = charts.line_chart({"": [(x, 2 * x) for x in range(3 * charts.MAX_POINTS)]}, "y")
-    assert len(curve_points(chart)) == charts.MAX_POINTS
+    assert len(read_curve_points(chart)) == charts.MAX_POINTS
 
 
 def test_logarithmic_curves_are_straight_for_a_power_law():
     power_law = [(10.0**i, 10.0 ** (-2 * i)) for i in range(4)]
     series = {"a": power_law, "b": [(1.0, 0.0), (1000.0, 1.0)]}
     chart = charts.line_chart(series, "y", has_log_axes=True)
-    points = curve_points(chart)
+    points = read_curve_points(chart)
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
     assert slopes == pytest.approx([slopes[0]] * 3, rel=0.01) and slopes[0] < 0
-    assert len(curve_points(chart, 1)) == 1  # zero has no logarithm
+    assert len(read_curve_points(chart, 1)) == 1  # zero has no logarithm
 
 
 def test_results_of_all_steps_are_grouped_by_evaluation(digits):
@@ -185,9 +187,9 @@ def test_a_comparison_shows_differing_keys_first_and_the_numbers_of_both_runs(di
     other = make_run(tmp_path / "other", "optim.base_lr=0.125", "seed=0")
     write_metrics(other, num_steps=20)
     text = compare.write([digits, other], tmp_path / "both.html").read_text()
-    parsed = Page(text)
-    assert parsed.headings == ["Config", "Numbers", "Training", "Alerts of digits"]
-    assert parsed.external_urls == []
+    parsed_page = ParsedPage(text)
+    assert parsed_page.headings == ["Config", "Numbers", "Training", "Alerts of digits"]
+    assert parsed_page.external_urls == []
     assert list(compare.config_differences({"a": digits, "b": other})) == ["optim.base_lr"]
     assert "0.125" in text
     losses = [sections.read_metrics(run)[-1]["loss"] for run in (digits, other)]

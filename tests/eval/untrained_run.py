@@ -47,8 +47,8 @@ def edit_manifest(run: Path, **entries: object) -> None:
     """Change entries of the newest manifest. Two underscores separate section and key."""
     path = checkpoint_of(run) / MANIFEST_FILE
     manifest = json.loads(path.read_text())
-    for dotted, value in entries.items():
-        *sections, key = dotted.split("__")
+    for key_path, value in entries.items():
+        *sections, key = key_path.split("__")
         section = manifest
         for name in sections:
             section = section[name]
@@ -57,7 +57,7 @@ def edit_manifest(run: Path, **entries: object) -> None:
 
 
 def renew_manifest(run: Path) -> None:
-    """Make the newest checkpoint intact after its tensors were changed."""
+    """Update the checksums of the newest checkpoint after its tensors were changed."""
     folder = checkpoint_of(run)
     edit_manifest(run, files=describe_files(sorted(folder.glob("*.safetensors"))))
 
