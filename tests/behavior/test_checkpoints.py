@@ -1,4 +1,4 @@
-"""Checkpoints as the commands write and read them: damaged ones are skipped, the umask holds."""
+"""The commands skip damaged checkpoints and write files that respect the umask."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def flip_bit(text: bytes, prefix: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Train four of six steps with a checkpoint every two, and return the run's configuration."""
+    """Train four of six steps with a checkpoint every two. Return the configuration's path."""
     folder = tmp_path_factory.mktemp("saved")
     path = commands.write_config(folder, commands.write_class_folders(folder / "images", "train"))
     result = commands.run(*TRAIN, path, *EVERY_EPOCH, "--stop-after", "4")

@@ -39,18 +39,18 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 200) -> No
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, commands.finish(process).text
-        assert time.monotonic() < deadline, f"not within {seconds} s"
+        assert time.monotonic() < deadline, f"the condition was not met within {seconds} s"
         time.sleep(0.05)
 
 
 def has_trained(run: Path):
-    """Return a function that returns True once a step was logged."""
+    """Return a predicate that is true once the run has logged a step."""
     records = run / "metrics.jsonl"
     return lambda: records.exists() and "\n" in records.read_text()
 
 
 def trainer_pids(run: Path) -> list[int]:
-    """Return the ids of the processes that train in that folder."""
+    """Return the IDs of the processes that train this run."""
     pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -68,7 +68,7 @@ def newest_step(run: Path) -> int:
     )
 
 
-def test_images_without_labels_end_in_a_report_and_status_0(tmp_path):
+def test_a_run_without_labels_ends_with_a_report_and_status_0(tmp_path):
     config = write_unlabeled_config(tmp_path)
     result = commands.run(
         "launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300
@@ -78,7 +78,7 @@ def test_images_without_labels_end_in_a_report_and_status_0(tmp_path):
     assert result.stdout.count(f"eval.knn: skipped: {reason}") == 1
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Accuracies need labels, and these images have none." in page
-    # The same command again finds a finished and evaluated run, and changes nothing.
+    # The same command changes nothing in a finished and evaluated run.
     before = read_files(tmp_path / "run")
     second = commands.run(
         "launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300
@@ -106,9 +106,9 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     config = write_labeled_config(tmp_path)
     first = commands.run("-m", "ssl_pretrain.train", config, "epochs=2", "--stop-after", "3")
     assert first.status == 0, first.text
-    saved = tmp_path / "run/checkpoints/step_00000003"
+    checkpoint = tmp_path / "run/checkpoints/step_00000003"
     assert (
-        f"stopped: 3 of 4 steps, saved in {saved}. The same command resumes the run\n"
+        f"stopped: 3 of 4 steps, saved in {checkpoint}. The same command resumes the run\n"
         in first.stdout
     )
     second = commands.run("-m", "ssl_pretrain.train", config, "epochs=2")
@@ -154,8 +154,8 @@ def test_the_launcher_forwards_a_signal_and_every_rank_saves(tmp_path, name, ran
 
 def test_a_sweep_stops_with_its_run(tmp_path):
     config, sweep = write_labeled_config(tmp_path), tmp_path / "sweep"
-    values = ["seed=0,1", ENDLESS, "evaluation.at_end=[]", f"output={sweep}"]
-    process = commands.start("launch/sweep.py", config, *values)
+    overrides = ["seed=0,1", ENDLESS, "evaluation.at_end=[]", f"output={sweep}"]
+    process = commands.start("launch/sweep.py", config, *overrides)
     wait_until(has_trained(sweep / "seed=0"), process)
     process.send_signal(signal.SIGTERM)
     result = commands.finish(process)
@@ -164,7 +164,7 @@ def test_a_sweep_stops_with_its_run(tmp_path):
     assert "=== 2 of 2" not in result.stdout and not (sweep / "seed=1").exists()
 
 
-def test_a_closed_terminal_saves_the_run(tmp_path):
+def test_a_run_is_saved_when_its_terminal_closes(tmp_path):
     config, run = write_labeled_config(tmp_path), tmp_path / "run"
     process = commands.start("-m", "ssl_pretrain.train", config, ENDLESS)
     wait_until(has_trained(run), process)
@@ -174,19 +174,19 @@ def test_a_closed_terminal_saves_the_run(tmp_path):
 
 
 @pytest.mark.full
-def test_the_launcher_stops_as_process_1_of_a_container(tmp_path):
-    """The kernel ignores signals to process 1 that it has no handler for."""
+def test_the_launcher_stops_on_sigterm_as_process_1_of_a_container(tmp_path):
+    """The kernel drops a signal for which process 1 has no handler."""
     if subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True
     ).returncode:
         pytest.skip("this machine cannot create a PID namespace")
     config, run = write_labeled_config(tmp_path), tmp_path / "run"
-    shell = (
+    command = (
         f"exec unshare --pid --fork --mount-proc {commands.sys.executable} "
         f"launch/pretrain.py {config} {ENDLESS}"
     )
     process = subprocess.Popen(
-        ["bash", "-c", shell],
+        ["bash", "-c", command],
         cwd=commands.ROOT,
         env=os.environ | {"PYTHONPATH": str(commands.ROOT)},
         stdout=subprocess.PIPE,
@@ -226,8 +226,8 @@ def test_a_failure_of_the_last_save_is_an_error_whatever_on_failure_says(tmp_pat
 )
 def test_slurm_keys_are_refused_if_nothing_is_submitted(tmp_path, command):
     config = write_labeled_config(tmp_path)
-    keys = ["launch.partition=gpu", "seed=0", "launch.hours=2"]
-    result = commands.run(*command.split(), config, *keys, PATH=str(tmp_path))
+    overrides = ["launch.partition=gpu", "seed=0", "launch.hours=2"]
+    result = commands.run(*command.split(), config, *overrides, PATH=str(tmp_path))
     assert result.status == 2, result.text
     assert (
         "error: launch.hours: 2.0, launch.partition: gpu: only SLURM jobs use these keys, and this "
@@ -236,7 +236,7 @@ def test_slurm_keys_are_refused_if_nothing_is_submitted(tmp_path, command):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_slurm_is_a_one_line_error(tmp_path):
+def test_missing_slurm_is_reported_in_one_line(tmp_path):
     config = write_labeled_config(tmp_path)
     result = commands.run("launch/pretrain.py", config, "launch.cluster=slurm", PATH=str(tmp_path))
     assert result.status == 2 and "Traceback" not in result.text

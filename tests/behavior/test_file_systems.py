@@ -1,4 +1,4 @@
-"""On unusual file systems and in containers a run works, or is refused with the reason."""
+"""Runs on unusual file systems and in containers work, or are refused with the reason."""
 
 import json
 import os
@@ -19,7 +19,7 @@ TRAIN = ("-m", "ssl_pretrain.train")
 
 @pytest.fixture(scope="module")
 def preload_library(tmp_path_factory):
-    """Return a preload library that removes the features in LACKS from every file system."""
+    """Compile the LD_PRELOAD library that imitates a limited file system. Return its path."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler")
@@ -70,10 +70,10 @@ def test_a_file_system_that_cannot_hold_checkpoints_is_refused_at_the_start(
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and list(folder.iterdir()) == []
 
 
-def test_a_disk_that_is_full_for_the_log_ends_a_run_saved_and_retryable(
+def test_a_disk_too_full_for_the_log_ends_the_run_with_a_checkpoint_to_resume_from(
     config, preload_library, tmp_path
 ):
-    """The steps done are saved, the file is named, and torchrun and SLURM start the run again."""
+    """The error names the file. The status makes torchrun and SLURM restart the run."""
     result = commands.run(
         *TRAIN, config, "epochs=10", LD_PRELOAD=preload_library, FULL="metrics.jsonl"
     )
@@ -89,7 +89,7 @@ def test_a_disk_that_is_full_for_the_log_ends_a_run_saved_and_retryable(
     assert logged_steps(tmp_path / "run")[-1] == int(checkpoint.name.removeprefix("step_")) + 1
 
 
-def test_a_disk_that_is_slow_or_full_for_the_log_does_not_hold_up_a_run_told_to_warn(
+def test_slow_or_failing_logs_do_not_delay_a_run_with_on_failure_warn(
     config, preload_library, tmp_path
 ):
     run = tmp_path / "run"
@@ -116,9 +116,9 @@ def test_a_disk_that_is_slow_or_full_for_the_log_does_not_hold_up_a_run_told_to_
 
 @pytest.mark.full
 def test_records_on_the_disk_survive_a_power_cut_during_a_resumed_run(config, tmp_path):
-    """The file system is an ext4 that, like XFS, does not flush before a rename.
+    """The file system is ext4, mounted so that it does not flush before a rename, like XFS.
 
-    A copy of the device while it is mounted stands for the power cut.
+    A copy of the mounted device simulates the power cut.
     """
     if os.getuid() != 0:
         pytest.skip("a loop device needs root")
@@ -217,12 +217,12 @@ def test_two_containers_exclude_each_other_and_a_dead_one_is_replaced(config, tm
     assert third.returncode == 0, third.stderr
 
 
-def test_a_checkout_with_a_space_trains_as_a_user_without_a_passwd_entry(tmp_path):
-    """A container may be started with a user id that has no name and no home."""
-    nobody = ["unshare", "--user", "--map-user=54321", "--map-group=54321"]
+def test_a_user_without_a_passwd_entry_trains_from_a_checkout_with_spaces_in_its_path(tmp_path):
+    """A container may be started with a user ID that has no name and no home."""
+    as_unnamed_user = ["unshare", "--user", "--map-user=54321", "--map-group=54321"]
     if (
         shutil.which("unshare") is None
-        or subprocess.run([*nobody, "true"], capture_output=True).returncode
+        or subprocess.run([*as_unnamed_user, "true"], capture_output=True).returncode
     ):
         pytest.skip("a user without a name needs user namespaces")
     checkout = tmp_path / "a check out"
@@ -239,7 +239,7 @@ def test_a_checkout_with_a_space_trains_as_a_user_without_a_passwd_entry(tmp_pat
         if key not in ("HOME", "USER", "LOGNAME", "PYTHONPATH")
     }
     result = subprocess.run(
-        [*nobody, sys.executable, "launch/pretrain.py", config, "evaluation.at_end=[]"],
+        [*as_unnamed_user, sys.executable, "launch/pretrain.py", config, "evaluation.at_end=[]"],
         cwd=checkout,
         env=environment | {"HOME": "/nonexistent"},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Networks are tried at the sizes of the views before training starts."""
+"""Networks are tried on views of the configured sizes before training starts."""
 
 import json
 from pathlib import Path
@@ -76,8 +76,8 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("flags", [["--plan"], []], ids=["plan", "train"])
-def test_settings_that_the_first_step_cannot_run_are_rejected_before_it(config, flags):
-    results = run_modules([[TRAIN, str(config), *keys, *flags] for keys in ERRORS])
+def test_settings_that_the_first_step_cannot_run_are_rejected_in_advance(config, flags):
+    results = run_modules([[TRAIN, str(config), *overrides, *flags] for overrides in ERRORS])
     for message, result in zip(ERRORS.values(), results, strict=True):
         assert result == (2, "", f"error: {message.replace('CONFIG', str(config))}\n")
     assert not (config.parent / "run").exists()
@@ -95,19 +95,21 @@ def test_the_projector_fits_the_measured_width_of_the_features(config, tmp_path)
     runs = [tmp_path / name for name in NETWORKS]
     outputs = [f"output={run}" for run in runs]
     arguments = zip(NETWORKS.values(), outputs, strict=True)
-    results = run_modules([[TRAIN, str(config), *keys, output] for keys, output in arguments])
+    results = run_modules(
+        [[TRAIN, str(config), *overrides, output] for overrides, output in arguments]
+    )
     for run, (status, _, stderr) in zip(runs, results, strict=True):
         assert status == 0, stderr
         assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_network_with_a_fixed_input_size_is_built_for_the_views(config, tmp_path):
-    keys = [
+    overrides = [
         "backbone.name=swin_tiny_patch4_window7_224",
         "backbone.args={embed_dim: 16, depths: [1, 1], num_heads: [2, 2]}",
     ]
     ((status, _, stderr),) = run_modules(
-        [[TRAIN, str(config), *keys, f"output={tmp_path / 'run'}"]]
+        [[TRAIN, str(config), *overrides, f"output={tmp_path / 'run'}"]]
     )
     assert status == 0, stderr
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

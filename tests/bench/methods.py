@@ -1,8 +1,8 @@
-"""Time and peak memory of a step of every method, relative to SimCLR's.
+"""Measure the time and peak memory of a step of every method, relative to SimCLR's.
 
 PYTHONPATH=. .venv/bin/python tests/bench/methods.py [--images 256] [--backbone test_resnet]
 
-The network and the heads are those of the CPU preset. DINO and SwAV get its 2 views.
+The network and the heads are those of the CPU preset. DINO and SwAV also get only its two views.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def build_step(name: str, options: argparse.Namespace, device: torch.device):
         for _ in range(1 if name == "cpc" else 2)
     ]
     settings = ParallelConfig(bn_group_images=32 if name == "moco" else "global")
-    images = Batch(
+    batch = Batch(
         [view.to(device) for view in views],
         torch.arange(options.images, device=device) % 10,
         torch.arange(options.images, device=device),
@@ -47,11 +47,11 @@ def build_step(name: str, options: argparse.Namespace, device: torch.device):
         settings,
         OptimConfig(name="adamw"),
         device,
-        images,
+        batch,
         micro_batch_size=options.images,
         global_batch_size=options.images,
     )
-    return lambda: stepper(HALFWAY, images)
+    return lambda: stepper(HALFWAY, batch)
 
 
 def main() -> None:
@@ -67,8 +67,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = {name: build_step(name, options, device) for name in methods.names()}
-    for run in steps.values():  # warm up
-        run()
+    for step in steps.values():  # warm up
+        step()
     seconds, peak_bytes = (
         time_interleaved(steps, options.repeats, device),
         measure_peaks(steps, device),

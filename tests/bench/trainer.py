@@ -4,7 +4,7 @@ PYTHONPATH=. .venv/bin/python tests/bench/trainer.py [--backbone resnet18] [--im
 
 The trainer is `train.train` itself, with schedules, masks, collapse metrics, NaN guard, logs and
 stop requests. Its loader yields one batch from memory. Before each batch a bare step is taken and
-timed on a copy of the network, so the two alternate.
+timed on a copy of the network, so the two kinds of step alternate.
 """
 
 import argparse
@@ -32,17 +32,17 @@ HALFWAY = Progress(50, 100, 1)
 CPU = torch.device("cpu")
 
 
-class Alternating:
-    """Loader that takes a bare step each time before it yields its only batch."""
+class AlternatingLoader:
+    """Loader that takes a bare step whenever it is about to yield its only batch."""
 
     reader = SimpleNamespace(kind=ReaderKind.PROCESSES, num_workers=1)
     num_images_read, reading_seconds = 0, 0.0
     steps_per_epoch = 10
 
-    def __init__(self, batch: Batch, bare: Any, steps: int):
-        self.batch, self.bare, self.steps = batch, bare, steps
-        self.source = NoLabels()
-        # Seconds by the wall clock and of CPU time.
+    def __init__(self, batch: Batch, bare_step: Any, steps: int):
+        self.batch, self.bare_step, self.steps = batch, bare_step, steps
+        self.source = UnlabeledSource()
+        # Wall-clock seconds and CPU seconds of each step.
         self.trainer_times: list[tuple[float, float]] = []
         self.bare_times: list[tuple[float, float]] = []
 
@@ -55,28 +55,28 @@ class Alternating:
     def iterate_from(self, step: int) -> Iterator[Batch]:
         for number in range(self.steps):
             start = _read_clocks()
-            self.bare()
-            between = _read_clocks()
+            self.bare_step()
+            bare_end = _read_clocks()
             yield self.batch
             end = _read_clocks()
             if number:  # the first step also allocates buffers, so it does not count
-                self.bare_times.append((between[0] - start[0], between[1] - start[1]))
-                self.trainer_times.append((end[0] - between[0], end[1] - between[1]))
+                self.bare_times.append((bare_end[0] - start[0], bare_end[1] - start[1]))
+                self.trainer_times.append((end[0] - bare_end[0], end[1] - bare_end[1]))
 
 
 def _read_clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-class NoLabels:
+class UnlabeledSource:
     fingerprint, labels = "one batch", np.full(64, -1)
 
     def __len__(self) -> int:
         return 64
 
 
-def bare_step(settings: config.RunConfig, batch: Batch) -> Any:
-    """Return a step as a short script would write it: without masks, gradient norms and metrics."""
+def build_bare_step(settings: config.RunConfig, batch: Batch) -> Any:
+    """Build a step as a short script would write it, without masks, gradient norms or metrics."""
     method = Execution.resolve(settings.parallel, CPU).place_module(build.build_method(settings))
     optimizer = optim.build(settings.optim, method)
     optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -122,13 +122,13 @@ def main() -> None:
             torch.randn(options.images, 3, options.size, options.size, generator=generator)
             for _ in range(2)
         ]
-        numbers = torch.arange(options.images)
+        indices = torch.arange(options.images)
         batch = Batch(
             Execution.resolve(settings.parallel, CPU).place_views(views),
-            torch.full_like(numbers, -1),
-            numbers,
+            torch.full_like(indices, -1),
+            indices,
         )
-        batches: Any = Alternating(batch, bare_step(settings, batch), options.steps)
+        batches: Any = AlternatingLoader(batch, build_bare_step(settings, batch), options.steps)
         build.build_loader = lambda *_, **__: nullcontext(batches)
         train.train(settings, CPU, options.steps - 1)
     print(versions("timm"))
@@ -142,14 +142,14 @@ def main() -> None:
             for steps in (batches.trainer_times, batches.bare_times)
         )
         print(f"seconds of {name}: trainer {trainer:.4f}, bare {bare:.4f}")
-    wall_clock, cpu_time = (_ratio(batches, clock) for clock in (0, 1))
+    wall_clock, cpu_time = (_compute_ratio(batches, clock) for clock in (0, 1))
     print(f"ratios: trainer_over_bare={wall_clock:.3f} processor_time_over_bare={cpu_time:.3f}")
 
 
-def _ratio(batches: Alternating, clock: int) -> float:
-    """Return the median ratio of a trainer's step to the mean of its two neighboring bare steps.
+def _compute_ratio(batches: AlternatingLoader, clock: int) -> float:
+    """Return the median ratio of a trainer step to the mean of its two neighboring bare steps.
 
-    Neighbors cancel the influence of other programs, whose load varies.
+    Comparing neighbors cancels the varying load of other programs.
     """
     trainer = [times[clock] for times in batches.trainer_times]
     bare = [times[clock] for times in batches.bare_times]

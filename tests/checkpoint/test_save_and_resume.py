@@ -23,8 +23,8 @@ pytestmark = pytest.mark.promise
 OPTIMIZERS = ["lars", "larc", "sgd", "adamw", "adam"]
 
 
-def trained(seed=0):
-    """Return a state after one optimizer step."""
+def build_trained_state(seed=0):
+    """Return the state after one optimizer step."""
     torch.manual_seed(seed)
     state = saving.linear()
     state.method.backbone(torch.ones(4, 3)).sum().backward()
@@ -44,12 +44,12 @@ def assert_equal_parameters(method, expected):
 @pytest.fixture
 def run(tmp_path):
     for step in (2, 4):
-        saving.checkpoints(tmp_path, trained(step)).save(step)
+        saving.checkpoints(tmp_path, build_trained_state(step)).save(step)
     return tmp_path
 
 
 def test_weights_and_moments_are_restored(run):
-    fresh, saved = trained(9), trained(4)
+    fresh, saved = build_trained_state(9), build_trained_state(4)
     assert saving.resume(run, fresh) == 4
     assert_equal_parameters(fresh.method, saved.method.parameters())
     moments = [
@@ -87,7 +87,7 @@ def test_moments_are_restored_in_the_memory_layout_of_their_weights(name, tmp_pa
 
 
 def test_moments_take_the_layout_of_the_resumed_weights(tmp_path):
-    """A run may resume with another `parallel.channels_last`."""
+    """A run may be resumed with another value of `parallel.channels_last`."""
 
     def after_one_step(layout, seed):
         torch.manual_seed(seed)
@@ -129,13 +129,13 @@ def test_a_rollback_clears_moments_of_parameters_that_were_frozen(name, tmp_path
 
 
 def test_no_pickle_is_written(run):
-    kinds = {path.suffix for path in run.rglob("*") if path.is_file()}
-    assert kinds == {".json", ".safetensors"}
+    suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors"}
 
 
 def test_an_output_with_checkpoints_is_refused_if_resuming_is_off(run):
     with pytest.raises(ValueError) as error:
-        saving.checkpoints(run, trained(), resume=False).resume(
+        saving.checkpoints(run, build_trained_state(), resume=False).resume(
             check_config=lambda saved_config, path: None
         )
     assert str(error.value) == (
@@ -145,10 +145,10 @@ def test_an_output_with_checkpoints_is_refused_if_resuming_is_off(run):
 
 
 def test_a_resumed_run_keeps_its_wandb_id(run):
-    first = saving.checkpoints(run, trained())
+    first = saving.checkpoints(run, build_trained_state())
     first.facts.wandb_id = "abcdefgh"
     first.save(6)
-    second = saving.checkpoints(run, trained())
+    second = saving.checkpoints(run, build_trained_state())
     second.resume(check_config=lambda saved_config, path: None)
     assert second.facts.wandb_id == "abcdefgh"
 
@@ -166,16 +166,16 @@ def test_a_full_disk_loses_nothing(run, monkeypatch):
         r"Older checkpoints are intact\. Free space and resume"
     )
     with pytest.raises(SaveError, match=message):
-        saving.checkpoints(run, trained()).save(6)
+        saving.checkpoints(run, build_trained_state()).save(6)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["step_00000002", "step_00000004"]
     verify_checkpoint(newest_checkpoint(run))
 
 
 def test_a_full_disk_can_be_a_warning_except_for_the_last_save(run, monkeypatch):
-    checkpoints = saving.checkpoints(run, trained(), on_failure="warn")
-    with monkeypatch.context() as patched:
-        patched.setattr(tensor_files, "save_file", fail_to_write)
+    checkpoints = saving.checkpoints(run, build_trained_state(), on_failure="warn")
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_files, "save_file", fail_to_write)
         with pytest.raises(SaveError, match=r"^checkpoint of step 5 could not be written to "):
             checkpoints.save(5, wait=True)
         checkpoints.save(6, wait=False)  # reported by the next save
@@ -188,19 +188,20 @@ def test_a_full_disk_can_be_a_warning_except_for_the_last_save(run, monkeypatch)
 
 def test_an_asynchronous_save_holds_the_weights_of_its_step(tmp_path, monkeypatch):
     """The weights change while the disk is slow."""
-    writing, may_write, save_file = threading.Event(), threading.Event(), tensor_files.save_file
+    write_started, may_write = threading.Event(), threading.Event()
+    save_file = tensor_files.save_file
 
     def write_slowly(tensors, path):
-        writing.set()
+        write_started.set()
         assert may_write.wait(60)
         save_file(tensors, path)
 
     monkeypatch.setattr(tensor_files, "save_file", write_slowly)
-    state = trained()
+    state = build_trained_state()
     checkpoints = saving.checkpoints(tmp_path, state)
     expected = {name: value.clone() for name, value in state.method.state_dict().items()}
     checkpoints.save(3, wait=False)
-    assert writing.wait(60) and list_checkpoints(tmp_path) == []
+    assert write_started.wait(60) and list_checkpoints(tmp_path) == []
     for parameter in state.method.parameters():
         parameter.data.add_(1)
     may_write.set()

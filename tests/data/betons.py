@@ -23,7 +23,7 @@ needs_ffcv = pytest.mark.skipif(bool(problem), reason=problem or "FFCV is instal
 
 
 def encode_jpeg(number: int, width: int, height: int, **options) -> bytes:
-    """Encode a smooth picture that depends on `number`. Noise would not survive a JPEG."""
+    """Encode a smooth picture, seeded by `number`. Noise would not survive JPEG compression."""
     generator = np.random.default_rng(number)
     coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     file = io.BytesIO()
@@ -56,6 +56,6 @@ def write_beton(root: Path, n: int = 50, **settings) -> Beton:
     beton_writer.write(
         source, root.parent / "train.beton", EncodingSettings(**settings), num_workers=1
     )
-    stored = open_train(root.parent / "train.beton")
-    assert isinstance(stored, Beton)
-    return stored
+    beton = open_train(root.parent / "train.beton")
+    assert isinstance(beton, Beton)
+    return beton

@@ -1,4 +1,4 @@
-"""Workers keep within the free shared memory, or an error names it."""
+"""Workers stay within the free shared memory, or an error names the shortage."""
 
 import itertools
 import shutil
@@ -31,9 +31,9 @@ def set_free_bytes(monkeypatch, free_bytes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "num_workers", "num_ranks", "size", "copies"),
+    ("free_bytes", "num_workers", "num_ranks", "chunk_size", "copies_chunks"),
     [
-        # 4 chunks ahead and 2 batches of 64 held are 256 images of 0.1 MiB.
+        # 4 chunks of 32 ahead and 2 batches of 64 held make 256 images of 0.1 MiB.
         (64 * MIB, 2, 1, 32, False),
         (16 * MIB, 2, 1, 25, True),
         (16 * MIB, 2, 4, 6, True),
@@ -42,16 +42,16 @@ def set_free_bytes(monkeypatch, free_bytes: int) -> None:
     ],
 )
 def test_chunks_shrink_with_the_free_memory(
-    monkeypatch, free, num_workers, num_ranks, size, copies
+    monkeypatch, free_bytes, num_workers, num_ranks, chunk_size, copies_chunks
 ):
-    set_free_bytes(monkeypatch, free)
+    set_free_bytes(monkeypatch, free_bytes)
     transfer = plan_transfer(
         MIB // 10, 32, num_workers, num_chunks_ahead=4, num_images_held=128, num_ranks=num_ranks
     )
     assert (transfer.chunk_size, transfer.copies_chunks, bool(transfer.note)) == (
-        size,
-        copies,
-        copies,
+        chunk_size,
+        copies_chunks,
+        copies_chunks,
     )
 
 
@@ -65,65 +65,65 @@ def test_too_little_memory_for_single_images_is_refused(monkeypatch):
     )
 
 
-def batches(num_workers: int) -> list[Batch]:
+def load_batches(num_workers: int) -> list[Batch]:
     source = open_source(DataConfig(source="digits"), "train")
     with build_loader(source, VIEWS, global_batch_size=64, num_workers=num_workers) as loader:
         return list(itertools.islice(loader.iterate_from(0), 4))
 
 
 def test_small_chunks_give_the_same_batches(monkeypatch):
-    expected = batches(0)
+    expected = load_batches(0)
     set_free_bytes(monkeypatch, 20 * IMAGE_BYTES)
-    for batch, other in zip(batches(2), expected, strict=True):
-        assert torch.equal(batch.indices, other.indices)
-        assert torch.equal(batch.labels, other.labels)
-        assert all(torch.equal(*pair) for pair in zip(batch.views, other.views))
+    for batch, expected_batch in zip(load_batches(2), expected, strict=True):
+        assert torch.equal(batch.indices, expected_batch.indices)
+        assert torch.equal(batch.labels, expected_batch.labels)
+        assert all(torch.equal(*pair) for pair in zip(batch.views, expected_batch.views))
 
 
 def test_small_chunks_give_the_same_images_to_evaluations(monkeypatch):
     source = open_source(DataConfig(source="digits"), "val")
-    numbers, transform = (
+    indices, transform = (
         np.arange(5, 105),
         partial(crops.evaluation_view, size=32, crop_ratio=1.0, interpolation="bilinear"),
     )
-    expected = list(read_images(source, numbers, transform, 32, 0))
+    expected = list(read_images(source, indices, transform, 32, 0))
     set_free_bytes(monkeypatch, 20 * 3 * 32 * 32)
-    actual = list(read_images(source, numbers, transform, 32, 2))
+    actual = list(read_images(source, indices, transform, 32, 2))
     assert [len(labels) for _, labels in actual] == [32, 32, 32, 4]
-    for batch, other in zip(actual, expected, strict=True):
-        assert all(torch.equal(*pair) for pair in zip(batch, other))
+    for batch, expected_batch in zip(actual, expected, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(batch, expected_batch))
 
 
-def in_worker() -> bool:
-    """Return False in the process of the tests, where the transform is tried on one image."""
+def is_worker() -> bool:
+    """Return False in the test process, where the transform is first tried on one image."""
     return torch.utils.data.get_worker_info() is not None
 
 
 class FillSharedMemory:
-    """A transform in whose worker there is no free shared memory."""
+    """Transform whose worker finds no free shared memory."""
 
     def __call__(self, image):
-        def refuse(size):
+        def fail_to_allocate(size):
             raise RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)")
 
-        if in_worker():
-            torch.UntypedStorage._new_shared = refuse
+        if is_worker():
+            torch.UntypedStorage._new_shared = fail_to_allocate
         return image[:, :8, :8].contiguous()
 
 
 class BreakQueue:
-    """A transform in whose worker the queue cannot send chunks."""
+    """Transform whose worker cannot send chunks through its queue."""
 
     def __call__(self, image):
-        def refuse(size):
+        def allocate_unshared(size):
             return torch.UntypedStorage(size)
 
-        def fail(storage):
+        def fail_to_share(storage):
             raise OSError(24, "Too many open files")
 
-        if in_worker():
-            torch.UntypedStorage._new_shared = refuse
-            torch.UntypedStorage._share_fd_cpu_ = fail
+        if is_worker():
+            torch.UntypedStorage._new_shared = allocate_unshared
+            torch.UntypedStorage._share_fd_cpu_ = fail_to_share
         return image[:, :8, :8].contiguous()
 
 
