@@ -1,7 +1,7 @@
 """The numbered fault cases, and the table of their required and observed behavior.
 
-`pytest -m case --table docs/reliability.md` writes the table. A test names its case by
-`@pytest.mark.case(NUMBER)` and reports observations by the fixture `observe`. conftest.py imports
+`pytest -m case --table docs/reliability.md` writes the table. A test names its case with
+`@pytest.mark.case(NUMBER)` and reports observations with the fixture `observe`. conftest.py imports
 the hooks of this module.
 """
 
@@ -63,7 +63,7 @@ CASES = {  # number: (fault, required behavior)
     11: (
         "A run resumes on 4, 2 and 1 ranks, or on a number that does not divide the batch.",
         "The batches and views are the same, and the weights agree to rounding. The other number "
-        "is refused, and the message names numbers that divide.",
+        "is refused, and the message names numbers that divide it.",
     ),
     12: (
         "A run resumes with another micro-batch size.",
@@ -146,7 +146,7 @@ CASES = {  # number: (fault, required behavior)
         "The run continues or stops, as `online.on_failure` says. The bits are the same.",
     ),
     31: (
-        "A run resumes at the edge of an epoch, before the last step and after it.",
+        "A run resumes at an epoch boundary, before the last step and after it.",
         "The bits are the same. A finished run does nothing and ends with status 0.",
     ),
     32: (
@@ -202,17 +202,17 @@ def pytest_sessionfinish(session):
         before, _, rest = text.partition(BEGIN)
         after = rest.partition(END)[2]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{before}{BEGIN}\n{table(_results)}\n{END}{after}")
+        path.write_text(f"{before}{BEGIN}\n{build_table(_results)}\n{END}{after}")
 
 
-def table(results: dict[str, dict]) -> str:
+def build_table(results: dict[str, dict]) -> str:
     """Format a Markdown table with one row per case, followed by the observations of each case."""
     test_seconds = sum(result["seconds"] for result in results.values())
     date = time.strftime("%Y-%m-%d", time.gmtime())
     elapsed = time.monotonic() - _start
     heading = (
-        f"Revision {revision()}, {date}. {versions()}. The run took {elapsed:.0f} s by the clock,\n"
-        f"and its tests {test_seconds:.0f} s in all."
+        f"Revision {describe_revision()}, {date}. {describe_versions()}. "
+        f"The run took {elapsed:.0f} s of wall time,\nand its tests {test_seconds:.0f} s in total."
     )
     return format_table(heading, results)
 
@@ -220,12 +220,14 @@ def table(results: dict[str, dict]) -> str:
 def format_table(heading: str, results: dict[str, dict]) -> str:
     rows, observations = [], []
     for number, (fault, required) in CASES.items():
-        of_case = {name: result for name, result in results.items() if number in result["cases"]}
-        names = {name.partition("[")[0].rpartition("::")[2] for name in of_case}
+        case_results = {
+            name: result for name, result in results.items() if number in result["cases"]
+        }
+        names = {name.partition("[")[0].rpartition("::")[2] for name in case_results}
         tests = ", ".join(f"`{name}`" for name in sorted(names))
-        seconds = sum(result["seconds"] for result in of_case.values())
+        seconds = sum(result["seconds"] for result in case_results.values())
         rows.append(f"| {number}. {fault} | {required} | {tests} |")
-        observations.append(f"{number}. {summarize(of_case)} ({seconds:.1f} s)")
+        observations.append(f"{number}. {summarize(case_results)} ({seconds:.1f} s)")
     header = ["| what happens | what you see | tests |", "|---|---|---|"]
     return "\n".join([heading, "", *header, *rows, "", "Observed, by case:", "", *observations])
 
@@ -246,14 +248,14 @@ def summarize(results: dict[str, dict]) -> str:
     return "; ".join(texts).replace("\n", " ")
 
 
-def revision() -> str:
-    safe = f"safe.directory={ROOT}"
-    command = ["git", "-C", str(ROOT), "-c", safe, "describe", "--always", "--dirty", "--abbrev=12"]
+def describe_revision() -> str:
+    git = ["git", "-C", str(ROOT), "-c", f"safe.directory={ROOT}"]
+    command = [*git, "describe", "--always", "--dirty", "--abbrev=12"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "not a git checkout"
 
 
-def versions() -> str:
+def describe_versions() -> str:
     import torch
 
     cpus = f"{os.cpu_count()} CPUs, gloo"

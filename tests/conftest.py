@@ -1,4 +1,4 @@
-"""Shared data, and functions that run on several gloo ranks, for all tests."""
+"""Fixtures for all tests, and a helper that runs a function on several gloo ranks."""
 
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ _context.set_forkserver_preload(["torch", "torch._dynamo", "ssl_pretrain.train",
 
 @pytest.fixture
 def shared_data() -> Callable[[str], Path]:
-    """Return a function that finds a file of the shared data, or skips the test."""
+    """Return a function that finds a file in the shared data, or skips the test."""
     default = Path(__file__).parents[2] / "shared" / "data"
     root = Path(os.environ.get("SSL_PRETRAIN_DATA", default))
 
@@ -68,7 +68,7 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) ->
         try:
             for rank, (receiver, _) in enumerate(pipes):
                 if not receiver.poll(240):
-                    raise TimeoutError(f"rank {rank} did not answer in 240 s")
+                    raise TimeoutError(f"rank {rank} did not answer within 240 s")
                 ok, value = pickle.loads(receiver.recv_bytes())
                 if not ok:
                     raise AssertionError(f"rank {rank}:\n{value}")

@@ -1,4 +1,4 @@
-"""Run the product's commands as a user types them, on runs that take seconds."""
+"""Run the product's commands as a user would type them, on runs that take seconds."""
 
 import contextlib
 import io
@@ -48,9 +48,9 @@ class CommandResult:
         return self.stdout + self.stderr
 
 
-def noise_image(number: int, size: tuple[int, int] = (20, 20)) -> Image.Image:
-    """Return an image of color noise, seeded by the number."""
-    pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+def make_noise_image(seed: int, size: tuple[int, int] = (20, 20)) -> Image.Image:
+    """Return an image of color noise, seeded with `seed`."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
@@ -59,7 +59,7 @@ def write_images(folder: Path, names: list[str], first_number: int = 0) -> Path:
     for number, name in enumerate(names, first_number):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        noise_image(number).save(path)
+        make_noise_image(number).save(path)
     return folder
 
 
@@ -94,11 +94,11 @@ def start(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> subpr
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=_restore_hangups,
+        preexec_fn=_restore_sighup,
     )
 
 
-def _restore_hangups() -> None:
+def _restore_sighup() -> None:
     """Undo nohup, under which a child would ignore SIGHUP."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -142,16 +142,16 @@ def run_modules(commands: list[list[str]], timeout: float = 120) -> list[tuple[i
 
 def _run_modules(commands: list[list[str]], sender: Connection) -> None:
     os.chdir(ROOT)
-    # Unlike in a new interpreter, the modules have been imported before.
+    # The modules have already been imported, about which runpy warns.
     warnings.filterwarnings(
         "ignore", ".* found in sys.modules after import of package", RuntimeWarning
     )
     results = []
-    for words in commands:
-        sys.argv, out, err, status = words, io.StringIO(), io.StringIO(), 0
+    for command in commands:
+        sys.argv, out, err, status = command, io.StringIO(), io.StringIO(), 0
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                runpy.run_module(words[0], run_name="__main__")
+                runpy.run_module(command[0], run_name="__main__")
             except SystemExit as end:
                 status = end.code or 0
             except BaseException:  # a new interpreter would print this and end with status 1

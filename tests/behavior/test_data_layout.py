@@ -56,7 +56,7 @@ def write_tree(folder: Path, names: str) -> Path:
 def write_zip(folder: Path, members: list[str]) -> Path:
     """Write a zip with exactly these member names, as other systems write them."""
     image = io.BytesIO()
-    commands.noise_image(0).save(image, "PNG")
+    commands.make_noise_image(0).save(image, "PNG")
     with zipfile.ZipFile(folder / "data.zip", "w") as file:
         for name in members:
             member = zipfile.ZipInfo()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import finish, noise_image, run, start, write_class_folders, write_config
+from commands import finish, make_noise_image, run, start, write_class_folders, write_config
 from PIL import Image
 
 pytestmark = pytest.mark.full  # each test starts several processes; `make test-full` runs them
@@ -175,7 +175,7 @@ class TestFalseHeaders:
 
     def test_inspect_reports_zip_members_with_a_wrong_checksum_or_size(self, tmp_path):
         content = io.BytesIO()
-        noise_image(0).save(content, "BMP")
+        make_noise_image(0).save(content, "BMP")
         path = tmp_path / "data.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for number in range(8):

@@ -1,4 +1,4 @@
-"""Settings of other programs are respected, and other people's data are never executed."""
+"""Settings of other programs are respected, and other people's files are never executed."""
 
 import http.client
 import http.server
@@ -23,10 +23,10 @@ def config(tmp_path):
 
 @pytest.fixture
 def server():
-    """Return the address of a local W&B server, and the list of requests that it gets."""
+    """Return the address of a local W&B server, and the list of requests that it receives."""
     requests: list[str] = []
 
-    class CountingHandler(http.server.BaseHTTPRequestHandler):
+    class RecordingHandler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             requests.append(self.path)
             self.send_response(500)
@@ -37,7 +37,7 @@ def server():
         def log_message(self, *_arguments):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), CountingHandler) as http_server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RecordingHandler) as http_server:
         threading.Thread(target=http_server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{http_server.server_port}", requests
         http_server.shutdown()
@@ -68,7 +68,7 @@ def test_wandb_sends_nothing_if_its_variables_forbid_it(
 
 
 def change_log_config(folder, **log):
-    """Change values of `log` in a checkpoint's manifest, with a hash that matches."""
+    """Change values of `log` in a checkpoint's manifest, and update its hash."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["config"]["log"] |= log
@@ -76,30 +76,28 @@ def change_log_config(folder, **log):
 
 
 @pytest.mark.full
-def test_a_secret_is_interpolated_neither_from_a_manifest_nor_from_an_escaped_yaml(
-    config, tmp_path
-):
-    """A run folder or a YAML from someone else must not read this user's environment."""
-    refused = "'${' is not allowed: values are not interpolated"
+def test_neither_a_manifest_nor_an_escaped_yaml_reads_the_environment(config, tmp_path):
+    """A run folder or a YAML file from someone else must not read this user's environment."""
+    message = "'${' is not allowed: values are not interpolated"
     escaped_config = tmp_path / "escaped.yaml"
     escaped_config.write_text(
         config.read_text().replace("log: {", 'log: {name: "\\x24{oc.env:SECRET}", ')
     )
-    from_yaml = commands.run(*TRAIN, escaped_config, SECRET="hunter2")
-    assert from_yaml.status == 2 and refused in from_yaml.stderr and "hunter2" not in from_yaml.text
+    refusal = commands.run(*TRAIN, escaped_config, SECRET="hunter2")
+    assert refusal.status == 2 and message in refusal.stderr and "hunter2" not in refusal.text
     training = commands.run(*TRAIN, config)
     assert training.status == 0, training.text
     change_log_config(tmp_path / "run" / "checkpoints" / "step_00000002", name="${oc.env:SECRET}")
     evaluation = commands.run("-m", "ssl_pretrain.eval.knn", tmp_path / "run", SECRET="hunter2")
     assert evaluation.status == 2, evaluation.text
     assert (
-        f"the checkpoint's config: {refused}" in evaluation.stderr
+        f"the checkpoint's config: {message}" in evaluation.stderr
         and "hunter2" not in evaluation.text
     )
 
 
 def test_the_live_page_answers_only_to_its_own_host(tmp_path):
-    """A page of another site, whose name resolves to this machine, cannot read a run."""
+    """A website whose host name resolves to this machine cannot read a run."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("method: {name: secret_method}\n")

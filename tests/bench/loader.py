@@ -1,13 +1,13 @@
-"""Compare loaders in one run, warm and with interleaved rounds.
+"""Compare loaders in one run, warmed up and in interleaved rounds.
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python tests/bench/loader.py
 
 The images are those of imagenet_sample.zip, written by `ssl_pretrain.data.beton` at each of
---sides and repeated. All contenders read the same JPEGs of the same file with the same number of
+--sides and repeated. All contenders read the same JPEGs from the same file with the same number of
 threads.
 
     ours                 native/threads.py: each image is decoded once for all crops
-    FFCV per view        like FFCV-SSL: one pipeline, and so one decoding, per view
+    FFCV per view        like FFCV-SSL: one pipeline per view, which decodes the image again
     torchvision tensors  worker processes, decode_jpeg, RandomResizedCrop on uint8 tensors, flip
     torchvision PIL      worker processes, SimCLR's whole augmentation on Pillow images
 
@@ -55,11 +55,11 @@ RECIPES = {
 Contender = Callable[[int], int]  # loads about that many images and returns the exact number
 
 
-def cpu_seconds(processes: list[int]) -> float:
-    """Return the user and system time of this process and of `processes`."""
+def cpu_seconds(pids: list[int]) -> float:
+    """Return the user and system time of this process and of the processes `pids`."""
     ticks = 0
-    for process in [os.getpid(), *processes]:
-        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    for pid in [os.getpid(), *pids]:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -76,7 +76,7 @@ class Ours:
             source, view_crops, BatchPlan(0, len(source), BATCH), threads, 2, torch.device("cpu")
         )
         self.chunks = self.pool.make_chunks(requests)
-        self.processes: list[int] = []
+        self.pids: list[int] = []
         self.num_buffered = 4 * BATCH
 
     def __call__(self, images: int) -> int:
@@ -88,7 +88,7 @@ class Ours:
         self.pool.close()
 
 
-class PerView:
+class FFCVPerView:
     """FFCV's loader with one pipeline per view."""
 
     def __init__(self, source: Beton, view_crops: list[Crop], threads: int):
@@ -96,14 +96,14 @@ class PerView:
         from ffcv.loader import Loader, OrderOption
         from ffcv.pipeline.pipeline_spec import PipelineSpec
 
-        def decoder(crop: Crop):
+        def build_decoder(crop: Crop):
             return RandomResizedCropRGBImageDecoder(
                 (crop.size, crop.size), tuple(crop.scale), tuple(crop.ratio)
             )
 
-        pipelines = {"image": [decoder(view_crops[0])], "label": [IntDecoder()]}
+        pipelines = {"image": [build_decoder(view_crops[0])], "label": [IntDecoder()]}
         pipelines |= {
-            f"view{number}": PipelineSpec("image", decoder=decoder(crop))
+            f"view{number}": PipelineSpec("image", decoder=build_decoder(crop))
             for number, crop in enumerate(view_crops[1:], 1)
         }
         indices = np.tile(np.arange(len(source)), 50)
@@ -117,7 +117,7 @@ class PerView:
         self.batches = iter(
             Loader(source.full_path, batch_size=BATCH, num_workers=threads, **options)
         )
-        self.processes: list[int] = []
+        self.pids: list[int] = []
         self.num_buffered = 4 * BATCH
 
     def __call__(self, images: int) -> int:
@@ -129,7 +129,7 @@ class PerView:
         self.batches.close()
 
 
-class Crops(Dataset):
+class CropDataset(Dataset):
     """Crops by torchvision, on uint8 tensors or on Pillow images with SimCLR's colors."""
 
     def __init__(self, source: Beton, view_crops: list[Crop], with_pillow: bool):
@@ -160,14 +160,14 @@ class Crops(Dataset):
         return [view.flip(-1) if torch.rand(()) < 0.5 else view for view in views]
 
 
-class Torchvision:
+class TorchvisionLoader:
     """Worker processes of torch's loader with torchvision's transforms."""
 
     def __init__(self, source: Beton, view_crops: list[Crop], threads: int, with_pillow: bool):
         torch.manual_seed(0)
         self.batch = 16 if with_pillow else BATCH
         loader = DataLoader(
-            Crops(source, view_crops, with_pillow),
+            CropDataset(source, view_crops, with_pillow),
             self.batch,
             shuffle=True,
             num_workers=threads,
@@ -175,7 +175,7 @@ class Torchvision:
             multiprocessing_context="fork",
         )
         self.batches: Iterator = iter(loader)
-        self.processes = [worker.pid for worker in self.batches._workers]
+        self.pids = [worker.pid for worker in self.batches._workers]
         self.num_buffered = 2 * threads * self.batch
 
     def __call__(self, images: int) -> int:
@@ -190,30 +190,30 @@ class Torchvision:
 def measure(contender: Contender, images: int) -> tuple[float, float]:
     """Return images per second and CPU milliseconds per image, with empty buffers at the start."""
     contender(contender.num_buffered)
-    cpu, start = cpu_seconds(contender.processes), time.perf_counter()
+    cpu, start = cpu_seconds(contender.pids), time.perf_counter()
     num_images = contender(images)
     seconds = time.perf_counter() - start
-    return num_images / seconds, 1000 * (cpu_seconds(contender.processes) - cpu) / num_images
+    return num_images / seconds, 1000 * (cpu_seconds(contender.pids) - cpu) / num_images
 
 
-def wait_until_idle(processes: list[int]) -> None:
+def wait_until_idle(pids: list[int]) -> None:
     """Wait until all contenders have filled their buffers and none computes."""
     while True:
-        before = cpu_seconds(processes)
+        before = cpu_seconds(pids)
         time.sleep(1.0)
-        if cpu_seconds(processes) - before < 0.05:
+        if cpu_seconds(pids) - before < 0.05:
             return
 
 
 def measure_all(
     source: Beton, view_crops: list[Crop], threads: int, rounds: int, images: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Measure each contender in turn, in several rounds. The others are idle with full buffers."""
+    """Measure the contenders in turn, in several rounds. The others idle with full buffers."""
     bicubic = [replace(crop, interpolation="bicubic") for crop in view_crops]
     contenders = {  # torchvision's processes must be forked before threads start
-        "torchvision tensors": Torchvision(source, view_crops, threads, False),
-        "torchvision PIL": Torchvision(source, view_crops, threads, True),
-        "FFCV per view": PerView(source, view_crops, threads),
+        "torchvision tensors": TorchvisionLoader(source, view_crops, threads, False),
+        "torchvision PIL": TorchvisionLoader(source, view_crops, threads, True),
+        "FFCV per view": FFCVPerView(source, view_crops, threads),
         "ours": Ours(source, view_crops, threads),
         "ours, bicubic": Ours(source, bicubic, threads),
     }
@@ -221,10 +221,10 @@ def measure_all(
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for contender in contenders.values():
         contender(contender.num_buffered)  # compiles, and reads the file into memory
-    processes = [process for contender in contenders.values() for process in contender.processes]
+    pids = [pid for contender in contenders.values() for pid in contender.pids]
     for _ in range(rounds):
         for name, contender in contenders.items():
-            wait_until_idle(processes)
+            wait_until_idle(pids)
             results[name].append(measure(contender, num_images.get(name, images)))
     for contender in contenders.values():
         contender.close()
@@ -268,12 +268,12 @@ def main() -> None:
     torch.set_num_threads(1)
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        zipped = open_source(
+        zip_source = open_source(
             DataConfig(root=str(args.data / "imagenet_sample.zip"), cache_dir=folder), "train"
         )
         for side in args.sides:
             path = Path(folder) / f"{side}.beton"
-            beton_writer.write(zipped, path, EncodingSettings(max_side=side), num_workers=1)
+            beton_writer.write(zip_source, path, EncodingSettings(max_side=side), num_workers=1)
             source = open_source(DataConfig(root=str(path)), "train")
             assert isinstance(source, Beton)
             print(f"max side {side}: {path.stat().st_size / 600e3:.0f} KB per image", flush=True)
@@ -300,7 +300,7 @@ def main() -> None:
     print(
         f"color, 256 x 3 x 224 x 224: ours {colors['ours']:.2f} s, "
         f"kornia {colors['kornia']:.2f} s, difference at most {colors['largest']:.2f} gray levels, "
-        f"{colors['mean']:.3f} in the mean"
+        f"{colors['mean']:.3f} on average"
     )
     names = {
         "multicrop_vs_ffcv_per_view": "2x224+6x96 ours/FFCV per view",

@@ -1,4 +1,4 @@
-"""Time of one LARS step on ResNet-50's 159 parameters: ours, timm's class and a plain loop.
+"""Time one LARS step on ResNet-50's 159 parameters: ours, timm's class and a plain loop.
 
 PYTHONPATH=. .venv/bin/python tests/bench/optim.py [--backbone resnet50] [--repeats 15]
 """
@@ -16,7 +16,7 @@ from ssl_pretrain.optim.optimizers import OptimConfig
 CONFIG = OptimConfig(name="lars", weight_decay=1e-4, base_lr=0.3)
 
 
-class Loop:
+class LoopLARS:
     """LARS as a plain loop over tensors."""
 
     def __init__(self, groups):
@@ -47,14 +47,14 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def network():
+    def build_network():
         torch.manual_seed(0)
         model = timm.create_model(options.backbone, num_classes=0).to(device)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         return model
 
-    models = {name: network() for name in ("ours", "timm", "loop")}
+    models = {name: build_network() for name in ("ours", "timm", "loop")}
     ours = optim.build(CONFIG, models["ours"])
     optim.set_rates(ours, CONFIG, HALFWAY, 100, 4096)
     groups = [
@@ -62,7 +62,7 @@ def main() -> None:
         for group in optim.parameter_groups(CONFIG, models["timm"])
     ]
     theirs = Lars(groups, lr=4.8, momentum=0.9)
-    loop = Loop(optim.parameter_groups(CONFIG, models["loop"]))
+    loop = LoopLARS(optim.parameter_groups(CONFIG, models["loop"]))
     runs = {"ours": ours.step, "timm": theirs.step, "loop": loop.step}
     for run in runs.values():
         run()

@@ -1,4 +1,4 @@
-"""Batches are the same for any workers, ranks and first step, and failures are clear."""
+"""Batches do not depend on workers, ranks or the first step, and failures are clear."""
 
 import gc
 import itertools
@@ -31,9 +31,8 @@ from ssl_pretrain.views import crops
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create"
-)  # where there are few cores
+# PyTorch warns on machines with few cores.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 VIEWS = ViewsConfig(
     crops={
@@ -57,7 +56,7 @@ VIEWS = ViewsConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def _end_forkserver():
-    """End the loader's forkserver, whose processes would ignore the signals of other tests."""
+    """End the loader's forkserver, whose processes would ignore signals that other tests send."""
     yield
     multiprocessing.forkserver._forkserver._stop()
 
@@ -79,18 +78,20 @@ def source(tmp_path_factory) -> Source:
     return open_source(write_images(tmp_path_factory.mktemp("loader") / "data", 50), "train")
 
 
-def loader(source: Source, num_workers: int = 0, views: ViewsConfig = VIEWS, **options) -> Loader:
+def make_loader(
+    source: Source, num_workers: int = 0, views: ViewsConfig = VIEWS, **options
+) -> Loader:
     return build_loader(source, views, num_workers=num_workers, **options)
 
 
 @pytest.fixture(scope="module")
 def expected(source) -> list[str]:
-    """Return the digests of steps 0 to 9 of one process, two and a half epochs."""
-    return digests(loader(source), 0, 10)
+    """Return the digests of steps 0 to 9 in one process, which are two and a half epochs."""
+    return digests(make_loader(source), 0, 10)
 
 
 def test_a_batch_has_normalized_views_labels_and_indices(source):
-    batch = next(loader(source).iterate_from(0))
+    batch = next(make_loader(source).iterate_from(0))
     assert [tuple(view.shape) for view in batch.views] == [(12, 3, 12, 12)] * 2 + [(12, 3, 6, 6)]
     assert all(view.dtype == torch.float32 and torch.isfinite(view).all() for view in batch.views)
     assert batch.labels.dtype == batch.indices.dtype == torch.int64
@@ -101,12 +102,12 @@ def test_a_batch_has_normalized_views_labels_and_indices(source):
 
 
 def test_views_are_the_crops_of_the_recipe(source):
-    plain = ViewsConfig(crops={"global": Crop(count=2, size=12)})
-    batch = next(loader(source, views=plain, seed=5).iterate_from(6))  # epoch 1, step 2
+    views_config = ViewsConfig(crops={"global": Crop(count=2, size=12)})
+    batch = next(make_loader(source, views=views_config, seed=5).iterate_from(6))  # epoch 1, step 2
     for row, index in enumerate(batch.indices.tolist()):
         image = torch.from_numpy(source.read(index)).permute(2, 0, 1)
         for number in range(2):
-            crop = plain.crops["global"]
+            crop = views_config.crops["global"]
             box = crops.draw_box(crop, 5, 1, index, number, *image.shape[1:])
             torch.testing.assert_close(
                 batch.views[number][row], crops.apply(image, box, crop) / 255
@@ -115,7 +116,7 @@ def test_views_are_the_crops_of_the_recipe(source):
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_workers_change_nothing(num_workers, source, expected):
-    assert digests(loader(source, num_workers), 0, 10) == expected
+    assert digests(make_loader(source, num_workers), 0, 10) == expected
 
 
 def test_a_zip_gives_the_batches_of_its_folder(source, expected, tmp_path):
@@ -124,21 +125,21 @@ def test_a_zip_gives_the_batches_of_its_folder(source, expected, tmp_path):
             archive.write(
                 source.name(index), Path(source.name(index)).relative_to(source.full_path)
             )
-    packed = open_source(
+    zip_source = open_source(
         DataConfig(root=str(tmp_path / "data.zip"), cache_dir=str(tmp_path)), "train"
     )
-    packed.read(0)  # the archive is open in this process, and each worker has to open it anew
-    assert digests(loader(packed, 2), 0, 10) == expected
+    zip_source.read(0)  # the archive is open in this process, and each worker has to open it anew
+    assert digests(make_loader(zip_source, 2), 0, 10) == expected
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_make_up_the_global_batch(world_size, source, expected):
-    ranks = [
-        loader(source, rank=rank, world_size=world_size).iterate_from(0)
+    iterators = [
+        make_loader(source, rank=rank, world_size=world_size).iterate_from(0)
         for rank in range(world_size)
     ]
     for step in range(5):
-        local_batches = [next(batches) for batches in ranks]
+        local_batches = [next(iterator) for iterator in iterators]
         global_batch = Batch(
             [torch.cat(views) for views in zip(*(batch.views for batch in local_batches))],
             torch.cat([batch.labels for batch in local_batches]),
@@ -150,43 +151,43 @@ def test_ranks_make_up_the_global_batch(world_size, source, expected):
 @pytest.mark.parametrize("first", [1, 4, 6])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resumed_batches_equal_uninterrupted_ones(first, num_workers, source, expected):
-    assert digests(loader(source, num_workers), first, 10 - first) == expected[first:]
+    assert digests(make_loader(source, num_workers), first, 10 - first) == expected[first:]
 
 
-def test_a_second_start_uses_the_same_workers(source, expected):
-    with loader(source, 2) as batches:
+def test_a_second_iterator_uses_the_same_workers(source, expected):
+    with make_loader(source, 2) as batches:
         next(batches.iterate_from(0))
-        before = child_pids()
+        pids = list_child_pids()
         assert [
             digest(batch) for batch in itertools.islice(batches.iterate_from(3), 3)
         ] == expected[3:6]
-        assert child_pids() == before
+        assert list_child_pids() == pids
 
 
-def test_seeds_epochs_and_views_differ(source, expected):
-    assert len({*expected, *digests(loader(source, seed=4), 0, 10)}) == 20
+def test_batches_differ_between_steps_epochs_and_seeds(source, expected):
+    assert len({*expected, *digests(make_loader(source, seed=4), 0, 10)}) == 20
 
 
 def test_chunks_do_not_change_a_batch(source):
-    sizes = {"global_batch_size": 50}
-    expected = digests(loader(source, **sizes), 0, 2)
-    assert digests(loader(source, 2, **sizes), 0, 2) == expected  # chunks of 25
-    assert digests(loader(source, 3, **sizes), 0, 2) == expected  # 17, 17 and 16
+    options = {"global_batch_size": 50}
+    expected = digests(make_loader(source, **options), 0, 2)
+    assert digests(make_loader(source, 2, **options), 0, 2) == expected  # chunks of 25
+    assert digests(make_loader(source, 3, **options), 0, 2) == expected  # 17, 17 and 16
 
 
 def test_the_trainers_random_state_does_not_change(source):
     torch.manual_seed(0)
-    before = torch.random.get_rng_state()
-    digests(loader(source, 1), 0, 2)
-    assert torch.equal(torch.random.get_rng_state(), before)
+    state = torch.random.get_rng_state()
+    digests(make_loader(source, 1), 0, 2)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_build_takes_the_config(tmp_path, expected):
+def test_build_follows_the_config(tmp_path, expected):
     config = write_images(tmp_path / "data", 50)
     config.num_workers = 0
-    built = build(config, VIEWS, seed=3, global_batch_size=12, device="cpu")
-    assert (built.steps_per_epoch, len(built.source), built.num_replaced) == (4, 50, 0)
-    assert digests(built, 0, 10) == expected
+    batches = build(config, VIEWS, seed=3, global_batch_size=12, device="cpu")
+    assert (batches.steps_per_epoch, len(batches.source), batches.num_replaced) == (4, 50, 0)
+    assert digests(batches, 0, 10) == expected
 
 
 def test_digits_need_no_worker():
@@ -194,25 +195,25 @@ def test_digits_need_no_worker():
     with build(
         DataConfig("digits", num_workers=0), views, seed=0, global_batch_size=256, device="cpu"
     ) as batches:
-        seen = torch.cat(
+        indices = torch.cat(
             [
                 batch.indices
                 for batch in itertools.islice(batches.iterate_from(0), batches.steps_per_epoch)
             ]
         )
-    assert len(seen.unique()) == 5 * 256
+    assert len(indices.unique()) == 5 * 256
 
 
 def test_slices_of_a_batch_are_equal_and_complete(source):
-    batch = next(loader(source).iterate_from(0))
+    batch = next(make_loader(source).iterate_from(0))
     slices = [batch.slice(number, 3) for number in range(3)]
-    assert [len(rows) for rows in slices] == [4, 4, 4]
+    assert [len(batch_slice) for batch_slice in slices] == [4, 4, 4]
     for name in ("labels", "indices"):
         assert torch.equal(
-            torch.cat([getattr(rows, name) for rows in slices]), getattr(batch, name)
+            torch.cat([getattr(batch_slice, name) for batch_slice in slices]), getattr(batch, name)
         )
-    for view, expected in enumerate(batch.views):
-        assert torch.equal(torch.cat([rows.views[view] for rows in slices]), expected)
+    for number, view in enumerate(batch.views):
+        assert torch.equal(torch.cat([batch_slice.views[number] for batch_slice in slices]), view)
     with pytest.raises(ValueError) as caught:
         batch.slice(0, 5)
     assert str(caught.value) == "a batch of 12 images does not divide into 5 equal slices"
@@ -232,10 +233,10 @@ class WithUnreadableImages:
 
 class TestUnreadable(WithUnreadableImages):
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_an_image_outside_the_batch_takes_its_place(self, num_workers, source):
-        plain = ViewsConfig(crops={"global": Crop(count=1, size=6)})
+    def test_an_image_outside_the_batch_replaces_an_unreadable_one(self, num_workers, source):
+        views_config = ViewsConfig(crops={"global": Crop(count=1, size=6)})
         options = {"seed": 0, "global_batch_size": 8, "max_replaced": 1.0}
-        with loader(source, num_workers, plain, **options) as batches:
+        with make_loader(source, num_workers, views_config, **options) as batches:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 steps = list(itertools.islice(batches.iterate_from(0), 6))
@@ -243,7 +244,7 @@ class TestUnreadable(WithUnreadableImages):
         messages = [
             str(warning.message) for warning in caught if "takes its place" in str(warning.message)
         ]
-        assert len(messages) == 3  # each once
+        assert len(messages) == 3  # one per image
         assert any(
             message.startswith(f"{source.name(3)}: the file is empty; ") for message in messages
         )
@@ -252,38 +253,43 @@ class TestUnreadable(WithUnreadableImages):
             for message in messages
         )
         for step, batch in enumerate(steps):
-            shown = [
-                shown_image(source, plain.crops["global"], step // 3, batch, row)
+            numbers = [
+                find_shown_image(source, views_config.crops["global"], step // 3, batch, row)
                 for row in range(8)
             ]
-            assert len(set(shown)) == 8 and not set(shown) & {3, 4, 23}
+            assert len(set(numbers)) == 8 and not set(numbers) & {3, 4, 23}
             indices = batch.indices.tolist()
             assert all(
-                number == index or number not in indices for number, index in zip(shown, indices)
+                number == index or number not in indices for number, index in zip(numbers, indices)
             )
-            assert batch.labels.tolist() == [source.label(number) for number in shown]
+            assert batch.labels.tolist() == [source.label(number) for number in numbers]
 
-    def test_replacement_is_the_same_for_any_workers_and_ranks(self, source):
+    def test_replacement_does_not_depend_on_workers_or_ranks(self, source):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            one = list(itertools.islice(loader(source, max_replaced=1.0).iterate_from(0), 4))
-            assert [digest(batch) for batch in one] == digests(
-                loader(source, 2, max_replaced=1.0), 0, 4
+            expected = list(
+                itertools.islice(make_loader(source, max_replaced=1.0).iterate_from(0), 4)
             )
-            ranks = [
+            assert [digest(batch) for batch in expected] == digests(
+                make_loader(source, 2, max_replaced=1.0), 0, 4
+            )
+            iterators = [
                 itertools.islice(
-                    loader(source, rank=rank, world_size=3, max_replaced=1.0).iterate_from(0), 4
+                    make_loader(source, rank=rank, world_size=3, max_replaced=1.0).iterate_from(0),
+                    4,
                 )
                 for rank in range(3)
             ]
-            for batch, *shares in zip(one, *ranks):
+            for batch, *local_batches in zip(expected, *iterators):
                 assert all(
-                    torch.equal(torch.cat([share.views[v] for share in shares]), batch.views[v])
-                    for v in range(3)
+                    torch.equal(
+                        torch.cat([local.views[view] for local in local_batches]), batch.views[view]
+                    )
+                    for view in range(3)
                 )
 
-    def test_a_batch_that_leaves_none_outside_is_refused(self, source):
-        batches = loader(source, global_batch_size=24, max_replaced=1.0)
+    def test_a_batch_of_all_images_leaves_no_replacement(self, source):
+        batches = make_loader(source, global_batch_size=24, max_replaced=1.0)
         with batches, warnings.catch_warnings(), pytest.raises(ValueError) as caught:
             warnings.simplefilter("ignore")
             next(batches.iterate_from(0))
@@ -292,15 +298,15 @@ class TestUnreadable(WithUnreadableImages):
         ) and "give a smaller global_batch_size" in str(caught.value)
 
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_more_than_the_limit_stop_the_run(self, num_workers, source):
+    def test_more_replacements_than_the_limit_stop_the_run(self, num_workers, source):
         with (
-            loader(source, num_workers) as batches,
+            make_loader(source, num_workers) as batches,
             warnings.catch_warnings(),
             pytest.raises(ValueError) as caught,
         ):
             warnings.simplefilter("ignore")
             list(itertools.islice(batches.iterate_from(0), 2))
-        # The number depends on the size of the chunk.
+        # The number at the error depends on the chunk size.
         message = re.sub("^data.max_replaced: 3", "data.max_replaced: 2", str(caught.value))
         assert message.startswith(
             f"data.max_replaced: 2 of 24 images of {source.full_path} could not be read in one "
@@ -310,17 +316,17 @@ class TestUnreadable(WithUnreadableImages):
             "; restore the files, remove them from the data set, or raise data.max_replaced"
         )
 
-    def test_an_epoch_within_the_limit_continues(self, source):
-        with loader(source, max_replaced=0.13) as batches, warnings.catch_warnings():
+    def test_replacements_within_the_limit_do_not_stop_the_run(self, source):
+        with make_loader(source, max_replaced=0.13) as batches, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             list(itertools.islice(batches.iterate_from(0), 8))  # three of 24 in each of four epochs
         assert batches.num_replaced == 12
 
-    def test_no_image_may_be_replaced_if_the_share_is_zero(self, source):
+    def test_no_image_may_be_replaced_if_max_replaced_is_zero(self, source):
         for index in (3, 4):
             Path(source.name(index)).write_bytes(Path(source.name(5)).read_bytes())
         with (
-            loader(source, max_replaced=0.0) as batches,
+            make_loader(source, max_replaced=0.0) as batches,
             warnings.catch_warnings(),
             pytest.raises(ValueError) as caught,
         ):
@@ -333,7 +339,7 @@ class TestUnreadable(WithUnreadableImages):
         for index in range(23):
             Path(source.name(index)).write_bytes(b"")
         with (
-            loader(source, num_workers, max_replaced=1.0) as batches,
+            make_loader(source, num_workers, max_replaced=1.0) as batches,
             pytest.raises(ValueError) as caught,
         ):
             next(batches.iterate_from(0))
@@ -344,7 +350,7 @@ class TestUnreadable(WithUnreadableImages):
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_a_folder_that_disappears_is_named(self, num_workers, source):
-        with loader(source, num_workers) as batches:
+        with make_loader(source, num_workers) as batches:
             os.rename(source.full_path, f"{source.full_path}.gone")
             with pytest.raises(
                 FileNotFoundError,
@@ -357,8 +363,8 @@ class TestUnreadable(WithUnreadableImages):
                     pass
 
 
-def shown_image(source: Source, crop: Crop, epoch: int, batch: Batch, row: int) -> int:
-    """Return the image that a row of a batch shows, by comparing it with every image's view."""
+def find_shown_image(source: Source, crop: Crop, epoch: int, batch: Batch, row: int) -> int:
+    """Return the number of the image that a row shows, found by comparing all images' views."""
     index = int(batch.indices[row])
     for number in range(len(source)):
         try:
@@ -371,8 +377,8 @@ def shown_image(source: Source, crop: Crop, epoch: int, batch: Batch, row: int) 
     raise AssertionError("the row shows no image of the source")
 
 
-class Failing(Source):
-    """A source of 8 gray images. Image 5 raises an error that no rule covers."""
+class FailingSource(Source):
+    """A source of 8 gray images. Image 5 raises an unexpected error."""
 
     def __init__(self):
         super().__init__("nowhere", np.zeros(8), ["a"])
@@ -395,20 +401,20 @@ class Failing(Source):
 class TestFailures:
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_an_error_names_the_image(self, num_workers):
-        began = time.monotonic()
+        start = time.monotonic()
         with (
-            loader(Failing(), num_workers, global_batch_size=8) as batches,
+            make_loader(FailingSource(), num_workers, global_batch_size=8) as batches,
             pytest.raises(RuntimeError) as caught,
         ):
             next(batches.iterate_from(0))
         assert "image 5, image_5.png: KeyError: 'a mistake in the code'" in str(caught.value)
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - start < 60
 
     def test_a_killed_worker_raises_an_error(self, source):
-        with loader(source, 2) as batches:
+        with make_loader(source, 2) as batches:
             steps = batches.iterate_from(0)
             next(steps)
-            os.kill(min(child_pids()), signal.SIGKILL)
+            os.kill(min(list_child_pids()), signal.SIGKILL)
             with pytest.raises(workers.LostWorkerError) as caught:
                 for _ in range(100):
                     next(steps)
@@ -420,21 +426,21 @@ class TestFailures:
         )
 
     def test_workers_outlive_the_signals_that_stop_a_run(self):
-        """Train in a process of its own, as the forkserver of this one may obey signals."""
+        """Train in a separate process, because the forkserver of this one may obey signals."""
         pipe = subprocess.PIPE
         trainer = subprocess.Popen(
-            [sys.executable, "-c", SIGNALED],
+            [sys.executable, "-c", SIGNALED_TRAINER],
             stdin=pipe,
             stdout=pipe,
             text=True,
             cwd=Path(__file__).parents[2],
         )
         assert trainer.stdout is not None and trainer.stdin is not None
-        processes = trainer.stdout.readline().split()
-        assert len(processes) == 3
+        pids = trainer.stdout.readline().split()
+        assert len(pids) == 3
         for name in ("TERM", "INT", "USR1", "USR2"):
-            # Another process sends it, as a worker obeys the trainer's own signals.
-            subprocess.run(["kill", f"-{name}", *processes], check=True)
+            # Another process sends it, because workers obey signals from the trainer.
+            subprocess.run(["kill", f"-{name}", *pids], check=True)
         time.sleep(1.5)
         output, _ = trainer.communicate("go on\n", timeout=120)
         views = ViewsConfig(crops={"global": Crop(size=8)})
@@ -463,22 +469,22 @@ class TestFailures:
 
 class TestProcesses:
     def test_close_leaves_no_process(self, source):
-        batches = loader(source, 2)
+        batches = make_loader(source, 2)
         next(batches.iterate_from(0))
-        pids = child_pids()
+        pids = list_child_pids()
         threads = threading.active_count()
         assert len(pids) == 2
         batches.close()
         batches.close()
-        assert not child_pids() and not any(is_alive(worker) for worker in pids)
+        assert not list_child_pids() and not any(is_alive(pid) for pid in pids)
         assert threading.active_count() <= threads
 
     def test_a_dropped_loader_leaves_no_process(self, source):
-        batches = loader(source, 1)
+        batches = make_loader(source, 1)
         next(batches.iterate_from(0))
         del batches
         gc.collect()
-        assert not child_pids()
+        assert not list_child_pids()
 
     @pytest.mark.parametrize(
         "end", ["killed", pytest.param("ended without closing", marks=pytest.mark.full)]
@@ -491,22 +497,22 @@ class TestProcesses:
         )
         assert trainer.stdout is not None and trainer.stdin is not None
         pids = [int(word) for word in trainer.stdout.readline().split()]
-        assert len(pids) == 2 and all(is_alive(worker) for worker in pids)
+        assert len(pids) == 2 and all(is_alive(pid) for pid in pids)
         if end == "killed":
             trainer.kill()
         trainer.stdin.close()
         trainer.wait(60)
-        until = time.monotonic() + 20
-        while any(is_alive(worker) for worker in pids) and time.monotonic() < until:
+        deadline = time.monotonic() + 20
+        while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not any(is_alive(worker) for worker in pids)
+        assert not any(is_alive(pid) for pid in pids)
 
     def test_workers_compute_on_one_thread(self):
-        with loader(CountsThreads(), 1, global_batch_size=4) as batches:
+        with make_loader(ThreadCountSource(), 1, global_batch_size=4) as batches:
             assert next(batches.iterate_from(0)).labels.tolist() == [1] * 4
 
 
-class CountsThreads(Failing):
+class ThreadCountSource(FailingSource):
     def read(self, index):
         return np.zeros((4, 4, 3), np.uint8)
 
@@ -528,7 +534,7 @@ if __name__ == "__main__":
     sys.stdin.read()
 """
 
-SIGNALED = """
+SIGNALED_TRAINER = """
 import itertools, multiprocessing, sys
 from multiprocessing import forkserver
 from ssl_pretrain.data.loader import build
@@ -543,24 +549,24 @@ if __name__ == "__main__":
         workers = [child.pid for child in multiprocessing.active_children()]
         print(forkserver._forkserver._forkserver_pid, *workers, flush=True)
         sys.stdin.readline()
-        forty = [first, *itertools.islice(steps, 39)]
-        print(*(batch.views[0].sum().item() for batch in forty), flush=True)
+        first_40 = [first, *itertools.islice(steps, 39)]
+        print(*(batch.views[0].sum().item() for batch in first_40), flush=True)
 """
 
 
-def child_pids() -> set[int]:
+def list_child_pids() -> set[int]:
     return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
 
 
-def is_alive(process: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
 
 
 class TestReadImages:
-    """One pass in order, as evaluations make."""
+    """One pass in order, as in evaluations."""
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_each_image_is_read_once_in_order(self, num_workers, source):
@@ -583,7 +589,7 @@ class TestReadImages:
         ]
         pixels = torch.cat([pixels for pixels, _ in batches])
         assert pixels.dtype == torch.uint8 and torch.equal(pixels, torch.stack(expected))
-        assert not child_pids()
+        assert not list_child_pids()
 
     def test_indices_choose_the_images(self, source):
         ((_, labels),) = read_images(
@@ -592,12 +598,12 @@ class TestReadImages:
         assert labels.tolist() == [source.label(7), source.label(3), source.label(7)]
 
     def test_an_early_exit_leaves_no_process(self, source):
-        passes = read_images(
+        batches = read_images(
             source, None, partial(crops.evaluation_view, size=8), batch_size=4, num_workers=2
         )
-        next(passes)
-        passes.close()
-        assert not child_pids()
+        next(batches)
+        batches.close()
+        assert not list_child_pids()
 
     def test_no_images_give_no_batches(self, source):
         assert (
@@ -611,7 +617,7 @@ class TestReadImages:
 
 
 class TestUnreadableInEvaluation(WithUnreadableImages):
-    def test_an_unreadable_image_is_replaced_with_its_label(self, source):
+    def test_an_unreadable_image_and_its_label_are_replaced(self, source):
         with pytest.warns(UserWarning, match="the file is empty; .* takes its place"):
             ((_, labels),) = read_images(
                 source, [2, 3], partial(crops.evaluation_view, size=8), batch_size=4, num_workers=0
@@ -619,11 +625,11 @@ class TestUnreadableInEvaluation(WithUnreadableImages):
         assert labels.tolist() == [source.label(2), source.label(5)]
 
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_more_than_the_limit_end_the_pass(self, num_workers, source):
-        passes = read_images(source, None, partial(crops.evaluation_view, size=8), 4, num_workers)
+    def test_more_replacements_than_the_limit_end_the_pass(self, num_workers, source):
+        batches = read_images(source, None, partial(crops.evaluation_view, size=8), 4, num_workers)
         with warnings.catch_warnings(), pytest.raises(ValueError) as caught:
             warnings.simplefilter("ignore")
-            list(passes)
+            list(batches)
         assert f" of 24 images of {source.full_path} could not be read in one pass" in str(
             caught.value
         )
@@ -643,11 +649,11 @@ class TestMessages:
             ),
         ],
     )
-    def test_batches_that_do_not_fit(self, options, message, source):
+    def test_batch_sizes_that_do_not_fit_are_refused(self, options, message, source):
         with pytest.raises(ValueError) as caught:
-            loader(source, **options)
+            make_loader(source, **options)
         assert str(caught.value) == message
 
-    def test_views_are_checked(self, source):
+    def test_views_without_crops_are_refused(self, source):
         with pytest.raises(ValueError, match=r"views\.crops"):
-            loader(source, views=ViewsConfig())
+            make_loader(source, views=ViewsConfig())
