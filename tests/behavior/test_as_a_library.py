@@ -1,4 +1,4 @@
-"""A program trains: a script without a guard, a thread, an event loop, a notebook cell."""
+"""Training from a program: a script without a guard, a thread, an event loop, a notebook cell."""
 
 import commands
 import pytest
@@ -9,32 +9,34 @@ from ssl_pretrain import config, train
 
 def train_run(name, workers):
     overrides = [f"output=FOLDER/{name}", f"data.num_workers={workers}"]
-    loaded = config.load("FOLDER/config.yaml", overrides)
-    print(name, "steps", train.train(loaded, torch.device("cpu")), flush=True)
+    run_config = config.load("FOLDER/config.yaml", overrides)
+    print(name, "steps", train.train(run_config, torch.device("cpu")), flush=True)
 """
 
 
 @pytest.fixture
-def script(tmp_path):
+def write_script(tmp_path):
     root = commands.write_class_folders(tmp_path / "images", "train")
     commands.write_config(tmp_path, root)
 
-    def write(text: str):
+    def write_script(text: str):
         path = tmp_path / "program.py"
         path.write_text(PREAMBLE.replace("FOLDER", str(tmp_path)) + text)
         return path
 
-    return write
+    return write_script
 
 
-def test_a_script_without_a_guard_trains_once(script):
-    result = commands.run(script("print('imported', flush=True)\ntrain_run('plain', 2)\n"))
+def test_a_script_without_a_guard_trains_once(write_script):
+    result = commands.run(
+        write_script("print('imported', flush=True)\ntrain_run('unguarded', 2)\n")
+    )
     assert (result.status, result.stdout.count("imported")) == (0, 1), result.text
-    assert result.stdout.count("plain steps 2") == 1
+    assert result.stdout.count("unguarded steps 2") == 1
 
 
 @pytest.mark.full
-def test_a_thread_and_an_event_loop_train(script):
+def test_a_thread_and_an_event_loop_can_train(write_script):
     text = """
 import asyncio, signal, threading
 
@@ -46,7 +48,7 @@ def train_or_print_error(name):
 
 async def main():
     train_run("coroutine", 0)
-    await asyncio.to_thread(go, "executor", 2)
+    await asyncio.to_thread(train_run, "executor", 2)
 
 if __name__ == "__main__":
     handler = signal.getsignal(signal.SIGTERM)
@@ -58,7 +60,7 @@ if __name__ == "__main__":
     asyncio.run(main())
     assert signal.getsignal(signal.SIGTERM) is handler
 """
-    result = commands.run(script(text))
+    result = commands.run(write_script(text))
     assert result.status == 0, result.text
     assert (
         "second thread: another thread of this process is training, and both would use"
@@ -69,11 +71,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.full
-def test_a_process_that_may_not_start_workers_gets_remedies(script):
+def test_a_process_that_cannot_start_workers_is_told_the_remedies(write_script):
     text = """
 import multiprocessing
 
-def work(workers):
+def train_or_print_error(workers):
     try:
         train_run(f"pool{workers}", workers)
     except ValueError as error:
@@ -81,9 +83,9 @@ def work(workers):
 
 if __name__ == "__main__":
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pool.map(work, [2, 0])
+        pool.map(train_or_print_error, [2, 0])
 """
-    result = commands.run(script(text))
+    result = commands.run(write_script(text))
     assert result.status == 0 and "pool0 steps 2" in result.stdout, result.text
     assert (
         "data.num_workers: 2 workers cannot be started by a daemonic process, such as a worker of "
@@ -93,9 +95,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.full
-def test_a_cell_without_a_file_trains(script):
-    """A notebook's kernel has a main module without a file or a spec, and its loop is running."""
-    path = script(
+def test_a_notebook_cell_can_train(write_script):
+    """The main module of a notebook kernel has no file or spec, and its event loop is running."""
+    path = write_script(
         "async def cell():\n    train_run('cell', 2)\nimport asyncio\nasyncio.run(cell())\n"
     )
     result = commands.run("-c", path.read_text())
@@ -103,8 +105,10 @@ def test_a_cell_without_a_file_trains(script):
 
 
 @pytest.mark.full
-def test_a_transform_defined_in_the_script_needs_a_guard_and_the_error_says_so(script, tmp_path):
-    """Workers import the script to use what is defined in it."""
+def test_a_transform_defined_in_the_script_needs_a_guard_and_the_error_says_so(
+    write_script, tmp_path
+):
+    """Workers import the script to get the transform."""
     text = """
 from ssl_pretrain.data import readers, sources
 
@@ -117,10 +121,10 @@ GUARD
     batches = readers.read_images(source, range(5), HalfSize(), 4, 2)
     print([tuple(pixels.shape) for pixels, labels in batches])
 """
-    guarded = script(text.replace("GUARD", 'if __name__ == "__main__":'))
-    result = commands.run(guarded)
+    guarded_script = write_script(text.replace("GUARD", 'if __name__ == "__main__":'))
+    result = commands.run(guarded_script)
     assert result.status == 0 and result.stdout == "[(4, 3, 4, 4), (1, 3, 4, 4)]\n", result.text
-    result = commands.run(script(text.replace("GUARD", "if True:")))
+    result = commands.run(write_script(text.replace("GUARD", "if True:")))
     assert result.status == 1
     assert result.stderr.splitlines()[-1] == (
         f"ValueError: data.num_workers: each worker process imports "

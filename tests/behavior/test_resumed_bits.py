@@ -20,30 +20,31 @@ CASES = {
 
 def load_tensors(folder):
     """Return the method's and the optimizer's tensors in the newest checkpoint."""
-    newest = max((folder / "checkpoints").glob("step_*"))
-    return load_file(newest / "method.safetensors") | load_file(newest / "optimizer.safetensors")
+    checkpoint = max((folder / "checkpoints").glob("step_*"))
+    method = load_file(checkpoint / "method.safetensors")
+    return method | load_file(checkpoint / "optimizer.safetensors")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(case, tmp_path):
-    """With the default `parallel.channels_last`, 4-D weights and moments are not in row order."""
+    """The default `parallel.channels_last` stores 4-D weights and moments in another order."""
     write_class_folders(tmp_path / "images", "train", images_per_class=12)
     path = write_config(tmp_path, tmp_path / "images")
 
     def train(name, steps):
-        keys = [*CASES[case], "epochs=4", f"output={tmp_path / name}"]
-        result = run("-m", "ssl_pretrain.train", path, *keys, "--stop-after", str(steps))
+        overrides = [*CASES[case], "epochs=4", f"output={tmp_path / name}"]
+        result = run("-m", "ssl_pretrain.train", path, *overrides, "--stop-after", str(steps))
         assert result.status == 0, result.text
         return result.text
 
     train("uninterrupted", 6)
     train("stopped", 3)
     assert f"resumed {tmp_path / 'stopped'} after step 3" in train("stopped", 3)
-    uninterrupted, stopped = (
+    uninterrupted, resumed = (
         load_tensors(tmp_path / "uninterrupted"),
         load_tensors(tmp_path / "stopped"),
     )
-    assert uninterrupted.keys() == stopped.keys()
+    assert uninterrupted.keys() == resumed.keys()
     assert [
-        name for name, value in uninterrupted.items() if not torch.equal(stopped[name], value)
+        name for name, value in uninterrupted.items() if not torch.equal(resumed[name], value)
     ] == []

@@ -4,11 +4,11 @@ PYTHONPATH=. .venv/bin/python tests/bench/collapse.py [--cases byol_without_pred
     [--steps 1000] [--output runs/collapse]
 PYTHONPATH=. .venv/bin/python tests/bench/collapse.py --draw docs/results/health
 
-The second command prints a table of the finished runs and draws them. Collapse is defined by an
-oracle that shares no code with the monitor: the k-NN accuracy of the backbone's features, by
-scikit-learn, is within 2 points of chance, or the effective rank of the embeddings, by numpy's
-decomposition, is under 2 % of their dimension. The step of the collapse is the first step from
-which the oracle reports a collapse until the end.
+The second command prints a table of the finished runs and draws them. An oracle that shares no code
+with the monitor defines collapse: the k-NN accuracy of the backbone's features (scikit-learn) is
+within 2 points of chance, or the effective rank of the embeddings (numpy's SVD) is under 2 % of
+their dimension. A run collapses at the first step from which the oracle reports a collapse until
+the end.
 """
 
 import argparse
@@ -54,8 +54,8 @@ COLLAPSING["vicreg_invariance_alone"] = [
     "method.covariance_weight=0",
 ]
 HEALTHY = [name for name in methods.names() if name != "cpc"]
-ORACLE_STEPS = 10  # interval of the oracle
-CHANCE = 0.1  # accuracy of a guess among ten digits
+ORACLE_STEPS = 10  # steps between two measurements by the oracle
+CHANCE = 0.1  # accuracy of guessing among ten digits
 NUM_TRAIN = 1297  # digits that the oracle's k-NN is fitted to
 CURVES = (
     ("embedding_std", "spread", "#1f5fa8"),
@@ -80,21 +80,25 @@ class MonitorWithOracle(CollapseMonitor):
     def measure(self, step, embeddings, targets):
         if step % ORACLE_STEPS == 0:
             with (self.folder / "oracle.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **self.oracle(embeddings)}) + "\n")
+                file.write(json.dumps({"step": step, **self.run_oracle(embeddings)}) + "\n")
         return super().measure(step, embeddings, targets)
 
     @torch.no_grad()
-    def oracle(self, embeddings):
+    def run_oracle(self, embeddings):
         backbone = self.method.get_submodule(self.method.evaluated_module)
         training = backbone.training
         features = backbone.eval()(self.pixels).numpy()
         backbone.train(training)
-        unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-        classifier = KNeighborsClassifier(20).fit(unit[:NUM_TRAIN], self.labels[:NUM_TRAIN])
+        unit_features = features / np.maximum(
+            np.linalg.norm(features, axis=1, keepdims=True), 1e-12
+        )
+        classifier = KNeighborsClassifier(20).fit(
+            unit_features[:NUM_TRAIN], self.labels[:NUM_TRAIN]
+        )
         name = next(name for name in ("z_a", "queries", "p_a") if name in embeddings)
         z = embeddings[name].double().numpy()
         return {
-            "knn": classifier.score(unit[NUM_TRAIN:], self.labels[NUM_TRAIN:]),
+            "knn": classifier.score(unit_features[NUM_TRAIN:], self.labels[NUM_TRAIN:]),
             "rank": effective_rank(z),
             "rank_centered": effective_rank(z - z.mean(0)),
             "dim": z.shape[1],
@@ -103,19 +107,19 @@ class MonitorWithOracle(CollapseMonitor):
 
 def effective_rank(z: np.ndarray) -> float:
     values = np.linalg.svd(z, compute_uv=False)
-    share = values[values > 0] / max(values.sum(), 1e-300)
-    return float(np.exp(-(share * np.log(share)).sum())) if len(share) else 0.0
+    shares = values[values > 0] / max(values.sum(), 1e-300)
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
 
 
 def is_collapsed(entry: Entry) -> bool:
     return entry["knn"] <= CHANCE + 0.02 or entry["rank"] < 0.02 * entry["dim"]
 
 
-def collapse_step(entries: list[Entry]) -> int | None:
+def find_collapse_step(entries: list[Entry]) -> int | None:
     """Return the first step from which the oracle reports a collapse at every entry."""
-    healthy = [index for index, entry in enumerate(entries) if not is_collapsed(entry)]
-    first = healthy[-1] + 1 if healthy else 0
-    return int(entries[first]["step"]) if first < len(entries) else None
+    healthy_indices = [index for index, entry in enumerate(entries) if not is_collapsed(entry)]
+    first_index = healthy_indices[-1] + 1 if healthy_indices else 0
+    return int(entries[first_index]["step"]) if first_index < len(entries) else None
 
 
 def train_case(case: str, output: Path, num_steps: int) -> None:
@@ -141,7 +145,7 @@ def train_case(case: str, output: Path, num_steps: int) -> None:
 
 
 def find_alerts(entries: list[Entry]) -> list[tuple[int, str]]:
-    """Return the alerts at the default interval, from records with a measurement every 10 steps."""
+    """Return the alerts at the default interval, given records with measurements every 10 steps."""
     history, every_steps = AlertHistory([]), HealthConfig().every_steps
     return [
         (entry["step"], alert.title)
@@ -163,15 +167,19 @@ def draw(output: Path, figures: Path) -> None:
             continue
         metrics = records.read(folder / "metrics.jsonl")
         entries = records.read(folder / "oracle.jsonl")
-        alerts, step = find_alerts(metrics), collapse_step(entries)
+        alerts, collapse_step = find_alerts(metrics), find_collapse_step(entries)
         knn = " to ".join(f"{100 * entry['knn']:.0f} %" for entry in (entries[0], entries[-1]))
         rank = " to ".join(f"{entry['rank']:.1f}" for entry in (entries[0], entries[-1]))
         titles = ", ".join(f"{step} ({title})" for step, title in alerts) or "none"
         last_step, dim = entries[-1]["step"], entries[0]["dim"]
-        print(f"| {name} | {last_step} | {knn} | {rank} / {dim} | {step or 'never'} | {titles} |")
+        print(
+            f"| {name} | {last_step} | {knn} | {rank} / {dim} | {collapse_step or 'never'} "
+            f"| {titles} |"
+        )
         if case in COLLAPSING:
             alert_step = alerts[0][0] if alerts else None
-            plot(name, metrics, entries, alert_step, step, figures / f"{case}.png")
+            path = figures / f"{case}.png"
+            plot(name, metrics, entries, alert_step, collapse_step, path)
 
 
 def plot(
@@ -187,35 +195,37 @@ def plot(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (loss, monitor, oracle) = pyplot.subplots(
+    figure, (loss_axes, monitor_axes, oracle_axes) = pyplot.subplots(
         1, 3, figsize=(11, 3), layout="constrained", dpi=80
     )
     steps = [record["step"] for record in metrics]
-    loss.plot(steps, [record["loss"] for record in metrics], color="#63686e")
-    loss.set_title("loss")
-    measured = [record for record in metrics if "rank_share" in record]
-    steps = [record["step"] for record in measured]
+    loss_axes.plot(steps, [record["loss"] for record in metrics], color="#63686e")
+    loss_axes.set_title("loss")
+    measurements = [record for record in metrics if "rank_share" in record]
+    steps = [record["step"] for record in measurements]
     for key, label, color in CURVES:
-        monitor.plot(steps, [record.get(key) for record in measured], color=color, label=label)
-    monitor.set_title("metrics of the monitor")
-    monitor.set_ylim(0, 1.25)
-    monitor.legend(fontsize=7)
+        monitor_axes.plot(
+            steps, [record.get(key) for record in measurements], color=color, label=label
+        )
+    monitor_axes.set_title("metrics of the monitor")
+    monitor_axes.set_ylim(0, 1.25)
+    monitor_axes.legend(fontsize=7)
     steps = [entry["step"] for entry in entries]
-    oracle.plot(steps, [entry["knn"] for entry in entries], color="#2f8f5b", label="k-NN")
+    oracle_axes.plot(steps, [entry["knn"] for entry in entries], color="#2f8f5b", label="k-NN")
     ranks = [entry["rank"] / entry["dim"] for entry in entries]
-    oracle.plot(steps, ranks, color="#c8443c", label="rank / dim")
-    oracle.set_title("the oracle")
-    oracle.set_ylim(0, 1)
-    oracle.legend(fontsize=8)
-    for axis in (loss, monitor, oracle):
-        axis.set_xlabel("step")
+    oracle_axes.plot(steps, ranks, color="#c8443c", label="rank / dim")
+    oracle_axes.set_title("the oracle")
+    oracle_axes.set_ylim(0, 1)
+    oracle_axes.legend(fontsize=8)
+    for axes in (loss_axes, monitor_axes, oracle_axes):
+        axes.set_xlabel("step")
         if alert_step is not None:
-            axis.axvline(alert_step, color="#c8443c", linestyle="--", linewidth=1)
+            axes.axvline(alert_step, color="#c8443c", linestyle="--", linewidth=1)
         if collapse_step is not None:
-            axis.axvline(collapse_step, color="black", linewidth=1)
-    alert = "none" if alert_step is None else alert_step
-    collapse = "never" if collapse_step is None else f"from {collapse_step}"
-    figure.suptitle(f"{name}: alert (dashed) at {alert}, collapsed (solid) {collapse}")
+            axes.axvline(collapse_step, color="black", linewidth=1)
+    alert_text = "none" if alert_step is None else alert_step
+    collapse_text = "never" if collapse_step is None else f"from {collapse_step}"
+    figure.suptitle(f"{name}: alert (dashed) at {alert_text}, collapsed (solid) {collapse_text}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)

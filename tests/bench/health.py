@@ -7,11 +7,11 @@ A monitored step includes the collapse monitor, the logger, the console and an o
 Monitored and bare steps alternate. The two kinds have separate weights, and each comes first in
 half of the pairs. A monitored step is plain, writes a record, or measures the embeddings. Its
 excess is its time divided by that of the bare step of its pair, minus 1. The cost at the default
-intervals, from medians of the excess, is
+intervals, computed from the median excesses, is
 
     1 + plain + (record - plain) / 10 + (measured - plain) / 50.
 
-Records and measurements come more often than by default, so that there are enough of them.
+Records and measurements are more frequent than by default, so that there are enough of each kind.
 """
 
 import argparse
@@ -86,17 +86,19 @@ def measure_seconds(step: Callable[[], object], device: torch.device) -> float:
 
 def step_kind(step: int) -> str | None:
     """Return what a monitored step does, or None if it does not count."""
-    records, measures = step % RECORD_STEPS == 0, step % MEASURE_STEPS == 0
-    if step <= 12 or (records and measures):
+    writes_record, measures = step % RECORD_STEPS == 0, step % MEASURE_STEPS == 0
+    if step <= 12 or (writes_record and measures):
         return None
-    return "measured" if measures else "record" if records else "plain"
+    return "measured" if measures else "record" if writes_record else "plain"
 
 
 def time_pairs(options: argparse.Namespace, folder: Path) -> dict[str, list[tuple[float, float]]]:
     """Return the seconds of the monitored and the bare step of each pair, by kind."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = random_batch(options, device)
-    stepper, bare = (build_benchmark_stepper(options, batch, device) for _ in range(2))
+    monitored_stepper, bare_stepper = (
+        build_benchmark_stepper(options, batch, device) for _ in range(2)
+    )
     pairs: dict[str, list[tuple[float, float]]] = {"plain": [], "record": [], "measured": []}
     with Logger(
         LogConfig(every_steps=RECORD_STEPS, wandb="offline"),
@@ -109,19 +111,21 @@ def time_pairs(options: argparse.Namespace, folder: Path) -> dict[str, list[tupl
         flops_per_image=1e9,
         peak_tflops=hardware.peak_tflops(device),
     ) as logger:
-        method = parallel.unwrap(stepper.model)
+        method = parallel.unwrap(monitored_stepper.model)
         health = HealthConfig(every_steps=MEASURE_STEPS)
-        monitor = CollapseMonitor(health, method, stepper.optimizer, raise_alert=logger.raise_alert)
+        monitor = CollapseMonitor(
+            health, method, monitored_stepper.optimizer, raise_alert=logger.raise_alert
+        )
 
-        def monitored_step(step: int) -> None:
-            embeddings, targets, logs = stepper(HALFWAY, batch)
+        def take_monitored_step(step: int) -> None:
+            embeddings, targets, logs = monitored_stepper(HALFWAY, batch)
             rates = {"lr": 0.1, "weight_decay": 0.0}
             logger.log_step(step, logs, rates, monitor.measure(step, embeddings, targets))
 
         for step in range(1, 12 * (options.rounds + 1) + 1):
             steps = [
-                lambda step=step: monitored_step(step),
-                lambda: bare(HALFWAY, batch),
+                lambda step=step: take_monitored_step(step),
+                lambda: bare_stepper(HALFWAY, batch),
             ]
             order = 1 if (step + step // 12) % 2 else -1  # balanced over the kinds
             seconds = [measure_seconds(run, device) for run in steps[::order]][::order]
@@ -135,7 +139,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         pairs = time_pairs(options, Path(folder))
-    seconds = {"bare": [bare for kind in pairs.values() for _, bare in kind]}
+    seconds = {"bare": [bare for times in pairs.values() for _, bare in times]}
     seconds |= {kind: [monitored for monitored, _ in times] for kind, times in pairs.items()}
     plain, record, measured = (
         statistics.median(monitored / bare - 1 for monitored, bare in times)
@@ -155,7 +159,7 @@ def main() -> None:
         f"excess over the bare step: plain {plain:.2%}, record {record:.2%}, "
         f"measured {measured:.2%}"
     )
-    print(f"a measurement costs {(measured - plain) / 50:.2%} of 50 steps")
+    print(f"a measurement costs {(measured - plain) / 50:.2%} of the time of 50 bare steps")
     print(f"ratios: monitored_over_bare={cost:.4f}")
 
 

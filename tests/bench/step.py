@@ -4,7 +4,7 @@ PYTHONPATH=. .venv/bin/python tests/bench/step.py [--images 256] [--micro-batch 
 
 `coupled` is SimCLR, whose micro-batches are embedded twice. `uncoupled` is a method whose loss is a
 mean over images (the distance of an embedding to a fixed target), whose micro-batches are
-accumulated in one pass. Batch norm groups are micro-batches in every run.
+accumulated in one pass. In every run, each micro-batch is one batch norm group.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from ssl_pretrain.step import Stepper
 from ssl_pretrain.views.batch import Batch
 
 
-class ToFixedTargets(simclr.SimCLR):
+class FixedTargetSimCLR(simclr.SimCLR):
     """SimCLR's network with a loss that does not couple images."""
 
     couples = "nothing"
@@ -40,24 +40,27 @@ class ToFixedTargets(simclr.SimCLR):
 
 
 def build_benchmark_stepper(
-    kind: type, options: argparse.Namespace, images: int, total: int, device: torch.device
+    kind: type,
+    options: argparse.Namespace,
+    micro_batch_size: int,
+    global_batch_size: int,
+    device: torch.device,
 ) -> Stepper:
     torch.manual_seed(0)
     backbone = build(BackboneConfig(name=options.backbone), options.size)
     method = kind(simclr.Config(projector_dims=[512, 128]), backbone)
     settings = ParallelConfig(bn_group_images=options.micro_batch)
-    labels = torch.zeros(images, dtype=torch.int64, device=device)
-    example = Batch(
-        [torch.zeros(images, 3, options.size, options.size, device=device)] * 2, labels, labels
-    )
+    labels = torch.zeros(micro_batch_size, dtype=torch.int64, device=device)
+    view = torch.zeros(micro_batch_size, 3, options.size, options.size, device=device)
+    example = Batch([view] * 2, labels, labels)
     return build_stepper_halfway(
         method,
         settings,
         OptimConfig(name="lars"),
         device,
         example,
-        micro_batch_size=images,
-        global_batch_size=total,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
     )
 
 
@@ -82,17 +85,19 @@ def main() -> None:
     ]
     labels = torch.zeros(options.images, dtype=torch.int64, device=device)
     runs = {}
-    for label, kind in (("coupled", simclr.SimCLR), ("uncoupled", ToFixedTargets)):
-        for name, images, total in (
+    for label, kind in (("coupled", simclr.SimCLR), ("uncoupled", FixedTargetSimCLR)):
+        for name, micro_batch_size, global_batch_size in (
             ("whole batch", options.images, options.images),
             ("micro-batches", options.micro_batch, options.images),
             ("one micro-batch", options.micro_batch, options.micro_batch),
         ):
-            step = build_benchmark_stepper(kind, options, images, total, device)
-            batch = Batch(
-                [view[:total] for view in place_views(views, step)], labels[:total], labels[:total]
+            stepper = build_benchmark_stepper(
+                kind, options, micro_batch_size, global_batch_size, device
             )
-            runs[f"{label}, {name}"] = lambda step=step, batch=batch: step(HALFWAY, batch)
+            batch_views = [view[:global_batch_size] for view in place_views(views, stepper)]
+            batch_labels = labels[:global_batch_size]
+            batch = Batch(batch_views, batch_labels, batch_labels)
+            runs[f"{label}, {name}"] = lambda stepper=stepper, batch=batch: stepper(HALFWAY, batch)
     for run in runs.values():
         run()
     print(versions("timm"))
@@ -111,19 +116,19 @@ def main() -> None:
         )
     ratios = []
     for kind in ("coupled", "uncoupled"):
-        whole, split, single = (
+        whole_batch, micro_batches, one_micro_batch = (
             f"{kind}, {name}" for name in ("whole batch", "micro-batches", "one micro-batch")
         )
-        time_ratio = seconds[split] / seconds[whole]
-        memory_ratio = peak_bytes[split] / peak_bytes[single]
+        time_ratio = seconds[micro_batches] / seconds[whole_batch]
+        memory_ratio = peak_bytes[micro_batches] / peak_bytes[one_micro_batch]
         ratios.append(f"micro_batches_over_whole_{kind}={time_ratio:.2f}")
         ratios.append(f"memory_over_one_micro_batch_{kind}={memory_ratio:.2f}")
     print("ratios:", *ratios)
 
 
-def place_views(views: list[torch.Tensor], step: Stepper) -> list[torch.Tensor]:
-    """Move the views to the device and memory format of the step, as the loader does."""
-    return step.execution.place_views(views)
+def place_views(views: list[torch.Tensor], stepper: Stepper) -> list[torch.Tensor]:
+    """Move the views to the device and memory format of the stepper, as the loader does."""
+    return stepper.execution.place_views(views)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints of small networks, for the tests of this folder."""
+"""Build and resume checkpoints of a small network, for the tests of this folder."""
 
 from torch import nn
 
@@ -8,20 +8,20 @@ from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 
-def linear() -> TrainingState:
+def build_linear_state() -> TrainingState:
     """Return the state of an untrained method with a linear backbone."""
     method = nn.Module()
     method.backbone = nn.Linear(3, 2)
     return TrainingState(method, optim.build(OptimConfig(), method))
 
 
-def checkpoints(run, state, config=None, last_step=100, steps_per_epoch=1, **settings):
+def build_checkpoints(run, state, config=None, last_step=100, steps_per_epoch=1, **settings):
     """Return the checkpoints of a run with the given settings of `CheckpointConfig`."""
     facts = RunFacts(last_step, micro_batch_size=8, data="abc")
-    settings = CheckpointConfig(**settings)
-    return Checkpoints(run, state, settings, facts, config or {}, steps_per_epoch)
+    checkpoint_config = CheckpointConfig(**settings)
+    return Checkpoints(run, state, checkpoint_config, facts, config or {}, steps_per_epoch)
 
 
 def resume(run, state) -> int:
     """Restore the newest checkpoint of a run and return its step."""
-    return checkpoints(run, state).resume(check_config=lambda saved_config, path: None)
+    return build_checkpoints(run, state).resume(check_config=lambda saved_config, path: None)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.promise
 
 @pytest.fixture
 def run(tmp_path):
-    checkpoints = saving.checkpoints(tmp_path, saving.linear())
+    checkpoints = saving.build_checkpoints(tmp_path, saving.build_linear_state())
     for step in (2, 4):
         checkpoints.save(step)
     return tmp_path
@@ -45,7 +45,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(run, damage
     inflict, message = DAMAGE[damage]
     inflict(file)
     with pytest.warns(UserWarning) as warned:
-        assert saving.resume(run, saving.linear()) == 2
+        assert saving.resume(run, saving.build_linear_state()) == 2
     expected = message.format(short=size - 5, bytes=size) + "; using step_00000002 instead"
     assert str(warned[0].message) == expected
 
@@ -72,8 +72,8 @@ def test_a_run_without_checkpoints_is_an_error(tmp_path):
 
 
 def test_pruning_keeps_the_newest_checkpoints_and_the_milestones(tmp_path):
-    checkpoints = saving.checkpoints(
-        tmp_path, saving.linear(), steps_per_epoch=3, keep_last=2, keep_every_epochs=2
+    checkpoints = saving.build_checkpoints(
+        tmp_path, saving.build_linear_state(), steps_per_epoch=3, keep_last=2, keep_every_epochs=2
     )
     for step in range(1, 8):
         checkpoints.save(3 * step)
@@ -88,7 +88,7 @@ def test_files_and_links_at_the_path_of_a_checkpoint_are_replaced(run):
     target.mkdir()
     (target / "file").write_text("content")
     (folder / "step_00000010").symlink_to(target)
-    checkpoints = saving.checkpoints(run, saving.linear(), keep_last=9)
+    checkpoints = saving.build_checkpoints(run, saving.build_linear_state(), keep_last=9)
     for step in (6, 8, 10):
         checkpoints.save(step)
         path = folder / f"step_{step:08d}"
@@ -108,7 +108,7 @@ def test_a_new_start_removes_unfinished_checkpoints(run):
 def test_files_have_the_mode_of_the_umask(tmp_path, mask):
     before = os.umask(mask)
     try:
-        saving.checkpoints(tmp_path, saving.linear()).save(1)
+        saving.build_checkpoints(tmp_path, saving.build_linear_state()).save(1)
     finally:
         os.umask(before)
     (path,) = list_checkpoints(tmp_path)

@@ -17,7 +17,9 @@ CONFIG = {"method": {"name": "simclr"}, "views": {"mean": [0.1, 0.2], "name": "Â
 @pytest.fixture
 def run(tmp_path):
     torch.manual_seed(0)
-    checkpoints = saving.checkpoints(tmp_path, saving.linear(), config=CONFIG, keep_last=5)
+    checkpoints = saving.build_checkpoints(
+        tmp_path, saving.build_linear_state(), config=CONFIG, keep_last=5
+    )
     for step in (2, 4):
         checkpoints.save(step)
     return tmp_path

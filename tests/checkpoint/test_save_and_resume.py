@@ -26,7 +26,7 @@ OPTIMIZERS = ["lars", "larc", "sgd", "adamw", "adam"]
 def build_trained_state(seed=0):
     """Return the state after one optimizer step."""
     torch.manual_seed(seed)
-    state = saving.linear()
+    state = saving.build_linear_state()
     state.method.backbone(torch.ones(4, 3)).sum().backward()
     take_step(state)
     return state
@@ -44,7 +44,7 @@ def assert_equal_parameters(method, expected):
 @pytest.fixture
 def run(tmp_path):
     for step in (2, 4):
-        saving.checkpoints(tmp_path, build_trained_state(step)).save(step)
+        saving.build_checkpoints(tmp_path, build_trained_state(step)).save(step)
     return tmp_path
 
 
@@ -75,7 +75,7 @@ def test_moments_are_restored_in_the_memory_layout_of_their_weights(name, tmp_pa
         take_step(state, name=name, base_lr=0.01)
 
     saved, fresh = after_one_step(0), after_one_step(1)
-    saving.checkpoints(tmp_path, saved).save(1)
+    saving.build_checkpoints(tmp_path, saved).save(1)
     saving.resume(tmp_path, fresh)
     for parameter in fresh.method.parameters():
         entries = fresh.optimizer.state[parameter].values()
@@ -99,7 +99,7 @@ def test_moments_take_the_layout_of_the_resumed_weights(tmp_path):
 
     saved = after_one_step(torch.contiguous_format, 0)
     fresh = after_one_step(torch.channels_last, 1)
-    saving.checkpoints(tmp_path, saved).save(1)
+    saving.build_checkpoints(tmp_path, saved).save(1)
     saving.resume(tmp_path, fresh)
     old, new = (state.optimizer.state[state.method.weight]["exp_avg"] for state in (saved, fresh))
     assert torch.equal(new, old)
@@ -119,7 +119,7 @@ def test_a_rollback_clears_moments_of_parameters_that_were_frozen(name, tmp_path
     method = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     state = TrainingState(method, optim.build(OptimConfig(name=name), method))
     step(state, frozen=list(method[1].parameters()))
-    checkpoints = saving.checkpoints(tmp_path, state)
+    checkpoints = saving.build_checkpoints(tmp_path, state)
     checkpoints.save(1)
     step(state)
     expected = [parameter.detach().clone() for parameter in method.parameters()]
@@ -135,7 +135,7 @@ def test_no_pickle_is_written(run):
 
 def test_an_output_with_checkpoints_is_refused_if_resuming_is_off(run):
     with pytest.raises(ValueError) as error:
-        saving.checkpoints(run, build_trained_state(), resume=False).resume(
+        saving.build_checkpoints(run, build_trained_state(), resume=False).resume(
             check_config=lambda saved_config, path: None
         )
     assert str(error.value) == (
@@ -145,10 +145,10 @@ def test_an_output_with_checkpoints_is_refused_if_resuming_is_off(run):
 
 
 def test_a_resumed_run_keeps_its_wandb_id(run):
-    first = saving.checkpoints(run, build_trained_state())
+    first = saving.build_checkpoints(run, build_trained_state())
     first.facts.wandb_id = "abcdefgh"
     first.save(6)
-    second = saving.checkpoints(run, build_trained_state())
+    second = saving.build_checkpoints(run, build_trained_state())
     second.resume(check_config=lambda saved_config, path: None)
     assert second.facts.wandb_id == "abcdefgh"
 
@@ -166,14 +166,14 @@ def test_a_full_disk_loses_nothing(run, monkeypatch):
         r"Older checkpoints are intact\. Free space and resume"
     )
     with pytest.raises(SaveError, match=message):
-        saving.checkpoints(run, build_trained_state()).save(6)
+        saving.build_checkpoints(run, build_trained_state()).save(6)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["step_00000002", "step_00000004"]
     verify_checkpoint(newest_checkpoint(run))
 
 
 def test_a_full_disk_can_be_a_warning_except_for_the_last_save(run, monkeypatch):
-    checkpoints = saving.checkpoints(run, build_trained_state(), on_failure="warn")
+    checkpoints = saving.build_checkpoints(run, build_trained_state(), on_failure="warn")
     with monkeypatch.context() as patch:
         patch.setattr(tensor_files, "save_file", fail_to_write)
         with pytest.raises(SaveError, match=r"^checkpoint of step 5 could not be written to "):
@@ -198,7 +198,7 @@ def test_an_asynchronous_save_holds_the_weights_of_its_step(tmp_path, monkeypatc
 
     monkeypatch.setattr(tensor_files, "save_file", write_slowly)
     state = build_trained_state()
-    checkpoints = saving.checkpoints(tmp_path, state)
+    checkpoints = saving.build_checkpoints(tmp_path, state)
     expected = {name: value.clone() for name, value in state.method.state_dict().items()}
     checkpoints.save(3, wait=False)
     assert write_started.wait(60) and list_checkpoints(tmp_path) == []
@@ -212,8 +212,8 @@ def test_an_asynchronous_save_holds_the_weights_of_its_step(tmp_path, monkeypatc
 
 
 def test_checkpoints_are_due_at_intervals_and_at_the_end():
-    checkpoints = saving.checkpoints(
-        "", saving.linear(), last_step=11, steps_per_epoch=5, every_epochs=0.5
+    checkpoints = saving.build_checkpoints(
+        "", saving.build_linear_state(), last_step=11, steps_per_epoch=5, every_epochs=0.5
     )
     assert [step for step in range(1, 12) if checkpoints.is_due(step)] == [3, 5, 8, 10, 11]
 

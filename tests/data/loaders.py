@@ -31,15 +31,15 @@ def build_loader(
 
 
 def digest(batch: Batch) -> str:
-    """Return a digest of every tensor of a batch on the CPU."""
-    total = hashlib.sha256()
+    """Return one digest of all tensors of a batch on the CPU."""
+    sha256 = hashlib.sha256()
     for tensor in (*batch.views, batch.labels, batch.indices):
-        total.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        total.update(tensor.contiguous().numpy().tobytes())
-    return total.hexdigest()
+        sha256.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        sha256.update(tensor.contiguous().numpy().tobytes())
+    return sha256.hexdigest()
 
 
-def digests(loader: Loader, first: int, count: int) -> list[str]:
-    """Return the digests of `count` batches from step `first` on, and close the loader."""
+def digests(loader: Loader, first_step: int, count: int) -> list[str]:
+    """Return the digests of `count` batches from `first_step` on, and close the loader."""
     with loader:
-        return [digest(batch) for batch in itertools.islice(loader.iterate_from(first), count)]
+        return [digest(batch) for batch in itertools.islice(loader.iterate_from(first_step), count)]

@@ -17,8 +17,8 @@ from ssl_pretrain.data.suggestion import suggest_config
 
 
 @pytest.fixture(autouse=True)
-def _home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # the listings are cached there
+def _temporary_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # listings are cached below it
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def root(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def test_counts_sizes_modes_and_colors(root, capsys):
+def test_counts_sizes_modes_and_colors_are_printed(root, capsys):
     assert inspect.main([str(root)]) == 0
-    printed = capsys.readouterr().out
+    output = capsys.readouterr().out
     for line in (
         (
             f"data: training {root}/train: 8 images, 2 classes (a, b); validation none "
@@ -56,7 +56,7 @@ def test_counts_sizes_modes_and_colors(root, capsys):
         ),
         "  bad     0",
     ):
-        assert line in printed
+        assert line in output
 
 
 def test_bad_files_are_named(root, capsys):
@@ -90,12 +90,12 @@ def test_long_lists_of_classes_are_shortened(tmp_path, capsys):
     inspect.main([str(tmp_path / "data")])
     assert "        ...  10 classes (--all-classes lists them)\n" in capsys.readouterr().out
     inspect.main([str(tmp_path / "data"), "--all-classes"])
-    printed = capsys.readouterr().out
-    assert all(f"  class_{index:02d}\n" in printed for index in range(30))
+    output = capsys.readouterr().out
+    assert all(f"  class_{index:02d}\n" in output for index in range(30))
 
 
-# Number of images and their shorter side: size of the views, batch size, epochs.
-SUGGESTED = {
+# Maps (number of images, their shorter side) to (size of the views, batch size, epochs).
+SUGGESTIONS = {
     (1297, 8): (16, 256, 800),
     (50_000, 32): (32, 512, 800),
     (100_000, 64): (64, 512, 400),
@@ -104,8 +104,8 @@ SUGGESTED = {
 }
 
 
-@pytest.mark.parametrize(("num_images", "side"), SUGGESTED)
-def test_the_suggestion_loads(num_images, side, tmp_path):
+@pytest.mark.parametrize(("num_images", "side"), SUGGESTIONS)
+def test_the_suggested_config_loads_and_gives_its_reasons(num_images, side, tmp_path):
     class SourceOfLength:
         def __len__(self):
             return num_images
@@ -113,25 +113,25 @@ def test_the_suggestion_loads(num_images, side, tmp_path):
     statistics = ImageStatistics(sizes=[(side, 2 * side)])
     path = tmp_path / "my.yaml"
     path.write_text(suggest_config(DataConfig(root='/data/a "b"'), SourceOfLength(), statistics))
-    loaded = config.load(path)
-    assert (loaded.method.name, loaded.data.root) == ("simclr", '/data/a "b"')
+    run_config = config.load(path)
+    assert (run_config.method.name, run_config.data.root) == ("simclr", '/data/a "b"')
     assert (
-        loaded.views.crops["global"].size,
-        loaded.global_batch_size,
-        loaded.epochs,
-    ) == SUGGESTED[num_images, side]
-    for key in ("size", "base_lr", "global_batch_size", "epochs", "stem"):  # with a reason each
+        run_config.views.crops["global"].size,
+        run_config.global_batch_size,
+        run_config.epochs,
+    ) == SUGGESTIONS[num_images, side]
+    for key in ("size", "base_lr", "global_batch_size", "epochs", "stem"):  # each with its reason
         assert re.search(rf"^ *{key}: \S+ +# \S", path.read_text(), re.MULTILINE)
 
 
-def test_a_missing_folder_is_a_message(tmp_path, capsys):
+def test_a_missing_folder_is_reported(tmp_path, capsys):
     assert inspect.main([str(tmp_path / "absent")]) == 2
     assert capsys.readouterr().err.startswith(f"data.root: {tmp_path}/absent does not exist;")
 
 
 def test_help_shows_options_and_examples():
     command = [sys.executable, "-m", "ssl_pretrain.data.inspect"]
-    run = subprocess.run(
+    result = subprocess.run(
         [*command, "--help"],
         capture_output=True,
         text=True,
@@ -144,4 +144,4 @@ def test_help_shows_options_and_examples():
         "python -m ssl_pretrain.data.inspect /data/imagenet",
         "Exit status: 0 on success,",
     ):
-        assert text in run.stdout
+        assert text in result.stdout

@@ -1,4 +1,4 @@
-"""Sources: the files of each split, their labels, the cached listing, and every message."""
+"""Sources: the files of each split, their labels, the cached listing, and every error message."""
 
 import os
 import pickle
@@ -261,26 +261,26 @@ class TestCache:
         return write_images(tmp_path / "data", "a/1.png", "b/2.png")
 
     @pytest.fixture
-    def walks(self, monkeypatch):
+    def scans(self, monkeypatch):
         """Return a list that receives the root of each folder or zip that is scanned."""
-        walks = []
+        scans = []
 
         def record_calls(scan):
-            return lambda root: walks.append(root) or scan(root)
+            return lambda root: scans.append(root) or scan(root)
 
         for module, name in ((listing, "scan_folder"), (zip_archive, "scan_zip")):
             monkeypatch.setattr(module, name, record_calls(getattr(module, name)))
-        return walks
+        return scans
 
-    def test_a_second_start_does_not_scan_the_folder(self, root, walks, open_split):
+    def test_a_second_start_does_not_scan_the_folder(self, root, scans, open_split):
         first = open_split(root)
         second = open_split(root)
-        assert len(walks) == 1
+        assert len(scans) == 1
         assert paths_of(second) == paths_of(first)
         assert second.fingerprint == first.fingerprint
 
     @pytest.mark.parametrize("change", ["add", "add deep", "delete", "delete folder"])
-    def test_a_changed_folder_is_scanned_again(self, change, root, walks, open_split):
+    def test_a_changed_folder_is_scanned_again(self, change, root, scans, open_split):
         open_split(root)
         times = {path: path.stat().st_mtime_ns for path in (root, root / "a", root / "b")}
         time.sleep(0.05)  # longer than a tick of the file system's clock
@@ -297,33 +297,33 @@ class TestCache:
             if path.exists():
                 os.utime(path, ns=(times[path], times[path]))  # as unpacking an archive does
         paths = paths_of(open_split(root))
-        assert len(walks) == 2
+        assert len(scans) == 2
         assert paths == sorted(os.path.relpath(path, root) for path in root.rglob("*.png"))
 
-    def test_a_changed_zip_is_scanned_again(self, root, walks, open_split):
+    def test_a_changed_zip_is_scanned_again(self, root, scans, open_split):
         path = zip_folder(root)
         open_split(path)
         open_split(path)
-        assert len(walks) == 1
+        assert len(scans) == 1
         write_images(root, "a/3.png")
         assert len(open_split(zip_folder(root))) == 3
 
     @pytest.mark.parametrize("damage", [b"", b"PK\3\4 no npz", None])
-    def test_a_damaged_cache_is_replaced(self, damage, root, walks, tmp_path, open_split):
+    def test_a_damaged_cache_is_replaced(self, damage, root, scans, tmp_path, open_split):
         expected = paths_of(open_split(root))
         (cache_file,) = (tmp_path / "cache").iterdir()
-        intact = cache_file.read_bytes()
-        cache_file.write_bytes(intact[: len(intact) // 2] if damage is None else damage)
+        content = cache_file.read_bytes()
+        cache_file.write_bytes(content[: len(content) // 2] if damage is None else damage)
         for _ in range(2):  # the first call replaces the cache, and the second one uses it
             assert paths_of(open_split(root)) == expected
-            assert len(walks) == 2
+            assert len(scans) == 2
         assert list((tmp_path / "cache").iterdir()) == [cache_file]  # no temporary file is left
 
-    def test_a_recently_changed_folder_is_not_cached(self, root, walks, monkeypatch, open_split):
+    def test_a_recently_changed_folder_is_not_cached(self, root, scans, monkeypatch, open_split):
         monkeypatch.setattr(listing, "_SETTLED_NS", 2_000_000_000)
         open_split(root)
         open_split(root)
-        assert len(walks) == 2
+        assert len(scans) == 2
 
     def test_a_cache_that_cannot_be_written_only_costs_time(self, root, tmp_path):
         (tmp_path / "file").write_text("not a folder")
@@ -331,8 +331,8 @@ class TestCache:
         assert len(open_source(config, "train")) == 2
 
 
-class TestMessages:
-    def test_roots(self, tmp_path, open_split):
+class TestErrorMessages:
+    def test_a_wrong_root_is_explained(self, tmp_path, open_split):
         assert error_of(open_split, "") == (
             "data.root: no path is set; give a folder, a .zip, a .beton, or a list of files "
             "(.csv, .tsv, .txt), as in data.root=/data/imagenet"
@@ -350,7 +350,7 @@ class TestMessages:
             "data.source: 'cifar' is not a source; choose one of: digits, cifar10, folder"
         )
 
-    def test_empty(self, tmp_path, open_split):
+    def test_an_empty_data_set_is_explained(self, tmp_path, open_split):
         (tmp_path / "empty").mkdir()
         assert error_of(open_split, tmp_path / "empty") == (
             f"data.root: {tmp_path}/empty contains no image that Pillow can decode, at any depth"
@@ -360,7 +360,7 @@ class TestMessages:
             f"data.root: {tmp_path}/empty.csv contains no image"
         )
 
-    def test_splits(self, tmp_path, open_split):
+    def test_a_wrong_split_is_explained(self, tmp_path, open_split):
         root = write_images(tmp_path / "data", "a/1.png", "b/2.png")
         assert error_of(open_split, root, "val") == (
             f"data.val: {root} has no folder or list for validation, such as val/; "
@@ -383,7 +383,7 @@ class TestMessages:
             "1 to 2, or 0 for all"
         )
 
-    def test_classes(self, tmp_path, open_split):
+    def test_a_class_that_only_validation_has_is_explained(self, tmp_path, open_split):
         names = ("train/a/1.png", "train/b/1.png", "val/c/1.png", "val/a/1.png")
         root = write_images(tmp_path / "data", *names)
         assert error_of(open_split, root, "val") == (
@@ -391,7 +391,7 @@ class TestMessages:
             "check data.train and data.val"
         )
 
-    def test_lists(self, tmp_path, open_split):
+    def test_a_wrong_list_is_explained(self, tmp_path, open_split):
         (tmp_path / "list.csv").write_text("missing.png\n")
         assert error_of(open_split, tmp_path / "list.csv") == (
             f"data.root: {tmp_path}/list.csv begins with 'missing.png', "
@@ -402,7 +402,7 @@ class TestMessages:
             f"data.root: {tmp_path}/list.txt is not a list of paths: "
         )
 
-    def test_zips(self, tmp_path, open_split):
+    def test_an_unreadable_zip_is_explained(self, tmp_path, open_split):
         (tmp_path / "bad.zip").write_bytes(b"no zip")
         assert error_of(open_split, tmp_path / "bad.zip") == (
             f"data.root: {tmp_path}/bad.zip cannot be read as a zip: File is not a zip file"
@@ -414,7 +414,7 @@ class TestMessages:
             "unsupported method; pack the images again with `zip -r -0`"
         )
 
-    def test_download_without_a_network(self, monkeypatch, open_split):
+    def test_a_download_without_a_network_is_explained(self, monkeypatch, open_split):
         def raise_error(*_arguments, **_options):
             raise OSError("no route to host")
 
@@ -425,7 +425,7 @@ class TestMessages:
             "with train/<class>/ and test/<class>/"
         )
 
-    def test_labels(self, tmp_path, open_split):
+    def test_missing_labels_are_explained(self, tmp_path, open_split):
         source = open_split(write_images(tmp_path / "data", "1.png", "2.png"))
         assert error_of(require_labels, source, "k-NN") == (
             f"data.root: k-NN needs labels, and {tmp_path}/data has no labeled images; "
@@ -438,7 +438,7 @@ class TestMessages:
         assert message in error_of(require_labels, source, "k-NN")
         require_labels(open_source(DataConfig("digits"), "train"), "k-NN")
 
-    def test_images(self, tmp_path, open_split):
+    def test_unreadable_images_are_named(self, tmp_path, open_split):
         root = write_images(tmp_path / "data", "1.png", "2.png", "3.png")
         source = open_split(root)
         (root / "1.png").write_bytes(b"text")
@@ -449,7 +449,7 @@ class TestMessages:
                 source.read(index)
             assert str(error.value) == f"{root}/{message}"
 
-    def test_images_of_a_zip_that_was_replaced(self, tmp_path, open_split):
+    def test_an_image_of_a_zip_that_was_replaced_is_named(self, tmp_path, open_split):
         path = zip_folder(write_images(tmp_path / "data", "1.png", "2.png"))
         source = open_split(path)
         path.write_bytes(b"\0" * path.stat().st_size)
