@@ -27,7 +27,7 @@ def load_tensors(folder):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(case, tmp_path):
-    """The default `parallel.channels_last` stores 4-D weights and moments in another order."""
+    """With `parallel.channels_last`, the default, 4-D tensors are not stored in row-major order."""
     write_class_folders(tmp_path / "images", "train", images_per_class=12)
     path = write_config(tmp_path, tmp_path / "images")
 
