@@ -1,12 +1,12 @@
-"""Measure what a checkpoint adds to its step, written synchronously or by a thread.
+"""Measure the time that a checkpoint adds to its step, saved synchronously or by a thread.
 
 PYTHONPATH=. .venv/bin/python tests/bench/checkpoint.py [--backbone resnet50] [--folder DIR]
 
 The method is BYOL with LARS, so a checkpoint holds student, teacher and momentum buffers. Measured
 in turn: a step alone, a step that ends in a copy of that state to host memory, one that ends in a
-synchronous save, and one that ends in an asynchronous save. Then the step after that, which shares
-the processor with the writing thread, and the wait for the end of the writing, which no step pays
-unless the next save is due.
+synchronous save, and one that ends in an asynchronous save. The last two are the step after that,
+which shares the processor with the writing thread, and the wait until the checkpoint is on disk,
+which delays a step only if the next save is due.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SYNC, ASYNC = (
 
 
 class BenchmarkRun:
-    """A training that steps, copies and saves on demand."""
+    """A training run that steps, copies and saves on demand."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device):
         torch.manual_seed(0)
@@ -56,7 +56,7 @@ class BenchmarkRun:
             micro_batch_size=options.images,
             global_batch_size=options.images,
         )
-        self.folder, self.number = Path(tempfile.mkdtemp(dir=options.folder)), 0
+        self.folder, self.num_steps = Path(tempfile.mkdtemp(dir=options.folder)), 0
         state, facts = (
             TrainingState(method, self.stepper.optimizer),
             RunFacts(100, options.images, ""),
@@ -65,7 +65,7 @@ class BenchmarkRun:
 
     def step(self) -> None:
         self.stepper(HALFWAY, self.batch)
-        self.number += 1
+        self.num_steps += 1
 
     def step_and_copy(self) -> None:
         self.step()
@@ -74,7 +74,7 @@ class BenchmarkRun:
     def step_and_save(self, settings: CheckpointConfig) -> None:
         self.step()
         self.checkpoints.settings = settings
-        self.checkpoints.save(self.number, wait=False)
+        self.checkpoints.save(self.num_steps, wait=False)
 
     def finish_writing(self) -> None:
         self.checkpoints.wait_for_disk()
@@ -100,8 +100,8 @@ def main() -> None:
         "a step and the copy to host memory": run.step_and_copy,
         "a step and a synchronous save": lambda: run.step_and_save(SYNC),
         "a step and an asynchronous save": lambda: run.step_and_save(ASYNC),
-        "the next step, during the writing": run.step,
-        "waiting for the end of the writing": run.finish_writing,
+        "the next step, while the thread writes": run.step,
+        "waiting until the checkpoint is on disk": run.finish_writing,
     }
     for candidate in candidates.values():
         candidate()
@@ -114,15 +114,18 @@ def main() -> None:
     )
     for name, value in seconds.items():
         print(f"{name:42s} {value:8.3f} s")
-    step, *saving, next_step, _ = seconds.values()
-    copy, sync, asynchronous = (value - step for value in saving)
-    print(f"added: copy {copy:.3f} s, synchronous {sync:.3f} s, asynchronous {asynchronous:.3f} s")
+    step, *longer_steps, next_step, _ = seconds.values()
+    copy_added, sync_added, async_added = (longer_step - step for longer_step in longer_steps)
+    print(
+        f"added: copy {copy_added:.3f} s, synchronous {sync_added:.3f} s, "
+        f"asynchronous {async_added:.3f} s"
+    )
     ratios = {
-        "sync_added_over_step": sync / step,
-        "async_added_over_step": asynchronous / step,
-        "copy_added_over_step": copy / step,
+        "sync_added_over_step": sync_added / step,
+        "async_added_over_step": async_added / step,
+        "copy_added_over_step": copy_added / step,
         "next_step_over_step": next_step / step,
-        "async_added_over_sync_added": asynchronous / max(sync, 1e-9),
+        "async_added_over_sync_added": async_added / max(sync_added, 1e-9),
     }
     print("ratios:", *(f"{name}={ratio:.3f}" for name, ratio in ratios.items()))
     shutil.rmtree(run.folder)

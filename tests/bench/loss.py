@@ -1,4 +1,4 @@
-"""Time and memory of NT-Xent, forward and backward: ours, lightly's class and the whole matrix.
+"""Time and memory of NT-Xent, forward and backward: ours, lightly's class and the full matrix.
 
 PYTHONPATH=. .venv/bin/python tests/bench/loss.py                        8,192 images, dim 128
 PYTHONPATH=. .venv/bin/python tests/bench/loss.py --images 65536 --only ours
@@ -14,7 +14,7 @@ from ssl_pretrain.losses.contrastive import nt_xent
 
 
 def plain_nt_xent(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return the cross entropy over the whole similarity matrix."""
+    """Return the cross entropy over the full similarity matrix."""
     z = F.normalize(torch.cat([z_a, z_b]), dim=1)
     logits = z @ z.T / temperature
     logits.fill_diagonal_(float("-inf"))
@@ -49,8 +49,8 @@ def main() -> None:
     if "lightly" in options.only:
         from lightly.loss import NTXentLoss
 
-        theirs = NTXentLoss(temperature=options.temperature)
-        losses["lightly"] = lambda: theirs(z_a, z_b)
+        lightly_loss = NTXentLoss(temperature=options.temperature)
+        losses["lightly"] = lambda: lightly_loss(z_a, z_b)
 
     def forward_and_backward(loss):
         def run():
@@ -62,13 +62,13 @@ def main() -> None:
     print(versions(*(["lightly"] if "lightly" in options.only else [])))
     print(
         f"{options.images:,} images, 2 views, dim {options.dim}; forward + backward, "
-        f"median of {options.repeats}, in turn"
+        f"median of {options.repeats}, interleaved"
     )
     if len(options.only) > 1:
         reference = losses["ours"]().item()
         for name in options.only:
             error = abs(losses[name]().item() - reference)
-            assert error < 1e-4 * reference, f"{name} computes another loss"
+            assert error < 1e-4 * reference, f"{name} computes a different loss"
     seconds, peak_bytes = (
         time_interleaved(runs, options.repeats, device),
         measure_peaks(runs, device),

@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: a stepper, interleaved timing, peak memory and package versions."""
+"""Helpers for the benchmarks: a stepper, interleaved timing, peak memory and package versions."""
 
 import platform
 import statistics
@@ -41,7 +41,7 @@ def time_interleaved(
 
 
 def measure_peaks(candidates: dict[str, Run], device: torch.device) -> dict[str, int]:
-    """Return the peak memory of each candidate in bytes, above what was allocated before.
+    """Return the peak memory of each candidate in bytes, beyond what was already allocated.
 
     Each candidate must have run before, so that one-time allocations do not count.
     """
@@ -63,7 +63,7 @@ def build_stepper_halfway(
     micro_batch_size: int,
     global_batch_size: int,
 ) -> Stepper:
-    """Build a stepper whose learning rates are those of the middle of a run, at `HALFWAY`."""
+    """Build a stepper with the learning rates of the middle of a run, at `HALFWAY`."""
     stepper = build_stepper(
         method,
         settings,
@@ -83,8 +83,10 @@ def versions(*packages: str) -> str:
         processor = torch.cuda.get_device_name()
     else:
         processor = f"{_cpu_model()}, {torch.get_num_threads()} threads"
-    installed = ", ".join(f"{package} {version(package)}" for package in ("torch", *packages))
-    return f"{processor}; Python {platform.python_version()}, {installed}"
+    package_versions = ", ".join(
+        f"{package} {version(package)}" for package in ("torch", *packages)
+    )
+    return f"{processor}; Python {platform.python_version()}, {package_versions}"
 
 
 def _cpu_model() -> str:

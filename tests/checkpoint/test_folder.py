@@ -39,15 +39,15 @@ DAMAGE = {
 
 @pytest.mark.case(8)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(run, damage):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(run, damage):
     file = run / "checkpoints" / "step_00000004" / "method.safetensors"
     size = file.stat().st_size
-    inflict, message = DAMAGE[damage]
-    inflict(file)
-    with pytest.warns(UserWarning) as warned:
+    apply_damage, message = DAMAGE[damage]
+    apply_damage(file)
+    with pytest.warns(UserWarning) as warnings:
         assert saving.resume(run, saving.build_linear_state()) == 2
     expected = message.format(short=size - 5, bytes=size) + "; using step_00000002 instead"
-    assert str(warned[0].message) == expected
+    assert str(warnings[0].message) == expected
 
 
 def test_the_error_lists_all_checkpoints_if_none_is_intact(run):
@@ -81,7 +81,7 @@ def test_pruning_keeps_the_newest_checkpoints_and_the_milestones(tmp_path):
 
 
 def test_files_and_links_at_the_path_of_a_checkpoint_are_replaced(run):
-    """A link is replaced and its target stays."""
+    """A link is replaced, but its target is left alone."""
     folder, target = run / "checkpoints", run / "elsewhere"
     (folder / "step_00000006").write_text("")
     (folder / "step_00000008").symlink_to("nowhere")
@@ -97,7 +97,7 @@ def test_files_and_links_at_the_path_of_a_checkpoint_are_replaced(run):
     assert (target / "file").read_text() == "content"
 
 
-def test_a_new_start_removes_unfinished_checkpoints(run):
+def test_starting_a_run_removes_unfinished_checkpoints(run):
     (run / "checkpoints" / ".writing-step_00000006-abc").mkdir()
     prepare_folder(run)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
@@ -106,11 +106,11 @@ def test_a_new_start_removes_unfinished_checkpoints(run):
 
 @pytest.mark.parametrize("mask", [0o022, 0o007, 0o077])
 def test_files_have_the_mode_of_the_umask(tmp_path, mask):
-    before = os.umask(mask)
+    previous_mask = os.umask(mask)
     try:
         saving.build_checkpoints(tmp_path, saving.build_linear_state()).save(1)
     finally:
-        os.umask(before)
+        os.umask(previous_mask)
     (path,) = list_checkpoints(tmp_path)
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o666 & ~mask}
     assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~mask

@@ -9,28 +9,29 @@ from ssl_pretrain.distributed import collectives, process_group
 pytestmark = pytest.mark.promise
 
 
-def rows_of_rank(rank):
+def build_rows(rank):
     return torch.arange(6.0, dtype=torch.float64).view(2, 3) + 10 * rank
 
 
-def weights(world_size):
-    count = 6 * world_size
-    return torch.arange(1.0, 1 + count, dtype=torch.float64).view(2 * world_size, 3)
+def build_weights(world_size):
+    num_weights = 6 * world_size
+    return torch.arange(1.0, 1 + num_weights, dtype=torch.float64).view(2 * world_size, 3)
 
 
 def gather_with_gradient():
     rank, world_size = process_group.rank(), process_group.world_size()
-    x = rows_of_rank(rank).requires_grad_()
+    x = build_rows(rank).requires_grad_()
     gathered = collectives.gather(x)
-    (gathered * weights(world_size) * (rank + 1)).sum().backward()  # each rank has another loss
+    weights = build_weights(world_size) * (rank + 1)  # each rank has a different loss
+    (gathered * weights).sum().backward()
     return gathered.detach(), x.grad
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_gather_concatenates_and_sums_gradients_of_all_ranks(world_size):
     results = run_ranks(gather_with_gradient, world_size=world_size)
-    expected = torch.cat([rows_of_rank(rank) for rank in range(world_size)])
-    gradients = weights(world_size) * sum(range(1, world_size + 1))
+    expected = torch.cat([build_rows(rank) for rank in range(world_size)])
+    gradients = build_weights(world_size) * sum(range(1, world_size + 1))
     for rank, (gathered, gradient) in enumerate(results):
         torch.testing.assert_close(gathered, expected)
         torch.testing.assert_close(gradient, gradients[2 * rank : 2 * rank + 2])
@@ -41,12 +42,12 @@ def sum_with_gradient():
     x = torch.tensor([1.0 + rank, 2.0], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     total = collectives.reduce_sum(x)
-    # `bias` shares the incoming gradient: reducing that in place would change the one of `bias`.
+    # `bias` receives the same gradient tensor. Reducing it in place would change `bias.grad` too.
     ((total + bias) * (rank + 1)).sum().backward()
     return total.detach(), x.grad, bias.grad
 
 
-def test_reduce_sum_sums_gradients_and_leaves_those_of_others_alone():
+def test_reduce_sum_sums_gradients_and_leaves_those_of_other_tensors_alone():
     for rank, (total, gradient, bias_gradient) in enumerate(
         run_ranks(sum_with_gradient, world_size=3)
     ):

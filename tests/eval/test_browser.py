@@ -1,4 +1,4 @@
-"""The report, the comparison and the live page in a headless chromium.
+"""The report, the comparison and the live page in headless Chromium.
 
 The browser's console stays empty, every picture has a size, and the numbers are those of
 metrics.jsonl.
@@ -56,19 +56,19 @@ def console_entries(browser, *levels):
 
 
 def open_page(browser, address):
-    """Open a page and check what holds for every page. Returns its text."""
+    """Open a page, check what must hold for every page, and return its text."""
     browser.get(address)
     sizes = browser.execute_script(SIZES)
     assert sizes
     for tag, *lengths in sizes:
         assert min(lengths) > 0, (tag, lengths)
     assert console_entries(browser, "SEVERE", "WARNING") == []
-    fits = "return document.documentElement.scrollWidth <= window.innerWidth"
-    assert browser.execute_script(fits)
+    fits_script = "return document.documentElement.scrollWidth <= window.innerWidth"
+    assert browser.execute_script(fits_script)
     return browser.find_element("tag name", "body").text
 
 
-def num_points(browser, label):
+def count_points(browser, label):
     """Return the number of points of the first curve of the chart with this label."""
     selector = "`svg[aria-label^='${arguments[0]} against'] #curve-0 path`"
     script = f"return document.querySelector({selector}).getAttribute('d')"
@@ -81,16 +81,16 @@ def test_the_report_shows_every_point_of_its_curves(browser, digits):
     assert "moved <together>" in text
     assert "52.0" in text
     records = sections.read_metrics(digits)
-    assert num_points(browser, "loss") == len(records)
-    assert num_points(browser, "k-NN accuracy") == len(sections.metric_points(records, "knn"))
+    assert count_points(browser, "loss") == len(records)
+    assert count_points(browser, "k-NN accuracy") == len(sections.metric_points(records, "knn"))
 
 
 def test_the_comparison_shows_differences_before_numbers(browser, digits, tmp_path):
     other = make_run(tmp_path / "other", "optim.base_lr=0.125")
     write_metrics(other, num_steps=20)
     text = open_page(browser, compare.write([digits, other], tmp_path / "compare.html").as_uri())
-    last = [sections.read_metrics(run)[-1]["images_per_second"] for run in (digits, other)]
-    assert f"Speed: images per second {last[0]:.6g} {last[1]:.6g}" in text
+    speeds = [sections.read_metrics(run)[-1]["images_per_second"] for run in (digits, other)]
+    assert f"Speed: images per second {speeds[0]:.6g} {speeds[1]:.6g}" in text
     assert text.index("optim.base_lr") < text.index("last value")
 
 
@@ -121,7 +121,7 @@ def test_the_live_page_follows_the_run(browser, tmp_path):
         WebDriverWait(browser, 60).until(
             lambda driver: "loss\n0.1250" in driver.find_element("tag name", "body").text
         )
-        assert num_points(browser, "loss") == 11
+        assert count_points(browser, "loss") == 11
         assert console_entries(browser, "SEVERE") == []
 
 

@@ -1,4 +1,4 @@
-"""Detection: data sets in their own formats, both detectors, and the result of the command."""
+"""Detection: data sets in VOC and COCO format, both detectors, and the command."""
 
 import json
 import pickle
@@ -52,7 +52,7 @@ OBJECT = (
 )
 
 
-def picture(number: int) -> tuple[np.ndarray, list[tuple[str, int, int, int, int]]]:
+def draw_picture(number: int) -> tuple[np.ndarray, list[tuple[str, int, int, int, int]]]:
     """Draw three colored rectangles on gray noise.
 
     Returns:
@@ -70,15 +70,15 @@ def picture(number: int) -> tuple[np.ndarray, list[tuple[str, int, int, int, int
     return pixels, objects
 
 
-def write_voc(root, count: int = 8, wrapper: str = "DATA/"):
-    """Write a zip in Pascal VOC's layout, whose boxes count pixels from 1."""
+def write_voc(root, num_images: int = 8, wrapper: str = "DATA/"):
+    """Write a zip in Pascal VOC's layout, where pixel coordinates start at 1."""
     with zipfile.ZipFile(root, "w") as archive:
 
         def write(name: str, content: str | bytes) -> None:
             archive.writestr(f"{wrapper}{name}", content)
 
-        for number in range(count):
-            pixels, objects = picture(number)
+        for number in range(num_images):
+            pixels, objects = draw_picture(number)
             path = root.parent / "picture.png"
             Image.fromarray(pixels).save(path)
             write(f"JPEGImages/{number}.png", path.read_bytes())
@@ -87,19 +87,19 @@ def write_voc(root, count: int = 8, wrapper: str = "DATA/"):
                 for name, left, top, right, bottom in objects
             ]
             write(f"Annotations/{number}.xml", XML.format("".join(elements)))
-        splits = {"trainval": range(count), "test": range(count // 2), "none": []}
+        splits = {"trainval": range(num_images), "test": range(num_images // 2), "none": []}
         for split, numbers in splits.items():
             write(f"ImageSets/Main/{split}.txt", "".join(f"{number}\n" for number in numbers))
     return root
 
 
-def write_coco(folder, count: int = 4):
+def write_coco(folder, num_images: int = 4):
     """Write the same pictures with COCO's JSON and polygons. The category ids have gaps."""
     folder.mkdir()
     ids = {"ball": 3, "box": 7, "bar": 20}
     images, entries = [], []
-    for number in range(count):
-        pixels, objects = picture(number)
+    for number in range(num_images):
+        pixels, objects = draw_picture(number)
         file = f"{number}.png"
         Image.fromarray(pixels).save(folder / file)
         size = {"height": HEIGHT, "width": WIDTH}
@@ -133,22 +133,22 @@ def run(tmp_path_factory):
     return runs.load_run(make_run(tmp_path_factory.mktemp("runs") / "made"), device="cpu")
 
 
-def error_of(function, *arguments) -> str:
+def error_message(function, *arguments) -> str:
     with pytest.raises(ValueError) as error:
         function(*arguments)
     return str(error.value)
 
 
-def resnet() -> nn.Module:
+def build_resnet() -> nn.Module:
     return timm.create_model("test_resnet", num_classes=0)
 
 
-def test_voc_boxes_are_edges_from_zero_and_labels_start_at_one(voc_zip):
+def test_voc_box_coordinates_start_at_zero_and_labels_at_one(voc_zip):
     images = load_voc(voc_zip, "trainval")
     assert images.classes == ["ball", "bar", "box"]
     assert len(images) == 8
     for number in range(8):
-        pixels, objects = picture(number)
+        pixels, objects = draw_picture(number)
         np.testing.assert_array_equal(images.read(number), pixels)
         assert images.objects[number].boxes.tolist() == [list(map(float, o[1:])) for o in objects]
         names = [images.classes[label - 1] for label in images.objects[number].labels]
@@ -157,7 +157,7 @@ def test_voc_boxes_are_edges_from_zero_and_labels_start_at_one(voc_zip):
     assert (images.read(0)[top:bottom, left:right] == COLORS["ball"]).all()
 
 
-def test_images_that_were_read_can_be_pickled(voc_zip):
+def test_a_data_set_can_be_pickled_after_an_image_was_read(voc_zip):
     images = load_voc(voc_zip, "trainval")
     pixels = images.read(3)
     subset = pickle.loads(pickle.dumps(images)).subset([3, 1])
@@ -172,7 +172,7 @@ def test_concatenated_sets_read_each_image_from_its_own_files(voc_zip, tmp_path)
     images = annotations.concatenate([voc, coco]).subset([5, 2])
     assert images.name == "voc.zip, test and annotations.json"
     for index, number in enumerate((1, 2)):
-        np.testing.assert_array_equal(images.read(index), picture(number)[0])
+        np.testing.assert_array_equal(images.read(index), draw_picture(number)[0])
 
 
 def test_coco_and_voc_describe_the_same_objects(voc_zip, tmp_path):
@@ -190,18 +190,18 @@ def test_coco_and_voc_describe_the_same_objects(voc_zip, tmp_path):
     assert masks[0].sum() == (right - left) * (bottom - top)
 
 
-def test_mistakes_in_voc_data_are_named(voc_zip, tmp_path):
-    assert error_of(load_voc, voc_zip, "val") == (
+def test_mistakes_in_voc_data_are_reported(voc_zip, tmp_path):
+    assert error_message(load_voc, voc_zip, "val") == (
         f"{voc_zip}: ImageSets/Main has no split 'val'; choose one of: none, test, trainval"
     )
-    assert error_of(load_voc, voc_zip, "none") == (
+    assert error_message(load_voc, voc_zip, "none") == (
         f"{voc_zip}: ImageSets/Main/none.txt lists no images; give another split"
     )
-    assert error_of(load_voc, voc_zip, "test", ["ball", "box"]) == (
+    assert error_message(load_voc, voc_zip, "test", ["ball", "box"]) == (
         f"{voc_zip}: 'test' has boxes of bar, which are not among the classes ball, box; "
         "add them to --classes"
     )
-    assert error_of(load_voc, tmp_path, "test").startswith(
+    assert error_message(load_voc, tmp_path, "test").startswith(
         f"{tmp_path}: has no ImageSets/Main; give a folder or zip in Pascal VOC's layout, with "
     )
     empty = tmp_path / "empty"
@@ -213,23 +213,23 @@ def test_mistakes_in_voc_data_are_named(voc_zip, tmp_path):
     for name, text in files.items():
         (empty / name).parent.mkdir(parents=True, exist_ok=True)
         (empty / name).write_text(text)
-    assert error_of(load_voc, empty, "test") == (
+    assert error_message(load_voc, empty, "test") == (
         f"{empty}: none of the 1 images of 'test' has a box in its annotation; check the split"
     )
-    assert error_of(load_voc(empty, "test", ["ball"]).trainable_subset) == (
+    assert error_message(load_voc(empty, "test", ["ball"]).trainable_subset) == (
         "empty, test: none of its 1 images has a box to learn from; "
         "check that the annotations belong to these images"
     )
 
 
-def test_mistakes_in_coco_data_are_named(tmp_path):
+def test_mistakes_in_coco_data_are_reported(tmp_path):
     path = write_coco(tmp_path / "coco")
-    assert error_of(load_coco, path, "", ["cat"]) == (
+    assert error_message(load_coco, path, "", ["cat"]) == (
         f"{path}: the categories are ball, box, bar, but those of --classes or of the training "
         "images are cat; give files of the same data set"
     )
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
-    assert error_of(load_coco, path, "") == (
+    assert error_message(load_coco, path, "") == (
         f"{path}: has 0 images and 0 boxes; give a file with both"
     )
 
@@ -248,7 +248,7 @@ def test_boxes_without_area_are_left_out_and_difficult_ones_are_ignored():
 
 
 def test_flipping_keeps_boxes_and_masks_on_their_objects():
-    pixels, objects = picture(1)
+    pixels, objects = draw_picture(1)
     left, top, right, bottom = objects[0][1:]
     mask = torch.zeros(1, HEIGHT, WIDTH, dtype=torch.uint8)
     mask[0, top:bottom, left:right] = 1
@@ -264,16 +264,16 @@ def test_flipping_keeps_boxes_and_masks_on_their_objects():
 @pytest.mark.parametrize(
     ("architecture", "masks"), [("fpn", False), ("c4", False), ("c4", True), ("fpn", True)]
 )
-def test_each_detector_trains_its_pretrained_backbone_and_detects_in_image_pixels(
+def test_each_detector_trains_its_pretrained_backbone_and_returns_boxes_in_image_pixels(
     run, tmp_path, architecture, masks
 ):
     path = write_coco(tmp_path / "coco")
     images = load_coco(path, path.parent)
     protocol = replace(TINY, architecture=architecture, predicts_masks=masks, norm="batch")
-    model = resnet()
+    model = build_resnet()
     model.load_state_dict(run.backbone.model.state_dict())
     detector = detectors.build(model, 3, protocol, MEAN, STD)
-    # The detector has the backbone's own weights: none is copied or left out.
+    # The detector shares the backbone's weights. None is copied or left out.
     weights = {id(parameter) for parameter in model.parameters()}
     assert weights <= {id(parameter) for parameter in detector.parameters()}
     losses = training.train(detector, images, protocol, 0, CPU)
@@ -294,14 +294,14 @@ def test_each_detector_trains_its_pretrained_backbone_and_detects_in_image_pixel
         assert {"AP", "mask AP"} <= set(numbers) or nothing_detected
 
 
-def test_a_detector_that_knows_the_objects_scores_a_hundred(voc_zip):
+def test_a_detector_that_knows_the_objects_scores_100(voc_zip):
     """Boxes, scales and labels survive resizing and its inverse."""
     images = load_voc(voc_zip, "test")
     protocol = replace(TINY, short_sides=(160,), max_side=400)
-    detector = detectors.build(resnet(), 3, protocol, MEAN, STD)
+    detector = detectors.build(build_resnet(), 3, protocol, MEAN, STD)
 
     class Oracle(nn.Module):
-        """A replacement of the region heads that returns the annotated objects after resizing."""
+        """A replacement for the region heads that returns the annotated objects, resized."""
 
         number = 0
 
@@ -327,7 +327,7 @@ def test_the_learning_rate_warms_up_and_drops():
     protocol = replace(
         TINY, num_steps=24000, lr=0.02, warmup_steps=100, lr_drop_fractions=(0.75, 22 / 24)
     )
-    rates = {
+    expected_rates = {
         0: 0.00002,
         50: 0.02 * (0.001 + 0.999 / 2),
         100: 0.02,
@@ -337,7 +337,7 @@ def test_the_learning_rate_warms_up_and_drops():
         22000: 0.0002,
         23999: 0.0002,
     }
-    for step, rate in rates.items():
+    for step, rate in expected_rates.items():
         assert training.learning_rate(protocol, step) == pytest.approx(rate)
 
 
@@ -345,7 +345,7 @@ def test_batches_are_a_function_of_the_step(voc_zip):
     images = load_voc(voc_zip, "trainval")
     batches = training.TrainingBatches(images, replace(TINY, global_batch_size=3), seed=1)
     image, target = batches[5][0]
-    assert len(batches[0]) == 3  # draws the order of another epoch
+    assert len(batches[0]) == 3  # needs the order of another epoch
     assert torch.equal(image, batches[5][0][0])
     assert image.shape == (3, HEIGHT, WIDTH)
     assert image.dtype == torch.float32
@@ -357,10 +357,10 @@ def test_batches_are_a_function_of_the_step(voc_zip):
 
 
 def _train_one_step(path):
-    """Return this rank's weights, the statistics of the first norm, and a number of detections."""
+    """Return the weights, the mean in the first norm, and the number of images with detections."""
     torch.manual_seed(0)
     protocol = replace(TINY, num_steps=1, short_sides=(64,), num_precise_bn_batches=0)
-    detector = detectors.build(resnet(), 3, protocol, MEAN, STD)
+    detector = detectors.build(build_resnet(), 3, protocol, MEAN, STD)
     detector = detectors.convert_norms(detector, "sync", 2 // process_group.world_size())
     images = load_voc(path, "trainval")
     training.train(detector, images, protocol, 0, CPU)
@@ -373,21 +373,23 @@ def _train_one_step(path):
 def test_ranks_share_their_statistics_and_their_weights(voc_zip):
     """The first norm sees whole images, not regions, so its statistics equal one process's.
 
-    This holds for one step. Later ones start from weights that the random regions have moved.
+    This holds for one step. Later steps start from weights that depend on the random regions.
     """
-    (weights, statistics, num_images), other = run_ranks(_train_one_step, voc_zip, world_size=2)
-    (single,) = run_ranks(_train_one_step, voc_zip, world_size=1)
-    assert torch.equal(weights, other[0])
-    assert num_images == other[2] == 3
-    torch.testing.assert_close(statistics, other[1], rtol=0, atol=0)
-    torch.testing.assert_close(statistics, single[1], rtol=1e-5, atol=1e-6)
+    (weights, statistics, num_images), other_rank = run_ranks(
+        _train_one_step, voc_zip, world_size=2
+    )
+    (one_process,) = run_ranks(_train_one_step, voc_zip, world_size=1)
+    assert torch.equal(weights, other_rank[0])
+    assert num_images == other_rank[2] == 3
+    torch.testing.assert_close(statistics, other_rank[1], rtol=0, atol=0)
+    torch.testing.assert_close(statistics, one_process[1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.full
-def test_it_overfits_eight_images(run, voc_zip):
+def test_a_detector_overfits_eight_images(run, voc_zip):
     """AP50 reaches 95 on the training images, so boxes, scales and labels are consistent.
 
-    The objects measure 19 to 37 pixels, where anchors of 16 and 32 pixels lie densely.
+    The objects measure 19 to 37 pixels, and anchors of 16 and 32 pixels cover them densely.
     """
     images = load_voc(voc_zip, "trainval")
     protocol = replace(
@@ -428,7 +430,7 @@ def test_the_command_compares_both_backbones_and_saves_the_protocol(
 
 def test_a_vit_is_refused():
     vit = timm.create_model("test_vit", num_classes=0)
-    assert error_of(detectors.check_backbone, vit, "test_vit") == (
+    assert error_message(detectors.check_backbone, vit, "test_vit") == (
         "backbone.name: detection needs a timm ResNet with the stages layer1 to layer4, but "
         "test_vit has no such stages; evaluate it with eval.linear"
     )

@@ -1,4 +1,4 @@
-"""eval.semi and eval.finetune: torch's optimizers, timm's groups, and the same on all ranks."""
+"""eval.semi and eval.finetune: torch's optimizers, timm's groups, and ranks that agree."""
 
 import json
 from dataclasses import replace
@@ -55,9 +55,9 @@ def train_in_float64(path):
 @pytest.mark.full
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_agree_with_one_process(run_folder, world_size):
-    alone = train_in_float64(run_folder)
+    expected = train_in_float64(run_folder)
     for state in run_ranks(train_in_float64, run_folder, world_size=world_size):
-        torch.testing.assert_close(state, alone, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(state, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_a_step_is_torchs_sgd_on_the_mean_cross_entropy(run, train_split):
@@ -89,7 +89,7 @@ def test_the_backbone_starts_with_the_runs_weights_and_the_classifier_at_zero(ru
     assert 0.015 < deit.fc.weight.std() < 0.025
 
 
-def test_layers_learn_by_their_depth():
+def test_learning_rates_decay_by_layer_and_biases_have_no_weight_decay():
     model = timm.create_model("test_vit", num_classes=10)
     protocol = replace(DEIT, layer_decay=0.5, batch_size=512, warmup_epochs=0)
     optimizer = trainer.build_optimizer(model, protocol)
@@ -123,12 +123,12 @@ def test_the_learning_rate_warms_up_and_falls():
 
 def test_a_protocol_without_mixing_keeps_the_images_and_smooths_the_labels():
     images, labels = random_images(8, 3, 16, 16), torch.arange(8) % 5
-    plain_images, targets = trainer.build_batch_augmentation(SEMI, 5, CPU)(images.clone(), labels)
-    assert torch.equal(plain_images, images)
+    unmixed_images, targets = trainer.build_batch_augmentation(SEMI, 5, CPU)(images.clone(), labels)
+    assert torch.equal(unmixed_images, images)
     assert torch.equal(targets, F.one_hot(labels, 5).float())
-    smoothing = trainer.build_batch_augmentation(replace(SEMI, smoothing=0.1), 5, CPU)
-    _, smoothed = smoothing(images.clone(), labels)
-    assert smoothed[0].tolist() == pytest.approx([0.92, 0.02, 0.02, 0.02, 0.02])
+    augment = trainer.build_batch_augmentation(replace(SEMI, smoothing=0.1), 5, CPU)
+    _, smooth_targets = augment(images.clone(), labels)
+    assert smooth_targets[0].tolist() == pytest.approx([0.92, 0.02, 0.02, 0.02, 0.02])
 
 
 def test_mixing_depends_on_the_seed_of_the_step():
@@ -143,7 +143,7 @@ def test_mixing_depends_on_the_seed_of_the_step():
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
 
 
-def test_randaugment_depends_on_the_epoch_and_the_image_only():
+def test_randaugment_depends_only_on_the_epoch_and_the_image():
     augment = partial(trainer.rand_augment, policy="rand-m9-mstd0.5-inc1", mean=(0.5, 0.5, 0.5))
     view = (random_images(3, 16, 16) * 255).to(torch.uint8)
     first, other_epoch, other_image, repeated = (
@@ -162,13 +162,13 @@ def test_the_moving_average_is_returned(run, train_split):
     )
     last = trainer.train(run, last, images, protocol, 10)
     average = trainer.train(run, average, images, protocol, 10, ema_decay=0.75)
-    # The classifier starts at zero, so the first step moves nothing else.
+    # The classifier starts at zero, so the first step changes nothing else.
     expected = 0.75 * start.fc.weight + 0.25 * last.fc.weight
     torch.testing.assert_close(average.fc.weight, expected)
     assert not torch.equal(last.fc.weight, average.fc.weight)
 
 
-def test_few_labels_end_to_end(run_folder, capsys):
+def test_the_semi_command_saves_its_rows_and_its_protocol(run_folder, capsys):
     options = "--device cpu --epochs 2 --percent 10 --rows random pretrained --lrs 0.05 0.5"
     semi.main([str(run_folder), *options.split()])
     assert "appendix B.5" in capsys.readouterr().out
@@ -185,7 +185,7 @@ def test_few_labels_end_to_end(run_folder, capsys):
     assert "on 2 held-out labeled images (lr 0.05 wd 0 " in rows[1]["notes"]["10 %"]
 
 
-def test_fine_tuning_end_to_end(run_folder, capsys):
+def test_the_finetune_command_saves_its_protocol(run_folder, capsys):
     options = "--device cpu --protocol deit --epochs 1 --layer-decay 0.75 --ema 0.5"
     finetune.main([str(run_folder), *options.split()])
     assert "DeiT (arXiv:2012.12877)" in capsys.readouterr().out
@@ -226,14 +226,14 @@ def test_a_percentage_that_cannot_be_balanced_is_refused(train_split, percent, m
 
 def test_a_published_list_selects_its_images(train_split, tmp_path):
     names = [train_split.source.name(7), "some/folder/" + train_split.source.name(3)]
-    published, other = tmp_path / "1percent.txt", tmp_path / "other.txt"
-    published.write_text("\n".join(names) + "\n")
-    assert semi.read_subset(train_split, published).tolist() == [3, 7]
-    other.write_text(f"{names[0]}\nn01440764_10026.JPEG\n")
+    published_list, other_list = tmp_path / "1percent.txt", tmp_path / "other.txt"
+    published_list.write_text("\n".join(names) + "\n")
+    assert semi.read_subset(train_split, published_list).tolist() == [3, 7]
+    other_list.write_text(f"{names[0]}\nn01440764_10026.JPEG\n")
     with pytest.raises(ValueError) as error:
-        semi.read_subset(train_split, other)
+        semi.read_subset(train_split, other_list)
     assert str(error.value) == (
-        f"--subset {other}: 1 of its 2 images are not in {train_split.source.full_path}"
+        f"--subset {other_list}: 1 of its 2 images are not in {train_split.source.full_path}"
         " (n01440764_10026.JPEG); give a list for this data set"
     )
 
@@ -258,7 +258,7 @@ def test_a_published_list_selects_its_images(train_split, tmp_path):
         ),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError) as error:
         selection.adapt_protocol(DEIT, options, 200)
     assert str(error.value) == message

@@ -24,7 +24,7 @@ def run_folder(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / "run")
 
 
-def clusters(num_images, seed, dim=32, num_classes=10):
+def draw_clusters(num_images, seed, dim=32, num_classes=10):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_images,), generator=generator)
     centers = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(0))
@@ -32,20 +32,22 @@ def clusters(num_images, seed, dim=32, num_classes=10):
 
 
 def test_the_neighbors_are_those_of_scikit_learn():
-    # In float64, because float32 rounding orders near ties.
-    bank, queries = clusters(2000, 1)[0].double(), clusters(500, 2)[0].double()
-    rows = torch.arange(len(bank))  # as labels, so that the search returns rows of the bank
+    # In float64, because rounding in float32 changes the order of near ties.
+    bank, queries = draw_clusters(2000, 1)[0].double(), draw_clusters(500, 2)[0].double()
+    rows = torch.arange(len(bank))  # used as labels, so that the search returns rows of the bank
     classifier = KnnClassifier(bank, rows, len(bank), "torch")
     neighbors = torch.cat([labels for _, labels in classifier.neighbors(queries, 200)])
-    exact = NearestNeighbors(n_neighbors=200, algorithm="brute", metric="cosine").fit(bank.numpy())
-    expected = exact.kneighbors(queries.numpy(), return_distance=False)
+    reference = NearestNeighbors(n_neighbors=200, algorithm="brute", metric="cosine").fit(
+        bank.numpy()
+    )
+    expected = reference.kneighbors(queries.numpy(), return_distance=False)
     np.testing.assert_array_equal(neighbors.numpy(), expected)
 
 
 @pytest.mark.parametrize(("k", "temperature"), VOTE_SETTINGS)
 def test_the_predictions_are_those_of_lightly(k, temperature):
     knn_predict = pytest.importorskip("lightly.utils.benchmarking").knn_predict
-    (bank, labels), (queries, _) = clusters(2000, 1), clusters(500, 2)
+    (bank, labels), (queries, _) = draw_clusters(2000, 1), draw_clusters(500, 2)
     unit_queries, unit_bank = F.normalize(queries, dim=1), F.normalize(bank, dim=1)
     theirs = knn_predict(unit_queries, unit_bank.T, labels, 10, knn_k=k, knn_t=temperature)[:, 0]
     predictions = KnnClassifier(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
@@ -54,33 +56,33 @@ def test_the_predictions_are_those_of_lightly(k, temperature):
 
 
 def test_every_tile_of_the_bank_is_searched(monkeypatch):
-    (bank, labels), (queries, _) = clusters(700, 1), clusters(90, 2)
-    whole = KnnClassifier(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
+    (bank, labels), (queries, _) = draw_clusters(700, 1), draw_clusters(90, 2)
+    expected = KnnClassifier(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
     monkeypatch.setattr(knn_search, "BANK_TILE_SIZE", 64)
     monkeypatch.setattr(knn_search, "QUERY_BATCH_SIZE", 7)
-    tiled = KnnClassifier(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
-    assert all(torch.equal(a, b) for a, b in zip(tiled, whole))
+    predictions = KnnClassifier(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(predictions, expected))
 
 
 def evaluate_digits(path):
-    """Evaluate raw pixels, which are centered over all ranks, and the backbone, on one rank."""
+    """Evaluate the backbone and the raw pixels, which are centered over all ranks, on this rank."""
     run = runs.load_run(path, device="cpu")
     result = knn.evaluate(run, shift_distances=[], backend="torch", rows=["raw", "pretrained"])
     return result["rows"], results.load_newest(run.path)[1]["rows"]
 
 
-# Of 3 ranks, one has none of the two batches of test images.
+# There are two batches of test images, so one of 3 ranks has none.
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_agree_with_one_process(run_folder, world_size):
-    alone = evaluate_digits(run_folder)
-    assert len(alone[1][0]["metrics"]) == len(VOTE_SETTINGS)
-    assert run_ranks(evaluate_digits, run_folder, world_size=world_size) == [alone] * world_size
+    expected = evaluate_digits(run_folder)
+    assert len(expected[1][0]["metrics"]) == len(VOTE_SETTINGS)
+    assert run_ranks(evaluate_digits, run_folder, world_size=world_size) == [expected] * world_size
 
 
 @pytest.mark.parametrize("centered", [False, True])
 def test_faiss_and_torch_agree(centered):
     pytest.importorskip("faiss")
-    (bank, labels), (queries, truth) = clusters(700, 1), clusters(300, 2)
+    (bank, labels), (queries, truth) = draw_clusters(700, 1), draw_clusters(300, 2)
     faiss, torch_ = (
         KnnClassifier(bank + 3, labels, 10, backend, centered) for backend in ("faiss", "torch")
     )
@@ -93,32 +95,32 @@ def test_faiss_and_torch_agree(centered):
 
 
 def test_centering_subtracts_the_training_mean_from_bank_and_queries():
-    (bank, labels), (queries, _) = clusters(200, 1), clusters(50, 2)
+    (bank, labels), (queries, _) = draw_clusters(200, 1), draw_clusters(50, 2)
     mean = bank.mean(dim=0)
     centered = KnnClassifier(bank, labels, 10, "torch", subtract_mean=True).predict(
         queries, [(5, 0.07)]
     )[0]
-    by_hand = KnnClassifier(bank - mean, labels, 10, "torch").predict(queries - mean, [(5, 0.07)])[
+    expected = KnnClassifier(bank - mean, labels, 10, "torch").predict(queries - mean, [(5, 0.07)])[
         0
     ]
-    assert torch.equal(centered, by_hand)
+    assert torch.equal(centered, expected)
 
 
-def test_digits_end_to_end(run_folder):
+def test_the_saved_result_for_digits_has_every_row_and_the_protocol(run_folder):
     result = knn.evaluate(runs.load_run(run_folder, device="cpu"))
     assert result == json.loads((run_folder / "eval/knn.json").read_text())
     rows = {row["features"]: row["metrics"] for row in result["rows"]}
-    random = ["random, as built", "random, recalibrated", results.BETTER_RANDOM]
-    assert list(rows) == ["raw pixels", *random, "pretrained"]
+    random_rows = ["random, as built", "random, recalibrated", results.BETTER_RANDOM]
+    assert list(rows) == ["raw pixels", *random_rows, "pretrained"]
     pixels = rows["raw pixels"]
     assert list(pixels) == ["clean", "shifted 1", "shifted 2"]
     assert pixels["clean"] > 95
     assert pixels["shifted 2"] < pixels["shifted 1"] < 70
-    as_built, recalibrated, better = (rows[name] for name in random)
+    as_built, recalibrated, better = (rows[name] for name in random_rows)
     assert rows["pretrained"] != as_built
     assert better == {column: max(as_built[column], recalibrated[column]) for column in as_built}
-    about = result["checkpoint"], result["step"], result["network"]
-    assert about == ("step_00000007", 7, "student")
+    source = result["checkpoint"], result["step"], result["network"]
+    assert source == ("step_00000007", 7, "student")
     protocol = result["protocol"]
     assert (protocol["k"], protocol["temperature"]) == (20, 0.07)
     assert protocol["images"] == "digits: 1297 training, 500 test images, 10 classes"
@@ -139,7 +141,7 @@ def test_queries_from_the_training_images_are_not_in_the_bank(run_folder):
     assert (run_folder / "eval/knn_train.json").exists()
 
 
-def test_k_must_fit_the_images(run_folder):
+def test_more_neighbors_than_training_images_are_refused(run_folder):
     message = "k: 1298 neighbors cannot be found among 1297 training images"
     with pytest.raises(ValueError, match=message):
         knn.evaluate(runs.load_run(run_folder, device="cpu"), k=1298)
@@ -170,11 +172,11 @@ def test_a_search_that_exceeds_the_memory_is_refused_before_it_starts(run_folder
 
 
 def test_the_memory_of_a_rank_is_bounded():
-    needed = knn_search.required_bytes(50_000, 10_000, 2048, 10, 0)
-    assert needed == 2 * (50_000 + 10_000) * 2048 * 4 + 3 * 2**26 + 10 * 1024 * 4 < 2**31
+    num_bytes = knn_search.required_bytes(50_000, 10_000, 2048, 10, 0)
+    assert num_bytes == 2 * (50_000 + 10_000) * 2048 * 4 + 3 * 2**26 + 10 * 1024 * 4 < 2**31
 
 
-def folder_run(tmp_path, train, val):
+def make_folder_run(tmp_path, train, val):
     names = [f"train/{name}" for name in train] + [f"val/{name}" for name in val]
     root = write_images(tmp_path / "photos", names)
     folder = make_run(tmp_path / "run", "data.source=folder", f"data.root={root}")
@@ -182,7 +184,7 @@ def folder_run(tmp_path, train, val):
 
 
 def test_a_single_class_is_refused(tmp_path):
-    run, root = folder_run(tmp_path, [], ["a/0.png"])
+    run, root = make_folder_run(tmp_path, [], ["a/0.png"])
     (root / "train.csv").write_text("path,label\nval/a/0.png,cat\n")
     run.config.data.train = "train.csv"
     with pytest.raises(ValueError) as error:
@@ -194,7 +196,7 @@ def test_a_single_class_is_refused(tmp_path):
 
 
 def test_a_class_without_training_images_is_refused(tmp_path):
-    run, root = folder_run(tmp_path, ["a/0.png", "b/1.png"], ["a/0.png", "b/1.png", "c/2.png"])
+    run, root = make_folder_run(tmp_path, ["a/0.png", "b/1.png"], ["a/0.png", "b/1.png", "c/2.png"])
     with pytest.raises(ValueError) as error:
         knn.evaluate(run)
     assert str(error.value) == (
@@ -204,7 +206,7 @@ def test_a_class_without_training_images_is_refused(tmp_path):
 
 
 def test_class_lists_that_disagree_are_refused(tmp_path):
-    run, root = folder_run(tmp_path, ["a/0.png", "b/1.png"], ["a/0.png", "b/1.png"])
+    run, root = make_folder_run(tmp_path, ["a/0.png", "b/1.png"], ["a/0.png", "b/1.png"])
     train, val = (
         evaluation_split.open_labeled_source(run, split, "k-NN") for split in ("train", "val")
     )
@@ -221,7 +223,7 @@ def test_class_lists_that_disagree_are_refused(tmp_path):
 
 
 def test_an_empty_test_set_is_refused(tmp_path):
-    run, root = folder_run(tmp_path, ["a/0.png", "b/1.png"], [])
+    run, root = make_folder_run(tmp_path, ["a/0.png", "b/1.png"], [])
     (root / "val").mkdir()
     with pytest.raises(ValueError) as error:
         knn.evaluate(run)
@@ -251,11 +253,11 @@ def test_the_better_random_backbone_is_taken_column_by_column():
     assert better.notes == {"a": "recalibrated", "b": "as built"}
 
 
-def test_a_users_mistake_ends_in_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+def test_a_users_mistake_exits_with_one_line_and_status_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval/knn.py", str(tmp_path / "none")])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as error:
         command_line.execute(knn.main, "eval.knn")
-    assert ended.value.code == 2
+    assert error.value.code == 2
     assert capsys.readouterr() == (
         "",
         f"eval.knn: {tmp_path / 'none'}: no such run folder; give the `output` of a run's config\n",
@@ -265,11 +267,11 @@ def test_a_users_mistake_ends_in_one_line_and_status_2(tmp_path, monkeypatch, ca
 def test_the_command_prints_protocol_and_table(run_folder, capsys):
     options = "--k 5 --shifts 1 --backend torch --device cpu evaluation.temperature=0.1"
     knn.main([str(run_folder), *options.split()])
-    printed = capsys.readouterr().out
-    assert "  k: 5\n  temperature: 0.1\n  backend: torch\n" in printed
-    assert "accuracy, %             clean  shifted 1\n" in printed
-    assert "\npretrained  " in printed
-    assert printed.rstrip().endswith(f"saved to {run_folder / 'eval/knn.json'}")
+    output = capsys.readouterr().out
+    assert "  k: 5\n  temperature: 0.1\n  backend: torch\n" in output
+    assert "accuracy, %             clean  shifted 1\n" in output
+    assert "\npretrained  " in output
+    assert output.rstrip().endswith(f"saved to {run_folder / 'eval/knn.json'}")
 
 
 @pytest.mark.parametrize("offset", [(2, 0), (-2, 0), (0, 3), (0, -3), (1, -2)])
