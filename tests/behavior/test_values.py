@@ -105,6 +105,7 @@ MISTAKES = {
         "seed: 99999999999999999999999 is out of range; "
         "give a whole number >= 0 and <= 9223372036854775807"
     ),
+    f"seed={'9' * 400}": "999 is out of range; give a whole number >= 0",
     "seed=-1": "seed: -1 is out of range; give a whole number >= 0 and <= 9223372036854775807",
     "epochs=1000000000000000000000": (
         "epochs: 1000000000000000000000 is out of range; give a whole number >= 1 and <= 2147483647"
