@@ -1,4 +1,4 @@
-"""The numbers of the published protocols, and what follows from them."""
+"""The numbers of the published protocols, and the schedules that follow from them."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from ssl_pretrain.eval import protocols
 
 
-def test_the_published_numbers():
+def test_linear_protocols_have_the_published_numbers():
     numbers = {
         name: (p.base_lr, p.batch_size, p.epochs, p.weight_decay, p.nesterov, p.milestones)
         for name, p in protocols.LINEAR_PROTOCOLS.items()
@@ -25,22 +25,22 @@ def test_the_published_numbers():
         "byol": (0.2, 4096, 80, 0.0, True, ()),
     }
     tensorflow_samplers = {"simclr": "tensorflow", "byol": "clipped"}
-    distributions = {"vissl": "uniform", "byol": "truncated"}
+    initial_distributions = {"vissl": "uniform", "byol": "truncated"}
     for name, protocol in protocols.LINEAR_PROTOCOLS.items():
         assert protocol.larc_coefficient == (0.001 if name == "simsiam" else 0.0)
         assert protocol.normalizes_features == (name == "vissl")
-        assert protocol.init == distributions.get(name, "normal")
+        assert protocol.init == initial_distributions.get(name, "normal")
         assert protocol.crop_sampler == tensorflow_samplers.get(name, "torchvision")
         assert protocol.antialias == (name not in tensorflow_samplers)
 
 
-def test_the_learning_rate_schedules():
+def test_learning_rates_follow_the_published_schedules():
     moco, simclr = protocols.LINEAR_PROTOCOLS["moco"], protocols.LINEAR_PROTOCOLS["simclr"]
     assert [round(moco.lr_factor(epoch), 6) for epoch in (0, 59.9, 60, 80)] == [1, 1, 0.1, 0.01]
     assert simclr.lr_factor(45.5) == pytest.approx((1 + math.cos(math.pi * 45.5 / 90)) / 2)
 
 
-def test_a_batch_that_makes_few_steps_becomes_smaller():
+def test_the_batch_shrinks_if_an_epoch_would_have_few_steps():
     assert protocols.fitting_batch_size(4096, 1_281_167, 8) == 4096
     assert protocols.fitting_batch_size(4096, 1000, 1) == 64
     assert protocols.fitting_batch_size(4096, 1000, 3) == 63

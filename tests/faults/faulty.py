@@ -1,8 +1,8 @@
 """Train with injected faults: `FAULT=kind@rank:step[:argument] python faulty.py CONFIG ...`.
 
-Commas separate several faults. The package has no hooks for faults, so this script wraps its
-functions. A fault happens once per run folder. The file FAULT_DONE marks that it has happened, so a
-resumed run is free of faults. Steps are counted from 1, as in metrics.jsonl.
+Several faults are separated by commas. The package has no hooks for faults, so this script wraps
+its functions. A fault happens once per run folder. The file FAULT_DONE marks that it has happened,
+so a resumed run is free of faults. Steps are counted from 1, as in metrics.jsonl.
 
 In a step:
     kill, stop     The rank sends itself SIGKILL or SIGSTOP.
@@ -12,7 +12,7 @@ In a step:
     nan            The rank's images are NaN.
     inf            A gradient of the rank is infinite.
     flip           A weight of the rank changes.
-    clock          The rank's wall clock goes back a day.
+    clock          The rank's wall clock jumps back by a day.
     slow           From that step on, each batch of the rank arrives a quarter of a second late.
 In a save (step 0 means any save):
     writing        Print "writing" and take ARGUMENT seconds longer.
@@ -42,7 +42,7 @@ from ssl_pretrain.monitoring import online_knn
 
 
 class Fault:
-    """One fault. `inject` wraps the functions of the package that have to fail.
+    """One fault. `inject` wraps the package's functions that are to fail.
 
     Args:
         text: kind@rank:step[:argument].
@@ -182,8 +182,8 @@ class Fault:
     def inject_refuse(self) -> None:
         def refuse(path):
             self.marker.write_text("")
-            number = getattr(errno, self.argument)
-            raise OSError(number, os.strerror(number))
+            code = getattr(errno, self.argument)
+            raise OSError(code, os.strerror(code))
 
         self._call_before_fsync(refuse)
 

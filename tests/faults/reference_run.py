@@ -1,4 +1,4 @@
-"""Fixtures for the tests of faults: a configuration, and its run without faults."""
+"""Fixtures for the fault tests: a configuration, and its run without faults."""
 
 import pytest
 import ranks
@@ -21,7 +21,7 @@ def saved_steps(run):
 
 @pytest.fixture
 def paths(tmp_path):
-    """Return the path of a YAML and the folder of its run."""
+    """Return the path of a YAML file and the folder of its run."""
     return tiny.write_config(tmp_path), tmp_path / "run"
 
 
@@ -47,10 +47,8 @@ def resume(paths, reference):
         assert statuses == [0] * len(statuses), output
         assert verify_checkpoint(newest_checkpoint(run))["step"] == STEPS
         tensors = ranks.load_tensors(run)
-        differing = [
-            name for name, value in reference.items() if not torch.equal(tensors[name], value)
-        ]
-        assert not differing, differing
+        names = [name for name, value in reference.items() if not torch.equal(tensors[name], value)]
+        assert not names, f"tensors that differ: {names}"
         assert not list((run / "checkpoints").glob(".writing-*"))
         return output
 

@@ -39,16 +39,17 @@ SCHEDULED = {"teacher_temperature"}
 
 
 def plain_loss(method, images, temperature):
-    def network(backbone, head, groups):
+    def compute_logits(backbone, head, groups):
         features = torch.cat([backbone(torch.cat(group)) for group in groups])
         z = torch.stack(contract.unit_rows(head.mlp(features)))
-        rows = torch.stack(contract.unit_rows(head.last_layer.weight)) * head.last_layer.norm
-        return (z @ rows.T).split(len(images))
+        prototypes = torch.stack(contract.unit_rows(head.last_layer.weight))
+        prototypes = prototypes * head.last_layer.norm
+        return (z @ prototypes.T).split(len(images))
 
     with torch.no_grad():
-        teacher = network(method.teacher.backbone, method.teacher.head, [images.views[:2]])
+        teacher = compute_logits(method.teacher.backbone, method.teacher.head, [images.views[:2]])
         q = [torch.softmax((logits - method.center) / temperature, dim=1) for logits in teacher]
-    student = network(method.backbone, method.head, [images.views[:2], images.views[2:]])
+    student = compute_logits(method.backbone, method.head, [images.views[:2], images.views[2:]])
     terms = []
     for t in (0, 1):
         for v in range(5):
@@ -70,23 +71,25 @@ def test_one_step_is_the_authors(step):
     progress = step / contract.NUM_STEPS
     lr = 0.05 * contract.ROWS / 256 * (1 + math.cos(math.pi * progress)) / 2
     decay = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * progress)) / 2
-    loss, mean = plain_loss(expected, images, temperature)
-    last = {name: p.detach().clone() for name, p in expected.head.last_layer.named_parameters()}
+    loss, mean_logits = plain_loss(expected, images, temperature)
+    last_layer = {
+        name: p.detach().clone() for name, p in expected.head.last_layer.named_parameters()
+    }
     contract.apply_plain_step(expected, OPTIM, loss, lr, decay)
     momentum = 1 + (0.9 - 1) * (1 + math.cos(math.pi * progress)) / 2
     with torch.no_grad():
         if step < 2:  # frozen in the first epoch
             for name, p in expected.head.last_layer.named_parameters():
-                p.copy_(last[name])
+                p.copy_(last_layer[name])
         for name, p in expected.teacher.named_parameters():
             p.copy_(momentum * p + (1 - momentum) * expected.get_parameter(name))
-        expected.center.copy_(0.9 * expected.center + 0.1 * mean)
+        expected.center.copy_(0.9 * expected.center + 0.1 * mean_logits)
         next_temperature = [0.04, 0.055, 0.055, 0.07][step]
         expected.teacher_temperature.fill_(next_temperature)
     contract.assert_same(method, expected)
 
 
-def test_a_class_token_starts_as_the_authors():
+def test_a_class_token_starts_as_in_the_authors_code():
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig(name="vit_tiny_patch16_224"), 32)
     before = {name: p.clone() for name, p in backbone.model.named_parameters()}
@@ -107,7 +110,7 @@ def test_the_teachers_temperature_rises_by_epoch():
     assert temperature_at(Config(), 0) == 0.04
 
 
-def test_logits_of_one_micro_batch_at_most_are_held_at_once():
+def test_logits_of_at_most_one_micro_batch_are_held_at_once():
     """The peak is (2 + views) * num_prototypes numbers per image of a micro-batch."""
     outputs, sizes = [], []
 
@@ -131,7 +134,7 @@ def test_the_heads_hidden_layers_may_have_batch_norm():
     assert kinds == ["Linear", "BatchNorm1d", "GELU", "Linear", "BatchNorm1d", "GELU", "Linear"]
 
 
-def test_the_teacher_drops_nothing_and_local_crops_interpolate_the_positions():
+def test_the_teacher_has_no_drop_path_and_local_crops_interpolate_positions():
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig(name="test_vit", drop_path=0.5), 64)
     method = Config(num_prototypes=16, hidden_dim=8, bottleneck_dim=4).build(backbone)
@@ -144,7 +147,7 @@ def test_the_teacher_drops_nothing_and_local_crops_interpolate_the_positions():
     assert not torch.equal(backbone(views[0]), backbone(views[0]))
 
 
-def test_uniform_teacher_and_student_cost_the_log_of_the_prototypes():
+def test_uniform_outputs_cost_the_log_of_the_number_of_prototypes():
     student = torch.zeros(6, 5, 9, dtype=torch.float64)
     teacher = torch.zeros(6, 2, 9, dtype=torch.float64)
     loss, _ = contract.build("dino").loss({"z": teacher, "logits": student}, {"logits": teacher})

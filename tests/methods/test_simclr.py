@@ -1,4 +1,4 @@
-"""SimCLR: its scale, its head, and ten golden steps that a refactor may not move."""
+"""SimCLR: the scale of its loss, its head, and ten golden steps that no refactor may change."""
 
 import json
 import math
@@ -22,14 +22,14 @@ METHOD = {"projector_dims": [8, 4], "temperature": 0.5}
 OPTIM = OptimConfig(name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1e-4)
 
 
-def method():
+def build_method():
     torch.manual_seed(0)
     backbone = build(BackboneConfig(name="test_resnet", stem="no_pool"), 16)
     return Config(projector_dims=[16, 8], temperature=0.5).build(backbone)
 
 
 def plain_loss(method, images):
-    """Equation 1, anchor by anchor, in both directions. Both views go through in one call."""
+    """Equation 1, anchor by anchor, in both directions. One forward pass takes both views."""
     n = len(images)
     z = contract.unit_rows(method.projector(method.backbone(torch.cat(images.views))))
     loss = torch.zeros((), dtype=torch.float64)
@@ -50,20 +50,20 @@ def test_one_step_is_the_authors():
 
 
 def test_the_loss_is_the_sum_of_both_directions():
-    same = torch.ones(6, 8)
-    loss, logs = method().loss({"z_a": same, "z_b": same}, {})
+    ones = torch.ones(6, 8)
+    loss, logs = build_method().loss({"z_a": ones, "z_b": ones}, {})
     assert loss.item() == pytest.approx(2 * math.log(2 * 6 - 1))
     assert logs["nt_xent"].item() == pytest.approx(math.log(11))
     assert logs["positive_cosine"].item() == pytest.approx(1.0)
 
 
 def test_batch_norm_sees_both_views_in_one_call():
-    simclr, labels = method(), torch.zeros(4, dtype=torch.int64)
-    calls = []
-    simclr.backbone.register_forward_hook(lambda _, inputs, output: calls.append(len(inputs[0])))
+    simclr, labels = build_method(), torch.zeros(4, dtype=torch.int64)
+    sizes = []
+    simclr.backbone.register_forward_hook(lambda _, inputs, output: sizes.append(len(inputs[0])))
     views = [torch.randn(4, 3, 16, 16) for _ in range(2)]
     embeddings = simclr(Batch(views, labels, labels))
-    assert calls == [8]
+    assert sizes == [8]
     shapes = {name: z.shape for name, z in embeddings.items()}
     assert shapes == {"z_a": (4, 8), "z_b": (4, 8)}
 
@@ -71,13 +71,13 @@ def test_batch_norm_sees_both_views_in_one_call():
 def test_another_number_of_views_is_refused():
     labels = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError) as error:
-        method()(Batch([torch.zeros(4, 3, 16, 16)] * 3, labels, labels))
+        build_method()(Batch([torch.zeros(4, 3, 16, 16)] * 3, labels, labels))
     assert str(error.value) == (
         "simclr: takes 2 views of one size, got 3 (16, 16, 16 pixels); set views.crops.*.count"
     )
 
 
-def test_ten_golden_steps(tmp_path):
+def test_ten_steps_have_the_golden_losses(tmp_path):
     golden = contract.read_golden("simclr")
     settings = config.load(tiny.write_config(tmp_path), ["parallel.precision=float64"])
     train(settings, torch.device("cpu"), stop_after=10)
@@ -86,7 +86,7 @@ def test_ten_golden_steps(tmp_path):
     assert losses == pytest.approx(golden, rel=1e-9)
 
 
-def test_without_a_projector_the_loss_is_on_the_features():
+def test_without_a_projector_the_embeddings_are_the_features():
     method, images = (
         contract.build("simclr", without_projector=True),
         contract.random_batch("simclr"),

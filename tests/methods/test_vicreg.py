@@ -16,7 +16,7 @@ OPTIM = OptimConfig(
 
 
 def plain_loss(method, images):
-    """25 mse + 25 hinge / 2 over both views + covariances, number by number."""
+    """25 mse + 25 hinge / 2 over both views + covariances, element by element."""
     z = [method.projector(method.backbone(view)) for view in images.views]
     n, dim = z[0].shape
     differences = [z[0][i, d] - z[1][i, d] for i in range(n) for d in range(dim)]
@@ -45,8 +45,8 @@ def test_one_step_is_the_authors():
 
 
 def test_collapsed_embeddings_cost_the_hinge_alone():
-    same = torch.ones(6, 4, dtype=torch.float64)
-    loss, logs = contract.build("vicreg").loss({"z_a": same, "z_b": same}, {})
+    ones = torch.ones(6, 4, dtype=torch.float64)
+    loss, logs = contract.build("vicreg").loss({"z_a": ones, "z_b": ones}, {})
     assert loss.item() == pytest.approx(25 * (1 - 0.01))
     assert logs["covariance"].item() == 0
     assert logs["invariance"].item() == 0
