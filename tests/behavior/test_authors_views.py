@@ -10,7 +10,7 @@ OPTIONS = (
 )
 
 
-def test_two_kinds_of_views_are_trained_on_and_described(tmp_path):
+def test_a_run_trains_on_both_kinds_of_views_and_describes_them(tmp_path):
     root = write_class_folders(tmp_path / "data", "train", images_per_class=4)
     write_class_folders(tmp_path / "data", "val", images_per_class=4)
     crops = (
@@ -22,9 +22,9 @@ def test_two_kinds_of_views_are_trained_on_and_described(tmp_path):
     config = write_config(tmp_path, root, text)
     ((status, _, err),) = run_modules([["ssl_pretrain.train", str(config)]])
     assert status == 0, err
-    described = json.loads((tmp_path / "run" / "views.json").read_text())
-    assert len(described) == 8
-    for views in described:
+    descriptions = json.loads((tmp_path / "run" / "views.json").read_text())
+    assert len(descriptions) == 8
+    for views in descriptions:
         assert len(views) == 2
         for view in views:
             assert " by channel" in view

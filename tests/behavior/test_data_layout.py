@@ -23,7 +23,7 @@ Inspect = Callable[..., "Result"]
 
 @dataclass(frozen=True)
 class Result:
-    """Exit status and output of a command, with ROOT for the path of the data set."""
+    """Exit status and output of a command, with ROOT in place of the data set's path."""
 
     status: int
     text: str
@@ -99,7 +99,7 @@ SPLITS = {
         "data: training ROOT/ILSVRC/Data/CLS-LOC/train: 2 images, 2 classes (n1, n2);"
         " validation ROOT/ILSVRC/Data/CLS-LOC/val: 1 image, 1 of 2 classes (n1)",
     ),
-    "below a folder that is called like a split": (
+    "below a folder that is named like a split": (
         "training_data/train/a/1.png training_data/train/b/2.png training_data/val/a/3.png",
         (
             "data: training ROOT/training_data/train: 2 images, 2 classes (a, b); validation "
@@ -145,7 +145,7 @@ def test_first_line_says_which_folder_is_which_split(layout, tmp_path, inspect):
 
 
 TAKE_ALL = "or give data.train=. if all images there are for training\n"
-REFUSED = {
+UNCLEAR_LAYOUTS = {
     "years": (
         "train2017/1.png val2017/2.png",
         (
@@ -187,7 +187,7 @@ REFUSED = {
         "they may be splits; say which is which,"
         " as in data.train=entrenamiento data.val=prueba",
     ),
-    "images called like splits": (
+    "images named like splits": (
         "train_1.png train_2.png test_1.png",
         "ROOT contains images whose names look like splits (test_1.png, train_1.png); list "
         "those of each split,"
@@ -217,13 +217,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("layout", REFUSED)
-def test_possible_splits_are_refused(layout, tmp_path, inspect):
-    names, expected = REFUSED[layout]
+@pytest.mark.parametrize("layout", UNCLEAR_LAYOUTS)
+def test_layouts_with_unclear_splits_are_refused(layout, tmp_path, inspect):
+    names, expected = UNCLEAR_LAYOUTS[layout]
     assert inspect(write_tree(tmp_path, names)) == Result(2, f"data.train: {expected}, {TAKE_ALL}")
 
 
-def test_keys_name_the_splits(tmp_path, inspect):
+def test_the_train_and_val_keys_name_the_splits(tmp_path, inspect):
     root = write_tree(tmp_path, "train2017/1.png val2017/2.png val2017/3.png extra/4.png")
     result = inspect(root, "--train", "train2017", "--val", str(root / "val2017"))
     assert result.first_line == (
@@ -268,27 +268,27 @@ LISTS_OF_SPLITS = {
 
 @pytest.mark.parametrize("layout", LISTS_OF_SPLITS)
 def test_lists_that_look_like_splits_are_refused(layout, tmp_path, inspect):
-    folder, lists, names = LISTS_OF_SPLITS[layout]
+    folder, lists, proposal = LISTS_OF_SPLITS[layout]
     root = write_tree(tmp_path, "images/apple/1.png images/apple/2.png images/pie/3.png")
     (root / folder).mkdir(parents=True, exist_ok=True)
     for name, content in lists.items():
         (root / folder / name).write_text(content)
-    where = "ROOT" if folder == "." else f"ROOT/{folder}"
+    location = "ROOT" if folder == "." else f"ROOT/{folder}"
     text = (
-        f"{where} contains lists whose names look like splits; say which images are for training, "
-        f"as in data.train={names}"
+        f"{location} contains lists whose names look like splits; say which images are for "
+        f"training, as in data.train={proposal}"
     )
     assert inspect(root) == Result(2, f"data.train: {text}, {TAKE_ALL}")
-    zipped = inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root)))
-    assert zipped == Result(
+    zip_result = inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root)))
+    assert zip_result == Result(
         2,
         (
-            f"data.train: {where} contains lists whose names look like splits, which are not read "
-            f"inside a zip; unpack it, {TAKE_ALL}"
+            f"data.train: {location} contains lists whose names look like splits, which are not "
+            f"read inside a zip; unpack it, {TAKE_ALL}"
         ),
     )
     if folder != ".":
-        train, val = names.split(" data.val=")
+        train, val = proposal.split(" data.val=")
         result = inspect(root, "--train", train, "--val", val)
         assert result.first_line == (
             f"data: training ROOT/{train}: 2 images, no labels; validation ROOT/{val}: 1 "
@@ -296,7 +296,7 @@ def test_lists_that_look_like_splits_are_refused(layout, tmp_path, inspect):
         )
 
 
-def test_logs_of_a_training_are_not_lists(tmp_path, inspect):
+def test_logs_of_a_training_run_are_not_read_as_lists(tmp_path, inspect):
     root = write_tree(tmp_path, "a/1.png b/2.png")
     for name in ("training_log.txt", "test_results.csv"):
         (root / name).write_text("step,loss\n1,2\n")
@@ -305,7 +305,7 @@ def test_logs_of_a_training_are_not_lists(tmp_path, inspect):
     )
 
 
-def test_images_of_both_splits_are_counted(tmp_path, inspect):
+def test_images_in_both_splits_are_counted(tmp_path, inspect):
     root = write_tree(tmp_path, "train/a/1.png train/b/2.png")
     (root / "val").symlink_to("train")
     (root / "l.csv").write_text("train/a/1.png,a\n")
@@ -367,7 +367,7 @@ def test_composed_and_decomposed_accents_are_the_same_class(tmp_path, inspect):
     assert result.first_line.endswith("validation ROOT/val: 1 image, 1 of 2 classes (caf\u00e9)")
 
 
-def test_an_image_beside_the_class_folders_costs_no_other_label(tmp_path, inspect):
+def test_only_an_image_beside_the_class_folders_has_no_label(tmp_path, inspect):
     result = inspect(
         write_tree(
             tmp_path,
@@ -390,7 +390,7 @@ SYSTEM_FILES = (
 )
 
 
-def test_folders_and_archives_skip_the_same(tmp_path, inspect):
+def test_folders_and_archives_skip_the_same_system_files(tmp_path, inspect):
     names = f"{SYSTEM_FILES} train/a/1.png train/b/2.png val/a/3.png"
     root = write_tree(tmp_path, names)
     expected = (
@@ -414,7 +414,7 @@ ARCHIVES = {
         "d/.DS_Store",
     ],
     "leading dots": ["./train/a/1.png", "./train/b/2.png", "./val/a/3.png"],
-    "outside": [
+    "members outside": [
         "train/a/1.png",
         "train/b/2.png",
         "val/a/3.png",
@@ -426,22 +426,22 @@ ARCHIVES = {
 }
 
 
-@pytest.mark.parametrize("system", ARCHIVES)
-def test_archives_of_other_systems(system, tmp_path, inspect):
-    result = inspect(write_zip(tmp_path, ARCHIVES[system]))
-    root_text = "ROOT/d" if system == "macOS" else "ROOT"
+@pytest.mark.parametrize("archive", ARCHIVES)
+def test_archives_of_other_systems_are_read(archive, tmp_path, inspect):
+    result = inspect(write_zip(tmp_path, ARCHIVES[archive]))
+    root_text = "ROOT/d" if archive == "macOS" else "ROOT"
     assert result.first_line == (
         f"data: training {root_text}/train: 2 images, 2 classes (a, b); validation "
         f"{root_text}/val: 1 image, 1 of 2 classes (a)"
     )
-    if system == "outside":
+    if archive == "members outside":
         assert (
             "left out in ROOT: 2 members outside the archive (first: ../train/c/5.png), 2 "
             "members with absolute paths (first: /train"
         ) in result.text
 
 
-def test_links_lists_and_copies_in_an_archive_are_named(tmp_path, inspect):
+def test_links_lists_and_duplicates_in_an_archive_are_reported(tmp_path, inspect):
     path = write_zip(tmp_path, ["a/1.png", "b/2.png", "b/link.png"])
     content = bytearray(path.read_bytes())
     content[content.rindex(b"PK\x01\x02") + 41] = 0xA0  # high byte of the mode of a link
@@ -468,19 +468,18 @@ def change_entry(path: Path, fields: dict[int, bytes]) -> Path:
     return path
 
 
-def test_a_damaged_archive_is_refused_or_named(tmp_path, inspect):
+def test_a_damaged_archive_is_refused(tmp_path, inspect):
     members = ["train/a/1.png", "train/b/2.png", "val/3.png"]
-    refused = inspect(change_entry(write_zip(tmp_path, members), {6: b"\xff"}))
-    assert refused == Result(2, "data.root: ROOT cannot be read as a zip: zip file version 25.5\n")
-    huge_sizes = struct.pack(
-        "<HHQQQ", 1, 24, 2**64 - 1, 2**64 - 1, 2**64 - 8
-    )  # the extra field lies where the name was
-    path = write_zip(tmp_path, [*members, "val/4.png" + "/" * len(huge_sizes)])
+    result = inspect(change_entry(write_zip(tmp_path, members), {6: b"\xff"}))
+    assert result == Result(2, "data.root: ROOT cannot be read as a zip: zip file version 25.5\n")
+    # The extra field takes the place of the slashes that pad the name.
+    impossible_sizes = struct.pack("<HHQQQ", 1, 24, 2**64 - 1, 2**64 - 1, 2**64 - 8)
+    path = write_zip(tmp_path, [*members, "val/4.png" + "/" * len(impossible_sizes)])
     fields = {
         20: b"\xff" * 8,
-        28: struct.pack("<HH", 9, len(huge_sizes)),
+        28: struct.pack("<HH", 9, len(impossible_sizes)),
         42: b"\xff" * 4,
-        46 + 9: huge_sizes,
+        46 + 9: impossible_sizes,
     }
     assert inspect(change_entry(path, fields)) == Result(
         2, "data.root: ROOT is damaged, because val/4.png has an impossible size; copy it again\n"
@@ -488,7 +487,7 @@ def test_a_damaged_archive_is_refused_or_named(tmp_path, inspect):
 
 
 @pytest.mark.parametrize(
-    ("fields", "why"),
+    ("fields", "reason"),
     [
         ({8: b"\1"}, "is encrypted, password required"),
         ({16: b"\0\0\0\0"}, "Bad CRC-32"),
@@ -498,7 +497,7 @@ def test_a_damaged_archive_is_refused_or_named(tmp_path, inspect):
         ),
     ],
 )
-def test_a_damaged_table_in_an_archive_gives_no_labels(fields, why, tmp_path, inspect):
+def test_a_damaged_table_in_an_archive_gives_no_labels(fields, reason, tmp_path, inspect):
     path = write_zip(tmp_path, ["train/a/1.png", "train/b/2.png", "val/3.png"])
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("val/val_annotations.txt", "3.png\ta\n")
@@ -506,7 +505,7 @@ def test_a_damaged_table_in_an_archive_gives_no_labels(fields, why, tmp_path, in
     assert "; validation ROOT/val: 1 image, no labels\n" in result.text
     assert (
         "data: ROOT/val/val_annotations.txt has no usable labels: " in result.text
-        and why in result.text
+        and reason in result.text
     )
 
 
@@ -614,22 +613,22 @@ def test_a_table_that_does_not_fit_gives_no_labels(tmp_path, inspect):
 
 TWO_CLASSES = "2 images, 2 classes (a, b)"
 LISTS: dict[str, tuple[str, bytes, str]] = {
-    "a spreadsheet's": (
+    "from a spreadsheet": (
         "l.csv",
         '\ufeffpath;label\r\n"images/1.png";"b; c"\r\nimages/2.png;a\r\n'.encode(),
         "2 images, 2 classes (a, b; c)",
     ),
-    "UTF-16 of a spreadsheet": (
+    "UTF-16 from a spreadsheet": (
         "l.txt",
         "path\tlabel\r\nimages\\1.png\tä\r\nimages\\2.png\tb\r\n".encode("utf-16"),
         "2 images, 2 classes (b, ä)",
     ),
-    "a data frame's, with a missing label": (
+    "from a data frame, with a missing label": (
         "l.csv",
         b",Image Name,Target\n0,images/1.png,10.0\n1,images/2.png,2.0\n2,images/3.png,\n",
         "3 images, 2 classes (2, 10), 1 without a label",
     ),
-    "another machine's paths": (
+    "paths of another machine": (
         "l.tsv",
         b"C:\\d\\images\\1.png\ta\nC:\\d\\images\\2.png\tb\n",
         TWO_CLASSES,
@@ -645,9 +644,9 @@ LISTS: dict[str, tuple[str, bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("program", LISTS)
-def test_lists_of_many_programs_are_read(program, tmp_path, inspect):
-    name, content, expected = LISTS[program]
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_of_many_programs_are_read(kind, tmp_path, inspect):
+    name, content, expected = LISTS[kind]
     root = write_tree(tmp_path, "images/1.png images/2.png images/3.png")
     (root / name).write_bytes(content)
     assert inspect(root / name).first_line.startswith(
@@ -686,7 +685,7 @@ def test_a_plan_refuses_what_the_run_would_refuse(tmp_path):
     )
 
 
-def test_a_list_that_names_its_splits(tmp_path, inspect):
+def test_a_list_may_name_the_split_of_each_image(tmp_path, inspect):
     root = write_tree(tmp_path, "images/1.png images/2.png images/3.png")
     (root / "all.csv").write_text(
         "path,label,split\nimages/1.png,a,train\nimages/2.png,b,train\nimages/3.png,a,valid\n"
@@ -698,7 +697,7 @@ def test_a_list_that_names_its_splits(tmp_path, inspect):
     )
 
 
-def test_lists_at_the_top_are_the_splits(tmp_path, inspect):
+def test_lists_in_the_root_folder_are_the_splits(tmp_path, inspect):
     root = write_tree(tmp_path, "images/1.png images/2.png images/3.png")
     (root / "train.csv").write_text("image,label\n1,a\n2,b\n")
     (root / "test.csv").write_text("image\n3\n")
@@ -709,7 +708,7 @@ def test_lists_at_the_top_are_the_splits(tmp_path, inspect):
     )
 
 
-def test_a_list_with_no_column_of_labels_says_so(tmp_path, inspect):
+def test_a_list_without_a_label_column_is_reported(tmp_path, inspect):
     root = write_tree(tmp_path, "1.png 2.png")
     (root / "l.csv").write_text("path,width,height\n1.png,20,20\n2.png,20,21\n")
     result = inspect(root / "l.csv")
@@ -720,7 +719,7 @@ def test_a_list_with_no_column_of_labels_says_so(tmp_path, inspect):
     ) in result.text
 
 
-def test_a_table_of_another_kind_is_refused(tmp_path, inspect):
+def test_a_table_of_an_unsupported_kind_is_refused(tmp_path, inspect):
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
     assert inspect(tmp_path / "train.parquet") == Result(
         2,
@@ -732,7 +731,7 @@ def test_a_table_of_another_kind_is_refused(tmp_path, inspect):
 
 
 @pytest.mark.full
-def test_training_and_knn_work_beside_pipes_and_unlabeled_images(tmp_path):
+def test_pipes_and_unlabeled_images_stop_neither_training_nor_knn(tmp_path):
     """A pipe and unlabeled images in both splits stop neither the run nor its evaluation."""
     root = write_tree(
         tmp_path,

@@ -114,9 +114,9 @@ def write_tiffs(root: Path, low: int, high: int, dtype: type = np.uint16) -> Non
 
 
 class TestRange:
-    """Images that use a small range of their values need `data.range`, or they would be dark."""
+    """Images that use few of the possible values need `data.range`, or they would be dark."""
 
-    def test_a_small_range_of_16_bits_is_an_error_and_inspect_proposes_a_range(self, tmp_path):
+    def test_a_small_16_bit_range_is_an_error_and_inspect_proposes_a_range(self, tmp_path):
         write_tiffs(tmp_path / "data", 200, 3000)
         config = write_config(tmp_path, tmp_path / "data")
         result = run(*TRAIN, config)
@@ -146,18 +146,18 @@ class TestRange:
         pytest.importorskip("ffcv")
         root, path = tmp_path / "data", tmp_path / "train.beton"
         write_tiffs(root, 0, 1000)
-        write = (*BETON, "write", root, path, "--workers", "1")
-        result = run(*write)
+        command = (*BETON, "write", root, path, "--workers", "1")
+        result = run(*command)
         assert result.status == 2, result.text
         assert "error: data.range: not set" in result.stderr
         assert not path.exists()
-        assert run(*write, "--range", "0", "1000").status == 0
+        assert run(*command, "--range", "0", "1000").status == 0
         result = run(*INSPECT, path)
         assert "mean    0.5" in result.stdout or "mean    0.49" in result.stdout, result.stdout
 
 
 class TestFalseHeaders:
-    """Files whose headers are wrong are rejected, and memory is not allocated as they say."""
+    """Files with wrong headers are rejected, and the sizes they state allocate no memory."""
 
     def test_inspect_reports_decompression_bombs_and_postscript(self, tmp_path):
         root = write_class_folders(tmp_path / "data", "train")
@@ -223,11 +223,11 @@ class TestFalseHeaders:
 
 WRITE_KILLED_AT_THE_RENAME = """
 import os, sys
-real = os.replace
+real_replace = os.replace
 def replace(old, new):
     if str(new).endswith(".beton"):
         os.kill(os.getpid(), 9)
-    real(old, new)
+    real_replace(old, new)
 os.replace = replace
 from ssl_pretrain.data.beton import __main__ as beton
 beton.main(sys.argv[1:])
@@ -237,17 +237,17 @@ beton.main(sys.argv[1:])
 def test_overwriting_a_beton_can_be_repeated_after_a_kill_between_the_renames(tmp_path):
     pytest.importorskip("ffcv")
     root, path = write_class_folders(tmp_path / "data", "train"), tmp_path / "train.beton"
-    write = ("write", root, path, "--workers", "1", "--max-side")
-    assert run(*BETON, *write, "8").status == 0
-    assert run("-c", WRITE_KILLED_AT_THE_RENAME, *write, "12").status == -signal.SIGKILL
-    assert run(*BETON, *write, "12").status == 0
+    arguments = ("write", root, path, "--workers", "1", "--max-side")
+    assert run(*BETON, *arguments, "8").status == 0
+    assert run("-c", WRITE_KILLED_AT_THE_RENAME, *arguments, "12").status == -signal.SIGKILL
+    assert run(*BETON, *arguments, "12").status == 0
     assert "max 12 pixels" in run(*BETON, "info", path).stdout
 
 
 def test_the_memory_of_evaluations_does_not_grow_with_the_aspect_ratio_of_an_image(tmp_path):
     root = write_class_folders(tmp_path / "data", "train")
     Image.new("RGB", (60_000, 1)).save(root / "train" / "class_0" / "thin.png")
-    online = ("online.knn_every_epochs=1", "online.k=3", "online.probe=false")
-    result = run(*TRAIN, write_config(tmp_path, root), "views.crops.global.size=64", *online)
+    overrides = ("online.knn_every_epochs=1", "online.k=3", "online.probe=false")
+    result = run(*TRAIN, write_config(tmp_path, root), "views.crops.global.size=64", *overrides)
     assert result.status == 0, result.text
     assert read_records(tmp_path)[-1]["memory_gib"] < 2.5

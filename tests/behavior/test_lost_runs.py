@@ -34,7 +34,7 @@ def run_two_ranks(config, first: str, second: str) -> list[commands.CommandResul
     return [commands.finish(process, 300) for process in processes]
 
 
-def test_ranks_with_other_settings_do_not_train(tmp_path):
+def test_ranks_with_different_settings_do_not_train(tmp_path):
     root = commands.write_class_folders(tmp_path / "images", "train")
     config = commands.write_config(tmp_path, root)
     for result in run_two_ranks(config, "seed=0", "seed=1"):
@@ -48,7 +48,7 @@ def test_ranks_with_other_settings_do_not_train(tmp_path):
 
 
 @pytest.mark.full
-def test_ranks_with_other_images_do_not_train(tmp_path):
+def test_ranks_with_different_images_do_not_train(tmp_path):
     roots = [commands.write_class_folders(tmp_path / name, "train") for name in ("x", "y")]
     (roots[1] / "train" / "class_0" / "0.png").unlink()
     config = commands.write_config(tmp_path, roots[0])
@@ -59,8 +59,8 @@ def test_ranks_with_other_images_do_not_train(tmp_path):
 
 
 @pytest.mark.full
-def test_a_small_shared_memory_gets_smaller_chunks(tmp_path):
-    """Containers have 64 MiB of /dev/shm. This test has 1 MiB for 16 images of 0.3 MiB each."""
+def test_workers_send_smaller_chunks_if_shared_memory_is_small(tmp_path):
+    """A container has 64 MiB of /dev/shm. This test has 1 MiB for 16 images of 0.3 MiB each."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("mounting needs root")
     root = commands.write_class_folders(tmp_path / "images", "train")
@@ -68,7 +68,7 @@ def test_a_small_shared_memory_gets_smaller_chunks(tmp_path):
     overrides = ["data.num_workers=1", "views.crops.global.size=160", "global_batch_size=16"]
     mount = 'mount -t tmpfs -o size=SIZE tmpfs /dev/shm && exec "$@"'
 
-    def run(size: str) -> commands.CommandResult:
+    def run_with_shared_memory(size: str) -> commands.CommandResult:
         command = ["unshare", "-m", "bash", "-c", mount.replace("SIZE", size), "-"]
         command += [sys.executable, *TRAIN, str(config), *overrides]
         result = subprocess.run(
@@ -76,10 +76,10 @@ def test_a_small_shared_memory_gets_smaller_chunks(tmp_path):
         )
         return commands.CommandResult(result.returncode, result.stdout, result.stderr)
 
-    result = run("1m")
+    result = run_with_shared_memory("1m")
     assert result.status == 0 and "so workers send 1 images at a time instead of 16" in result.text
     shutil.rmtree(tmp_path / "run")
-    result = run("256k")
+    result = run_with_shared_memory("256k")
     assert result.status == 2, result.text
     last_line = result.stderr.splitlines()[-1]
     assert (
@@ -90,7 +90,7 @@ def test_a_small_shared_memory_gets_smaller_chunks(tmp_path):
 
 
 @pytest.mark.full
-def test_a_killed_worker_is_reported_and_the_run_may_be_started_again(tmp_path):
+def test_a_killed_worker_is_reported_and_the_run_can_be_started_again(tmp_path):
     """The kernel kills a worker when memory runs out."""
     root = commands.write_class_folders(tmp_path / "images", "train")
     config = commands.write_config(tmp_path, root)
@@ -99,14 +99,14 @@ def test_a_killed_worker_is_reported_and_the_run_may_be_started_again(tmp_path):
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
-    server = [child for child in child_processes(process.pid) if child_processes(child)]
-    os.kill(child_processes(server[0])[0], signal.SIGKILL)
+    fork_servers = [pid for pid in find_child_processes(process.pid) if find_child_processes(pid)]
+    os.kill(find_child_processes(fork_servers[0])[0], signal.SIGKILL)
     result = commands.finish(process, 60)
     assert result.status == 69 and "Traceback" not in result.text, result.text
     assert "error: data.num_workers: a process that reads images was killed" in result.stderr
 
 
-def child_processes(pid: int) -> list[int]:
+def find_child_processes(pid: int) -> list[int]:
     result = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
     return [int(word) for word in result.stdout.split()]
 
@@ -135,16 +135,16 @@ def test_a_suspended_run_that_lost_its_folder_ends_when_it_wakes(tmp_path):
 
 
 @pytest.mark.full
-def test_a_save_slower_than_the_watchdog_is_waited_for(tmp_path):
+def test_the_watchdog_waits_for_a_slow_save(tmp_path):
     program = tmp_path / "slow.py"
     program.write_text(
         "import os, sys, time\n"
         "from ssl_pretrain import train\n"
-        "real = os.fsync\n"
+        "real_fsync = os.fsync\n"
         "def fsync(descriptor):\n"
         "    if '.writing-step' in os.readlink(f'/proc/self/fd/{descriptor}'):\n"
         "        time.sleep(4)\n"
-        "    return real(descriptor)\n"
+        "    return real_fsync(descriptor)\n"
         "os.fsync = fsync\n"
         "if __name__ == '__main__':\n"
         "    sys.exit(train.main(sys.argv[1:]))\n"

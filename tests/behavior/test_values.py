@@ -7,7 +7,7 @@ import yaml
 from commands import run, run_modules, write_class_folders, write_config
 
 
-def plan(config: Path, *overrides: str) -> dict:
+def read_planned_config(config: Path, *overrides: str) -> dict:
     """Return the configuration that `--plan` prints."""
     ((status, out, err),) = run_modules([["ssl_pretrain.train", str(config), *overrides, "--plan"]])
     assert status == 0, err
@@ -21,7 +21,7 @@ def config(tmp_path_factory) -> Path:
     return write_config(folder, "'" + str(folder / "photos #1") + "'")
 
 
-# Each text is another type in YAML, is truncated there or is a syntax error.
+# YAML reads each of these texts as another type, cuts it off or rejects it.
 TEXTS = ["010", "1e5", "1_000", "0x1F", "1:30", "true", "no", "null", "2026-01-01", "1e-3"]
 TEXTS += ["/data/photos #1", "/data/a: b", "@x", "*x", "runs/a=b", "{a", "[a]", "a ", "~", ".nan"]
 KEYS = ["output", "data.root", "data.cache_dir", "data.train", "data.val"]
@@ -31,19 +31,19 @@ KEYS += ["log.name", "log.project", "launch.hosts"]
 def test_text_keys_take_overrides_verbatim(config):
     for first in range(0, len(TEXTS), len(KEYS)):
         expected = dict(zip(KEYS, TEXTS[first:]))
-        values = plan(config, *(f"{key}={text}" for key, text in expected.items()))
+        values = read_planned_config(config, *(f"{key}={text}" for key, text in expected.items()))
         for key, text in expected.items():
             section, _, name = key.rpartition(".")
             assert (values[section] if section else values)[name] == text
 
 
-def test_text_keys_take_plain_scalars_of_a_yaml_verbatim(config):
+def test_text_keys_take_plain_scalars_of_a_yaml_file_verbatim(config):
     path = config.with_name("plain.yaml")
     log = "wandb: off, project: 1e3, name: null, tags: [010, no, 2026-01-01]"
     text = config.read_text().replace('wandb: "off"', log)
     path.write_text(text.replace(f"output: {config.parent / 'run'}", "output: 010"))
     overrides = ("optim.final_weight_decay=null", "launch.hosts=007", "views.crops.global.size=24")
-    values = plan(path, *overrides)
+    values = read_planned_config(path, *overrides)
     assert values["output"] == "010"
     assert values["log"]["wandb"] == "off"
     assert values["log"]["project"] == "1e3"
@@ -57,7 +57,9 @@ def test_text_keys_take_plain_scalars_of_a_yaml_verbatim(config):
 
 def test_a_number_may_be_written_in_any_decimal_form(config):
     optim = ("optim.base_lr=1e-3", "optim.weight_decay=0")
-    values = plan(config, *optim, "seed=010", "checkpoint.resume=no", "micro_batch_size=8")
+    values = read_planned_config(
+        config, *optim, "seed=010", "checkpoint.resume=no", "micro_batch_size=8"
+    )
     assert values["optim"]["base_lr"] == 0.001
     assert values["optim"]["weight_decay"] == 0.0
     assert values["seed"] == 10

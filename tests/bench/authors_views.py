@@ -5,8 +5,8 @@
 It prints the three tables of docs/methods.md:
 
 1. Differences of each operation from the authors' (tests/views/authors.py) on the same images and
-   random numbers, in gray levels of 255. One column is for torchvision's functions, the defaults of
-   a crop, and one for the options of the two recipes.
+   random numbers, in gray levels of 255. One column is for torchvision's functions, which a crop
+   uses by default, and one for the options of the two recipes.
 2. Statistics of whole views: the luminance of the outermost 2 pixels over that of the whole view,
    and the detail, which is the mean absolute Laplacian of the luminance in [0, 1].
 3. The mean area of a crop over the image's, and the Kolmogorov-Smirnov distance of the distribution
@@ -48,9 +48,9 @@ TENSORFLOW = {
     "blur_border": "zero",
     "antialias": False,
 }
-PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and standard deviation that change nothing
+NO_NORMALIZATION = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean 0, standard deviation 1
 BORDER = 11  # width in pixels of the border where a blur of 23 taps reads beyond the edge
-FRAME = 2  # width in pixels of the frame that a blur with a black surrounding darkens most
+FRAME = 2  # width in pixels of the frame that a blur over black padding darkens most
 SHAPES = ((375, 500), (500, 333), (224, 224))  # height and width of images in pixels
 NUM_BOXES = 100_000  # boxes per distribution
 
@@ -59,8 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    shared = Path(os.environ.get("SSL_PRETRAIN_DATA", ROOT.parent / "shared" / "data"))
-    parser.add_argument("--data", type=Path, default=shared / "imagenet_sample.zip")
+    data_folder = Path(os.environ.get("SSL_PRETRAIN_DATA", ROOT.parent / "shared" / "data"))
+    parser.add_argument("--data", type=Path, default=data_folder / "imagenet_sample.zip")
     parser.add_argument(
         "--images", type=int, default=32, help="images for single operations (default: %(default)s)"
     )
@@ -73,22 +73,23 @@ def main() -> None:
         indices = np.linspace(0, len(source) - 1, args.views).astype(int).tolist()
         images = [np.ascontiguousarray(source.read(index)) for index in indices]
     subset = images[:: max(1, len(images) // args.images)][: args.images]
-    before, after = compare_operations(subset)
+    torchvision_means, recipe_means = compare_operations(subset)
     frame, detail = compare_whole_views(images)
     distances = compare_areas()
     print(
-        f"ratios: saturation_before={before['saturation']:.2f} "
-        f"saturation_after={after['saturation']:.4f} "
-        f"contrast_before={before['contrast']:.2f} contrast_after={after['contrast']:.4f} "
-        f"blur_border_before={before['blur, outermost 11 pixels']:.2f} "
-        f"blur_border_after={after['blur, outermost 11 pixels']:.4f} "
-        f"resize_after_max={after['largest resize']:.2f} byol_frame={frame:.3f} "
+        f"ratios: saturation_before={torchvision_means['saturation']:.2f} "
+        f"saturation_after={recipe_means['saturation']:.4f} "
+        f"contrast_before={torchvision_means['contrast']:.2f} "
+        f"contrast_after={recipe_means['contrast']:.4f} "
+        f"blur_border_before={torchvision_means['blur, outermost 11 pixels']:.2f} "
+        f"blur_border_after={recipe_means['blur, outermost 11 pixels']:.4f} "
+        f"resize_after_max={recipe_means['largest resize']:.2f} byol_frame={frame:.3f} "
         f"byol_detail_over_torchvision={detail:.2f} crop_area_ks={max(distances):.4f}"
     )
 
 
 def compare_operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, float]]:
-    """Print the first table and return the mean difference by operation.
+    """Print the first table and return the mean difference per operation.
 
     The first result is for torchvision's functions and the second for the options of the recipes.
     """
@@ -118,15 +119,15 @@ def compare_operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict
         cells = []
         for mean, options in zip(means, (TORCHVISION, TENSORFLOW)):
             view = (
-                color.apply(resized, parameters, replace(crop, **options), *PLAIN)
+                color.apply(resized, parameters, replace(crop, **options), *NO_NORMALIZATION)
                 .permute(0, 2, 3, 1)
                 .numpy()
             )
             difference = 255 * np.abs(view - expected)
             if name.startswith("blur"):
-                inside = np.zeros((224, 224), bool)
-                inside[BORDER:-BORDER, BORDER:-BORDER] = True
-                difference = difference[:, inside if name == "blur, inside" else ~inside]
+                is_inside = np.zeros((224, 224), bool)
+                is_inside[BORDER:-BORDER, BORDER:-BORDER] = True
+                difference = difference[:, is_inside if name == "blur, inside" else ~is_inside]
             mean[name] = float(difference.mean())
             cells.append(_format_cell(difference))
         print(f"| {name} | {cells[0]} | {cells[1]} |")
@@ -174,7 +175,7 @@ def _apply_authors(
 
 
 def _format_cell(difference: np.ndarray) -> str:
-    """Format mean, maximum and share above 10 levels."""
+    """Format the mean, the maximum and the share above 10 levels."""
     return (
         f"{difference.mean():.3g}, {difference.max():.3g}, {100 * (difference > 10).mean():.1f} %"
     )
@@ -201,7 +202,7 @@ def compare_whole_views(images: list[np.ndarray]) -> tuple[float, float]:
         for number, crop in enumerate(recipe.crop_per_view(config.views)):
             frames, details = zip(
                 *(
-                    _statistics(images, replace(crop, **options), number)
+                    _measure_views(images, replace(crop, **options), number)
                     for options in (TORCHVISION, {})
                 )
             )
@@ -214,7 +215,7 @@ def compare_whole_views(images: list[np.ndarray]) -> tuple[float, float]:
     return result
 
 
-def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[float, float]:
+def _measure_views(images: list[np.ndarray], crop: Crop, number: int) -> tuple[float, float]:
     """Return the border over the whole and the detail, as means over four views of each image."""
     frames, details = [], []
     for epoch in range(4):
@@ -226,20 +227,20 @@ def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[floa
         region = torch.stack(
             [crops.apply(to_tensor(image), box, crop) for image, box in zip(images, boxes)]
         )
-        views = color.apply(region, parameters, crop, *PLAIN)
+        views = color.apply(region, parameters, crop, *NO_NORMALIZATION)
         luminance = (views * torch.tensor(color_torch.LUMA)[:, None, None]).sum(1)
-        inside = luminance[:, FRAME:-FRAME, FRAME:-FRAME]
-        border = (luminance.sum((1, 2)) - inside.sum((1, 2))) / (
-            luminance[0].numel() - inside[0].numel()
+        interior = luminance[:, FRAME:-FRAME, FRAME:-FRAME]
+        border = (luminance.sum((1, 2)) - interior.sum((1, 2))) / (
+            luminance[0].numel() - interior[0].numel()
         )
         frames.append(border / luminance.mean((1, 2)).clamp_min(1e-3))
-        around = (
+        neighbors = (
             luminance[:, 2:, 1:-1]
             + luminance[:, :-2, 1:-1]
             + luminance[:, 1:-1, 2:]
             + luminance[:, 1:-1, :-2]
         )
-        details.append((around - 4 * luminance[:, 1:-1, 1:-1]).abs().mean((1, 2)))
+        details.append((neighbors - 4 * luminance[:, 1:-1, 1:-1]).abs().mean((1, 2)))
     return float(torch.cat(frames).mean()), float(torch.cat(details).mean())
 
 
@@ -255,30 +256,33 @@ def compare_areas() -> list[float]:
         size = height * width
         sizes, numbers = np.full((NUM_BOXES, 2), [height, width]), np.arange(NUM_BOXES)
         ours = {
-            name: _area_share(
+            name: _compute_area_shares(
                 crops.draw_boxes(Crop(crop_sampler=name), 0, 0, numbers, 0, sizes), size
             )
             for name in crops.SAMPLERS
         }
         samplers = {"tensorflow": authors.simclr_boxes, "clipped": authors.byol_boxes}
         expected = {
-            name: _area_share(draw(NUM_BOXES, height, width, seed=1), size)
+            name: _compute_area_shares(draw(NUM_BOXES, height, width, seed=1), size)
             for name, draw in samplers.items()
         }
-        before = [
+        torchvision_distances = [
             stats.ks_2samp(ours["torchvision"], theirs).statistic for theirs in expected.values()
         ]
-        after = [stats.ks_2samp(ours[name], theirs).statistic for name, theirs in expected.items()]
-        distances += after
+        recipe_distances = [
+            stats.ks_2samp(ours[name], theirs).statistic for name, theirs in expected.items()
+        ]
+        distances += recipe_distances
         means = " | ".join(f"{shares.mean():.3f}" for shares in ours.values())
         print(
-            f"| {height}x{width} | {means} | {before[0]:.3f}, {before[1]:.3f} | "
-            f"{after[0]:.4f}, {after[1]:.4f} |"
+            f"| {height}x{width} | {means} | "
+            f"{torchvision_distances[0]:.3f}, {torchvision_distances[1]:.3f} | "
+            f"{recipe_distances[0]:.4f}, {recipe_distances[1]:.4f} |"
         )
     return distances
 
 
-def _area_share(boxes: np.ndarray, size: int) -> np.ndarray:
+def _compute_area_shares(boxes: np.ndarray, size: int) -> np.ndarray:
     """Return the area of each box as a share of an image of `size` pixels."""
     return boxes[:, 2] * boxes[:, 3] / size
 

@@ -1,8 +1,8 @@
 """Speed of k-NN beside scikit-learn, and the cost of a grid of learning rates.
 
 `python tests/bench/evaluation.py` prints two ratios. knn_vs_sklearn is the time of scikit-learn's
-fastest brute force over that of the faster of our backends; more is better. grid12_over_one is the
-time of a training step with 12 learning rates over that with one, backbone included; less is
+fastest brute-force search over that of the faster of our backends; more is better. grid12_over_one
+is the time of a training step with 12 learning rates over that with one, backbone included; less is
 better. The table also has the step on cached features, where the linear heads are all of the work.
 """
 
@@ -29,8 +29,8 @@ NUM_CLASSES = 1000
 CANDIDATES = ["ours, torch", "scikit-learn, euclidean", "ours, faiss", "scikit-learn, cosine"]
 
 
-def random_clusters(num_images: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return features, a class center plus as much noise, (n, dim), and labels."""
+def draw_clusters(num_images: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return features (num_images, dim), a class center plus as much noise each, and labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(NUM_CLASSES, (num_images,), generator=generator)
     centers = torch.randn(NUM_CLASSES, dim, generator=torch.Generator().manual_seed(0))
@@ -39,13 +39,13 @@ def random_clusters(num_images: int, dim: int, seed: int) -> tuple[torch.Tensor,
 
 def compare_searches(options: argparse.Namespace) -> float:
     """Print time and memory of each candidate and return scikit-learn's time over ours."""
-    bank, labels = random_clusters(options.bank, options.dim, 1)
-    queries, _ = random_clusters(options.queries, options.dim, 2)
+    bank, labels = draw_clusters(options.bank, options.dim, 1)
+    queries, _ = draw_clusters(options.queries, options.dim, 2)
 
-    def ours(backend: str) -> None:
+    def search_with_ours(backend: str) -> None:
         KnnClassifier(bank, labels, NUM_CLASSES, backend).predict(queries, [(options.k, 0.07)])
 
-    def theirs(metric: str) -> None:
+    def search_with_sklearn(metric: str) -> None:
         search = NearestNeighbors(n_neighbors=options.k, algorithm="brute", metric=metric)
         search.fit(F.normalize(bank, dim=1).numpy())
         search.kneighbors(F.normalize(queries, dim=1).numpy())
@@ -60,7 +60,7 @@ def compare_searches(options: argparse.Namespace) -> float:
             owner, kind = name.split(", ")
             start = time.perf_counter()
             peak = memory.measure_peak_bytes(
-                partial(ours if owner == "ours" else theirs, kind), CPU
+                partial(search_with_ours if owner == "ours" else search_with_sklearn, kind), CPU
             )
             times.append(time.perf_counter() - start)
             print(f"  {name:24} {times[-1]:8.2f} s  {format_mib(peak)} more", flush=True)
@@ -80,7 +80,7 @@ def compare_grids(options: argparse.Namespace) -> float:
     labels = torch.randint(NUM_CLASSES, (batch,))
     features = torch.randn(batch, backbone.feature_dim)
     grid = [(0.001 * 2**power, 1e-6) for power in range(12)]
-    whole_steps, cached_steps = {}, {}
+    full_steps, cached_steps = {}, {}
     for count in (1, 12):
         network = ProbedNetwork(
             "grid",
@@ -93,16 +93,19 @@ def compare_grids(options: argparse.Namespace) -> float:
         heads = LinearHeads(
             backbone.feature_dim, NUM_CLASSES, [0.1] * count, [1e-6] * count, like=features
         )
-        whole_steps[str(count)] = partial(network.step, images, labels, 1.0)
+        full_steps[str(count)] = partial(network.step, images, labels, 1.0)
         cached_steps[str(count)] = partial(heads.step, features, labels, 1.0)
     with torch.no_grad():
-        whole = time_interleaved(whole_steps, options.repeats, CPU)
-        cached = time_interleaved(cached_steps, options.repeats, CPU)
+        full_seconds = time_interleaved(full_steps, options.repeats, CPU)
+        cached_seconds = time_interleaved(cached_steps, options.repeats, CPU)
     print(f"a step of {batch} images of {size} pixels, {name}, {NUM_CLASSES:,} classes")
-    for kind, seconds in (("backbone and heads", whole), ("heads on cached features", cached)):
+    for kind, seconds in (
+        ("backbone and heads", full_seconds),
+        ("heads on cached features", cached_seconds),
+    ):
         ratio = seconds["12"] / seconds["1"]
         print(f"  {kind:28} one {seconds['1']:.3f} s, twelve {seconds['12']:.3f} s, {ratio:.2f} x")
-    return whole["12"] / whole["1"]
+    return full_seconds["12"] / full_seconds["1"]
 
 
 def main() -> None:
@@ -118,7 +121,7 @@ def main() -> None:
         nargs="+",
         default=CANDIDATES,
         choices=CANDIDATES,
-        help="at least one of each kind",
+        help="searches to compare, at least one of ours and one of scikit-learn's",
     )
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--backbone", default="resnet50")

@@ -26,7 +26,7 @@ CASES = [  # backbone, image size in pixels, images on a CPU
     ("resnet50", 64, 16),
     ("vit_small_patch16_224", 224, 2),
 ]
-GPU_FACTOR = 32  # times as many images on a GPU
+GPU_FACTOR = 32  # images on a GPU per image on a CPU
 
 
 def build_step(name: str, size: int, images: int, device: torch.device) -> Callable[[], None]:
@@ -62,11 +62,13 @@ def main() -> None:
         trace = trace_backbone(name, size, images, bfloat16=device.type == "cuda")
         step = build_step(name, size, images, device)
         step()
-        measured = time_interleaved({"step": step}, options.repeats, device)["step"] * 1e3
-        planned = f"{MACHINES[options.gpu].trace_seconds(trace) * 1e3:.1f}" if options.gpu else "-"
+        measured_ms = time_interleaved({"step": step}, options.repeats, device)["step"] * 1e3
+        planned_ms = (
+            f"{MACHINES[options.gpu].trace_seconds(trace) * 1e3:.1f}" if options.gpu else "-"
+        )
         peak = min(memory.measure_peak_bytes(step, device) for _ in range(3))
         peak_cells = f"{format_mib(trace.peak_bytes)} | {format_mib(peak)}"
-        print(f"| {name}, {size} px | {images} | {planned} | {measured:.1f} | {peak_cells} |")
+        print(f"| {name}, {size} px | {images} | {planned_ms} | {measured_ms:.1f} | {peak_cells} |")
 
 
 if __name__ == "__main__":
