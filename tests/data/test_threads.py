@@ -1,4 +1,4 @@
-"""The compiled threads yield the bytes of worker processes, without the bugs of FFCV's loader."""
+"""The compiled threads yield the same bytes as worker processes, without FFCV's bugs."""
 
 import gc
 import itertools
@@ -48,30 +48,30 @@ def small_beton(tmp_path) -> Beton:
     return write_beton(tmp_path / "data", n=24)
 
 
-def loader(source, num_workers=2, kind="ffcv", views=VIEWS, **options) -> Loader:
+def make_loader(source, num_workers=2, kind="ffcv", views=VIEWS, **options) -> Loader:
     return build_loader(source, views, kind, num_workers=num_workers, **options)
 
 
 @pytest.fixture(scope="module")
 def expected(beton) -> list[str]:
     """Return the digests of steps 0 to 9, read without FFCV from the same file."""
-    return digests(loader(beton, num_workers=0, kind="folder"), 0, 10)
+    return digests(make_loader(beton, num_workers=0, kind="folder"), 0, 10)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
 def test_any_number_of_threads_gives_the_bytes_of_processes(num_workers, beton, expected):
-    assert digests(loader(beton, num_workers), 0, 10) == expected
+    assert digests(make_loader(beton, num_workers), 0, 10) == expected
 
 
 def test_a_folder_gives_the_batches_of_the_beton_written_from_it(beton, expected):
     source = open_train(Path(beton.full_path).parent / "data", loader="folder")
     assert source.fingerprint == beton.fingerprint
-    assert digests(loader(source, num_workers=0, kind="folder"), 0, 10) == expected
+    assert digests(make_loader(source, num_workers=0, kind="folder"), 0, 10) == expected
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_make_up_the_global_batch(world_size, beton, expected):
-    ranks = [loader(beton, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [make_loader(beton, rank=rank, world_size=world_size) for rank in range(world_size)]
     iterators = [batches.iterate_from(0) for batches in ranks]
     for step in range(5):
         shards = [next(batches) for batches in iterators]
@@ -85,11 +85,11 @@ def test_ranks_make_up_the_global_batch(world_size, beton, expected):
 
 @pytest.mark.parametrize("first", range(1, 10))
 def test_batches_resumed_at_any_step_equal_uninterrupted_ones(first, beton, expected):
-    assert digests(loader(beton), first, 10 - first) == expected[first:]
+    assert digests(make_loader(beton), first, 10 - first) == expected[first:]
 
 
 def test_a_second_iterator_ends_the_first(beton, expected):
-    with loader(beton) as batches:
+    with make_loader(beton) as batches:
         first = batches.iterate_from(0)
         next(first)
         second = itertools.islice(batches.iterate_from(3), 3)
@@ -97,28 +97,28 @@ def test_a_second_iterator_ends_the_first(beton, expected):
         assert list(first) == []
 
 
-def _digests_of(path: str, first: int, count: int) -> list[str]:
-    return digests(loader(open_train(Path(path))), first, count)
+def _digest_file(path: str, first: int, count: int) -> list[str]:
+    return digests(make_loader(open_train(Path(path))), first, count)
 
 
 def test_a_closed_loader_can_start_again(beton, expected):
-    batches = loader(beton)
+    batches = make_loader(beton)
     assert digests(batches, 0, 2) == expected[:2]
     assert digests(batches, 2, 2) == expected[2:4]
 
 
 def test_a_spawned_process_gives_the_same_bytes(beton, expected):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_digests_of, (beton.full_path, 2, 3)) == expected[2:5]
+        assert pool.apply(_digest_file, (beton.full_path, 2, 3)) == expected[2:5]
 
 
-def test_a_batch_larger_than_a_threads_share_is_whole(beton):
+def test_a_batch_larger_than_a_threads_share_is_complete(beton):
     options = {
         "global_batch_size": 50,
         "views": ViewsConfig(crops={"global": Crop(count=1, size=8)}),
     }
-    expected = digests(loader(beton, 0, kind="folder", **options), 0, 2)
-    assert digests(loader(beton, 3, **options), 0, 2) == expected
+    expected = digests(make_loader(beton, 0, kind="folder", **options), 0, 2)
+    assert digests(make_loader(beton, 3, **options), 0, 2) == expected
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,15 @@ def test_a_batch_larger_than_a_threads_share_is_whole(beton):
     ],
 )
 def test_samplers_and_resizes_equal_those_of_processes(options, beton):
-    def views(**settings) -> ViewsConfig:
+    def build_views(**settings) -> ViewsConfig:
         local = Crop(count=1, size=10, **settings)
         return ViewsConfig(crops={"global": Crop(count=2, size=24, **settings), "local": local})
 
-    batches = digests(loader(beton, views=views(**options)), 0, 3)
-    assert batches == digests(loader(beton, 0, views=views(**options), kind="folder"), 0, 3)
-    assert not set(batches) & set(digests(loader(beton, views=views()), 0, 3))
+    batches = digests(make_loader(beton, views=build_views(**options)), 0, 3)
+    assert batches == digests(
+        make_loader(beton, 0, views=build_views(**options), kind="folder"), 0, 3
+    )
+    assert not set(batches) & set(digests(make_loader(beton, views=build_views()), 0, 3))
 
 
 def test_raw_pixels_equal_those_of_the_source(tmp_path):
@@ -148,20 +150,22 @@ def test_raw_pixels_equal_those_of_the_source(tmp_path):
     beton_writer.write(digits, tmp_path / "train.beton", EncodingSettings(), num_workers=1)
     source = open_train(tmp_path / "train.beton")
     assert isinstance(source, Beton) and source.samples.mode.tolist() == [1] * 500
-    assert digests(loader(source), 0, 4) == digests(loader(digits, 0, kind="folder"), 0, 4)
+    assert digests(make_loader(source), 0, 4) == digests(
+        make_loader(digits, 0, kind="folder"), 0, 4
+    )
 
 
 def test_shards_are_read_as_one_file(tmp_path, beton, expected):
     from ssl_pretrain.data.beton.__main__ import main
 
     root = Path(beton.full_path).parent / "data"
-    write = ["write", str(root), str(tmp_path / "train.beton"), "--shards", "3", "--workers", "1"]
+    command = ["write", str(root), str(tmp_path / "train.beton"), "--shards", "3", "--workers", "1"]
     for shard in ("2", "0", "1"):
-        assert main([*write, "--shard", shard]) == 0
+        assert main([*command, "--shard", shard]) == 0
     source = open_train(tmp_path)
     assert isinstance(source, Beton) and len(source.samples.paths) == 3
     assert source.fingerprint == beton.fingerprint
-    assert digests(loader(source), 0, 10) == expected
+    assert digests(make_loader(source), 0, 10) == expected
     (tmp_path / "train-00001-of-00003.beton").unlink()
     with pytest.raises(ValueError) as error:
         open_train(tmp_path)
@@ -201,16 +205,16 @@ class TestChoiceOfReader:
         kind, reason = choose_reader_kind(DataConfig(), beton)
         assert kind == "folder"
         assert reason == f"FFCV cannot read this .beton ({message}, or set data.loader=folder)"
-        assert digests(loader(beton, num_workers=0, kind=kind), 0, 2) == expected[:2]
+        assert digests(make_loader(beton, num_workers=0, kind=kind), 0, 2) == expected[:2]
         with pytest.raises(ValueError) as error:
             choose_reader_kind(DataConfig(loader="ffcv"), beton)
         assert str(error.value) == f"data.loader: {message}, or set data.loader=folder"
 
 
 class TestBugsOfFFCV:
-    """This loader works in cases where FFCV's hangs, leaks or returns wrong images.
+    """This project's loader works in cases where FFCV's hangs, leaks or returns wrong images.
 
-    The timeout of this file fails a test that hangs.
+    If a test hangs, the timeout of this file makes it fail.
     """
 
     @pytest.mark.case(18)
@@ -222,7 +226,7 @@ class TestBugsOfFFCV:
         merged = OmegaConf.merge(OmegaConf.structured(ViewsConfig), overrides)
         views = OmegaConf.to_object(merged)
         assert isinstance(views, ViewsConfig)
-        assert digests(loader(beton, views=views), 0, 2) == expected[:2]
+        assert digests(make_loader(beton, views=views), 0, 2) == expected[:2]
 
     @pytest.mark.case(17)
     @pytest.mark.parametrize("function", ["make_views", "allocate_workspace"])
@@ -231,11 +235,11 @@ class TestBugsOfFFCV:
     ):
         """FFCV waits forever for the thread."""
 
-        def broken(*_arguments):
+        def raise_error(*_arguments):
             raise MemoryError("no room for an image")
 
-        monkeypatch.setattr(threads.decode, function, broken)
-        with loader(beton) as batches, pytest.raises(MemoryError) as error:
+        monkeypatch.setattr(threads.decode, function, raise_error)
+        with make_loader(beton) as batches, pytest.raises(MemoryError) as error:
             next(batches.iterate_from(0))
         assert str(error.value) == "no room for an image"
 
@@ -243,14 +247,14 @@ class TestBugsOfFFCV:
         """FFCV leaks one thread and its buffers per epoch."""
         expected = count_threads_and_files()
         for _ in range(6):
-            with loader(beton) as batches:
+            with make_loader(beton) as batches:
                 for _batch in batches.iterate_from(0):
                     break
         assert count_threads_and_files() == expected
 
     def test_3_deleting_a_loader_leaves_no_thread_behind(self, beton):
         expected = count_threads_and_files()
-        batches = loader(beton)
+        batches = make_loader(beton)
         next(batches.iterate_from(0))
         assert threading.active_count() == expected[0] + 2
         del batches
@@ -266,7 +270,7 @@ class TestBugsOfFFCV:
         options = {"global_batch_size": 12, "views": views}
         epoch = []
         with (
-            loader(small_beton, **options) as batches,
+            make_loader(small_beton, **options) as batches,
             warnings.catch_warnings(record=True) as messages,
         ):
             warnings.simplefilter("always")
@@ -284,10 +288,12 @@ class TestBugsOfFFCV:
 
         # The other images of the batch are those of an intact file.
         intact_beton = write_beton(Path(path).parent / "intact" / "data", n=24)
-        intact = loader(intact_beton, 0, kind="folder", **options)
-        read = intact.source.read
-        intact.source.read = lambda index: read(replacement if index == 5 else index)
-        expected = next(batch for batch in intact.iterate_from(0) if 5 in batch.indices.tolist())
+        intact_loader = make_loader(intact_beton, 0, kind="folder", **options)
+        read_image = intact_loader.source.read
+        intact_loader.source.read = lambda index: read_image(replacement if index == 5 else index)
+        expected = next(
+            batch for batch in intact_loader.iterate_from(0) if 5 in batch.indices.tolist()
+        )
         assert torch.equal(expected.views[0], view)
 
     @pytest.mark.case(14)
@@ -298,15 +304,15 @@ class TestBugsOfFFCV:
         options = {"global_batch_size": 10, "max_replaced": 10.0}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            expected = digests(loader(damaged, 0, kind="folder", **options), 0, 4)
-            assert digests(loader(damaged, **options), 0, 4) == expected
+            expected = digests(make_loader(damaged, 0, kind="folder", **options), 0, 4)
+            assert digests(make_loader(damaged, **options), 0, 4) == expected
 
     @pytest.mark.case(14)
     def test_4_more_than_a_few_damaged_images_stop_the_run(self, small_beton):
         for index in (5, 9):
             damage_image(small_beton, index, "no jpeg")
         with (
-            loader(small_beton) as batches,
+            make_loader(small_beton) as batches,
             warnings.catch_warnings(),
             pytest.raises(ValueError) as error,
         ):
@@ -327,14 +333,14 @@ class TestBugsOfFFCV:
             damage_image(small_beton, index, "no jpeg")
         message = "no other readable image of the 24 in .*train.beton is left outside its"
         with (
-            loader(small_beton) as batches,
+            make_loader(small_beton) as batches,
             pytest.raises(ValueError, match=f"not a JPEG; {message}"),
         ):
             next(batches.iterate_from(0))
 
     @pytest.mark.case(15)
     def test_5_an_unfinished_file_does_not_open(self, small_beton):
-        """FFCV opens it and shows a million rows of garbage."""
+        """FFCV opens it and returns a million rows of garbage."""
         with open(small_beton.full_path, "r+b") as file:
             file.seek(16)  # offset of the table, which the writer sets last
             file.write(bytes(8))
@@ -347,8 +353,8 @@ class TestBugsOfFFCV:
 
     def test_6_the_seed_determines_every_batch(self, beton, expected):
         """FFCV seeds its random numbers from the operating system."""
-        assert digests(loader(beton, seed=3), 0, 2) == expected[:2]
-        assert not set(digests(loader(beton, seed=4), 0, 10)) & set(expected)
+        assert digests(make_loader(beton, seed=3), 0, 2) == expected[:2]
+        assert not set(digests(make_loader(beton, seed=4), 0, 10)) & set(expected)
         assert len(set(expected)) == 10
 
 
@@ -372,13 +378,13 @@ def damage_image(source: Beton, index: int, damage: str) -> None:
     with open(source.full_path, "r+b") as file:
         file.seek(offset)
         content = bytearray(file.read(length))
-        scan, size = content.index(b"\xff\xda"), content.index(b"\xff\xc0")
+        scan_start, frame_start = content.index(b"\xff\xda"), content.index(b"\xff\xc0")
         if damage == "header":
-            content[4 : size + 10] = bytes(size + 6)
+            content[4 : frame_start + 10] = bytes(frame_start + 6)
         elif damage == "scan":
-            content[scan + 30 :] = bytes([0xFF, 0xD9]) * ((length - scan - 29) // 2)
+            content[scan_start + 30 :] = bytes([0xFF, 0xD9]) * ((length - scan_start - 29) // 2)
         elif damage == "other size":
-            content[size + 5 : size + 9] = bytes([0, 17, 0, 19])
+            content[frame_start + 5 : frame_start + 9] = bytes([0, 17, 0, 19])
         else:
             content[:2] = b"GI"
         file.seek(offset)
@@ -388,7 +394,7 @@ def damage_image(source: Beton, index: int, damage: str) -> None:
 class TestFailures:
     @pytest.mark.case(16)
     def test_truncating_the_file_raises_an_error_that_names_the_image(self, small_beton):
-        with loader(small_beton, global_batch_size=24) as batches:
+        with make_loader(small_beton, global_batch_size=24) as batches:
             last = int(np.argmax(small_beton.samples.offset))
             os.truncate(small_beton.full_path, int(small_beton.samples.offset[last]) + 10)
             with pytest.raises(ValueError) as error:  # a user's error: one line, no traceback
@@ -401,13 +407,13 @@ class TestFailures:
         )
 
     def test_a_deleted_file_is_named(self, small_beton):
-        batches = loader(small_beton)
+        batches = make_loader(small_beton)
         os.unlink(small_beton.full_path)
         with pytest.raises(FileNotFoundError, match=re.escape(small_beton.full_path)):
             batches.iterate_from(0)
 
     def test_a_loader_can_start_again_after_an_exception(self, beton, expected, monkeypatch):
-        batches = loader(beton)
+        batches = make_loader(beton)
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             patch.setattr(threads._Session, "_make_rows", lambda *_arguments: 1 // 0)
             next(batches.iterate_from(0))
@@ -427,40 +433,40 @@ KILL_AND_DELETE_LOADERS = """
 import itertools, os, re, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, "tests/data")
-from test_threads import loader, open_train
+from test_threads import make_loader, open_train
 source = open_train(Path(sys.argv[1]))
-with loader(source) as batches:
+with make_loader(source) as batches:
     next(batches.iterate_from(0))
 pids = {str(os.getpid())}
 def count_resources():
-    # Names of shared memory contain the ID of the process that created it.
-    shared = [name for name in os.listdir("/dev/shm") if pids & set(re.split("[-_.]", name))]
-    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), sorted(shared)
+    # Names of shared memory segments contain the ID of the process that created it.
+    segments = [name for name in os.listdir("/dev/shm") if pids & set(re.split("[-_.]", name))]
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), sorted(segments)
 time.sleep(2)  # the kernel removes a thread shortly after it has ended
 before = count_resources()
 for number in range(100):
-    reading, writing = os.pipe()
+    read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reading)
-        batches = loader(source)
+        os.close(read_end)
+        batches = make_loader(source)
         next(batches.iterate_from(number))
-        os.write(writing, b"x")
+        os.write(write_end, b"x")
         time.sleep(60)
-    os.close(writing)
+    os.close(write_end)
     pids.add(str(child))
-    assert os.read(reading, 1) == b"x"
+    assert os.read(read_end, 1) == b"x"
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    os.close(reading)
+    os.close(read_end)
 for number in range(100):
-    batches = loader(source)
+    batches = make_loader(source)
     next(batches.iterate_from(number))
     if number % 2:
         batches.close()
     del batches
-until = time.monotonic() + 20
-while before != count_resources() and time.monotonic() < until:
+deadline = time.monotonic() + 20
+while before != count_resources() and time.monotonic() < deadline:
     time.sleep(0.1)
 print(before == count_resources(), before, count_resources())
 """
@@ -473,14 +479,14 @@ def test_a_hundred_killed_or_deleted_loaders_leave_no_resources_behind(beton):
     assert result.stdout.startswith("True "), result.stdout
 
 
-EPOCHS = """
+PRINT_RESIDENT_MEMORY = """
 import gc, itertools, os, sys
 from pathlib import Path
 sys.path.insert(0, "tests/data")
 import torch
 torch.set_num_threads(1)
-from test_threads import loader, open_train
-with loader(open_train(Path(sys.argv[1])), global_batch_size=25) as batches:
+from test_threads import make_loader, open_train
+with make_loader(open_train(Path(sys.argv[1])), global_batch_size=25) as batches:
     for step, batch in enumerate(batches.iterate_from(0)):
         if step in (4, 100):
             gc.collect()
@@ -492,7 +498,7 @@ with loader(open_train(Path(sys.argv[1])), global_batch_size=25) as batches:
 
 @pytest.mark.full
 def test_memory_does_not_grow_over_50_epochs(beton):
-    result = run_python(EPOCHS, beton.full_path)
+    result = run_python(PRINT_RESIDENT_MEMORY, beton.full_path)
     assert result.returncode == 0, result.stderr
     after_2, after_50 = map(int, result.stdout.split())
     assert after_50 <= 1.02 * after_2
@@ -500,10 +506,10 @@ def test_memory_does_not_grow_over_50_epochs(beton):
 
 def test_compiled_code_is_cached_on_disk(beton, expected):
     """Another process loads the code that this one compiled, and compiles nothing."""
-    assert digests(loader(beton), 0, 1) == expected[:1]
+    assert digests(make_loader(beton), 0, 1) == expected[:1]
     code = (
         "import sys; sys.path.insert(0, 'tests/data'); from test_threads import *; "
-        "assert digests(loader(open_train(Path(sys.argv[1]))), 0, 1); "
+        "assert digests(make_loader(open_train(Path(sys.argv[1]))), 0, 1); "
         "functions = (decode.make_views, decode.decode_image); "
         "print([sum(function.stats.cache_hits.values()) for function in functions])"
     )
@@ -516,8 +522,11 @@ def test_compiled_code_is_cached_on_disk(beton, expected):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_the_same_views(beton, tmp_path):
-    plain = ViewsConfig(crops={"global": Crop(count=2, size=24)})
-    with loader(beton, views=plain, device="cuda") as gpu, loader(beton, views=plain) as cpu:
+    config = ViewsConfig(crops={"global": Crop(count=2, size=24)})
+    with (
+        make_loader(beton, views=config, device="cuda") as gpu,
+        make_loader(beton, views=config) as cpu,
+    ):
         for _, batch, expected in zip(range(12), gpu.iterate_from(0), cpu.iterate_from(0)):
             views = [view.cpu() for view in batch.views]
             torch.testing.assert_close(views, expected.views, rtol=0, atol=0)
@@ -537,9 +546,9 @@ def test_the_quasi_random_order_equals_that_of_processes(beton, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fadvise", record_and_advise)
     order._permutation.cache_clear()
-    expected = digests(loader(beton, 0, kind="folder", **options), 0, 6)
-    assert digests(loader(beton, 2, **options), 0, 6) == expected
-    assert digests(loader(beton, 1, **options), 3, 3) == expected[3:]
+    expected = digests(make_loader(beton, 0, kind="folder", **options), 0, 6)
+    assert digests(make_loader(beton, 2, **options), 0, 6) == expected
+    assert digests(make_loader(beton, 1, **options), 3, 3) == expected[3:]
     order._permutation.cache_clear()
     assert calls
     assert {offset for offset, _ in calls} <= {int(offset) for offset in beton.samples.offset}

@@ -1,4 +1,4 @@
-"""eval.attention: the weights are those of timm's layer, the components those of scikit-learn."""
+"""eval.attention: weights equal those of timm's layer, and components those of scikit-learn."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_the_weights_reproduce_the_layers_output():
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 5))
 
 
-def test_the_mask_keeps_the_fewest_patches_that_hold_the_mass():
+def test_the_mask_keeps_the_fewest_patches_that_reach_the_share_of_attention():
     weights = torch.tensor([[[0.5, 0.2], [0.2, 0.1]], [[0.25, 0.25], [0.25, 0.25]]])
     assert attention.top_patches_mask(weights, 0.6).sum((1, 2)).tolist() == [2, 3]
     assert attention.top_patches_mask(weights, 0.5)[0].tolist() == [[True, False], [False, False]]
@@ -55,7 +55,7 @@ def test_the_components_are_those_of_scikit_learn():
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) > 0.999
 
 
-def test_a_vit_has_attention_and_components(vit, tmp_path):
+def test_a_vit_gets_pictures_of_attention_and_components(vit, tmp_path):
     root = write_images(tmp_path / "photos", ["a.png", "b.png"], size=40)
     paths = attention.write_pictures(
         vit, [root / "a.png", root / "b.png"], tmp_path / "out", size=32
@@ -70,7 +70,7 @@ def test_a_vit_has_attention_and_components(vit, tmp_path):
     assert Image.open(paths[1]).size == (64, 32)
 
 
-def test_a_resnet_has_components_only(tmp_path):
+def test_a_resnet_gets_pictures_of_components_only(tmp_path):
     root = write_images(tmp_path / "photos", ["a.png"], size=40)
     run = runs.load_run(make_run(tmp_path / "resnet"), device="cpu")
     paths = attention.write_pictures(run, [root / "a.png"], tmp_path / "out", size=32)

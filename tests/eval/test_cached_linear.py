@@ -1,4 +1,4 @@
-"""eval.linear on cached features: one pass trains what SGD trains one by one."""
+"""eval.linear on cached features: one pass trains the heads that separate SGD runs would."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from ssl_pretrain.eval.frozen import cached_linear, features, few_labels, linear
 from ssl_pretrain.eval.frozen.evaluation_split import hold_out
 
 
-def clusters(num_images, seed=0, dim=5, num_classes=3):
+def sample_clusters(num_images, seed=0, dim=5, num_classes=3):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_images,), generator=generator)
     centers = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(5))
@@ -43,38 +43,38 @@ def train_with_torch(values, labels, lr, weight_decay, epochs):
 
 
 def test_each_head_equals_torchs_sgd():
-    values, labels = clusters(600)
+    values, labels = sample_clusters(600)
     lrs, decays = [0.03, 0.3, 0.3], [0.0, 0.0, 0.1]
-    together = cached_linear.train_heads(values, labels, 3, lrs, decays, epochs=3)
-    for head, lr, decay in zip(together, lrs, decays):
+    heads = cached_linear.train_heads(values, labels, 3, lrs, decays, epochs=3)
+    for head, lr, decay in zip(heads, lrs, decays):
         expected = train_with_torch(values, labels, lr, decay, epochs=3)
         torch.testing.assert_close(head, expected)
 
 
 def test_twelve_heads_in_one_pass_equal_twelve_separate_runs():
-    values, labels = clusters(600)
+    values, labels = sample_clusters(600)
     lrs, decays = [10.0**power for power in range(-4, 2) for _ in range(2)], [0.0, 1e-2] * 6
-    together = cached_linear.train_heads(values, labels, 3, lrs, decays, epochs=2)
-    alone = [
+    heads = cached_linear.train_heads(values, labels, 3, lrs, decays, epochs=2)
+    separate_heads = [
         cached_linear.train_heads(values, labels, 3, [lr], [decay], epochs=2)[0]
         for lr, decay in zip(lrs, decays)
     ]
-    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-12, atol=1e-12)
-    assert not torch.equal(together[0], together[2])
+    torch.testing.assert_close(heads, torch.stack(separate_heads), rtol=1e-12, atol=1e-12)
+    assert not torch.equal(heads[0], heads[2])
 
 
 def test_the_optimum_is_that_of_logistic_regression():
     """With a decay of 1 / (C n), the convex problem has one solution, and both reach it."""
-    train, labels = clusters(4000, seed=1, dim=6, num_classes=10)
-    test, truth = clusters(20_000, seed=2, dim=6, num_classes=10)
+    train, labels = sample_clusters(4000, seed=1, dim=6, num_classes=10)
+    test, test_labels = sample_clusters(20_000, seed=2, dim=6, num_classes=10)
     standardize = cached_linear.fit_standardization(train)
     train, test = standardize(train), standardize(test)
     decay = 1e-3
     weights = cached_linear.train_heads(train, labels, 10, [0.01, 0.1, 0.3], [decay] * 3, epochs=60)
-    ours = 100 * linear_heads.scores(weights, test, truth)[0]
+    ours = 100 * linear_heads.scores(weights, test, test_labels)[0]
     regression = LogisticRegression(C=1 / (decay * len(train)), max_iter=5000)
     regression.fit(train.numpy(), labels.numpy())
-    theirs = 100 * regression.score(test.numpy(), truth.numpy())
+    theirs = 100 * regression.score(test.numpy(), test_labels.numpy())
     assert 50 < theirs < 95
     assert (ours[1:] - theirs).abs().max() < 0.3
 
@@ -90,15 +90,17 @@ def test_accuracy_and_cross_entropy_of_a_known_classifier():
 
 
 def test_the_setting_that_is_best_on_the_held_out_tenth_is_selected():
-    values, labels = clusters(400)
+    values, labels = sample_clusters(400)
     selected = cached_linear.select_setting(values, labels, 3, epochs=3)
-    fit, held_out = hold_out(400)
-    assert len(held_out) == 40
-    assert sorted([*fit, *held_out]) == list(range(400))
+    train_rows, held_out_rows = hold_out(400)
+    assert len(held_out_rows) == 40
+    assert sorted([*train_rows, *held_out_rows]) == list(range(400))
     accuracies = []
     for lr in cached_linear.LEARNING_RATES:
-        weights = cached_linear.train_heads(values[fit], labels[fit], 3, [lr], [0.0], 3)
-        accuracy, _ = linear_heads.scores(weights, values[held_out], labels[held_out])
+        weights = cached_linear.train_heads(
+            values[train_rows], labels[train_rows], 3, [lr], [0.0], 3
+        )
+        accuracy, _ = linear_heads.scores(weights, values[held_out_rows], labels[held_out_rows])
         accuracies.append(accuracy.item())
     assert selected.held_out_accuracy == pytest.approx(max(accuracies))
     assert accuracies[cached_linear.LEARNING_RATES.index(selected.lr)] == max(accuracies)
@@ -110,13 +112,13 @@ def test_cross_entropy_decides_between_equal_accuracies():
 
 
 def test_a_diverging_head_is_not_selected():
-    values, labels = clusters(300)
+    values, labels = sample_clusters(300)
     values[:, 0] *= 1e30
     assert np.isfinite(cached_linear.select_setting(values, labels, 3, epochs=2).held_out_accuracy)
 
 
 def test_standardizing_uses_training_statistics_and_survives_a_constant_feature():
-    values, _ = clusters(200)
+    values, _ = sample_clusters(200)
     values[:, 2] = 7.0
     standardize = cached_linear.fit_standardization(values)
     varying = standardize(values)[:, [0, 1, 3, 4]]
@@ -144,23 +146,23 @@ def test_more_labels_than_a_class_has_are_refused():
 
 
 @pytest.fixture(scope="module")
-def plain_and_permuted(tmp_path_factory):
-    """The result of one run, and its result with permuted test labels."""
+def original_and_permuted(tmp_path_factory):
+    """Return the result of one run, and its result with permuted test labels."""
     run = runs.load_run(make_run(tmp_path_factory.mktemp("runs") / "run"), device="cpu")
-    plain = cached_linear.evaluate(run, epochs=4, labels_per_class=[1, 5])
+    original = cached_linear.evaluate(run, epochs=4, labels_per_class=[1, 5])
     extract = features.extract
 
-    def with_permuted_labels(backbone, split, offset=(0, 0)):
+    def extract_with_permuted_labels(backbone, split, offset=(0, 0)):
         values, labels = extract(backbone, split, offset)
         return values, labels.roll(3) if len(split) == 500 else labels
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "extract", with_permuted_labels)
-        return plain, cached_linear.evaluate(run, epochs=4, labels_per_class=[1, 5])
+        patch.setattr(features, "extract", extract_with_permuted_labels)
+        return original, cached_linear.evaluate(run, epochs=4, labels_per_class=[1, 5])
 
 
-def test_digits_end_to_end(plain_and_permuted):
-    result, _ = plain_and_permuted
+def test_digits_end_to_end(original_and_permuted):
+    result, _ = original_and_permuted
     rows = {row["features"]: row for row in result["rows"]}
     assert list(rows["pretrained"]["metrics"]) == ["all labels", "1 per class", "5 per class"]
     pixels = rows["raw pixels"]
@@ -172,10 +174,12 @@ def test_digits_end_to_end(plain_and_permuted):
     assert "4 epochs" in result["protocol"]["classifier"]
 
 
-def test_the_test_labels_change_the_numbers_and_no_selection(plain_and_permuted):
-    plain, permuted = (
-        {row["features"]: row for row in result["rows"]} for result in plain_and_permuted
+def test_the_test_labels_change_accuracies_but_no_selection(original_and_permuted):
+    original, permuted = (
+        {row["features"]: row for row in result["rows"]} for result in original_and_permuted
     )
     for name in ("random, as built", "random, recalibrated", "pretrained"):
-        assert permuted[name]["metrics"]["all labels"] < plain[name]["metrics"]["all labels"] - 20
-        assert permuted[name]["notes"] == plain[name]["notes"]
+        assert (
+            permuted[name]["metrics"]["all labels"] < original[name]["metrics"]["all labels"] - 20
+        )
+        assert permuted[name]["notes"] == original[name]["notes"]

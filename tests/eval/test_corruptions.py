@@ -1,4 +1,4 @@
-"""The corruptions: pure functions that grow with the severity, and known values of some."""
+"""Corruptions are pure functions, and higher severities change an image more."""
 
 import colorsys
 
@@ -10,9 +10,9 @@ from ssl_pretrain.eval import corruptions
 from ssl_pretrain.eval.corruptions import NAMES, SEVERITIES, ImageRng, apply
 from ssl_pretrain.rng import Purpose
 
-# The authors do not order these by distance. They have constants of several kinds, or numbers of
-# pixels that may or may not divide the image's side.
-NOT_BY_DISTANCE = {"glass_blur", "elastic_transform", "pixelate"}
+# Higher severities of these do not always change an image more. The authors vary several constants,
+# or a number of pixels that may or may not divide the image's side.
+NOT_ORDERED_BY_DISTANCE = {"glass_blur", "elastic_transform", "pixelate"}
 RANDOM = {
     "gaussian_noise",
     "shot_noise",
@@ -23,19 +23,19 @@ RANDOM = {
 }
 
 
-def picture(side: int, index: int = 0) -> np.ndarray:
-    """Smooth shapes with an edge, uint8 (side, side, 3)."""
+def draw_picture(side: int, index: int = 0) -> np.ndarray:
+    """Draw smooth shapes with an edge, uint8 (side, side, 3)."""
     rows, columns = np.meshgrid(np.arange(side) / side, np.arange(side) / side, indexing="ij")
     waves = np.sin((7 * rows + 3 * columns + index)[..., None] + np.arange(3))
     waves[side // 4 : side // 2, side // 3 : 2 * side // 3] *= -1
     return (127 + 90 * waves).astype(np.uint8)
 
 
-def distance(name: str, severity: int, side: int) -> float:
-    """Root mean square change of a pixel, averaged over four pictures."""
+def measure_distance(name: str, severity: int, side: int) -> float:
+    """Return the root mean square change of a pixel, averaged over four pictures."""
     changes = []
     for index in range(4):
-        clean = picture(side, index)
+        clean = draw_picture(side, index)
         corrupted = apply(name, clean, severity, index).astype(float)
         changes.append(np.square(corrupted - clean).mean() ** 0.5)
     return float(np.mean(changes))
@@ -44,10 +44,10 @@ def distance(name: str, severity: int, side: int) -> float:
 @pytest.mark.parametrize("side", [32, 96])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_distance_from_the_clean_image_grows_with_the_severity(name, side):
-    distances = [distance(name, severity, side) for severity in SEVERITIES]
-    if (name, side) != ("glass_blur", 32):  # exchanges neighbors, which are alike in the picture
+    distances = [measure_distance(name, severity, side) for severity in SEVERITIES]
+    if (name, side) != ("glass_blur", 32):  # swaps neighboring pixels, which are alike
         assert min(distances) > 0.1
-    if name in NOT_BY_DISTANCE:
+    if name in NOT_ORDERED_BY_DISTANCE:
         assert len(set(distances)) == 5
     else:
         assert distances == sorted(distances)
@@ -56,7 +56,7 @@ def test_the_distance_from_the_clean_image_grows_with_the_severity(name, side):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_corruption_is_a_function_of_the_image_its_index_and_the_seed(name):
-    image = picture(32)
+    image = draw_picture(32)
     first = apply(name, image, 3, index=5)
     assert (first.dtype, first.shape) == (np.uint8, image.shape)
     np.testing.assert_array_equal(apply(name, image.copy(), 3, index=5), first)
@@ -76,14 +76,14 @@ def test_noise_comes_from_the_counter_based_generator():
 
 def test_noise_has_the_published_strength():
     image = np.full((32, 32, 3), 128, dtype=np.uint8)
-    gaussian, photons = (
+    gaussian, shot = (
         np.concatenate([apply(name, image, 5, index).ravel() for index in range(30)]) / 255
         for name in ("gaussian_noise", "shot_noise")
     )
     assert gaussian.std() == pytest.approx(0.10, rel=0.02)
     # The result is truncated, not rounded.
     assert gaussian.mean() - 128 / 255 == pytest.approx(-0.5 / 255, abs=5e-4)
-    assert photons.std() == pytest.approx((128 / 255 / 50) ** 0.5, rel=0.03)  # a Poisson variable
+    assert shot.std() == pytest.approx((128 / 255 / 50) ** 0.5, rel=0.03)  # Poisson
 
 
 def test_brightness_raises_the_value_of_hsv():
@@ -101,7 +101,7 @@ def test_a_disk_has_weight_one_and_is_round():
         assert kernel.sum() == pytest.approx(1, abs=0.02)
         np.testing.assert_allclose(kernel, kernel.T)
         np.testing.assert_allclose(kernel, kernel[::-1])
-    # The number of lattice points with x^2 + y^2 <= 9.
+    # 29 lattice points have x^2 + y^2 <= 9.
     assert (corruptions.disk(3, 0.1) > 1e-6).sum() == 29
 
 
@@ -116,8 +116,8 @@ def test_clouds_become_smoother_as_the_noise_decays_faster():
     assert roughness[0] > 4 * roughness[1]
 
 
-def test_no_movement_leaves_an_image_unchanged():
-    image = picture(32) / 255
+def test_resampling_without_movement_leaves_an_image_unchanged():
+    image = draw_picture(32) / 255
     rows, columns = np.meshgrid(np.arange(32), np.arange(32), indexing="ij")
     np.testing.assert_allclose(corruptions.interpolate(image, rows, columns, "mirror"), image)
     np.testing.assert_allclose(corruptions.enlarge(image, 1.0), image)
@@ -126,6 +126,6 @@ def test_no_movement_leaves_an_image_unchanged():
 def test_an_unknown_corruption_and_severity_are_refused():
     message = "corruption: 'frost' is unknown; choose among: gaussian_noise, shot_noise"
     with pytest.raises(ValueError, match=message):
-        apply("frost", picture(32), 1, 0)
+        apply("frost", draw_picture(32), 1, 0)
     with pytest.raises(ValueError, match="severity: 6 is out of range; choose 1 to 5"):
-        apply("fog", picture(32), 6, 0)
+        apply("fog", draw_picture(32), 6, 0)

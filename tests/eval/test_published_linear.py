@@ -126,18 +126,19 @@ def test_initial_weights_have_the_authors_distributions():
     )
     assert normal[:-1].std().item() == pytest.approx(0.01, rel=0.01)
     assert not normal[-1].any()
-    # nn.Linear: uniform below 1 / sqrt(inputs), biases too.
+    # nn.Linear draws weights and biases uniformly between -1 / sqrt(inputs) and 1 / sqrt(inputs).
     assert uniform.abs().max().item() == pytest.approx(1 / 8, rel=1e-3)
     assert uniform.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.01)
     assert uniform[-1].std().item() > 0.07
-    # Haiku: a normal distribution truncated at two standard deviations, which leaves 0.8796 of one.
+    # Haiku truncates a normal distribution at two standard deviations, which multiplies its
+    # standard deviation by 0.8796.
     assert truncated[:-1].abs().max().item() == pytest.approx(2 / 8, rel=1e-3)
     assert truncated[:-1].std().item() == pytest.approx(0.8796 / 8, rel=0.01)
     assert not truncated[-1].any()
     assert not linear_heads.initial_weights(dim, classes, "normal", 0.0).any()
 
 
-class DoubleInput(nn.Module):
+class Float64Backbone(nn.Module):
     """The backbone in float64, whose features hardly depend on the micro-batch size."""
 
     def __init__(self, backbone):
@@ -154,7 +155,7 @@ def train_and_score(path, name):
     run.backbone.double()
     options = LinearOptions(name, epochs=2, batch_size=24)
     train, test = evaluation_split.labeled_splits(run, "a test")
-    protocol, feature = options.adapt_protocol(len(train)), DoubleInput(run.backbone)
+    protocol, feature = options.adapt_protocol(len(train)), Float64Backbone(run.backbone)
     network = ProbedNetwork("pretrained", feature, options.grid(), protocol, 10, run.device)
     view = training_views.build_train_view(run, protocol.interpolation)
     published_linear.train_heads([network], run, train.source, view, protocol)
@@ -203,7 +204,7 @@ def test_digits_end_to_end(run_folder, capsys):
     assert protocol["transform"].endswith("bicubic, nothing random")
 
 
-def test_the_published_rate_is_scaled_by_the_batch(run_folder):
+def test_the_published_learning_rate_is_scaled_by_the_batch_size(run_folder):
     run = load(run_folder)
     protocol = LinearOptions("moco", batch_size=64).adapt_protocol(200)
     feature = Feature(run.backbone, "pooled")
@@ -214,9 +215,9 @@ def test_the_published_rate_is_scaled_by_the_batch(run_folder):
 def test_a_selection_on_the_test_images_is_labeled_as_such(run_folder, capsys):
     options = "--device cpu --protocol dino --epochs 1 --select test"
     linear.main([str(run_folder), *options.split()])
-    printed = capsys.readouterr().out
-    assert "chosen on the test images" in printed
-    assert "ON THE TEST IMAGES" in printed
+    output = capsys.readouterr().out
+    assert "chosen on the test images" in output
+    assert "ON THE TEST IMAGES" in output
     result = read_result(run_folder, "linear_dino_test_selected")
     metrics = result["rows"][0]["metrics"]
     assert list(metrics) == ["published setting", "chosen on the test images"]
@@ -237,7 +238,7 @@ def test_selecting_nothing_trains_the_published_setting_on_every_image(run_folde
 
 
 @torch.no_grad()
-def test_the_last_blocks_class_tokens_are_those_of_hooks():
+def test_class_tokens_of_the_last_blocks_equal_those_that_hooks_record():
     backbone = backbones.build(BackboneConfig("test_vit"), 32).eval()
     tokens = []
     for block in backbone.model.blocks:
@@ -255,7 +256,7 @@ def test_the_last_blocks_class_tokens_are_those_of_hooks():
     assert last4(images).shape[1] == last4.feature_dim
 
 
-def test_the_feature_of_dino_depends_on_the_width():
+def test_dinos_feature_depends_on_the_width_of_the_backbone():
     narrow = backbones.build(BackboneConfig("test_vit"), 32)
     assert published_linear.dino_feature_name(narrow) == "last4"
     wide = backbones.build_on_meta(BackboneConfig("vit_base_patch16_224"), 224)
@@ -307,7 +308,7 @@ def test_options_that_do_not_fit_are_refused(run_folder, options, message):
     assert str(error.value) == message
 
 
-def test_accuracies_do_not_depend_on_the_number_of_images_per_product(monkeypatch):
+def test_accuracies_do_not_depend_on_the_number_of_images_per_matrix_product(monkeypatch):
     monkeypatch.setattr(linear_heads, "MAX_LOGITS", 12 * 7)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(3, 6, 4, generator=generator)

@@ -1,4 +1,4 @@
-"""Runs that resume on other ranks, with other settings, or without some of their state."""
+"""Runs that resume on other numbers of ranks, with other settings, or without some state."""
 
 import hashlib
 import json
@@ -29,13 +29,13 @@ FLOAT64 = "parallel.precision=float64"
 
 def train_and_record_batches(path, output, steps):
     """Train on these ranks. Return each step's image indices and the hash of all its views."""
-    recorded, take_step = [], step.Stepper.__call__
+    batches, take_step = [], step.Stepper.__call__
 
     def record(stepper, progress, batch):
         digest = hashlib.sha256()
         for view in batch.views:
             digest.update(collectives.gather(view).numpy().tobytes())
-        recorded.append((collectives.gather(batch.indices).tolist(), digest.hexdigest()))
+        batches.append((collectives.gather(batch.indices).tolist(), digest.hexdigest()))
         return take_step(stepper, progress, batch)
 
     step.Stepper.__call__ = record
@@ -43,10 +43,10 @@ def train_and_record_batches(path, output, steps):
         train.train(config.load(path, [f"output={output}", FLOAT64]), CPU, steps)
     finally:
         step.Stepper.__call__ = take_step
-    return recorded
+    return batches
 
 
-def largest_difference(run, expected_run, tolerance):
+def compare_tensors(run, expected_run, tolerance):
     """Compare the floating-point tensors of two runs and return their largest difference."""
     largest, tensors = 0.0, ranks.load_tensors(run)
     for name, value in ranks.load_tensors(expected_run).items():
@@ -58,18 +58,19 @@ def largest_difference(run, expected_run, tolerance):
 
 @pytest.mark.case(11)
 def test_four_two_and_one_ranks_see_the_same_batches_and_views(tmp_path, observe):
-    """In float64, sums in another order leave the weights equal to 1e-9."""
-    path, run = tiny.write_config(tmp_path), tmp_path / "shrinking"
-    uninterrupted = train_and_record_batches(path, tmp_path / "run", 12)
-    shrinking = []
+    """In float64, another order of sums changes the weights by at most 1e-9."""
+    path, run = tiny.write_config(tmp_path), tmp_path / "resumed"
+    uninterrupted_batches = train_and_record_batches(path, tmp_path / "run", 12)
+    resumed_batches = []
     for size in (4, 2, 4):
         by_rank = run_ranks(train_and_record_batches, path, run, 3, world_size=size)
         assert all(batches == by_rank[0] for batches in by_rank)
-        shrinking += by_rank[0]
+        resumed_batches += by_rank[0]
     with pytest.warns(UserWarning, match="world_size was 4 and is now 1"):
-        shrinking += train_and_record_batches(path, run, 3)
-    assert shrinking == uninterrupted and len({digest for _, digest in uninterrupted}) == 12
-    largest = largest_difference(run, tmp_path / "run", 1e-9)
+        resumed_batches += train_and_record_batches(path, run, 3)
+    assert resumed_batches == uninterrupted_batches
+    assert len({digest for _, digest in uninterrupted_batches}) == 12
+    largest = compare_tensors(run, tmp_path / "run", 1e-9)
     observe(
         "4, 2, 4, then 1 rank, 3 steps each: 12 of 12 batches and views the same bytes; weights "
         f"within {largest:.0e}"
@@ -88,7 +89,7 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused(paths, observe):
 
 
 @pytest.mark.case(12)
-def test_a_run_resumes_to_rounding_with_another_micro_batch_size(tmp_path, observe):
+def test_a_run_resumed_with_another_micro_batch_size_agrees_to_rounding(tmp_path, observe):
     path, run, uninterrupted = (
         tiny.write_config(tmp_path),
         tmp_path / "run",
@@ -98,7 +99,7 @@ def test_a_run_resumes_to_rounding_with_another_micro_batch_size(tmp_path, obser
     assert ranks.run(path, *OVERRIDES, FLOAT64, "--stop-after", "5", size=1)[0] == [0]
     statuses, output = ranks.run(path, *OVERRIDES, FLOAT64, "micro_batch_size=8", size=1)
     assert statuses == [0] and "micro_batch_size was 24 and is now 8" in output
-    largest = largest_difference(run, uninterrupted, 1e-8)
+    largest = compare_tensors(run, uninterrupted, 1e-8)
     observe(f"micro-batches of 24, then of 8: reported, weights within {largest:.0e}")
 
 
@@ -156,19 +157,19 @@ def test_a_second_run_in_the_folder_is_refused_and_a_dead_one_is_replaced(paths,
 
 
 @pytest.mark.case(31)
-@pytest.mark.parametrize("stopped", [3, STEPS - 1, STEPS])
-def test_a_run_resumes_at_the_edges_of_an_epoch_and_of_the_run(paths, resume, observe, stopped):
+@pytest.mark.parametrize("stop_step", [3, STEPS - 1, STEPS])
+def test_a_run_resumes_at_the_edges_of_an_epoch_and_of_the_run(paths, resume, observe, stop_step):
     path, run = paths
-    assert ranks.run(path, *OVERRIDES, "--stop-after", str(stopped))[0] == [0] * 3
+    assert ranks.run(path, *OVERRIDES, "--stop-after", str(stop_step))[0] == [0] * 3
     before = (run / "metrics.jsonl").read_text()
-    finished = stopped == STEPS
+    finished = stop_step == STEPS
     output = resume()
-    assert (f"has done its {STEPS} steps" if finished else f"after step {stopped}") in output
+    assert (f"has done its {STEPS} steps" if finished else f"after step {stop_step}") in output
     after = (run / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in after.splitlines()] == list(range(1, STEPS + 1))
     assert not finished or after == before
     result = "the same bits" + ("; nothing done, nothing logged" if finished else "")
-    observe(f"after step {stopped} of {STEPS}: {result}")
+    observe(f"after step {stop_step} of {STEPS}: {result}")
 
 
 METHOD_YAML = {
@@ -178,7 +179,7 @@ METHOD_YAML = {
     "swav": "{name: swav, hidden_dim: 16, dim: 8, num_prototypes: 12, queue_size: 48, "
     "queue_from_epoch: 0, freeze_prototypes_steps: 0}",
 }
-# The state that is left out, a method that has it, and a piece of the names of its tensors.
+# The omitted state, a method that has it, and a part of the names of its tensors.
 OMISSIONS = {
     "nothing": ("simclr", None),
     "nothing, moco": ("moco", None),
@@ -199,12 +200,13 @@ _stopped_runs: dict[str, tuple] = {}
 
 @pytest.fixture(scope="module")
 def run_4_of_8_steps(tmp_path_factory):
-    """Return a function of a method's name that runs 4 of 8 steps, once per method.
+    """Return a function that runs 4 of 8 steps of a method, once per method.
 
-    It returns the YAML, the folder of the stopped run, and the tensors of a run of 8 steps.
+    It takes the method's name, and returns the path of the YAML, the folder of the stopped run, and
+    the tensors of a run of 8 steps.
     """
 
-    def stopped_run(method):
+    def run_method(method):
         if method not in _stopped_runs:
             folder = tmp_path_factory.mktemp(method)
             path = tiny.write_config(folder)
@@ -220,7 +222,7 @@ def run_4_of_8_steps(tmp_path_factory):
             )
         return _stopped_runs[method]
 
-    return stopped_run
+    return run_method
 
 
 def rewrite_tensors(folder, file, change):
@@ -239,9 +241,9 @@ def test_the_comparison_fails_for_any_state_that_a_checkpoint_lacks(
 ):
     """The omitted state has the values of a new run."""
     method, omitted = OMISSIONS[state]
-    path, stopped, expected = run_4_of_8_steps(method)
+    path, stopped_run, expected = run_4_of_8_steps(method)
     run = tmp_path / "run"
-    shutil.copytree(stopped, run)
+    shutil.copytree(stopped_run, run)
     settings = config.load(path, [f"output={run}"])
     set_rates, report_bottleneck = optim.set_rates, throughput_check.report_bottleneck
     if omitted == "optimizer":

@@ -63,7 +63,7 @@ BATCH_SIZES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 32, 16)
 
 
 def load_run(name: str, tiny: bool, compiled: bool) -> RunConfig:
-    """Return the configuration of a step, with a small network and quartered views if `tiny`."""
+    """Return the configuration of a step. `tiny` means a small network and smaller views."""
     stem, overrides = CONFIGS[name]
     overrides = [*overrides, "launch.gpus_per_node=0", f"parallel.compile={str(compiled).lower()}"]
     run = config.load(ROOT / "configs" / f"{stem}.yaml", overrides)
@@ -104,8 +104,8 @@ def augment_colors(
 
 
 def build_batch(run: RunConfig, views: list[torch.Tensor], device: torch.device) -> Batch:
-    numbers = torch.arange(len(views[0]), device=device)
-    return Batch(views, numbers % 10, numbers)
+    indices = torch.arange(len(views[0]), device=device)
+    return Batch(views, indices % 10, indices)
 
 
 def build_benchmark_stepper(
@@ -136,7 +136,7 @@ def build_benchmark_stepper(
 def find_largest_batch(
     run: RunConfig, device: torch.device, sizes: tuple[int, ...]
 ) -> tuple[int, Stepper, Batch]:
-    """Return the first batch size of which two steps fit in memory, with its stepper and batch.
+    """Return the first batch size at which two steps fit in memory, with its stepper and batch.
 
     Args:
         run: The configuration.
@@ -158,23 +158,25 @@ def find_largest_batch(
     raise RuntimeError(f"not even {sizes[-1]} images fit")
 
 
-def backbone_step(stepper: Stepper, batch: Batch) -> Callable[[], object]:
-    """Return a step without loss and optimizer: the gradient of every embedding is 1."""
+def build_backbone_step(stepper: Stepper, batch: Batch) -> Callable[[], object]:
+    """Build a step without loss or optimizer. The gradient of every embedding is 1."""
     method: Any = parallel.unwrap(stepper.model)
 
-    def run() -> None:
+    def take_step() -> None:
         stepper.optimizer.zero_grad(set_to_none=True)
         with stepper.execution.forward_context():
             embeddings = stepper.model(batch)
             method.targets(batch)
-        trained = [z for z in embeddings.values() if z.requires_grad]
-        torch.autograd.backward(trained, [torch.ones_like(z) for z in trained])
+        outputs = [z for z in embeddings.values() if z.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(z) for z in outputs])
 
-    return run
+    return take_step
 
 
-def lightly_step(name: str, images: int, size: int, device: torch.device) -> Callable[[], object]:
-    """Return a step of lightly's SimCLR with the same network, views and precision."""
+def build_lightly_step(
+    name: str, images: int, size: int, device: torch.device
+) -> Callable[[], object]:
+    """Build a step of lightly's SimCLR with the same network, views and precision."""
     import timm
     from lightly.loss import NTXentLoss
     from lightly.models.modules.heads import SimCLRProjectionHead
@@ -190,31 +192,31 @@ def lightly_step(name: str, images: int, size: int, device: torch.device) -> Cal
         for _ in range(2)
     ]
 
-    def run() -> None:
+    def take_step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = criterion(*(model(view) for view in views))
         loss.backward()
         optimizer.step()
 
-    return run
+    return take_step
 
 
-def bare_step(stepper: Stepper, batch: Batch, views: int) -> Callable[[], object]:
-    """Return forward, backward and fused SGD of the same backbone on the student's views."""
+def build_bare_step(stepper: Stepper, batch: Batch, views: int) -> Callable[[], object]:
+    """Build a step of forward, backward and fused SGD of the backbone, on the student's views."""
     method: Any = parallel.unwrap(stepper.model)
     backbone = method.backbone
     parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.0, fused=stepper.execution.device.type == "cuda")
 
-    def run() -> None:
+    def take_step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with stepper.execution.forward_context():
             features = [backbone(view) for view in batch.views[:views]]
         torch.autograd.backward(features, [torch.ones_like(feature) for feature in features])
         optimizer.step()
 
-    return run
+    return take_step
 
 
 def measure(
@@ -247,20 +249,22 @@ def measure(
     crops, view_crops = random_crops(run, images), recipe.crop_per_view(run.views)
     epochs = itertools.count()
 
-    def whole() -> None:
+    def take_whole_step() -> None:
         views = augment_colors(run, crops, next(epochs), device)
         stepper(HALFWAY, Batch(views, batch.labels, batch.indices))
 
     steps: dict[str, Callable[[], object]] = {
-        "whole": whole,
+        "whole": take_whole_step,
         "step": lambda: stepper(HALFWAY, batch),
         "color": lambda: augment_colors(run, crops, next(epochs), device),
-        "backbone": backbone_step(stepper, batch),
-        "bare": bare_step(stepper, batch, len(view_crops)),
+        "backbone": build_backbone_step(stepper, batch),
+        "bare": build_bare_step(stepper, batch, len(view_crops)),
     }
     if name == "simclr_resnet50" and not compiled:
         try:
-            steps["lightly"] = lightly_step(run.backbone.name, images, view_crops[0].size, device)
+            steps["lightly"] = build_lightly_step(
+                run.backbone.name, images, view_crops[0].size, device
+            )
             steps["lightly"]()
         except ImportError:
             result["lightly"] = "not installed"
@@ -299,7 +303,7 @@ def measure(
             "ours_over_theirs": seconds["lightly"] / seconds["step"],
         }
     if trace is not None and device.type == "cuda":
-        result["kernels"] = profile(whole, trace)
+        result["kernels"] = profile(take_whole_step, trace)
     return result
 
 

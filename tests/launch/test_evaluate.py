@@ -1,4 +1,4 @@
-"""launch/evaluate.py: every checkpoint is evaluated once, beside a training that prunes them."""
+"""launch/evaluate.py evaluates each checkpoint once while a training run prunes checkpoints."""
 
 import importlib
 import json
@@ -35,10 +35,10 @@ LOCAL = ["--cluster", "local"]
 
 
 def run_in_this_process(command):
-    """Run an evaluation's command in this process to save its imports, and return its status."""
-    name = command.index("-m") + 1
+    """Run an evaluation's command in this process to save the imports. Return its status."""
+    index = command.index("-m") + 1
     try:
-        importlib.import_module(command[name]).main(list(command[name + 1 :]))
+        importlib.import_module(command[index]).main(list(command[index + 1 :]))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -47,7 +47,7 @@ def run_in_this_process(command):
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    """A run with checkpoints at step 5 and at step 10, its last step."""
+    """Return a run with checkpoints at step 5 and at step 10, its last step."""
     run = make_run(tmp_path_factory.mktemp("runs") / "made", "log.wandb=offline", step=5)
     make_run(run, "log.wandb=offline", step=10, weights_seed=2)
     for path in list_checkpoints(run):
@@ -64,7 +64,7 @@ def run(finished_run, tmp_path, monkeypatch):
     return shutil.copytree(finished_run, tmp_path / "run")
 
 
-def jobs_of(run, *arguments):
+def build_jobs(run, *arguments):
     options = evaluate.parse_options([str(run), *LOCAL, "--jobs", "knn", *arguments])
     return EvaluationJobs(run, options)
 
@@ -80,7 +80,7 @@ def save_result(run, path, accuracy=50.0):
     return results.save(run, "knn", {}, [row], checkpoint, 1.0)
 
 
-def modification_times(run):
+def read_modification_times(run):
     return {path: path.stat().st_mtime_ns for path in run.rglob("eval/**/*")}
 
 
@@ -90,11 +90,11 @@ def test_every_checkpoint_is_evaluated_once_and_saved_by_step(run, capsys):
     assert (first["step"], last["step"]) == (5, 10)
     assert json.loads((run / "eval" / "knn.json").read_text())["step"] == 10
     assert first["rows"][-1]["metrics"] != last["rows"][-1]["metrics"]
-    times = modification_times(run)
+    times = read_modification_times(run)
     capsys.readouterr()
     assert evaluate_knn(run) == 0
     assert "---" not in capsys.readouterr().out
-    assert modification_times(run) == times
+    assert read_modification_times(run) == times
     assert not (run / "eval" / ".held").exists()
 
 
@@ -109,8 +109,8 @@ def test_the_report_and_wandb_show_each_evaluation_at_its_step(run):
     assert [folder.name.rpartition("-")[2] for folder in folders] == ["abc12345"]
     (log,) = folders[0].glob("*.wandb")
     name = "Evaluation/knn, clean"
-    sent = {row["step"]: row[name] for row in wandb_file.history(log) if name in row}
-    assert sent == {
+    accuracies = {row["step"]: row[name] for row in wandb_file.history(log) if name in row}
+    assert accuracies == {
         step: result["rows"][-1]["metrics"]["clean"] for step, result in by_step.items()
     }
     dashboard.send_evaluations_unless_training(run)
@@ -137,14 +137,14 @@ def test_a_checkpoint_stays_whole_while_it_is_evaluated(run):
 
 
 def test_a_pruned_checkpoint_is_skipped_with_a_message(run, capsys):
-    jobs = jobs_of(run)
-    due = jobs.due_evaluations()
-    assert [(path.name, name) for path, name in due] == [
+    jobs = build_jobs(run)
+    due_evaluations = jobs.due_evaluations()
+    assert [(path.name, name) for path, name in due_evaluations] == [
         ("step_00000005", "knn"),
         ("step_00000010", "knn"),
     ]
-    shutil.rmtree(due[0][0])
-    jobs.evaluate(*due[0])
+    shutil.rmtree(due_evaluations[0][0])
+    jobs.evaluate(*due_evaluations[0])
     assert capsys.readouterr().out == (
         "skipped knn of step_00000005: the training run pruned this checkpoint before its turn; "
         "to keep more, raise checkpoint.keep_last\n"
@@ -152,7 +152,7 @@ def test_a_pruned_checkpoint_is_skipped_with_a_message(run, capsys):
     assert not jobs.failures
 
 
-def test_half_a_checkpoint_counts_as_pruned(run, tmp_path):
+def test_an_incomplete_checkpoint_counts_as_pruned(run, tmp_path):
     path = list_checkpoints(run)[0]
     (path / "optimizer.safetensors").unlink()  # as if rmtree were still running
     assert held_checkpoints.link_checkpoint(path, tmp_path / "link") is None
@@ -177,7 +177,7 @@ def test_the_links_of_a_killed_evaluation_are_removed(tmp_path):
 def test_a_failure_is_reported_and_not_repeated(run, capsys, monkeypatch):
     commands = []
     monkeypatch.setattr(local, "run", lambda command: commands.append(command) or 3)
-    jobs = jobs_of(run, "--newest")
+    jobs = build_jobs(run, "--newest")
     assert jobs.run_due_evaluations() == jobs.run_due_evaluations() == 1
     assert len(commands) == 1
     assert "error: failed: knn of step_00000010" in capsys.readouterr().err
@@ -186,11 +186,11 @@ def test_a_failure_is_reported_and_not_repeated(run, capsys, monkeypatch):
 def test_watching_evaluates_new_checkpoints_and_ends_with_the_training(run, monkeypatch):
     last = list_checkpoints(run)[-1]
     future = last.rename(run / "future")
-    evaluated, pauses = [], []
+    evaluated_names, pauses = [], []
 
     def run_evaluation(command):
         path = Path(command[command.index("--checkpoint") + 1])
-        evaluated.append(path.name)
+        evaluated_names.append(path.name)
         save_result(run, path)
         return 0
 
@@ -198,12 +198,12 @@ def test_watching_evaluates_new_checkpoints_and_ends_with_the_training(run, monk
         pauses.append(seconds)
         if len(pauses) == 2:
             future.rename(last)
-        assert len(pauses) < 5, "still watching after the end"
+        assert len(pauses) < 5, "still watching after the last step"
 
     monkeypatch.setattr(local, "run", run_evaluation)
     monkeypatch.setattr(local, "wait", wait)
     assert evaluate_knn(run, "--watch", "--every-seconds", "7") == 0
-    assert evaluated == ["step_00000005", "step_00000010"]
+    assert evaluated_names == ["step_00000005", "step_00000010"]
     assert pauses == [7.0, 7.0]
 
 
@@ -220,23 +220,23 @@ def test_watching_gives_up_when_no_process_trains(run, monkeypatch, capsys):
     )
 
 
-def test_the_gpu_of_a_training_is_not_used(run, capsys):
-    assert jobs_of(run).choose_device() == "auto"
+def test_the_gpu_of_a_training_run_is_not_used(run, capsys):
+    assert build_jobs(run).choose_device() == "auto"
     with RunLock(run):
-        jobs = jobs_of(run)
+        jobs = build_jobs(run)
         assert jobs.choose_device() == jobs.choose_device() == "cpu"
         notice = capsys.readouterr().out
         assert notice.count("\n") == 1
         assert f"is training in {run} on this machine; add --share-gpu to use the GPU" in notice
-        assert jobs_of(run, "--share-gpu").choose_device() == "auto"
+        assert build_jobs(run, "--share-gpu").choose_device() == "auto"
         assert evaluate.main([str(run), "--device", "cuda"]) == 2
         assert capsys.readouterr().err.endswith(
             "and uses its GPUs; add --share-gpu to share them, or --device cpu\n"
         )
-    assert jobs_of(run).choose_device() == "auto"
+    assert build_jobs(run).choose_device() == "auto"
 
 
-def test_mistakes_are_one_line(run, capsys):
+def test_mistakes_are_reported_in_one_line(run, capsys):
     assert evaluate.main([str(run / "none")]) == 2
     assert capsys.readouterr().err == (
         f"error: {run / 'none'}: there is no such run folder; give the `output` of a run's config, "
@@ -255,8 +255,9 @@ def test_mistakes_are_one_line(run, capsys):
 
 
 def test_a_damaged_checkpoint_fails_and_the_others_are_evaluated(run, capsys):
-    damaged = {"bytes": 1, "sha256": ""}
-    edit_manifest(run, files={METHOD_FILE: damaged, OPTIMIZER_FILE: damaged})  # the newest
+    wrong_entry = {"bytes": 1, "sha256": ""}
+    # The newest checkpoint is damaged.
+    edit_manifest(run, files={METHOD_FILE: wrong_entry, OPTIMIZER_FILE: wrong_entry})
     assert evaluate_knn(run) == 1
     assert "failed: knn of step_00000010" in capsys.readouterr().err
     assert (run / "eval/step_00000005/knn.json").exists()

@@ -38,7 +38,7 @@ def test_one_step_is_the_authors():
     contract.assert_same(method, expected)
 
 
-def test_opposite_points_are_the_most_uniform_pair():
+def test_uniformity_of_opposite_points_and_of_a_single_point():
     poles = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
     assert log_mean_gaussian(poles, 2.0).item() == pytest.approx(-2.0 * 4)
     one_point = torch.ones(5, 3, dtype=torch.float64) / math.sqrt(3)

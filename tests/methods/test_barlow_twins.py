@@ -51,43 +51,43 @@ def test_one_step_is_the_authors():
     contract.assert_same(method, expected)
 
 
-def _authors():
+def _train_with_the_authors_gradient():
     return contract.train("barlow_twins", steps=1, precision="float64", gradient_scale="authors")
 
 
-def test_the_authors_gradient_is_one_over_the_ranks_of_the_true_one():
-    true = contract.train("barlow_twins", steps=1, precision="float64")
-    for rank in run_ranks(_authors, world_size=3):
+def test_the_authors_gradient_is_the_true_one_divided_by_the_number_of_ranks():
+    true_result = contract.train("barlow_twins", steps=1, precision="float64")
+    for rank_result in run_ranks(_train_with_the_authors_gradient, world_size=3):
         torch.testing.assert_close(
-            rank["gradients"]["projector.0.weight"],
-            true["gradients"]["projector.0.weight"] / 3,
+            rank_result["gradients"]["projector.0.weight"],
+            true_result["gradients"]["projector.0.weight"] / 3,
             rtol=1e-9,
             atol=1e-12,
         )
-        assert rank["losses"] == pytest.approx(true["losses"])
+        assert rank_result["losses"] == pytest.approx(true_result["losses"])
 
 
-def test_the_true_gradient_takes_the_authors_step_with_their_ranks_in_decay_and_rate():
-    """The recipe multiplies the authors' decay by their ranks and divides their bias rate by it."""
+def test_the_true_gradient_takes_the_authors_step_with_rescaled_decay_and_bias_rate():
+    """The authors' decay is multiplied, and their bias rate divided, by their number of ranks."""
     ranks, theirs = 16, replace(OPTIM, weight_decay=0.05)
     ours = replace(theirs, weight_decay=0.05 * ranks, excluded_lr_ratio=0.024 / ranks)
     method, images = contract.build("barlow_twins"), contract.random_batch("barlow_twins")
-    expected, decayed = contract.copy_method(method), contract.copy_method(method)
+    expected, unscaled_method = contract.copy_method(method), contract.copy_method(method)
     contract.take_step(method, ours, images)
     loss = plain_loss(expected, images) / ranks
     contract.apply_plain_step(expected, theirs, loss, 20 * contract.ROWS / 256)
     contract.assert_same(method, expected)
-    contract.take_step(decayed, replace(ours, weight_decay=0.05), images)
-    assert contract.largest_error(decayed, expected) > 1e-5  # LARS does not hide the decay
+    contract.take_step(unscaled_method, replace(ours, weight_decay=0.05), images)
+    assert contract.largest_error(unscaled_method, expected) > 1e-5  # LARS does not hide the decay
 
 
-def test_the_recipe_has_the_authors_decay_and_rate_of_biases_at_sixteen_ranks():
+def test_the_recipe_has_the_authors_decay_and_bias_rate_for_sixteen_ranks():
     path = Path(__file__).parents[2] / "configs/barlow_twins_imagenet.yaml"
     recipe = load(path, ["data.root=/data"]).optim
     assert recipe.weight_decay == pytest.approx(16 * 1e-6)
     assert recipe.excluded_lr_ratio * recipe.base_lr == pytest.approx(0.0048 / 16)
 
 
-def test_no_linear_of_the_projector_has_a_bias():
+def test_no_linear_layer_of_the_projector_has_a_bias():
     for layer in contract.build("barlow_twins").projector:
         assert not isinstance(layer, torch.nn.Linear) or layer.bias is None
