@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "methods
 
 import contract
 from conftest import run_ranks
-from test_contract import WHOLE, group_arguments
+from test_contract import FLOAT64, group_arguments
 
 from ssl_pretrain import methods
 
@@ -36,7 +36,8 @@ def largest_gradient_error(result: dict, expected_result: dict) -> float:
 
 def run_methods(names: list[str], groups: bool) -> dict:
     return {
-        name: contract.train(name, **(group_arguments(name) if groups else WHOLE)) for name in names
+        name: contract.train(name, **(group_arguments(name) if groups else FLOAT64))
+        for name in names
     }
 
 

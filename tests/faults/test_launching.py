@@ -1,6 +1,6 @@
-"""Ranks that do not meet, and ranks that torchrun restarts.
+"""Ranks that cannot form a group, and ranks that torchrun restarts.
 
-Two of torchrun's agents on this machine stand for two hosts.
+Two torchrun agents on this machine stand in for two hosts.
 """
 
 import json
@@ -73,7 +73,7 @@ def test_a_port_in_use_is_reported_at_once(paths, observe):
     observe("port in use: named, status 69")
 
 
-def environment(path, fault="none@0:0"):
+def build_environment(path, fault="none@0:0"):
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -83,18 +83,21 @@ def environment(path, fault="none@0:0"):
     }
 
 
-def run_command(command, variables, seconds=900):
-    """Return the exit status and the output of a command. Its children end with it."""
+def run_command(command, environment, timeout_seconds=900):
+    """Run a command and return its exit status and its output.
+
+    After the timeout, the command is killed with its children.
+    """
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=variables,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     try:
-        output = process.communicate(timeout=seconds)[0]
+        output = process.communicate(timeout=timeout_seconds)[0]
         return process.returncode, output
     finally:
         if process.poll() is None:
@@ -111,9 +114,9 @@ def test_torchrun_restarts_all_ranks_from_the_newest_checkpoint(paths, reference
     path, run = paths
     command = local.train_command(str(path), OVERRIDES, 3, max_restarts=2)
     assert command[command.index("--max-restarts") + 1] == "2"
-    module = command.index("-m", 3)
-    command[module : module + 2] = [str(FAULTY)]
-    status, output = run_command(command, environment(path, "kill@1:8"))
+    position = command.index("-m", 3)
+    command[position : position + 2] = [str(FAULTY)]
+    status, output = run_command(command, build_environment(path, "kill@1:8"))
     assert status == 0, output[-3000:]
     assert "after step 6" in output
     assert verify_checkpoint(newest_checkpoint(run))["step"] == STEPS and has_same_tensors(
@@ -122,10 +125,10 @@ def test_torchrun_restarts_all_ranks_from_the_newest_checkpoint(paths, reference
     observe("torchrun --max-restarts: it restarted all ranks, from step 6; the same bits, status 0")
 
 
-def test_torchrun_does_not_repeat_a_mistake(paths):
+def test_torchrun_does_not_restart_ranks_after_a_users_mistake(paths):
     path, _ = paths
     command = local.train_command(str(path), [*OVERRIDES, "data.root=/nowhere"], 2, max_restarts=2)
-    status, output = run_command(command, environment(path))
+    status, output = run_command(command, build_environment(path))
     assert status != 0 and 1 <= output.count("error: data.root: /nowhere does not exist") <= 2
 
 
@@ -133,7 +136,7 @@ def test_torchrun_does_not_repeat_a_mistake(paths):
 def test_a_lost_host_is_started_again_and_the_run_continues(paths, reference, observe):
     """The commands that launch.hosts prints run on two loopback addresses.
 
-    All processes of the second host die at once.
+    All processes of the second host are killed at once.
     """
     path, run = paths
     settings = ["epochs=40", "checkpoint.every_epochs=1", "parallel.bn_group_images=6"]
@@ -153,12 +156,12 @@ def test_a_lost_host_is_started_again_and_the_run_continues(paths, reference, ob
     def start_agent(number):
         command = shlex.split(commands[number][1])
         command[command.index("torchrun")] = str(Path(sys.executable).parent / "torchrun")
-        file = (path.parent / f"agent_{number}_{time.monotonic_ns()}").open("w")
+        log = (path.parent / f"agent_{number}_{time.monotonic_ns()}").open("w")
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment(path),
-            stdout=file,
+            env=build_environment(path),
+            stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
@@ -168,7 +171,7 @@ def test_a_lost_host_is_started_again_and_the_run_continues(paths, reference, ob
         wait_for_checkpoint(run, 20)
         kill_with_children(agents[1].pid)
         agents[1].wait(30)
-        saved = verify_checkpoint(newest_checkpoint(run))["step"]
+        saved_step = verify_checkpoint(newest_checkpoint(run))["step"]
         agents[1] = start_agent(1)
         statuses = [agent.wait(900) for agent in agents]
         outputs = [file.read_text()[-3000:] for file in path.parent.glob("agent_*")]
@@ -184,32 +187,34 @@ def test_a_lost_host_is_started_again_and_the_run_continues(paths, reference, ob
     assert steps == list(range(1, 121))
     observe(
         "two agents of two ranks, one killed with its ranks and started again by its command: "
-        f"resumed from step {saved}; the same bits"
+        f"resumed from step {saved_step}; the same bits"
     )
 
 
-def wait_for_checkpoint(run, step, seconds=900):
-    deadline = time.monotonic() + seconds
-    while not any(saved >= step for saved in saved_steps(run)):
-        assert time.monotonic() < deadline, f"step {step} not within {seconds} s"
+def wait_for_checkpoint(run, step, timeout_seconds=900):
+    deadline = time.monotonic() + timeout_seconds
+    while not any(saved_step >= step for saved_step in saved_steps(run)):
+        assert time.monotonic() < deadline, (
+            f"no checkpoint of step {step} within {timeout_seconds} s"
+        )
         time.sleep(0.05)
 
 
 def kill_with_children(pid):
-    """Kill a process and all its descendants at once, as if their machine lost its power.
+    """Kill a process and all its descendants at once, as if their machine had lost power.
 
-    The descendants have sessions of their own.
+    Killing the process group is not enough, because the descendants have their own sessions.
     """
-    family = [pid]
-    for member in family:  # grows during the loop
-        os.kill(member, signal.SIGSTOP)  # so that it starts no more children
+    pids = [pid]
+    for parent in pids:  # grows during the loop
+        os.kill(parent, signal.SIGSTOP)  # so that it starts no more children
         stats = Path("/proc").glob("[0-9]*/stat")
-        family += [int(stat.parent.name) for stat in stats if parent_pid(stat) == member]
-    for member in family:
+        pids += [int(stat.parent.name) for stat in stats if read_parent_pid(stat) == parent]
+    for member in pids:
         os.kill(member, signal.SIGKILL)
 
 
-def parent_pid(stat):
+def read_parent_pid(stat):
     try:
         return int(stat.read_text().rpartition(")")[2].split()[1])
     except OSError:  # the process has ended

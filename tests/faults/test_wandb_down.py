@@ -1,4 +1,4 @@
-"""A local W&B server that refuses, never answers, or rejects the key."""
+"""A local W&B server that refuses connections, never answers, or rejects the key."""
 
 import http.server
 import itertools

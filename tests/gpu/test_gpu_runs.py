@@ -38,7 +38,7 @@ def load_weights(run: Path) -> dict:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(optimizer, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(optimizer, tmp_path):
     overrides = [*OPTIMIZERS[optimizer], "epochs=2", "parallel.deterministic=true"]
     overrides.append("online.knn_every_epochs=0")
     train(tmp_path / "uninterrupted", *overrides)
@@ -48,7 +48,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(optimizer, tmp_path)
     assert [name for name, value in expected.items() if not value.equal(resumed[name])] == []
 
 
-def test_the_online_evaluation_is_measured(tmp_path):
+def test_the_online_evaluations_are_better_than_chance(tmp_path):
     train(tmp_path / "run", "epochs=1", "online.on_failure=stop")
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["knn"] > 0.5 and last["probe"] > 0.5
+    last_record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last_record["knn"] > 0.5 and last_record["probe"] > 0.5

@@ -38,17 +38,17 @@ _POINTERS = (
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """Resources of a compiled kernel."""
+class CompiledKernel:
+    """Resources that a compiled kernel takes."""
 
-    shared: int  # bytes of shared memory
+    shared_bytes: int
     registers: int
 
 
 def compile_kernel(
     name: str, dim: int, capability: int, blocks: tiles_triton.Blocks | None = None
-) -> Compiled:
-    """Compile one kernel with the blocks of the product, or with others."""
+) -> CompiledKernel:
+    """Compile one kernel with the given blocks, or else with those that the package chooses."""
     padded_dim = max(16, triton.next_power_of_2(dim))
     blocks = blocks or tiles_triton.choose_blocks(padded_dim, SHARED_MEMORY[capability])
     kernel, flags = KERNELS[name]
@@ -67,4 +67,4 @@ def compile_kernel(
     source = ASTSource(kernel, signature, constants)
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return Compiled(compiled.metadata.shared, getattr(compiled, "n_regs", 0) or 0)
+    return CompiledKernel(compiled.metadata.shared, getattr(compiled, "n_regs", 0) or 0)

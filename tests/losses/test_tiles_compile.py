@@ -1,4 +1,4 @@
-"""The loss kernels, compiled for every GPU generation, fit its shared memory."""
+"""The loss kernels fit in the shared memory of every GPU generation that they are compiled for."""
 
 import pytest
 
@@ -22,26 +22,26 @@ ALL = [
 
 def assert_fits(name: str, dim: int, capability: int) -> None:
     compiled = compile_kernel(name, dim, capability)
-    message = f"{name} at {dim}: {compiled.shared} bytes on sm_{capability}"
-    assert compiled.shared <= SHARED_MEMORY[capability], message
+    message = f"{name} at dim {dim} takes {compiled.shared_bytes} bytes on sm_{capability}"
+    assert compiled.shared_bytes <= SHARED_MEMORY[capability], message
 
 
 @pytest.mark.parametrize("name", ["log_sum_exp", "weighted_sum, by both"])
 @pytest.mark.parametrize("capability, dim", QUICK)
-def test_a_kernel_fits(name, capability, dim):
+def test_a_kernel_fits_in_shared_memory(name, capability, dim):
     assert_fits(name, dim, capability)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("capability, dim, name", ALL)
-def test_every_kernel_of_every_shape_fits(capability, dim, name):
+def test_every_kernel_fits_in_shared_memory_at_every_dim(capability, dim, name):
     assert_fits(name, dim, capability)
 
 
 def test_blocks_that_once_failed_to_launch_do_not_fit():
-    """Blocks of 64 x 32 in three stages, once used for dim 256, take 256 KiB. An H100 has 227."""
+    """Three stages of 64 x 32 blocks, once used for dim 256, take 256 KiB. An H100 has 227 KiB."""
     compiled = compile_kernel("log_sum_exp", 256, 90, Blocks(64, 32, 4, 3))
-    assert compiled.shared == 262_144 > SHARED_MEMORY[90]
+    assert compiled.shared_bytes == 262_144 > SHARED_MEMORY[90]
 
 
 def test_an_unknown_device_takes_blocks_of_the_next_smaller_limit():

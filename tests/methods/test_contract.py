@@ -13,17 +13,17 @@ from ssl_pretrain.optim.schedules import Progress
 pytestmark = pytest.mark.promise
 
 NAMES = methods.names()
-WHOLE = {"steps": 2, "precision": "float64"}
-SHIPPED = {"steps": 2}  # in the precision of a run on a CPU, float32
-# Multiple of the rounding error of one process in float32. For SwAV that error is up to 1e-3 of a
-# tensor's largest entry.
+FLOAT64 = {"steps": 2, "precision": "float64"}
+FLOAT32 = {"steps": 2}  # in the precision of a run on a CPU, float32
+# Largest allowed error of several ranks, as a multiple of the rounding error of one process in
+# float32. For SwAV that rounding error is up to 1e-3 of a tensor's largest entry.
 ROUNDING = 5
 
 
 def group_arguments(name):
     """Return the arguments of a run with batch norm groups of 8 images."""
     overrides = getattr(contract.import_test_file(name), "WITH_MICRO_BATCHES", {})
-    return {**WHOLE, "group": 8, **overrides}
+    return {**FLOAT64, "group": 8, **overrides}
 
 
 def _run_all(names, with_groups):
@@ -33,7 +33,7 @@ def _run_all(names, with_groups):
     """
     runs = {}
     for name in names:
-        variants = [WHOLE, SHIPPED] + [group_arguments(name)] * with_groups
+        variants = [FLOAT64, FLOAT32] + [group_arguments(name)] * with_groups
         try:
             runs[name] = [contract.train(name, **variant) for variant in variants]
         except Exception:
@@ -42,74 +42,74 @@ def _run_all(names, with_groups):
 
 
 @pytest.fixture(scope="module")
-def on_ranks(request):
+def runs_on_ranks(request):
     """Return the runs by world size, rank and name, for the methods whose tests are selected."""
     items = [item for item in request.session.items if item.path == request.path]
     names = sorted({item.callspec.params["name"] for item in items if hasattr(item, "callspec")})
     return {size: run_ranks(_run_all, names, size == 3, world_size=size) for size in (2, 3)}
 
 
-def assert_bits(state, expected):
-    """Compare states that hold weights, teachers, queues and centers bit for bit."""
+def assert_same_bits(state, expected):
+    """Compare two states bit for bit, with their weights, teachers, queues and centers."""
     assert all(torch.equal(value, expected[key]) for key, value in state.items())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ranks_agree_with_one_process(name, on_ranks):
-    one = contract.train(name, **WHOLE)
-    assert any(gradient.abs().max() > 1e-6 for gradient in one["gradients"].values())
+def test_ranks_agree_with_one_process(name, runs_on_ranks):
+    expected = contract.train(name, **FLOAT64)
+    assert any(gradient.abs().max() > 1e-6 for gradient in expected["gradients"].values())
     for size in (2, 3):
-        for rank in on_ranks[size]:
+        for rank in runs_on_ranks[size]:
             assert not isinstance(rank[name], str), rank[name]
-            contract.assert_equal_by_name(rank[name][0]["gradients"], one["gradients"])
-            contract.assert_equal_by_name(rank[name][0]["state"], one["state"])
-            assert rank[name][0]["losses"] == pytest.approx(one["losses"], rel=1e-9)
-            assert_bits(rank[name][0]["state"], on_ranks[size][0][name][0]["state"])
+            contract.assert_equal_by_name(rank[name][0]["gradients"], expected["gradients"])
+            contract.assert_equal_by_name(rank[name][0]["state"], expected["state"])
+            assert rank[name][0]["losses"] == pytest.approx(expected["losses"], rel=1e-9)
+            assert_same_bits(rank[name][0]["state"], runs_on_ranks[size][0][name][0]["state"])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ranks_agree_with_one_process_as_shipped(name, on_ranks):
-    exact, one = contract.train(name, **WHOLE), contract.train(name, **SHIPPED)
+def test_ranks_agree_with_one_process_in_float32(name, runs_on_ranks):
+    exact, rounded = contract.train(name, **FLOAT64), contract.train(name, **FLOAT32)
     for size in (2, 3):
-        for rank in on_ranks[size]:
+        for rank in runs_on_ranks[size]:
             assert not isinstance(rank[name], str), rank[name]
             for key in ("gradients", "state"):
-                rounding = max(1e-5, contract.largest_error(one[key], exact[key]))
+                rounding = max(1e-5, contract.largest_error(rounded[key], exact[key]))
                 error = contract.largest_error(rank[name][1][key], exact[key])
                 assert error < ROUNDING * rounding
-            assert_bits(rank[name][1]["state"], on_ranks[size][0][name][1]["state"])
+            assert_same_bits(rank[name][1]["state"], runs_on_ranks[size][0][name][1]["state"])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_micro_batches_on_one_rank_equal_as_many_ranks(name, on_ranks):
-    one = contract.train(name, num_micro_batches=3, **group_arguments(name))
-    for rank in on_ranks[3]:
+def test_micro_batches_on_one_rank_equal_as_many_ranks(name, runs_on_ranks):
+    one_rank = contract.train(name, num_micro_batches=3, **group_arguments(name))
+    for rank in runs_on_ranks[3]:
         assert not isinstance(rank[name], str), rank[name]
-        contract.assert_equal_by_name(one["gradients"], rank[name][2]["gradients"])
-        contract.assert_equal_by_name(one["state"], rank[name][2]["state"])
-        assert one["losses"] == pytest.approx(rank[name][2]["losses"], rel=1e-9)
+        contract.assert_equal_by_name(one_rank["gradients"], rank[name][2]["gradients"])
+        contract.assert_equal_by_name(one_rank["state"], rank[name][2]["state"])
+        assert one_rank["losses"] == pytest.approx(rank[name][2]["losses"], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ten_steps_with_a_stop_equal_ten_without_bit_for_bit(name, tmp_path):
-    straight = contract.train(name, steps=10)
+def test_ten_steps_with_a_stop_equal_ten_uninterrupted_steps_bit_for_bit(name, tmp_path):
+    uninterrupted = contract.train(name, steps=10)
     stopped = contract.train(name, steps=5, folder=tmp_path)
     resumed = contract.train(name, steps=5, folder=tmp_path)
-    assert stopped["losses"] + resumed["losses"] == straight["losses"]
-    assert len(set(straight["losses"])) == 10
-    assert_bits(straight["state"], resumed["state"])
+    assert stopped["losses"] + resumed["losses"] == uninterrupted["losses"]
+    assert len(set(uninterrupted["losses"])) == 10
+    assert_same_bits(uninterrupted["state"], resumed["state"])
 
 
 # SimCLR's ten golden steps are taken by the trainer, in test_simclr.py.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "simclr"])
-def test_ten_golden_steps(name):
+def test_ten_steps_have_the_golden_losses(name):
     expected = contract.read_golden(name)
     losses = contract.train(name, steps=10, precision="float64")["losses"]
     assert losses == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_masked_step_moves_nothing(name):
+def test_a_masked_step_changes_nothing(name):
     method, images = contract.build(name), contract.random_batch(name)
     with torch.no_grad():
         embeddings, targets = method(images), method.targets(images)
@@ -142,11 +142,11 @@ def test_the_loss_is_pure(name):
 def test_the_collapse_metrics_compare_two_views_of_the_same_images(name):
     method, images = contract.build(name), contract.random_batch(name)
     embeddings, targets = method(images), method.targets(images)
-    lasting = [
+    persistent_tensors = [
         {key: z for key, z in tensors.items() if key not in method.transient}
         for tensors in (embeddings, targets)
     ]
-    monitored = method.monitored(*lasting)
+    monitored = method.monitored(*persistent_tensors)
     assert len(monitored.embeddings) == contract.ROWS
     if name == "cpc":
         assert monitored.pair is None
@@ -177,7 +177,7 @@ def test_bfloat16_trains_to_finite_weights(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_evaluated_network_is_a_whole_backbone(name):
+def test_the_evaluated_network_is_a_complete_backbone(name):
     method = contract.build(name)
     prefix = f"{method.evaluated_module}."
     keys = [key for key in method.state_dict() if key.startswith(prefix)]

@@ -50,14 +50,14 @@ def plain_loss(method, images):
     z = torch.stack(contract.unit_rows(method.projector(features)))
     scores = (z @ method.prototypes.weight.T).split(n)
     loss = torch.zeros((), dtype=torch.float64)
-    for assigned in (0, 1):
-        rows = scores[assigned].detach()
+    for assigned_view in (0, 1):
+        rows = scores[assigned_view].detach()
         if method.queue.filled == len(method.queue.rows):
-            past_rows = method.queue.rows[:, assigned] @ method.prototypes.weight.detach().T
+            past_rows = method.queue.rows[:, assigned_view] @ method.prototypes.weight.detach().T
             rows = torch.cat([rows, past_rows])
         q = plain_sinkhorn(rows)[:n]
         for view in range(4):
-            if view != assigned:
+            if view != assigned_view:
                 log_p = torch.log_softmax(scores[view] / 0.1, dim=1)
                 loss = loss - sum((q[i] * log_p[i]).sum() for i in range(n)) / n / 3
     return loss / 2, z.detach()
@@ -66,7 +66,7 @@ def plain_loss(method, images):
 @pytest.mark.parametrize("filled", [0, 48])
 def test_one_step_is_the_authors(filled):
     method, images = contract.build("swav"), contract.random_batch("swav", 2)
-    weight = method.prototypes.weight  # from float32, so its rows are not quite of length 1
+    weight = method.prototypes.weight  # rounded to float32, so its rows are not exactly of length 1
     weight.data.copy_(normalize(weight))
     method.queue.filled.fill_(filled)
     rows = torch.randn(48, 2, 4, dtype=torch.float64)
@@ -94,14 +94,16 @@ def test_assignments_sum_to_one_and_share_the_prototypes_equally():
     torch.testing.assert_close(q.sum(0), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_absent_rows_change_nothing():
+def test_invalid_rows_do_not_change_the_assignments_of_the_others():
     scores = torch.randn(10, 5, dtype=torch.float64)
     valid = torch.tensor([1.0] * 6 + [0.0] * 4, dtype=torch.float64)
-    alone = sinkhorn(scores[:6], valid[:6], epsilon=0.05, num_iterations=3)
-    torch.testing.assert_close(sinkhorn(scores, valid, epsilon=0.05, num_iterations=3)[:6], alone)
+    expected = sinkhorn(scores[:6], valid[:6], epsilon=0.05, num_iterations=3)
+    torch.testing.assert_close(
+        sinkhorn(scores, valid, epsilon=0.05, num_iterations=3)[:6], expected
+    )
 
 
-def test_collapse_costs_the_log_of_the_prototypes():
+def test_the_loss_of_a_collapse_is_the_log_of_the_number_of_prototypes():
     method = contract.build("swav", num_prototypes=7)
     scores = torch.zeros(6, 4, 7, dtype=torch.float64)
     assert method.loss({"scores": scores}, {})[0].item() == pytest.approx(math.log(7))
@@ -113,7 +115,7 @@ def test_prototypes_are_frozen_for_the_first_steps():
     assert method.frozen(Progress(1, 20, 2)) == ()
 
 
-def test_a_queue_that_the_batch_does_not_fill_is_refused():
+def test_a_queue_size_that_is_not_a_multiple_of_the_batch_size_is_refused():
     class Run:
         global_batch_size = 512
 
