@@ -1,4 +1,4 @@
-"""Run the ranks of a training as processes, forked from one that has imported everything."""
+"""Run the ranks of a training run as processes forked from one that has imported everything."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Every file of configs/ loads, names its source, builds its model and takes a reduced step."""
+"""Every file in configs/ loads, names its source, builds its model and takes a reduced step."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ BACKBONE_PARAMETERS = {
     "test_resnet imagenet": 372_688,
     "test_resnet no_pool": 372_688,
 }
-# At least one file per method. Steps of the other files are in the long suite.
+# At least one file per method. Steps of the other files are in the full suite.
 REPRESENTATIVES = [path for path in FILES if "imagenet" in path.stem or "digits" in path.stem]
 
 
@@ -43,7 +43,7 @@ def test_the_header_names_the_source_and_the_command(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_it_builds_its_real_model(path):
+def test_each_config_builds_its_real_model(path):
     run = config.load(path)
     recipe.check(run.views)
     assert (
@@ -75,24 +75,24 @@ def reduce_recipe(path, folder):
     return config.from_dict(values | {"output": str(folder / "run"), "global_batch_size": 16})
 
 
-def representative_or_full(path):
+def mark_unless_representative(path):
     return path if path in REPRESENTATIVES else pytest.param(path, marks=pytest.mark.full)
 
 
-@pytest.mark.parametrize("path", map(representative_or_full, FILES), ids=lambda path: path.stem)
-def test_it_takes_a_reduced_step(path, tmp_path):
+@pytest.mark.parametrize("path", map(mark_unless_representative, FILES), ids=lambda path: path.stem)
+def test_each_config_takes_a_reduced_step(path, tmp_path):
     assert train(reduce_recipe(path, tmp_path), torch.device("cpu"), stop_after=1) == 1
 
 
 def test_every_method_has_a_recipe():
-    with_recipe = {config.load(path).method.name for path in FILES}
-    assert sorted(with_recipe) == methods.names()
+    method_names = {config.load(path).method.name for path in FILES}
+    assert sorted(method_names) == methods.names()
 
 
-def test_the_flagship_has_the_papers_batch_and_learning_rate():
+def test_the_flagship_has_the_papers_batch_size_and_learning_rate():
     run = config.load(FILES[0].with_name("simclr_imagenet.yaml"))
     assert optim.scaled_lr(run.optim, run.global_batch_size) == pytest.approx(6.788, abs=5e-4)
-    described = plan.describe(run, world_size=8)
+    description = plan.describe(run, world_size=8)
     for line in (
         "embeddings per loss: 16,384 (2 views x 8,192 images); negatives per anchor: 16,382",
         "learning rate: 6.78823 (0.075 x sqrt(8192))",
@@ -101,7 +101,7 @@ def test_the_flagship_has_the_papers_batch_and_learning_rate():
         "group adapted: 56 tensors",
         "group excluded: 111 tensors",
     ):
-        assert line in described
+        assert line in description
 
 
 LEARNING_RATES = {
@@ -125,8 +125,8 @@ LEARNING_RATES = {
 @pytest.mark.parametrize("stem", LEARNING_RATES)
 def test_the_scaled_learning_rate_is_the_papers(stem):
     run = config.load(FILES[0].with_name(f"{stem}.yaml"))
-    scaled = optim.scaled_lr(run.optim, run.global_batch_size)
-    assert scaled == pytest.approx(LEARNING_RATES[stem])
+    lr = optim.scaled_lr(run.optim, run.global_batch_size)
+    assert lr == pytest.approx(LEARNING_RATES[stem])
 
 
 def test_schedules_reach_the_authors_absolute_numbers():

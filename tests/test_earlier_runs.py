@@ -35,11 +35,11 @@ def resume(run: Path, *overrides: str) -> int:
 
 def digest(run: Path) -> str:
     """Return the SHA-256 of the newest checkpoint's tensors, optimizer state included."""
-    total = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(ranks.load_tensors(run).items()):
-        total.update(name.encode())
-        total.update(tensor.contiguous().numpy().tobytes())
-    return total.hexdigest()
+        sha256.update(name.encode())
+        sha256.update(tensor.contiguous().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def test_an_earlier_run_continues_to_its_end(run, capfd):
@@ -55,13 +55,15 @@ def test_an_earlier_run_continues_to_its_end(run, capfd):
 def test_an_earlier_run_is_evaluated_to_the_same_accuracy(run):
     knn.main([str(run)])
     rows = json.loads((run / "eval" / "knn.json").read_text())["rows"]
-    measured = {row["features"]: row["metrics"] for row in rows}
+    accuracies = {row["features"]: row["metrics"] for row in rows}
     for features, metrics in EXPECTED["knn"].items():
-        assert measured[features] == pytest.approx(metrics, abs=0.2)  # one image of 500
+        assert accuracies[features] == pytest.approx(metrics, abs=0.2)  # one image of 500
 
 
 def test_a_new_run_starts_from_an_earlier_backbone(run):
     settings = config.load(EARLIER / "recipe.yaml", [f"backbone.init={run}"])
     backbone = build_method(settings).backbone.state_dict()
-    saved = ranks.load_tensors(run)  # DINO is evaluated by its teacher
-    assert all(torch.equal(value, saved[f"teacher.backbone.{n}"]) for n, value in backbone.items())
+    tensors = ranks.load_tensors(run)  # DINO is evaluated by its teacher
+    assert all(
+        torch.equal(value, tensors[f"teacher.backbone.{n}"]) for n, value in backbone.items()
+    )

@@ -1,6 +1,6 @@
-"""Load in advance what takes half of the CPU time of a small run.
+"""Preload the modules and compiled code that take half of a small run's CPU time.
 
-conftest.py makes the fork server import this module, so that forked ranks have it all.
+conftest.py makes the fork server import this module, so that forked ranks inherit them.
 """
 
 import torch

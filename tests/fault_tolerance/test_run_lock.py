@@ -18,7 +18,7 @@ from ssl_pretrain.fault_tolerance.lock_holder import LockHolder
 from ssl_pretrain.fault_tolerance.run_lock import RunLock, find_holder
 
 
-def refusal(run) -> str:
+def refusal_message(run) -> str:
     with pytest.raises(ValueError) as error, RunLock(run):
         pass
     return str(error.value)
@@ -29,7 +29,7 @@ def write_lock(run, **changes):
     (run / "lock.json").write_text(replace(LockHolder.this_process(), **changes).to_json())
 
 
-def lock_content(run):
+def read_lock(run):
     return json.loads((run / "lock.json").read_text())
 
 
@@ -51,7 +51,7 @@ def start_python(code, *arguments):
 
 def test_a_second_run_is_refused_and_the_folder_is_free_afterwards(tmp_path):
     with RunLock(tmp_path):
-        message = refusal(tmp_path)
+        message = refusal_message(tmp_path)
     assert message == (
         f"output: {tmp_path} is in use by process {os.getpid()} on "
         f"{LockHolder.this_process().host}, whose last sign of life was 0 s ago; give another "
@@ -74,7 +74,7 @@ def test_the_lock_of_a_killed_run_is_taken_over(tmp_path):
     start_python(TAKE_LOCK + "os.kill(os.getpid(), 9)", tmp_path).communicate(timeout=120)
     assert (tmp_path / "lock.json").exists()
     with RunLock(tmp_path):
-        assert lock_content(tmp_path)["pid"] == os.getpid()
+        assert read_lock(tmp_path)["pid"] == os.getpid()
 
 
 def test_a_reused_process_id_is_not_the_process_that_held_the_lock(tmp_path):
@@ -86,20 +86,20 @@ def test_a_reused_process_id_is_not_the_process_that_held_the_lock(tmp_path):
 @pytest.mark.case(28)
 def test_another_machine_keeps_the_folder_while_it_shows_signs_of_life(tmp_path, monkeypatch):
     write_lock(tmp_path, host="elsewhere", job="77")
-    refused = threading.Event()
+    stop_touching = threading.Event()
 
     def touch_regularly() -> None:
-        while not refused.wait(0.3):
+        while not stop_touching.wait(0.3):
             os.utime(tmp_path / "lock.json")
 
-    other = threading.Thread(target=touch_regularly)
-    other.start()
+    other_machine = threading.Thread(target=touch_regularly)
+    other_machine.start()
     try:
-        message = refusal(tmp_path)
+        message = refusal_message(tmp_path)
         assert "on elsewhere, SLURM job 77, whose last sign of life was 0 s ago" in message
     finally:
-        refused.set()
-        other.join()
+        stop_touching.set()
+        other_machine.join()
     monkeypatch.setenv("SLURM_JOB_ID", "77")  # requeued on another node
     with RunLock(tmp_path):
         pass
@@ -126,7 +126,7 @@ def test_an_unreadable_lock_is_taken_over(tmp_path):
 
 @pytest.fixture
 def without_links(monkeypatch):
-    def link(*_arguments, **_named):
+    def link(*_arguments, **_options):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", link)
@@ -144,10 +144,10 @@ def test_a_second_run_is_refused_without_hard_links_and_flock(
     tmp_path, without_links, without_flock
 ):
     with RunLock(tmp_path):
-        assert "is in use by process" in refusal(tmp_path)
+        assert "is in use by process" in refusal_message(tmp_path)
     write_lock(tmp_path, born="1")
     with RunLock(tmp_path):
-        assert lock_content(tmp_path)["pid"] == os.getpid()
+        assert read_lock(tmp_path)["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,7 +157,7 @@ def test_a_lock_that_is_being_written_is_not_taken_over(tmp_path, without_links,
     content = LockHolder.this_process().to_json()
     writer = threading.Timer(1.0, lambda: (tmp_path / "lock.json").write_text(content))
     writer.start()
-    assert f"is in use by process {os.getpid()}" in refusal(tmp_path)
+    assert f"is in use by process {os.getpid()}" in refusal_message(tmp_path)
     writer.join()
 
 
@@ -174,17 +174,17 @@ time.sleep(600)
 
 @pytest.fixture
 def container(tmp_path):
-    """Return a process that holds the folder from another namespace of process ids."""
+    """Yield a process that holds the folder from another namespace of process ids."""
     with start_python(HOLD_IN_CONTAINER, tmp_path) as process:
         assert process.stdout.readline() == "held\n"
-        inside = lock_content(tmp_path) | {"pid": 1, "born": "1"}  # ids as the container sees them
-        (tmp_path / "lock.json").write_text(json.dumps(inside))
+        content = read_lock(tmp_path) | {"pid": 1, "born": "1"}  # ids as the container sees them
+        (tmp_path / "lock.json").write_text(json.dumps(content))
         yield process
         process.kill()
 
 
 def test_a_live_container_keeps_the_folder_and_a_dead_one_loses_it_at_once(tmp_path, container):
-    assert "is in use by process 1 on" in refusal(tmp_path)
+    assert "is in use by process 1 on" in refusal_message(tmp_path)
     assert find_holder(tmp_path).pid == 1
     container.kill()
     container.wait()
@@ -213,7 +213,7 @@ def test_a_lock_written_by_an_older_version_is_understood(tmp_path):
     content = json.loads(LockHolder.this_process().to_json())
     del content["namespace"], content["flock"]
     (tmp_path / "lock.json").write_text(json.dumps(content))
-    assert "is in use by process" in refusal(tmp_path)
+    assert "is in use by process" in refusal_message(tmp_path)
     (tmp_path / "lock.json").write_text(json.dumps(content | {"born": "1"}))
     with RunLock(tmp_path):
         pass
@@ -280,7 +280,7 @@ def test_a_run_that_lost_its_folder_ends(tmp_path):
         f"error: output: {tmp_path} was taken over by process 7 on elsewhere while this run was "
         "silent; this run ends and writes nothing more\n"
     )
-    assert lock_content(tmp_path)["host"] == "elsewhere"
+    assert read_lock(tmp_path)["host"] == "elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_lock_that_vanishes_is_written_again(tmp_path, damage):
     if damage == "removed with its folder":
         run.rmdir()
     time.sleep(5)
-    assert lock_content(run)["pid"] == process.pid
+    assert read_lock(run)["pid"] == process.pid
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0 and not (run / "lock.json").exists()
     path = run / "lock.json"
@@ -324,7 +324,7 @@ def test_the_lock_is_checked_again_after_a_silence(tmp_path, monkeypatch):
 
 
 def test_a_suspended_machine_loses_the_folder_though_it_keeps_its_flock(tmp_path, monkeypatch):
-    """It ends when it wakes. A machine that shows signs of life keeps its folder."""
+    """A suspended run ends when it wakes. A machine that shows signs of life keeps its folder."""
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 2.0)
     write_lock(tmp_path, host="elsewhere")
     descriptor = os.open(tmp_path, os.O_RDONLY)
@@ -332,9 +332,9 @@ def test_a_suspended_machine_loses_the_folder_though_it_keeps_its_flock(tmp_path
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         touch = threading.Timer(0.7, os.utime, [tmp_path / "lock.json"])
         touch.start()
-        assert "is in use by process" in refusal(tmp_path)
+        assert "is in use by process" in refusal_message(tmp_path)
         touch.join()
         with RunLock(tmp_path) as lock:
-            assert lock_content(tmp_path) == json.loads(lock._this_process.to_json())
+            assert read_lock(tmp_path) == json.loads(lock._this_process.to_json())
     finally:
         os.close(descriptor)

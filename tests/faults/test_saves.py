@@ -69,7 +69,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_changes_nothing
 
 
 @pytest.mark.case(5)
-def test_a_kill_before_the_save_is_complete_leaves_the_checkpoint_before(paths, resume, observe):
+def test_a_kill_before_the_save_is_complete_leaves_the_previous_checkpoint(paths, resume, observe):
     path, run = paths
     group = Ranks(path, *OVERRIDES, fault="writing@0:6:30")
     group.wait_for_text("writing")
@@ -106,7 +106,7 @@ def test_a_full_disk_ends_the_run_and_damages_nothing(paths, small_disk, observe
     assert not list(small_disk.glob(".writing-*")) and 0 < len(steps) < 4
     for step in steps:
         verify_checkpoint(small_disk / f"step_{step:08d}")
-    assert statuses == [74, 74, 74], output[-2000:]  # with `warn` because of the last save
+    assert statuses == [74, 74, 74], output[-2000:]  # with `warn`, because the last save failed
     observe(
         f"a real disk of 8 MiB, {policy}: statuses {statuses}, checkpoints {steps} intact, "
         "no remains"
@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_reported_and_written_again(paths, resume, obser
 
 
 @pytest.mark.case(10)
-def test_other_things_among_the_checkpoints_are_skipped(paths, resume, observe):
+def test_entries_that_are_no_checkpoints_are_skipped(paths, resume, observe):
     path, run = paths
     assert ranks.run(path, *OVERRIDES, "--stop-after", "4")[0] == [0] * 3
     folder = run / "checkpoints"
@@ -205,7 +205,7 @@ def test_other_things_among_the_checkpoints_are_skipped(paths, resume, observe):
 
 @pytest.mark.case(26)
 @pytest.mark.parametrize("version", [0, 99])
-def test_another_format_is_refused_with_the_version_that_wrote_it(paths, observe, version):
+def test_another_format_is_refused_and_the_version_that_wrote_it_is_named(paths, observe, version):
     path, _ = paths
     assert ranks.run(path, *OVERRIDES, "--stop-after", "4")[0] == [0] * 3
     file = paths[1] / "checkpoints" / "step_00000004" / "manifest.json"

@@ -22,20 +22,20 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 
 @pytest.mark.parametrize("name", kernels.CASES)
 def test_kernels_equal_the_tiles(name):
-    # Each product is three products in TF32.
+    # Each float32 product is computed as three TF32 products.
     assert max(kernels.check(name, "cuda").values()) < 1e-4
 
 
 def test_a_loss_uses_the_kernels_without_blocking_the_host(cuda, forbid_synchronization):
     z = [torch.randn(4096, 128, device=cuda, requires_grad=True) for _ in range(2)]
 
-    def loss_and_gradient():
+    def compute_gradient():
         torch.autograd.grad(nt_xent(*z, temperature=0.1), z)
 
-    loss_and_gradient()
+    compute_gradient()
     with forbid_synchronization():
-        loss_and_gradient()
-    fused = memory.measure_peak_bytes(loss_and_gradient, cuda)
+        compute_gradient()
+    fused_peak_bytes = memory.measure_peak_bytes(compute_gradient, cuda)
     with use_backend(replace(BACKENDS["cuda"], fused=False)):
-        loss_and_gradient()
-        assert fused < memory.measure_peak_bytes(loss_and_gradient, cuda) / 4
+        compute_gradient()
+        assert fused_peak_bytes < memory.measure_peak_bytes(compute_gradient, cuda) / 4

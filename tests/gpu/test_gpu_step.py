@@ -23,7 +23,7 @@ FIRST_STEP, SECOND_STEP = Progress(10, 100, 10), Progress(11, 100, 10)
 
 pytestmark = NEEDS_CUDA
 
-IMAGES, SIZE = 16, 32
+NUM_IMAGES, SIZE = 16, 32
 VIEWS = {"dino": [SIZE, SIZE, 16, 16], "swav": [SIZE, SIZE, 16, 16], "cpc": [SIZE]}
 OPTIM = {
     "lars": OptimConfig(name="lars"),
@@ -41,15 +41,15 @@ def build_method(name: str, backbone: str = "test_resnet") -> Method:
     return module.Config(**module.SMALL_CONFIG).build(network)
 
 
-def random_batch(name: str, device: torch.device, images: int = IMAGES) -> Batch:
+def random_batch(name: str, device: torch.device, num_images: int = NUM_IMAGES) -> Batch:
     """Return seeded noise in the views that the method takes."""
     generator = torch.Generator().manual_seed(1)
     views = [
-        torch.randn(images, 3, size, size, generator=generator)
+        torch.randn(num_images, 3, size, size, generator=generator)
         for size in VIEWS.get(name, [SIZE, SIZE])
     ]
-    labels = torch.arange(images) % 4
-    return Batch(views, labels, torch.arange(images)).to(device)
+    labels = torch.arange(num_images) % 4
+    return Batch(views, labels, torch.arange(num_images)).to(device)
 
 
 def build_test_stepper(
@@ -57,19 +57,19 @@ def build_test_stepper(
     device: torch.device,
     settings: ParallelConfig,
     recipe: OptimConfig,
-    images: int = IMAGES,
+    num_images: int = NUM_IMAGES,
 ) -> Stepper:
-    example = random_batch(method.config.name, device, images)
+    example = random_batch(method.config.name, device, num_images)
     step = build_stepper(
         method,
         settings,
         recipe,
         Execution.resolve(settings, device),
-        micro_batch_size=images,
-        global_batch_size=IMAGES,
+        micro_batch_size=num_images,
+        global_batch_size=NUM_IMAGES,
         example=example,
     )
-    optim.set_rates(step.optimizer, recipe, HALFWAY, 100, IMAGES)
+    optim.set_rates(step.optimizer, recipe, HALFWAY, 100, NUM_IMAGES)
     return step
 
 
@@ -77,8 +77,10 @@ def build_test_stepper(
 @pytest.mark.parametrize("name", methods.names())
 def test_a_step_never_blocks_the_host(name, num_micro_batches, cuda, forbid_synchronization):
     method = build_method(name)
-    settings = ParallelConfig(bn_group_images=IMAGES // num_micro_batches)
-    step = build_test_stepper(method, cuda, settings, OPTIM["lars"], IMAGES // num_micro_batches)
+    settings = ParallelConfig(bn_group_images=NUM_IMAGES // num_micro_batches)
+    step = build_test_stepper(
+        method, cuda, settings, OPTIM["lars"], NUM_IMAGES // num_micro_batches
+    )
     batch = random_batch(name, cuda)
     step(FIRST_STEP, batch)  # the first step may block, because it allocates and compiles
     with forbid_synchronization():
@@ -88,9 +90,9 @@ def test_a_step_never_blocks_the_host(name, num_micro_batches, cuda, forbid_sync
 
 @pytest.mark.parametrize("recipe", OPTIM)
 def test_the_optimizer_updates_weights_as_on_a_cpu(recipe, cuda):
-    on_cpu = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
-    on_gpu = copy.deepcopy(on_cpu).to(cuda)
-    for module in (on_cpu, on_gpu):
+    cpu_model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+    gpu_model = copy.deepcopy(cpu_model).to(cuda)
+    for module in (cpu_model, gpu_model):
         optimizer = optim.build(OPTIM[recipe], module)
         optim.set_rates(optimizer, OPTIM[recipe], HALFWAY, 100, 256)
         for number in range(5):
@@ -100,7 +102,7 @@ def test_the_optimizer_updates_weights_as_on_a_cpu(recipe, cuda):
                     parameter.device
                 )
             optim.step_if_finite(optimizer, OPTIM[recipe].clip_norm)
-    for ours, expected in zip(on_gpu.parameters(), on_cpu.parameters()):
+    for ours, expected in zip(gpu_model.parameters(), cpu_model.parameters()):
         torch.testing.assert_close(ours.cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -119,7 +121,7 @@ def test_fused_adamw_equals_plain_adamw(cuda):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-def test_a_nonfinite_gradient_moves_nothing(cuda):
+def test_a_nonfinite_gradient_changes_nothing(cuda):
     method = build_method("simclr")
     step = build_test_stepper(method, cuda, ParallelConfig(), OPTIM["lars"])
     step(FIRST_STEP, random_batch("simclr", cuda))
@@ -133,7 +135,7 @@ def test_a_nonfinite_gradient_moves_nothing(cuda):
 
 
 @pytest.mark.parametrize("name", ["simclr", "moco_v3", "dino"])
-def test_float32_equals_a_cpu(name, cuda):
+def test_float32_losses_equal_those_of_a_cpu(name, cuda):
     losses = []
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -169,7 +171,7 @@ def test_bfloat16_is_close_to_float32_and_weights_stay_float32(cuda):
     assert losses["auto"] == pytest.approx(losses["float32"], rel=0.02)
 
 
-def test_a_world_of_one_over_nccl_is_the_identity(cuda, tmp_path):
+def test_collectives_of_one_rank_over_nccl_are_the_identity(cuda, tmp_path):
     import torch.distributed as dist
 
     from ssl_pretrain.distributed import collectives
@@ -184,9 +186,9 @@ def test_a_world_of_one_over_nccl_is_the_identity(cuda, tmp_path):
         gathered = collectives._Gather.apply(z[0], None)
         reduced = collectives._ReduceSum.apply(z[0], None)
         gradients = torch.autograd.grad(nt_xent(*z, temperature=0.1), z)
-        (by_gather,) = torch.autograd.grad(gathered.square().sum(), [z[0]])
+        (gather_gradient,) = torch.autograd.grad(gathered.square().sum(), [z[0]])
     finally:
         dist.destroy_process_group()
     assert torch.equal(gathered, z[0]) and torch.equal(reduced, z[0])
-    torch.testing.assert_close(by_gather, 2 * z[0])
+    torch.testing.assert_close(gather_gradient, 2 * z[0])
     torch.testing.assert_close(gradients, expected)

@@ -24,27 +24,27 @@ from ssl_pretrain.losses.contrastive import (
 
 pytestmark = pytest.mark.promise
 
-# Temperatures. TIGHT gives logits up to 50, from which a maximum has to be subtracted.
-LOOSE, TIGHT = 0.2, 0.02
+# The low temperature gives logits up to 50, for which the maximum has to be subtracted.
+HIGH_TEMPERATURE, LOW_TEMPERATURE = 0.2, 0.02
 
 
-def views(rows: int = 12, dim: int = 5):
+def random_embeddings(rows: int = 12, dim: int = 5):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, rows, dim, dtype=torch.float64, generator=generator).unbind()
 
 
-def _labels(rows: int):
+def _build_labels(rows: int):
     """Return shuffled labels of classes of different sizes, from one image to half of them."""
     labels = torch.tensor([7] * (rows // 2) + [0] + [3, 5] * rows)[:rows]
     return labels[torch.randperm(rows, generator=torch.Generator().manual_seed(2))]
 
 
-def _queue(dim: int = 5):
+def _build_queue(dim: int = 5):
     generator = torch.Generator().manual_seed(3)
     return F.normalize(torch.randn(30, dim, dtype=torch.float64, generator=generator), dim=1)
 
 
-def ours(name, z_a, z_b, labels, queue, temperature):
+def tested_loss(name, z_a, z_b, labels, queue, temperature):
     if name == "info_nce_queue":
         return info_nce(z_a, z_b, temperature=temperature, queue=queue)
     if name == "supervised_contrastive":
@@ -60,9 +60,9 @@ def ours(name, z_a, z_b, labels, queue, temperature):
     return getattr(contrastive, name)(z_a, z_b, temperature=temperature)
 
 
-def _with_gradients(function, name, z_a, z_b, temperature, dtype=torch.float64):
+def _loss_and_gradients(function, name, z_a, z_b, temperature, dtype=torch.float64):
     z_a, z_b = (z.to(dtype).clone().requires_grad_() for z in (z_a, z_b))
-    loss = function(name, z_a, z_b, _labels(len(z_a)), _queue().to(dtype), temperature)
+    loss = function(name, z_a, z_b, _build_labels(len(z_a)), _build_queue().to(dtype), temperature)
     return [loss.detach(), *torch.autograd.grad(loss, [z_a, z_b])]
 
 
@@ -73,61 +73,65 @@ def relative_error(value, reference):
 # One tile, tiles that divide 24 rows, tiles that do not, and single pairs.
 @pytest.mark.parametrize("tile", [(512, 512), (6, 6), (5, 7), (1, 1)])
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_the_equation_in_value_and_gradient(name, tile):
-    for temperature in (LOOSE, TIGHT):
-        expected = _with_gradients(slow, name, *views(), temperature)
+def test_each_loss_equals_its_equation_in_value_and_gradient(name, tile):
+    for temperature in (HIGH_TEMPERATURE, LOW_TEMPERATURE):
+        expected = _loss_and_gradients(slow, name, *random_embeddings(), temperature)
         with use_backend(Backend(*tile)):
-            values = _with_gradients(ours, name, *views(), temperature)
+            values = _loss_and_gradients(tested_loss, name, *random_embeddings(), temperature)
         for value, reference in zip(values, expected):
             assert relative_error(value, reference) < 1e-10, temperature
 
 
 def test_nt_xent_equals_its_plain_form():
-    for temperature in (LOOSE, TIGHT):
-        z_a, z_b = (z.requires_grad_() for z in views())
+    for temperature in (HIGH_TEMPERATURE, LOW_TEMPERATURE):
+        z_a, z_b = (z.requires_grad_() for z in random_embeddings())
         losses = [f(z_a, z_b, temperature=temperature) for f in (nt_xent, plain_nt_xent)]
-        fast, plain = (torch.autograd.grad(loss, [z_a, z_b]) for loss in losses)
+        fast_gradients, plain_gradients = (torch.autograd.grad(loss, [z_a, z_b]) for loss in losses)
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(fast_gradients, plain_gradients, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_float32_is_right_to_its_precision(name):
-    for temperature in (LOOSE, TIGHT):
+def test_float32_has_only_rounding_errors(name):
+    for temperature in (HIGH_TEMPERATURE, LOW_TEMPERATURE):
         # The reference gets the same rounded numbers, so that only the loss's error is measured.
-        rounded = [z.float().double() for z in views()]
-        expected = _with_gradients(slow, name, *rounded, temperature)
-        values = _with_gradients(ours, name, *rounded, temperature, torch.float32)
+        rounded = [z.float().double() for z in random_embeddings()]
+        expected = _loss_and_gradients(slow, name, *rounded, temperature)
+        values = _loss_and_gradients(tested_loss, name, *rounded, temperature, torch.float32)
         for value, reference in zip(values, expected):
             assert relative_error(value, reference) < 1e-5, temperature
 
 
 def test_autocast_changes_nothing():
-    z_a, z_b = (z.float() for z in views())
-    plain = _with_gradients(ours, "nt_xent", z_a, z_b, LOOSE, torch.float32)
+    z_a, z_b = (z.float() for z in random_embeddings())
+    expected = _loss_and_gradients(
+        tested_loss, "nt_xent", z_a, z_b, HIGH_TEMPERATURE, torch.float32
+    )
     with torch.autocast("cpu", torch.bfloat16):
-        inside = _with_gradients(ours, "nt_xent", z_a, z_b, LOOSE, torch.float32)
-    assert all(torch.equal(value, reference) for value, reference in zip(inside, plain))
+        with_autocast = _loss_and_gradients(
+            tested_loss, "nt_xent", z_a, z_b, HIGH_TEMPERATURE, torch.float32
+        )
+    assert all(torch.equal(value, reference) for value, reference in zip(with_autocast, expected))
 
 
 def _losses_and_weight_gradients(z_a, z_b, tile):
-    """Return the value and the gradient of a shared linear layer, by loss and temperature.
+    """Return each loss and its gradient for a shared linear layer, by name and temperature.
 
     Both are averaged over ranks, as DDP does.
     """
     with use_backend(Backend(*tile)):
-        return _results(z_a, z_b)
+        return _compute_results(z_a, z_b)
 
 
-def _results(z_a, z_b):
+def _compute_results(z_a, z_b):
     rank, world = process_group.rank(), process_group.world_size()
     local = slice(rank * len(z_a) // world, (rank + 1) * len(z_a) // world)
-    labels, results = _labels(len(z_a)), {}
+    labels, results = _build_labels(len(z_a)), {}
     for name in NAMES:
-        for temperature in (LOOSE, TIGHT):
+        for temperature in (HIGH_TEMPERATURE, LOW_TEMPERATURE):
             weight = torch.eye(5, 5, dtype=torch.float64).add(0.1).requires_grad_()
             a, b = z_a[local] @ weight, z_b[local] @ weight
-            loss = ours(name, a, b, labels[local], _queue(), temperature)
+            loss = tested_loss(name, a, b, labels[local], _build_queue(), temperature)
             loss.backward()
             assert weight.grad is not None
             sums = [collectives.reduce_sum(value) for value in (loss.detach(), weight.grad)]
@@ -137,16 +141,18 @@ def _results(z_a, z_b):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_agree_with_one_process(world_size):
-    shipped = (512, 1024)
-    alone = _losses_and_weight_gradients(*views(), shipped)
-    for tile in (shipped, (3, 5)):
-        for ranks in run_ranks(_losses_and_weight_gradients, *views(), tile, world_size=world_size):
-            for key, (loss, gradient) in ranks.items():
-                assert relative_error(loss, alone[key][0]) < 1e-10, key
-                assert relative_error(gradient, alone[key][1]) < 1e-10, key
+    default_tile = (512, 1024)
+    one_process = _losses_and_weight_gradients(*random_embeddings(), default_tile)
+    for tile in (default_tile, (3, 5)):
+        for results in run_ranks(
+            _losses_and_weight_gradients, *random_embeddings(), tile, world_size=world_size
+        ):
+            for key, (loss, gradient) in results.items():
+                assert relative_error(loss, one_process[key][0]) < 1e-10, key
+                assert relative_error(gradient, one_process[key][1]) < 1e-10, key
 
 
-def _traffic(z_a, z_b):
+def _count_sent_numbers(z_a, z_b):
     """Count the numbers that this rank sends to others in one loss, forward and backward."""
     counts = {"forward": 0, "backward": 0}
     gather, phase = collectives._all_gather, "forward"
@@ -156,11 +162,11 @@ def _traffic(z_a, z_b):
         return gather(out, x, group=group)
 
     collectives._all_gather = counting_gather
-    collectives._reduce_scatter = None  # a call fails, because the symmetric form needs none
+    collectives._reduce_scatter = None  # the symmetric form must not call it
     rows = len(z_a) // 2
     local = slice(process_group.rank() * rows, (process_group.rank() + 1) * rows)
     a, b = (z[local].clone().requires_grad_() for z in (z_a, z_b))
-    loss = nt_xent(a, b, temperature=LOOSE)
+    loss = nt_xent(a, b, temperature=HIGH_TEMPERATURE)
     phase = "backward"
     loss.backward()
     return counts
@@ -168,12 +174,12 @@ def _traffic(z_a, z_b):
 
 def test_embeddings_are_sent_once_and_only_three_numbers_per_row_come_back():
     rows, dim = 6, 5
-    for counts in run_ranks(_traffic, *views(2 * rows, dim), world_size=2):
+    for counts in run_ranks(_count_sent_numbers, *random_embeddings(2 * rows, dim), world_size=2):
         assert counts == {"forward": 2 * rows * dim, "backward": 2 * rows * 3}
 
 
-def test_learned_scale_gets_its_gradient():
-    z_a, z_b = views(6)
+def test_a_learned_logit_scale_gets_the_gradient_of_the_equation():
+    z_a, z_b = random_embeddings(6)
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
     value = torch.autograd.grad(image_text(z_a, z_b, scale.expand(6)), scale)[0]
     reference = torch.autograd.grad(slow("image_text", z_a, z_b, None, None, 1 / scale), scale)[0]
@@ -181,7 +187,7 @@ def test_learned_scale_gets_its_gradient():
 
 
 def test_keys_without_a_graph_are_constants():
-    z_a, z_b = views()
+    z_a, z_b = random_embeddings()
     queries = z_a.clone().requires_grad_()
     losses = (
         info_nce(queries, z_b, temperature=0.5),
@@ -191,30 +197,36 @@ def test_keys_without_a_graph_are_constants():
     assert relative_error(value, reference) < 1e-10
 
 
-def test_collapse_costs_the_log_of_the_candidates():
-    same = torch.ones(8, 4)
-    assert nt_xent(same, same, temperature=0.1).item() == pytest.approx(math.log(2 * 8 - 1))
-    assert decoupled(same, same, temperature=0.1).item() == pytest.approx(math.log(2 * 8 - 2))
-    assert info_nce(same, same, temperature=0.1).item() == pytest.approx(math.log(8))
+def test_the_loss_of_a_collapse_is_the_log_of_the_number_of_candidates():
+    collapsed = torch.ones(8, 4)
+    assert nt_xent(collapsed, collapsed, temperature=0.1).item() == pytest.approx(
+        math.log(2 * 8 - 1)
+    )
+    assert decoupled(collapsed, collapsed, temperature=0.1).item() == pytest.approx(
+        math.log(2 * 8 - 2)
+    )
+    assert info_nce(collapsed, collapsed, temperature=0.1).item() == pytest.approx(math.log(8))
     queue = F.normalize(torch.ones(30, 4))
-    with_queue = info_nce(same, same, temperature=0.1, queue=queue)
+    with_queue = info_nce(collapsed, collapsed, temperature=0.1, queue=queue)
     assert with_queue.item() == pytest.approx(math.log(31))
 
 
 def test_without_prior_or_labels_the_weighted_forms_are_nt_xent():
-    z_a, z_b = views()
-    expected = nt_xent(z_a, z_b, temperature=LOOSE)
-    without_prior = debiased(z_a, z_b, temperature=LOOSE, tau_plus=0.0)
-    without_labels = supervised_contrastive(z_a, z_b, torch.arange(12), temperature=LOOSE)
+    z_a, z_b = random_embeddings()
+    expected = nt_xent(z_a, z_b, temperature=HIGH_TEMPERATURE)
+    without_prior = debiased(z_a, z_b, temperature=HIGH_TEMPERATURE, tau_plus=0.0)
+    without_labels = supervised_contrastive(
+        z_a, z_b, torch.arange(12), temperature=HIGH_TEMPERATURE
+    )
     torch.testing.assert_close(without_prior, expected)
     torch.testing.assert_close(without_labels, expected)
 
 
-def test_the_scale_and_the_order_of_images_do_not_matter():
-    z_a, z_b = views()
+def test_the_scale_of_embeddings_and_the_order_of_images_do_not_matter():
+    z_a, z_b = random_embeddings()
     loss = nt_xent(z_a, z_b, temperature=0.2)
-    shuffled = torch.randperm(len(z_a), generator=torch.Generator().manual_seed(1))
-    rescaled = nt_xent(3 * z_a[shuffled], 0.1 * z_b[shuffled], temperature=0.2)
+    order = torch.randperm(len(z_a), generator=torch.Generator().manual_seed(1))
+    rescaled = nt_xent(3 * z_a[order], 0.1 * z_b[order], temperature=0.2)
     torch.testing.assert_close(rescaled, loss)
 
 

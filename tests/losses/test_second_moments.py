@@ -12,7 +12,7 @@ pytestmark = pytest.mark.promise
 ROWS = 12
 
 
-def views(dim):
+def random_embeddings(dim):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, ROWS, dim, dtype=torch.float64, generator=generator).unbind()
 
@@ -29,21 +29,21 @@ def penalty(block, weight):
     return block.sum(off_diagonal + diagonal)
 
 
-def _ours(kind, dim):
+def _compute_penalty(kind, dim):
     """Return this rank's value and the gradient of a shared weight, averaged as DDP does."""
     rank, world = process_group.rank(), process_group.world_size()
     local = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
-    shared = torch.eye(dim, dtype=torch.float64).add(0.1).requires_grad_()
-    z_a, z_b = (z[local] @ shared for z in views(dim))
+    shared_weight = torch.eye(dim, dtype=torch.float64).add(0.1).requires_grad_()
+    z_a, z_b = (z[local] @ shared_weight for z in random_embeddings(dim))
     block = cross_correlation(z_a, z_b) if kind == "correlation" else global_covariance(z_a)
     loss = penalty(block, weights(dim))
     loss.backward()
-    return loss.item(), collectives.reduce_sum(shared.grad) / world, block.columns.shape
+    return loss.item(), collectives.reduce_sum(shared_weight.grad) / world, block.columns.shape
 
 
-def plain(kind, dim):
-    shared = torch.eye(dim, dtype=torch.float64).add(0.1).requires_grad_()
-    centered = [z @ shared - sum(z @ shared) / ROWS for z in views(dim)]
+def plain_penalty(kind, dim):
+    shared_weight = torch.eye(dim, dtype=torch.float64).add(0.1).requires_grad_()
+    centered = [z @ shared_weight - sum(z @ shared_weight) / ROWS for z in random_embeddings(dim)]
     first, second = centered if kind == "correlation" else (centered[0], centered[0])
     loss = torch.zeros((), dtype=torch.float64)
     for i in range(dim):
@@ -54,27 +54,27 @@ def plain(kind, dim):
                 entry = entry / ((a.square().mean() + 1e-5) * (b.square().mean() + 1e-5)).sqrt()
             loss = loss + (weight * (entry - 1) if i == j else (weight * entry) ** 2)
     loss.backward()
-    return loss.item(), shared.grad
+    return loss.item(), shared_weight.grad
 
 
 # With more columns than images the embeddings are gathered: 14 columns, 12 images.
 @pytest.mark.parametrize("kind", ["correlation", "covariance"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("dim", [5, 14])
-def test_equals_the_equation_in_value_and_gradient(kind, world_size, dim):
-    value, expected = plain(kind, dim)
+def test_the_penalty_equals_its_equation_in_value_and_gradient(kind, world_size, dim):
+    expected_loss, expected_gradient = plain_penalty(kind, dim)
     if world_size == 1:
-        ranks = [_ours(kind, dim)]
+        ranks = [_compute_penalty(kind, dim)]
     else:
-        ranks = run_ranks(_ours, kind, dim, world_size=world_size)
-    assert sum(share for share, _, _ in ranks) / world_size == pytest.approx(value, rel=1e-11)
+        ranks = run_ranks(_compute_penalty, kind, dim, world_size=world_size)
+    assert sum(loss for loss, _, _ in ranks) / world_size == pytest.approx(expected_loss, rel=1e-11)
     for _, gradient, shape in ranks:
-        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
         assert shape[0] == dim
         assert (shape[1] == dim) == (world_size == 1 or dim == 5)
 
 
 def test_a_constant_shift_of_any_size_changes_nothing():
-    z_a, z_b = (z.float() for z in views(4))
+    z_a, z_b = (z.float() for z in random_embeddings(4))
     shifted, expected = cross_correlation(z_a + 1000, z_b - 1000), cross_correlation(z_a, z_b)
     torch.testing.assert_close(shifted.columns, expected.columns, rtol=1e-3, atol=1e-3)

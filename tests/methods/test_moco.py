@@ -17,7 +17,7 @@ METHOD = {"projector_dims": [8, 4], "queue_size": 72, "momentum": 0.9}
 OPTIM = OptimConfig(
     name="sgd", base_lr=3.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none"
 )
-WITH_MICRO_BATCHES = {"shuffled_batch_norm": False}  # they cannot be combined
+WITH_MICRO_BATCHES = {"shuffled_batch_norm": False}  # micro-batches cannot be combined with it
 
 
 def plain_loss(method, images):
@@ -40,22 +40,22 @@ def test_three_steps_are_the_authors():
     state = contract.train("moco", steps=3, precision="float64")["state"]
     velocity: dict[str, torch.Tensor] = {}
     for step, images in enumerate(batches):
-        # The authors move the teacher, then compute the keys, then step the optimizer. At the first
-        # step teacher and student are equal.
+        # The authors update the teacher, then compute the keys, then step the optimizer. At the
+        # first step teacher and student are equal.
         with torch.no_grad():
             for name, p in expected.teacher.named_parameters():
                 p.copy_(0.9 * p + 0.1 * expected.get_parameter(name))
         loss, keys = plain_loss(expected, images)
-        named = [(name, p) for name, p in expected.named_parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, [p for _, p in named])
+        trainable = [(name, p) for name, p in expected.named_parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, [p for _, p in trainable])
         angle = torch.tensor(torch.pi * step / contract.NUM_STEPS, dtype=torch.float64)
         lr = 3 * contract.ROWS / 256 * (1 + torch.cos(angle)) / 2
         with torch.no_grad():
-            for (name, p), g in zip(named, gradients):
+            for (name, p), g in zip(trainable, gradients):
                 velocity[name] = 0.9 * velocity.get(name, 0) + g + 1e-4 * p
                 p.sub_(lr * velocity[name])
             expected.queue.rows[step * 24 : (step + 1) * 24] = keys
-    # Our teacher has already moved for the fourth step.
+    # Our teacher has already been updated for the fourth step.
     for name, p in expected.teacher.named_parameters():
         p.data.copy_(0.9 * p + 0.1 * expected.get_parameter(name))
     expected.queue.filled.fill_(72)
@@ -65,7 +65,7 @@ def test_three_steps_are_the_authors():
 
 
 class RankMarker(torch.nn.Module):
-    """Returns each image's number with the rank that it was computed on."""
+    """Module that returns each image's number and the rank that computed it."""
 
     def forward(self, x):
         numbers = x[:, 0, 0, 0]
@@ -84,7 +84,7 @@ def test_key_views_are_computed_on_other_ranks_and_return_in_order():
         assert keys[:, 0].tolist() == list(range(8 * rank, 8 * rank + 8))
     ranks = torch.cat(results)[:, 1].long()
     assert torch.bincount(ranks).tolist() == [8, 8, 8]
-    assert all(len(set(computed_on.tolist())) > 1 for computed_on in ranks.split(8))
+    assert all(len(set(computing_ranks.tolist())) > 1 for computing_ranks in ranks.split(8))
 
 
 def test_settings_that_cannot_be_combined_are_refused():
@@ -119,8 +119,8 @@ def test_without_a_queue_the_negatives_are_the_batchs_other_keys():
     queries, keys = contract.unit_rows(embeddings["queries"]), contract.unit_rows(targets["keys"])
     losses = []
     for q, k in zip(queries, keys):
-        everything = sum(torch.exp(q @ other / 0.2) for other in keys)
-        losses.append(-torch.log(torch.exp(q @ k / 0.2) / everything))
+        total = sum(torch.exp(q @ other / 0.2) for other in keys)
+        losses.append(-torch.log(torch.exp(q @ k / 0.2) / total))
     expected = sum(losses) / len(images)
     torch.testing.assert_close(method.loss(embeddings, targets)[0], expected)
     assert method.couples == "embeddings"

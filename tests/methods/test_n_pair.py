@@ -43,7 +43,7 @@ def test_one_step_is_the_papers(pairs):
     contract.assert_same(method, expected)
 
 
-def test_collapse_costs_the_log_of_the_pairs():
+def test_the_loss_of_a_collapse_is_the_log_of_the_number_of_pairs():
     method, zeros = contract.build("n_pair"), torch.zeros(6, 4, dtype=torch.float64)
     loss, _ = method.loss({"z_a": zeros, "z_b": zeros}, {"groups": torch.arange(6)})
     assert loss.item() == pytest.approx(math.log(6))

@@ -1,4 +1,4 @@
-"""Heads, and teachers and queues: their updates, masked steps, and agreement of the ranks."""
+"""Heads, teachers and queues: updates, masked steps, and agreement of the ranks."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_the_momentum_rises_to_one_by_half_a_cosine():
     assert rising_momentum(Progress(3, 10, 1), 0.996) == pytest.approx(expected)
 
 
-def test_the_queue_overwrites_its_oldest():
+def test_the_queue_overwrites_its_oldest_rows():
     queue = Queue(6, 2, random=False)
     for step in range(4):
         queue.push(torch.full((2, 2), float(step + 1)), 1.0)
@@ -112,13 +112,13 @@ def test_a_queue_that_the_batch_does_not_fill_is_refused(queue_size, batch_size,
     assert str(error.value) == message
 
 
-def kinds(head):
+def layer_types(head):
     return [type(layer).__name__ for layer in head]
 
 
 def test_simclr_head_is_the_authors():
     head = mlp(512, 2048, 2048, 128, last_batch_norm=True, last_shift=False, init_std=0.01)
-    assert kinds(head) == 2 * ["Linear", "BatchNorm1d", "ReLU"] + ["Linear", "BatchNorm1d"]
+    assert layer_types(head) == 2 * ["Linear", "BatchNorm1d", "ReLU"] + ["Linear", "BatchNorm1d"]
     assert all(layer.bias is None for layer in head if isinstance(layer, nn.Linear))
     assert head[-1].bias is None  # center=False
     assert head[-1].weight is not None
@@ -126,9 +126,9 @@ def test_simclr_head_is_the_authors():
     head(torch.randn(4, 512)).sum().backward()
 
 
-def test_plain_head_keeps_its_last_bias():
+def test_the_default_head_keeps_its_last_bias():
     head = mlp(8, 16, 4)
-    assert kinds(head) == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert layer_types(head) == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert head[0].bias is None
     assert head[-1].bias is not None
 

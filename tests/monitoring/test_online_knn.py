@@ -1,4 +1,4 @@
-"""k-NN and linear accuracy during a run, which leave no trace in the training."""
+"""k-NN and linear accuracy, which are measured during a run without changing the training."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class Noisy(nn.Module):
-    """Features with everything in them that a measurement could disturb."""
+    """Backbone with batch norm and dropout, which a measurement could disturb."""
 
     def __init__(self):
         super().__init__()
@@ -65,11 +65,13 @@ def test_the_accuracies_are_those_of_the_classifiers():
         labels[knn.bank_indices],
         data[knn.query_indices],
     )
-    by_knn = weighted_knn.predict(bank, bank_labels, queries, k=5, temperature=0.07, num_classes=4)
-    by_probe = linear_probe.predict(bank, bank_labels, queries, 4)
+    knn_predictions = weighted_knn.predict(
+        bank, bank_labels, queries, k=5, temperature=0.07, num_classes=4
+    )
+    probe_predictions = linear_probe.predict(bank, bank_labels, queries, 4)
     expected = [
-        (predicted == labels[knn.query_indices]).double().mean().item()
-        for predicted in (by_knn, by_probe)
+        (predictions == labels[knn.query_indices]).double().mean().item()
+        for predictions in (knn_predictions, probe_predictions)
     ]
     metrics = knn.measure(nn.Identity()).metrics
     assert [metrics["knn"], metrics["probe"]] == pytest.approx(expected) and 0.3 < expected[0] < 1
@@ -116,8 +118,8 @@ def _measure_on_this_rank():
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_agree_with_one_process(world_size):
     expected, _ = _measure_on_this_rank()
-    measured = run_ranks(_measure_on_this_rank, world_size=world_size)
-    assert measured == [(expected, world_size)] * world_size
+    results = run_ranks(_measure_on_this_rank, world_size=world_size)
+    assert results == [(expected, world_size)] * world_size
 
 
 def test_without_labels_nothing_is_measured_and_one_line_says_so(capsys):
@@ -145,7 +147,7 @@ def test_a_k_that_does_not_fit_is_refused_before_training():
     ("epochs", "steps"),
     [(1.0, [4, 8, 12]), (0.5, [2, 4, 6, 8, 10, 12]), (0.625, [3, 5, 8, 10]), (2, [8]), (0, [])],
 )
-def test_a_measurement_is_due_when_so_many_epochs_have_passed(epochs, steps):
+def test_a_measurement_is_due_after_each_interval_of_epochs(epochs, steps):
     knn = build_knn(knn_every_epochs=epochs)
     assert [step for step in range(13) if knn.is_due(step)] == steps
 

@@ -15,7 +15,7 @@ def predict(bank, labels, queries, k, temperature, num_classes=4):
     )
 
 
-def by_the_paper(bank, bank_labels, query, k, temperature, num_classes):
+def predict_as_in_the_paper(bank, bank_labels, query, k, temperature, num_classes):
     """Classify one query in plain Python. The k nearest vote with exp(cosine / temperature)."""
 
     def cosine(a, b):
@@ -33,7 +33,7 @@ def by_the_paper(bank, bank_labels, query, k, temperature, num_classes):
 def test_predictions_equal_the_papers_sum_over_neighbors(k, temperature):
     (bank, labels), (queries, _) = clusters(60), clusters(25, seed=1)
     expected = [
-        by_the_paper(bank.tolist(), labels.tolist(), query, k, temperature, 4)
+        predict_as_in_the_paper(bank.tolist(), labels.tolist(), query, k, temperature, 4)
         for query in queries.tolist()
     ]
     assert predict(bank, labels, 7 * queries, k, temperature).tolist() == expected
@@ -43,7 +43,7 @@ def test_a_near_neighbor_outvotes_two_far_ones():
     bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])
     labels, query = torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0]])
     assert predict(bank, labels, query, 3, 0.07).item() == 0  # e^(1/.07) against 2 e^(.6/.07)
-    assert predict(bank, labels, query, 3, 10.0).item() == 1  # nearly a plain majority
+    assert predict(bank, labels, query, 3, 10.0).item() == 1  # nearly a majority vote
 
 
 def test_a_small_temperature_does_not_overflow():
@@ -52,11 +52,11 @@ def test_a_small_temperature_does_not_overflow():
     assert torch.equal(predict(bank, labels, queries, 5, 1e-4), nearest)
 
 
-def test_predictions_do_not_depend_on_the_size_of_chunks(monkeypatch):
+def test_predictions_do_not_depend_on_the_chunk_size(monkeypatch):
     (bank, labels), (queries, _) = clusters(50), clusters(33, seed=1)
-    whole = predict(bank, labels, queries, 7, 0.07)
+    expected = predict(bank, labels, queries, 7, 0.07)
     monkeypatch.setattr(weighted_knn, "MAX_SIMILARITIES", 4 * len(bank))
-    assert torch.equal(predict(bank, labels, queries, 7, 0.07), whole)
+    assert torch.equal(predict(bank, labels, queries, 7, 0.07), expected)
 
 
 @pytest.mark.parametrize(

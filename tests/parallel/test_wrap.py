@@ -34,7 +34,7 @@ SGD = {
 LARC = {"name": "larc", "base_lr": 0.1, "lr_scaling": "none", "warmup_epochs": 1}
 NO_WARMUP = {**SGD, "base_lr": 1.0, "warmup_epochs": 0, "nesterov": False}
 MICRO_BATCHES = {"num_micro_batches": 2, "bn_group_images": 2}  # on 2 ranks
-FLOAT64 = {"precision": "float64"}  # in which other orders of summation differ by less than 1e-9
+FLOAT64 = {"precision": "float64"}  # orders of summation differ by less than 1e-9
 
 
 def _assert_close(tensors, expected, tolerance=1e-9):
@@ -53,17 +53,17 @@ def _assert_close(tensors, expected, tolerance=1e-9):
 NAMES = [pytest.param(name, marks=() if name == "dino" else pytest.mark.full) for name in CASES]
 
 
-def _resumed_on_four_ranks(folder, name):
+def _resume_on_four_ranks(folder, name):
     """Stop and resume on 4 ranks with sharded weights. Copy the checkpoint for other ranks."""
     run(name, SAVED_STEP, folder / "four", strategy="fsdp", **FLOAT64)
     if process_group.is_main():
-        for name_of_copy in ("one", "two ddp", "two fsdp"):
-            shutil.copytree(folder / "four", folder / name_of_copy)
+        for copy_name in ("one", "two ddp", "two fsdp"):
+            shutil.copytree(folder / "four", folder / copy_name)
     collectives.barrier()
     return run(name, NUM_STEPS - SAVED_STEP, folder / "four", strategy="fsdp", **FLOAT64)["state"]
 
 
-def _on_two_ranks(folder, name):
+def _train_on_two_ranks(folder, name):
     """Train from the start and from the checkpoint of 4 ranks, replicated and sharded."""
     states = {}
     for strategy in ("ddp", "fsdp"):
@@ -80,9 +80,9 @@ def _on_two_ranks(folder, name):
 def test_twenty_steps_are_the_same_replicated_or_sharded_on_one_two_or_four_ranks(name, tmp_path):
     """Runs stopped on four ranks resume on four, two and one."""
     uninterrupted = run(name, NUM_STEPS, **FLOAT64)["state"]
-    for state in run_ranks(_resumed_on_four_ranks, tmp_path, name, world_size=4):
+    for state in run_ranks(_resume_on_four_ranks, tmp_path, name, world_size=4):
         _assert_close(state, uninterrupted)
-    for rank in run_ranks(_on_two_ranks, tmp_path, name, world_size=2):
+    for rank in run_ranks(_train_on_two_ranks, tmp_path, name, world_size=2):
         for state in rank.values():
             _assert_close(state, uninterrupted)
     with pytest.warns(
@@ -108,7 +108,7 @@ def test_twenty_steps_are_the_same_replicated_or_sharded_on_one_two_or_four_rank
     )
 
 
-def _results_of_four_ranks(folder):
+def _run_cases_on_four_ranks(folder):
     uninterrupted = run("dino", 4, strategy="fsdp")["state"]
     run("dino", 2, folder, strategy="fsdp")
     results = {"bits": (uninterrupted, run("dino", 2, folder, strategy="fsdp")["state"])}
@@ -121,33 +121,33 @@ def _results_of_four_ranks(folder):
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory):
-    return run_ranks(_results_of_four_ranks, tmp_path_factory.mktemp("four"), world_size=4)
+    return run_ranks(_run_cases_on_four_ranks, tmp_path_factory.mktemp("four"), world_size=4)
 
 
-def _tensors_moved_by_nan():
+def _find_tensors_changed_by_nan():
     """Return the tensors that a sharded step changes if one pixel of one rank is NaN."""
-    moved = {}
+    changed = {}
     for name in ("dino", "simclr"):  # AdamW and LARS
         stepper, sizes = networks.build_case(name, strategy="fsdp")
         networks.take_step(stepper, sizes, 0)
         before = networks.full_state(parallel.unwrap(stepper.model))
-        local = networks.random_batch(1, sizes).slice(
+        local_batch = networks.random_batch(1, sizes).slice(
             process_group.rank(), process_group.world_size()
         )
-        local.views[1][0, 0, 0, 0] = float("nan") if process_group.rank() else 0.0
-        logs = stepper(Progress(1, 20, 2), local).logs
+        local_batch.views[1][0, 0, 0, 0] = float("nan") if process_group.rank() else 0.0
+        logs = stepper(Progress(1, 20, 2), local_batch).logs
         after = networks.full_state(parallel.unwrap(stepper.model))
         assert logs["skipped_steps"] == 1
-        moved[name] = [
+        changed[name] = [
             key
             for key, value in after.items()
             if not torch.equal(value, before[key]) and "num_batches" not in key
         ]
-    return moved
+    return changed
 
 
-def _results_of_two_ranks():
-    results: dict = {"moved": _tensors_moved_by_nan()}
+def _run_cases_on_two_ranks():
+    results: dict = {"changed": _find_tensors_changed_by_nan()}
     results |= {
         name: run(
             name, 2, strategy="fsdp", reshard_after_forward=False, **MICRO_BATCHES, **FLOAT64
@@ -157,9 +157,9 @@ def _results_of_two_ranks():
     for name, optimizer in (("sgd", SGD), ("larc", LARC)):
         results[name] = run("dino", 2, strategy="fsdp", optimizer=optimizer, **FLOAT64)["state"]
     for strategy in ("ddp", "fsdp"):
-        shipped = {"strategy": strategy, "optimizer": NO_WARMUP}
+        settings = {"strategy": strategy, "optimizer": NO_WARMUP}
         results[f"gradients {strategy}"] = [
-            run("dino", 1, gradients=kind, **shipped)["state"] for kind in ("float32", "bfloat16")
+            run("dino", 1, gradients=kind, **settings)["state"] for kind in ("float32", "bfloat16")
         ]
         results[f"bfloat16 {strategy}"] = run(
             "moco_v3", 2, strategy=strategy, precision="bfloat16"
@@ -169,7 +169,7 @@ def _results_of_two_ranks():
 
 @pytest.fixture(scope="module")
 def two_ranks():
-    return run_ranks(_results_of_two_ranks, world_size=2)
+    return run_ranks(_run_cases_on_two_ranks, world_size=2)
 
 
 def test_four_resumed_ranks_equal_uninterrupted_ones_bit_for_bit(four_ranks):
@@ -198,8 +198,8 @@ def test_norms_of_shards_equal_those_of_whole_tensors(name, optimizer, two_ranks
         _assert_close(rank[name], expected)
 
 
-def test_a_nonfinite_batch_moves_no_shard_on_any_rank(two_ranks):
-    assert [rank["moved"] for rank in two_ranks] == [{"dino": [], "simclr": []}] * 2
+def test_a_nonfinite_batch_changes_no_shard_on_any_rank(two_ranks):
+    assert [rank["changed"] for rank in two_ranks] == [{"dino": [], "simclr": []}] * 2
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -208,23 +208,23 @@ def test_bfloat16_gradients_differ_only_by_rounding(strategy, two_ranks):
         parallel.unwrap(networks.build_case("dino", optimizer=NO_WARMUP)[0].model)
     )
     exact, rounded = two_ranks[0][f"gradients {strategy}"]
-    moved = {
+    update_norms = {
         name: (exact[name] - start[name]).norm()
         for name in exact
         if name.startswith(("backbone", "head"))
     }
     errors = {
-        name: ((rounded[name] - exact[name]).norm() / size).item()
-        for name, size in moved.items()
-        if size > 1e-3
+        name: ((rounded[name] - exact[name]).norm() / norm).item()
+        for name, norm in update_norms.items()
+        if norm > 1e-3
     }
     assert len(errors) > 10 and 1e-4 < max(errors.values()) < 2**-6
 
 
 def test_bfloat16_shards_train_like_replicated_weights(two_ranks):
-    whole, sharded = two_ranks[0]["bfloat16 ddp"], two_ranks[0]["bfloat16 fsdp"]
+    replicated, sharded = two_ranks[0]["bfloat16 ddp"], two_ranks[0]["bfloat16 fsdp"]
     assert all(value.isfinite().all() for value in sharded.values() if value.is_floating_point())
-    _assert_close(sharded, whole, tolerance=5e-3)
+    _assert_close(sharded, replicated, tolerance=5e-3)
 
 
 def _ranks_of_bn_group():
@@ -238,37 +238,37 @@ def test_a_batch_norm_group_within_a_node_uses_its_ranks(four_ranks):
     assert [rank["node"] for rank in four_ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
-def _bytes(name, strategy):
+def _count_bytes(name, strategy):
     """Return counted and predicted bytes that this rank sends in one step, by kind."""
     stepper, sizes = networks.build_case(name, strategy=strategy, rows=6, **FLOAT64)
     networks.take_step(stepper, sizes, 0)
-    local = networks.random_batch(1, sizes, 6).slice(
+    local_batch = networks.random_batch(1, sizes, 6).slice(
         process_group.rank(), process_group.world_size()
     )
     with Traffic() as traffic:
-        stepper(Progress(1, 20, 2), local)
+        stepper(Progress(1, 20, 2), local_batch)
     expected = predict_bytes(
         parallel.unwrap(stepper.model),
         strategy,
         dim=9,
-        rows=len(local),
+        rows=len(local_batch),
         calls=1 if name == "simclr" else 2,
     )
     return dict(traffic.sent), {kind: count for kind, count in expected.items() if count}
 
 
-def _all_bytes():
+def _count_bytes_of_all_cases():
     return {
-        f"{name} {strategy}": _bytes(name, strategy)
+        f"{name} {strategy}": _count_bytes(name, strategy)
         for name in ("simclr", "moco_v3")
         for strategy in ("ddp", "fsdp")
     }
 
 
 def test_bytes_sent_equal_the_formulas():
-    for rank in run_ranks(_all_bytes, world_size=3):
-        for what, (counted, expected) in rank.items():
-            assert counted == expected, what
+    for rank in run_ranks(_count_bytes_of_all_cases, world_size=3):
+        for case, (counted, expected) in rank.items():
+            assert counted == expected, case
         assert rank["simclr ddp"][0].keys() == {
             "gather",
             "loss backward",

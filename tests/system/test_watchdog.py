@@ -80,17 +80,17 @@ ctypes.PyDLL(None).sleep(50)
 
 
 def test_a_process_that_compiles_is_not_silent_unless_it_waits():
-    computing = """
+    busy_code = """
 watchdog.arm(1.0, "x", "y", includes_compilation=True)
 end = time.monotonic() + 4
 while time.monotonic() < end: pass
 watchdog.disarm()
 """
-    assert run(computing) == (0, "", "")
+    assert run(busy_code) == (0, "", "")
     start_time = time.monotonic()
     assert run('watchdog.arm(1.0, "x", "y", includes_compilation=True)\ntime.sleep(50)')[0] == 69
     assert time.monotonic() - start_time < 20
 
 
-def test_the_exit_status_can_be_that_of_the_disk():
+def test_the_exit_status_can_be_set():
     assert run('watchdog.arm(0.3, "x", "y", 74)\ntime.sleep(50)')[0] == 74
