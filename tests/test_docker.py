@@ -14,9 +14,9 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
 
 
 def test_sed_lists_the_packages_that_setup_installs():
-    by_sed = run("sed", "s/#.*//", "docker/system-packages.txt", check=True)
-    by_setup = run("bash", "-c", "source docker/setup.sh && system_packages", check=True)
-    assert by_sed.stdout.split() == by_setup.stdout.split()
+    sed_result = run("sed", "s/#.*//", "docker/system-packages.txt", check=True)
+    setup_result = run("bash", "-c", "source docker/setup.sh && system_packages", check=True)
+    assert sed_result.stdout.split() == setup_result.stdout.split()
 
 
 @pytest.fixture

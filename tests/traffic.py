@@ -1,4 +1,4 @@
-"""Count the bytes that a rank sends in a step at the collectives, and predict them by formula."""
+"""Count the bytes that a rank sends in the collectives of a step, and predict them by formula."""
 
 import sys
 from collections import Counter
@@ -35,7 +35,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # Exact fractions, since a shard of an all-reduce need not be whole bytes.
+        # Exact fractions, since a shard of an all-reduce need not be a whole number of bytes.
         self.sent: Counter[str] = Counter()
 
     def __torch_dispatch__(
@@ -46,12 +46,12 @@ class Traffic(TorchDispatchMode):
             first = args[0][0] if isinstance(args[0], list) else args[0]
             second = args[1][0] if isinstance(args[1], list) else args[1]
             world = process_group.world_size()
-            size = {
+            tensor = {
                 "_allgather_base_": second,
                 "_reduce_scatter_base_": first,
                 "allreduce_": first,
             }[name]
-            size = size.numel() * size.element_size()
+            size = tensor.numel() * tensor.element_size()
             self.sent[_collective_kind()] += (
                 Fraction(2 * (world - 1) * size, world)
                 if name == "allreduce_"
@@ -83,15 +83,15 @@ def predict_bytes(
         calls: Forward passes per step: 1 if the views are concatenated, 2 if not.
     """
     world, size, views = process_group.world_size(), 8, 2
-    others, all_reduced = world - 1, Fraction(2 * (world - 1), world)
+    num_others, all_reduced = world - 1, Fraction(2 * (world - 1), world)
     teacher = getattr(method, "teacher", nn.Module())
-    norms, teacher_norms = _channels(method), _channels(teacher)
+    norms, teacher_norms = _count_norm_channels(method), _count_norm_channels(teacher)
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     sent = {
-        "gather": others * views * rows * dim * size,
+        "gather": num_others * views * rows * dim * size,
         # Keys of a teacher carry no gradient.
-        "loss backward": 0 if teacher_norms else others * views * rows * 3 * size,
-        "batch norm forward": calls * others * sum(2 * c + 1 for c in norms) * size,
+        "loss backward": 0 if teacher_norms else num_others * views * rows * 3 * size,
+        "batch norm forward": calls * num_others * sum(2 * c + 1 for c in norms) * size,
         "batch norm backward": calls * all_reduced * 2 * (sum(norms) - sum(teacher_norms)) * size,
     }
     if strategy == "ddp":
@@ -104,26 +104,26 @@ def predict_bytes(
         *(child for child in teacher.children() if isinstance(child, components.Backbone)),
     ):
         in_blocks = sum(_numel_per_rank(unit.parameters()) for _, unit in backbones.blocks(network))
-        own = _numel_per_rank(network.parameters()) - in_blocks
-        gathered += calls * (in_blocks + own)
+        outside_blocks = _numel_per_rank(network.parameters()) - in_blocks
+        gathered += calls * (in_blocks + outside_blocks)
         if network is method.backbone:  # the backward pass gathers again
-            gathered += calls * in_blocks + own
-        rest -= in_blocks + own
+            gathered += calls * in_blocks + outside_blocks
+        rest -= in_blocks + outside_blocks
     adapted = sum(parameter.ndim > 1 for parameter in trained) if not teacher_norms else 0  # LARS
     return sent | {
-        "weights": others * (gathered + rest) * size,
-        "gradients": others
+        "weights": num_others * (gathered + rest) * size,
+        "gradients": num_others
         * _numel_per_rank(trained)
         * size,  # once, after the last call's backward
         "norms": all_reduced * (len(trained) + 2 * adapted) * size,
     }
 
 
-def _channels(module: nn.Module) -> list[int]:
+def _count_norm_channels(module: nn.Module) -> list[int]:
     return [len(norm.running_mean) for norm in module.modules() if isinstance(norm, GroupBatchNorm)]
 
 
 def _numel_per_rank(parameters: Any) -> int:
-    """Return how many numbers of these parameters a rank holds, with equal shards of their rows."""
+    """Return how many elements of these parameters a rank holds if their rows are sharded."""
     world = process_group.world_size()
     return sum(-(-len(p) // world) * (p.numel() // len(p)) for p in parameters)

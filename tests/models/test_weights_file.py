@@ -1,4 +1,4 @@
-"""The tensors of a network are found in files as others publish them."""
+"""The tensors of a network are found in files of the kinds that other projects publish."""
 
 from pathlib import Path
 
@@ -14,25 +14,26 @@ from ssl_pretrain.models import backbones, image_size_check, weights_file
 from ssl_pretrain.models.timm_networks import BackboneConfig
 
 
-def network() -> torch.nn.Module:
+def build_network() -> torch.nn.Module:
     torch.manual_seed(1)
     return timm.create_model("test_resnet", num_classes=10)
 
 
-NETWORK = network()
+NETWORK = build_network()
 WEIGHTS = NETWORK.state_dict()
-BARE = {key: value for key, value in WEIGHTS.items() if not key.startswith("fc.")}
+BACKBONE_WEIGHTS = {key: value for key, value in WEIGHTS.items() if not key.startswith("fc.")}
+VISSL = {f"_feature_blocks.{key}": value for key, value in BACKBONE_WEIGHTS.items()}
 
 
-VISSL = {f"_feature_blocks.{key}": value for key, value in BARE.items()}
-
-
-def load(path: Path) -> list[str]:
-    """Load a file into a backbone and check that it has the weights. Returns the notes."""
+def load_file(path: Path) -> list[str]:
+    """Load a file into a backbone, check the backbone's weights, and return the notes."""
     backbone = backbones.build(BackboneConfig(name="test_resnet"), 32)
     weights, notes = weights_file.read_weights(path, "weights")
     notes += backbones.load_strict(backbone, weights, "weights")
-    assert all(torch.equal(value, BARE[key]) for key, value in backbone.model.state_dict().items())
+    assert all(
+        torch.equal(value, BACKBONE_WEIGHTS[key])
+        for key, value in backbone.model.state_dict().items()
+    )
     return notes
 
 
@@ -51,19 +52,22 @@ def load(path: Path) -> list[str]:
             torch.optim.swa_utils.AveragedModel(NETWORK).state_dict(),
             ["left out fc.bias, fc.weight, n_averaged"],
         ),
-        ({"net": BARE, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, ["read at 'net'"]),
+        (
+            {"net": BACKBONE_WEIGHTS, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+            ["read at 'net'"],
+        ),
     ],
     ids=["deep in mappings", "beside a step count", "averaged", "under an unknown key"],
 )
 def test_weights_are_found_wherever_a_file_keeps_them(tmp_path, content, notes):
     torch.save(content, tmp_path / "weights.pth")
-    assert load(tmp_path / "weights.pth") == notes
+    assert load_file(tmp_path / "weights.pth") == notes
 
 
 def test_the_format_is_read_from_the_content_and_not_from_the_suffix(tmp_path):
-    save_file(BARE, tmp_path / "weights.bin")
-    torch.save(BARE, tmp_path / "weights.safetensors")
-    assert load(tmp_path / "weights.bin") == load(tmp_path / "weights.safetensors") == []
+    save_file(BACKBONE_WEIGHTS, tmp_path / "weights.bin")
+    torch.save(BACKBONE_WEIGHTS, tmp_path / "weights.safetensors")
+    assert load_file(tmp_path / "weights.bin") == load_file(tmp_path / "weights.safetensors") == []
 
 
 CONVNEXT_BLOCKS = [(8, 16, 1), (16, 24, 2), (24, 32, 1), (32, None, 1)]
@@ -104,7 +108,7 @@ def test_weights_of_torchvision_give_the_features_of_torchvision(name):
         torch.testing.assert_close(ours(images), expected[0].flatten(1), rtol=1e-3, atol=1e-4)
 
 
-def _script(path: Path) -> None:
+def _save_torchscript(path: Path) -> None:
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
 
 
@@ -130,20 +134,22 @@ def _script(path: Path) -> None:
             "weights is truncated or damaged (File is not a zip file); download it again",
         ),
         (
-            _script,
+            _save_torchscript,
             "weights is a TorchScript program. If you trust the file, save its tensors alone: ",
         ),
         (
-            lambda path: torch.save({"a": BARE, "b": BARE}, path),
+            lambda path: torch.save({"a": BACKBONE_WEIGHTS, "b": BACKBONE_WEIGHTS}, path),
             "weights: the file has tensors at 'a' (90), 'b' (90); "
             "choose one with backbone.init_key",
         ),
         (
-            lambda path: torch.save(list(BARE.values()), path),
+            lambda path: torch.save(list(BACKBONE_WEIGHTS.values()), path),
             "weights: no named tensors were found; the file contains a list",
         ),
         (
-            lambda path: torch.save(BARE | {"bn1.bias": BARE["bn1.bias"] * torch.nan}, path),
+            lambda path: torch.save(
+                BACKBONE_WEIGHTS | {"bn1.bias": BACKBONE_WEIGHTS["bn1.bias"] * torch.nan}, path
+            ),
             "weights: not the weights of this backbone: invalid values (not finite, or integers "
             "instead of floating-point numbers) in bn1.bias. ",
         ),
@@ -153,12 +159,12 @@ def _script(path: Path) -> None:
 def test_files_without_the_weights_are_refused(tmp_path, write, message):
     write(tmp_path / "weights.pth")
     with pytest.raises(ValueError) as error:
-        load(tmp_path / "weights.pth")
+        load_file(tmp_path / "weights.pth")
     assert str(error.value).startswith(message)
 
 
 def test_a_folder_of_files_is_refused(tmp_path):
-    save_file(BARE, tmp_path / "model.safetensors")
+    save_file(BACKBONE_WEIGHTS, tmp_path / "model.safetensors")
     backbone = backbones.build(BackboneConfig(name="test_resnet"), 32)
     with pytest.raises(ValueError) as error:
         initialize(backbone, BackboneConfig(init=str(tmp_path)))

@@ -13,8 +13,8 @@ from ssl_pretrain.monitoring import collapse_metrics
 NUM_ROWS, NUM_PROTOTYPES = 24, 7
 
 
-def measure(embeddings, features=None, **others):
-    monitored = Monitored(embeddings, **others)
+def measure(embeddings, features=None, **options):
+    monitored = Monitored(embeddings, **options)
     scalars, _ = collapse_metrics.measure(monitored, features, max_rows=NUM_ROWS)
     return {name: value.item() for name, value in scalars.items()}
 
@@ -23,7 +23,7 @@ def test_a_collapsed_batch_shows_in_every_metric():
     z = torch.ones(NUM_ROWS, 8)
     assignments = torch.zeros(NUM_ROWS, dtype=torch.int64)
     metrics = measure(z, pair=(z, z), features=z, assignments=assignments, num_prototypes=100)
-    zeros = (
+    zero_metrics = (
         "embedding_std",
         "embedding_std_min",
         "embedding_scale",
@@ -31,7 +31,7 @@ def test_a_collapsed_batch_shows_in_every_metric():
         "alignment",
         "prototype_entropy",
     )
-    for name in zeros:
+    for name in zero_metrics:
         assert metrics[name] == pytest.approx(0, abs=1e-5), name
     assert metrics["rankme"] == pytest.approx(1, abs=1e-4)
     assert metrics["effective_rank_centered"] == pytest.approx(1, abs=1e-4)
@@ -52,10 +52,10 @@ def test_a_batch_without_a_pair_has_no_pair_metrics():
     assert measure(z, pair=(z, z))["pair_cosine"] == pytest.approx(1, abs=1e-5)
 
 
-def _measure_share(z_a, z_b, features, assignments):
-    """Measure this rank's rows of a batch."""
-    share = NUM_ROWS // process_group.world_size()
-    rows = slice(process_group.rank() * share, (process_group.rank() + 1) * share)
+def _measure_local_rows(z_a, z_b, features, assignments):
+    """Measure the batch rows of this rank."""
+    num_rows = NUM_ROWS // process_group.world_size()
+    rows = slice(process_group.rank() * num_rows, (process_group.rank() + 1) * num_rows)
     return measure(
         z_a[rows],
         pair=(z_a[rows], z_b[rows]),
@@ -71,7 +71,7 @@ def test_ranks_agree_with_one_process(world_size):
     z_a, noise = torch.randn(2, NUM_ROWS, 5, generator=generator, dtype=torch.float64)
     features = torch.randn(NUM_ROWS, 9, generator=generator, dtype=torch.float64)
     batch = (z_a, z_a + 0.3 * noise, features, torch.arange(NUM_ROWS) % NUM_PROTOTYPES)
-    expected = _measure_share(*batch)
+    expected = _measure_local_rows(*batch)
     assert len(expected) == 16
-    for metrics in run_ranks(_measure_share, *batch, world_size=world_size):
+    for metrics in run_ranks(_measure_local_rows, *batch, world_size=world_size):
         assert metrics == pytest.approx(expected, rel=1e-9)

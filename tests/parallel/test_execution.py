@@ -11,10 +11,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def test_evaluations_keep_float32_although_training_views_are_bfloat16():
     """Evaluations run without autocast, so their views must not be rounded."""
-    on_gpu = Execution.resolve(ParallelConfig(), CUDA)
-    assert on_gpu.view_dtype == torch.bfloat16
+    gpu_execution = Execution.resolve(ParallelConfig(), CUDA)
+    assert gpu_execution.view_dtype == torch.bfloat16
     training, evaluation = torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16), torch.zeros(1, 3, 4, 4)
-    views = on_gpu.place_views([training, evaluation])
+    views = gpu_execution.place_views([training, evaluation])
     assert [view.dtype for view in views] == [torch.bfloat16, torch.float32]
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in views)
 
@@ -24,8 +24,8 @@ def test_views_on_a_cpu_are_float32():
 
 
 def test_a_float64_model_gets_float64_views():
-    in_float64 = Execution.resolve(ParallelConfig(precision="float64"), CUDA)
-    assert in_float64.place_views([torch.zeros(1, 3, 4, 4)])[0].dtype == torch.float64
+    float64_execution = Execution.resolve(ParallelConfig(precision="float64"), CUDA)
+    assert float64_execution.place_views([torch.zeros(1, 3, 4, 4)])[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""numba's cache on disk: an intact file is used, a damaged one is written again."""
+"""An intact file in numba's cache on disk is used, and a damaged one is written again."""
 
 import importlib.util
 import os
@@ -16,10 +16,10 @@ def triple(x):
 
 
 @pytest.fixture
-def compiled(tmp_path, monkeypatch):
-    """Return a function that loads a module with one cached function, as a new process would.
+def cached_module(tmp_path, monkeypatch):
+    """Return a function that loads a module as a new process would, and the module's cache files.
 
-    Its files in the cache are returned too. The function returns the number of cache hits.
+    The module has one cached function. Loading returns the number of cache hits.
     """
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "triple.py"
@@ -51,24 +51,24 @@ DAMAGES = {
 }
 
 
-def test_an_intact_cache_is_used(compiled):
-    load, files = compiled
+def test_an_intact_cache_is_used(cached_module):
+    load, files = cached_module
     assert [path.suffix for path in files] == [".nbc", ".nbi"]
     assert load() == 1
 
 
 @pytest.mark.parametrize("kind", [".nbi", ".nbc"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_written_again(compiled, kind, damage):
-    load, files = compiled
+def test_a_damaged_file_is_written_again(cached_module, kind, damage):
+    load, files = cached_module
     (path,) = (path for path in files if path.suffix == kind)
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     assert load() == 0
     assert load() == 1
 
 
-def test_a_folder_in_the_place_of_a_file_only_costs_time(compiled):
-    load, files = compiled
+def test_a_folder_in_the_place_of_a_file_only_costs_time(cached_module):
+    load, files = cached_module
     for path in files:
         path.unlink()
         path.mkdir()

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.promise
 CHANCE = 1e-4
 
 
-def image(height: int, width: int) -> torch.Tensor:
+def draw_image(height: int, width: int) -> torch.Tensor:
     return torch.randint(
         0,
         256,
@@ -34,7 +34,7 @@ def image(height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", [16, 96])  # smaller and larger than the box
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_view_is_torchvisions_resized_crop(interpolation, size, flip):
-    pixels, box = image(70, 90), Box(5, 11, 41, 53, flip)
+    pixels, box = draw_image(70, 90), Box(5, 11, 41, 53, flip)
     expected = F.resized_crop(
         pixels, 5, 11, 41, 53, [size, size], F.InterpolationMode(interpolation), antialias=True
     )
@@ -44,16 +44,16 @@ def test_a_view_is_torchvisions_resized_crop(interpolation, size, flip):
 
 
 def test_the_memory_format_changes_nothing():
-    pixels, crop, box = image(70, 90), Crop(size=32), Box(5, 11, 41, 53, True)
+    pixels, crop, box = draw_image(70, 90), Crop(size=32), Box(5, 11, 41, 53, True)
     channels_last = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     assert torch.equal(crops.apply(channels_last, box, crop), crops.apply(pixels, box, crop))
 
 
-def boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray:
+def draw_boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray:
     return np.array([crops.draw_box(crop, 0, 0, index, 0, height, width)[:4] for index in range(n)])
 
 
-def torchvision_boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray:
+def draw_torchvision_boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray:
     transform = v2.RandomResizedCrop(crop.size, scale=tuple(crop.scale), ratio=tuple(crop.ratio))
     blank = torch.empty(3, height, width)
     with torch.random.fork_rng():
@@ -73,7 +73,7 @@ def torchvision_boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray
 )
 def test_boxes_are_distributed_as_in_torchvision(crop, height, width):
     n = 4000
-    ours, theirs = (draw(crop, height, width, n) for draw in (boxes, torchvision_boxes))
+    ours, theirs = (draw(crop, height, width, n) for draw in (draw_boxes, draw_torchvision_boxes))
     measures = {
         "area": lambda b: b[:, 2] * b[:, 3],
         "ratio": lambda b: b[:, 3] / b[:, 2],
@@ -88,7 +88,7 @@ def test_boxes_are_distributed_as_in_torchvision(crop, height, width):
 
 
 def test_area_and_ratio_are_uniform_and_log_uniform():
-    rows = boxes(Crop(scale=[0.1, 0.5]), 2000, 2000, 4000)  # all attempts fit at these sizes
+    rows = draw_boxes(Crop(scale=[0.1, 0.5]), 2000, 2000, 4000)  # all attempts fit at these sizes
     area, ratio = rows[:, 2] * rows[:, 3] / 2000**2, rows[:, 3] / rows[:, 2]
     assert stats.kstest(area, stats.uniform(0.1, 0.4).cdf).pvalue > CHANCE
     log_uniform = stats.uniform(math.log(3 / 4), math.log(16 / 9))
@@ -103,32 +103,34 @@ def test_area_and_ratio_are_uniform_and_log_uniform():
 )
 def test_the_fallback_is_torchvisions(height, width):
     crop = Crop(scale=[1.0, 1.0]) if height != width else Crop(scale=[4.0, 4.0])  # no attempt fits
-    assert np.array_equal(boxes(crop, height, width, 3), torchvision_boxes(crop, height, width, 3))
+    assert np.array_equal(
+        draw_boxes(crop, height, width, 3), draw_torchvision_boxes(crop, height, width, 3)
+    )
 
 
-def test_a_whole_image_within_the_ratio_falls_back_to_itself():
+def test_the_fallback_of_an_image_within_the_ratio_is_the_whole_image():
     assert crops.draw_box(Crop(scale=[4.0, 4.0]), 0, 0, 0, 0, 100, 120)[:4] == (0, 0, 100, 120)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (1, 1), (2, 50), (375, 500)])
 def test_a_box_is_inside_the_image(height, width):
-    top, left, tall, wide = boxes(Crop(), height, width, 500).T
+    top, left, box_height, box_width = draw_boxes(Crop(), height, width, 500).T
     assert min(top.min(), left.min()) >= 0
-    assert min(tall.min(), wide.min()) >= 1
-    assert (top + tall).max() <= height
-    assert (left + wide).max() <= width
+    assert min(box_height.min(), box_width.min()) >= 1
+    assert (top + box_height).max() <= height
+    assert (left + box_width).max() <= width
 
 
 def test_a_flip_has_the_probability_of_the_recipe():
-    def flips(probability):
+    def draw_flips(probability):
         return [
             crops.draw_box(Crop(flip=probability), 0, 0, index, 0, 40, 40).flip
             for index in range(4000)
         ]
 
-    assert not any(flips(0.0))
-    assert all(flips(1.0))
-    assert np.mean(flips(0.3)) == pytest.approx(0.3, abs=0.025)  # 3.5 standard deviations
+    assert not any(draw_flips(0.0))
+    assert all(draw_flips(1.0))
+    assert np.mean(draw_flips(0.3)) == pytest.approx(0.3, abs=0.025)  # 3.5 standard deviations
 
 
 def test_a_box_depends_on_seed_epoch_index_and_view_alone():
@@ -163,7 +165,7 @@ def test_a_batch_is_cropped_like_its_images_one_by_one(interpolation, size, devi
     images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
     expected = []
     for row, (height, width) in enumerate(sizes.tolist()):
-        images[row, :, :height, :width] = image(height, width)
+        images[row, :, :height, :width] = draw_image(height, width)
         box = crops.draw_box(crop, 1, 2, 10 + row, 3, height, width)
         expected.append(crops.apply(images[row, :, :height, :width], box, crop))
     rows = crops.draw_boxes(crop, 1, 2, np.arange(10, 50), 3, sizes)
@@ -188,9 +190,9 @@ def test_evaluation_takes_the_resized_center(
             v2.CenterCrop(size),
         ]
     )
-    view = crops.evaluation_view(image(height, width), size, crop_ratio, interpolation)
+    view = crops.evaluation_view(draw_image(height, width), size, crop_ratio, interpolation)
     assert view.shape == (3, size, size)
-    assert torch.equal(view, transform(image(height, width)))
+    assert torch.equal(view, transform(draw_image(height, width)))
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -200,7 +202,7 @@ def test_evaluation_of_a_long_thin_image_takes_nearly_the_resized_center(
     interpolation, height, width, size, crop_ratio, resized
 ):
     smooth = F.resize(
-        image(max(2, height // 8), max(2, width // 8)), [height, width], antialias=True
+        draw_image(max(2, height // 8), max(2, width // 8)), [height, width], antialias=True
     )
     transform = v2.Compose(
         [
@@ -232,6 +234,6 @@ def test_memory_of_an_evaluation_view_is_bounded_by_the_view(height, width, monk
 @pytest.mark.parametrize("crop_ratio", [0.0, 1.5])
 def test_an_impossible_crop_ratio_is_refused(crop_ratio):
     with pytest.raises(ValueError) as error:
-        crops.evaluation_view(image(40, 40), 32, crop_ratio)
+        crops.evaluation_view(draw_image(40, 40), 32, crop_ratio)
     message = f"crops.evaluation_view: crop_ratio must be in (0, 1], got {crop_ratio}"
     assert str(error.value) == message
