@@ -24,9 +24,9 @@ def plain_loss(method, images):
     z = [method.teacher.projector(method.teacher.backbone(view)) for view in images.views]
     losses = []
     for i in range(len(images)):
-        for online, target in ((p[0][i], z[1][i]), (p[1][i], z[0][i])):
-            online, target = contract.unit_rows([online, target])
-            losses.append(sum((online[d] - target[d]) ** 2 for d in range(len(online))))
+        for prediction, projection in ((p[0][i], z[1][i]), (p[1][i], z[0][i])):
+            prediction, projection = contract.unit_rows([prediction, projection])
+            losses.append(sum((prediction[d] - projection[d]) ** 2 for d in range(len(prediction))))
     return sum(losses) / len(images)
 
 
@@ -70,7 +70,7 @@ def test_opposite_predictions_cost_four_per_direction():
     assert mean_squared_distance(z, -z).item() == pytest.approx(4)
 
 
-def test_the_biases_are_the_authors():
+def test_the_heads_have_the_authors_biases():
     method = contract.build("byol")
     for head in (method.projector, method.predictor):
         assert len(head) == 4

@@ -40,7 +40,7 @@ def test_one_step_is_the_authors():
     contract.assert_same(method, expected)
 
 
-def test_googles_head_has_no_last_bias_and_unit_inputs():
+def test_googles_head_has_no_last_bias_and_gets_unit_inputs():
     method = contract.build("supcon", last_bias=False, unit_features=True)
     norms = []
     method.projector.register_forward_pre_hook(

@@ -10,8 +10,8 @@ from ssl_pretrain.monitoring import collapse_metrics
 GENERATOR = torch.Generator().manual_seed(0)
 
 
-def with_spectrum(values, num_rows=64):
-    """Return a centered matrix with these singular values, (num_rows, len(values))."""
+def draw_matrix_with_spectrum(values, num_rows=64):
+    """Return a random centered matrix with these singular values, (num_rows, len(values))."""
     columns = torch.randn(num_rows, len(values), generator=GENERATOR, dtype=torch.float64)
     basis, _ = torch.linalg.qr(columns - columns.mean(0))
     return basis * torch.tensor(values, dtype=torch.float64)
@@ -25,7 +25,7 @@ def test_singular_values_equal_those_of_a_decomposition(shape):
 
 def test_rankme_of_a_known_spectrum():
     """The entropy of (1/2, 1/4, 1/4) is 1.5 ln 2."""
-    values = collapse_metrics.singular_values(with_spectrum([2.0, 1.0, 1.0]))
+    values = collapse_metrics.singular_values(draw_matrix_with_spectrum([2.0, 1.0, 1.0]))
     rank = collapse_metrics.effective_rank(values).item()
     assert rank == pytest.approx(math.exp(1.5 * math.log(2)), rel=1e-5)
 
@@ -46,13 +46,13 @@ def test_alpha_req_of_a_power_law_is_its_exponent(alpha):
     variances = torch.arange(1, 81, dtype=torch.float64) ** -alpha
     variances[:4] *= 7  # the fit begins after these
     assert collapse_metrics.alpha_req(variances).item() == pytest.approx(alpha, rel=1e-9)
-    z = with_spectrum([float(value) ** 0.5 for value in variances], num_rows=200)
+    z = draw_matrix_with_spectrum([float(value) ** 0.5 for value in variances], num_rows=200)
     measured = collapse_metrics.singular_values(z).square()
     assert collapse_metrics.alpha_req(measured).item() == pytest.approx(alpha, rel=1e-6)
     assert math.isnan(collapse_metrics.alpha_req(variances[:5]).item())
 
 
-def test_deviations_are_one_on_a_sphere_and_zero_at_a_point():
+def test_standard_deviations_are_one_on_a_sphere_and_zero_at_a_point():
     z = torch.randn(20000, 16, generator=GENERATOR)
     torch.testing.assert_close(
         collapse_metrics.normalized_stds(z), torch.ones(16), atol=0.03, rtol=0
@@ -84,11 +84,11 @@ def test_uniformity_of_the_circle():
     assert collapse_metrics.uniformity(circle).item() == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_positive_is_first_last_or_at_chance():
-    eye, same = torch.eye(5), torch.ones(9, 4)
+def test_the_positive_ranks_first_last_or_at_chance():
+    eye, collapsed = torch.eye(5), torch.ones(9, 4)
     assert collapse_metrics.positive_rank(eye, eye).item() == 1
     assert collapse_metrics.positive_rank(eye, -eye).item() == 5
-    assert collapse_metrics.positive_rank(same, same).item() == pytest.approx(5)  # collapsed
+    assert collapse_metrics.positive_rank(collapsed, collapsed).item() == pytest.approx(5)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,10 @@ def test_the_positive_is_first_last_or_at_chance():
     [
         (torch.arange(12) % 4, 4, (1.0, 1.0)),
         (torch.zeros(12, dtype=torch.int64), 4, (0.25, 0.0)),
-        (torch.arange(3), 1000, (1.0, 1.0)),  # three rows can reach three prototypes
+        (torch.arange(3), 1000, (1.0, 1.0)),  # three embeddings reach at most three prototypes
         (torch.tensor([0, 0, 1, 1]), 4, (0.5, 0.5)),
     ],
 )
-def test_prototypes_are_used_evenly_or_not(assignments, num_prototypes, expected):
+def test_prototype_usage_and_entropy_of_known_assignments(assignments, num_prototypes, expected):
     usage, entropy = collapse_metrics.prototype_usage_and_entropy(assignments, num_prototypes)
     assert (usage.item(), entropy.item()) == pytest.approx(expected)

@@ -15,7 +15,7 @@ def test_read_returns_one_record_per_step_in_order_and_skips_a_truncated_line(tm
     assert records.read(tmp_path / "missing.jsonl") == []
 
 
-def test_non_finite_numbers_are_null():
+def test_non_finite_numbers_are_written_as_null():
     record = {"step": 1, "loss": float("nan"), "knn": float("inf"), "lr": 0.5}
     assert json.loads(records.encode(record)) == {"step": 1, "loss": None, "knn": None, "lr": 0.5}
 

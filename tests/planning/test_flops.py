@@ -18,7 +18,7 @@ def test_flops_of_a_vit_equal_those_counted_by_hand(tmp_path):
     )
     tokens, width, depth = 5, 192, 12  # 2 x 2 patches and the class token
     projections = 2 * tokens * width * width * (3 + 1 + 4 + 4)
-    attention = 2 * 2 * tokens * tokens * width  # scores, and their sum over values
+    attention = 2 * 2 * tokens * tokens * width  # scores, and weighted sums of values
     patches = 2 * 4 * (3 * 16 * 16) * width
     head = 2 * (width * 16 + 16 * 8)
     forward = depth * (projections + attention) + patches + head

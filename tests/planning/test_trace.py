@@ -17,10 +17,10 @@ from ssl_pretrain.planning.step_trace import trace_backbone
 from ssl_pretrain.planning.trace import LinearTrace
 
 # Bytes held by torch's allocator divided by the prediction: 0.96 for test_vit, 1.05 for test_resnet
-# and 1.11 for resnet18 when measured. Kernels allocate memory that no trace sees, and autograd adds
-# some gradients in place that it adds to a new tensor while operations are traced.
+# and 1.11 for resnet18 when measured. Kernels allocate memory that no trace sees. While
+# operations are traced, autograd writes some sums of gradients to new tensors, not in place.
 ALLOCATED_OVER_PREDICTED = 0.95, 1.15
-BACKBONES = {"test_resnet": 64, "test_vit": 160, "resnet18": 64}  # with the image size
+BACKBONES = {"test_resnet": 64, "test_vit": 160, "resnet18": 64}  # name: image size
 
 
 def build_step(name: str, size: int, images: int):
@@ -39,9 +39,11 @@ def test_a_traced_step_has_the_operations_of_a_real_step(name):
     with recorder:
         step()
     real, traced = recorder.trace(), trace_backbone(name, BACKBONES[name], 3, bfloat16=False)
-    moving, real_moving = traced.bytes_moved > 0, real.bytes_moved > 0
-    np.testing.assert_array_equal(traced.flops[moving], real.flops[real_moving])
-    np.testing.assert_array_equal(traced.bytes_moved[moving], real.bytes_moved[real_moving])
+    moves_bytes, real_moves_bytes = traced.bytes_moved > 0, real.bytes_moved > 0
+    np.testing.assert_array_equal(traced.flops[moves_bytes], real.flops[real_moves_bytes])
+    np.testing.assert_array_equal(
+        traced.bytes_moved[moves_bytes], real.bytes_moved[real_moves_bytes]
+    )
     assert traced.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
 
 
@@ -59,7 +61,7 @@ def test_flops_equal_those_of_torchs_counter(name):
 
 
 def test_attention_counts_two_matrix_products():
-    """Queries with keys and weights with values: 4 x heads x tokens^2 x dim operations."""
+    """Queries x keys and weights x values: 4 x heads x tokens^2 x dim operations per image."""
     query = torch.zeros(2, 3, 5, 8)
 
     def attend(inputs, begin_phase):
@@ -69,7 +71,7 @@ def test_attention_counts_two_matrix_products():
     assert record_trace(lambda: None, attend)[0].flops.sum() == 2 * 4 * 3 * 5 * 5 * 8
 
 
-def _allocated_over_predicted(name):
+def _measure_allocated_over_predicted(name):
     step = build_step(name, BACKBONES[name], 16)
     step()  # oneDNN allocates some memory once
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -78,14 +80,14 @@ def _allocated_over_predicted(name):
     events = profile.profiler.kineto_results.events()
     changes = [event for event in events if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
-    held = np.cumsum([event.nbytes() for event in changes])
-    return held.max() / trace_backbone(name, BACKBONES[name], 16, bfloat16=False).peak_bytes
+    held_bytes = np.cumsum([event.nbytes() for event in changes])
+    return held_bytes.max() / trace_backbone(name, BACKBONES[name], 16, bfloat16=False).peak_bytes
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_predicted_peak_is_close_to_the_peak_of_torchs_allocator(name):
     """Runs in a process of its own, as the profiler also counts memory that earlier tests hold."""
-    (ratio,) = run_ranks(_allocated_over_predicted, name, world_size=1)
+    (ratio,) = run_ranks(_measure_allocated_over_predicted, name, world_size=1)
     assert ALLOCATED_OVER_PREDICTED[0] < ratio < ALLOCATED_OVER_PREDICTED[1]
 
 
@@ -141,7 +143,7 @@ def test_a_phase_ends_where_the_next_begins():
 
 
 def test_a_phase_without_operations_is_empty():
-    """A method without a teacher computes no targets. That phase gets no operations of the next."""
+    """A method without a teacher computes no targets. That phase takes no operations from the next."""
 
     def compute(x, begin_phase):
         begin_phase("forward")

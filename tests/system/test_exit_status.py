@@ -8,7 +8,7 @@ from ssl_pretrain.system import exit_status
 
 @pytest.fixture
 def start_attempt(tmp_path, monkeypatch):
-    """Return a function that makes this process rank 0 of an attempt by torchrun."""
+    """Return a function that makes this process rank 0 of a torchrun attempt."""
 
     def start(number: int, agents: int = 1, max_restarts: int = 3) -> None:
         error_file = tmp_path / "none_x1" / f"attempt_{number}" / "0" / "error.json"
@@ -22,11 +22,11 @@ def start_attempt(tmp_path, monkeypatch):
 
 
 def test_restarted_ranks_repeat_the_status_of_a_mistake_at_once(start_attempt, tmp_path, capsys):
-    missing = [str(tmp_path / "none.yaml")]
+    arguments = [str(tmp_path / "none.yaml")]
     start_attempt(0)
-    assert train.main(missing) == 2 and "none.yaml" in capsys.readouterr().err
+    assert train.main(arguments) == 2 and "none.yaml" in capsys.readouterr().err
     start_attempt(1)
-    assert train.main(missing) == 2
+    assert train.main(arguments) == 2
     assert capsys.readouterr() == ("", "")
 
 

@@ -1,4 +1,4 @@
-"""Run the color kernels in Triton's interpreter and compare them with the colors on a CPU.
+"""Run the color kernels in Triton's interpreter and compare them with the code for CPUs.
 
 Prints one line per case with the largest difference. TRITON_INTERPRET=1 has to be set before Triton
 is imported, so tests run this file in a process of its own.
@@ -48,8 +48,8 @@ CASES = {
 }
 
 
-def difference(crop: Crop) -> float:
-    """Return the largest difference of the finished views, normalized as a run does."""
+def measure_difference(crop: Crop) -> float:
+    """Return the largest difference between the finished views, normalized as in a run."""
     generator = np.random.default_rng(0)
     pixels = [
         generator.integers(0, 256, (10, 3, crop.size, crop.size), dtype=np.uint8)
@@ -70,4 +70,4 @@ def difference(crop: Crop) -> float:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name, crop in CASES.items():
-        print(f"{difference(crop):.3g}  {name}")
+        print(f"{measure_difference(crop):.3g}  {name}")

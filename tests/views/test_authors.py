@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sharp_pictures import picture
+from sharp_pictures import draw_picture
 
 from ssl_pretrain.config import load
 from ssl_pretrain.views import color, color_torch, crops, recipe, resize
@@ -177,7 +177,7 @@ CASES = [(shape, *case) for shape, cases in BOXES.items() for case in cases]
 def test_a_resize_without_antialias_is_the_authors_within_one_level(
     shape, box, size, flip, interpolation, kind
 ):
-    image, (top, left, height, width) = picture(*shape, kind), box
+    image, (top, left, height, width) = draw_picture(*shape, kind), box
     expected = authors.resize(
         image[top : top + height, left : left + width].astype(float), size, interpolation
     ).clip(0, 255)

@@ -1,4 +1,4 @@
-"""A recipe of views is checked, and errors name the key, the value and the remedy."""
+"""Recipes for views are checked, and errors name the key, the value and the remedy."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ SIMCLR = Crop(
 )
 
 
-def views(**crop) -> ViewsConfig:
+def build_views(**crop) -> ViewsConfig:
     return ViewsConfig(crops={"global": Crop(**crop)})
 
 
@@ -54,7 +54,7 @@ def test_the_blur_kernel_follows_the_size_as_in_simclr(size, taps):
         Crop(scale=[1.0, 1.0], ratio=[1.0, 1.0], flip=0.0),
     ],
 )
-def test_good_recipes_pass(crop):
+def test_good_recipes_are_accepted(crop):
     recipe.check(
         ViewsConfig(crops={"global": crop}, mean=[0.485, 0.456, 0.406], std=[0.228, 0.224, 0.225])
     )
@@ -189,15 +189,15 @@ def test_a_bad_crop_is_refused_with_key_value_and_remedy(crop, message):
             ),
         ),
         (
-            replace(views(), mean=[0.5]),
+            replace(build_views(), mean=[0.5]),
             "views.mean: [0.5] must be 3 numbers, one each for red, green and blue",
         ),
         (
-            replace(views(), std=[1.0, 1.0]),
+            replace(build_views(), std=[1.0, 1.0]),
             "views.std: [1.0, 1.0] must be 3 numbers, one each for red, green and blue",
         ),
         (
-            replace(views(), std=[1.0, 0.0, 1.0]),
+            replace(build_views(), std=[1.0, 0.0, 1.0]),
             "views.std[1]: 0.0 is out of range; give a finite number > 0",
         ),
     ],

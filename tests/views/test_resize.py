@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sharp_pictures import picture
+from sharp_pictures import draw_picture
 from torchvision.transforms.v2 import functional as F
 
 from ssl_pretrain.views import resize
@@ -47,7 +47,7 @@ CASES = [(shape, *case) for shape, cases in BOXES.items() for case in cases]
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("shape", "box", "size"), CASES)
 def test_a_view_equals_torchs_to_one_gray_level(shape, box, size, flip, interpolation, kind):
-    image = picture(*shape, kind)
+    image = draw_picture(*shape, kind)
     mode = F.InterpolationMode(interpolation)
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     expected = F.resized_crop(tensor, *box, [size, size], mode, antialias=True).numpy()
