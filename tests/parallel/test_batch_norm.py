@@ -28,7 +28,7 @@ def build_norm(kind=nn.BatchNorm2d):
 
 
 def draw_two_views():
-    """Return (views, images, channels, 2, 2), with a different mean per image. Groups then matter."""
+    """Return (views, images, channels, 2, 2). Means differ between images, so groups matter."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, IMAGES, CHANNELS, 2, 2, dtype=torch.float64, generator=generator)
     return x + torch.arange(IMAGES, dtype=torch.float64).view(1, -1, 1, 1, 1)

@@ -143,7 +143,7 @@ def test_a_phase_ends_where_the_next_begins():
 
 
 def test_a_phase_without_operations_is_empty():
-    """A method without a teacher computes no targets. That phase takes no operations from the next."""
+    """The targets of a method without a teacher take no operations from the next phase."""
 
     def compute(x, begin_phase):
         begin_phase("forward")
