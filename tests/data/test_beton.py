@@ -270,9 +270,9 @@ def test_check_names_damaged_images(tmp_path, capsys):
         file.write(b"GIF")
         # After this change image 7 still decodes without a warning.
         file.seek(int(beton.samples.offset[7] + beton.samples.length[7]) - 40)
-        before = file.read(1)
+        original_byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([before[0] ^ 1]))
+        file.write(bytes([original_byte[0] ^ 1]))
     assert command.main(["check", beton.full_path]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{beton.full_path}, image 3: not a JPEG"
@@ -651,9 +651,9 @@ class TestDamage:
             assert native_decode.allocate_workspace(samples, [], decoder).image.nbytes < 20_000_000
 
     def test_a_replaced_file_is_detected(self, beton, tmp_path):
-        other = write_beton(tmp_path / "other" / "data", n=12, max_side=30)
+        replacement = write_beton(tmp_path / "other" / "data", n=12, max_side=30)
         beton.read(0)
-        os.replace(other.full_path, beton.full_path)
+        os.replace(replacement.full_path, beton.full_path)
         with pytest.raises(UnreadableImage, match="the file was replaced"):
             beton.read(0)
         assert error_message(beton.check_present) == (

@@ -184,15 +184,15 @@ def test_results_of_all_steps_are_grouped_by_evaluation(digits):
 
 
 def test_a_comparison_shows_differing_keys_first_and_the_numbers_of_both_runs(digits, tmp_path):
-    other = make_run(tmp_path / "other", "optim.base_lr=0.125", "seed=0")
-    write_metrics(other, num_steps=20)
-    text = compare.write([digits, other], tmp_path / "both.html").read_text()
+    other_run = make_run(tmp_path / "other", "optim.base_lr=0.125", "seed=0")
+    write_metrics(other_run, num_steps=20)
+    text = compare.write([digits, other_run], tmp_path / "both.html").read_text()
     parsed_page = ParsedPage(text)
     assert parsed_page.headings == ["Config", "Numbers", "Training", "Alerts of digits"]
     assert parsed_page.external_urls == []
-    assert list(compare.config_differences({"a": digits, "b": other})) == ["optim.base_lr"]
+    assert list(compare.config_differences({"a": digits, "b": other_run})) == ["optim.base_lr"]
     assert "0.125" in text
-    losses = [sections.read_metrics(run)[-1]["loss"] for run in (digits, other)]
+    losses = [sections.read_metrics(run)[-1]["loss"] for run in (digits, other_run)]
     cells = "".join(f"<td>{loss:.6g}</td>" for loss in losses)
     assert f"<td>Learning: loss</td>{cells}" in text
     assert "<td>k-NN, clean</td><td>52.0 (step 7)</td><td>-</td>" in text

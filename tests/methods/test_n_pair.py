@@ -23,11 +23,11 @@ def plain_loss(method, images, groups):
     a, p = (method.projector(method.backbone(view)) for view in images.views)
     loss = 0.002 / 4 * sum((row * row).sum() for row in (*a, *p)) / len(images)
     for i in range(len(images)):
-        same = [j for j in range(len(images)) if groups[j] == groups[i]]
+        positives = [j for j in range(len(images)) if groups[j] == groups[i]]
         # For every j: log(1 + sum over others of exp(a_i p_k - a_i p_j)).
-        for j in same:
+        for j in positives:
             others = sum(torch.exp(a[i] @ p[k] - a[i] @ p[j]) for k in range(len(images)) if k != j)
-            loss = loss + torch.log(1 + others) / len(same) / len(images)
+            loss = loss + torch.log(1 + others) / len(positives) / len(images)
     return loss
 
 
