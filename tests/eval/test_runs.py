@@ -1,4 +1,4 @@
-"""Opening a run: all of its weights load, or none, and the random backbone is the trainer's."""
+"""Opening a run: all of its weights load or none do, and the random backbone is the trainer's."""
 
 import shutil
 
@@ -19,7 +19,7 @@ def run_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(run_folder, tmp_path):
+def run_copy(run_folder, tmp_path):
     return shutil.copytree(run_folder, tmp_path / "run")
 
 
@@ -29,28 +29,28 @@ def error_of(*arguments, **keywords) -> str:
     return str(error.value)
 
 
-def test_the_saved_weights_are_opened(run_folder):
+def test_the_saved_weights_are_loaded(run_folder):
     run = runs.load_run(run_folder, device="cpu")
     tensors = load_file(checkpoint_of(run_folder) / "method.safetensors")
-    saved = {key: value for key, value in tensors.items() if key.startswith("backbone.")}
-    opened = {f"backbone.{key}": value for key, value in run.backbone.state_dict().items()}
-    torch.testing.assert_close(opened, saved, rtol=0, atol=0)
+    expected = {key: value for key, value in tensors.items() if key.startswith("backbone.")}
+    actual = {f"backbone.{key}": value for key, value in run.backbone.state_dict().items()}
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert (run.step, run.network, run.image_size) == (7, "student", 16)
     assert not run.backbone.training
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_fsdp_wrapped_module."])
-def test_the_names_that_wrappers_give_are_understood(copy, prefix):
-    expected = runs.load_run(copy, device="cpu").backbone.state_dict()
-    file = checkpoint_of(copy) / "method.safetensors"
-    wrapped = {
+def test_weights_saved_under_the_names_of_wrappers_are_loaded(run_copy, prefix):
+    expected = runs.load_run(run_copy, device="cpu").backbone.state_dict()
+    file = checkpoint_of(run_copy) / "method.safetensors"
+    renamed_tensors = {
         f"{prefix}{key.replace('.model.', f'.{prefix}model.')}": value
         for key, value in load_file(file).items()
     }
-    save_file(wrapped, file)
-    renew_manifest(copy)
-    opened = runs.load_run(copy, device="cpu").backbone.state_dict()
-    torch.testing.assert_close(opened, expected, rtol=0, atol=0)
+    save_file(renamed_tensors, file)
+    renew_manifest(run_copy)
+    actual = runs.load_run(run_copy, device="cpu").backbone.state_dict()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_a_missing_run_is_named(tmp_path):
@@ -65,51 +65,53 @@ def test_a_run_without_a_checkpoint_is_named(tmp_path):
     )
 
 
-def test_a_truncated_checkpoint_is_named(copy):
-    folder = checkpoint_of(copy)
+def test_a_truncated_checkpoint_is_named(run_copy):
+    folder = checkpoint_of(run_copy)
     weights = folder / "method.safetensors"
     size = weights.stat().st_size
     weights.write_bytes(weights.read_bytes()[:-100])
     reason = f"step_00000007/method.safetensors is truncated: {size - 100} bytes of {size}"
-    assert reason in error_of(copy)
-    assert error_of(copy, folder) == (
+    assert reason in error_of(run_copy)
+    assert error_of(run_copy, folder) == (
         f"{folder.parent}: {reason}. Nothing was loaded; give another checkpoint, or none for the"
         " newest intact one"
     )
 
 
-def test_the_newest_intact_checkpoint_is_opened_when_a_later_one_is_truncated(copy):
-    later = shutil.copytree(checkpoint_of(copy), checkpoint_of(copy).with_name("step_00000009"))
-    edit_manifest(copy, step=9)
-    (later / "method.safetensors").write_bytes(b"")
+def test_the_newest_intact_checkpoint_is_opened_when_a_later_one_is_truncated(run_copy):
+    later_checkpoint = shutil.copytree(
+        checkpoint_of(run_copy), checkpoint_of(run_copy).with_name("step_00000009")
+    )
+    edit_manifest(run_copy, step=9)
+    (later_checkpoint / "method.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match="step_00000009/method.safetensors is truncated"):
-        assert runs.load_run(copy, device="cpu").checkpoint_path.name == "step_00000007"
+        assert runs.load_run(run_copy, device="cpu").checkpoint_path.name == "step_00000007"
 
 
-def test_a_missing_and_an_unexpected_key_are_listed(copy):
-    file = checkpoint_of(copy) / "method.safetensors"
+def test_a_missing_and_an_unexpected_key_are_listed(run_copy):
+    file = checkpoint_of(run_copy) / "method.safetensors"
     tensors = load_file(file)
     tensors["backbone.model.another"] = tensors.pop("backbone.model.bn1.weight")
     save_file(tensors, file)
-    renew_manifest(copy)
-    message = error_of(copy)
+    renew_manifest(run_copy)
+    message = error_of(run_copy)
     assert "1 missing (model.bn1.weight)" in message
     assert "1 unexpected (model.another)" in message
     assert "test_resnet" in message
 
 
-def test_weights_of_another_architecture_are_refused(copy):
-    (copy / "config.yaml").unlink()
-    edit_manifest(copy, config__backbone__name="test_vit")
-    message = error_of(copy)
+def test_weights_of_another_architecture_are_refused(run_copy):
+    (run_copy / "config.yaml").unlink()
+    edit_manifest(run_copy, config__backbone__name="test_vit")
+    message = error_of(run_copy)
     assert "for backbone.name test_vit: not the weights of this backbone" in message
     assert "missing" in message
     assert "unexpected" in message
 
 
-def test_a_checkpoint_of_another_run_is_refused_and_both_are_named(copy, run_folder):
-    edit_manifest(copy, config__backbone__name="test_vit")
-    checkpoint_folder = checkpoint_of(copy)
+def test_a_checkpoint_of_another_run_is_refused_and_both_are_named(run_copy, run_folder):
+    edit_manifest(run_copy, config__backbone__name="test_vit")
+    checkpoint_folder = checkpoint_of(run_copy)
     assert error_of(run_folder, checkpoint_folder) == (
         f"{checkpoint_folder}: has backbone.name test_vit, but {run_folder / 'config.yaml'} has"
         " test_resnet; give a checkpoint of this run"
@@ -129,9 +131,9 @@ def test_only_data_and_evaluation_can_be_overridden(run_folder):
 
 def test_the_random_backbone_is_the_one_the_trainer_began_with(run_folder):
     run = runs.load_run(run_folder, device="cpu")
-    first = build_method(run.config).backbone.state_dict()
+    initial = build_method(run.config).backbone.state_dict()
     random = features.random_backbone(run).state_dict()
-    torch.testing.assert_close(random, first, rtol=0, atol=0)
+    torch.testing.assert_close(random, initial, rtol=0, atol=0)
     trained = run.backbone.state_dict()["model.conv1.0.weight"]
     assert not torch.equal(random["model.conv1.0.weight"], trained)
 
@@ -155,7 +157,7 @@ def test_recalibrated_batch_norm_has_the_statistics_of_the_training_images(run_f
     assert not recalibrated.training
 
 
-def test_a_run_folder_is_only_read(run_folder):
+def test_opening_a_run_does_not_change_its_folder(run_folder):
     before = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
     runs.load_run(run_folder, device="cpu")
     assert {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")} == before
@@ -172,7 +174,7 @@ def test_batch_norm_is_recalibrated_on_shuffled_images(tmp_path, monkeypatch):
     root = write_images(tmp_path / "data", names)
     folder = make_run(tmp_path / "run", "data.source=folder", f"data.root={root}")
     train, _ = evaluation_split.labeled_splits(runs.load_run(folder, device="cpu"), "a test")
-    assert len(set(train.labels[:20])) == 1  # a folder is ordered by class
+    assert len(set(train.labels[:20])) == 1  # images of a folder are ordered by class
     shuffled = features.recalibration_split(train)
     assert sorted(shuffled.indices) == list(range(40))
     assert 5 <= shuffled.labels[:20].sum() <= 15

@@ -1,7 +1,7 @@
 """Pack what tests/gpu/run.py needs on a GPU machine without network access: `make gpu-kit`.
 
 The files go into .gpu-kit, which git ignores: wheels of pure-Python packages that such a machine
-usually lacks, and the JPEGs of CIFAR-10's zip in an archive of a third of its size. The calls to
+usually lacks, and the JPEGs of CIFAR-10's zip in an archive of a third of its size. The commands to
 run on that machine are printed.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / ".gpu-kit"
-# Wheels that a GPU machine usually lacks. lightly's step is measured beside ours.
+# Wheels that a GPU machine usually lacks. lightly's step is timed next to ours.
 WHEELS = ("omegaconf==2.4.0", "lightly==1.6.0", "lightly-utils==0.0.2")
 FIRST_STAGES = (
     "sanitizer tests simclr_resnet50 barlow_twins_vit_small "
@@ -24,23 +24,23 @@ FIRST_STAGES = (
 PREPARE_AND_RUN = (
     ". tests/gpu/prepare.sh && python3 tests/gpu/run.py --data .gpu-kit/cifar10 --copy OUT"
 )
-CALLS = f"""
+INSTRUCTIONS = f"""
 Copy the repository and the folder .gpu-kit ({{size:.0f}} MiB) to the machine. It needs Python 3.12
-with torch, torchvision, triton, timm, numba, numpy, scikit-learn, safetensors and pytest. Each line
-is one call of at most ten minutes, from the root of the repository. The results are written to
-runs/gpu, and after every stage to the folder that --copy names.
+with torch, torchvision, triton, timm, numba, numpy, scikit-learn, safetensors and pytest. Run the
+commands from the root of the repository. Each takes at most ten minutes. The results are written to
+runs/gpu and, after every stage, copied to the folder given by --copy.
 
     {PREPARE_AND_RUN} --minutes 8 --only {FIRST_STAGES}
     {PREPARE_AND_RUN} --minutes 9.5 --only cifar10
     {PREPARE_AND_RUN} --minutes 8
 
-CIFAR-10 trains for 200 epochs and takes two calls. If a call gets a fresh machine, copy runs/gpu to
-it, so that the training resumes from its checkpoint.
+CIFAR-10 trains for 200 epochs, so run its command twice. If the second run gets a fresh machine,
+copy runs/gpu to it, so that the training resumes from its checkpoint.
 """
 
 
 def download_wheels() -> None:
-    """Download wheels for Python 3.12 on Linux, independently of this Python and system."""
+    """Download wheels for Python 3.12 on Linux, whatever the local Python and system."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     target = ["--python-version", "3.12", "--implementation", "cp"]
     target += ["--platform", "manylinux2014_x86_64"]
@@ -81,7 +81,7 @@ def main() -> int:
     if not (KIT / "cifar10.tar.xz").exists():
         pack_cifar10(options.data)
     files = (KIT / "cifar10.tar.xz", *KIT.glob("wheels/*"))
-    print(CALLS.format(size=sum(path.stat().st_size for path in files) / 2**20))
+    print(INSTRUCTIONS.format(size=sum(path.stat().st_size for path in files) / 2**20))
     return 0
 
 

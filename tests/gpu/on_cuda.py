@@ -19,7 +19,7 @@ def cuda() -> torch.device:
 
 @pytest.fixture
 def forbid_synchronization() -> Callable[[], AbstractContextManager[None]]:
-    """Return a context in which an operation that waits for the device raises RuntimeError."""
+    """Return a context manager that makes operations raise if they wait for the device."""
 
     @contextmanager
     def raise_on_synchronization() -> Iterator[None]:

@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 @pytest.mark.parametrize("name", kernels.CASES)
 def test_kernels_equal_the_tiles(name):
     # Each float32 product is computed as three TF32 products.
-    assert max(kernels.check(name, "cuda").values()) < 1e-4
+    assert max(kernels.measure_errors(name, "cuda").values()) < 1e-4
 
 
 def test_a_loss_uses_the_kernels_without_blocking_the_host(cuda, forbid_synchronization):

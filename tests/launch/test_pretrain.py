@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
     "evaluations",
     [["knn", "report"], pytest.param(["knn", "linear", "report"], marks=pytest.mark.full)],
 )
-def test_it_trains_evaluates_and_reports(tmp_path, evaluations):
+def test_one_command_trains_evaluates_and_reports(tmp_path, evaluations):
     at_end = f"evaluation.at_end=[{','.join(evaluations)}]"
     arguments = [str(tiny.write_config(tmp_path)), "epochs=1", "launch.ranks=2", at_end]
     result = subprocess.run(
@@ -34,8 +34,8 @@ def test_it_trains_evaluates_and_reports(tmp_path, evaluations):
     run = tmp_path / "run"
     manifest = json.loads((run / "checkpoints" / "step_00000003" / "manifest.json").read_text())
     assert manifest["machine"]["world_size"] == 2
-    saved = {file.name for file in (run / "eval").iterdir()}
-    assert {f"{name}.json" for name in evaluations[:-1]} <= saved
+    result_files = {file.name for file in (run / "eval").iterdir()}
+    assert {f"{name}.json" for name in evaluations[:-1]} <= result_files
     assert (run / "report.html").exists()
     phases = [line for line in result.stdout.splitlines() if line.startswith("--- ")]
     expected = [f"--- {name}" for name in ["pretraining", *evaluations]]
@@ -59,7 +59,7 @@ def test_the_commands_for_several_hosts_are_exact(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("hosts", ["a\ntouch taken", "a,b,a", ",", "a,-b", "$(id)"])
-def test_hosts_that_would_be_commands_or_no_host_are_refused(tmp_path, capsys, hosts):
+def test_hosts_that_are_invalid_or_contain_commands_are_refused(tmp_path, capsys, hosts):
     """Users paste the printed commands into a shell."""
     assert pretrain.main([str(tiny.write_config(tmp_path)), f"launch.hosts={hosts}"]) == 2
     out, err = capsys.readouterr()
@@ -71,7 +71,7 @@ def test_hosts_that_would_be_commands_or_no_host_are_refused(tmp_path, capsys, h
     )
 
 
-def test_a_sweep_refuses_hosts_and_evaluations_before_its_first_run(tmp_path, capsys):
+def test_a_sweep_refuses_hosts_and_unknown_evaluations_before_its_first_run(tmp_path, capsys):
     path = tiny.write_config(tmp_path)
     assert sweep.main([str(path), "seed=0,1", "launch.hosts=a"]) == 2
     assert capsys.readouterr().err == (
@@ -95,7 +95,7 @@ def test_a_plan_trains_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_mistakes_are_one_line(tmp_path, capsys):
+def test_a_mistake_is_reported_in_one_line(tmp_path, capsys):
     path = tiny.write_config(tmp_path)
     assert pretrain.main([str(path), "evaluation.at_end=[knnn]"]) == 2
     assert capsys.readouterr().err == (
@@ -138,7 +138,7 @@ def test_a_sweep_is_the_product_of_its_values(tmp_path, capsys):
 
 
 def test_slurm_is_available_only_if_its_controller_answers(tmp_path, monkeypatch):
-    """A machine may have the commands and no cluster."""
+    """A machine may have SLURM's commands but no cluster."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not slurm.is_available()
@@ -154,7 +154,7 @@ def test_slurm_is_available_only_if_its_controller_answers(tmp_path, monkeypatch
 CLUSTER = ["launch.nodes=2", "launch.hours=1.5", "data.num_workers=12", "launch.memory_gb=900"]
 
 
-def test_the_resources_requested_from_slurm(tmp_path):
+def test_slurm_jobs_request_the_configured_resources(tmp_path):
     settings = [*CLUSTER, "launch.gpus_per_node=8", "launch.partition=gpu"]
     run = config.load(tiny.write_config(tmp_path), settings)
     request = slurm.job_parameters(run)
@@ -175,7 +175,7 @@ def test_the_resources_requested_from_slurm(tmp_path):
     assert chain["slurm_additional_parameters"] == additional | {"no_requeue": True}
 
 
-def test_a_time_limit_within_the_signal_is_refused(tmp_path):
+def test_a_time_limit_shorter_than_signal_seconds_is_refused(tmp_path):
     with pytest.raises(config.ConfigError) as error:
         slurm.job_parameters(config.load(tiny.write_config(tmp_path), ["launch.hours=0.01"]))
     assert str(error.value) == (
@@ -184,7 +184,7 @@ def test_a_time_limit_within_the_signal_is_refused(tmp_path):
     )
 
 
-def test_a_plan_shows_the_jobs_of_slurm(tmp_path, capsys):
+def test_a_plan_shows_the_slurm_jobs(tmp_path, capsys):
     path = tiny.write_config(tmp_path)
     settings = [
         *CLUSTER,
@@ -204,7 +204,7 @@ def test_a_plan_shows_the_jobs_of_slurm(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_simulated_preemption_saves_and_the_run_resumes(tmp_path, capsys):
+def test_a_run_saves_at_a_simulated_preemption_and_resumes(tmp_path, capsys):
     path = tiny.write_config(tmp_path)
     for status in (75, 0):
         assert main([str(path), "epochs=3", "--fake-preempt", "4"]) == status
@@ -224,7 +224,7 @@ INJECTIONS = {  # key -> value that would be a command if the job script contain
 
 
 @pytest.mark.parametrize("key", INJECTIONS)
-def test_no_value_becomes_a_command_of_a_job_script(tmp_path, key):
+def test_no_value_becomes_a_command_in_a_job_script(tmp_path, key):
     run = config.load(tiny.write_config(tmp_path), SLURM)
     section, _, name = key.rpartition(".")
     setattr(run.launch if section else run, name, INJECTIONS[key])
@@ -233,15 +233,15 @@ def test_no_value_becomes_a_command_of_a_job_script(tmp_path, key):
     assert str(error.value).startswith(f"{key}: {INJECTIONS[key]!r} ")
 
 
-def test_valid_names_of_slurm_are_accepted(tmp_path):
+def test_valid_slurm_names_are_accepted(tmp_path):
     run = config.load(tiny.write_config(tmp_path), [*SLURM, "launch.partition=gpu,gpu-long"])
     run.launch.constraint = "[a100*2&h100*1]"
     run.launch.account = "my_project.2026"
     assert slurm.job_parameters(run)["slurm_constraint"] == "[a100*2&h100*1]"
 
 
-def test_strange_names_of_the_checkout_and_the_run_do_not_run_as_commands(tmp_path, monkeypatch):
-    """bash runs the script that submitit writes, with an srun that prints its arguments."""
+def test_commands_in_the_paths_of_the_checkout_and_the_run_are_not_executed(tmp_path, monkeypatch):
+    """Bash runs the script that submitit writes. A fake srun prints its arguments."""
     pytest.importorskip("submitit")
     root, work = tmp_path / "a $(touch PWNED) 'check' out", tmp_path / "work"
     work.mkdir()
@@ -255,8 +255,8 @@ def test_strange_names_of_the_checkout_and_the_run_do_not_run_as_commands(tmp_pa
     (work / "sbatch").symlink_to("/bin/true")  # submitit looks for it
     with slurm_job._private_executor(run.output) as executor:
         executor.update_parameters(**slurm.job_parameters(run))
-        inner = executor._executor
-        text = inner._make_submission_file_text(inner._submitit_command_str, "1")
+        slurm_executor = executor._executor
+        text = slurm_executor._make_submission_file_text(slurm_executor._submitit_command_str, "1")
     script = work / "script.sh"
     script.write_text(text)
     output = subprocess.run(
@@ -267,7 +267,7 @@ def test_strange_names_of_the_checkout_and_the_run_do_not_run_as_commands(tmp_pa
     assert not list(tmp_path.rglob("PWNED"))
 
 
-def test_printed_commands_can_be_pasted(tmp_path, monkeypatch, capsys):
+def test_printed_commands_can_be_pasted_into_a_shell(tmp_path, monkeypatch, capsys):
     path = tiny.write_config(tmp_path / "a b")
     monkeypatch.setattr(slurm_job, "submit", lambda *_arguments: ["7"])
     pretrain._submit(config.load(path, ["evaluation.at_end=[]"]), str(path), [])

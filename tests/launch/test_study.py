@@ -1,4 +1,4 @@
-"""Studies of configs/sweeps/: their runs are valid, and the table and plot hold their numbers."""
+"""Studies of configs/sweeps/: their runs are valid, and the table and plot show their numbers."""
 
 import json
 from operator import attrgetter
@@ -24,7 +24,7 @@ def test_every_run_is_a_valid_configuration_with_its_own_folder(name, base):
     path = STUDIES[name]
     definition = study.load(path)
     if name == "methods":
-        base = definition.base  # CPC's patches do not fit into the digits
+        base = definition.base  # the digits are too small for CPC's patches
     runs = study.plan_runs(definition, path, str(ROOT / base), ["seed=0,1", "epochs=2"])
     assert len(runs) == 2 * len(definition.runs)
     assert len({run.config.output for run in runs}) == len(runs)
@@ -110,10 +110,10 @@ def test_the_table_has_means_over_seeds_and_names_missing_runs(name, tmp_path, m
     with Image.open(tmp_path / "table.png") as plot:
         assert plot.width > 900
         num_colors = len(set(plot.convert("RGB").reduce(8).getdata()))
-    assert num_colors > 20  # not empty
+    assert num_colors > 20  # the plot is not empty
 
 
-def test_the_columns_of_the_methods_study(tmp_path):
+def test_the_columns_of_the_methods_study_show_the_saved_results(tmp_path):
     save_results(tmp_path, accuracy=92.5, spectrum=12.5)
     run = study_table.RunResults(tmp_path)
     columns = study.load(STUDIES["methods"]).columns
@@ -185,7 +185,7 @@ def test_one_command_trains_evaluates_and_writes_the_table(tmp_path):
     assert "| VICReg | 1 |" in (tmp_path / "runs/study.md").read_text()
 
 
-def test_mistakes_are_one_line(tmp_path, capsys):
+def test_a_mistake_is_reported_in_one_line(tmp_path, capsys):
     path = tmp_path / "study.yaml"
     for text, message in {
         "title: x\nruns: []\n": (

@@ -1,4 +1,4 @@
-"""Slow contrastive losses, written from the papers: anchor by anchor, one process, float64."""
+"""Slow contrastive losses from the papers: anchor by anchor, on one process, in float64."""
 
 import math
 
@@ -19,14 +19,14 @@ NAMES = (
 TAU_PLUS, BETA, SIGMA = 0.1, 0.7, 0.5
 
 
-def slow(name, z_a, z_b, labels, queue, temperature):
+def slow_loss(name, z_a, z_b, labels, queue, temperature):
     """Return the loss `name` over the whole batch. Its gradients come from autograd."""
     if name == "info_nce":
-        return _one_direction(z_a, z_b, temperature)
+        return _info_nce(z_a, z_b, temperature)
     if name == "info_nce_queue":
-        return _with_queue(z_a, z_b, queue, temperature)
+        return _info_nce_with_queue(z_a, z_b, queue, temperature)
     if name == "image_text":
-        return (_one_direction(z_a, z_b, temperature) + _one_direction(z_b, z_a, temperature)) / 2
+        return (_info_nce(z_a, z_b, temperature) + _info_nce(z_b, z_a, temperature)) / 2
     z, n = F.normalize(torch.cat([z_a, z_b]), dim=1), len(z_a)
     similarity = [[z[i] @ z[k] / temperature for k in range(2 * n)] for i in range(2 * n)]
     closeness = [torch.exp(similarity[i][i + n] * temperature / SIGMA) for i in range(n)]
@@ -35,30 +35,30 @@ def slow(name, z_a, z_b, labels, queue, temperature):
         positive = similarity[i][(i + n) % (2 * n)]
         others = [similarity[i][k] for k in range(2 * n) if k != i]
         negatives = [similarity[i][k] for k in range(2 * n) if k not in (i, (i + n) % (2 * n))]
-        everything = sum(torch.exp(s) for s in others)
+        denominator = sum(torch.exp(s) for s in others)
         if name == "nt_xent":
-            losses.append(torch.log(everything) - positive)
+            losses.append(torch.log(denominator) - positive)
         elif name == "supervised_contrastive":
             positives = [k for k in range(2 * n) if k != i and labels[k % n] == labels[i % n]]
-            ratios = [torch.exp(similarity[i][k]) / everything for k in positives]
+            ratios = [torch.exp(similarity[i][k]) / denominator for k in positives]
             losses.append(-sum(torch.log(ratio) for ratio in ratios) / len(ratios))
         elif name == "decoupled":
             losses.append(torch.log(sum(torch.exp(s) for s in negatives)) - positive)
         elif name == "decoupled_weighted":
             weight = 2 - closeness[i % n] / (sum(closeness) / n)
             losses.append(torch.log(sum(torch.exp(s) for s in negatives)) - weight * positive)
-        else:  # the authors' criterion, from the paper's equations
-            number, beta = len(negatives), BETA if name == "hard_negative" else 0.0
+        else:  # debiased and hard_negative: the authors' criterion, from the paper's equations
+            num_negatives, beta = len(negatives), BETA if name == "hard_negative" else 0.0
             importance = [torch.exp(beta * s) for s in negatives]
             weighted = sum(w * torch.exp(s) for w, s in zip(importance, negatives))
-            weighted = weighted / (sum(importance) / number)
-            estimate = (weighted - TAU_PLUS * number * torch.exp(positive)) / (1 - TAU_PLUS)
-            negative_sum = torch.clamp(estimate, min=number * math.exp(-1 / temperature))
+            weighted = weighted / (sum(importance) / num_negatives)
+            estimate = (weighted - TAU_PLUS * num_negatives * torch.exp(positive)) / (1 - TAU_PLUS)
+            negative_sum = torch.clamp(estimate, min=num_negatives * math.exp(-1 / temperature))
             losses.append(-torch.log(torch.exp(positive) / (torch.exp(positive) + negative_sum)))
     return sum(losses) / len(losses)
 
 
-def _one_direction(queries, keys, temperature):
+def _info_nce(queries, keys, temperature):
     queries, keys, losses = F.normalize(queries, dim=1), F.normalize(keys, dim=1), []
     for i, query in enumerate(queries):
         exponentials = [torch.exp(query @ key / temperature) for key in keys]
@@ -66,7 +66,7 @@ def _one_direction(queries, keys, temperature):
     return sum(losses) / len(losses)
 
 
-def _with_queue(queries, keys, queue, temperature):
+def _info_nce_with_queue(queries, keys, queue, temperature):
     losses = []
     for query, key in zip(F.normalize(queries, dim=1), F.normalize(keys, dim=1)):
         exponentials = [torch.exp(query @ row / temperature) for row in (key, *queue)]

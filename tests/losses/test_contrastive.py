@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import run_ranks
-from references import BETA, NAMES, SIGMA, TAU_PLUS, slow
+from references import BETA, NAMES, SIGMA, TAU_PLUS, slow_loss
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
@@ -75,7 +75,7 @@ def relative_error(value, reference):
 @pytest.mark.parametrize("name", NAMES)
 def test_each_loss_equals_its_equation_in_value_and_gradient(name, tile):
     for temperature in (HIGH_TEMPERATURE, LOW_TEMPERATURE):
-        expected = _loss_and_gradients(slow, name, *random_embeddings(), temperature)
+        expected = _loss_and_gradients(slow_loss, name, *random_embeddings(), temperature)
         with use_backend(Backend(*tile)):
             values = _loss_and_gradients(tested_loss, name, *random_embeddings(), temperature)
         for value, reference in zip(values, expected):
@@ -96,7 +96,7 @@ def test_float32_has_only_rounding_errors(name):
     for temperature in (HIGH_TEMPERATURE, LOW_TEMPERATURE):
         # The reference gets the same rounded numbers, so that only the loss's error is measured.
         rounded = [z.float().double() for z in random_embeddings()]
-        expected = _loss_and_gradients(slow, name, *rounded, temperature)
+        expected = _loss_and_gradients(slow_loss, name, *rounded, temperature)
         values = _loss_and_gradients(tested_loss, name, *rounded, temperature, torch.float32)
         for value, reference in zip(values, expected):
             assert relative_error(value, reference) < 1e-5, temperature
@@ -182,7 +182,9 @@ def test_a_learned_logit_scale_gets_the_gradient_of_the_equation():
     z_a, z_b = random_embeddings(6)
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
     value = torch.autograd.grad(image_text(z_a, z_b, scale.expand(6)), scale)[0]
-    reference = torch.autograd.grad(slow("image_text", z_a, z_b, None, None, 1 / scale), scale)[0]
+    reference = torch.autograd.grad(
+        slow_loss("image_text", z_a, z_b, None, None, 1 / scale), scale
+    )[0]
     assert relative_error(value, reference) < 1e-10
 
 
@@ -191,7 +193,7 @@ def test_keys_without_a_graph_are_constants():
     queries = z_a.clone().requires_grad_()
     losses = (
         info_nce(queries, z_b, temperature=0.5),
-        slow("info_nce", queries, z_b, None, None, 0.5),
+        slow_loss("info_nce", queries, z_b, None, None, 0.5),
     )
     value, reference = (torch.autograd.grad(loss, queries)[0] for loss in losses)
     assert relative_error(value, reference) < 1e-10

@@ -1,4 +1,4 @@
-"""Train methods on a network of 700 weights with batch norm and seeded images, for their tests.
+"""Train methods on seeded images with a network of 700 weights and batch norm, for their tests.
 
 A method's test file defines METHOD (arguments of its Config for small networks), OPTIM (the kind of
 optimizer that its authors use) and VIEWS (sizes of the views, if they are not the usual ones).
@@ -6,8 +6,8 @@ optimizer that its authors use) and VIEWS (sizes of the views, if they are not t
 
     PYTHONPATH=. python tests/methods/contract.py byol      rewrites tests/golden/byol.txt
 
-Golden losses are valid for one version of torch, because another may choose another convolution.
-Their first line names the version.
+Golden losses are valid for one version of torch, because another version may choose a different
+convolution algorithm. Their first line names the version.
 """
 
 import copy
@@ -40,7 +40,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 class Network(nn.Module):
-    """Two convolutions with batch norm, 6 features."""
+    """Two convolutions with batch norm, and 6 features."""
 
     num_features = 6
 
@@ -67,7 +67,7 @@ def build(name: str, **overrides: Any) -> Any:
 def random_batch(name: str, step: int = 0, rows: int = ROWS) -> Batch:
     """Return the global batch of a step, whose images are noise around the color of their class.
 
-    There are three classes, and every step has other images.
+    There are three classes, and every step has different images.
     """
     generator = torch.Generator().manual_seed(step)
 
@@ -92,16 +92,16 @@ def train(
     """Take `steps` steps on this rank's rows.
 
     With a `folder`, resume from its checkpoint and save one at the end. All settings except the
-    batch norm groups and the precision are the shipped ones.
+    batch norm groups and the precision have their default values.
 
     Returns:
         Losses (means over ranks), the last step's gradients, and the method's state.
     """
     settings = ParallelConfig(precision=precision, bn_group_images=group)
     method, recipe = build(name, **overrides), import_test_file(name).OPTIM
-    world = process_group.world_size()
-    micro_batch_size = ROWS // world // num_micro_batches
-    example = random_batch(name).slice(0, world * num_micro_batches)
+    world_size = process_group.world_size()
+    micro_batch_size = ROWS // world_size // num_micro_batches
+    example = random_batch(name).slice(0, world_size * num_micro_batches)
     execution = Execution.resolve(settings, CPU)
     example = replace(example, views=execution.place_views(example.views))
     stepper = build_stepper(
@@ -114,11 +114,11 @@ def train(
         example=example,
     )
     optimizer = stepper.optimizer
-    first, checkpoints = 0, None
+    first_step, checkpoints = 0, None
     if folder:
         state, facts = TrainingState(method, optimizer), RunFacts(NUM_STEPS, micro_batch_size, "")
         checkpoints = Checkpoints(folder, state, CheckpointConfig(), facts, {}, STEPS_PER_EPOCH)
-        first = checkpoints.resume(check_config=lambda saved_config, path: None)
+        first_step = checkpoints.resume(check_config=lambda saved_config, path: None)
     gradients: dict[str, torch.Tensor] = {}
 
     def copy_gradients(*_: Any) -> None:
@@ -128,14 +128,14 @@ def train(
 
     optimizer.register_step_pre_hook(copy_gradients)  # LARS overwrites the gradients
     losses = []
-    for step in range(first, first + steps):
+    for step in range(first_step, first_step + steps):
         progress = Progress(step, NUM_STEPS, STEPS_PER_EPOCH)
         optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
-        local_batch = random_batch(name, step).slice(process_group.rank(), world)
+        local_batch = random_batch(name, step).slice(process_group.rank(), world_size)
         logs = stepper(progress, local_batch).logs
-        losses.append(collectives.reduce_sum(logs["loss"].double()).item() / world)
+        losses.append(collectives.reduce_sum(logs["loss"].double()).item() / world_size)
     if checkpoints:
-        checkpoints.save(first + steps)
+        checkpoints.save(first_step + steps)
     return {
         "losses": losses,
         "gradients": gradients,
@@ -164,11 +164,11 @@ def apply_plain_step(
     weight_decay: float | None = None,
 ) -> None:
     """Apply the first update of the authors' optimizer, parameter by parameter."""
-    named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    named_parameters = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, [p for _, p in named_parameters], allow_unused=True)
     decay = recipe.weight_decay if weight_decay is None else weight_decay
     with torch.no_grad():
-        for (_, p), g in zip(named, gradients):
+        for (_, p), g in zip(named_parameters, gradients):
             if g is None:
                 continue
             excluded = recipe.exclude_by == "ndim" and p.ndim <= 1
@@ -241,7 +241,7 @@ def replace_views(images: Batch, views: list[torch.Tensor]) -> Batch:
 
 
 def torch_release() -> str:
-    """Return the version of torch without its build, such as 2.13."""
+    """Return the major and minor version of torch, such as 2.13."""
     return ".".join(torch.__version__.split(".")[:2])
 
 

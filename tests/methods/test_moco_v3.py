@@ -49,7 +49,7 @@ def test_one_step_is_the_authors(step):
     contract.assert_same(method, expected)
 
 
-def test_heads_have_no_bias_and_their_last_norm_no_parameters():
+def test_heads_have_no_bias_and_their_last_norm_has_no_parameters():
     method = contract.build("moco_v3", num_projector_layers=3, predictor_last_norm=True)
     assert [len(method.projector), len(method.predictor)] == [8, 5]
     for layer in (*method.projector, *method.predictor):
@@ -59,14 +59,14 @@ def test_heads_have_no_bias_and_their_last_norm_no_parameters():
     assert contract.build("moco_v3").predictor[-1].bias is None
 
 
-def vit():
+def build_with_vit():
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig(name="test_vit"), 64)
     return Config(hidden_dim=8, dim=4, vit_starts="authors").build(backbone)
 
 
-def test_a_vit_starts_as_the_authors():
-    method = vit()
+def test_a_vit_has_the_authors_initial_weights():
+    method = build_with_vit()
     model = method.backbone.model
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
@@ -91,7 +91,7 @@ def test_positions_are_sines_and_cosines_of_both_coordinates():
         assert positions[patch].tolist() == pytest.approx(waves, abs=1e-6)
 
 
-def test_twelve_heads_are_an_argument_of_the_backbone():
+def test_backbone_args_can_set_twelve_heads():
     config = BackboneConfig(name="vit_small_patch16_224", args={"num_heads": 12, "depth": 1})
     attention = build_backbone(config, 224).model.blocks[0].attn
     assert attention.num_heads == 12
