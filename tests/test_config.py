@@ -1,4 +1,4 @@
-"""Messages about wrong configurations, compared as text, and what a resumed run may change."""
+"""Messages about invalid configurations, compared as text, and what a resumed run may change."""
 
 import dataclasses
 import subprocess
@@ -32,22 +32,22 @@ def path(tmp_path):
     return path
 
 
-def message(path, *overrides, world_size=1) -> str:
-    """Return the message with which a configuration is refused."""
+def error_of(path, *overrides, world_size=1) -> str:
+    """Return the message that refuses a configuration."""
     with pytest.raises(ConfigError) as error:
         check(load(path, overrides), world_size)
     return str(error.value).replace(f"{path}", "run.yaml")
 
 
-def names(kind) -> str:
+def field_names(kind) -> str:
     return ", ".join(field.name for field in fields(kind))
 
 
 WRONG_OVERRIDES = {
     "optim.base_lrr=1": "run.yaml: optim.base_lrr: no such key. Did you mean 'base_lr'? "
-    f"Allowed: {names(OptimConfig)}",
+    f"Allowed: {field_names(OptimConfig)}",
     "epoch=3": "run.yaml: epoch: no such key. Did you mean 'epochs'? "
-    f"Allowed: {names(config.RunConfig)}",
+    f"Allowed: {field_names(config.RunConfig)}",
     "optim.name=sdg": "run.yaml: optim.name: 'sdg' is not known; choose one of: "
     + ", ".join(get_args(get_type_hints(OptimConfig)["name"])),
     "optim.base_lr=fast": "run.yaml: optim.base_lr: 'fast' is not a number; "
@@ -65,7 +65,7 @@ WRONG_OVERRIDES = {
 
 @pytest.mark.parametrize("override", WRONG_OVERRIDES)
 def test_a_wrong_key_or_value_is_named(path, override):
-    assert message(path, override) == WRONG_OVERRIDES[override]
+    assert error_of(path, override) == WRONG_OVERRIDES[override]
 
 
 WRONG_FILES = {
@@ -82,7 +82,7 @@ WRONG_FILES = {
 @pytest.mark.parametrize("text", WRONG_FILES)
 def test_a_wrong_file_is_named(path, text):
     path.write_text(text)
-    assert message(path) == WRONG_FILES[text]
+    assert error_of(path) == WRONG_FILES[text]
 
 
 def test_a_missing_file_lists_its_neighbors(path):
@@ -145,20 +145,20 @@ def test_a_missing_file_lists_its_neighbors(path):
         ),
     ],
 )
-def test_keys_that_do_not_fit_each_other_are_named(path, override, world_size, expected):
-    assert message(path, override, world_size=world_size) == expected
+def test_values_that_do_not_fit_together_are_explained(path, override, world_size, expected):
+    assert error_of(path, override, world_size=world_size) == expected
 
 
 @pytest.mark.parametrize("eps", ["0", "-1e-8"])
 def test_an_eps_that_is_not_positive_is_refused(path, eps):
-    problem = f"optim.eps: {float(eps)} is out of range; give a finite number > 0"
-    assert message(path, f"optim.eps={eps}") == f"run.yaml: {problem}"
+    expected = f"optim.eps: {float(eps)} is out of range; give a finite number > 0"
+    assert error_of(path, f"optim.eps={eps}") == f"run.yaml: {expected}"
 
 
 @pytest.mark.parametrize("name", ["dino", "moco_v3_vit"])
 def test_the_authors_initial_weights_do_not_replace_loaded_ones(name):
     overrides = ["data.root=/data", "backbone.init=runs/a"]
-    assert message(CONFIGS / f"{name}_imagenet.yaml", *overrides) == (
+    assert error_of(CONFIGS / f"{name}_imagenet.yaml", *overrides) == (
         "method.vit_starts: authors would replace weights that backbone.init=runs/a loads; "
         "set method.vit_starts=as_built"
     )
@@ -172,26 +172,26 @@ def test_values_have_the_declared_types(path):
     assert run.output == "runs/run"
 
 
-def test_off_is_a_word(path):
+def test_an_unquoted_off_is_read_as_text(path):
     path.write_text(tiny.YAML.replace('"off"', "off"))
     assert load(path).log.wandb == load(path, ["log.wandb=off"]).log.wandb == "off"
 
 
-def test_a_config_survives_its_manifest(path):
+def test_a_config_survives_conversion_to_a_dict_and_back(path):
     run = load(path)
     assert config.from_dict(config.to_dict(run)) == run
 
 
-def sections(kind):
-    """Yield a dataclass of settings and all those below it."""
+def walk_config_classes(kind):
+    """Yield a dataclass of settings and all dataclasses nested in it."""
     yield kind
     for hint in schema.field_types(kind).values():
         if dataclasses.is_dataclass(hint):
-            yield from sections(hint)
+            yield from walk_config_classes(hint)
 
 
 def test_every_setting_has_help_and_a_resume_policy():
-    kinds = {*sections(config.RunConfig), Crop}
+    kinds = {*walk_config_classes(config.RunConfig), Crop}
     kinds |= {methods.find(name).Config for name in methods.names()}
     for kind in kinds:
         for field in fields(kind):
@@ -213,8 +213,8 @@ def test_a_key_is_explained():
     assert "views.crops.global.size (int, default 224)" in config.explain_key(
         "views.crops.global.size"
     )
-    listed = [line.split()[0] for line in config.explain_key("optim").splitlines()]
-    assert ", ".join(listed) == names(OptimConfig)
+    listed_names = [line.split()[0] for line in config.explain_key("optim").splitlines()]
+    assert ", ".join(listed_names) == field_names(OptimConfig)
 
 
 def test_a_key_that_does_not_exist_is_not_explained():
@@ -222,8 +222,8 @@ def test_a_key_that_does_not_exist_is_not_explained():
         config.explain_key("optim.base_lrr")
 
 
-def test_the_help_of_a_key_ends_quietly_without_a_reader():
-    """As in `--help optim | head -1`."""
+def test_printing_the_help_of_a_key_into_a_closed_pipe_ends_quietly():
+    """A user may run `--help optim | head -1`."""
     command = f"set -o pipefail; {sys.executable} -m ssl_pretrain.train --help optim | true"
     process = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
@@ -249,7 +249,7 @@ def test_a_former_key_is_accepted_with_a_notice(path):
         ("plan.gpu=here", "plan.gpu=here no longer has an effect"),
     ],
 )
-def test_a_former_key_of_the_command_line_is_accepted_with_a_notice(path, override, notice):
+def test_a_former_key_on_the_command_line_is_accepted_with_a_notice(path, override, notice):
     path.write_text(tiny.YAML + "micro_batch_size: 12\n")
     with pytest.warns(UserWarning) as caught:
         run = load(path, [override])
@@ -259,7 +259,7 @@ def test_a_former_key_of_the_command_line_is_accepted_with_a_notice(path, overri
 
 def test_a_key_under_both_names_is_refused(path):
     path.write_text(tiny.YAML + "micro_batch_size: 12\nlocal_batch_size: 12\n")
-    assert message(path) == (
+    assert error_of(path) == (
         "run.yaml: local_batch_size is the former name of micro_batch_size; give only the latter"
     )
 
@@ -307,7 +307,7 @@ def test_a_key_that_the_saving_version_lacked_was_at_its_default(path):
         config.check_resume_config(saved, other, CHECKPOINT)
 
 
-def test_a_crops_option_that_the_saving_version_lacked_was_at_its_default(path):
+def test_a_crop_option_that_the_saving_version_lacked_was_at_its_default(path):
     run = load(path)
     saved = config.to_dict(run)
     for crop in saved["views"]["crops"].values():

@@ -13,29 +13,29 @@ FOLDERS = ("ssl_pretrain", "eval", "launch")
 VAGUE_NAMES = {"utils", "util", "common", "misc", "helpers", "helper", "stuff"}
 
 
-def modules() -> list[Path]:
-    """Return the paths of the package's Python files without duplicates through links."""
+def list_modules() -> list[Path]:
+    """Return the paths of the package's Python files, each only once despite symbolic links."""
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     return sorted({path.resolve().relative_to(ROOT) for path in files})
 
 
 def test_no_two_modules_share_a_basename():
-    names = [path.stem for path in modules() if path.stem not in ("__init__", "__main__")]
+    names = [path.stem for path in list_modules() if path.stem not in ("__init__", "__main__")]
     counts = collections.Counter(names)
     assert [name for name, count in counts.items() if count > 1] == []
 
 
 def test_the_root_of_the_package_holds_at_most_ten_modules():
-    assert len([path for path in modules() if path.parent == Path("ssl_pretrain")]) <= 10
+    assert len([path for path in list_modules() if path.parent == Path("ssl_pretrain")]) <= 10
 
 
 def test_no_module_has_a_vague_name():
-    assert not [str(path) for path in modules() if VAGUE_NAMES & {*path.with_suffix("").parts}]
+    assert not [str(path) for path in list_modules() if VAGUE_NAMES & {*path.with_suffix("").parts}]
 
 
 def test_pyproject_lists_every_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    inits = [path.parent for path in modules() if path.name == "__init__.py"]
+    inits = [path.parent for path in list_modules() if path.name == "__init__.py"]
     folders = [".".join(path.parts) for path in [*inits, Path("configs"), Path("configs/sweeps")]]
     expected = [
         name if name.startswith("ssl_pretrain") else f"ssl_pretrain.{name}" for name in folders
@@ -57,7 +57,7 @@ MACHINE_SPECIFIC = {
 DATA_FOLDER_ALLOWED = ("tests/", "docs/results/", "CONTRIBUTING.md")
 
 
-def machine_specific_lines(text: str) -> list[str]:
+def find_machine_specific_lines(text: str) -> list[str]:
     """Return an entry `number: names what: line` for each line that is specific to one machine."""
     return [
         f"{number}: names {what}: {line.strip()[:120]}"
@@ -78,7 +78,7 @@ def test_no_file_names_a_package_host_or_a_path_of_one_machine():
         path = ROOT / name
         content = path.read_bytes() if path.is_file() else b""
         if b"\0" not in content:
-            lines = machine_specific_lines(content.decode(errors="replace"))
+            lines = find_machine_specific_lines(content.decode(errors="replace"))
             if name.startswith(DATA_FOLDER_ALLOWED):
                 lines = [line for line in lines if "developers' data" not in line]
             problems += [f"{name}:{line}" for line in lines]
@@ -89,6 +89,6 @@ def test_the_scan_tells_machine_specific_lines_from_others():
     hosts = ["--extra-index-" + "url x", "http://host" + "/simple"]
     paths = ["see '/ro" + "ot/.cache'", "cd /wo" + "rk/main", "data.root=../" + "shared/data/x.zip"]
     for line in [*hosts, *paths]:
-        assert machine_specific_lines(f"first\n{line}\n")[0].startswith("2: names ")
+        assert find_machine_specific_lines(f"first\n{line}\n")[0].startswith("2: names ")
     for line in ["data.root=/data/imagenet", "https://github.com/a/b/tree/work/x", "runs/work/x"]:
-        assert not machine_specific_lines(line)
+        assert not find_machine_specific_lines(line)

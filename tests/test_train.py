@@ -54,33 +54,34 @@ def _run_torchrun(path, ranks, *arguments):
 
 def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
     path, float64 = tiny.write_config(tmp_path), "parallel.precision=float64"
-    _, alone = _train(path, [float64, f"output={tmp_path / 'one'}"], stop_after=20)
+    _, one_process = _train(path, [float64, f"output={tmp_path / 'one'}"], stop_after=20)
     result = _run_torchrun(path, 2, float64, f"output={tmp_path / 'two'}", "--stop-after", "20")
     assert result.returncode == 0, result.stderr[-3000:]
-    manifest, together = read_checkpoint(newest_checkpoint(tmp_path / "two"))
+    manifest, two_ranks = read_checkpoint(newest_checkpoint(tmp_path / "two"))
     assert manifest["step"] == 20 and manifest["machine"]["world_size"] == 2
-    moved = read_checkpoint(newest_checkpoint(tmp_path / "one"))[1]
-    assert alone.keys() == together.keys()
-    for name, value in alone.items():
+    reloaded = read_checkpoint(newest_checkpoint(tmp_path / "one"))[1]
+    assert one_process.keys() == two_ranks.keys()
+    for name, value in one_process.items():
         if value.is_floating_point():
             torch.testing.assert_close(
-                together[name],
+                two_ranks[name],
                 value,
                 rtol=1e-9,
                 atol=1e-9,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
     assert torch.equal(
-        moved["backbone.model.layer4.0.conv1.weight"], alone["backbone.model.layer4.0.conv1.weight"]
+        reloaded["backbone.model.layer4.0.conv1.weight"],
+        one_process["backbone.model.layer4.0.conv1.weight"],
     )
 
 
 def test_ranks_end_with_the_weights_of_one_process_by_default(tmp_path):
-    """Take two steps. In the third, rounding moves some activations across the zero of a ReLU."""
+    """Take only two steps. In the third, rounding moves some activations across a ReLU's zero."""
     path = tiny.write_config(tmp_path)
-    _, alone = _train(path, [f"output={tmp_path / 'one'}"], stop_after=2)
+    _, one_process = _train(path, [f"output={tmp_path / 'one'}"], stop_after=2)
     for rank in run_ranks(_train, path, [f"output={tmp_path / 'three'}"], 2, world_size=3):
-        assert largest_difference(rank[1], alone) < 1e-4
+        assert largest_difference(rank[1], one_process) < 1e-4
 
 
 @pytest.mark.full
@@ -113,13 +114,15 @@ def test_three_ranks_resumed_twice_within_an_epoch_equal_an_uninterrupted_run_bi
 
 @pytest.mark.parametrize("omitted", ["method.safetensors", "optimizer.safetensors"])
 def test_the_comparison_notices_a_checkpoint_that_lacks_a_file(tmp_path, omitted, monkeypatch):
-    """Check the check: equality would mean nothing if a lost state passed."""
+    """Check the comparison itself: it must fail after a resume that lost a state."""
     path = tiny.write_config(tmp_path)
     _, uninterrupted = _train(path, [f"output={tmp_path / 'uninterrupted'}"], stop_after=6)
     _train(path, stop_after=3)
-    real = state.load_file
+    original_load_file = state.load_file
     monkeypatch.setattr(
-        state, "load_file", lambda file: {} if str(file).endswith(omitted) else real(file)
+        state,
+        "load_file",
+        lambda file: {} if str(file).endswith(omitted) else original_load_file(file),
     )
     if omitted == "method.safetensors":
         monkeypatch.setattr(
@@ -138,16 +141,16 @@ def test_a_run_resumed_on_another_world_size_sees_the_same_batches(
     tmp_path, precision, steps, tolerance
 ):
     path, setting = tiny.write_config(tmp_path), f"parallel.precision={precision}"
-    _, alone = _train(path, [setting, f"output={tmp_path / 'one'}"], stop_after=2 * steps)
-    run_ranks(_train, path, [setting, f"output={tmp_path / 'grown'}"], steps, world_size=2)
+    _, one_process = _train(path, [setting, f"output={tmp_path / 'one'}"], stop_after=2 * steps)
+    run_ranks(_train, path, [setting, f"output={tmp_path / 'resumed'}"], steps, world_size=2)
     with pytest.warns(
         UserWarning,
         match="resuming is exact but not bit for bit: world_size was 2 and is now 1",
     ):
-        _, grown = _train(path, [setting, f"output={tmp_path / 'grown'}"], stop_after=steps)
-    for name, value in alone.items():
+        _, resumed = _train(path, [setting, f"output={tmp_path / 'resumed'}"], stop_after=steps)
+    for name, value in one_process.items():
         if value.is_floating_point():
-            torch.testing.assert_close(grown[name], value, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(resumed[name], value, rtol=tolerance, atol=tolerance)
 
 
 def test_restarting_a_finished_run_changes_nothing(tmp_path):
@@ -159,18 +162,18 @@ def test_restarting_a_finished_run_changes_nothing(tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == records
 
 
-KILLED = """
+TRAIN_WITH_A_SLOW_SAVE = """
 import sys, time
 from ssl_pretrain import train
 from ssl_pretrain.checkpoint import tensor_files
-real = tensor_files.save_file
-def slow(tensors, path):
-    real(tensors, path)
+original_save_file = tensor_files.save_file
+def save_slowly(tensors, path):
+    original_save_file(tensors, path)
     if "step_00000006" in str(path) and path.name == sys.argv[2]:
         path.write_bytes(path.read_bytes()[:1000])  # half written
         print("writing", flush=True)
         time.sleep(60)
-tensor_files.save_file = slow
+tensor_files.save_file = save_slowly
 train.main([sys.argv[1], "checkpoint.every_epochs=1"])
 """
 
@@ -182,7 +185,7 @@ def test_sigkill_during_a_save_loses_only_the_steps_since_the_last_checkpoint(tm
     path = tiny.write_config(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path), file],
+        [sys.executable, "-c", TRAIN_WITH_A_SLOW_SAVE, str(path), file],
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
@@ -222,7 +225,7 @@ def test_a_signal_makes_a_run_save_and_stop(tmp_path):
     assert verify_checkpoint(newest_checkpoint(tmp_path / "run"))["step"] >= 1
 
 
-def test_no_worker_process_remains(tmp_path):
+def test_no_worker_process_remains_after_training(tmp_path):
     path = tiny.write_config(tmp_path)
     _train(path, ["data.num_workers=2"], stop_after=2)
     time.sleep(0.5)
@@ -290,7 +293,7 @@ def test_a_diverged_run_stops_with_advice(tmp_path, capsys):
     assert "Lower optim.base_lr, lengthen optim.warmup_epochs" in message
 
 
-def test_the_process_group_is_left_after_main(tmp_path):
+def test_main_leaves_no_process_group_behind(tmp_path):
     path = tiny.write_config(tmp_path)
     assert main([str(path), "--stop-after", "1"]) == 0
     assert process_group.world_size() == 1

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-BLOCK, HEADER = 32768, 7  # bytes
+BLOCK_BYTES, FILE_HEADER_BYTES, FRAGMENT_HEADER_BYTES = 32768, 7, 7
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
@@ -18,17 +18,19 @@ def payloads(path: Path) -> Iterator[bytes]:
     """Yield the complete records of a file, in order."""
     content = path.read_bytes()
     assert content[:4] == b":W&B", f"{path} is not a W&B file"
-    position, record = HEADER, b""
-    while position + HEADER <= len(content):
-        rest_of_block = BLOCK - position % BLOCK
-        if rest_of_block < HEADER:
+    position, record = FILE_HEADER_BYTES, b""
+    while position + FRAGMENT_HEADER_BYTES <= len(content):
+        rest_of_block = BLOCK_BYTES - position % BLOCK_BYTES
+        if rest_of_block < FRAGMENT_HEADER_BYTES:
             position += rest_of_block
             continue
         _checksum, length, kind = struct.unpack_from("<IHB", content, position)
-        fragment = content[position + HEADER : position + HEADER + length]
+        fragment = content[
+            position + FRAGMENT_HEADER_BYTES : position + FRAGMENT_HEADER_BYTES + length
+        ]
         if len(fragment) < length or not FULL <= kind <= LAST:
             return
-        position += HEADER + length
+        position += FRAGMENT_HEADER_BYTES + length
         record = fragment if kind in (FULL, FIRST) else record + fragment
         if kind in (FULL, LAST):
             yield record

@@ -37,8 +37,8 @@ class Run:
 
     def __init__(self, **settings):
         self.student = Student()
-        trained = [p for p in self.student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, lr=0.1)
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(parameters, lr=0.1)
         self.alerts = []
         health = HealthConfig(every_steps=2, **settings)
         self.monitor = CollapseMonitor(
@@ -63,7 +63,7 @@ def test_only_due_steps_are_measured():
     assert run.step(3).metrics == {}
 
 
-def test_due_steps_alone_have_a_hook():
+def test_hooks_are_only_registered_for_due_steps():
     run = Run()
     assert not run.student.backbone._forward_hooks  # step 1
     run.step(1)
@@ -103,7 +103,7 @@ def test_an_alert_ends_a_run_that_is_configured_to_stop():
     assert [title for title, _ in run.alerts] == ["collapse"]
 
 
-def test_an_alert_does_not_end_other_runs():
+def test_an_alert_does_not_end_a_run_that_is_configured_to_warn():
     run = Run(on_collapse="warn")
     for step, value in ((2, 0.4), (4, 0.15), (6, 0.15)):
         run.monitor.check(step, {"embedding_std": value})

@@ -9,18 +9,18 @@ import pytest
 from ssl_pretrain.system import durable_files
 
 
-def refuse(*_arguments):
+def raise_disk_full(*_arguments):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_an_appended_line_is_whole_or_absent(tmp_path, monkeypatch):
+def test_an_appended_line_is_complete_or_absent(tmp_path, monkeypatch):
     """The disk fills up in the middle of a line."""
     path = tmp_path / "metrics.jsonl"
     durable_files.append(path, "first\n")
     write = os.write
 
     def write_three_bytes(descriptor, data):
-        monkeypatch.setattr(os, "write", refuse)
+        monkeypatch.setattr(os, "write", raise_disk_full)
         return write(descriptor, bytes(data)[:3])
 
     monkeypatch.setattr(os, "write", write_three_bytes)

@@ -1,4 +1,4 @@
-"""The color kernels are interpreted, and compiled for each architecture, without a GPU."""
+"""Without a GPU, the color kernels are interpreted, and compiled for each architecture."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ from ssl_pretrain.views.recipe import Crop
 
 ROOT = Path(__file__).parents[2]
 SWITCHES = [False, True]
-# The kernel, its constants with the authors' functions switched on or off, and its warps.
+# The kernel, its constants with the authors' functions switched on or off, and its number of warps.
 KERNELS = {
     "means": (
         color_triton._compute_means,
@@ -52,7 +52,7 @@ TYPES = {
 }
 
 
-def test_the_kernels_compute_the_colors_of_a_cpu():
+def test_the_kernels_compute_the_same_colors_as_a_cpu():
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
@@ -70,17 +70,17 @@ def test_the_kernels_compute_the_colors_of_a_cpu():
         line.split("  ", 1)[1]: float(line.split()[0]) for line in result.stdout.splitlines()
     }
     assert set(differences) == set(interpreted.CASES)
-    # One gray level is 1 / 255 / 0.2 = 0.02 of a normalized view. The kernels take sums in another
+    # One gray level is 1 / 255 / 0.2 = 0.02 of a normalized view. The kernels sum in a different
     # order, which changes the last digits.
     assert max(differences.values()) < 2e-5, result.stdout
 
 
-@pytest.mark.parametrize("authors", SWITCHES)
+@pytest.mark.parametrize("use_authors_functions", SWITCHES)
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("capability", [80, 89, 90])
-def test_a_kernel_compiles_and_takes_little_shared_memory(capability, name, authors):
+def test_a_kernel_compiles_and_uses_little_shared_memory(capability, name, use_authors_functions):
     kernel, constants, num_warps = KERNELS[name]
-    constants = constants(authors)
+    constants = constants(use_authors_functions)
     integers = ("area", "height", "width")
     signature = {
         argument: "constexpr"
@@ -96,7 +96,7 @@ def test_a_kernel_compiles_and_takes_little_shared_memory(capability, name, auth
     assert compiled.metadata.shared < 1024
 
 
-def test_the_table_assigns_slots_of_the_blur_buffers():
+def test_the_table_assigns_each_blurred_image_a_slot_of_the_blur_buffers():
     is_blurred = np.array([False, True, False, True, True])
     parameters = replace(draw_colors(Crop(), 0, 0, np.arange(5), 0), is_blurred=is_blurred)
     table = color_triton.pack_parameters(parameters, Crop())

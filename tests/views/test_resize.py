@@ -1,4 +1,4 @@
-"""The compiled resize equals torch's antialiased resize to one gray level."""
+"""The compiled resize equals torch's antialiased resize to within one gray level."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from ssl_pretrain.views import resize
 pytestmark = pytest.mark.promise
 
 
-def resized_crop(
+def resize_crop(
     image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, bicubic: bool
 ) -> np.ndarray:
     """Return the view (3, size, size) of a box in an image (height, width, 3)."""
@@ -27,7 +27,7 @@ def resized_crop(
     return view.reshape(3, size, size)
 
 
-# Boxes as (top, left, height, width) and sizes of views, per height and width of an image.
+# Maps (height, width) of an image to boxes (top, left, height, width) and sizes of views.
 BOXES = {
     (70, 90): [((5, 11, 41, 53), 16), ((5, 11, 41, 53), 96)],
     (375, 500): [((10, 20, 300, 400), 224), ((0, 0, 375, 500), 224)],
@@ -46,12 +46,12 @@ CASES = [(shape, *case) for shape, cases in BOXES.items() for case in cases]
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("shape", "box", "size"), CASES)
-def test_a_view_equals_torchs_to_one_gray_level(shape, box, size, flip, interpolation, kind):
+def test_a_view_equals_torchs_to_within_one_gray_level(shape, box, size, flip, interpolation, kind):
     image = draw_picture(*shape, kind)
     mode = F.InterpolationMode(interpolation)
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     expected = F.resized_crop(tensor, *box, [size, size], mode, antialias=True).numpy()
-    view = resized_crop(image, (*box, flip), size, interpolation == "bicubic").astype(int)
+    view = resize_crop(image, (*box, flip), size, interpolation == "bicubic").astype(int)
     difference = np.abs(view - (expected[..., ::-1] if flip else expected))
     assert difference.max() <= 1
     assert difference.mean() < 0.01  # exactly 0 with AVX2, where torch uses integer arithmetic
