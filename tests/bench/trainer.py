@@ -128,31 +128,31 @@ def main() -> None:
             torch.full_like(indices, -1),
             indices,
         )
-        batches: Any = AlternatingLoader(batch, build_bare_step(settings, batch), options.steps)
-        build.build_loader = lambda *_, **__: nullcontext(batches)
+        loader: Any = AlternatingLoader(batch, build_bare_step(settings, batch), options.steps)
+        build.build_loader = lambda *_, **__: nullcontext(loader)
         train.train(settings, CPU, options.steps - 1)
     print(versions("timm"))
     print(
         f"{options.backbone}, {options.images} images of {options.size} pixels in 2 views; median "
-        f"of {len(batches.bare_times)} interleaved steps"
+        f"of {len(loader.bare_times)} interleaved steps"
     )
     for clock, name in enumerate(("wall clock", "CPU time")):
         trainer, bare = (
             statistics.median(times[clock] for times in steps)
-            for steps in (batches.trainer_times, batches.bare_times)
+            for steps in (loader.trainer_times, loader.bare_times)
         )
         print(f"seconds of {name}: trainer {trainer:.4f}, bare {bare:.4f}")
-    wall_clock, cpu_time = (_compute_ratio(batches, clock) for clock in (0, 1))
+    wall_clock, cpu_time = (_compute_ratio(loader, clock) for clock in (0, 1))
     print(f"ratios: trainer_over_bare={wall_clock:.3f} processor_time_over_bare={cpu_time:.3f}")
 
 
-def _compute_ratio(batches: AlternatingLoader, clock: int) -> float:
+def _compute_ratio(loader: AlternatingLoader, clock: int) -> float:
     """Return the median ratio of a trainer step to the mean of its two neighboring bare steps.
 
     Comparing neighbors cancels the varying load of other programs.
     """
-    trainer = [times[clock] for times in batches.trainer_times]
-    bare = [times[clock] for times in batches.bare_times]
+    trainer = [times[clock] for times in loader.trainer_times]
+    bare = [times[clock] for times in loader.bare_times]
     return statistics.median(
         step / ((before + after) / 2) for step, before, after in zip(trainer, bare, bare[1:])
     )

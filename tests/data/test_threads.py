@@ -71,16 +71,16 @@ def test_a_folder_gives_the_batches_of_the_beton_written_from_it(beton, expected
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_make_up_the_global_batch(world_size, beton, expected):
-    ranks = [make_loader(beton, rank=rank, world_size=world_size) for rank in range(world_size)]
-    iterators = [batches.iterate_from(0) for batches in ranks]
+    loaders = [make_loader(beton, rank=rank, world_size=world_size) for rank in range(world_size)]
+    iterators = [loader.iterate_from(0) for loader in loaders]
     for step in range(5):
-        shards = [next(batches) for batches in iterators]
+        shards = [next(iterator) for iterator in iterators]
         views = [torch.cat(tensors) for tensors in zip(*(shard.views for shard in shards))]
         labels = torch.cat([shard.labels for shard in shards])
         indices = torch.cat([shard.indices for shard in shards])
         assert digest(Batch(views, labels, indices)) == expected[step]
-    for batches in ranks:
-        batches.close()
+    for loader in loaders:
+        loader.close()
 
 
 @pytest.mark.parametrize("first", range(1, 10))
@@ -89,10 +89,10 @@ def test_batches_resumed_at_any_step_equal_uninterrupted_ones(first, beton, expe
 
 
 def test_a_second_iterator_ends_the_first(beton, expected):
-    with make_loader(beton) as batches:
-        first = batches.iterate_from(0)
+    with make_loader(beton) as loader:
+        first = loader.iterate_from(0)
         next(first)
-        second = itertools.islice(batches.iterate_from(3), 3)
+        second = itertools.islice(loader.iterate_from(3), 3)
         assert [digest(batch) for batch in second] == expected[3:6]
         assert list(first) == []
 
@@ -102,9 +102,9 @@ def _digest_file(path: str, first: int, count: int) -> list[str]:
 
 
 def test_a_closed_loader_can_start_again(beton, expected):
-    batches = make_loader(beton)
-    assert digests(batches, 0, 2) == expected[:2]
-    assert digests(batches, 2, 2) == expected[2:4]
+    loader = make_loader(beton)
+    assert digests(loader, 0, 2) == expected[:2]
+    assert digests(loader, 2, 2) == expected[2:4]
 
 
 def test_a_spawned_process_gives_the_same_bytes(beton, expected):
@@ -134,11 +134,11 @@ def test_samplers_and_resizes_equal_those_of_processes(options, beton):
         local = Crop(count=1, size=10, **settings)
         return ViewsConfig(crops={"global": Crop(count=2, size=24, **settings), "local": local})
 
-    batches = digests(make_loader(beton, views=build_views(**options)), 0, 3)
-    assert batches == digests(
+    batch_digests = digests(make_loader(beton, views=build_views(**options)), 0, 3)
+    assert batch_digests == digests(
         make_loader(beton, 0, views=build_views(**options), kind="folder"), 0, 3
     )
-    assert not set(batches) & set(digests(make_loader(beton, views=build_views()), 0, 3))
+    assert not set(batch_digests) & set(digests(make_loader(beton, views=build_views()), 0, 3))
 
 
 def test_raw_pixels_equal_those_of_the_source(tmp_path):
@@ -239,25 +239,25 @@ class TestBugsOfFFCV:
             raise MemoryError("no room for an image")
 
         monkeypatch.setattr(threads.decode, function, raise_error)
-        with make_loader(beton) as batches, pytest.raises(MemoryError) as error:
-            next(batches.iterate_from(0))
+        with make_loader(beton) as loader, pytest.raises(MemoryError) as error:
+            next(loader.iterate_from(0))
         assert str(error.value) == "no room for an image"
 
     def test_3_leaving_an_epoch_leaves_no_thread_behind(self, beton):
         """FFCV leaks one thread and its buffers per epoch."""
         expected = count_threads_and_files()
         for _ in range(6):
-            with make_loader(beton) as batches:
-                for _batch in batches.iterate_from(0):
+            with make_loader(beton) as loader:
+                for _batch in loader.iterate_from(0):
                     break
         assert count_threads_and_files() == expected
 
     def test_3_deleting_a_loader_leaves_no_thread_behind(self, beton):
         expected = count_threads_and_files()
-        batches = make_loader(beton)
-        next(batches.iterate_from(0))
+        loader = make_loader(beton)
+        next(loader.iterate_from(0))
         assert threading.active_count() == expected[0] + 2
-        del batches
+        del loader
         gc.collect()
         assert count_threads_and_files() == expected
 
@@ -270,13 +270,13 @@ class TestBugsOfFFCV:
         options = {"global_batch_size": 12, "views": views}
         epoch = []
         with (
-            make_loader(small_beton, **options) as batches,
+            make_loader(small_beton, **options) as loader,
             warnings.catch_warnings(record=True) as messages,
         ):
             warnings.simplefilter("always")
-            for batch in itertools.islice(batches.iterate_from(0), 2):
+            for batch in itertools.islice(loader.iterate_from(0), 2):
                 epoch.append((batch.indices.tolist(), batch.labels, batch.views[0].clone()))
-        assert batches.num_replaced == 1
+        assert loader.num_replaced == 1
 
         path = small_beton.full_path
         (message,) = [str(warning.message) for warning in messages]
@@ -312,12 +312,12 @@ class TestBugsOfFFCV:
         for index in (5, 9):
             damage_image(small_beton, index, "no jpeg")
         with (
-            make_loader(small_beton) as batches,
+            make_loader(small_beton) as loader,
             warnings.catch_warnings(),
             pytest.raises(ValueError) as error,
         ):
             warnings.simplefilter("ignore")
-            for _ in batches.iterate_from(0):
+            for _ in loader.iterate_from(0):
                 pass
         last = re.search(r"the last: (.* takes its place); ", str(error.value))[1]
         assert str(error.value) == (
@@ -333,10 +333,10 @@ class TestBugsOfFFCV:
             damage_image(small_beton, index, "no jpeg")
         message = "no other readable image of the 24 in .*train.beton is left outside its"
         with (
-            make_loader(small_beton) as batches,
+            make_loader(small_beton) as loader,
             pytest.raises(ValueError, match=f"not a JPEG; {message}"),
         ):
-            next(batches.iterate_from(0))
+            next(loader.iterate_from(0))
 
     @pytest.mark.case(15)
     def test_5_an_unfinished_file_does_not_open(self, small_beton):
@@ -394,11 +394,11 @@ def damage_image(source: Beton, index: int, damage: str) -> None:
 class TestFailures:
     @pytest.mark.case(16)
     def test_truncating_the_file_raises_an_error_that_names_the_image(self, small_beton):
-        with make_loader(small_beton, global_batch_size=24) as batches:
+        with make_loader(small_beton, global_batch_size=24) as loader:
             last = int(np.argmax(small_beton.samples.offset))
             os.truncate(small_beton.full_path, int(small_beton.samples.offset[last]) + 10)
             with pytest.raises(ValueError) as error:  # a user's error: one line, no traceback
-                next(batches.iterate_from(0))
+                next(loader.iterate_from(0))
         missing = int(small_beton.samples.length[last]) - 10
         assert str(error.value) == (
             f"data.root: {small_beton.full_path}, image {last}: the file was truncated during the "
@@ -407,17 +407,17 @@ class TestFailures:
         )
 
     def test_a_deleted_file_is_named(self, small_beton):
-        batches = make_loader(small_beton)
+        loader = make_loader(small_beton)
         os.unlink(small_beton.full_path)
         with pytest.raises(FileNotFoundError, match=re.escape(small_beton.full_path)):
-            batches.iterate_from(0)
+            loader.iterate_from(0)
 
     def test_a_loader_can_start_again_after_an_exception(self, beton, expected, monkeypatch):
-        batches = make_loader(beton)
+        loader = make_loader(beton)
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             patch.setattr(threads._Session, "_make_rows", lambda *_arguments: 1 // 0)
-            next(batches.iterate_from(0))
-        assert digests(batches, 0, 3) == expected[:3]
+            next(loader.iterate_from(0))
+        assert digests(loader, 0, 3) == expected[:3]
 
 
 def run_python(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -435,8 +435,8 @@ from pathlib import Path
 sys.path.insert(0, "tests/data")
 from test_threads import make_loader, open_train
 source = open_train(Path(sys.argv[1]))
-with make_loader(source) as batches:
-    next(batches.iterate_from(0))
+with make_loader(source) as loader:
+    next(loader.iterate_from(0))
 pids = {str(os.getpid())}
 def count_resources():
     # Names of shared memory segments contain the ID of the process that created it.
@@ -449,8 +449,8 @@ for number in range(100):
     child = os.fork()
     if child == 0:
         os.close(read_end)
-        batches = make_loader(source)
-        next(batches.iterate_from(number))
+        loader = make_loader(source)
+        next(loader.iterate_from(number))
         os.write(write_end, b"x")
         time.sleep(60)
     os.close(write_end)
@@ -460,11 +460,11 @@ for number in range(100):
     os.waitpid(child, 0)
     os.close(read_end)
 for number in range(100):
-    batches = make_loader(source)
-    next(batches.iterate_from(number))
+    loader = make_loader(source)
+    next(loader.iterate_from(number))
     if number % 2:
-        batches.close()
-    del batches
+        loader.close()
+    del loader
 deadline = time.monotonic() + 20
 while before != count_resources() and time.monotonic() < deadline:
     time.sleep(0.1)
@@ -486,8 +486,8 @@ sys.path.insert(0, "tests/data")
 import torch
 torch.set_num_threads(1)
 from test_threads import make_loader, open_train
-with make_loader(open_train(Path(sys.argv[1])), global_batch_size=25) as batches:
-    for step, batch in enumerate(batches.iterate_from(0)):
+with make_loader(open_train(Path(sys.argv[1])), global_batch_size=25) as loader:
+    for step, batch in enumerate(loader.iterate_from(0)):
         if step in (4, 100):
             gc.collect()
             print(os.sysconf("SC_PAGESIZE") * int(Path("/proc/self/statm").read_text().split()[1]))

@@ -63,9 +63,9 @@ def test_four_two_and_one_ranks_see_the_same_batches_and_views(tmp_path, observe
     uninterrupted_batches = train_and_record_batches(path, tmp_path / "run", 12)
     resumed_batches = []
     for size in (4, 2, 4):
-        by_rank = run_ranks(train_and_record_batches, path, run, 3, world_size=size)
-        assert all(batches == by_rank[0] for batches in by_rank)
-        resumed_batches += by_rank[0]
+        batches_by_rank = run_ranks(train_and_record_batches, path, run, 3, world_size=size)
+        assert all(batches == batches_by_rank[0] for batches in batches_by_rank)
+        resumed_batches += batches_by_rank[0]
     with pytest.warns(UserWarning, match="world_size was 4 and is now 1"):
         resumed_batches += train_and_record_batches(path, run, 3)
     assert resumed_batches == uninterrupted_batches
@@ -256,8 +256,8 @@ def test_the_comparison_fails_for_any_state_that_a_checkpoint_lacks(
         monkeypatch.setattr(optim, "set_rates", set_earlier_rates)
     elif omitted == "data":
 
-        def report_from_step_0(batches, first_step, device):
-            return report_bottleneck(batches, 0, device)
+        def report_from_step_0(loader, first_step, device):
+            return report_bottleneck(loader, 0, device)
 
         monkeypatch.setattr(throughput_check, "report_bottleneck", report_from_step_0)
     elif omitted is not None:
