@@ -30,11 +30,11 @@ CASES = {  # number: (fault, required behavior)
         "The newest intact checkpoint is used. Nothing unfinished remains.",
     ),
     4: (
-        "One rank gets SIGUSR2 or SIGTERM. A second signal comes during the save.",
+        "One rank gets SIGUSR2 or SIGTERM. A second signal arrives during the save.",
         "All ranks save the same step and end with status 75. The second signal changes nothing.",
     ),
     5: (
-        "SIGTERM comes with less grace than a save takes.",
+        "SIGTERM leaves less time than a save takes.",
         "Nothing is damaged. The previous checkpoint is used.",
     ),
     6: (
@@ -70,7 +70,7 @@ CASES = {  # number: (fault, required behavior)
         "The change is reported. The weights agree to rounding.",
     ),
     13: (
-        "A run resumes with other images than the checkpoint's.",
+        "A run resumes with images other than the checkpoint's.",
         "The run is refused, and the message names the remedy.",
     ),
     14: (
@@ -91,13 +91,13 @@ CASES = {  # number: (fault, required behavior)
         "The exception is raised in the trainer.",
     ),
     18: (
-        "The keys of a recipe come in another order.",
+        "The keys of a recipe are in a different order.",
         "The views are the same.",
     ),
     19: (
         "Images or a loss are not finite on one rank.",
-        "No weight moves on any rank, and the images are recorded for replay. If it goes on, the "
-        "run rolls back, then stops.",
+        "No weight moves on any rank, and the images are recorded for replay. If it continues, "
+        "the run rolls back, then stops.",
     ),
     20: (
         "A gradient is infinite under bfloat16 autocast. A weight is zero under LARS.",
@@ -121,15 +121,15 @@ CASES = {  # number: (fault, required behavior)
         "Training continues, its numbers are kept, and the run keeps one id.",
     ),
     25: (
-        "A run resumes with another configuration.",
+        "A run resumes with a different configuration.",
         "Each key is refused with the differences and two remedies, warned about, or accepted.",
     ),
     26: (
-        "The checkpoint has another format.",
+        "The checkpoint has a different format.",
         "The checkpoint is refused, and the message names the version that wrote it.",
     ),
     27: (
-        "Wall clocks are a day apart, or go back.",
+        "Wall clocks are a day apart, or jump back.",
         "Nothing is ordered by time. The bits are the same.",
     ),
     28: (
@@ -151,7 +151,7 @@ CASES = {  # number: (fault, required behavior)
     ),
     32: (
         "One kind of state is left out of a checkpoint.",
-        "For each kind, the resumed run has other bits, so the comparison of bits detects it.",
+        "For each kind, the resumed run has different bits, so the comparison of bits detects it.",
     ),
     33: (
         "Ranks have different weights, at the start or later.",

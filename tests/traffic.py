@@ -12,8 +12,8 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.models import backbones, components
 from ssl_pretrain.parallel.batch_norm import GroupBatchNorm
 
-# The first of these functions on the stack tells what a collective is for. None is on the stack of
-# DDP's reducer, which is C++.
+# The first of these functions that is on the stack tells what a collective is for. None is on the
+# stack of DDP's reducer, which is C++.
 KINDS = {
     "_SynchronizedBatchNorm.forward": "batch norm forward",
     "_SynchronizedBatchNorm.backward": "batch norm backward",
@@ -52,7 +52,7 @@ class Traffic(TorchDispatchMode):
                 "allreduce_": first,
             }[name]
             size = tensor.numel() * tensor.element_size()
-            self.sent[_collective_kind()] += (
+            self.sent[_find_collective_kind()] += (
                 Fraction(2 * (world - 1) * size, world)
                 if name == "allreduce_"
                 else (world - 1) * size
@@ -60,7 +60,7 @@ class Traffic(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _collective_kind() -> str:
+def _find_collective_kind() -> str:
     frame: Any = sys._getframe()
     functions = []
     while frame is not None:
@@ -109,13 +109,14 @@ def predict_bytes(
         if network is method.backbone:  # the backward pass gathers again
             gathered += calls * in_blocks + outside_blocks
         rest -= in_blocks + outside_blocks
-    adapted = sum(parameter.ndim > 1 for parameter in trained) if not teacher_norms else 0  # LARS
+    # LARS adapts the weights of more than one dimension.
+    num_adapted = sum(parameter.ndim > 1 for parameter in trained) if not teacher_norms else 0
     return sent | {
         "weights": num_others * (gathered + rest) * size,
         "gradients": num_others
         * _numel_per_rank(trained)
-        * size,  # once, after the last call's backward
-        "norms": all_reduced * (len(trained) + 2 * adapted) * size,
+        * size,  # once, after the backward pass of the last call
+        "norms": all_reduced * (len(trained) + 2 * num_adapted) * size,
     }
 
 

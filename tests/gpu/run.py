@@ -4,7 +4,7 @@
     python tests/gpu/run.py --only cifar10 --epochs 1000         # the published number of epochs
     python tests/gpu/run.py --again simclr_resnet50              # repeat one stage
 
-The most valuable stages run first. They check the kernels with compute-sanitizer, run the
+The stages, the most valuable first, check the kernels with compute-sanitizer, run the
 tests of tests/gpu, measure training steps with tests/gpu/steps.py, and train and evaluate SimCLR
 with ResNet-18 on CIFAR-10, with the data set on the device. Each call takes at most --minutes, and
 the next call continues with the missing stages. After every stage the results are written to

@@ -17,10 +17,10 @@ def plain_loss(method, images, sigma):
     n = len(images)
     z = contract.unit_rows(method.projector(method.backbone(torch.cat(images.views))))
     loss = torch.zeros((), dtype=torch.float64)
-    closeness = [torch.exp(z[i] @ z[i + n] / sigma) for i in range(n)] if sigma else []
+    similarities = [torch.exp(z[i] @ z[i + n] / sigma) for i in range(n)] if sigma else []
     for start in (0, n):  # both directions, summed
         for i in range(n):
-            weight = 2 - closeness[i] * n / sum(closeness) if sigma else 1
+            weight = 2 - similarities[i] * n / sum(similarities) if sigma else 1
             others = [j for j in range(2 * n) if j % n != i]
             negatives = sum(torch.exp(z[start + i] @ z[j] / 0.5) for j in others)
             loss = loss + (torch.log(negatives) - weight * (z[i] @ z[i + n]) / 0.5) / n

@@ -67,7 +67,7 @@ def test_a_damaged_file_is_written_again(cached_module, kind, damage):
     assert load() == 1
 
 
-def test_a_folder_in_the_place_of_a_file_only_costs_time(cached_module):
+def test_a_folder_in_place_of_a_file_only_costs_time(cached_module):
     load, files = cached_module
     for path in files:
         path.unlink()

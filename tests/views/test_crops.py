@@ -88,13 +88,13 @@ def test_boxes_are_distributed_as_in_torchvision(crop, height, width):
 
 
 def test_area_and_ratio_are_uniform_and_log_uniform():
-    rows = draw_boxes(Crop(scale=[0.1, 0.5]), 2000, 2000, 4000)  # all attempts fit at these sizes
-    area, ratio = rows[:, 2] * rows[:, 3] / 2000**2, rows[:, 3] / rows[:, 2]
+    boxes = draw_boxes(Crop(scale=[0.1, 0.5]), 2000, 2000, 4000)  # all attempts fit at these sizes
+    area, ratio = boxes[:, 2] * boxes[:, 3] / 2000**2, boxes[:, 3] / boxes[:, 2]
     assert stats.kstest(area, stats.uniform(0.1, 0.4).cdf).pvalue > CHANCE
     log_uniform = stats.uniform(math.log(3 / 4), math.log(16 / 9))
     assert stats.kstest(np.log(ratio), log_uniform.cdf).pvalue > CHANCE
     assert abs(np.corrcoef(area, ratio)[0, 1]) < 0.05
-    top, left = rows[:, 0] / (2000 - rows[:, 2]), rows[:, 1] / (2000 - rows[:, 3])
+    top, left = boxes[:, 0] / (2000 - boxes[:, 2]), boxes[:, 1] / (2000 - boxes[:, 3])
     assert abs(np.corrcoef(top, left)[0, 1]) < 0.05
 
 
@@ -168,9 +168,9 @@ def test_a_batch_is_cropped_like_its_images_one_by_one(interpolation, size, devi
         images[row, :, :height, :width] = draw_image(height, width)
         box = crops.draw_box(crop, 1, 2, 10 + row, 3, height, width)
         expected.append(crops.apply(images[row, :, :height, :width], box, crop))
-    rows = crops.draw_boxes(crop, 1, 2, np.arange(10, 50), 3, sizes)
-    assert rows[:, 4].min() == 0 and rows[:, 4].max() == 1
-    views = crops.apply_to_batch(images.to(device), rows, crop).cpu()
+    boxes = crops.draw_boxes(crop, 1, 2, np.arange(10, 50), 3, sizes)
+    assert boxes[:, 4].min() == 0 and boxes[:, 4].max() == 1
+    views = crops.apply_to_batch(images.to(device), boxes, crop).cpu()
     difference = (views.int() - torch.stack(expected).int()).abs()
     # Halves may be rounded up or down.
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.002
@@ -179,14 +179,16 @@ def test_a_batch_is_cropped_like_its_images_one_by_one(interpolation, size, devi
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (401, 299), (20, 90), (224, 224)])
 @pytest.mark.parametrize(
-    ("size", "crop_ratio", "resized"), [(224, 0.875, 256), (32, 1.0, 32), (96, 0.875, 110)]
+    ("size", "crop_ratio", "resized_side"), [(224, 0.875, 256), (32, 1.0, 32), (96, 0.875, 110)]
 )
 def test_evaluation_takes_the_resized_center(
-    interpolation, height, width, size, crop_ratio, resized
+    interpolation, height, width, size, crop_ratio, resized_side
 ):
     transform = v2.Compose(
         [
-            v2.Resize(resized, interpolation=F.InterpolationMode(interpolation), antialias=True),
+            v2.Resize(
+                resized_side, interpolation=F.InterpolationMode(interpolation), antialias=True
+            ),
             v2.CenterCrop(size),
         ]
     )
@@ -197,16 +199,18 @@ def test_evaluation_takes_the_resized_center(
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width"), [(40, 901), (901, 37), (16, 1000), (3, 250)])
-@pytest.mark.parametrize(("size", "crop_ratio", "resized"), [(32, 0.875, 37), (24, 1.0, 24)])
+@pytest.mark.parametrize(("size", "crop_ratio", "resized_side"), [(32, 0.875, 37), (24, 1.0, 24)])
 def test_evaluation_of_a_long_thin_image_takes_nearly_the_resized_center(
-    interpolation, height, width, size, crop_ratio, resized
+    interpolation, height, width, size, crop_ratio, resized_side
 ):
     smooth = F.resize(
         draw_image(max(2, height // 8), max(2, width // 8)), [height, width], antialias=True
     )
     transform = v2.Compose(
         [
-            v2.Resize(resized, interpolation=F.InterpolationMode(interpolation), antialias=True),
+            v2.Resize(
+                resized_side, interpolation=F.InterpolationMode(interpolation), antialias=True
+            ),
             v2.CenterCrop(size),
         ]
     )
