@@ -80,8 +80,8 @@ def test_ranks_end_with_the_weights_of_one_process_by_default(tmp_path):
     """Take only two steps. In the third, rounding moves some activations across a ReLU's zero."""
     path = tiny.write_config(tmp_path)
     _, one_process = _train(path, [f"output={tmp_path / 'one'}"], stop_after=2)
-    for rank in run_ranks(_train, path, [f"output={tmp_path / 'three'}"], 2, world_size=3):
-        assert largest_difference(rank[1], one_process) < 1e-4
+    for _, weights in run_ranks(_train, path, [f"output={tmp_path / 'three'}"], 2, world_size=3):
+        assert largest_difference(weights, one_process) < 1e-4
 
 
 @pytest.mark.full

@@ -40,7 +40,7 @@ class FixedTargetSimCLR(simclr.SimCLR):
 
 
 def build_benchmark_stepper(
-    kind: type,
+    method_class: type,
     options: argparse.Namespace,
     micro_batch_size: int,
     global_batch_size: int,
@@ -48,7 +48,7 @@ def build_benchmark_stepper(
 ) -> Stepper:
     torch.manual_seed(0)
     backbone = build(BackboneConfig(name=options.backbone), options.size)
-    method = kind(simclr.Config(projector_dims=[512, 128]), backbone)
+    method = method_class(simclr.Config(projector_dims=[512, 128]), backbone)
     settings = ParallelConfig(bn_group_images=options.micro_batch)
     labels = torch.zeros(micro_batch_size, dtype=torch.int64, device=device)
     view = torch.zeros(micro_batch_size, 3, options.size, options.size, device=device)
@@ -85,19 +85,19 @@ def main() -> None:
     ]
     labels = torch.zeros(options.images, dtype=torch.int64, device=device)
     runs = {}
-    for label, kind in (("coupled", simclr.SimCLR), ("uncoupled", FixedTargetSimCLR)):
+    for kind, method_class in (("coupled", simclr.SimCLR), ("uncoupled", FixedTargetSimCLR)):
         for name, micro_batch_size, global_batch_size in (
             ("whole batch", options.images, options.images),
             ("micro-batches", options.micro_batch, options.images),
             ("one micro-batch", options.micro_batch, options.micro_batch),
         ):
             stepper = build_benchmark_stepper(
-                kind, options, micro_batch_size, global_batch_size, device
+                method_class, options, micro_batch_size, global_batch_size, device
             )
             batch_views = [view[:global_batch_size] for view in place_views(views, stepper)]
             batch_labels = labels[:global_batch_size]
             batch = Batch(batch_views, batch_labels, batch_labels)
-            runs[f"{label}, {name}"] = lambda stepper=stepper, batch=batch: stepper(HALFWAY, batch)
+            runs[f"{kind}, {name}"] = lambda stepper=stepper, batch=batch: stepper(HALFWAY, batch)
     for run in runs.values():
         run()
     print(versions("timm"))

@@ -50,9 +50,11 @@ def slow_loss(name, z_a, z_b, labels, queue, temperature):
         else:  # debiased and hard_negative: the authors' criterion, from the paper's equations
             num_negatives, beta = len(negatives), BETA if name == "hard_negative" else 0.0
             importance = [torch.exp(beta * s) for s in negatives]
-            weighted = sum(w * torch.exp(s) for w, s in zip(importance, negatives))
-            weighted = weighted / (sum(importance) / num_negatives)
-            estimate = (weighted - TAU_PLUS * num_negatives * torch.exp(positive)) / (1 - TAU_PLUS)
+            weighted_sum = sum(w * torch.exp(s) for w, s in zip(importance, negatives))
+            weighted_sum = weighted_sum / (sum(importance) / num_negatives)
+            estimate = (weighted_sum - TAU_PLUS * num_negatives * torch.exp(positive)) / (
+                1 - TAU_PLUS
+            )
             negative_sum = torch.clamp(estimate, min=num_negatives * math.exp(-1 / temperature))
             losses.append(-torch.log(torch.exp(positive) / (torch.exp(positive) + negative_sum)))
     return sum(losses) / len(losses)

@@ -25,9 +25,11 @@ def plain_loss(method, images):
     p = [contract.unit_rows(method.predictor(embeddings)) for embeddings in z]
     teacher = method.teacher
     with torch.no_grad():
-        z = [contract.unit_rows(teacher.projector(teacher.backbone(view))) for view in images.views]
+        teacher_z = [
+            contract.unit_rows(teacher.projector(teacher.backbone(view))) for view in images.views
+        ]
     loss = torch.zeros((), dtype=torch.float64)
-    for queries, keys in ((p[0], z[1]), (p[1], z[0])):
+    for queries, keys in ((p[0], teacher_z[1]), (p[1], teacher_z[0])):
         for i, q in enumerate(queries):
             exps = [torch.exp(q @ k / 0.3) for k in keys]
             loss = loss - torch.log(exps[i] / sum(exps)) / len(queries) * 2 * 0.3

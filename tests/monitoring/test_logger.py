@@ -105,7 +105,7 @@ def test_views_are_saved_as_a_grid_with_descriptions(tmp_path):
     with build_logger(tmp_path) as logger:
         logger.save_views(1, views, [0.5] * 3, [0.25] * 3, lambda: descriptions)
     with Image.open(tmp_path / "views.png") as image:
-        assert image.size == (2 * 18 + 2, 8 * 18 + 2)  # 8 images, 2 views, 2 pixels of space
+        assert image.size == (2 * 18 + 2, 8 * 18 + 2)  # 8 images, 2 views, 2 pixels of padding
     assert json.loads((tmp_path / "views.json").read_text()) == descriptions
 
 
