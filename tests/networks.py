@@ -75,23 +75,23 @@ def build_case(
     **settings: Any,
 ):
     """Return a stepper with seeded weights, and the sizes of its views."""
-    network, head, recipe, sizes = CASES[name]
+    network, method_settings, optim_settings, sizes = CASES[name]
     torch.manual_seed(0)
     network = backbones.build(BackboneConfig(**{**vars(network), **(backbone or {})}), SIZE)
-    method: Any = methods.find(name).Config(**head).build(network)
+    method: Any = methods.find(name).Config(**method_settings).build(network)
     config = ParallelConfig(**settings)
-    world = process_group.world_size()
-    images = rows // world // num_micro_batches
-    example = random_batch(0, sizes, rows).slice(0, world * num_micro_batches)
+    world_size = process_group.world_size()
+    micro_batch_size = rows // world_size // num_micro_batches
+    example = random_batch(0, sizes, rows).slice(0, world_size * num_micro_batches)
     execution = Execution.resolve(config, CPU)
     example = replace(example, views=execution.place_views(example.views))
-    recipe = OptimConfig(**(optimizer or recipe))
+    optim_config = OptimConfig(**(optimizer or optim_settings))
     stepper = build_stepper(
         method,
         config,
-        recipe,
+        optim_config,
         execution,
-        micro_batch_size=images,
+        micro_batch_size=micro_batch_size,
         global_batch_size=rows,
         example=example,
     )
@@ -99,23 +99,23 @@ def build_case(
 
 
 def run(name: str, steps: int, folder: Path | None = None, **settings: Any) -> dict[str, Any]:
-    """Take steps and return the losses and the whole state.
+    """Take steps and return the losses and the full state.
 
     With a folder, resume from its checkpoint if there is one, and save another at the end.
     """
     stepper, sizes = build_case(name, **settings)
     method: Any = parallel.unwrap(stepper.model)
-    first, checkpoints = 0, None
+    first_step, checkpoints = 0, None
     if folder:
         state = TrainingState(method, stepper.optimizer)
         facts = RunFacts(NUM_STEPS, stepper.micro_batch_size, "")
         checkpoints = Checkpoints(folder, state, CheckpointConfig(), facts, {}, STEPS_PER_EPOCH)
-        first = checkpoints.resume(check_config=lambda saved_config, path: None)
+        first_step = checkpoints.resume(check_config=lambda saved_config, path: None)
     losses = []
-    for step in range(first, first + steps):
+    for step in range(first_step, first_step + steps):
         losses.append(take_step(stepper, sizes, step))
     if checkpoints:
-        checkpoints.save(first + steps)
+        checkpoints.save(first_step + steps)
     return {"losses": losses, "state": full_state(method)}
 
 
@@ -129,10 +129,10 @@ def take_step(stepper: Stepper, sizes: tuple[int, ...], step: int) -> float:
         NUM_STEPS / STEPS_PER_EPOCH,
         stepper.global_batch_size,
     )
-    local = random_batch(step, sizes, stepper.global_batch_size).slice(
+    local_batch = random_batch(step, sizes, stepper.global_batch_size).slice(
         process_group.rank(), process_group.world_size()
     )
-    logs = stepper(progress, local).logs
+    logs = stepper(progress, local_batch).logs
     return collectives.reduce_sum(logs["loss"].double()).item() / process_group.world_size()
 
 

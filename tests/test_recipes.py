@@ -1,7 +1,7 @@
-"""Every YAML of configs/ resumes bit for bit, with its own optimizer, precision and views.
+"""Every YAML in configs/ resumes bit for bit, with its own optimizer, precision and views.
 
-Each run is the command `python -m ssl_pretrain.train`, on 1 and on 3 ranks. `reduced` makes a
-recipe small enough for that.
+Each run is the command `python -m ssl_pretrain.train`, on 1 and on 3 ranks.
+`reduce_recipe` makes a recipe small enough for that.
 """
 
 from collections.abc import Sequence
@@ -37,8 +37,8 @@ WIDTHS = (
 )
 
 
-def recipes() -> dict[str, tuple[Path, list[str]]]:
-    """Return file and overrides of each recipe in configs/ and each run in configs/sweeps/."""
+def list_recipes() -> dict[str, tuple[Path, list[str]]]:
+    """Return the file and overrides of each recipe in configs/ and each run in configs/sweeps/."""
     files = sorted(CONFIGS.glob("*.yaml"))
     recipes: dict[str, tuple[Path, list[str]]] = {path.stem: (path, []) for path in files}
     for path in sorted((CONFIGS / "sweeps").glob("*.yaml")):
@@ -49,12 +49,12 @@ def recipes() -> dict[str, tuple[Path, list[str]]]:
     return recipes
 
 
-def reduced(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
+def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
     """Write a small version of a recipe into the folder and return its path.
 
     The rules are the same for all recipes:
 
-    - Data: 78 images of 3 classes in a folder, unless the recipe's are the digits.
+    - Data: 78 images of 3 classes in a folder, unless the recipe uses the digits.
     - CPU: one thread per rank, which also loads the images, because tests share the cores.
     - Network: timm's smallest ResNet, or a ViT of 2 blocks and 24 dimensions, with the recipe's
       arguments. No layer of a head is wider than 32.
@@ -86,9 +86,9 @@ def reduced(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
         crop |= {"size": 32 if crop["size"] == global_size else 16, "blur_kernel": 3}
     for name in method:
         if name in WIDTHS:
-            method[name] = _at_most(method[name], 32)
+            method[name] = _clip(method[name], 32)
         elif name.endswith(("_steps", "_epoch")):
-            method[name] = _at_most(method[name], 2)
+            method[name] = _clip(method[name], 2)
         elif name in ("patch_size", "stride"):
             method[name] //= shrink
     if method.get("queue_size"):
@@ -105,19 +105,21 @@ def reduced(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
     return file
 
 
-def _at_most(value: Any, limit: int) -> Any:
+def _clip(value: Any, limit: int) -> Any:
     return [min(entry, limit) for entry in value] if isinstance(value, list) else min(value, limit)
 
 
-def representatives() -> set[str]:
+def choose_representatives() -> set[str]:
     """Return the first recipe of each optimizer and memory format."""
-    first: dict[tuple[str, bool], str] = {}
-    for name, (path, _) in recipes().items():
+    first_names: dict[tuple[str, bool], str] = {}
+    for name, (path, _) in list_recipes().items():
         values = yaml.safe_load(path.read_text())
         optimizer = values["optim"].get("name", OptimConfig.name)
-        layout = values.get("parallel", {}).get("channels_last", ParallelConfig.channels_last)
-        first.setdefault((optimizer, layout), name)
-    return set(first.values())
+        channels_last = values.get("parallel", {}).get(
+            "channels_last", ParallelConfig.channels_last
+        )
+        first_names.setdefault((optimizer, channels_last), name)
+    return set(first_names.values())
 
 
 def differing_tensors(run: Path, reference: Path, ignore: str = "nothing") -> list[str]:
@@ -127,7 +129,7 @@ def differing_tensors(run: Path, reference: Path, ignore: str = "nothing") -> li
     """
     tensors, reference_tensors = ranks.load_tensors(run), ranks.load_tensors(reference)
     assert tensors.keys() == reference_tensors.keys()
-    assert any("::" in name for name in tensors), "the checkpoint lacks the state of the optimizer"
+    assert any("::" in name for name in tensors), "the checkpoint lacks the optimizer's state"
     return [
         name
         for name, value in reference_tensors.items()
@@ -155,7 +157,7 @@ def assert_resumes(
     assert differing_tensors(stopped, uninterrupted) == []
 
 
-QUICK = representatives()
+QUICK = choose_representatives()
 
 
 def resume_cases() -> list:
@@ -165,7 +167,7 @@ def resume_cases() -> list:
     in the long suite.
     """
     cases = []
-    for name in recipes():
+    for name in list_recipes():
         for size in (1, 3):
             is_quick = name in QUICK and size == (3 if name.endswith("_imagenet") else 1)
             marks = () if is_quick else pytest.mark.full
@@ -174,9 +176,9 @@ def resume_cases() -> list:
 
 
 @pytest.mark.parametrize(("name", "size"), resume_cases())
-def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(name, size, tmp_path):
-    path, overrides = recipes()[name]
-    assert_resumes(reduced(path, tmp_path, overrides), tmp_path, STEPS, [], size)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, size, tmp_path):
+    path, overrides = list_recipes()[name]
+    assert_resumes(reduce_recipe(path, tmp_path, overrides), tmp_path, STEPS, [], size)
 
 
 DIGITS = ["epochs=5", "online.knn_every_epochs=0", "log.wandb=off"]
@@ -197,21 +199,21 @@ def test_the_demo_resumed_after_14_steps_has_the_same_bits_after_20(optimizer, s
     assert_resumes(CONFIGS / "simclr_digits.yaml", tmp_path, (14, 6), overrides, size)
 
 
-ROLLED_BACK = [
+ROLLBACK_CASES = [
     (name, size) if (name, size) == ("sgd", 1) else pytest.param(name, size, marks=pytest.mark.full)
     for name in OPTIMIZERS
     for size in SIZES
 ]
 
 
-@pytest.mark.parametrize(("optimizer", "size"), ROLLED_BACK)
-def test_a_rollback_leaves_the_bits_of_the_checkpoint(optimizer, size, tmp_path):
+@pytest.mark.parametrize(("optimizer", "size"), ROLLBACK_CASES)
+def test_a_rollback_equals_a_skipped_step_bit_for_bit(optimizer, size, tmp_path):
     """Step 15 has NaN images. One run skips the step, the other rolls back to step 14."""
     overrides = [
         *DIGITS,
         *OPTIMIZERS[optimizer],
         *SIZES[size],
-        "checkpoint.every_epochs=2.8",  # step 14 of 5 per epoch
+        "checkpoint.every_epochs=2.8",  # step 14, at 5 steps per epoch
         "log.every_steps=1",
     ]
     output = {}
@@ -219,8 +221,8 @@ def test_a_rollback_leaves_the_bits_of_the_checkpoint(optimizer, size, tmp_path)
         path = tmp_path / kind / "digits.yaml"
         path.parent.mkdir()
         path.write_text((CONFIGS / "simclr_digits.yaml").read_text())
-        keys = [f"guard.max_skipped_steps={limit}", f"output={path.parent / 'run'}"]
-        output[kind] = train_for(20, path, *overrides, *keys, size=size, fault="nan@0:15")
+        run_overrides = [f"guard.max_skipped_steps={limit}", f"output={path.parent / 'run'}"]
+        output[kind] = train_for(20, path, *overrides, *run_overrides, size=size, fault="nan@0:15")
     assert "Weights and optimizer were restored from step_00000014" in output["rolled back"]
     assert "went back" not in output["skipped"]
     # Only batch norm's counters differ, by the skipped batch. No computation uses them.

@@ -1,4 +1,4 @@
-"""The linear classifier that runs are monitored with."""
+"""The linear classifier that monitors a run."""
 
 import torch
 from clusters import clusters
@@ -26,7 +26,7 @@ def test_predictions_do_not_depend_on_the_scale_of_the_features():
     assert torch.equal(scaled, expected)
 
 
-def test_no_gradient_and_no_random_number_is_touched():
+def test_predicting_computes_no_gradient_and_leaves_the_random_state_alone():
     features, labels = clusters(60)
     features.requires_grad_()
     before = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Metrics of a method's weights. test_collapse.py sees them measured."""
+"""The norm of several tensors. test_collapse.py tests the metrics that use it."""
 
 import pytest
 import torch

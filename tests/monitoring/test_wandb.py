@@ -35,10 +35,10 @@ STEPS = {"num_steps_done": 0, "last_step": 20, "steps_per_epoch": 5, "global_bat
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
-    """A run of 5 steps that lost the last 2 of them and was resumed.
+def resumed_run(tmp_path_factory):
+    """Return the folder of a resumed run and its .wandb files in order.
 
-    Yields its folder and its .wandb files in order.
+    The run had taken 5 steps and lost the checkpoints of the last 2.
     """
     folder = tmp_path_factory.mktemp("wandb")
     path = tiny.write_config(folder)
@@ -52,60 +52,66 @@ def resumed(tmp_path_factory):
         ]
         result = {"name": "linear", "step": step, "rows": rows}
         (run / folder_name / "linear.json").write_text(json.dumps(result))
-    for saved in list_checkpoints(run)[-2:]:
-        if saved.name > "step_00000003":
-            for file in saved.iterdir():
+    for checkpoint in list_checkpoints(run)[-2:]:
+        if checkpoint.name > "step_00000003":
+            for file in checkpoint.iterdir():
                 file.unlink()
-            saved.rmdir()
+            checkpoint.rmdir()
     train(config.load(path, OVERRIDES), torch.device("cpu"), 4)
     files = run.glob("wandb/offline-run-*/*.wandb")
     return run, sorted(files, key=lambda file: file.stat().st_mtime)
 
 
-def of_type(file, kind):
+def read_entries(file, kind):
     """Return the entries of one type in a .wandb file."""
     records = wandb_file.records(file)
     return [getattr(record, kind) for record in records if record.WhichOneof("record_type") == kind]
 
 
-def test_both_halves_are_one_run_with_config_and_tags(resumed):
-    run, files = resumed
-    ids = {verify_checkpoint(saved)["wandb_id"] for saved in list_checkpoints(run)}
-    starts = [start for file in files for start in of_type(file, "run")]
+def test_both_halves_are_one_run_with_config_and_tags(resumed_run):
+    run, files = resumed_run
+    ids = {verify_checkpoint(path)["wandb_id"] for path in list_checkpoints(run)}
+    starts = [start for file in files for start in read_entries(file, "run")]
     assert len(files) == 2 and {start.run_id for start in starts} == ids and len(ids) == 1
-    shown_config = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
-    assert shown_config["method"]["name"] == "simclr" and shown_config["global_batch_size"] == 24
+    logged_config = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
+    assert logged_config["method"]["name"] == "simclr" and logged_config["global_batch_size"] == 24
     assert starts[0].display_name == "named" and list(starts[0].tags) == ["a"]
     assert starts[0].project == "ssl_pretrain"
     assert "api_key" not in (run / "config.yaml").read_text()
 
 
-def test_every_metric_is_logged_once_per_step_in_order(resumed):
-    run, files = resumed
+def test_every_metric_is_logged_once_per_step_in_order(resumed_run):
+    run, files = resumed_run
     rows = [row for file in files for row in wandb_file.history(file) if "step" in row]
     steps = [1, 2, 3, 4, 5, 6, 7]
     assert [row["_step"] for row in rows] == [row["step"] for row in rows] == steps
     lines = (run / "metrics.jsonl").read_text().splitlines()
     records = {record["step"]: record for record in map(json.loads, lines)}
-    vary = {"images_per_second", "seconds_per_step", "data_wait", "memory_gib", "model_tflops"}
+    varying_keys = {
+        "images_per_second",
+        "seconds_per_step",
+        "data_wait",
+        "memory_gib",
+        "model_tflops",
+    }
     for row in rows:
         for key, value in records[row["step"]].items():
             ran_twice = row["step"] in (4, 5)
-            if key == "time" or (ran_twice and key in vary):
+            if key == "time" or (ran_twice and key in varying_keys):
                 continue
             logged = row[metric_names.display_name(key)]
             assert logged == pytest.approx(value, rel=1e-12), (row["step"], key)
 
 
-def test_a_client_knows_the_last_step_that_was_logged(resumed):
-    run, _ = resumed
-    (run_id,) = {verify_checkpoint(saved)["wandb_id"] for saved in list_checkpoints(run)}
+def test_a_client_knows_the_last_step_that_was_logged(resumed_run):
+    run, _ = resumed_run
+    (run_id,) = {verify_checkpoint(path)["wandb_id"] for path in list_checkpoints(run)}
     assert wandb_client.read_last_step(run, run_id) == 7
     assert wandb_client.read_last_step(run, "another") == -1
 
 
-def test_pictures_curves_and_evaluations_are_logged_at_their_step(resumed):
-    _, files = resumed
+def test_pictures_curves_and_evaluations_are_logged_at_their_step(resumed_run):
+    _, files = resumed_run
     rows = {row["_step"]: row for file in files for row in wandb_file.history(file)}
     views = rows[1]["Pictures/views"]
     assert views["_type"] == "image-file" and "image 1, view 1:" in views["caption"]
@@ -120,8 +126,8 @@ def test_pictures_curves_and_evaluations_are_logged_at_their_step(resumed):
     assert evaluations == {3: 30.0, 5: 50.0}
 
 
-def test_axes_are_declared(resumed):
-    metrics = of_type(resumed[1][0], "metric")
+def test_axes_are_declared(resumed_run):
+    metrics = read_entries(resumed_run[1][0], "metric")
     axes = {metric.glob_name or metric.name: metric.step_metric for metric in metrics}
     assert axes["*"] == "step" and axes["Evaluation/*"] == "evaluated_step"
     assert {"step", "epoch", "evaluated_step"} <= axes.keys()
@@ -132,25 +138,25 @@ def test_an_alert_is_sent_and_tags_the_run(tmp_path):
     with Logger(settings, tmp_path, config={}, wandb_id="abcdefgh", **STEPS) as logger:
         logger.raise_alert("collapse", "the embeddings are similar")
     (file,) = tmp_path.glob("wandb/offline-run-*-abcdefgh/*.wandb")
-    alerts = [(alert.title, alert.text) for alert in of_type(file, "alert")]
+    alerts = [(alert.title, alert.text) for alert in read_entries(file, "alert")]
     assert alerts == [("collapse", "the embeddings are similar")]
-    assert any("collapse" in run.tags for run in of_type(file, "run"))
+    assert any("collapse" in run.tags for run in read_entries(file, "run"))
     assert json.loads((tmp_path / "alerts.jsonl").read_text())["title"] == "collapse"
 
 
 @contextmanager
-def server(answer):
-    """Give `answer` to every request on a socket of this machine, or none if it is None.
+def run_server(answer):
+    """Serve on a socket of this machine and yield its address.
 
-    Yields the address.
+    Every request gets `answer`, or no reply if it is None.
     """
-    listening = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", 0))
     connections = []
 
     def serve():
         while True:
             try:
-                connection, _ = listening.accept()
+                connection, _ = listener.accept()
             except OSError:
                 return
             connections.append(connection)
@@ -166,15 +172,15 @@ def server(answer):
 
     threading.Thread(target=serve, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        for connection in (*connections, listening):
+        for connection in (*connections, listener):
             connection.close()
 
 
 @pytest.fixture
-def key(monkeypatch, tmp_path):
-    """A key in the environment, and no settings of W&B."""
+def api_key(monkeypatch, tmp_path):
+    """Set an API key in the environment, without any other setting of W&B."""
     for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
@@ -200,8 +206,8 @@ MODES = [  # (environment, log.wandb, mode, True if there is a message)
 
 
 @pytest.mark.parametrize(("environment", "setting", "mode", "has_message"), MODES)
-def test_no_more_is_sent_than_wandb_itself_is_set_to(
-    key, monkeypatch, environment, setting, mode, has_message
+def test_no_more_is_sent_than_the_settings_of_wandb_allow(
+    api_key, monkeypatch, environment, setting, mode, has_message
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -213,19 +219,19 @@ def test_no_more_is_sent_than_wandb_itself_is_set_to(
 
 
 @pytest.mark.parametrize("folder", ["wandb", "config"])
-def test_the_command_wandb_offline_is_obeyed(key, monkeypatch, tmp_path, folder):
-    """`wandb offline` and `wandb disabled` write a settings file to this folder or to the home."""
+def test_the_command_wandb_offline_is_obeyed(api_key, monkeypatch, tmp_path, folder):
+    """`wandb offline` and `wandb disabled` write a settings file to this or the home folder."""
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "settings").write_text("[default]\nmode = offline\n")
     assert wandb_run.resolve_mode("auto")[0] == "offline"
     mode, message = wandb_run.resolve_mode("online")
     assert mode == "offline" and message.startswith("W&B: offline, because mode = offline in ")
     assert message.endswith(f"{folder}/settings overrides log.wandb=online")
-    monkeypatch.setenv("WANDB_MODE", "online")  # the environment has priority
+    monkeypatch.setenv("WANDB_MODE", "online")  # the environment takes priority
     assert wandb_run.resolve_mode("auto")[0] == "online"
 
 
-def test_without_a_key_auto_is_off_and_offline_is_suggested(key, monkeypatch):
+def test_without_a_key_auto_is_off_and_offline_is_suggested(api_key, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", "nothing")
     assert wandb_run.resolve_mode("auto") == ("off", "")
@@ -240,9 +246,9 @@ def test_without_a_key_auto_is_off_and_offline_is_suggested(key, monkeypatch):
 def test_the_client_leaves_no_temporary_files(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    names = {"project": "p", "name": "n", "run_id": "abcdefgh", "config": {}, "tags": []}
+    arguments = {"project": "p", "name": "n", "run_id": "abcdefgh", "config": {}, "tags": []}
     run = wandb_run.WandbRun(
-        tmp_path / "run", mode="offline", print_line=lambda line: None, **names
+        tmp_path / "run", mode="offline", print_line=lambda line: None, **arguments
     )
     curves = {"deviations": [1.0], "spectrum_index": [1], "spectrum": [1.0]}
     run.send("log_record", record={"step": 1, "loss": 1.0}, curves=curves)
@@ -251,9 +257,9 @@ def test_the_client_leaves_no_temporary_files(tmp_path, monkeypatch):
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def closed_port():
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        return f"http://127.0.0.1:{closed.getsockname()[1]}"
+def find_closed_address():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 UNAUTHORIZED = (
@@ -263,8 +269,10 @@ UNAUTHORIZED = (
 
 @pytest.mark.parametrize("kind", [pytest.param("refuses", marks=pytest.mark.full), "hangs", "401"])
 def test_a_server_that_fails_costs_at_most_five_seconds_and_no_record(tmp_path, monkeypatch, kind):
-    with server(None if kind == "hangs" else UNAUTHORIZED) as address:
-        monkeypatch.setenv("WANDB_BASE_URL", closed_port() if kind == "refuses" else address)
+    with run_server(None if kind == "hangs" else UNAUTHORIZED) as address:
+        monkeypatch.setenv(
+            "WANDB_BASE_URL", find_closed_address() if kind == "refuses" else address
+        )
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
         monkeypatch.setenv("WANDB_MODE", "online")
         start = time.monotonic()
@@ -275,7 +283,7 @@ def test_a_server_that_fails_costs_at_most_five_seconds_and_no_record(tmp_path, 
         process = logger._wandb._process
         logger.close()
         assert time.monotonic() - start < 5
-        process.wait(200)  # it keeps the run offline by itself
+        process.wait(200)  # the client saves the run offline by itself
     messages = (tmp_path / "wandb" / "client.log").read_text()
     files = tmp_path.glob(f"wandb/offline-run-*-{logger.wandb_id}/*.wandb")
     rows = [row for file in files for row in wandb_file.history(file)]
@@ -286,7 +294,7 @@ def test_a_server_that_fails_costs_at_most_five_seconds_and_no_record(tmp_path, 
 IMPORTS = """
 import sys
 import ssl_pretrain.train
-assert "wandb" not in sys.modules, "its import takes a third of the start of every command"
+assert "wandb" not in sys.modules, "importing it takes a third of the startup time of every command"
 import timm
 timm.utils.summary.wandb.Settings
 assert "wandb" in sys.modules

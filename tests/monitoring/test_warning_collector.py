@@ -9,8 +9,8 @@ from ssl_pretrain.monitoring.console import WarningCollector
 
 
 def _warn_on_ranks():
-    shown = []
-    collector = WarningCollector(shown.append if process_group.is_main() else None)
+    messages = []
+    collector = WarningCollector(messages.append if process_group.is_main() else None)
     collector.install()
     try:
         for _ in range(3):
@@ -21,7 +21,7 @@ def _warn_on_ranks():
         collector.show_from_ranks(collectives.gather_objects(collector.take_pending()))
     finally:
         collector.uninstall()
-    return num_pending, [text.partition(" (")[0] + text.partition(")")[2] for text in shown]
+    return num_pending, [text.partition(" (")[0] + text.partition(")")[2] for text in messages]
 
 
 def test_each_warning_is_shown_once_with_the_other_ranks_that_raised_it():

@@ -1,4 +1,4 @@
-"""Estimated memory against the built run, and models of time against numbers known by hand."""
+"""Estimated memory against a built run, and estimated times against numbers computed by hand."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from ssl_pretrain.planning.estimate import Estimate
 from ssl_pretrain.planning.hardware import MACHINES, Machine
 from ssl_pretrain.planning.trace import CONVOLUTION, MATMUL, OTHER, Trace
 
-QUICK = ("simclr", "swav")  # the other methods are in the long suite
+QUICK = ("simclr", "swav")  # the other methods are planned in the long suite
 TOY = Machine(
     "toy",
     memory_bytes=1e10,
@@ -41,17 +41,19 @@ def run(tmp_path):
     return reduce_recipe(path, tmp_path)
 
 
-def make_trace(flops, moved, kinds, wide) -> Trace:
-    columns = [np.array(column) for column in (flops, moved, np.zeros(len(flops)), kinds, wide)]
+def make_trace(flops, bytes_moved, kinds, without_tensor_cores) -> Trace:
+    bytes_held = np.zeros(len(flops))
+    lists = (flops, bytes_moved, bytes_held, kinds, without_tensor_cores)
+    columns = [np.array(values) for values in lists]
     return Trace(*columns, collectives=[], batch_norm_channels={})
 
 
-def quick_or_full(path):
+def mark_if_slow(path):
     quick = path.stem.split("_imagenet")[0] in QUICK
     return path if quick else pytest.param(path, marks=pytest.mark.full)
 
 
-@pytest.mark.parametrize("path", map(quick_or_full, REPRESENTATIVES), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", map(mark_if_slow, REPRESENTATIVES), ids=lambda path: path.stem)
 def test_every_method_has_a_plan(path, tmp_path):
     run = reduce_recipe(path, tmp_path)
     run = replace(
@@ -69,12 +71,12 @@ def test_every_method_has_a_plan(path, tmp_path):
         assert line in text, text
     total = float(text.partition("time per step: ")[2].partition(" ms")[0].replace(",", ""))
     components = [line for line in text.splitlines() if line.startswith("  ") and " ms  " in line]
-    listed = sum(float(line.split()[0]) for line in components)
-    assert listed == pytest.approx(total, rel=0.05, abs=0.1)
+    sum_of_components = sum(float(line.split()[0]) for line in components)
+    assert sum_of_components == pytest.approx(total, rel=0.05, abs=0.1)
 
 
 @pytest.mark.parametrize("optimizer_name", ["lars", "adamw"])
-def test_weights_and_optimizer_take_the_memory_of_the_built_run(run, optimizer_name):
+def test_weights_and_optimizer_take_the_bytes_of_the_built_run(run, optimizer_name):
     run = replace(run, optim=replace(run.optim, name=optimizer_name))
     method = build_method(run)
     optimizer = optim.build(run.optim, method)
@@ -103,21 +105,25 @@ def test_an_operation_takes_the_longer_of_its_arithmetic_and_its_memory_time():
     assert replace(half_rate, launch_seconds=5.0).trace_seconds(trace) == pytest.approx(20.0)
 
 
-def test_a_collective_takes_its_ring_and_its_tree():
-    inside, across = Cluster(1, 16), Cluster(4, 4)
+def test_a_collective_takes_the_bandwidth_of_a_ring_and_the_latency_of_a_tree():
+    one_node, four_nodes = Cluster(1, 16), Cluster(4, 4)
     gather, reduction = (Message(name, 16_000_000, 16) for name in ("allgather", "allreduce"))
-    within = replace(gather, num_ranks=4)
+    small_gather = replace(gather, num_ranks=4)
     for cluster, messages, expected in (
-        (inside, [gather], 15 / 16 * 0.16 + 4e-3),
-        (inside, [reduction, gather], 3 * 15 / 16 * 0.16 + 8e-3),
-        (across, [gather], 15 / 16 * 1.6 + 4e-3),
-        (across, [within, replace(within, num_repeats=2)], 3 * (3 / 4 * 0.16 + 2e-3)),
-        (across, [replace(within, crosses_nodes=True)], 3 / 4 * 1.6 + 2e-3),
+        (one_node, [gather], 15 / 16 * 0.16 + 4e-3),
+        (one_node, [reduction, gather], 3 * 15 / 16 * 0.16 + 8e-3),
+        (four_nodes, [gather], 15 / 16 * 1.6 + 4e-3),
+        (
+            four_nodes,
+            [small_gather, replace(small_gather, num_repeats=2)],
+            3 * (3 / 4 * 0.16 + 2e-3),
+        ),
+        (four_nodes, [replace(small_gather, crosses_nodes=True)], 3 / 4 * 1.6 + 2e-3),
     ):
         assert communication.message_seconds(TOY, cluster, messages) == pytest.approx(expected)
 
 
-def test_batch_norm_across_ranks_sends_its_sums():
+def test_batch_norm_across_ranks_sends_its_statistics_and_their_gradients():
     channels = {"forward": [3, 5], "backward": [5]}
     messages = communication.batch_norm_messages(channels, ranks_per_group=4, itemsize=4)
     assert [(m.collective, m.num_bytes) for m in messages] == [
@@ -128,8 +134,8 @@ def test_batch_norm_across_ranks_sends_its_sums():
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
-def test_sharded_weights_send_the_counted_bytes(run, ranks):
-    """The formula of tests/traffic.py, which the tests of FSDP compare with counted bytes."""
+def test_sharded_weights_send_the_predicted_bytes(run, ranks):
+    """The prediction of tests/traffic.py, which the tests of FSDP compare with counted bytes."""
     method = build_method(run).double()
     settings = replace(run.parallel, strategy="fsdp")
     units = communication.divide_into_units(method, {"backbone": 1}, ranks)
@@ -138,10 +144,10 @@ def test_sharded_weights_send_the_counted_bytes(run, ranks):
     )
     with process_group.fake_process_group(ranks):
         expected = traffic.predict_bytes(method, "fsdp", dim=8, rows=2, calls=1)
-    gathered = sum(m.bytes_sent for m in forward + backward if m.collective == "allgather")
-    reduced = sum(m.bytes_sent for m in backward if m.collective == "reduce_scatter")
-    assert gathered == pytest.approx(float(expected["weights"]))
-    assert reduced == pytest.approx(float(expected["gradients"]))
+    gathered_bytes = sum(m.bytes_sent for m in forward + backward if m.collective == "allgather")
+    reduced_bytes = sum(m.bytes_sent for m in backward if m.collective == "reduce_scatter")
+    assert gathered_bytes == pytest.approx(float(expected["weights"]))
+    assert reduced_bytes == pytest.approx(float(expected["gradients"]))
 
 
 def test_shards_divide_memory_and_cost_communication(run):
@@ -158,34 +164,36 @@ def test_shards_divide_memory_and_cost_communication(run):
             assert sizes[name] == ddp.memory_by_component(4)[name] / num_shards
         assert sizes["DDP buckets"] == 0 < sizes["gathered weights"]
         assert estimate.peak_bytes(4) < ddp.peak_bytes(4)
-    # FSDP sends three times the bytes. Hybrid's slow links carry half of the gradients.
-    exposed = [estimate.step_time(4).exposed_seconds for estimate in (fsdp, ddp, hybrid)]
-    assert exposed[0] > exposed[1] > exposed[2]
+    # FSDP sends three times the bytes. The slow links of hybrid carry half of the gradients.
+    exposed_seconds = [estimate.step_time(4).exposed_seconds for estimate in (fsdp, ddp, hybrid)]
+    assert exposed_seconds[0] > exposed_seconds[1] > exposed_seconds[2]
 
 
 def test_activation_checkpointing_saves_memory_and_repeats_operations(run):
     run = replace(run, backbone=replace(run.backbone, name="test_vit"))
-    whole, recomputed = (
+    stored, recomputed = (
         Estimate(
-            replace(run, parallel=replace(run.parallel, activation_checkpointing=how)), ONE_GPU, TOY
+            replace(run, parallel=replace(run.parallel, activation_checkpointing=mode)),
+            ONE_GPU,
+            TOY,
         )
-        for how in ("none", "blocks")
+        for mode in ("none", "blocks")
     )
 
     def flops(estimate: Estimate, phase: str) -> float:
         return estimate.micro_batch_traces.trace_for(2).phase(phase).flops.sum()
 
-    assert recomputed.activation_bytes(4) < whole.activation_bytes(4)
-    assert flops(recomputed, "backward") > flops(whole, "backward")
-    assert flops(recomputed, "forward") == flops(whole, "forward")
+    assert recomputed.activation_bytes(4) < stored.activation_bytes(4)
+    assert flops(recomputed, "backward") > flops(stored, "backward")
+    assert flops(recomputed, "forward") == flops(stored, "forward")
 
 
 def test_the_largest_micro_batch_just_fits(run):
     run = replace(run, parallel=replace(run.parallel, bn_group_images=2))
     estimate = Estimate(run, ONE_GPU, TOY)
-    needed = sum(estimate.memory_by_component(8).values())
-    for room, expected in ((needed, 8), (needed - 1, 4)):
-        estimate.machine = replace(TOY, memory_bytes=room / USABLE_FRACTION)
+    required_bytes = sum(estimate.memory_by_component(8).values())
+    for usable_bytes, expected in ((required_bytes, 8), (required_bytes - 1, 4)):
+        estimate.machine = replace(TOY, memory_bytes=usable_bytes / USABLE_FRACTION)
         assert estimate.largest_micro_batch()[0] == expected
     assert estimate.takes_two_passes(8)
     assert estimate.step_time(8).compute_seconds > estimate.step_time(16).compute_seconds
@@ -230,13 +238,13 @@ def test_every_gpu_that_can_be_planned_has_rates():
     assert set(gpus) - {""} == MACHINES.keys()
 
 
-def test_the_cluster_of_a_plan_is_that_of_launch(run):
-    cluster = replace(
+def test_a_plan_is_for_the_nodes_and_gpus_of_launch(run):
+    planned_run = replace(
         run,
         plan=replace(run.plan, gpu="A100"),
         launch=replace(run.launch, nodes=3, gpus_per_node=8),
     )
-    assert plan.num_ranks(cluster, default=2) == 24
+    assert plan.num_ranks(planned_run, default=2) == 24
     assert plan.num_ranks(run, default=2) == 2
     assert "memory and time: set plan.gpu to H100" in plan.describe(run)
 
@@ -246,6 +254,6 @@ def test_an_automatic_micro_batch_can_be_planned(run):
     assert "in micro-batches as large as memory allows, measured at the start, on 1 rank" in text
 
 
-def test_a_resumed_run_may_have_another_plan(run):
+def test_a_resumed_run_may_have_a_different_plan(run):
     other = replace(run, plan=replace(run.plan, gpu="L40S"))
     config.check_resume_config(config.to_dict(run), other, "runs/x/checkpoints/step_1")

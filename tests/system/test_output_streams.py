@@ -1,4 +1,4 @@
-"""Standard output and error that nobody reads."""
+"""Standard output and error that are lost while a program runs."""
 
 import subprocess
 import sys
