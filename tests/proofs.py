@@ -1,7 +1,7 @@
 """Print the table of docs/correctness.md: PYTHONPATH=. .venv/bin/python tests/proofs.py
 
-Every method runs in float64 on a small network with real batch norm and its authors' kind of
-optimizer. Each error is relative to the largest compared entry.
+Every method runs in float64 on a small network with real batch norm and the kind of
+optimizer that its authors use. Each error is relative to the largest compared entry.
 
 - Ranks: the gradients of the second step on 2 and on 3 ranks, each with different images, against
   those of one process.
@@ -26,7 +26,7 @@ from test_contract import FLOAT64, group_arguments
 from ssl_pretrain import methods
 
 
-def largest_gradient_error(result: dict, expected_result: dict) -> float:
+def measure_gradient_error(result: dict, expected_result: dict) -> float:
     gradients, expected = result["gradients"], expected_result["gradients"]
     scale = max(value.abs().max() for value in expected.values())
     return max(
@@ -34,14 +34,14 @@ def largest_gradient_error(result: dict, expected_result: dict) -> float:
     ).item()
 
 
-def run_methods(names: list[str], groups: bool) -> dict:
+def run_methods(names: list[str], use_groups: bool) -> dict:
     return {
-        name: contract.train(name, **(group_arguments(name) if groups else FLOAT64))
+        name: contract.train(name, **(group_arguments(name) if use_groups else FLOAT64))
         for name in names
     }
 
 
-def against_the_authors(name: str) -> float:
+def measure_error_against_authors(name: str) -> float:
     """Return the largest error over the cases of the method's step tests."""
     errors: list[float] = []
 
@@ -60,27 +60,29 @@ def against_the_authors(name: str) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     names = methods.names()
-    one_process = run_methods(names, False)
-    in_micro_batches = {
+    one_process_results = run_methods(names, False)
+    micro_batch_results = {
         name: contract.train(name, num_micro_batches=3, **group_arguments(name)) for name in names
     }
-    by_world_size = {size: run_ranks(run_methods, names, False, world_size=size) for size in (2, 3)}
-    ranks_in_groups = run_ranks(run_methods, names, True, world_size=3)
+    results_by_world_size = {
+        size: run_ranks(run_methods, names, False, world_size=size) for size in (2, 3)
+    }
+    grouped_results = run_ranks(run_methods, names, True, world_size=3)
     columns = ["method", "against the authors", "2 ranks", "3 ranks", "3 micro-batches = 3 ranks"]
     print(f"torch {torch.__version__}\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in names:
-        errors = [against_the_authors(name)]
+        errors = [measure_error_against_authors(name)]
         for size in (2, 3):
             errors.append(
                 max(
-                    largest_gradient_error(rank[name], one_process[name])
-                    for rank in by_world_size[size]
+                    measure_gradient_error(rank[name], one_process_results[name])
+                    for rank in results_by_world_size[size]
                 )
             )
         errors.append(
             max(
-                largest_gradient_error(in_micro_batches[name], rank[name])
-                for rank in ranks_in_groups
+                measure_gradient_error(micro_batch_results[name], rank[name])
+                for rank in grouped_results
             )
         )
         print(f"| {name} | {' | '.join(f'{error:.1e}' for error in errors)} |")

@@ -1,7 +1,7 @@
-"""Every kind of installation has one package, and a clone runs without installation.
+"""Every kind of installation provides one package, and a clone runs without installation.
 
-Each way of running has a separate virtual environment. It sees the dependencies of this one but not
-its editable installation, so nothing is found by accident.
+Each test that runs commands has a separate virtual environment. It sees the dependencies of the
+current environment but not its editable installation, so nothing is found by accident.
 """
 
 import os
@@ -21,7 +21,7 @@ SITE = Path(sysconfig.get_path("purelib"))
 TOP_LEVEL = {"ssl_pretrain"}
 
 # At exit, every process of the environments reports the files that it has loaded twice.
-LOADED_ONCE = """
+REPORT_DUPLICATES = """
 import atexit, collections, sys
 
 def report():
@@ -82,7 +82,7 @@ def create_environment(folder: Path, working_folder: Path) -> Environment:
     subprocess.run(command, check=True, capture_output=True)
     environment = Environment(folder / "bin" / "python", working_folder)
     (environment.site / "dependencies.pth").write_text(f"{SITE}\n")
-    (environment.site / "sitecustomize.py").write_text(LOADED_ONCE)
+    (environment.site / "sitecustomize.py").write_text(REPORT_DUPLICATES)
     return environment
 
 
@@ -118,13 +118,13 @@ def wheel(clone, tmp_path_factory) -> Path:
     return build(clone, "build_wheel", tmp_path_factory.mktemp("wheel") / "dist")
 
 
-def contents(wheel: Path) -> set[str]:
+def list_contents(wheel: Path) -> set[str]:
     """Return the names of the files in a wheel, without its metadata."""
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
-def expected_contents(clone: Path) -> set[str]:
+def list_expected_contents(clone: Path) -> set[str]:
     modules = [
         path.relative_to(clone)
         for folder in ("ssl_pretrain", "eval", "launch")
@@ -137,7 +137,7 @@ def expected_contents(clone: Path) -> set[str]:
 
 
 def test_the_wheel_holds_every_module_and_preset_and_one_top_level_name(clone, wheel):
-    assert contents(wheel) == expected_contents(clone)
+    assert list_contents(wheel) == list_expected_contents(clone)
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith("top_level.txt")]
         assert set(archive.read(name).decode().split()) == TOP_LEVEL
@@ -148,10 +148,10 @@ def test_the_wheel_built_from_the_sdist_is_the_same(clone, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (folder,) = [path for path in tmp_path.iterdir() if path.name.startswith("ssl_pretrain-")]
-    rebuilt = build(folder, "build_wheel", tmp_path / "rebuilt")
-    with zipfile.ZipFile(rebuilt) as second, zipfile.ZipFile(wheel) as first:
-        assert contents(rebuilt) == contents(wheel)
-        assert all(second.read(name) == first.read(name) for name in contents(wheel))
+    rebuilt_wheel = build(folder, "build_wheel", tmp_path / "rebuilt")
+    with zipfile.ZipFile(rebuilt_wheel) as second, zipfile.ZipFile(wheel) as first:
+        assert list_contents(rebuilt_wheel) == list_contents(wheel)
+        assert all(second.read(name) == first.read(name) for name in list_contents(wheel))
 
 
 def test_a_checkout_without_symbolic_links_runs_and_builds_the_same_wheel(clone, wheel, tmp_path):
@@ -159,7 +159,7 @@ def test_a_checkout_without_symbolic_links_runs_and_builds_the_same_wheel(clone,
     shutil.copytree(clone, folder, symlinks=True)
     for name in ("eval", "launch", "configs"):
         (folder / "ssl_pretrain" / name).unlink()
-    assert contents(build(folder, "build_wheel", tmp_path / "dist")) == contents(wheel)
+    assert list_contents(build(folder, "build_wheel", tmp_path / "dist")) == list_contents(wheel)
     environment = create_environment(tmp_path / "venv", folder)
     assert "usage: python -m ssl_pretrain.eval.knn" in environment.run("-m", "eval.knn", "--help")
 
@@ -174,7 +174,7 @@ def test_a_clone_that_is_not_installed_runs_as_documented(clone, tmp_path):
 
 
 def install(wheel: Path, environment: Environment) -> None:
-    """Unpack a wheel. For a wheel of pure Python this is all that an installer does."""
+    """Unpack a wheel. For a pure-Python wheel this is all that an installer does."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(environment.site)
 
@@ -207,7 +207,7 @@ def assert_complete(output: str, clone: Path, root: Path) -> None:
     The package must lie below `root`.
     """
     modules = {line.split()[1] for line in output.splitlines() if line.startswith("module ")}
-    names = {name for name in expected_contents(clone) if name.endswith(".py")}
+    names = {name for name in list_expected_contents(clone) if name.endswith(".py")}
     expected = {name.removesuffix(".py").replace("/", ".") for name in names}
     expected = {name.removesuffix(".__init__") for name in expected} - {"ssl_pretrain"}
     assert modules - {"ssl_pretrain.configs", "ssl_pretrain.configs.sweeps"} == expected

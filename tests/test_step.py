@@ -1,4 +1,4 @@
-"""Micro-batches on one rank train the same gradient, statistics and weights as that many ranks."""
+"""Micro-batches on one rank give the same gradients, statistics and weights as that many ranks."""
 
 import pytest
 import tiny
@@ -27,8 +27,8 @@ CPU = torch.device("cpu")
 END = Progress(20, 20, 2)
 
 
-def _steps(path, overrides, steps=2):
-    """Take some steps, and return the last gradients, the final state and the last logs."""
+def _take_steps(path, overrides, num_steps=2):
+    """Take `num_steps` steps, and return the last gradients, the final state and the last logs."""
     settings = config.load(path, overrides)
     config.check(settings, process_group.world_size())
     num_images = settings.global_batch_size
@@ -37,7 +37,7 @@ def _steps(path, overrides, steps=2):
     )
     method = build_method(settings)
     stepper = build_run_stepper(method, settings, Execution.resolve(settings.parallel, CPU))
-    for step, batch in zip(range(steps), batches.iterate_from(0)):
+    for step, batch in zip(range(num_steps), batches.iterate_from(0)):
         progress = Progress(step + 2, 20, 2)
         optim.set_rates(stepper.optimizer, settings.optim, progress, settings.epochs, num_images)
         logs = stepper(progress, batch).logs
@@ -54,10 +54,10 @@ def test_micro_batches_on_one_rank_equal_as_many_ranks(tmp_path, drop_path):
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
-def test_micro_batches_on_one_rank_equal_as_many_ranks_as_shipped(tmp_path, drop_path):
+def test_micro_batches_on_one_rank_equal_as_many_ranks_in_float32(tmp_path, drop_path):
     path = tiny.write_config(tmp_path)
     overrides = ["parallel.bn_group_images=8", f"backbone.drop_path={drop_path}"]
-    _assert_micro_batches_equal_ranks(path, overrides, 3, 8, steps=1, tolerance=1e-4)
+    _assert_micro_batches_equal_ranks(path, overrides, 3, 8, num_steps=1, tolerance=1e-4)
 
 
 @pytest.mark.full
@@ -73,11 +73,11 @@ def test_a_batch_of_256_in_eight_micro_batches_equals_eight_ranks(tmp_path):
 
 
 def _assert_micro_batches_equal_ranks(
-    path, overrides, world_size, micro_batch_size, steps=2, tolerance=1e-9
+    path, overrides, world_size, micro_batch_size, num_steps=2, tolerance=1e-9
 ):
-    ranks = run_ranks(_steps, path, overrides, steps, world_size=world_size)
+    ranks = run_ranks(_take_steps, path, overrides, num_steps, world_size=world_size)
     overrides = [*overrides, f"micro_batch_size={micro_batch_size}"]
-    gradients, state, logs = _steps(path, overrides, steps)
+    gradients, state, logs = _take_steps(path, overrides, num_steps)
     _assert_close_by_name(gradients, ranks[0][0], tolerance)
     _assert_close_by_name(state, ranks[-1][1], tolerance)
     # The second pass repeats the drop path and the batch norm groups of the first.
@@ -91,7 +91,7 @@ def _assert_close_by_name(actual, expected, tolerance):
         )
 
 
-def _steps_with_a_nan_on_rank_1(path):
+def _take_steps_with_a_nan_on_rank_1(path):
     """Take one step, and a second one with a NaN pixel on rank 1.
 
     Returns the names of the tensors that the second step changed, `step_taken` of both steps, the
@@ -108,15 +108,17 @@ def _steps_with_a_nan_on_rank_1(path):
     for step, batch in zip(range(2), batches.iterate_from(0)):
         progress = Progress(step, 4, 2)
         optim.set_rates(stepper.optimizer, settings.optim, progress, settings.epochs, 24)
-        before = {name: value.clone() for name, value in method.state_dict().items()}
+        state_before = {name: value.clone() for name, value in method.state_dict().items()}
         if step == 1 and process_group.rank() == 1:
             batch.views[1][0, 0, 0, 0] = float("nan")
         logs = stepper(progress, batch).logs
     batches.close()
     state = {name: v for name, v in method.state_dict().items() if "num_batches" not in name}
-    changed = [name for name, value in state.items() if not torch.equal(value, before[name])]
+    changed_names = [
+        name for name, value in state.items() if not torch.equal(value, state_before[name])
+    ]
     return (
-        changed,
+        changed_names,
         steps_taken,
         logs["skipped_steps"].item(),
         stepper.describe_nonfinite_embeddings(),
@@ -126,10 +128,10 @@ def _steps_with_a_nan_on_rank_1(path):
 @pytest.mark.case(19)
 def test_a_broken_batch_moves_nothing_on_any_rank_and_is_named(tmp_path):
     path = tiny.write_config(tmp_path)
-    for changed, steps_taken, num_skipped, description in run_ranks(
-        _steps_with_a_nan_on_rank_1, path, world_size=2
+    for changed_names, steps_taken, num_skipped, description in run_ranks(
+        _take_steps_with_a_nan_on_rank_1, path, world_size=2
     ):
-        assert changed == []
+        assert changed_names == []
         assert steps_taken == [1.0, 0.0]
         assert num_skipped == 1.0
         assert description == "z_a of rank 1 since step 2, z_b of rank 1 since step 2"
@@ -138,13 +140,13 @@ def test_a_broken_batch_moves_nothing_on_any_rank_and_is_named(tmp_path):
 def test_one_pass_with_a_coupled_loss_is_refused(tmp_path):
     path, one_pass = tiny.write_config(tmp_path), "parallel.accumulation=one_pass"
     with pytest.raises(ValueError) as error:
-        _steps(path, ["parallel.bn_group_images=8", "micro_batch_size=8", one_pass])
+        _take_steps(path, ["parallel.bn_group_images=8", "micro_batch_size=8", one_pass])
     assert str(error.value) == (
         "parallel.accumulation: one_pass does not train simclr: this loss compares images across "
         "the whole batch. Summing the losses of micro-batches would drop the pairs between them. "
         "Set auto or two_passes, which keep all pairs"
     )
-    _steps(path, [one_pass])  # accepted: the whole batch is one micro-batch
+    _take_steps(path, [one_pass])  # accepted: the whole batch is one micro-batch
 
 
 AUTO = ["parallel.bn_group_images=4", "micro_batch_size=auto"]
@@ -178,14 +180,14 @@ def test_auto_takes_the_largest_micro_batch_that_fits(monkeypatch):
 def test_auto_measures_with_activation_checkpointing(tmp_path, monkeypatch):
     overrides = [*AUTO, "parallel.activation_checkpointing=blocks"]
     settings = config.load(tiny.write_config(tmp_path), overrides)
-    method, forwards = build_method(settings), []
+    method, forward_calls = build_method(settings), []
     (_, block), *_ = backbones.blocks(method)
     layer = next(child for child in block.modules() if isinstance(child, torch.nn.Conv2d))
-    layer.register_forward_hook(lambda *_: forwards.append(1))
+    layer.register_forward_hook(lambda *_: forward_calls.append(1))
     monkeypatch.setattr(memory, "measure_peak_bytes", lambda function, device: function() or 0)
     execution = Execution.resolve(settings.parallel, CPU)
     assert choose_micro_batch_size(method, settings, execution) == 24
-    assert len(forwards) == 2 * 3  # two forward passes in each of three measurements
+    assert len(forward_calls) == 2 * 3  # two forward passes in each of three measurements
     assert "forward" not in vars(block)
 
 
@@ -199,9 +201,11 @@ def test_a_peak_counts_the_memory_held_at_once():
 
 def test_drop_path_changes_the_gradient(tmp_path):
     """If it did not, comparing micro-batches with ranks would prove nothing about drop path."""
-    path, layer = tiny.write_config(tmp_path), "backbone.model.layer4.0.conv1.weight"
-    with_drops, without = (_steps(path, [f"backbone.drop_path={rate}"])[0] for rate in (0.3, 0.0))
-    assert not torch.allclose(with_drops[layer], without[layer])
+    path, name = tiny.write_config(tmp_path), "backbone.model.layer4.0.conv1.weight"
+    gradients_with_drops, gradients_without = (
+        _take_steps(path, [f"backbone.drop_path={rate}"])[0] for rate in (0.3, 0.0)
+    )
+    assert not torch.allclose(gradients_with_drops[name], gradients_without[name])
 
 
 class Regression(Method):
@@ -212,7 +216,7 @@ class Regression(Method):
         torch.manual_seed(0)
         self.norm = nn.BatchNorm1d(3).double()
         self.layer = nn.Linear(3, 2).double()
-        self.num_forwards, self.num_moves = 0, 0
+        self.num_forwards, self.num_updates = 0, 0
 
     def forward(self, batch):
         self.num_forwards += 1
@@ -230,41 +234,44 @@ class Regression(Method):
 
     def after_step(self, progress, embeddings, targets):
         assert len(embeddings["z"]) == len(targets["mean"]) == 12
-        self.num_moves += 1
+        self.num_updates += 1
 
 
 def _regression(num_micro_batches, progress=END):
     method = Regression()
-    recipe = OptimConfig(
+    optim_config = OptimConfig(
         name="sgd", base_lr=0.1, lr_scaling="none", warmup_epochs=0, weight_decay=0.0
     )
-    optimizer = optim.build(recipe, method)
-    optim.set_rates(optimizer, recipe, Progress(0, 1, 1), 1, 12)
-    images = 12 // num_micro_batches
-    settings = ParallelConfig(precision="float64", bn_group_images=3)  # one of four micro-batches
-    model = batch_norm.convert(method, images, 3)
-    execution = Execution.resolve(settings, CPU)
-    stepper = Stepper(model, optimizer, settings, 0, images, 12, OptimConfig(), execution)
+    optimizer = optim.build(optim_config, method)
+    optim.set_rates(optimizer, optim_config, Progress(0, 1, 1), 1, 12)
+    micro_batch_size = 12 // num_micro_batches
+    # A group of 3 images is one of four micro-batches.
+    parallel_config = ParallelConfig(precision="float64", bn_group_images=3)
+    model = batch_norm.convert(method, micro_batch_size, 3)
+    execution = Execution.resolve(parallel_config, CPU)
+    stepper = Stepper(
+        model, optimizer, parallel_config, 0, micro_batch_size, 12, OptimConfig(), execution
+    )
     views = [torch.randn(12, 3, 2, 2, generator=torch.Generator().manual_seed(1))]
     logs = stepper(progress, Batch(views, torch.zeros(12), torch.arange(12))).logs
     return method, logs
 
 
 def test_micro_batches_of_a_mean_accumulate_in_one_pass():
-    (whole, whole_logs), (accumulated, logs) = _regression(1), _regression(4)
-    assert accumulated.num_forwards == 4
-    assert accumulated.num_moves == whole.num_moves == 1
-    _assert_close_by_name(whole.state_dict(), accumulated.state_dict(), tolerance=1e-12)
-    torch.testing.assert_close(logs["loss"], whole_logs["loss"], rtol=1e-12, atol=1e-12)
+    (expected, expected_logs), (method, logs) = _regression(1), _regression(4)
+    assert method.num_forwards == 4
+    assert method.num_updates == expected.num_updates == 1
+    _assert_close_by_name(expected.state_dict(), method.state_dict(), tolerance=1e-12)
+    torch.testing.assert_close(logs["loss"], expected_logs["loss"], rtol=1e-12, atol=1e-12)
 
 
 def test_frozen_parameters_do_not_move():
-    untouched = Regression().layer
-    frozen, _ = _regression(1, Progress(2, 20, 2))
-    assert torch.equal(frozen.layer.bias, untouched.bias)
-    assert not torch.equal(frozen.layer.weight, untouched.weight)
-    free, _ = _regression(1, Progress(18, 20, 2))
-    assert not torch.equal(free.layer.bias, untouched.bias)
+    initial_layer = Regression().layer
+    method, _ = _regression(1, Progress(2, 20, 2))
+    assert torch.equal(method.layer.bias, initial_layer.bias)
+    assert not torch.equal(method.layer.weight, initial_layer.weight)
+    method, _ = _regression(1, Progress(18, 20, 2))
+    assert not torch.equal(method.layer.bias, initial_layer.bias)
 
 
 def test_unwrapping_gives_the_method():

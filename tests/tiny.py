@@ -1,4 +1,4 @@
-"""A run of seconds: SimCLR with a ResNet of 0.4 M parameters on 78 seeded images.
+"""A run that takes seconds: SimCLR with a ResNet of 0.4 M parameters on 78 seeded images.
 
 The settings are those of the shipped presets, except for the single thread, because tests share the
 cores. A test that needs another setting overrides it.
@@ -50,7 +50,7 @@ def write_images(
 
 
 def write_config(folder: Path) -> Path:
-    """Write the images and a YAML whose `output` and `data.root` lie in the folder."""
+    """Write the images and a YAML file whose `output` and `data.root` lie in the folder."""
     folder.mkdir(exist_ok=True)
     path = folder / "tiny.yaml"
     root = write_images(folder / "images")

@@ -31,9 +31,9 @@ def four_cores(monkeypatch):
 
 
 def describe(loader, waiting_seconds: float, reading_seconds: float) -> str:
-    """Describe 600 images in 10 seconds."""
-    measured = Throughput(600, 10.0, waiting_seconds, 600, reading_seconds)
-    return throughput_check.describe_throughput(loader, measured)
+    """Return the line for 600 images that were trained on in 10 seconds."""
+    throughput = Throughput(600, 10.0, waiting_seconds, 600, reading_seconds)
+    return throughput_check.describe_throughput(loader, throughput)
 
 
 def test_a_slow_model_is_named(loader, four_cores):
@@ -63,7 +63,7 @@ def test_a_slow_loader_is_named_with_the_remedy(loader, four_cores):
 
 
 def test_the_rates_of_workers_add_up(loader, four_cores):
-    # Four workers together took 8 seconds for 600 images: 75 images/s each.
+    # Four workers took 8 seconds together for 600 images, which is 75 images/s per worker.
     loader.reader = replace(loader.reader, num_workers=4)
     line = describe(loader, waiting_seconds=1.0, reading_seconds=8.0)
     assert line.startswith(
@@ -86,8 +86,8 @@ def test_the_line_is_printed_once_and_no_batch_changes(tmp_path, monkeypatch, ca
     monkeypatch.setattr(throughput_check, "MIN_SECONDS", 0.0)
     beton = write_beton(tmp_path / "data", n=12)
     with build_loader(beton, VIEWS, "ffcv", global_batch_size=6, num_workers=1) as loader:
-        reported = throughput_check.report_bottleneck(loader, 1, CPU)
-        views = [batch.views for batch in itertools.islice(reported, 8)]
+        batches = throughput_check.report_bottleneck(loader, 1, CPU)
+        views = [batch.views for batch in itertools.islice(batches, 8)]
         expected = [batch.views for batch in itertools.islice(loader.iterate_from(1), 8)]
     pairs = zip(itertools.chain(*views), itertools.chain(*expected), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)

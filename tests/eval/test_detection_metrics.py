@@ -1,4 +1,4 @@
-"""Average precision by hand and by pycocotools, and the export to Detectron2."""
+"""Average precision against hand calculation and pycocotools, and the export to Detectron2."""
 
 import json
 import pickle
@@ -21,7 +21,7 @@ def error_of(function, *arguments) -> str:
     return str(error.value)
 
 
-def random_objects(seed: int, count: int = 12) -> list[Objects]:
+def draw_objects(seed: int, count: int = 12) -> list[Objects]:
     generator = np.random.default_rng(seed)
     corners = [generator.uniform(0, 60, (generator.integers(0, 6), 2)) for _ in range(count)]
     boxes = []
@@ -34,8 +34,8 @@ def random_objects(seed: int, count: int = 12) -> list[Objects]:
     ]
 
 
-def half_right_detections(truth: list[Objects], seed: int) -> list[Detections]:
-    """Detect each object twice with noisy edges, a fifth of the time with a random class."""
+def draw_detections(truth: list[Objects], seed: int) -> list[Detections]:
+    """Detect each object twice, with noisy edges and in a fifth of the cases a random class."""
     generator = np.random.default_rng(seed)
     detections = []
     for objects in truth:
@@ -43,37 +43,37 @@ def half_right_detections(truth: list[Objects], seed: int) -> list[Detections]:
         boxes = np.repeat(objects.boxes, 2, axis=0)
         boxes = boxes + generator.normal(0, 4, (count, 4)).astype(np.float32)
         boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
-        is_right = generator.random(count) < 0.8
-        labels = np.where(is_right, np.repeat(objects.labels, 2), generator.integers(1, 4, count))
+        is_correct = generator.random(count) < 0.8
+        labels = np.where(is_correct, np.repeat(objects.labels, 2), generator.integers(1, 4, count))
         scores = generator.random(count).astype(np.float32)
         detections.append(Detections(boxes, scores, labels))
     return detections
 
 
-def coco_box(box) -> list[float]:
+def to_coco_box(box) -> list[float]:
     left, top, right, bottom = box.tolist()
     return [left, top, right - left, bottom - top]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_coco_numbers_are_those_of_pycocotools_itself(seed, tmp_path, capsys):
+def test_coco_numbers_equal_those_of_pycocotools(seed, tmp_path, capsys):
     """pycocotools reads the boxes from files, as it does for its users, and prints a summary."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    truth = random_objects(seed)
-    detections = half_right_detections(truth, seed)
+    truth = draw_objects(seed)
+    detections = draw_detections(truth, seed)
     ours = metrics.average_precision("coco", truth, detections, ["a", "b", "c"])
     annotations, entries = [], []
     for image, (objects, output) in enumerate(zip(truth, detections, strict=True)):
         for edges, label, crowd in zip(objects.boxes, objects.labels, objects.ignored, strict=True):
-            box = coco_box(edges)
+            box = to_coco_box(edges)
             annotation = {"id": len(annotations) + 1, "image_id": image, "category_id": int(label)}
             annotation |= {"bbox": box, "area": box[2] * box[3], "iscrowd": int(crowd)}
             annotations.append(annotation)
         for edges, label, score in zip(output.boxes, output.labels, output.scores, strict=True):
             entry = {"image_id": image, "category_id": int(label), "score": float(score)}
-            entries.append(entry | {"bbox": coco_box(edges)})
+            entries.append(entry | {"bbox": to_coco_box(edges)})
     categories = [{"id": label, "name": name} for label, name in ((1, "a"), (2, "b"), (3, "c"))]
     content = {"info": {}, "images": [{"id": i} for i in range(12)]}
     content |= {"annotations": annotations, "categories": categories}
@@ -95,7 +95,7 @@ def test_coco_numbers_are_those_of_pycocotools_itself(seed, tmp_path, capsys):
     assert ours["AP50 b"] == pytest.approx(summarize()[1])
 
 
-def detected(boxes: list, scores: list, labels: list | None = None) -> Detections:
+def build_detections(boxes: list, scores: list, labels: list | None = None) -> Detections:
     return Detections(
         np.array(boxes, dtype=np.float32).reshape(-1, 4),
         np.array(scores, dtype=np.float32),
@@ -103,50 +103,54 @@ def detected(boxes: list, scores: list, labels: list | None = None) -> Detection
     )
 
 
-def objects_of(boxes: list, ignored: list) -> Objects:
+def build_objects(boxes: list, ignored: list) -> Objects:
     edges = np.array(boxes, dtype=np.float32)
     return Objects(edges, np.ones(len(edges), dtype=np.int64), np.array(ignored))
 
 
-def voc(truth: Objects, output: Detections, uses_eleven_points: bool = False) -> dict[str, float]:
+def compute_voc(
+    truth: Objects, output: Detections, uses_eleven_points: bool = False
+) -> dict[str, float]:
     return metrics.voc_average_precision(
         [truth], [output], ["a"], uses_eleven_points=uses_eleven_points
     )
 
 
-def test_voc_numbers_by_hand():
+def test_voc_numbers_equal_those_computed_by_hand():
     difficult = [50, 0, 60, 10]
-    truth = objects_of([[0, 0, 10, 10], [20, 0, 30, 10], difficult], [False, False, True])
-    right, repeated, nothing, late = (
+    truth = build_objects([[0, 0, 10, 10], [20, 0, 30, 10], difficult], [False, False, True])
+    first_match, duplicate, background, second_match = (
         [0, 0, 10, 10],
         [0, 0, 10, 9],
         [80, 0, 90, 10],
         [20, 0, 30, 10],
     )
-    output = detected([right, repeated, difficult, nothing, late], [0.9, 0.8, 0.7, 0.6, 0.5])
+    output = build_detections(
+        [first_match, duplicate, difficult, background, second_match], [0.9, 0.8, 0.7, 0.6, 0.5]
+    )
     # Recall is 1/2 at precision 1, and 1 at precision 2/4. The difficult object does not count.
-    assert voc(truth, output)["AP50"] == pytest.approx(100 * (0.5 * 1 + 0.5 * 0.5))
-    eleven_point_precision = voc(truth, output, uses_eleven_points=True)["AP50"]
+    assert compute_voc(truth, output)["AP50"] == pytest.approx(100 * (0.5 * 1 + 0.5 * 0.5))
+    eleven_point_precision = compute_voc(truth, output, uses_eleven_points=True)["AP50"]
     assert eleven_point_precision == pytest.approx(100 * (6 * 1 + 5 * 0.5) / 11)
-    overlaps = detected([[0, 0, 10, 7.5], [20, 0, 30, 7.4]], [0.9, 0.8])  # 0.75 and 0.74
-    numbers = voc(truth, overlaps)
+    overlaps = build_detections([[0, 0, 10, 7.5], [20, 0, 30, 7.4]], [0.9, 0.8])  # 0.75 and 0.74
+    numbers = compute_voc(truth, overlaps)
     assert (numbers["AP50"], numbers["AP75"]) == (pytest.approx(100), pytest.approx(50))
-    assert voc(truth, detected([], []))["AP"] == 0
+    assert compute_voc(truth, build_detections([], []))["AP"] == 0
 
 
 @pytest.mark.parametrize("metric", ["voc07", "voc12", "coco"])
 def test_a_class_without_objects_does_not_count(metric):
-    truth = [objects_of([[0, 0, 10, 10]], [False])]
-    detections = [detected([[0, 0, 10, 10], [0, 0, 5, 5]], [0.9, 0.8], [1, 2])]
+    truth = [build_objects([[0, 0, 10, 10]], [False])]
+    detections = [build_detections([[0, 0, 10, 10], [0, 0, 5, 5]], [0.9, 0.8], [1, 2])]
     numbers = metrics.average_precision(metric, truth, detections, ["a", "b"])
     assert numbers["AP"] == pytest.approx(100)
     assert np.isnan(numbers["AP50 b"])
 
 
 def test_a_test_set_without_objects_or_images_is_refused():
-    nothing = [Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))]
-    detections = [detected([[0, 0, 10, 10]], [0.9])]
-    assert error_of(metrics.average_precision, "coco", nothing, detections, ["a"]) == (
+    no_objects = [Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))]
+    detections = [build_detections([[0, 0, 10, 10]], [0.9])]
+    assert error_of(metrics.average_precision, "coco", no_objects, detections, ["a"]) == (
         "average precision: none of the 1 test images has a box to detect; "
         "give test images with annotations"
     )
@@ -156,7 +160,7 @@ def test_a_test_set_without_objects_or_images_is_refused():
     )
 
 
-def detectron2_names() -> set[str]:
+def list_detectron2_names() -> set[str]:
     """Return the names of all arrays of Detectron2's R-50.
 
     It has a stem and stages of 3, 4, 6 and 3 blocks. The first block of a stage has a shortcut.
@@ -174,12 +178,12 @@ def detectron2_names() -> set[str]:
 def test_an_exported_resnet50_has_the_names_of_detectron2(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("resnet50", num_classes=0)
-    assert detectron2.export(model, tmp_path / "weights.pkl") == len(detectron2_names()) == 265
+    assert detectron2.export(model, tmp_path / "weights.pkl") == len(list_detectron2_names()) == 265
     with (tmp_path / "weights.pkl").open("rb") as file:
         content = pickle.load(file)
     assert set(content) == {"model", "__author__", "matching_heuristics"}
     assert content["matching_heuristics"] is True
-    assert set(content["model"]) == detectron2_names()
+    assert set(content["model"]) == list_detectron2_names()
     weights = model.state_dict()
     for name, key in {
         "stem.conv1.weight": "conv1.weight",
@@ -192,7 +196,7 @@ def test_an_exported_resnet50_has_the_names_of_detectron2(tmp_path):
         np.testing.assert_array_equal(content["model"][name], weights[key].numpy())
 
 
-def test_a_resnet_read_by_the_exported_names_has_the_features_of_timm():
+def test_a_resnet_built_from_exported_weights_has_the_features_of_timm():
     """As in Detectron2, the stride is in the 3x3 convolution."""
     torch.manual_seed(0)
     model = timm.create_model("resnet50", num_classes=0, layers=(1, 1, 1, 1)).eval().double()
@@ -201,19 +205,19 @@ def test_a_resnet_read_by_the_exported_names_has_the_features_of_timm():
         for name, value in detectron2.rename_weights(OrderedDict(model.state_dict())).items()
     }
 
-    def layer(x, name, stride=1, padding=0):
+    def apply_layer(x, name, stride=1, padding=0):
         x = nn.functional.conv2d(x, arrays[f"{name}.weight"], stride=stride, padding=padding)
         entries = ("running_mean", "running_var", "weight", "bias")
         return nn.functional.batch_norm(x, *(arrays[f"{name}.norm.{entry}"] for entry in entries))
 
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    x = nn.functional.max_pool2d(layer(images, "stem.conv1", 2, 3).relu(), 3, 2, 1)
+    x = nn.functional.max_pool2d(apply_layer(images, "stem.conv1", 2, 3).relu(), 3, 2, 1)
     for stage, stride in ((2, 1), (3, 2), (4, 2), (5, 2)):
         block = f"res{stage}.0"
-        out = layer(x, f"{block}.conv1").relu()
-        out = layer(out, f"{block}.conv2", stride, 1).relu()
-        out = layer(out, f"{block}.conv3")
-        x = (out + layer(x, f"{block}.shortcut", stride)).relu()
+        out = apply_layer(x, f"{block}.conv1").relu()
+        out = apply_layer(out, f"{block}.conv2", stride, 1).relu()
+        out = apply_layer(out, f"{block}.conv3")
+        x = (out + apply_layer(x, f"{block}.shortcut", stride)).relu()
     torch.testing.assert_close(x, model.forward_features(images), rtol=1e-5, atol=1e-5)
 
 
@@ -229,6 +233,6 @@ def test_other_networks_are_not_exported(tmp_path):
     )
 
 
-def test_the_normalization_of_images_in_detectron2s_config():
+def test_detectron2s_config_has_the_normalization_of_images():
     lines = detectron2.pixel_config([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).splitlines()
     assert lines[0] == "MODEL.PIXEL_MEAN [123.675, 116.280, 103.530]"

@@ -1,4 +1,4 @@
-"""eval.retrieval and eval.robustness: metrics by hand, near-duplicates, and both on a run."""
+"""eval.retrieval and eval.robustness: hand-computed metrics, near-duplicates, and both on a run."""
 
 import csv
 import shutil
@@ -14,29 +14,29 @@ from ssl_pretrain.eval.frozen import evaluation_split, features
 from ssl_pretrain.eval.retrieval import find_near_duplicates, retrieval_metrics
 
 
-def test_average_precision_and_recall_by_hand():
+def test_average_precision_and_recall_equal_those_computed_by_hand():
     bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0]])
     bank_labels, queries = torch.tensor([1, 0, 0, 1]), torch.tensor([[2.0, 0.0]])
 
-    def metrics(*labels):
-        repeated = queries.expand(len(labels), -1)
-        return retrieval_metrics(bank, bank_labels, repeated, torch.tensor(labels))
+    def compute_metrics(*labels):
+        repeated_queries = queries.expand(len(labels), -1)
+        return retrieval_metrics(bank, bank_labels, repeated_queries, torch.tensor(labels))
 
     # The ranking has the labels 1 0 0 1.
-    assert metrics(0) == {
+    assert compute_metrics(0) == {
         "mAP": pytest.approx(100 * (1 / 2 + 2 / 3) / 2),
         "recall@1": 0.0,
         "recall@5": 100.0,
         "recall@10": 100.0,
     }
-    both = metrics(0, 1)
-    assert both["recall@1"] == 50
+    means = compute_metrics(0, 1)
+    assert means["recall@1"] == 50
     mean_average_precision = ((1 / 2 + 2 / 3) / 2 + (1 + 2 / 4) / 2) / 2
-    assert both["mAP"] == pytest.approx(100 * mean_average_precision)
-    assert set(metrics(7).values()) == {0.0}  # no image of class 7
+    assert means["mAP"] == pytest.approx(100 * mean_average_precision)
+    assert set(compute_metrics(7).values()) == {0.0}  # the bank has no image of class 7
 
 
-def test_results_do_not_depend_on_the_chunks(monkeypatch):
+def test_results_do_not_depend_on_the_chunk_size(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(n, 5, generator=generator) for n in (40, 23))
     bank_labels, labels = (torch.randint(3, (n,), generator=generator) for n in (40, 23))
@@ -61,7 +61,7 @@ def test_near_duplicates_are_listed_once_and_nearest_first(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """Twelve training and six test images of two classes. One test image is a training image."""
+    """Write a run with 12 training and 6 test images of 2 classes. One is in both splits."""
     folder = tmp_path_factory.mktemp("retrieval")
     names = [
         f"{split}/{label}/{number}.png"
@@ -77,11 +77,11 @@ def run_folder(tmp_path_factory):
 def test_a_copied_image_is_listed_with_both_files(run_folder):
     result = retrieval.evaluate(runs.load_run(run_folder, device="cpu"), min_cosine=1.0)
     with (run_folder / "eval" / "near_duplicates.csv").open(newline="") as file:
-        header, first, *_ = csv.reader(file)
+        header, first_row, *_ = csv.reader(file)
     assert header == ["cosine", "a", "b"]
-    assert first[0] == "1.0000"
-    assert first[1].endswith("train/a/2.png")
-    assert first[2].endswith("val/b/1.png")
+    assert first_row[0] == "1.0000"
+    assert first_row[1].endswith("train/a/2.png")
+    assert first_row[2].endswith("val/b/1.png")
     assert result["rows"][-1]["features"] == "pretrained"
     assert (run_folder / "eval/step_00000007/retrieval.json").exists()
 
@@ -92,7 +92,7 @@ def test_a_threshold_above_one_is_refused(run_folder):
         retrieval.evaluate(runs.load_run(run_folder, device="cpu"), min_cosine=1.5)
 
 
-def test_the_accuracy_is_of_the_corrupted_views(run_folder):
+def test_accuracy_is_measured_on_the_corrupted_views(run_folder):
     run = runs.load_run(run_folder, device="cpu")
     result = robustness.evaluate(run, ["contrast", "pixelate"])
     rows = {row["features"]: row["metrics"] for row in result["rows"]}
@@ -102,14 +102,14 @@ def test_the_accuracy_is_of_the_corrupted_views(run_folder):
     assert rows["pretrained"]["5"] == pytest.approx(mean)
     _, test = evaluation_split.labeled_splits(run, "a test")
     (images, _), *_ = test.batches()
-    corrupted = [
+    corrupted_images = [
         corruptions.apply("contrast", image, 5, number)
         for number, image in enumerate(images.permute(0, 2, 3, 1).numpy())
     ]
-    views = torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2)
+    views = torch.from_numpy(np.stack(corrupted_images)).permute(0, 3, 1, 2)
     expected = run.backbone(features.normalize(run, views)).float()
-    extracted, _ = robustness.extract_corrupted_features(run, test, "contrast", 5)
-    torch.testing.assert_close(extracted, expected)
+    actual, _ = robustness.extract_corrupted_features(run, test, "contrast", 5)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_an_unknown_corruption_is_refused(run_folder):

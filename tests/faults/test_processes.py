@@ -24,7 +24,7 @@ from ssl_pretrain.checkpoint.manifest import verify_checkpoint
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
 
-def records(run):
+def read_records(run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines if line.endswith("}")]  # a kill may truncate a line
 
@@ -77,29 +77,33 @@ def test_twenty_kills_at_random_moments_lose_no_checkpoint(tmp_path, observe):
     overrides = ("checkpoint.every_epochs=0.34", "epochs=100", OVERRIDES[2])
     uninterrupted = Ranks(path, *overrides, f"output={tmp_path / 'uninterrupted'}")
     overrides = (*overrides, f"output={run}")
-    last_saved = most_repeated = 0
+    last_saved = max_repeated_steps = 0
     for number in range(20):
         group = Ranks(path, *overrides)
-        during_start = number % 4 == 0
-        if not during_start:
+        is_starting = number % 4 == 0
+        if not is_starting:
             group.wait_for_text("step ")
-        time.sleep(rng.uniform(0, 1.5 if during_start else 2.0))
+        time.sleep(rng.uniform(0, 1.5 if is_starting else 2.0))
         group.send(signal.SIGKILL)
         group.wait(10)
-        saved = verify_checkpoint(newest_checkpoint(run))["step"] if list_checkpoints(run) else 0
-        logged = records(run) if (run / "metrics.jsonl").exists() else []
-        assert saved >= last_saved
-        most_repeated = max(most_repeated, (logged[-1]["step"] if logged else 0) - saved)
-        last_saved = saved
+        saved_step = (
+            verify_checkpoint(newest_checkpoint(run))["step"] if list_checkpoints(run) else 0
+        )
+        log_records = read_records(run) if (run / "metrics.jsonl").exists() else []
+        assert saved_step >= last_saved
+        max_repeated_steps = max(
+            max_repeated_steps, (log_records[-1]["step"] if log_records else 0) - saved_step
+        )
+        last_saved = saved_step
     assert last_saved > 0
     statuses, output = ranks.run(path, *overrides)
     assert statuses == [0, 0, 0] and uninterrupted.wait(300) == [0, 0, 0], output
     expected, tensors = ranks.load_tensors(tmp_path / "uninterrupted"), ranks.load_tensors(run)
     assert saved_steps(run)[-1] == 300
     assert all(torch.equal(tensors[name], value) for name, value in expected.items())
-    assert [record["step"] for record in records(run)] == list(range(1, 301))
+    assert [record["step"] for record in read_records(run)] == list(range(1, 301))
     observe(
-        f"20 of 20 resumed; step {last_saved} reached by then, at most {most_repeated} steps "
+        f"20 of 20 resumed; step {last_saved} reached by then, at most {max_repeated_steps} steps "
         "repeated; the same bits, no step logged twice"
     )
 
@@ -121,8 +125,8 @@ def test_a_hung_rank_ends_the_run_within_the_timeout_with_stacks(paths, resume, 
     assert "no sign of life for 15 s" in output or "imed out" in output, output[-3000:]
     result = "stopped: the others report that they waited in vain"
     if kind == "hang":
-        hung = group.output(1)
-        assert "while training step 8" in hung and "faulty.py" in hung
+        hung_output = group.output(1)
+        assert "while training step 8" in hung_output and "faulty.py" in hung_output
         result = "hung: its stack names the line"
     resume()
     observe(f"{result}; ended after {seconds:.0f} s with a timeout of 15 s; the same bits")
@@ -144,7 +148,7 @@ def test_a_slow_rank_is_recorded_and_does_not_fail_the_run(paths, resume, observ
     path, run = paths
     statuses, output = ranks.run(path, *OVERRIDES, fault="slow@1:2")
     assert statuses == [0, 0, 0], output
-    waits = [(record["straggler"], record["straggler_seconds"]) for record in records(run)[1:]]
+    waits = [(record["straggler"], record["straggler_seconds"]) for record in read_records(run)[1:]]
     seconds = sorted(wait for rank, wait in waits if rank == 1)
     median = seconds[len(seconds) // 2]
     assert len(seconds) >= 9 and median > 0.15, waits  # the machine itself delays other ranks
@@ -156,7 +160,7 @@ def test_a_slow_rank_is_recorded_and_does_not_fail_the_run(paths, resume, observ
 
 
 @pytest.mark.case(23)
-def test_a_rank_without_memory_ends_all_with_advice(paths, resume, observe):
+def test_a_rank_out_of_memory_ends_all_ranks_with_advice(paths, resume, observe):
     """The injected error has the class and message of torch's. tests/gpu has a real one."""
     path, run = paths
     statuses, output = ranks.run(path, *OVERRIDES, fault="oom@1:8")
@@ -173,7 +177,7 @@ def test_a_rank_without_memory_ends_all_with_advice(paths, resume, observe):
 
 @pytest.mark.case(23)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="running out of GPU memory needs a GPU")
-def test_a_gpu_without_memory_ends_with_advice(paths, observe):
+def test_a_gpu_out_of_memory_ends_the_run_with_advice(paths, observe):
     statuses, output = ranks.run(paths[0], *OVERRIDES, "global_batch_size=2400000", size=1)
     assert statuses == [2]
     assert "Set micro_batch_size=auto, which finds the largest micro-batch that fits" in output
@@ -196,7 +200,7 @@ def test_wrong_clocks_do_not_change_the_run(paths, resume, observe):
 
 
 @pytest.mark.case(33)
-def test_a_rank_that_starts_with_other_weights_gets_those_of_rank_0(paths, resume, observe):
+def test_a_rank_that_starts_with_different_weights_gets_those_of_rank_0(paths, resume, observe):
     statuses, output = ranks.run(paths[0], *OVERRIDES, fault="differ@2:0")
     assert statuses == [0, 0, 0], output
     resume()
@@ -242,11 +246,11 @@ def test_nan_images_on_one_rank_skip_the_step_on_all_and_are_recorded(paths, obs
     path, run = paths
     statuses, output = ranks.run(path, *OVERRIDES, "log.every_steps=2", fault="nan@1:5")
     assert statuses == [0, 0, 0], output
-    skipped = [json.loads(file.read_text()) for file in (run / "skipped").iterdir()]
-    (record,) = skipped
+    skipped_records = [json.loads(file.read_text()) for file in (run / "skipped").iterdir()]
+    (record,) = skipped_records
     assert (record["step"], record["seed"], record["epoch"]) == (5, 0, 1)
     assert len(record["indices"]) == 24
-    assert {record["step"]: record["skipped_steps"] for record in records(run)}[6] == 1
+    assert {record["step"]: record["skipped_steps"] for record in read_records(run)}[6] == 1
     assert_finite(ranks.load_tensors(run))
     lines = replay.replay(run, 5)
     assert lines[0].endswith("from step_00000003")
@@ -265,7 +269,7 @@ def test_nan_images_on_one_rank_skip_the_step_on_all_and_are_recorded(paths, obs
 def test_a_diverging_run_rolls_back_then_ends_and_its_replay_diverges_too(paths, observe):
     path, run = paths
     assert ranks.run(path, *OVERRIDES, "--stop-after", "4")[0] == [0] * 3
-    diverging = run.with_name("run_diverging")
+    diverging_run = run.with_name("run_diverging")
     overrides = [
         "optim.name=sgd",
         "optim.base_lr=1e30",
@@ -274,21 +278,21 @@ def test_a_diverging_run_rolls_back_then_ends_and_its_replay_diverges_too(paths,
         "guard.max_skipped_steps=2",
         "log.every_steps=2",
         "checkpoint.every_epochs=0.4",
-        f"output={diverging}",
+        f"output={diverging_run}",
     ]
     statuses, output = ranks.run(path, "epochs=8", *overrides)
     assert statuses == [2, 2, 2]
     assert "were restored from step_0000000" in output and "repeats this step alone" in output
-    files = (diverging / "skipped").iterdir()
-    skipped = {int(file.stem[5:]): json.loads(file.read_text()) for file in files}
-    last = max(skipped)
-    lines = replay.replay(diverging, last)
+    files = (diverging_run / "skipped").iterdir()
+    skipped_records = {int(file.stem[5:]): json.loads(file.read_text()) for file in files}
+    last_step = max(skipped_records)
+    lines = replay.replay(diverging_run, last_step)
     start = int(lines[0].rpartition("step_")[2])
-    assert skipped[last]["rolled_back_to"] <= start < last, lines
+    assert skipped_records[last_step]["rolled_back_to"] <= start < last_step, lines
     assert "  first output that is not finite: none" not in lines
     observe(
-        f"{len(skipped)} steps skipped, one rollback, then status 2; replay of step {last} breaks "
-        f"at `{lines[-2].strip()[:60]}`"
+        f"{len(skipped_records)} steps skipped, one rollback, then status 2; replay of step "
+        f"{last_step} breaks at `{lines[-2].strip()[:60]}`"
     )
 
 
@@ -298,8 +302,8 @@ def test_a_step_with_an_infinite_gradient_under_autocast_is_skipped(paths, obser
     overrides = (*OVERRIDES, "parallel.precision=bfloat16", "log.every_steps=1")
     statuses, output = ranks.run(path, *overrides, fault="inf@1:5")
     assert statuses == [0, 0, 0], output
-    skipped = {record["step"]: record["skipped_steps"] for record in records(run)}
-    assert skipped[5] == 1 and sum(skipped.values()) == 1
+    num_skipped = {record["step"]: record["skipped_steps"] for record in read_records(run)}
+    assert num_skipped[5] == 1 and sum(num_skipped.values()) == 1
     assert_finite(ranks.load_tensors(run))
     observe(
         "bfloat16, rank 1's gradient infinite at step 5: only that step skipped, weights finite"
@@ -308,23 +312,23 @@ def test_a_step_with_an_infinite_gradient_under_autocast_is_skipped(paths, obser
 
 @pytest.mark.case(30)
 @pytest.mark.parametrize("policy", ["warn", "stop"])
-def test_a_knn_that_fails_on_one_rank_warns_or_stops(paths, resume, observe, policy):
+def test_a_failure_of_knn_on_one_rank_warns_or_stops_the_run(paths, resume, observe, policy):
     path, run = paths
-    online = ("online.knn_every_epochs=1", "online.max_train=40", "online.k=5")
-    online = (*online, f"online.on_failure={policy}")
-    statuses, output = ranks.run(path, *OVERRIDES, *online, fault="knn@1:0")
+    overrides = ("online.knn_every_epochs=1", "online.max_train=40", "online.k=5")
+    overrides = (*overrides, f"online.on_failure={policy}")
+    statuses, output = ranks.run(path, *OVERRIDES, *overrides, fault="knn@1:0")
     assert "online k-NN failed on rank 1: RuntimeError: injected into k-NN" in output
     if policy == "warn":
         assert statuses == [0, 0, 0]
-        assert [record["step"] for record in records(run) if "knn" in record] == [6, 9, 12]
+        assert [record["step"] for record in read_records(run) if "knn" in record] == [6, 9, 12]
     else:
         assert all(status > 0 for status in statuses)
-    resume(*online)
+    resume(*overrides)
     observe(f"{policy}: statuses {statuses}, the same bits")
 
 
 @pytest.mark.case(30)
 def test_monitors_do_not_change_the_run(paths, resume, observe):
-    """Online k-NN and collapse metrics use no random generator of the training."""
+    """Online k-NN and collapse metrics do not use the run's random number generators."""
     resume("online.knn_every_epochs=1", "online.max_train=40", "health.every_steps=1")
     observe("k-NN every epoch and health every step: the same bits")

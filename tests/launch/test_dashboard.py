@@ -1,4 +1,4 @@
-"""The dashboard, up to the call of W&B's API."""
+"""The dashboard, up to the call to W&B's API."""
 
 import json
 import re
@@ -15,21 +15,23 @@ workspaces = pytest.importorskip(
     "wandb_workspaces.workspaces",
     reason="wandb-workspaces is not installed: pip install 'ssl_pretrain[dashboard]'",
 )
-LOGGED = {  # test_logger.py and test_collapse.py see them logged
+LOGGED_METRICS = {  # test_logger.py and test_collapse.py check that they are logged
     *("loss", "knn", "probe", "lr", "weight_decay", "gradient_norm", "replaced_images"),
     *("images_per_second", "seconds_per_step", "data_wait", "memory_gib", "model_tflops"),
     *("flops_utilization", "teacher_distance", "straggler", "straggler_seconds"),
 }
 
 
-def text(metric):
+def to_text(metric):
     return str(getattr(metric, "name", metric))
 
 
-def metrics_of(workspace):
+def list_metrics(workspace):
     """Return the metrics in the panels of each section."""
     return {
-        section.name: [text(y) for panel in section.panels for y in getattr(panel, "y", None) or []]
+        section.name: [
+            to_text(y) for panel in section.panels for y in getattr(panel, "y", None) or []
+        ]
         for section in workspace.sections
     }
 
@@ -37,11 +39,11 @@ def metrics_of(workspace):
 def test_every_panel_shows_a_metric_that_is_logged():
     z = torch.randn(16, 4)
     assignments = torch.zeros(16, dtype=torch.int64)
-    measured, _ = collapse_metrics.measure(Monitored(z, (z, z), assignments, 5), features=z)
-    logged = {metric_names.display_name(key) for key in LOGGED | measured.keys()}
-    sections = metrics_of(dashboard.build_workspace("p", "e"))
-    shown = {metric for metrics in sections.values() for metric in metrics}
-    assert shown == logged | {metric_names.SPREAD_CHART}
+    measurements, _ = collapse_metrics.measure(Monitored(z, (z, z), assignments, 5), features=z)
+    logged_names = {metric_names.display_name(key) for key in LOGGED_METRICS | measurements.keys()}
+    sections = list_metrics(dashboard.build_workspace("p", "e"))
+    shown_names = {metric for metrics in sections.values() for metric in metrics}
+    assert shown_names == logged_names | {metric_names.SPREAD_CHART}
     assert list(sections) == [*metric_names.GROUPS, "Pictures"]
 
 
@@ -61,7 +63,9 @@ def test_one_panel_shows_a_metric_of_all_modules(prefix):
 def test_evaluations_and_pictures_have_sections():
     sections = {section.name: section for section in dashboard.build_workspace("p", "e").sections}
     (evaluations,) = sections["Evaluation"].panels
-    assert evaluations.metric_regex == "Evaluation/.*" and text(evaluations.x) == "evaluated_step"
+    assert (
+        evaluations.metric_regex == "Evaluation/.*" and to_text(evaluations.x) == "evaluated_step"
+    )
     assert metric_names.evaluation_display_name("knn", "clean") == "Evaluation/knn, clean"
     (pictures,) = sections["Pictures"].panels
     assert pictures.media_keys == ["Pictures/views", "Pictures/nearest neighbors"]
@@ -95,14 +99,16 @@ def test_nothing_is_created_while_wandb_is_offline(monkeypatch):
 
 
 def test_the_saved_view_is_the_one_that_was_built(monkeypatch):
-    saved = []
+    saved_workspaces = []
 
     def save(workspace):
-        saved.append(workspace)
+        saved_workspaces.append(workspace)
         return SimpleNamespace(url="its address")
 
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(workspaces.Workspace, "save", save)
     assert dashboard.save_workspace("digits", "team") == "its address"
-    assert metrics_of(saved[0]) == metrics_of(dashboard.build_workspace("digits", "team"))
+    assert list_metrics(saved_workspaces[0]) == list_metrics(
+        dashboard.build_workspace("digits", "team")
+    )

@@ -1,4 +1,4 @@
-"""The fused kernels without a GPU, run by Triton's interpreter in a process of their own."""
+"""The fused kernels without a GPU, run by Triton's interpreter in a separate process."""
 
 import os
 import subprocess
@@ -20,15 +20,15 @@ triton = pytest.importorskip("triton", reason="no Triton for this platform")
 ROOT = Path(__file__).parents[2]
 
 
-def _release(module):
+def _parse_release(module):
     return tuple(int(number) for number in module.__version__.split(".")[:2])
 
 
 @pytest.mark.skipif(
-    _release(triton) < (3, 7) and _release(np) >= (2, 5),
+    _parse_release(triton) < (3, 7) and _parse_release(np) >= (2, 5),
     reason=f"the interpreter of Triton {triton.__version__} does not work with numpy 2.5",
 )
-def test_the_kernels_compute_what_the_tiles_do():
+def test_the_kernels_compute_what_the_tiles_compute():
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, "tests/losses/kernels.py", "cpu"]
@@ -40,11 +40,11 @@ def test_the_kernels_compute_what_the_tiles_do():
     assert max(errors.values()) < 2e-5, result.stdout
 
 
-def test_the_kernels_are_for_cuda_and_float32_alone():
+def test_the_kernels_only_support_cuda_and_float32():
     from ssl_pretrain.losses import tiles_triton
 
-    on_cpu = torch.zeros(4, 8)
-    assert backend_for(on_cpu).run_fused(on_cpu, lambda kernels: kernels) is None
+    cpu_rows = torch.zeros(4, 8)
+    assert backend_for(cpu_rows).run_fused(cpu_rows, lambda kernels: kernels) is None
     assert tiles_triton.supports(torch.zeros(4, 8))
     assert tiles_triton.supports(torch.zeros(4, 256))
     assert not tiles_triton.supports(torch.zeros(4, 257))
@@ -57,11 +57,11 @@ def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_warns_once(monke
     monkeypatch.setattr(tiles_triton, "_disabled_devices", set())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of a test")
 
-    def launch(*arguments, **keywords):
+    def raise_out_of_resources(*arguments, **keywords):
         raise tiles_triton.OutOfResources(262_144, 232_448, "shared memory")
 
-    monkeypatch.setattr(tiles_triton, "log_sum_exp", launch)
-    monkeypatch.setattr(tiles_triton, "weighted_sum", launch)
+    monkeypatch.setattr(tiles_triton, "log_sum_exp", raise_out_of_resources)
+    monkeypatch.setattr(tiles_triton, "weighted_sum", raise_out_of_resources)
     rows = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
     z = torch.nn.functional.normalize(rows, dim=1).requires_grad_()
 
@@ -71,11 +71,11 @@ def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_warns_once(monke
         return lse.detach(), torch.autograd.grad(lse.sum(), z)[0]
 
     with pytest.warns(UserWarning) as warnings:
-        by_fallback = loss_and_gradient()
+        fallback_result = loss_and_gradient()
         loss_and_gradient()
     assert [str(warning.message) for warning in warnings] == [
         "the fused loss kernels do not fit GPU of a test (out of resource: shared memory, "
         "Required: 262144, Hardware limit: 232448. Reducing block sizes or `num_stages` may help.)"
         "; the loss is computed by plain tiles, with the same result but slower"
     ]
-    torch.testing.assert_close(by_fallback, loss_and_gradient(fused=False), rtol=0, atol=0)
+    torch.testing.assert_close(fallback_result, loss_and_gradient(fused=False), rtol=0, atol=0)

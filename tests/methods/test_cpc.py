@@ -32,25 +32,25 @@ OPTIM = OptimConfig(
 
 
 def plain_loss(method, images):
-    """Each prediction's softmax over every patch of every image, for 4 x 4 patches of 8 pixels."""
+    """Mean cross entropy of each prediction over the 4 x 4 patches of all images."""
     view, n = images.views[0], len(images)
-    places = [(i, j) for i in range(4) for j in range(4)]
-    patches = [view[:, :, 4 * i : 4 * i + 8, 4 * j : 4 * j + 8] for i, j in places]
+    positions = [(i, j) for i in range(4) for j in range(4)]
+    patches = [view[:, :, 4 * i : 4 * i + 8, 4 * j : 4 * j + 8] for i, j in positions]
     features = method.backbone(torch.cat(patches))
     grid = torch.stack(features.split(n), dim=2).view(n, 6, 4, 4)
     targets = method.project(grid)
-    everyone = torch.stack([targets[b, :, i, j] for b in range(n) for i, j in places])
+    all_targets = torch.stack([targets[b, :, i, j] for b in range(n) for i, j in positions])
     loss = torch.zeros((), dtype=torch.float64)
-    for way, context in enumerate(method.contexts):
-        flip = (lambda x: x) if way == 0 else (lambda x: x.flip(2))
-        for ahead, predicted in zip((1, 2), context(flip(grid)).unbind(1)):
+    for direction, context in enumerate(method.contexts):
+        flip = (lambda x: x) if direction == 0 else (lambda x: x.flip(2))
+        for rows_ahead, predictions in zip((1, 2), context(flip(grid)).unbind(1)):
             terms = []
             for b in range(n):
-                for i in range(4 - ahead):
+                for i in range(4 - rows_ahead):
                     for j in range(4):
-                        scaled = 0.5 * predicted[b, :, i, j]
-                        positive = scaled @ flip(targets)[b, :, i + ahead, j]
-                        terms.append(torch.logsumexp(everyone @ scaled, 0) - positive)
+                        scaled_prediction = 0.5 * predictions[b, :, i, j]
+                        positive = scaled_prediction @ flip(targets)[b, :, i + rows_ahead, j]
+                        terms.append(torch.logsumexp(all_targets @ scaled_prediction, 0) - positive)
             loss = loss + sum(terms) / len(terms) / 2
     return loss
 
@@ -73,13 +73,13 @@ def test_a_prediction_sees_its_own_row_and_those_before(row):
     assert not is_seen[row + 1 :].any()
 
 
-def test_the_four_directions_turn_the_grid():
+def test_each_direction_orients_the_grid():
     grid = torch.arange(9.0).view(1, 1, 3, 3)  # row by row
-    first_rows = [orient(grid, way)[0, 0, 0].tolist() for way in range(4)]
+    first_rows = [orient(grid, direction)[0, 0, 0].tolist() for direction in range(4)]
     assert first_rows == [[0, 1, 2], [6, 7, 8], [0, 3, 6], [2, 5, 8]]
 
 
-def test_guessing_costs_the_log_of_all_patches():
+def test_the_loss_of_a_guess_is_the_log_of_the_number_of_patches():
     method = contract.build("cpc")
     zeros = {
         "targets": torch.zeros(5, 48, dtype=torch.float64),

@@ -29,7 +29,8 @@ def plain_loss(method, images):
 
 def test_one_step_is_the_papers():
     method, images = contract.build("nnclr"), contract.random_batch("nnclr")
-    method.queue.rows.copy_(torch.nn.functional.normalize(method.queue.rows))  # from float32
+    # The rows were normalized in float32.
+    method.queue.rows.copy_(torch.nn.functional.normalize(method.queue.rows))
     expected = contract.copy_method(method)
     contract.take_step(method, OPTIM, images)
     loss, z = plain_loss(expected, images)
@@ -40,6 +41,6 @@ def test_one_step_is_the_papers():
     contract.assert_same(method, expected)
 
 
-def test_the_nearest_has_the_largest_cosine():
-    past = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
-    assert torch.equal(nearest(torch.tensor([[5.0, 0.1], [2.0, 3.0]]), past), past[[0, 2]])
+def test_the_nearest_neighbor_has_the_largest_cosine():
+    rows = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+    assert torch.equal(nearest(torch.tensor([[5.0, 0.1], [2.0, 3.0]]), rows), rows[[0, 2]])

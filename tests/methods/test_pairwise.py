@@ -14,15 +14,15 @@ OPTIM = OptimConfig(
 
 def plain_loss(method, images, groups):
     z = torch.cat([method.projector(method.backbone(view)) for view in images.views])
-    alike, unlike = [], []
+    positives, negatives = [], []
     for i in range(len(z)):
         for j in range(len(z)):
             distance = (z[i] - z[j]).square().sum().clamp(min=1e-24).sqrt()
             if groups[i % len(images)] != groups[j % len(images)]:
-                unlike.append(torch.clamp(1 - distance, min=0) ** 2 / 2)
+                negatives.append(torch.clamp(1 - distance, min=0) ** 2 / 2)
             elif i != j:
-                alike.append(distance**2 / 2)
-    return (sum(alike) / len(alike) + sum(unlike) / len(unlike)) / 2
+                positives.append(distance**2 / 2)
+    return (sum(positives) / len(positives) + sum(negatives) / len(negatives)) / 2
 
 
 @pytest.mark.parametrize("pairs", ["labels", "views"])
@@ -36,7 +36,7 @@ def test_one_step_is_the_papers(pairs):
     contract.assert_same(method, expected)
 
 
-def test_equal_views_of_images_0_6_apart_cost_the_hinge_alone():
+def test_equal_views_of_images_0_6_apart_only_have_the_hinge_loss():
     method = contract.build("pairwise")
     z = torch.tensor([[0.0, 0.0], [0.6, 0.0]], dtype=torch.float64)
     loss, logs = method.loss({"z_a": z, "z_b": z}, {"groups": torch.tensor([0, 1])})

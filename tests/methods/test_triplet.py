@@ -28,8 +28,8 @@ def plain_loss(method, images, groups):
         negatives = [d[a][k] for k in range(2 * n) if groups[a % n] != groups[k % n]]
         for p in range(2 * n):
             if p != a and groups[a % n] == groups[p % n]:
-                farther = [x for x in negatives if x > d[a][p]]
-                negative = min(farther) if farther else max(negatives)
+                farther_negatives = [x for x in negatives if x > d[a][p]]
+                negative = min(farther_negatives) if farther_negatives else max(negatives)
                 terms.append(torch.clamp(0.2 + d[a][p] - negative, min=0))
     return sum(terms) / len(terms)
 
@@ -45,8 +45,8 @@ def test_one_step_is_the_authors(pairs):
     contract.assert_same(method, expected)
 
 
-def test_collapse_costs_the_margin():
-    same = torch.ones(6, 4, dtype=torch.float64)
-    embeddings, targets = {"z_a": same, "z_b": same}, {"groups": torch.arange(6)}
+def test_the_loss_of_collapsed_embeddings_is_the_margin():
+    equal_rows = torch.ones(6, 4, dtype=torch.float64)
+    embeddings, targets = {"z_a": equal_rows, "z_b": equal_rows}, {"groups": torch.arange(6)}
     loss, _ = contract.build("triplet").loss(embeddings, targets)
     assert loss.item() == pytest.approx(0.2)

@@ -7,7 +7,7 @@ from ssl_pretrain.models.timm_networks import BackboneConfig
 
 
 @pytest.mark.parametrize(
-    ("settings", "size", "parameters", "dim"),
+    ("settings", "size", "num_parameters", "dim"),
     [
         # torchvision's 25,557,032 without the 2,049,000 of its classifier, and so on.
         (BackboneConfig(name="resnet50"), 224, 23_508_032, 2048),
@@ -23,13 +23,13 @@ from ssl_pretrain.models.timm_networks import BackboneConfig
         (BackboneConfig(name="wide_resnet101_2"), 224, 124_837_696, 2048),
     ],
 )
-def test_the_papers_parameter_counts(settings, size, parameters, dim):
+def test_parameter_counts_are_those_of_the_papers(settings, size, num_parameters, dim):
     backbone = backbones.build_on_meta(settings, size)
-    assert (backbones.count_parameters(backbone), backbone.feature_dim) == (parameters, dim)
+    assert (backbones.count_parameters(backbone), backbone.feature_dim) == (num_parameters, dim)
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "first"),
+    ("name", "num_blocks", "first_name"),
     [
         ("resnet50", 16, "model.layer1.0"),
         ("wide_resnet101_2", 33, "model.layer1.0"),
@@ -38,25 +38,25 @@ def test_the_papers_parameter_counts(settings, size, parameters, dim):
         ("convnext_tiny", 4, "model.stages.0"),
     ],
 )
-def test_the_blocks_of_a_network_are_found(name, count, first):
+def test_the_blocks_of_a_network_are_found(name, num_blocks, first_name):
     blocks = backbones.blocks(backbones.build_on_meta(BackboneConfig(name=name), 224))
-    assert (len(blocks), blocks[0][0]) == (count, first)
+    assert (len(blocks), blocks[0][0]) == (num_blocks, first_name)
 
 
 @pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("no_pool", 2), ("small", 4)])
-def test_small_stems_keep_resolution(stem, side):
+def test_small_stems_keep_more_resolution(stem, side):
     backbone = build(BackboneConfig(name="test_resnet", stem=stem), 32).eval()
     assert backbone.model.forward_features(torch.zeros(2, 3, 32, 32)).shape[-1] == side
     assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, backbone.feature_dim)
 
 
-def test_a_vit_takes_the_views_size_and_smaller_crops():
+def test_a_vit_accepts_the_size_of_the_views_and_smaller_crops():
     backbone = build(BackboneConfig(name="test_vit"), 64)
     for size in (64, 32):
         assert backbone(torch.zeros(2, 3, size, size)).shape == (2, backbone.feature_dim)
 
 
-def test_resnets_start_with_a_zero_last_scale():
+def test_the_last_scale_of_a_residual_block_starts_at_zero():
     block = build(BackboneConfig(name="resnet18"), 32).model.layer1[0]
     assert block.bn2.weight.abs().max() == 0
     assert block.bn1.weight.min() == 1
@@ -96,7 +96,7 @@ def assert_loads(weights, expected):
     assert all(torch.equal(value, expected[key]) for key, value in backbone.state_dict().items())
 
 
-def test_names_of_wrapped_modules_and_of_timm_load():
+def test_weights_with_names_of_wrapped_modules_or_of_timm_are_loaded():
     backbone = build(BackboneConfig(name="test_resnet"), 32)
     weights = {key: value + 1 for key, value in backbone.state_dict().items()}
     for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
@@ -104,10 +104,10 @@ def test_names_of_wrapped_modules_and_of_timm_load():
     assert_loads({key.removeprefix("model."): value for key, value in weights.items()}, weights)
 
 
-def test_other_weights_change_nothing_and_are_listed():
+def test_mismatched_weights_change_nothing_and_are_listed():
     backbone = build(BackboneConfig(name="test_resnet"), 32)
-    before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    weights = {**before, "model.extra": torch.zeros(1), "model.bn1.weight": torch.zeros(3)}
+    initial_weights = {key: value.clone() for key, value in backbone.state_dict().items()}
+    weights = {**initial_weights, "model.extra": torch.zeros(1), "model.bn1.weight": torch.zeros(3)}
     del weights["model.bn1.bias"]
     with pytest.raises(ValueError) as error:
         load_strict(backbone, weights, "runs/a")
@@ -116,4 +116,6 @@ def test_other_weights_change_nothing_and_are_listed():
         "1 of another shape (bn1.weight (3,) for (32,)). Nothing was loaded; "
         "set backbone.name, backbone.stem and backbone.args as in the run that trained them"
     )
-    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
+    assert all(
+        torch.equal(initial_weights[key], value) for key, value in backbone.state_dict().items()
+    )

@@ -1,8 +1,8 @@
 """The view functions of SimCLR's and BYOL's code in plain numpy and float64.
 
-Written from the published formulas, one image at a time, and compared once with TensorFlow 2.21:
-contrast, saturation, blur and resize agree within 0.2 levels of 255, boxes in distribution.
-All images are float (height, width, 3).
+They follow the published formulas and process one image at a time. They were compared once with
+TensorFlow 2.21. Contrast, saturation, blur and resize agree within 0.2 gray levels of 255, and
+boxes agree in distribution. All images are float (height, width, 3).
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def rgb_to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hue in [0, 1), saturation, value, as Smith (SIGGRAPH 1978) defines them."""
+    """Return hue in [0, 1), saturation and value, as Smith (SIGGRAPH 1978) defines them."""
     red, green, blue = np.moveaxis(image, -1, 0)
     value, chroma = image.max(axis=-1), np.ptp(image, axis=-1)
     divisor = np.where(chroma > 0, chroma, 1)
@@ -54,8 +54,8 @@ def gaussian_blur(image: np.ndarray, sigma: float, taps: int) -> np.ndarray:
         padding = [(0, 0)] * 3
         padding[axis] = (radius, radius)
         padded, length = np.pad(image, padding), image.shape[axis]
-        shifted = (padded.take(range(k, k + length), axis=axis) for k in range(taps))
-        image = sum(weight * moved for weight, moved in zip(kernel, shifted))
+        shifted_images = (padded.take(range(k, k + length), axis=axis) for k in range(taps))
+        image = sum(weight * shifted_image for weight, shifted_image in zip(kernel, shifted_images))
     return image
 
 
@@ -63,13 +63,13 @@ def resize(image: np.ndarray, size: int, interpolation: str) -> np.ndarray:
     """tf.image.resize(image, [size, size], interpolation), antialias=False, not clipped."""
     for axis in (0, 1):
         image = np.tensordot(
-            _weights(image.shape[axis], size, interpolation), image, axes=([1], [axis])
+            _compute_weights(image.shape[axis], size, interpolation), image, axes=([1], [axis])
         )
         image = np.moveaxis(image, 0, axis)
     return image
 
 
-def _weights(length: int, size: int, interpolation: str) -> np.ndarray:
+def _compute_weights(length: int, size: int, interpolation: str) -> np.ndarray:
     centers = (np.arange(size) + 0.5) * length / size - 0.5
     distance = np.abs(centers[:, None] - np.arange(length))
     if interpolation == "bilinear":
@@ -102,11 +102,11 @@ def simclr_boxes(
     for _ in range(MAX_ATTEMPTS):
         ratios = generator.uniform(*ratio, len(pending))
         heights = np.arange(1, height + 1)
-        tall = np.minimum(np.rint(np.sqrt(max_area / ratios)), height)
-        fitting = np.rint(heights * ratios[:, None]) <= width
-        tall = np.minimum(tall, np.where(fitting, heights, 0).max(axis=1)).astype(int)
-        short = np.minimum(np.rint(np.sqrt(min_area / ratios)), tall).astype(int)
-        box_heights = generator.integers(short, tall + 1)
+        max_heights = np.minimum(np.rint(np.sqrt(max_area / ratios)), height)
+        fits = np.rint(heights * ratios[:, None]) <= width
+        max_heights = np.minimum(max_heights, np.where(fits, heights, 0).max(axis=1)).astype(int)
+        min_heights = np.minimum(np.rint(np.sqrt(min_area / ratios)), max_heights).astype(int)
+        box_heights = generator.integers(min_heights, max_heights + 1)
         box_heights = np.where(
             np.rint(box_heights * ratios) * box_heights < min_area, box_heights + 1, box_heights
         )

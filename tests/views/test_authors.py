@@ -25,7 +25,7 @@ from ssl_pretrain.views.recipe import Crop, blur_taps
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and std that change nothing
+NO_NORMALIZATION = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean 0, standard deviation 1
 LEVEL = 1 / 255  # one gray level
 ROUNDING = 0.01 * LEVEL  # tolerance for float32 against float64
 TENSORFLOW = {
@@ -55,12 +55,12 @@ BYOL = SIMCLR | {
     "blur": 1.0,
     "solarize": 0.2,
 }
-ON_EACH = pytest.mark.parametrize(
+FOR_BOTH_FUNCTIONS = pytest.mark.parametrize(
     "apply", [color.apply, color_torch.apply], ids=["compiled", "batches"]
 )
 
 
-def images(n: int, size: int) -> torch.Tensor:
+def draw_images(n: int, size: int) -> torch.Tensor:
     """Return noise, uint8 (n, 3, size, size).
 
     Image 0 has the corners of the color cube, image 1 is gray and image 2 is black.
@@ -78,36 +78,36 @@ def images(n: int, size: int) -> torch.Tensor:
     return noise
 
 
-def floats(pixels: torch.Tensor) -> np.ndarray:
+def to_floats(pixels: torch.Tensor) -> np.ndarray:
     """Return uint8 pixels (3, height, width) as float64 (height, width, 3) in [0, 1]."""
     return pixels.movedim(0, -1).numpy().astype(np.float64) / 255
 
 
-def largest_difference(view: torch.Tensor, expected: np.ndarray) -> float:
+def measure_difference(view: torch.Tensor, expected: np.ndarray) -> float:
     """Return the largest difference of a view (3, h, w) from an array (h, w, 3)."""
     return float(np.abs(view.movedim(0, -1).numpy() - expected).max())
 
 
-@ON_EACH
+@FOR_BOTH_FUNCTIONS
 @pytest.mark.parametrize(
-    ("options", "operation", "theirs"),
+    ("options", "operation", "authors_function"),
     [
         ({"contrast": 0.8, "contrast_mean": "channel"}, CONTRAST, authors.adjust_contrast),
         ({"saturation": 0.8, "saturation_mode": "hsv"}, SATURATION, authors.adjust_saturation),
         ({"saturation": 3.0, "saturation_mode": "hsv"}, SATURATION, authors.adjust_saturation),
     ],
 )
-def test_an_adjustment_is_the_authors(apply, options, operation, theirs):
+def test_an_adjustment_is_the_authors(apply, options, operation, authors_function):
     crop = Crop(size=40, jitter=1.0, **options)
-    pixels, parameters = images(24, 40), draw_colors(crop, 0, 0, np.arange(24), 0)
+    pixels, parameters = draw_images(24, 40), draw_colors(crop, 0, 0, np.arange(24), 0)
     for view, image, factors in zip(
-        apply(pixels, parameters, crop, *PLAIN), pixels, parameters.jitter_factors
+        apply(pixels, parameters, crop, *NO_NORMALIZATION), pixels, parameters.jitter_factors
     ):
-        expected = np.clip(theirs(floats(image), float(factors[operation])), 0, 1)
-        assert largest_difference(view, expected) < ROUNDING
+        expected = np.clip(authors_function(to_floats(image), float(factors[operation])), 0, 1)
+        assert measure_difference(view, expected) < ROUNDING
 
 
-@ON_EACH
+@FOR_BOTH_FUNCTIONS
 @pytest.mark.parametrize(("size", "kernel"), [(224, 23), (32, 0), (9, 23), (1, 3)])
 def test_the_zero_border_of_a_blur_is_the_authors(apply, size, kernel):
     crop = Crop(size=size, blur=1.0, blur_kernel=kernel, blur_border="zero")
@@ -116,20 +116,20 @@ def test_the_zero_border_of_a_blur_is_the_authors(apply, size, kernel):
         0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(7)
     )
     parameters = draw_colors(crop, 0, 0, np.arange(3), 0)
-    views = apply(pixels, parameters, crop, *PLAIN)
+    views = apply(pixels, parameters, crop, *NO_NORMALIZATION)
     for view, image, sigma in zip(views, pixels, parameters.blur_sigma):
-        expected = authors.gaussian_blur(floats(image), float(sigma), blur_taps(crop))
-        assert largest_difference(view, expected) < ROUNDING
+        expected = authors.gaussian_blur(to_floats(image), float(sigma), blur_taps(crop))
+        assert measure_difference(view, expected) < ROUNDING
 
 
-@ON_EACH
+@FOR_BOTH_FUNCTIONS
 @pytest.mark.parametrize("options", [SIMCLR, BYOL], ids=["simclr", "byol"])
 def test_the_whole_chain_is_the_authors_in_the_drawn_order(apply, options):
     crop = Crop(size=32, **options)
-    pixels, parameters = images(64, 32), draw_colors(crop, 0, 0, np.arange(64), 0)
-    for row, view in enumerate(apply(pixels, parameters, crop, *PLAIN)):
-        expected = apply_authors_colors(floats(pixels[row]), parameters, row, crop)
-        assert largest_difference(view, expected) < 0.1 * LEVEL
+    pixels, parameters = draw_images(64, 32), draw_colors(crop, 0, 0, np.arange(64), 0)
+    for row, view in enumerate(apply(pixels, parameters, crop, *NO_NORMALIZATION)):
+        expected = apply_authors_colors(to_floats(pixels[row]), parameters, row, crop)
+        assert measure_difference(view, expected) < 0.1 * LEVEL
 
 
 def apply_authors_colors(
@@ -196,28 +196,32 @@ def test_a_resize_without_antialias_is_the_authors_within_one_level(
 
 
 def write_view_without_antialias(
-    image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, bicubic: bool
+    image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, is_bicubic: bool
 ) -> np.ndarray:
     """Transpose a whole image and resize a box of it, as `native.decode` does."""
     height, width, _ = image.shape
-    tall, wide = resize.pad_to_tiles(height), resize.pad_to_tiles(3 * width)
-    padded, transposed = np.zeros((tall, wide), np.uint8), np.zeros(wide * tall, np.uint8)
+    padded_height, padded_width = resize.pad_to_tiles(height), resize.pad_to_tiles(3 * width)
+    padded, transposed = (
+        np.zeros((padded_height, padded_width), np.uint8),
+        np.zeros(padded_width * padded_height, np.uint8),
+    )
     padded[:height, : 3 * width] = image.reshape(height, -1)
-    resize.transpose(padded.reshape(-1), wide, height, 3 * width, transposed, tall)
+    resize.transpose(padded.reshape(-1), padded_width, height, 3 * width, transposed, padded_height)
     out = np.full(3 * size * size, 77, np.uint8)
-    resize.write_view_without_antialias(transposed, tall, box, size, bicubic, out)
+    resize.write_view_without_antialias(transposed, padded_height, box, size, is_bicubic, out)
     return out.reshape(3, size, size)
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (224, 224)])
 @pytest.mark.parametrize(
-    ("sampler", "theirs"), [("tensorflow", authors.simclr_boxes), ("clipped", authors.byol_boxes)]
+    ("sampler", "draw_expected"),
+    [("tensorflow", authors.simclr_boxes), ("clipped", authors.byol_boxes)],
 )
-def test_boxes_are_distributed_as_the_authors(sampler, theirs, height, width):
+def test_boxes_are_distributed_as_the_authors(sampler, draw_expected, height, width):
     n = 100_000
     sizes = np.full((n, 2), [height, width])
     ours = crops.draw_boxes(Crop(crop_sampler=sampler), 0, 0, np.arange(n), 0, sizes)
-    expected = theirs(n, height, width, seed=1)
+    expected = draw_expected(n, height, width, seed=1)
     measures = {
         "area": lambda b: b[:, 2] * b[:, 3],
         "ratio": lambda b: b[:, 3] / b[:, 2],
@@ -226,8 +230,10 @@ def test_boxes_are_distributed_as_the_authors(sampler, theirs, height, width):
     }
     for name, measure in measures.items():
         assert stats.ks_2samp(measure(ours), measure(expected)).statistic < 0.01, name
-    torchvisions = crops.draw_boxes(Crop(), 0, 0, np.arange(n), 0, sizes)
-    assert stats.ks_2samp(measures["area"](ours), measures["area"](torchvisions)).statistic > 0.09
+    torchvision_boxes = crops.draw_boxes(Crop(), 0, 0, np.arange(n), 0, sizes)
+    assert (
+        stats.ks_2samp(measures["area"](ours), measures["area"](torchvision_boxes)).statistic > 0.09
+    )
 
 
 @pytest.mark.parametrize("sampler", ["tensorflow", "clipped"])
@@ -238,22 +244,22 @@ def test_boxes_are_distributed_as_the_authors(sampler, theirs, height, width):
 def test_a_box_is_inside_the_image(sampler, height, width, options):
     n = 500
     crop, sizes = Crop(crop_sampler=sampler, **options), np.full((n, 2), [height, width])
-    top, left, tall, wide, _ = crops.draw_boxes(crop, 0, 0, np.arange(n), 0, sizes).T
+    top, left, box_height, box_width, _ = crops.draw_boxes(crop, 0, 0, np.arange(n), 0, sizes).T
     assert min(top.min(), left.min()) >= 0
-    assert min(tall.min(), wide.min()) >= 1
-    assert (top + tall).max() <= height
-    assert (left + wide).max() <= width
+    assert min(box_height.min(), box_width.min()) >= 1
+    assert (top + box_height).max() <= height
+    assert (left + box_width).max() <= width
 
 
 def test_a_smaller_box_of_tensorflow_never_touches_the_bottom_or_right_edge():
-    """TensorFlow draws the top below height - box height. The others also draw that value."""
+    """TensorFlow draws the top below height - box height. The others include that value."""
     sizes = np.full((4000, 2), [24, 30])
-    for sampler, reaches in (("tensorflow", False), ("clipped", True), ("torchvision", True)):
-        top, left, tall, wide, _ = crops.draw_boxes(
+    for sampler, reaches_edge in (("tensorflow", False), ("clipped", True), ("torchvision", True)):
+        top, left, box_height, box_width, _ = crops.draw_boxes(
             Crop(crop_sampler=sampler), 0, 0, np.arange(4000), 0, sizes
         ).T
-        assert ((tall < 24) & (top + tall == 24)).any() == reaches, sampler
-        assert ((wide < 30) & (left + wide == 30)).any() == reaches, sampler
+        assert ((box_height < 24) & (top + box_height == 24)).any() == reaches_edge, sampler
+        assert ((box_width < 30) & (left + box_width == 30)).any() == reaches_edge, sampler
 
 
 def test_tensorflow_takes_the_whole_image_if_no_box_fits():
@@ -264,8 +270,8 @@ def test_tensorflow_takes_the_whole_image_if_no_box_fits():
 @pytest.mark.parametrize("sampler", ["tensorflow", "clipped"])
 def test_boxes_of_a_batch_equal_boxes_drawn_one_by_one(sampler):
     crop = Crop(crop_sampler=sampler)
-    together = crops.draw_boxes(crop, 1, 2, np.arange(20), 3, np.full((20, 2), [90, 130]))
-    assert [tuple(row) for row in together.tolist()] == [
+    batch_boxes = crops.draw_boxes(crop, 1, 2, np.arange(20), 3, np.full((20, 2), [90, 130]))
+    assert [tuple(row) for row in batch_boxes.tolist()] == [
         crops.draw_box(crop, 1, 2, index, 3, 90, 130) for index in range(20)
     ]
 
@@ -276,14 +282,14 @@ def test_a_description_names_the_authors_functions():
     assert " by channel" in text
     assert " in HSV" in text
     assert text.endswith(", black outside")
-    plain = Crop(size=8, jitter=1.0, contrast=0.8, saturation=0.8, blur=1.0)
+    default_crop = Crop(size=8, jitter=1.0, contrast=0.8, saturation=0.8, blur=1.0)
     text = describe_view(
-        plain, Box(0, 0, 8, 8, False), draw_colors(plain, 0, 0, np.arange(1), 0), 0
+        default_crop, Box(0, 0, 8, 8, False), draw_colors(default_crop, 0, 0, np.arange(1), 0), 0
     )
     assert not any(word in text for word in ("channel", "HSV", "outside"))
 
 
-ON_SIMCLR = [
+SIMCLR_METHODS = [
     "simclr",
     "decoupled",
     "debiased",
@@ -296,7 +302,7 @@ ON_SIMCLR = [
 
 
 @pytest.mark.parametrize(
-    ("name", "sampler"), [*((name, "tensorflow") for name in ON_SIMCLR), ("byol", "clipped")]
+    ("name", "sampler"), [*((name, "tensorflow") for name in SIMCLR_METHODS), ("byol", "clipped")]
 )
 def test_recipes_written_for_tensorflow_take_its_functions(name, sampler):
     for crop in load(CONFIGS / f"{name}_imagenet.yaml", ["data.root=/data"]).views.crops.values():
