@@ -1,4 +1,4 @@
-"""Random numbers have fixed values, depend on nothing but their name, and are uniform."""
+"""Random numbers have fixed values, depend only on their identifier, and are uniform."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from ssl_pretrain.rng import Purpose
 pytestmark = pytest.mark.promise
 
 INDICES = np.arange(2000)
-# Probability with which correct numbers fail a test. The seeds are fixed, so a test that has passed
+# Probability that correct numbers fail a test. The seeds are fixed, so a test that has passed
 # always passes.
 CHANCE = 1e-4
 
@@ -28,7 +28,7 @@ def slow_bits(*elements: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "uniform"),
+    ("identifier", "bits", "uniform"),
     [
         ((0, 0, 0, 0, 0, 0), 0xCBD37AD29B93B094, 0.7961956752947816),
         ((1, 0, 0, 0, 1, 0), 0xFA8656F77FCFA66B, 0.9786123613592381),
@@ -36,15 +36,15 @@ def slow_bits(*elements: int) -> int:
         ((2**63 - 1, 299, 5, 1, 6, 1), 0x509874FAB4A9657C, 0.31482630844826565),
     ],
 )
-def test_the_hash_does_not_change(name, bits, uniform):
-    seed, epoch, index, view, purpose, lane = name
-    assert slow_bits(*name) == bits
-    assert int(rng.bits_at(*name)) == bits
+def test_the_hash_does_not_change(identifier, bits, uniform):
+    seed, epoch, index, view, purpose, lane = identifier
+    assert slow_bits(*identifier) == bits
+    assert int(rng.bits_at(*identifier)) == bits
     numbers = rng.uniform(seed, epoch, index, view, Purpose(purpose), lane + 1)
     assert numbers[0, lane] == uniform == (bits >> 11) / 2**53
 
 
-def test_the_first_element_is_hashed_as_by_splitmix64():
+def test_the_first_element_is_hashed_as_in_splitmix64():
     assert slow_bits(0) == 0xE220A8397B1DCDAF  # the published first output for state 0
 
 
@@ -57,23 +57,23 @@ def test_orders_and_seeds_do_not_change():
 
 
 def test_the_purposes_keep_their_numbers():
-    first = ["ORDER", "CROP", "FLIP", "JITTER", "JITTER_ORDER", "GRAYSCALE", "BLUR", "SOLARIZE"]
-    first += ["DROPOUT", "SUBSET", "SPLIT", "BN_SHUFFLE", "REPLACEMENT"]
-    assert [purpose.name for purpose in Purpose][: len(first)] == first
+    names = ["ORDER", "CROP", "FLIP", "JITTER", "JITTER_ORDER", "GRAYSCALE", "BLUR", "SOLARIZE"]
+    names += ["DROPOUT", "SUBSET", "SPLIT", "BN_SHUFFLE", "REPLACEMENT"]
+    assert [purpose.name for purpose in Purpose][: len(names)] == names
     assert [purpose.value for purpose in Purpose] == list(range(len(Purpose)))
 
 
-def test_a_number_depends_on_nothing_but_its_name():
-    def numbers(indices, count=4):
-        return rng.uniform(3, 5, indices, 1, Purpose.CROP, count)
+def test_a_number_depends_only_on_its_identifier():
+    def draw(indices, num_lanes=4):
+        return rng.uniform(3, 5, indices, 1, Purpose.CROP, num_lanes)
 
-    whole = numbers(INDICES)
+    expected = draw(INDICES)
     shuffled = np.random.default_rng(0).permutation(INDICES)
-    np.testing.assert_array_equal(numbers(shuffled), whole[shuffled])
-    np.testing.assert_array_equal(numbers(INDICES[700:703]), whole[700:703])
-    np.testing.assert_array_equal(numbers(42), whole[42:43])
-    np.testing.assert_array_equal(numbers(INDICES, count=9)[:, :4], whole)
-    np.testing.assert_array_equal(numbers(INDICES.astype(np.int32)), whole)
+    np.testing.assert_array_equal(draw(shuffled), expected[shuffled])
+    np.testing.assert_array_equal(draw(INDICES[700:703]), expected[700:703])
+    np.testing.assert_array_equal(draw(42), expected[42:43])
+    np.testing.assert_array_equal(draw(INDICES, num_lanes=9)[:, :4], expected)
+    np.testing.assert_array_equal(draw(INDICES.astype(np.int32)), expected)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_number_depends_on_nothing_but_its_name():
         (3, 5, 1, Purpose.FLIP),
     ],
 )
-def test_every_element_of_the_name_counts(other):
+def test_every_element_of_the_identifier_changes_the_numbers(other):
     a = rng.uniform(3, 5, INDICES, 1, Purpose.CROP, 4)
     b = rng.uniform(*other[:2], INDICES, *other[2:], 4)
     assert not np.any(a == b)
@@ -93,9 +93,11 @@ def test_every_element_of_the_name_counts(other):
     assert abs(correlation) < 0.04  # 3.6 standard deviations of 8,000 independent pairs
 
 
-def test_swapped_elements_give_other_numbers():
-    names = np.eye(5, dtype=int).tolist()
-    numbers = {rng.uniform(*name[:4], Purpose(name[4]), 1)[0, 0] for name in names}
+def test_swapped_elements_give_different_numbers():
+    identifiers = np.eye(5, dtype=int).tolist()
+    numbers = {
+        rng.uniform(*elements[:4], Purpose(elements[4]), 1)[0, 0] for elements in identifiers
+    }
     assert len(numbers) == 5
 
 
@@ -121,11 +123,11 @@ def test_epochs_are_independent_for_one_image():
 
 def test_jitted_code_gets_the_same_numbers():
     @njit
-    def inside(seed, index, lane):
+    def draw_jitted(seed, index, lane):
         return rng.uniform_at(seed, 2, index, 1, 5, lane)
 
     np.testing.assert_array_equal(
-        [inside(9, 30, lane) for lane in range(4)],
+        [draw_jitted(9, 30, lane) for lane in range(4)],
         rng.uniform(9, 2, 30, 1, Purpose.GRAYSCALE, 4)[0],
     )
 
@@ -152,7 +154,7 @@ def test_every_order_of_three_is_equally_frequent():
     assert stats.chisquare(counts).pvalue > CHANCE
 
 
-def test_seeds_differ_by_step_and_micro_batch_and_suit_torch():
+def test_seeds_differ_by_step_and_micro_batch_and_are_valid_in_torch():
     seeds = [
         rng.derive_seed(seed, step, micro_batch)
         for seed in range(3)

@@ -1,4 +1,4 @@
-"""The set-up by make and docker/setup.sh, with stand-ins for the programs that it calls.
+"""Setup with make and docker/setup.sh, with stand-ins for the programs that it calls.
 
 Nothing is downloaded or installed.
 """
@@ -62,8 +62,8 @@ class Machine:
         return self.log.read_text().splitlines()
 
     def make_newer(self, name: str) -> None:
-        later = (self.tree / ".venv/.ffcv").stat().st_mtime + 10
-        os.utime(self.tree / name, (later, later))
+        newer_time = (self.tree / ".venv/.ffcv").stat().st_mtime + 10
+        os.utime(self.tree / name, (newer_time, newer_time))
 
 
 @pytest.fixture
@@ -77,37 +77,37 @@ def test_the_first_run_prints_the_size_and_the_second_does_nothing(machine):
     machine.add_libraries()
     first = machine.make("env")
     assert first.returncode == 0, first.stderr
-    size = (
+    pattern = (
         r"Setting up \.venv .* GB to download, .* GB installed, .* minutes at 100 Mbit/s\. "
         r"Free here: \d+ GB\.\n"
     )
-    assert re.match(size, first.stdout)
+    assert re.match(pattern, first.stdout)
     assert first.stdout.endswith("FFCV works.\n")
     installs = [call for call in machine.calls() if call.startswith("uv pip install")]
-    from_pins = [call for call in installs if "docker/requirements.txt" in call]
-    assert any("--require-hashes" in call for call in from_pins)
+    pinned_installs = [call for call in installs if "docker/requirements.txt" in call]
+    assert any("--require-hashes" in call for call in pinned_installs)
     second = machine.make("env")
     assert (second.returncode, second.stdout, second.stderr, machine.calls()) == (0, "", "", [])
 
 
 @pytest.mark.parametrize(
-    ("name", "called", "not_called"),
+    ("name", "expected", "unexpected"),
     [
         ("pyproject.toml", "--editable .", "requirements"),
         ("docker/requirements-ffcv.txt", "requirements-ffcv.txt", "--editable"),
         ("docker/requirements.txt", "-r docker/requirements.txt", "-m venv"),
     ],
 )
-def test_a_changed_file_repeats_only_its_step(machine, name, called, not_called):
+def test_a_changed_file_repeats_only_its_step(machine, name, expected, unexpected):
     machine.add_libraries()
     machine.make("env")
     machine.make_newer(name)
     assert machine.make("env").returncode == 0
-    assert any(called in call for call in machine.calls())
-    assert not any(not_called in call for call in machine.calls())
+    assert any(expected in call for call in machine.calls())
+    assert not any(unexpected in call for call in machine.calls())
 
 
-def test_without_root_one_command_is_printed_and_the_set_up_continues(machine):
+def test_without_root_one_command_is_printed_and_the_setup_continues(machine):
     machine.add_program("apt-get", LOG)
     user = None
     if os.getuid() == 0:  # the stand-in for `id` alone does not take root's rights away
@@ -127,7 +127,7 @@ def test_without_root_one_command_is_printed_and_the_set_up_continues(machine):
     )
     assert not any(call.startswith("apt-get") for call in machine.calls())
     assert not any("requirements-ffcv" in call for call in machine.calls())
-    assert any("--editable ." in call for call in machine.calls())  # the set-up continued
+    assert any("--editable ." in call for call in machine.calls())  # the setup continued
     second = machine.make("env", user=user)
     assert (second.stdout.splitlines(), machine.calls()) == ([reminder], [])
     machine.add_libraries()
@@ -151,7 +151,7 @@ def test_without_root_one_command_is_printed_and_the_set_up_continues(machine):
         ),
     ],
 )
-def test_another_system_gets_its_own_command(machine, manager, command):
+def test_other_systems_are_told_their_own_command(machine, manager, command):
     machine.add_program("id", "echo 0\n")  # root, but no apt-get
     if manager:
         machine.add_program(manager, LOG)
@@ -163,8 +163,8 @@ def test_another_system_gets_its_own_command(machine, manager, command):
 
 def test_root_on_debian_installs_the_listed_packages_and_explains_them(machine):
     machine.add_program("id", "echo 0\n")
-    copies = "for name in pkg-config c++; do cp $BIN/uv $BIN/$name; done"
-    machine.add_program("apt-get", f'{LOG}case "$1" in install) {copies} ;; esac\n')
+    add_libraries = "for name in pkg-config c++; do cp $BIN/uv $BIN/$name; done"
+    machine.add_program("apt-get", f'{LOG}case "$1" in install) {add_libraries} ;; esac\n')
     result = machine.make("env")
     assert result.returncode == 0
     explanation = (
@@ -188,7 +188,7 @@ def test_apt_without_a_network_leaves_ffcv_out(machine):
     assert f"is left out: apt-get could not install {LIBRARIES}." in result.stdout
 
 
-def test_a_failed_build_prints_its_error_and_the_set_up_continues(machine):
+def test_a_failed_build_prints_its_error_and_the_setup_continues(machine):
     machine.add_libraries()
     failure = 'echo "libffcv.cpp:1: error: no such thing"; exit 1'
     machine.add_program("uv", f'{LOG}case "$*" in *requirements-ffcv*) {failure} ;; esac\n')
@@ -239,7 +239,7 @@ def test_help_names_every_target():
     assert [name for name in targets if not re.search(rf"^  make {name} +\S", text, re.M)] == []
 
 
-def pins(name: str) -> dict[str, str]:
+def read_pins(name: str) -> dict[str, str]:
     """Return the entries of a requirements file by package.
 
     For a package that is pinned twice, for two ranges of Python, the last entry is returned.
@@ -254,23 +254,26 @@ def pins(name: str) -> dict[str, str]:
     ["requirements.txt", "requirements-ffcv.txt", "requirements-uv.txt", "requirements-lowest.txt"],
 )
 def test_every_requirement_is_exact_and_hashed(name):
-    entries = pins(name)
+    entries = read_pins(name)
     assert entries
     assert all("--hash=sha256:" in entry for entry in entries.values())
     for line in (ROOT / "docker" / name).read_text().splitlines():
         assert "==" in line or line.startswith("    --hash=sha256:")
 
 
-def test_the_pins_cover_pyproject_and_name_nothing_twice():
+def test_the_pins_cover_pyproject_and_pin_nothing_twice():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
 
-    def names(requirements):
+    def package_names(requirements):
         return {re.match(r"[A-Za-z0-9._-]+", line)[0].lower() for line in requirements}
 
-    for_ffcv = names(extras.pop("ffcv"))
-    others = names([*project["dependencies"], *itertools.chain(*extras.values())])
-    pinned, pinned_for_ffcv = set(pins("requirements.txt")), set(pins("requirements-ffcv.txt"))
+    for_ffcv = package_names(extras.pop("ffcv"))
+    others = package_names([*project["dependencies"], *itertools.chain(*extras.values())])
+    pinned, pinned_for_ffcv = (
+        set(read_pins("requirements.txt")),
+        set(read_pins("requirements-ffcv.txt")),
+    )
     assert others - pinned == set()
     assert for_ffcv - pinned_for_ffcv == set()
     assert pinned_for_ffcv & pinned == set()
@@ -284,7 +287,7 @@ def test_the_lowest_pins_are_the_lowest_that_pyproject_declares():
             name, version = re.match(r"([A-Za-z0-9._-]+)>=([0-9.]+)", requirement).groups()
             declared[name.lower()] = version
     assert (declared["torch"], declared["torchvision"]) == ("2.11", "0.26")
-    entries = pins("requirements-lowest.txt")
+    entries = read_pins("requirements-lowest.txt")
     for name, version in declared.items():
         pinned = re.search(r"==([0-9.]+)", entries[name])[1]
         assert version_numbers(pinned) == version_numbers(version), name

@@ -1,4 +1,4 @@
-"""Colors equal torchvision's functions, and their random numbers have the stated distributions."""
+"""Color operations equal torchvision's, and their parameters have the stated distributions."""
 
 import os
 import subprocess
@@ -25,11 +25,11 @@ from ssl_pretrain.views.recipe import Crop, blur_taps
 
 pytestmark = pytest.mark.promise
 
-# Probability that a statistical test fails for a correct distribution. It is small, as there are
-# many tests. The seeds are fixed, so a test that passes once always passes.
+# Probability that a statistical test fails for a correct distribution. It is small because there
+# are many tests. The seeds are fixed, so a test that passes once always passes.
 CHANCE = 1e-4
-TOLERANCE = {"rtol": 0.0, "atol": 1e-5}  # for pixels in [0, 1], a hundred roundings of float32
-PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and std that change nothing
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}  # about 100 times the rounding of pixels in [0, 1]
+IDENTITY = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and std that change nothing
 STRENGTHS = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
 SIMCLR_JITTER = STRENGTHS | {"jitter": 0.8}
 EVERYTHING = SIMCLR_JITTER | {"grayscale": 0.2, "blur": 0.5, "solarize": 0.2}
@@ -41,7 +41,7 @@ ADJUST = {
 }
 
 
-def images(n: int, size: int = 16) -> torch.Tensor:
+def make_images(n: int, size: int = 16) -> torch.Tensor:
     """Return noise, uint8 (n, 3, size, size).
 
     The first image begins with the corners of the color cube and two grays, where hue and
@@ -60,24 +60,24 @@ def images(n: int, size: int = 16) -> torch.Tensor:
     return noise
 
 
-def floats(pixels: torch.Tensor) -> torch.Tensor:
+def to_floats(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.to(torch.float32) / 255
 
 
-def parameters_of(
+def draw_parameters(
     crop: Crop, n: int, seed: int = 0, epoch: int = 0, view: int = 0
 ) -> ColorParameters:
     return draw_colors(crop, seed, epoch, np.arange(n), view)
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
-def test_one_adjustment_is_torchvisions(name):
+def test_one_adjustment_matches_torchvision(name):
     operation = ["brightness", "contrast", "saturation", "hue"].index(name)
     crop = Crop(size=16, jitter=1.0, **{name: 0.5 if name == "hue" else 0.9})
-    pixels, parameters = images(24), parameters_of(crop, 24)
-    views = color.apply(pixels, parameters, crop, *PLAIN)
+    pixels, parameters = make_images(24), draw_parameters(crop, 24)
+    views = color.apply(pixels, parameters, crop, *IDENTITY)
     assert views.dtype == torch.float32
-    for view, image, factors in zip(views, floats(pixels), parameters.jitter_factors):
+    for view, image, factors in zip(views, to_floats(pixels), parameters.jitter_factors):
         torch.testing.assert_close(
             view, ADJUST[operation](image, float(factors[operation])), **TOLERANCE
         )
@@ -96,28 +96,30 @@ def test_hue_rotates_every_color_as_in_torchvision(shift):
 
 def test_added_brightness_shifts_and_clamps():
     crop = Crop(size=16, jitter=1.0, brightness=0.4, brightness_mode="add")
-    pixels, parameters = images(24), parameters_of(crop, 24)
+    pixels, parameters = make_images(24), draw_parameters(crop, 24)
     delta = torch.from_numpy(parameters.jitter_factors[:, BRIGHTNESS])
     assert delta.min() < 0 < delta.max()
-    expected = (floats(pixels) + delta[:, None, None, None]).clamp(0, 1)
-    torch.testing.assert_close(color.apply(pixels, parameters, crop, *PLAIN), expected, **TOLERANCE)
-
-
-def test_grayscale_is_torchvisions():
-    crop, pixels = Crop(size=16, grayscale=1.0), images(8)
-    views = color.apply(pixels, parameters_of(crop, 8), crop, *PLAIN)
+    expected = (to_floats(pixels) + delta[:, None, None, None]).clamp(0, 1)
     torch.testing.assert_close(
-        views, F.rgb_to_grayscale(floats(pixels), num_output_channels=3), **TOLERANCE
+        color.apply(pixels, parameters, crop, *IDENTITY), expected, **TOLERANCE
+    )
+
+
+def test_grayscale_matches_torchvision():
+    crop, pixels = Crop(size=16, grayscale=1.0), make_images(8)
+    views = color.apply(pixels, draw_parameters(crop, 8), crop, *IDENTITY)
+    torch.testing.assert_close(
+        views, F.rgb_to_grayscale(to_floats(pixels), num_output_channels=3), **TOLERANCE
     )
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(32, 0), (224, 0), (8, 15), (16, 5)])
-def test_blur_is_torchvisions(size, kernel):
+def test_blur_matches_torchvision(size, kernel):
     crop = Crop(size=size, blur=1.0, blur_kernel=kernel)
-    pixels, parameters = images(4, size), parameters_of(crop, 4)
+    pixels, parameters = make_images(4, size), draw_parameters(crop, 4)
     taps = blur_taps(crop)
     for view, image, sigma in zip(
-        color.apply(pixels, parameters, crop, *PLAIN), floats(pixels), parameters.blur_sigma
+        color.apply(pixels, parameters, crop, *IDENTITY), to_floats(pixels), parameters.blur_sigma
     ):
         torch.testing.assert_close(
             view, F.gaussian_blur(image, [taps, taps], [float(sigma)] * 2), **TOLERANCE
@@ -125,24 +127,24 @@ def test_blur_is_torchvisions(size, kernel):
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.25, 1.0])
-def test_solarize_is_torchvisions(threshold):
-    crop, pixels = Crop(size=16, solarize=1.0, solarize_threshold=threshold), images(8)
-    views = color.apply(pixels, parameters_of(crop, 8), crop, *PLAIN)
-    torch.testing.assert_close(views, F.solarize(floats(pixels), threshold), **TOLERANCE)
+def test_solarize_matches_torchvision(threshold):
+    crop, pixels = Crop(size=16, solarize=1.0, solarize_threshold=threshold), make_images(8)
+    views = color.apply(pixels, draw_parameters(crop, 8), crop, *IDENTITY)
+    torch.testing.assert_close(views, F.solarize(to_floats(pixels), threshold), **TOLERANCE)
 
 
 def test_a_solarize_threshold_of_half_is_128_in_pillow():
-    crop, pixels = Crop(size=16, solarize=1.0), images(8)
-    expected = floats(F.solarize(pixels, 128))
+    crop, pixels = Crop(size=16, solarize=1.0), make_images(8)
+    expected = to_floats(F.solarize(pixels, 128))
     torch.testing.assert_close(
-        color.apply(pixels, parameters_of(crop, 8), crop, *PLAIN), expected, **TOLERANCE
+        color.apply(pixels, draw_parameters(crop, 8), crop, *IDENTITY), expected, **TOLERANCE
     )
 
 
-def one_by_one(pixels: torch.Tensor, parameters: ColorParameters, crop: Crop) -> torch.Tensor:
-    """Apply torchvision's functions to one image after another, in the order of SimCLR."""
+def apply_one_by_one(pixels: torch.Tensor, parameters: ColorParameters, crop: Crop) -> torch.Tensor:
+    """Apply torchvision's functions to one image after another, in SimCLR's order."""
     views = []
-    for row, image in enumerate(floats(pixels)):
+    for row, image in enumerate(to_floats(pixels)):
         if parameters.is_jittered[row]:
             for operation in parameters.jitter_order[row]:
                 factor = float(parameters.jitter_factors[row, operation])
@@ -159,9 +161,9 @@ def one_by_one(pixels: torch.Tensor, parameters: ColorParameters, crop: Crop) ->
     return torch.stack(views)
 
 
-def test_the_whole_chain_is_torchvisions_in_the_drawn_order():
+def test_all_operations_match_torchvision_in_the_drawn_order():
     crop = Crop(size=32, **EVERYTHING)
-    pixels, parameters = images(96, 32), parameters_of(crop, 96)
+    pixels, parameters = make_images(96, 32), draw_parameters(crop, 96)
     for mask in (
         parameters.is_jittered,
         parameters.is_gray,
@@ -171,8 +173,8 @@ def test_the_whole_chain_is_torchvisions_in_the_drawn_order():
         assert 0 < mask.sum() < 96
     assert len(np.unique(parameters.jitter_order, axis=0)) > 12
     torch.testing.assert_close(
-        color.apply(pixels, parameters, crop, *PLAIN),
-        one_by_one(pixels, parameters, crop),
+        color.apply(pixels, parameters, crop, *IDENTITY),
+        apply_one_by_one(pixels, parameters, crop),
         **TOLERANCE,
     )
 
@@ -184,7 +186,7 @@ def test_the_whole_chain_is_torchvisions_in_the_drawn_order():
 @pytest.mark.parametrize("size", [8, 33])
 def test_the_operations_for_a_gpu_give_the_same_views(options, size):
     crop = Crop(size=size, **(EVERYTHING | options))
-    pixels, parameters = images(96, size), parameters_of(crop, 96)
+    pixels, parameters = make_images(96, size), draw_parameters(crop, 96)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     views = color.apply(pixels, parameters, crop, mean, std)
     expected = color_torch.apply(pixels, parameters, crop, mean, std)
@@ -194,59 +196,61 @@ def test_the_operations_for_a_gpu_give_the_same_views(options, size):
 @pytest.mark.parametrize("num_threads", [2, 3, 200])
 def test_the_number_of_threads_changes_no_bit(num_threads, monkeypatch):
     crop = Crop(size=32, **EVERYTHING)
-    pixels, parameters = images(64, 32), parameters_of(crop, 64)
-    expected = color.apply(pixels, parameters, crop, *PLAIN)
+    pixels, parameters = make_images(64, 32), draw_parameters(crop, 64)
+    expected = color.apply(pixels, parameters, crop, *IDENTITY)
     monkeypatch.setattr(color.torch, "get_num_threads", lambda: num_threads)
-    assert torch.equal(color.apply(pixels, parameters, crop, *PLAIN), expected)
+    assert torch.equal(color.apply(pixels, parameters, crop, *IDENTITY), expected)
 
 
 def test_an_operation_changes_only_the_images_it_was_drawn_for():
-    # The smallest sigma is 1, as a blur with a sigma of 0.1 changes nothing.
+    # The smallest sigma is 1, because a blur with a sigma of 0.1 changes nothing.
     crop = Crop(size=16, jitter=0.5, hue=0.3, blur=0.3, blur_sigma=[1.0, 2.0])
-    pixels, parameters = images(40), parameters_of(crop, 40)
-    views = color.apply(pixels, parameters, crop, *PLAIN)
+    pixels, parameters = make_images(40), draw_parameters(crop, 40)
+    views = color.apply(pixels, parameters, crop, *IDENTITY)
     untouched = ~(parameters.is_jittered | parameters.is_blurred)
     assert 0 < untouched.sum() < 40
-    assert torch.equal(views[untouched], floats(pixels)[untouched])
-    assert not torch.isclose(views[3:], floats(pixels)[3:]).all(dim=(1, 2, 3))[~untouched[3:]].any()
+    assert torch.equal(views[untouched], to_floats(pixels)[untouched])
+    assert (
+        not torch.isclose(views[3:], to_floats(pixels)[3:]).all(dim=(1, 2, 3))[~untouched[3:]].any()
+    )
 
 
 @pytest.mark.parametrize("size", [8, 30, 32])
 def test_a_view_has_the_same_bits_in_any_batch(size):
     crop = Crop(size=size, **EVERYTHING)
-    pixels, indices = images(64, size), np.arange(64)
-    whole = color.apply(pixels, draw_colors(crop, 1, 2, indices, 3), crop, *PLAIN)
+    pixels, indices = make_images(64, size), np.arange(64)
+    expected = color.apply(pixels, draw_colors(crop, 1, 2, indices, 3), crop, *IDENTITY)
     for subset in (indices[::-1].copy(), indices[10:13], indices[::5], indices[7:8], indices[:0]):
-        views = color.apply(pixels[subset], draw_colors(crop, 1, 2, subset, 3), crop, *PLAIN)
-        assert torch.equal(views, whole[subset])
+        views = color.apply(pixels[subset], draw_colors(crop, 1, 2, subset, 3), crop, *IDENTITY)
+        assert torch.equal(views, expected[subset])
 
 
 def test_the_memory_format_changes_nothing():
     crop = Crop(size=32, **EVERYTHING)
-    pixels, parameters = images(16, 32), parameters_of(crop, 16)
-    rows_last = pixels.contiguous(memory_format=torch.channels_last)
-    expected = color.apply(pixels, parameters, crop, *PLAIN)
+    pixels, parameters = make_images(16, 32), draw_parameters(crop, 16)
+    channels_last = pixels.contiguous(memory_format=torch.channels_last)
+    expected = color.apply(pixels, parameters, crop, *IDENTITY)
     torch.testing.assert_close(
-        color.apply(rows_last, parameters, crop, *PLAIN), expected, **TOLERANCE
+        color.apply(channels_last, parameters, crop, *IDENTITY), expected, **TOLERANCE
     )
 
 
 def test_the_input_is_not_changed():
     crop = Crop(size=16, **EVERYTHING)
-    pixels = images(8)
-    color.apply(pixels, parameters_of(crop, 8), crop, *PLAIN)
-    assert torch.equal(pixels, images(8))
+    pixels = make_images(8)
+    color.apply(pixels, draw_parameters(crop, 8), crop, *IDENTITY)
+    assert torch.equal(pixels, make_images(8))
 
 
 def test_views_are_normalized_as_in_torchvision():
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    crop, pixels = Crop(size=16, **EVERYTHING), images(8)
-    expected = v2.Normalize(mean, std)(floats(pixels))
+    crop, pixels = Crop(size=16, **EVERYTHING), make_images(8)
+    expected = v2.Normalize(mean, std)(to_floats(pixels))
     torch.testing.assert_close(color.normalize(pixels, mean, std), expected, **TOLERANCE)
-    plain = color.apply(pixels, parameters_of(crop, 8), crop, *PLAIN)
+    unnormalized = color.apply(pixels, draw_parameters(crop, 8), crop, *IDENTITY)
     torch.testing.assert_close(
-        color.apply(pixels, parameters_of(crop, 8), crop, mean, std),
-        v2.Normalize(mean, std)(plain),
+        color.apply(pixels, draw_parameters(crop, 8), crop, mean, std),
+        v2.Normalize(mean, std)(unnormalized),
         **TOLERANCE,
     )
 
@@ -254,10 +258,10 @@ def test_views_are_normalized_as_in_torchvision():
 N = 20000
 
 
-def test_factors_are_distributed_as_those_of_color_jitter():
+def test_factors_have_the_distribution_of_torchvisions_color_jitter():
     # The range of a strength above 1 is clipped at 0.
     strengths = {"brightness": 1.2, "contrast": 0.4, "saturation": 0.8, "hue": 0.1}
-    parameters = parameters_of(Crop(jitter=1.0, **strengths), N)
+    parameters = draw_parameters(Crop(jitter=1.0, **strengths), N)
     transform = v2.ColorJitter(**strengths)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -272,13 +276,13 @@ def test_factors_are_distributed_as_those_of_color_jitter():
 
 
 def test_every_order_of_the_jitter_is_equally_frequent():
-    orders, counts = np.unique(parameters_of(Crop(), N).jitter_order, axis=0, return_counts=True)
+    orders, counts = np.unique(draw_parameters(Crop(), N).jitter_order, axis=0, return_counts=True)
     assert len(orders) == 24
     assert stats.chisquare(counts).pvalue > CHANCE
 
 
 def test_added_brightness_and_sigma_are_uniform_in_their_ranges():
-    parameters = parameters_of(
+    parameters = draw_parameters(
         Crop(brightness=0.4, brightness_mode="add", blur_sigma=[0.1, 2.0]), N
     )
     assert (
@@ -299,7 +303,7 @@ def test_added_brightness_and_sigma_are_uniform_in_their_ranges():
 )
 def test_an_operation_has_the_probability_of_the_recipe(key, mask_name):
     def mask(probability):
-        return getattr(parameters_of(Crop(**{key: probability}), N), mask_name)
+        return getattr(draw_parameters(Crop(**{key: probability}), N), mask_name)
 
     assert not mask(0.0).any()
     assert mask(1.0).all()
@@ -307,7 +311,7 @@ def test_an_operation_has_the_probability_of_the_recipe(key, mask_name):
 
 
 def test_random_numbers_are_independent_of_each_other():
-    p = parameters_of(Crop(**EVERYTHING), N)
+    p = draw_parameters(Crop(**EVERYTHING), N)
     masks = [p.is_jittered, p.is_gray, p.is_blurred, p.is_solarized]
     columns = [*masks, p.blur_sigma, *p.jitter_factors.T, *p.jitter_order[:, :2].T]
     correlations = np.corrcoef(np.array(columns, dtype=float))
@@ -318,18 +322,21 @@ def test_random_numbers_are_independent_of_each_other():
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"epoch": 1}, {"view": 1}])
 def test_parameters_differ_by_seed_epoch_and_view(other):
-    a, b = parameters_of(Crop(**EVERYTHING), 500), parameters_of(Crop(**EVERYTHING), 500, **other)
+    a, b = (
+        draw_parameters(Crop(**EVERYTHING), 500),
+        draw_parameters(Crop(**EVERYTHING), 500, **other),
+    )
     for field in fields(ColorParameters):
         assert not np.array_equal(getattr(a, field.name), getattr(b, field.name)), field.name
 
 
 def test_an_image_gets_the_same_parameters_in_any_batch():
     crop, subset = Crop(**EVERYTHING), np.array([40, 3, 17])
-    whole, few = parameters_of(crop, 100), draw_colors(crop, 0, 0, subset, 0)
+    expected, parameters = draw_parameters(crop, 100), draw_colors(crop, 0, 0, subset, 0)
     for field in fields(ColorParameters):
-        assert np.array_equal(getattr(few, field.name), getattr(whole, field.name)[subset]), (
-            field.name
-        )
+        assert np.array_equal(
+            getattr(parameters, field.name), getattr(expected, field.name)[subset]
+        ), field.name
 
 
 @pytest.mark.parametrize(
@@ -351,7 +358,7 @@ def test_an_image_gets_the_same_parameters_in_any_batch():
 )
 def test_pixels_of_another_type_or_shape_are_refused(pixels, message):
     with pytest.raises(ValueError) as error:
-        color.apply(pixels, parameters_of(Crop(size=8), 4), Crop(size=8), *PLAIN)
+        color.apply(pixels, draw_parameters(Crop(size=8), 4), Crop(size=8), *IDENTITY)
     assert str(error.value) == message
 
 
@@ -372,7 +379,7 @@ print(hashlib.sha256(views.numpy().tobytes()).hexdigest())
 """
 
 
-def test_code_from_the_cache_gives_the_bits_of_the_process_that_compiled_it(tmp_path):
+def test_cached_code_gives_the_same_bits_as_in_the_process_that_compiled_it(tmp_path):
     """A resumed run loads the code that its first process compiled."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     digests = [
@@ -393,13 +400,13 @@ def test_code_from_the_cache_gives_the_bits_of_the_process_that_compiled_it(tmp_
 @pytest.mark.parametrize("size", [32, 224])
 def test_a_gpu_gives_the_same_views_without_blocking_the_host(size):
     crop = Crop(size=size, **EVERYTHING)
-    pixels, parameters = images(32, size), parameters_of(crop, 32)
-    expected = color.apply(pixels, parameters, crop, *PLAIN)
-    on_gpu = pixels.cuda()
-    color.apply(on_gpu, parameters, crop, *PLAIN)  # the first call uploads constants
+    pixels, parameters = make_images(32, size), draw_parameters(crop, 32)
+    expected = color.apply(pixels, parameters, crop, *IDENTITY)
+    gpu_pixels = pixels.cuda()
+    color.apply(gpu_pixels, parameters, crop, *IDENTITY)  # the first call uploads constants
     torch.cuda.set_sync_debug_mode("error")
     try:
-        views = color.apply(on_gpu, parameters, crop, *PLAIN)
+        views = color.apply(gpu_pixels, parameters, crop, *IDENTITY)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(views.cpu(), expected, **TOLERANCE)
