@@ -126,7 +126,7 @@ def _take_steps_with_a_nan_on_rank_1(path):
 
 
 @pytest.mark.case(19)
-def test_a_broken_batch_moves_nothing_on_any_rank_and_is_named(tmp_path):
+def test_a_batch_with_nan_changes_nothing_on_any_rank_and_is_named(tmp_path):
     path = tiny.write_config(tmp_path)
     for changed_names, steps_taken, num_skipped, description in run_ranks(
         _take_steps_with_a_nan_on_rank_1, path, world_size=2

@@ -40,11 +40,11 @@ def inspect(tmp_path, monkeypatch, capsys) -> Inspect:
 
     def run_inspect(root: Path, *arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["inspect", str(root), *arguments])
-        with pytest.raises(SystemExit) as caught, pytest.MonkeyPatch.context() as patch:
+        with pytest.raises(SystemExit) as exit_info, pytest.MonkeyPatch.context() as patch:
             patch.delitem(sys.modules, "ssl_pretrain.data.inspect", raising=False)
             runpy.run_module("ssl_pretrain.data.inspect", run_name="__main__")
         out, err = capsys.readouterr()
-        return Result(int(caught.value.code or 0), (out + err).replace(str(root), "ROOT"))
+        return Result(int(exit_info.value.code or 0), (out + err).replace(str(root), "ROOT"))
 
     return run_inspect
 

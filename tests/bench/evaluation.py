@@ -30,7 +30,7 @@ CANDIDATES = ["ours, torch", "scikit-learn, euclidean", "ours, faiss", "scikit-l
 
 
 def draw_clusters(num_images: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return features (num_images, dim), a class center plus as much noise each, and labels."""
+    """Return features (num_images, dim), class centers plus as much noise, and labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(NUM_CLASSES, (num_images,), generator=generator)
     centers = torch.randn(NUM_CLASSES, dim, generator=torch.Generator().manual_seed(0))

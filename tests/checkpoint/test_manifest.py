@@ -31,9 +31,9 @@ def find_manifest(run):
 
 def find_skip_reason(run):
     """Return the reason why the newest checkpoint is skipped in favor of the previous one."""
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning) as warnings:
         assert newest_checkpoint(run).name == "step_00000002"
-    text = str(warned[0].message)
+    text = str(warnings[0].message)
     return text.removesuffix("; using step_00000002 instead").removeprefix(f"{NAME} ")
 
 

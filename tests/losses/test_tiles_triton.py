@@ -28,7 +28,7 @@ def _parse_release(module):
     _parse_release(triton) < (3, 7) and _parse_release(np) >= (2, 5),
     reason=f"the interpreter of Triton {triton.__version__} does not work with numpy 2.5",
 )
-def test_the_kernels_compute_what_the_tiles_compute():
+def test_the_kernels_equal_the_tiles():
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, "tests/losses/kernels.py", "cpu"]

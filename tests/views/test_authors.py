@@ -124,7 +124,7 @@ def test_the_zero_border_of_a_blur_is_the_authors(apply, size, kernel):
 
 @FOR_BOTH_FUNCTIONS
 @pytest.mark.parametrize("options", [SIMCLR, BYOL], ids=["simclr", "byol"])
-def test_the_whole_chain_is_the_authors_in_the_drawn_order(apply, options):
+def test_all_color_operations_are_the_authors_in_the_drawn_order(apply, options):
     crop = Crop(size=32, **options)
     pixels, parameters = draw_images(64, 32), draw_colors(crop, 0, 0, np.arange(64), 0)
     for row, view in enumerate(apply(pixels, parameters, crop, *NO_NORMALIZATION)):
