@@ -59,7 +59,6 @@ def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     manifest, two_ranks = read_checkpoint(newest_checkpoint(tmp_path / "two"))
     assert manifest["step"] == 20 and manifest["machine"]["world_size"] == 2
-    reloaded = read_checkpoint(newest_checkpoint(tmp_path / "one"))[1]
     assert one_process.keys() == two_ranks.keys()
     for name, value in one_process.items():
         if value.is_floating_point():
@@ -70,10 +69,6 @@ def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
                 atol=1e-9,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
-    assert torch.equal(
-        reloaded["backbone.model.layer4.0.conv1.weight"],
-        one_process["backbone.model.layer4.0.conv1.weight"],
-    )
 
 
 def test_ranks_end_with_the_weights_of_one_process_by_default(tmp_path):

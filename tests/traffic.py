@@ -20,7 +20,7 @@ KINDS = {
     "foreach_all_gather": "weights",
     "foreach_reduce": "gradients",
     "tensor_norms": "norms",
-    "_LogSumExpAmong.backward": "loss backward",
+    "_LogSumExp.backward": "loss backward",
     "_Gather.backward": "loss backward",
     "_Gather.forward": "gather",
 }

@@ -33,7 +33,7 @@ class Bounds:
         """Return True if the value is finite and in the range."""
         respects_low = value > self.low if self.open_low else value >= self.low
         respects_high = value < self.high if self.open_high else value <= self.high
-        is_finite = abs(value) < math.inf  # math.isfinite refuses integers beyond the range of floats
+        is_finite = abs(value) < math.inf  # math.isfinite cannot take huge integers
         return is_finite and respects_low and respects_high
 
     def __str__(self) -> str:

@@ -107,7 +107,9 @@ MISTAKES = {
         "seed: 99999999999999999999999 is out of range; "
         "give a whole number >= 0 and <= 9223372036854775807"
     ),
-    f"seed={'9' * 400}": "999 is out of range; give a whole number >= 0",
+    f"seed={'9' * 400}": (
+        f"seed: {'9' * 400} is out of range; give a whole number >= 0 and <= 9223372036854775807"
+    ),
     "seed=-1": "seed: -1 is out of range; give a whole number >= 0 and <= 9223372036854775807",
     "epochs=1000000000000000000000": (
         "epochs: 1000000000000000000000 is out of range; give a whole number >= 1 and <= 2147483647"

@@ -6,7 +6,7 @@ https://github.com/vturrisi/solo-learn/blob/9187ea39/solo/losses/nnclr.py
 import contract
 import torch
 
-from ssl_pretrain.methods.nnclr import nearest
+from ssl_pretrain.methods.nnclr import nearest_neighbors
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 8, 4], "predictor_dim": 6, "queue_size": 48, "temperature": 0.2}
@@ -43,4 +43,6 @@ def test_one_step_is_the_papers():
 
 def test_the_nearest_neighbor_has_the_largest_cosine():
     rows = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
-    assert torch.equal(nearest(torch.tensor([[5.0, 0.1], [2.0, 3.0]]), rows), rows[[0, 2]])
+    assert torch.equal(
+        nearest_neighbors(torch.tensor([[5.0, 0.1], [2.0, 3.0]]), rows), rows[[0, 2]]
+    )
