@@ -20,7 +20,7 @@ KINDS = {
     "foreach_all_gather": "weights",
     "foreach_reduce": "gradients",
     "tensor_norms": "norms",
-    "_LogSumExp.backward": "loss backward",
+    "_SymmetricLogSumExp.backward": "loss backward",
     "_Gather.backward": "loss backward",
     "_Gather.forward": "gather",
 }
