@@ -169,7 +169,8 @@ class Checkpoints:
         ]
         if differences and process_group.is_main():
             warnings.warn(
-                f"{path.name}: resuming is exact but not bit for bit: {'; '.join(differences)}",
+                f"{path.name}: resuming is exact up to rounding, not bit for bit: "
+                f"{'; '.join(differences)}",
                 stacklevel=2,
             )
         self.state.restore(path)

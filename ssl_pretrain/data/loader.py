@@ -73,7 +73,7 @@ class Loader:
         return self._replacements.num_replaced
 
     def iterate_from(self, step: int) -> Iterator[Batch]:
-        """Return an endless iterator over the batches, beginning with that of `step`.
+        """Return an endless iterator over the batches, starting with the batch of `step`.
 
         The workers start immediately. A new call ends the iterator of the previous one. Errors are
         raised when the next batch is requested.
@@ -98,23 +98,23 @@ class Loader:
         self.close()
 
     def indices(self, step: int) -> np.ndarray:
-        """Return the numbers of this rank's images in a step, int64 (local_batch,)."""
+        """Return the indices of this rank's images in a step, int64 (local_batch,)."""
         return self.reader.plan.indices(step)
 
     def describe_views(self, step: int, num_images: int) -> list[list[str]]:
         """Describe the views of this rank's first images in a step, one list per image."""
         plan, view_crops = self.reader.plan, recipe.crop_per_view(self.reader.views)
-        numbers, epoch = self.indices(step)[:num_images], plan.epoch(step)
-        colors = self._draw_colors(step, numbers)
+        indices, epoch = self.indices(step)[:num_images], plan.epoch(step)
+        colors = self._draw_colors(step, indices)
         texts = []
-        for row, number in enumerate(numbers.tolist()):
+        for row, index in enumerate(indices.tolist()):
             try:
-                height, width = self.source.read(number).shape[:2]
+                height, width = self.source.read(index).shape[:2]
             except UnreadableImage:
                 texts.append(["another image instead of an unreadable one"] * len(view_crops))
                 continue
             boxes = [
-                crops.draw_box(crop, plan.seed, epoch, number, view, height, width)
+                crops.draw_box(crop, plan.seed, epoch, index, view, height, width)
                 for view, crop in enumerate(view_crops)
             ]
             texts.append([describe_view(*view, row) for view in zip(view_crops, boxes, colors)])
@@ -149,17 +149,17 @@ class Loader:
             if step == first_step or step % self.steps_per_epoch == 0:
                 self._replacements.begin_pass()
             num_chunks = -(-len(indices) // self.reader.chunk_size)
-            on_device = [self._upload(chunk) for chunk in itertools.islice(chunks, num_chunks)]
-            if not on_device:
+            device_chunks = [self._upload(chunk) for chunk in itertools.islice(chunks, num_chunks)]
+            if not device_chunks:
                 return
             pixels = [
                 torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-                for blocks in zip(*(chunk.views() for chunk in on_device))
+                for blocks in zip(*(chunk.views() for chunk in device_chunks))
             ]
             views = self._apply_colors(pixels, step, indices)
-            labels = torch.from_numpy(np.concatenate([chunk.labels for chunk in on_device]))
-            numbers = torch.from_numpy(indices.copy())
-            yield Batch(views, upload(labels, device), upload(numbers, device))
+            labels = torch.from_numpy(np.concatenate([chunk.labels for chunk in device_chunks]))
+            index_tensor = torch.from_numpy(indices.copy())
+            yield Batch(views, upload(labels, device), upload(index_tensor, device))
 
     def _upload(self, chunk: Chunk) -> Chunk:
         """Count a chunk, raise its error if it has one, and copy it to the device."""

@@ -27,15 +27,15 @@ class Digits(Source):
         digits = load_digits()
         order = rng.permutation(0, 0, len(digits.target), rng.Purpose.SPLIT)
         targets = digits.target[order]
-        val_numbers = [order[targets == digit][:_NUM_VAL_PER_CLASS] for digit in range(10)]
-        is_val = np.isin(np.arange(len(order)), val_numbers)
-        self._numbers = np.flatnonzero(is_val == (split == "val"))
+        val_indices = [order[targets == digit][:_NUM_VAL_PER_CLASS] for digit in range(10)]
+        is_val = np.isin(np.arange(len(order)), val_indices)
+        self._sklearn_indices = np.flatnonzero(is_val == (split == "val"))
         super().__init__(
             "scikit-learn's digits",
-            labels=digits.target[self._numbers],
+            labels=digits.target[self._sklearn_indices],
             classes=[str(digit) for digit in range(10)],
         )
-        gray = np.rint(digits.images[self._numbers] * (255 / 16)).astype(np.uint8)
+        gray = np.rint(digits.images[self._sklearn_indices] * (255 / 16)).astype(np.uint8)
         self._pixels = np.repeat(gray[..., None], 3, axis=3)
 
     def read(self, index: int) -> np.ndarray:
@@ -43,20 +43,21 @@ class Digits(Source):
         return self._pixels[index]
 
     def name(self, index: int) -> str:
-        """Return `digits/` and the digit's number in scikit-learn's data set."""
-        return f"digits/{self._numbers[index]}"
+        """Return `digits/` and the image's index in scikit-learn's data set."""
+        return f"digits/{self._sklearn_indices[index]}"
 
     def take(self, indices: np.ndarray) -> Self:
         """Return a source of the digits at `indices`, in that order."""
         subset = super().take(indices)
-        subset._numbers, subset._pixels = self._numbers[indices], self._pixels[indices]
+        subset._sklearn_indices = self._sklearn_indices[indices]
+        subset._pixels = self._pixels[indices]
         return subset
 
     def check_present(self) -> None:
         """Do nothing, because the digits are part of scikit-learn."""
 
     def _identity(self) -> bytes:
-        return b"digits" + self._numbers.tobytes()
+        return b"digits" + self._sklearn_indices.tobytes()
 
 
 def pack_cifar10(root: str, cache_dir: Path) -> Path:
@@ -65,7 +66,7 @@ def pack_cifar10(root: str, cache_dir: Path) -> Path:
     The zip contains train/<class>/ and test/<class>/.
 
     Args:
-        root: Folder of torchvision's CIFAR-10. If empty, the data set is downloaded.
+        root: Folder of torchvision's CIFAR-10. An empty string downloads the data set.
         cache_dir: Folder for the zip.
 
     Raises:

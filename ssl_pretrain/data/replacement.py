@@ -37,14 +37,14 @@ class Replacement(NamedTuple):
 
     @classmethod
     def create(
-        cls, source: Source, unreadable_index: int, reason: str, spare_index: int | None
+        cls, source: Source, unreadable_index: int, read_error: str, spare_index: int | None
     ) -> Self:
         """Record the replacement of an unreadable image.
 
         Args:
             source: Source of both images.
             unreadable_index: Index of the unreadable image.
-            reason: Name of the unreadable image and the reason why it cannot be read.
+            read_error: Message that names the unreadable image and why it cannot be read.
             spare_index: Index of the replacement, or None if no image is left.
 
         Raises:
@@ -52,11 +52,11 @@ class Replacement(NamedTuple):
         """
         if spare_index is None:
             raise ValueError(
-                f"data.root: {reason}; no other readable image of the {len(source):,} in "
+                f"data.root: {read_error}; no other readable image of the {len(source):,} in "
                 f"{source.full_path} is left outside its batch to take its place; repair or remove "
                 "the unreadable images, or give a smaller global_batch_size"
             )
-        message = f"{reason}; {source.name(spare_index)} takes its place"
+        message = f"{read_error}; {source.name(spare_index)} takes its place"
         return cls(spare_index, source.name(unreadable_index), message)
 
 
@@ -64,7 +64,7 @@ def find_spare(plan: BatchPlan, step: int, row: int, try_read: Callable[[int], b
     """Choose an image to replace the unreadable one in a row of this rank's batch.
 
     Args:
-        plan: Order of the run on this rank.
+        plan: Batch plan of this rank.
         step: Step whose batch contains the unreadable image.
         row: Row of the unreadable image in this rank's batch.
         try_read: Function that reads an image and returns True if that succeeds. The last call
@@ -99,7 +99,7 @@ class ReplacementLimit:
     """
 
     def __init__(self, source: Source, num_images: int, max_replaced: float):
-        """Allow a share of the images of each pass, and at least one image unless the share is 0.
+        """Let a share of the images be replaced per pass, and at least one unless the share is 0.
 
         Args:
             source: Source of the images, for messages.
@@ -111,7 +111,7 @@ class ReplacementLimit:
         self._max_share = max_replaced * (BETON_LIMIT_FACTOR if isinstance(source, Beton) else 1.0)
         self._max_per_pass = max(1, int(self._max_share * num_images)) if self._max_share > 0 else 0
         self._num_in_pass, self._num_reported = 0, 0
-        self._reported_names: set[str] = set()
+        self._warned_names: set[str] = set()
 
     def begin_pass(self) -> None:
         """Reset the number of images replaced in the pass."""
@@ -124,8 +124,8 @@ class ReplacementLimit:
             ValueError: If this pass has more replacements than the limit.
         """
         for replacement in replacements:
-            if replacement.unreadable_name not in self._reported_names:
-                self._reported_names.add(replacement.unreadable_name)
+            if replacement.unreadable_name not in self._warned_names:
+                self._warned_names.add(replacement.unreadable_name)
                 warnings.warn(replacement.message, stacklevel=5)
         self.num_replaced += len(replacements)
         self._num_in_pass += len(replacements)

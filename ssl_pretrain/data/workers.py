@@ -31,7 +31,7 @@ BLOCKED_SIGNALS = STOP_SIGNALS if hasattr(signal, "sigtimedwait") else set()
 
 
 class LostWorkerError(LostProcessError):
-    """Error for a killed process that reads images."""
+    """Error raised when a worker process was killed."""
 
 
 class ProcessPool:
@@ -43,7 +43,7 @@ class ProcessPool:
     def __init__(
         self, dataset: CropDataset, num_workers: int, transfer: Transfer, pin_memory: bool
     ):
-        """Prepare the processes. They start with the first call of `make_chunks`.
+        """Prepare the processes. They start on the first call to `make_chunks`.
 
         Args:
             dataset: Data set that makes the chunk of a request.
@@ -105,13 +105,13 @@ class ProcessPool:
         # torch ends the processes only when the last reference to the iterator is dropped.
         iterator._shutdown_workers()  # type: ignore[attr-defined]
         for worker in iterator._workers:  # type: ignore[attr-defined]
-            if worker.is_alive():  # it waits for a file system that does not respond
+            if worker.is_alive():  # it may be waiting for an unresponsive file system
                 worker.kill()
                 worker.join(5)
 
 
 class _RequestSampler:
-    """Sampler whose requests change at each start. A DataLoader cannot change its sampler."""
+    """Sampler whose requests can be replaced, because a DataLoader cannot change its sampler."""
 
     requests: Iterable[ChunkRequest] = ()
 
@@ -197,7 +197,7 @@ def _obey_trainer_only(_worker: int) -> None:
 
 
 def _exit_on_error(error: Exception, _object: object) -> None:
-    """End a worker that could not send its images, for which the trainer would wait forever."""
+    """End a worker that could not send its images. The trainer would wait for them forever."""
     message = (
         f"error: a worker process could not send its images: {type(error).__name__}: {error}\n"
     )
@@ -217,14 +217,14 @@ def raise_worker_errors(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     except SharedMemoryFull as error:
         lines = reversed(str(error).splitlines())
         line = next((line for line in lines if "shared memory" in line), str(error))
-        raise _full_memory_error(line.partition(": ")[2] or line) from None
+        raise _full_shared_memory_error(line.partition(": ")[2] or line) from None
     except RuntimeError as error:
         workers = chunks._workers  # type: ignore[attr-defined]
         statuses = [worker.exitcode or 0 for worker in workers]
         if UNGUARDED_SCRIPT_STATUS in statuses:
             raise _unguarded_script_error() from None
         if "shared memory" in str(error) or -signal.SIGBUS in statuses:
-            raise _full_memory_error(str(error).splitlines()[0]) from None
+            raise _full_shared_memory_error(str(error).splitlines()[0]) from None
         if min(statuses) < 0:
             raise _lost_worker_error(min(statuses)) from None
         raise
@@ -238,12 +238,12 @@ def _lost_worker_error(exit_status: int = 0) -> LostWorkerError:
     by_signal = f" by {signal.Signals(-exit_status).name}" if is_signal else ""
     return LostWorkerError(
         f"data.num_workers: a process that reads images was killed{by_signal}, which happens "
-        "when memory runs out; give the job more memory or set data.num_workers lower, then "
+        "when memory runs out; give the job more memory or lower data.num_workers, then "
         "repeat the command"
     )
 
 
-def _full_memory_error(reason: str) -> ValueError:
+def _full_shared_memory_error(reason: str) -> ValueError:
     return ValueError(
         f"data.num_workers: a worker's images do not fit into {SHARED_MEMORY}: {reason}; "
         f"{SHARED_MEMORY_REMEDY}"
@@ -251,7 +251,7 @@ def _full_memory_error(reason: str) -> ValueError:
 
 
 def exit_if_in_worker() -> None:
-    """End a worker process whose import of the main module starts another training.
+    """End a worker process whose import of the main module starts another training run.
 
     The trainer then raises an error with the remedy.
     """
@@ -263,5 +263,6 @@ def _unguarded_script_error() -> ValueError:
     script = getattr(sys.modules["__main__"], "__file__", "the main module")
     return ValueError(
         f"data.num_workers: each worker process imports {script}, which starts training when it "
-        'is imported; put that call below `if __name__ == "__main__":`, or set data.num_workers=0'
+        'is imported; put the call that starts training below `if __name__ == "__main__":`, or set '
+        "data.num_workers=0"
     )

@@ -15,10 +15,10 @@ CLOSE_SECONDS = 60.0  # longest wait for the last records at the end of a run
 class BackgroundWriter:
     """Thread that appends lines to files, in order and with an fsync.
 
-    A line that the disk refuses stays in memory and is written with the next one, or at the end.
+    A line that cannot be written stays in memory and is written with the next one, or at the end.
 
     Args:
-        print_line: Prints a message, when lines that the disk had refused have been written.
+        print_line: Called with a message when lines that could not be written earlier are on disk.
 
     Attributes:
         problems: Messages about files that could not be written since the last `take_problems`.
@@ -27,7 +27,7 @@ class BackgroundWriter:
     def __init__(self, print_line: Callable[[str], None]):
         self._print_line = print_line
         self._queue: queue.SimpleQueue[tuple[Path, str] | None] = queue.SimpleQueue()
-        self._refused_text: dict[Path, str] = {}  # lines that the disk has refused so far, per file
+        self._unwritten_text: dict[Path, str] = {}  # lines that could not be written yet, per file
         self.problems: list[str] = []
         self._thread = threading.Thread(target=self._write_all, daemon=True)
         self._thread.start()
@@ -37,7 +37,7 @@ class BackgroundWriter:
         self._queue.put((path, f"{line}\n"))
 
     def try_write(self, path: Path, write: Callable[[], object]) -> bool:
-        """Call `write` once in the calling thread, and return True unless the disk refuses it."""
+        """Call `write` once in the calling thread, and return False if it raises an OSError."""
         try:
             write()
             return True
@@ -66,10 +66,10 @@ class BackgroundWriter:
             while not self._queue.empty():  # one fsync for all lines that are queued
                 entries.append(self._queue.get())
             is_closing = None in entries
-            # The last round tries all refused lines once more.
-            texts = dict(self._refused_text) if is_closing else {}
+            # The last round tries all unwritten lines once more.
+            texts = dict(self._unwritten_text) if is_closing else {}
             for path, text in filter(None, entries):
-                texts[path] = texts.get(path, self._refused_text.get(path, "")) + text
+                texts[path] = texts.get(path, self._unwritten_text.get(path, "")) + text
             for path, text in texts.items():
                 self._write(path, text)
 
@@ -77,11 +77,11 @@ class BackgroundWriter:
         try:
             durable_files.append(path, text)
         except OSError as error:
-            if path not in self._refused_text:
+            if path not in self._unwritten_text:
                 self.problems.append(write_failure_message(path, error))
-            self._refused_text[path] = text
+            self._unwritten_text[path] = text
         else:
-            if self._refused_text.pop(path, None) is not None:
+            if self._unwritten_text.pop(path, None) is not None:
                 self._print_line(f"{path} can be written again and is complete")
 
 
@@ -89,12 +89,12 @@ def write_failure_message(path: Path, error: OSError) -> str:
     """Return the message about a file that could not be written."""
     return (
         f"{path} could not be written: {durable_files.describe_error(error)}. "
-        "What was written before is complete. Free some space and resume"
+        "Everything written earlier is intact. Free some space and resume"
     )
 
 
 def raise_or_warn(problem: str | None, on_failure: str) -> None:
-    """Handle rank 0's problem with a file on every rank, as `on_failure` requires.
+    """On every rank, handle a problem that rank 0 has with a file, as `on_failure` requires.
 
     Args:
         problem: Message about the problem on rank 0, or None.

@@ -129,5 +129,6 @@ GUARD
     assert result.stderr.splitlines()[-1] == (
         f"ValueError: data.num_workers: each worker process imports "
         f"{tmp_path / 'program.py'}, which starts training when it is "
-        'imported; put that call below `if __name__ == "__main__":`, or set data.num_workers=0'
+        'imported; put the call that starts training below `if __name__ == "__main__":`, or set '
+        "data.num_workers=0"
     )

@@ -80,7 +80,7 @@ def test_a_disk_too_full_for_the_log_ends_the_run_with_a_checkpoint_to_resume_fr
     assert result.status == 74, result.text
     message = (
         f"error: {tmp_path / 'run' / 'metrics.jsonl'} could not be written: No space left on "
-        "device. What was written before is complete"
+        "device. Everything written earlier is intact"
     )
     assert message in result.stderr
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()

@@ -420,8 +420,8 @@ class TestFailures:
                     next(steps)
         assert re.fullmatch(
             r"data\.num_workers: a process that reads images was killed( by SIGKILL)?, which "
-            "happens when memory runs out; give the job more memory or set data.num_workers "
-            "lower, then repeat the command",
+            "happens when memory runs out; give the job more memory or lower data.num_workers, "
+            "then repeat the command",
             str(caught.value),
         )
 

@@ -198,7 +198,7 @@ def test_a_full_disk_requests_a_stop_and_ends_with_a_disk_error(tmp_path, monkey
         assert logger.must_stop
     assert str(error.value) == (
         f"{tmp_path / 'metrics.jsonl'} could not be written: No space left on device. "
-        "What was written before is complete. Free some space and resume"
+        "Everything written earlier is intact. Free some space and resume"
     )
 
 

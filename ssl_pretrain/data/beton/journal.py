@@ -44,9 +44,9 @@ class Journal:
     """
 
     def __init__(
-        self, data_file: BinaryIO, log_file: BinaryIO, first_page_offset: int, page_size: int
+        self, data_file: BinaryIO, journal_file: BinaryIO, first_page_offset: int, page_size: int
     ):
-        self.data_file, self._log_file = data_file, log_file
+        self.data_file, self._journal_file = data_file, journal_file
         self._first_page_offset, self._page_size = first_page_offset, page_size
         self.entries: list[Entry] = []
 
@@ -80,30 +80,30 @@ class Journal:
             self.data_file.seek(offset)
             self.data_file.write(content)
             self.data_file.flush()  # before the entry, which promises that the bytes are written
-        self._log_file.write(np.array([entry], ENTRY_DTYPE).tobytes())
-        self._log_file.flush()
+        self._journal_file.write(np.array([entry], ENTRY_DTYPE).tobytes())
+        self._journal_file.flush()
         self.entries.append(entry)
         if offset // _SYNC_BYTES != self.end_offset // _SYNC_BYTES:
             os.fsync(self.data_file.fileno())
-            os.fsync(self._log_file.fileno())
+            os.fsync(self._journal_file.fileno())
 
     def restore(self, write_id: str) -> None:
         """Load the intact entries of an interrupted write with this id, and discard the rest."""
         header = f"{write_id}\n".encode()
-        content = self._log_file.read()
+        content = self._journal_file.read()
         if content.startswith(header):
             # The division ignores a partial entry at the end.
             num_entries = (len(content) - len(header)) // ENTRY_DTYPE.itemsize
             rows = np.frombuffer(content, ENTRY_DTYPE, num_entries, offset=len(header)).tolist()
             self.entries = self._intact_entries([Entry(*row) for row in rows])
-            self._log_file.seek(len(header) + len(self.entries) * ENTRY_DTYPE.itemsize)
-            self._log_file.truncate()
+            self._journal_file.seek(len(header) + len(self.entries) * ENTRY_DTYPE.itemsize)
+            self._journal_file.truncate()
             self.data_file.truncate(self.end_offset)
         else:  # a new journal, or one for another source or other settings
-            self._log_file.seek(0)
-            self._log_file.truncate()
-            self._log_file.write(header)
-            self._log_file.flush()
+            self._journal_file.seek(0)
+            self._journal_file.truncate()
+            self._journal_file.write(header)
+            self._journal_file.flush()
             self.data_file.truncate(0)
 
     def _intact_entries(self, entries: list[Entry]) -> list[Entry]:
@@ -132,16 +132,16 @@ def open_journal(
         ValueError: If another process is writing the same file.
     """
     with (
-        _open_for_update(journal_path(path)) as log_file,
+        _open_for_update(journal_path(path)) as journal_file,
         _open_for_update(unfinished_path(path)) as data_file,
     ):
         try:
-            fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(journal_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
                 f"{path}: another process is writing this file; wait until it ends, or stop it"
             ) from None
-        journal = Journal(data_file, log_file, first_page_offset, page_size)
+        journal = Journal(data_file, journal_file, first_page_offset, page_size)
         journal.restore(write_id)
         yield journal
 
