@@ -116,7 +116,7 @@ def evaluate(
             images.
         query_split: "val" for the test images, "train" for held-out training images.
         backend: "faiss", "torch" or "auto".
-        rows: Features to evaluate, of `features.ROWS`.
+        rows: Names of the features to evaluate, from `features.ROWS`.
 
     Returns:
         The content of the result file.
@@ -235,13 +235,14 @@ def check_memory(
     per_rank = "" if num_ranks == 1 else f" on each of {num_ranks} ranks"
     results.print_progress(f"k-NN {demand}{per_rank}; {free_bytes / memory.GIB:.2f} GiB is free")
     if needed_bytes > memory.USABLE_FRACTION * free_bytes:
-        fewer_rows = "; --rows pretrained leaves out raw pixels, the widest features"
+        rows_hint = "; --rows pretrained leaves out raw pixels, the widest features"
         raise ValueError(
-            f"k-NN of {len(train):,} training and {len(test):,} test images with {dim:,} numbers"
-            f" each {demand}{per_rank}, more than {memory.USABLE_FRACTION:.0%} of the"
-            f" {free_bytes / memory.GIB:.2f} GiB free. Use more ranks (torchrun --nproc-per-node N"
-            f" -m ssl_pretrain.eval.knn ...), or fewer images (data.subset=N)"
-            f"{fewer_rows if dim > feature_dim else ''}"
+            f"k-NN on {len(train):,} training and {len(test):,} test images with"
+            f" {dim:,}-dimensional features {demand}{per_rank}, more than"
+            f" {memory.USABLE_FRACTION:.0%} of the {free_bytes / memory.GIB:.2f} GiB free. Use more"
+            " ranks (torchrun --nproc-per-node N -m ssl_pretrain.eval.knn ...), or fewer images"
+            " (data.subset=N)"
+            f"{rows_hint if dim > feature_dim else ''}"
         )
 
 

@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--max-images": {
         "type": NON_NEGATIVE_INT,
         "default": 2000,
-        "help": "number of test images, always the same random choice (default: 2000; 0 uses all)",
+        "help": "size of the random test subset, the same every time (default: 2000; 0 uses all)",
     },
 }
 
@@ -60,7 +60,7 @@ def evaluate(run: Run, corruption_names: list[str], max_images: int = 2000) -> d
     Args:
         run: Run to evaluate.
         corruption_names: Corruptions to apply, from `corruptions.NAMES`.
-        max_images: Number of test images, always the same random choice. 0 uses all of them.
+        max_images: Size of the random test subset, the same every time. 0 uses all test images.
 
     Returns:
         The content of the result file.
@@ -103,12 +103,12 @@ def evaluate(run: Run, corruption_names: list[str], max_images: int = 2000) -> d
         column: float(np.mean([row.metrics[column] for row in rows])) for column in rows[0].metrics
     }
     clean = results.Row("clean", {"mean": measure_accuracy("", 0)})
-    constants = "CIFAR-10-C" if run.image_size <= corruptions.MAX_SMALL_IMAGE_SIDE else "ImageNet-C"
+    benchmark = "CIFAR-10-C" if run.image_size <= corruptions.MAX_SMALL_IMAGE_SIDE else "ImageNet-C"
     protocol = {
         **describe_splits(run, train, test),
         "k": evaluation.k,
         "temperature": evaluation.temperature,
-        "corruptions": f"{len(rows)} at severities 1 to 5, with the constants of {constants},"
+        "corruptions": f"{len(rows)} at severities 1 to 5, with the constants of {benchmark},"
         f" applied to evaluation views of {run.image_size} pixels",
         "mean": f"over severities, and in the row `pretrained` also over {len(rows)} corruptions",
     }

@@ -58,7 +58,7 @@ class TrainingState:
         weights = load_file(path / METHOD_FILE)
         renamed_weights = {CURRENT_NAMES.get(name, name): value for name, value in weights.items()}
         self.method.load_state_dict(renamed_weights, strict=True)
-        self.optimizer.state.clear()  # parameters may have been frozen at the checkpoint
+        self.optimizer.state.clear()  # parameters that were still frozen have no saved entry
         parameters = self._trained_parameters()
         for key, value in load_file(path / OPTIMIZER_FILE).items():
             self._add_moment(parameters, key, value.shape, value.dtype).copy_(value)
@@ -71,10 +71,10 @@ class TrainingState:
                 tensors[former_name] = tensors.pop(name)
         weight_names = {key for key in metadata if "::" not in key}
         if weight_names != tensors.keys():
-            differing = ", ".join(sorted(weight_names ^ tensors.keys())[:3])
+            examples = ", ".join(sorted(weight_names ^ tensors.keys())[:3])
             raise ValueError(
-                f"{path}: the tensors of the checkpoint differ from this method's, such as "
-                f"{differing}. Nothing was loaded; resume with the method that was saved"
+                f"{path}: the tensors of the checkpoint differ from this method's, for "
+                f"example {examples}. Nothing was loaded; resume with the method that was saved"
             )
         self.optimizer.state.clear()
         parameters = self._trained_parameters()
@@ -90,16 +90,16 @@ class TrainingState:
         shape: torch.Size,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Add zeros to the optimizer's state for an entry named `<parameter>::<entry>`.
+        """Add a tensor of zeros to the optimizer's state and return it.
 
-        An entry with the parameter's shape also gets the parameter's memory layout and sharding.
-        The fused optimizer kernels use raw memory, so a moment in another layout than its weight
-        would be applied to the wrong elements.
+        Its key is `<parameter name>::<state key>`. A tensor with the parameter's shape also gets
+        the parameter's memory layout and sharding. The fused optimizer kernels use raw memory, so a
+        moment whose layout differs from its weight's would be applied to the wrong elements.
 
         Raises:
             ValueError: If the method does not train a parameter of this name.
         """
-        name, _, entry = key.rpartition("::")
+        name, _, state_key = key.rpartition("::")
         parameter = parameters.get(name)
         if parameter is None:
             raise ValueError(
@@ -110,7 +110,7 @@ class TrainingState:
             moment = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         else:
             moment = torch.zeros(shape, dtype=dtype, device=parameter.device)
-        self.optimizer.state[parameter][entry] = moment
+        self.optimizer.state[parameter][state_key] = moment
         return moment
 
     def _trained_parameters(self) -> dict[str, nn.Parameter]:

@@ -139,7 +139,7 @@ class DiskFolder(FolderTree):
 
     @functools.cached_property
     def has_direct_images(self) -> bool:
-        """True if a file has an image's suffix, or one of a sample begins with an image's bytes."""
+        """True if a file has an image suffix, or a sampled file starts with an image signature."""
         return any(map(is_image, self.file_names)) or sample_has_image(
             [os.path.join(self.path, name) for name in self.file_names]
         )

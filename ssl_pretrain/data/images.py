@@ -7,12 +7,12 @@
 | CMYK, YCCK, YCbCr | RGB by Pillow's plain conversion; color profiles are not applied |
 | 16-bit gray | value / 257, rounded; with `data.range`, low becomes 0 and high 255 |
 | 32-bit integers above 65,535, floats | refused without `data.range`, else like 16-bit gray |
-| 16-bit color, gray with alpha | the high byte; refused if dark or with `data.range` |
+| 16-bit color, 16-bit gray with alpha | the high byte; refused if dark or with `data.range` |
 | 16-bit gray TIFF whose zero is white | inverted, as Pillow does for 8 bits |
 | EXIF orientation | applied, so that the pixels are upright |
 | several frames (GIF, WebP, PNG) | the first frame |
 | several pages (TIFF) | refused, unless the other pages are smaller copies |
-| four bands without a stated meaning of the fourth, alpha of 0 everywhere, Lab | refused |
+| four bands if the file does not say what the fourth is, alpha of 0 everywhere, Lab | refused |
 | more than 178,956,970 pixels | refused, as a possible decompression bomb |
 | 1x1 pixels | read like any other image |
 
@@ -34,11 +34,11 @@ from torchvision.io import decode_jpeg
 
 from ssl_pretrain.data import pixels as pixel_formats
 
-MAX_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS, which is the limit of Pillow
+MAX_PIXELS = 178_956_970  # Pillow's own limit, twice Image.MAX_IMAGE_PIXELS
 MAX_BYTES = 1 << 30  # no image of MAX_PIXELS pixels needs a larger file
 # EPS starts another program. IPTC passes its content to any decoder, including EPS. WMF needs
 # Windows. Pillow has no decoders of its own for the others.
-_UNSAFE_FORMATS = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+_REFUSED_FORMATS = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _JPEG_SIGNATURE = b"\xff\xd8"
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION_TAG = 0x0112
@@ -76,7 +76,7 @@ class ImageHeader(NamedTuple):
 def image_formats() -> tuple[str, ...]:
     """Return Pillow's names for the formats that are read."""
     Image.init()
-    return tuple(name for name in Image.OPEN if name not in _UNSAFE_FORMATS)
+    return tuple(name for name in Image.OPEN if name not in _REFUSED_FORMATS)
 
 
 @functools.cache

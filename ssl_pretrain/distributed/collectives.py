@@ -25,7 +25,7 @@ T = TypeVar("T")
 # torch 2.13 renamed both functions. torch 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-# How gloo, NCCL and the store describe a rank that has ended or does not answer.
+# Phrases in which gloo, NCCL and the store report a rank that has ended or does not answer.
 _LOST_RANK = re.compile(
     r"connection (was )?(closed|reset|refused)|timed? ?out|timeout|broken pipe"
     r"|remote process exited|failed to recv|recvvalue failed|sendbytes failed|connect.*failed"
@@ -76,7 +76,10 @@ def _sum_over_ranks(x: Tensor, group: Any) -> Tensor:
 
 
 def gather(x: Tensor, group: Any = None) -> Tensor:
-    """Concatenate `x`, (local_batch, ...), of all ranks to (global_batch, ...). Differentiable."""
+    """Concatenate `x` of all ranks, shape (local_batch, ...), to (global_batch, ...).
+
+    Gradients flow to all ranks.
+    """
     return _Gather.apply(x, group) if process_group.group_size(group) > 1 else x
 
 

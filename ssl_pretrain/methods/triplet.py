@@ -53,8 +53,9 @@ class Triplet(GroupedPairs):
 def squared_semi_hard_distance(pairs: Pairs) -> Tensor:
     """Return the squared distance from the anchor to the semi-hard negative of each pair.
 
-    That is the closest negative farther away than the pair's candidate, or else the farthest one.
-    The result has the shape of `pairs.squared_distance`, and gradients flow through it.
+    The semi-hard negative is the closest negative that is farther from the anchor than the pair's
+    candidate. If there is none, it is the farthest negative. The result has the shape of
+    `pairs.squared_distance`, and gradients flow through it.
     """
     distances = pairs.squared_distance.detach()
     negative_distances = distances.masked_fill(~pairs.is_negative, float("inf"))

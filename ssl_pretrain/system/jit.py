@@ -1,9 +1,9 @@
 """Compile functions with numba, and cache them on disk if possible.
 
-numba refuses to start if it cannot write to any folder for its cache. It raises an error if a
-cached file is empty, damaged or cannot be written. A cache only saves time, so none of these errors
-may end a run. This module chooses a folder for the cache before numba is imported, and treats a
-file with a wrong checksum as absent. All modules of the project import `njit` from this module.
+numba raises an error if it has no writable folder for its cache, or if a cache file is empty,
+damaged or not writable. A cache only saves time, so none of these errors may end a run. This
+module chooses a folder for the cache before numba is imported, and treats a file with a wrong
+checksum as absent. All modules of the project import `njit` from this module.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from typing import Any
 
 from ssl_pretrain.system.import_path import PACKAGE
 
-# numba keeps the cache of these folders' functions in their `__pycache__`.
+# Folders of the modules with cached functions. numba keeps each cache in their `__pycache__`.
 FOLDERS_WITH_CACHED_FUNCTIONS = (
     PACKAGE,
     PACKAGE / "views",
@@ -99,7 +99,7 @@ def njit(*, cache: bool = False, **options: Any) -> Callable[[Callable[..., Any]
             dispatcher = numba.njit(cache=cache, **options)(function)
         except (RuntimeError, OSError):  # there is no folder for a cache
             return numba.njit(**options)(function)
-        if cache and hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT makes plain functions
+        if cache and hasattr(dispatcher, "_cache"):  # else NUMBA_DISABLE_JIT is set
             dispatcher._cache._cache_file.__class__ = CheckedCacheFile
         return dispatcher
 

@@ -460,7 +460,7 @@ class TestMessages:
         path = manifest_path(Path(beton.full_path))
         path.write_text("{")
         assert error_message(beton_file.read, Path(beton.full_path)) == (
-            f"data.root: {path} is damaged; copy it again, or run the same write again"
+            f"data.root: {path} is damaged; copy it again, or run the same write command again"
         )
         path.unlink()  # as with FFCV's files, whose classes are named by number
         assert open_train(Path(beton.full_path)).classes == ["0", "1", "2"]
@@ -553,7 +553,7 @@ class TestDamage:
             flipped[position] ^= 1 << position % 7
             path.write_bytes(flipped)
             assert error_message(beton_file.read, Path(beton.full_path)) == (
-                f"data.root: {path} is damaged; copy it again, or run the same write again"
+                f"data.root: {path} is damaged; copy it again, or run the same write command again"
             )
 
     @pytest.mark.parametrize(
@@ -563,7 +563,8 @@ class TestDamage:
         path = manifest_path(Path(beton.full_path))
         path.write_text(text, encoding="latin-1")
         expected = (
-            f"error: data.root: {path} is damaged; copy it again, or run the same write again\n"
+            f"error: data.root: {path} is damaged; copy it again, or run the same write command "
+            "again\n"
         )
         for action in ("check", "info"):
             assert command.main([action, beton.full_path]) == 2

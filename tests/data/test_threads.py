@@ -348,7 +348,7 @@ class TestBugsOfFFCV:
             open_train(Path(small_beton.full_path))
         assert str(error.value) == (
             f"data.root: {small_beton.full_path} is unfinished, as its writer was stopped; "
-            "run the same write again to finish it"
+            "run the same write command again to finish it"
         )
 
     def test_6_the_seed_determines_every_batch(self, beton, expected):

@@ -164,10 +164,10 @@ def test_a_search_that_exceeds_the_memory_is_refused_before_it_starts(run_folder
     with pytest.raises(ValueError) as error:
         knn.evaluate(runs.load_run(run_folder, device="cpu"))
     assert str(error.value) == (
-        "k-NN of 1,297 training and 500 test images with 768 numbers each needs up to 0.20 GiB,"
-        " more than 85% of the 0.20 GiB free. Use more ranks (torchrun --nproc-per-node N -m"
-        " ssl_pretrain.eval.knn ...), or fewer images (data.subset=N); --rows pretrained leaves out"
-        " raw pixels, the widest features"
+        "k-NN on 1,297 training and 500 test images with 768-dimensional features needs up to"
+        " 0.20 GiB, more than 85% of the 0.20 GiB free. Use more ranks (torchrun --nproc-per-node N"
+        " -m ssl_pretrain.eval.knn ...), or fewer images (data.subset=N); --rows pretrained leaves"
+        " out raw pixels, the widest features"
     )
 
 

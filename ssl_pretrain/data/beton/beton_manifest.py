@@ -20,8 +20,8 @@ _HASH_KEY = "manifest_sha256"
 class Manifest:
     """Description of a .beton file.
 
-    The time of the write and the number of processes do not affect the values. If a field's key in
-    the JSON differs from its name, the field's metadata has the key.
+    The values do not depend on when the file was written or by how many processes. If a field's key
+    in the JSON differs from its name, the field's metadata has the key.
     """
 
     # Hash of the source, the settings and the range of images.
@@ -37,7 +37,7 @@ class Manifest:
     fingerprint: str  # fingerprint of the images in the file
     # Fingerprint of the source, including its unreadable images.
     source_fingerprint: str = field(metadata={"key": "source"})
-    first_index: int = field(metadata={"key": "first"})  # index in the source of the first image
+    first_index: int = field(metadata={"key": "first"})  # source index of the file's first image
     max_side: int  # longest side of an image in pixels, or 0 for no limit
     quality: int  # quality of the new JPEGs
     page_size: int  # bytes
@@ -76,7 +76,7 @@ def read_manifest(path: Path) -> Manifest | None:
     except (OSError, ValueError, RecursionError):  # a folder, or JSON that is invalid or too deep
         raise ValueError(
             f"data.root: {manifest_path(path)} is damaged; copy it again, or run the same write "
-            "again"
+            "command again"
         ) from None
 
 

@@ -139,8 +139,8 @@ def read_tables(path: Path) -> Tables:
         )
     if header["allocations_offset"] == 0:
         raise ValueError(
-            f"data.root: {path} is unfinished, as its writer was stopped; run the same write again "
-            "to finish it"
+            f"data.root: {path} is unfinished, as its writer was stopped; run the same write "
+            "command again to finish it"
         )
     fields = np.fromfile(path, FIELD_DTYPE, int(header["num_fields"]), offset=HEADER_DTYPE.itemsize)
     field_types = [
