@@ -30,14 +30,7 @@ from ssl_pretrain.schema import POSITIVE_INT
 from ssl_pretrain.system import exit_status, output_streams, stop_signals, thread_lock
 
 # Errors whose messages are written for users. They are printed without a traceback.
-USER_ERRORS = (
-    ValueError,
-    OSError,
-    FloatingPointError,
-    torch.OutOfMemoryError,
-    CollapseError,
-    exit_status.LostProcessError,
-)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, CollapseError, exit_status.LostProcessError)
 USER_VALUE_ERRORS = (ValueError, configuration.ConfigError)  # other kinds of ValueError are bugs
 
 
@@ -65,22 +58,18 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
         LostRankError: If another rank ends.
         LostWorkerError: If a process that reads images is killed.
     """
-    return train_and_report(config, device, stop_after, fake_preemption_step=None).step
+    return train_and_report(config, device, stop_after, preempt_at=None).step
 
 
 def train_and_report(
-    config: RunConfig,
-    device: torch.device,
-    stop_after: int | None,
-    fake_preemption_step: int | None,
+    config: RunConfig, device: torch.device, stop_after: int | None, preempt_at: int | None
 ) -> Outcome:
     """Train as `train` does, then print and return the outcome."""
     run = Path(config.output)
     workers.exit_if_in_worker()
     with thread_lock.refuse_concurrent_training(), collectives.explain_lost_ranks():
-        rank_agreement.check_settings_and_code(
-            configuration.to_dict(config), type(config.method).__module__
-        )
+        method_module = type(config.method).__module__
+        rank_agreement.check_settings_and_code(configuration.to_dict(config), method_module)
         configuration.check(config, process_group.world_size())
         check_config = partial(configuration.check_resume_config, config=config)
         step = checkpoints.finished_step(run, config.checkpoint, config.epochs, check_config)
@@ -91,7 +80,7 @@ def train_and_report(
                 "new output for another run"
             )
             return Outcome(step, step, step)
-        outcome = _train(config, device, stop_after, fake_preemption_step)
+        outcome = _train(config, device, stop_after, preempt_at)
     path = folder.checkpoint_path(run, outcome.step)
     summary = f"{outcome.step} of {outcome.num_steps} steps, saved in {path}"
     message = f"stopped: {summary}. The same command resumes the run"
@@ -102,12 +91,9 @@ def train_and_report(
 
 
 def _train(
-    config: RunConfig,
-    device: torch.device,
-    stop_after: int | None,
-    fake_preemption_step: int | None,
+    config: RunConfig, device: torch.device, stop_after: int | None, preempt_at: int | None
 ) -> Outcome:
-    with build_training(config, device, stop_after, fake_preemption_step) as training:
+    with build_training(config, device, stop_after, preempt_at) as training:
         step = training.num_steps_done
         for progress, batch in training.steps():
             step = progress.step + 1  # records and checkpoints count from 1
@@ -139,25 +125,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("config", help="a YAML file, such as those in configs/")
     add("overrides", nargs="*", metavar="key=value", help="for example optim.base_lr=0.4")
     add("--plan", action="store_true", help="print the resolved configuration and its costs")
-    add(
-        "--stop-after",
-        type=POSITIVE_INT,
-        metavar="STEPS",
-        help="save and exit after this many steps",
-    )
-    add(
-        "--fake-preempt",
-        type=POSITIVE_INT,
-        metavar="STEP",
-        help="send rank 0 one stop signal at STEP",
-    )
+    add("--stop-after", type=POSITIVE_INT, metavar="STEPS", help="save and exit after STEPS steps")
+    add("--fake-preempt", type=POSITIVE_INT, metavar="STEP", help="send rank 0 a signal at STEP")
     options = parser.parse_intermixed_args(arguments)  # key=value may follow an option
     if (status := exit_status.status_to_repeat()) is not None:
         return status
     with stop_signals.temporary_signal_handlers(), output_streams.tolerate_lost_output():
         try:
             return _run(options)
-        except USER_ERRORS as error:
+        except (*USER_ERRORS, torch.OutOfMemoryError) as error:
             if isinstance(error, ValueError) and type(error) not in USER_VALUE_ERRORS:
                 raise
             print(f"error: {memory.describe_error(error)}", file=sys.stderr, flush=True)

@@ -44,7 +44,7 @@ def _build_queue(dim: int = 5):
     return F.normalize(torch.randn(30, dim, dtype=torch.float64, generator=generator), dim=1)
 
 
-def tested_loss(name, z_a, z_b, labels, queue, temperature):
+def product_loss(name, z_a, z_b, labels, queue, temperature):
     if name == "info_nce_queue":
         return info_nce(z_a, z_b, temperature=temperature, queue=queue)
     if name == "supervised_contrastive":
@@ -77,7 +77,7 @@ def test_each_loss_equals_its_equation_in_value_and_gradient(name, tile):
     for temperature in (HIGH_TEMPERATURE, LOW_TEMPERATURE):
         expected = _loss_and_gradients(slow_loss, name, *random_embeddings(), temperature)
         with use_backend(Backend(*tile)):
-            values = _loss_and_gradients(tested_loss, name, *random_embeddings(), temperature)
+            values = _loss_and_gradients(product_loss, name, *random_embeddings(), temperature)
         for value, reference in zip(values, expected):
             assert relative_error(value, reference) < 1e-10, temperature
 
@@ -97,7 +97,7 @@ def test_float32_has_only_rounding_errors(name):
         # The reference gets the same rounded numbers, so that only the loss's error is measured.
         rounded = [z.float().double() for z in random_embeddings()]
         expected = _loss_and_gradients(slow_loss, name, *rounded, temperature)
-        values = _loss_and_gradients(tested_loss, name, *rounded, temperature, torch.float32)
+        values = _loss_and_gradients(product_loss, name, *rounded, temperature, torch.float32)
         for value, reference in zip(values, expected):
             assert relative_error(value, reference) < 1e-5, temperature
 
@@ -105,11 +105,11 @@ def test_float32_has_only_rounding_errors(name):
 def test_autocast_changes_nothing():
     z_a, z_b = (z.float() for z in random_embeddings())
     expected = _loss_and_gradients(
-        tested_loss, "nt_xent", z_a, z_b, HIGH_TEMPERATURE, torch.float32
+        product_loss, "nt_xent", z_a, z_b, HIGH_TEMPERATURE, torch.float32
     )
     with torch.autocast("cpu", torch.bfloat16):
         with_autocast = _loss_and_gradients(
-            tested_loss, "nt_xent", z_a, z_b, HIGH_TEMPERATURE, torch.float32
+            product_loss, "nt_xent", z_a, z_b, HIGH_TEMPERATURE, torch.float32
         )
     assert all(torch.equal(value, reference) for value, reference in zip(with_autocast, expected))
 
@@ -131,7 +131,7 @@ def _compute_results(z_a, z_b):
         for temperature in (HIGH_TEMPERATURE, LOW_TEMPERATURE):
             weight = torch.eye(5, 5, dtype=torch.float64).add(0.1).requires_grad_()
             a, b = z_a[local] @ weight, z_b[local] @ weight
-            loss = tested_loss(name, a, b, labels[local], _build_queue(), temperature)
+            loss = product_loss(name, a, b, labels[local], _build_queue(), temperature)
             loss.backward()
             assert weight.grad is not None
             sums = [collectives.reduce_sum(value) for value in (loss.detach(), weight.grad)]
