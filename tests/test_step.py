@@ -200,7 +200,7 @@ def test_a_peak_counts_the_memory_held_at_once():
 
 
 def test_drop_path_changes_the_gradient(tmp_path):
-    """If it did not, comparing micro-batches with ranks would prove nothing about drop path."""
+    """Without an effect, comparing micro-batches with ranks proves nothing about drop path."""
     path, name = tiny.write_config(tmp_path), "backbone.model.layer4.0.conv1.weight"
     gradients_with_drops, gradients_without = (
         _take_steps(path, [f"backbone.drop_path={rate}"])[0] for rate in (0.3, 0.0)

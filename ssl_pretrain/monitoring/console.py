@@ -42,15 +42,15 @@ class Console:
     def show_progress(self, record: dict[str, Any]) -> None:
         """Show a record, at most once per second. The last record is always shown."""
         self._update(record)
-        now, finished = time.monotonic(), record["step"] == self.last_step
-        if now - self._last_shown < MIN_SECONDS_BETWEEN_LINES and not finished:
+        now, is_last = time.monotonic(), record["step"] == self.last_step
+        if now - self._last_shown < MIN_SECONDS_BETWEEN_LINES and not is_last:
             return
         self._last_shown = now
         if self.stream.isatty():
             self._show_bar(record)
         else:
             self.print_line(self.format_record(record))
-        if finished:
+        if is_last:
             self.close()
 
     def format_record(self, record: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from ssl_pretrain.system.exit_status import PROCESS_LOST
 
 TICK_SECONDS = 1.0
 COMPILE_FACTOR = 10.0  # a first step that compiles may take this many times its limit
-BUSY_FRACTION = 0.1  # of a core; a process that uses more counts as computing
+BUSY_FRACTION = 0.1  # a process that uses more than this fraction of a core counts as computing
 BACKUP_SECONDS = 60.0  # faulthandler waits this much longer than the watchdog
 
 

@@ -197,7 +197,7 @@ def test_an_exported_resnet50_has_the_names_of_detectron2(tmp_path):
 
 
 def test_a_resnet_built_from_exported_weights_has_the_features_of_timm():
-    """As in Detectron2, the stride is in the 3x3 convolution."""
+    """The stride is in the 3x3 convolution, as in Detectron2."""
     torch.manual_seed(0)
     model = timm.create_model("resnet50", num_classes=0, layers=(1, 1, 1, 1)).eval().double()
     arrays = {
