@@ -47,6 +47,7 @@ def load_run(
     checkpoint_path: str | Path | None = None,
     overrides: list[str] | None = None,
     device: str = "auto",
+    is_evaluated: bool = True,
 ) -> Run:
     """Load the network to evaluate from the newest intact checkpoint of a run.
 
@@ -57,6 +58,7 @@ def load_run(
         overrides: key=value settings of `data` and `evaluation`, such as data.root if the images
             have moved.
         device: A torch device, or auto for cuda if it is available and cpu otherwise.
+        is_evaluated: True to create the folder for the results of weights without a run.
 
     Raises:
         ValueError: If there is no run, it has no intact checkpoint, or the weights do not fit the
@@ -71,7 +73,7 @@ def load_run(
                 f"--checkpoint {checkpoint_path}: {run} is not a run and has no checkpoints; leave"
                 " the option out"
             )
-        return load_external_weights(str(run), overrides, torch.device(device))
+        return load_external_weights(str(run), overrides, torch.device(device), is_evaluated)
     if not path.is_dir():
         raise ValueError(f"{path}: no such run folder; give the `output` of a run's config")
     folder = Path(checkpoint_path) if checkpoint_path else newest_checkpoint(path)
@@ -115,7 +117,9 @@ def load_run(
     )
 
 
-def load_external_weights(weights: str, overrides: list[str], device: torch.device) -> Run:
+def load_external_weights(
+    weights: str, overrides: list[str], device: torch.device, is_evaluated: bool = True
+) -> Run:
     """Load a network that this project did not train. Its results go to the folder `output`.
 
     Image size, crop, interpolation, mean and standard deviation default to timm's values for this
@@ -126,6 +130,7 @@ def load_external_weights(weights: str, overrides: list[str], device: torch.devi
         overrides: key=value settings of the sections in `EXTERNAL_SECTIONS`. For a file of weights,
             backbone.name must be one of them.
         device: Device of the network.
+        is_evaluated: True to create the folder of the results.
 
     Raises:
         ValueError: If the name of the network is missing or the weights do not fit it.
@@ -147,10 +152,12 @@ def load_external_weights(weights: str, overrides: list[str], device: torch.devi
     _set_timm_defaults(run_config, name, overridden_keys)
     image_size_check.check(run_config.backbone, {"evaluation.image_size": size})
     path = Path(run_config.output or f"runs/{f'{name}.{tag}' if is_timm else Path(weights).stem}")
-    _write_config(path, run_config)
+    if is_evaluated:
+        _write_config(path, run_config)
     backbone: nn.Module = backbones.build(run_config.backbone, size)
     notes = initialize(backbone, run_config.backbone)
-    print_progress("; ".join([f"{weights}: {name} at {size} pixels", *notes, f"results in {path}"]))
+    destination = [f"results in {path}"] if is_evaluated else []
+    print_progress("; ".join([f"{weights}: {name} at {size} pixels", *notes, *destination]))
     return Run(
         path=path,
         config=run_config,

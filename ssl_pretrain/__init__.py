@@ -1,7 +1,21 @@
-"""Self-supervised pretraining of image backbones in plain torch.distributed."""
+"""Self-supervised pretraining of image backbones in plain torch.distributed.
+
+    import ssl_pretrain
+
+    run = ssl_pretrain.pretrain("photos/", output="runs/photos")
+    backbone, transform = ssl_pretrain.load_backbone(run)
+
+Importing this package imports no other. The functions are loaded when they are first used.
+"""
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
+if _TYPE_CHECKING:
+    from ssl_pretrain.api import Run, embed, list_methods, load_backbone, pretrain
+
+__all__ = ["Run", "__version__", "embed", "list_methods", "load_backbone", "pretrain"]
 __version__ = "0.1.0"
 
 # A checkout without symbolic links has no eval/, launch/ and configs/ inside this package.
@@ -9,3 +23,15 @@ __version__ = "0.1.0"
 _repository = _Path(__file__).resolve().parent.parent
 if not _Path(__file__).with_name("eval").is_dir() and (_repository / "pyproject.toml").is_file():
     __path__.append(str(_repository))
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ssl_pretrain import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

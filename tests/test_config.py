@@ -54,8 +54,9 @@ WRONG_OVERRIDES = {
     "write one such as 0.3 or 1e-6",
     "epochs=many": "run.yaml: epochs: 'many' is not a whole number; "
     "write one in decimal digits, such as 100",
-    "method.name=simclrr": "run.yaml: method.name: 'simclrr' is not a method; "
-    f"choose one of: {METHODS}",
+    "method.name=simclrr": "run.yaml: method.name: 'simclrr' is not a method. Did you mean "
+    f"'simclr'? Choose one of: {METHODS}; or give the module of a method of your own, as "
+    "package.module",
     "method.queue_size=3": "run.yaml: method.queue_size: no such key. "
     "Allowed: name, temperature, projector_dims, without_projector",
     "optim": "'optim': not an override; give key=value, such as optim.base_lr=0.3",

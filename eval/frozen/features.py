@@ -23,7 +23,7 @@ from ssl_pretrain.views import color
 MAX_RECALIBRATION_IMAGES = 10000
 RAW_SIZE = 32  # pixels; larger views are averaged down to this height and width
 MIN_UNSHIFTED_SIDE = 32  # pixels; images with a smaller shorter side are shifted by default
-ROWS = ("raw", "random", "pretrained")
+ROWS: tuple[str, ...] = ("raw", "random", "pretrained")
 
 Offset = tuple[int, int]  # pixels to the right and down
 # (split, offset) -> features (n, dim), labels (n,)

@@ -90,7 +90,13 @@ def build_method_on_meta(config: RunConfig) -> Method:
     """Build the run's method on the meta device, where its weights take no memory."""
     image_size = recipe.crop_per_view(config.views)[0].size
     with torch.device("meta"):
-        return config.method.build(backbones.build_on_meta(config.backbone, image_size))
+        method = config.method.build(backbones.build_on_meta(config.backbone, image_size))
+    if not isinstance(method, Method):
+        raise ValueError(
+            f"method.name: Config.build of {config.method.name} returns a "
+            f"{type(method).__name__}; return a ssl_pretrain.methods.base.Method"
+        )
+    return method
 
 
 def _try_method(config: RunConfig) -> None:
@@ -114,10 +120,24 @@ def _try_method(config: RunConfig) -> None:
             zeros = torch.zeros(num_images, dtype=torch.int64)  # in place of indices and labels
             images = [torch.zeros(num_images, 3, size, size) for size in sizes]
             try:
-                method(Batch(images, zeros, zeros))
+                _check_embeddings(config, method(Batch(images, zeros, zeros)), num_images)
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
                 if not timm_networks.is_meta_limitation(error):
                     raise _explain_forward_error(config, error, sizes) from None
+
+
+def _check_embeddings(config: RunConfig, embeddings: object, num_images: int) -> None:
+    """Raise ValueError unless the method returns a dict of tensors with one row per image."""
+    name = f"method.name: forward of {config.method.name} returns"
+    if not isinstance(embeddings, dict) or not embeddings:
+        raise ValueError(f"{name} a {type(embeddings).__name__}; return a dict of tensors by name")
+    for key, value in embeddings.items():
+        if not isinstance(value, torch.Tensor) or value.shape[:1] != (num_images,):
+            kind = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            raise ValueError(
+                f"{name} {key!r} with {kind} for {num_images} images; return tensors with one row "
+                "per image"
+            )
 
 
 def _explain_forward_error(config: RunConfig, error: Exception, sizes: list[int]) -> ValueError:

@@ -76,6 +76,10 @@ class Source(ABC):
         is worth trying.
         """
 
+    def explain_no_workers(self) -> str:
+        """Return why no worker process can read these images, or an empty string if one can."""
+        return ""
+
     @property
     def fingerprint(self) -> str:
         """Digest of the paths, labels and order, but not the pixels, as 16 hexadecimal digits.

@@ -235,6 +235,13 @@ def build(
     window_size = data.quasi_random_window if data.order == "quasi_random" else 0
     plan = BatchPlan(seed, len(source), global_batch_size, rank, world_size, window_size)
     num_workers = min(data.num_workers, process_group.cores_per_rank())
+    if num_workers and (reason := source.explain_no_workers()):
+        process_group.print_once(
+            f"data.num_workers: 0 instead of {data.num_workers}, because worker processes cannot "
+            f"read {source.full_path}: {reason}",
+            file=sys.stderr,
+        )
+        num_workers = 0
     reader = readers.build_reader(source, views, plan, kind, num_workers=num_workers, device=device)
     if reader.note:
         process_group.print_once(reader.note, file=sys.stderr)

@@ -12,27 +12,33 @@ and supervised methods need labels.
                       root: /data/train.csv          a list of paths, with or without labels
                       root: /data/train.beton        written by `ssl_pretrain.data.beton`; or a
                                                      folder with train.beton and val.beton
+    source: package.module:function                  images of a Python object: function(split)
 """
 
 import importlib.util
 import math
 import os
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ssl_pretrain import rng
+from ssl_pretrain.data import python_objects
 from ssl_pretrain.data.beton import beton_file
 from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.file_dataset import FileDataSet, SplitName
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.named_datasets import Digits, pack_cifar10
+from ssl_pretrain.data.python_source import PythonSource
 from ssl_pretrain.data.split_search import split_of
 from ssl_pretrain.schema import setting
+from ssl_pretrain.system import user_objects
 
+NAMED_SOURCES = ("digits", "cifar10", "folder")
 _ROOT_REMEDY = "give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
 _UNSUPPORTED_TABLES = (
     *(".parquet", ".feather", ".xlsx", ".xls", ".ods"),
@@ -44,11 +50,13 @@ _UNSUPPORTED_TABLES = (
 class DataConfig:
     """Configuration of the images and how they are read."""
 
-    source: Literal["digits", "cifar10", "folder"] = setting(
+    source: Literal["digits", "cifar10", "folder"] | str = setting(
         "folder",
         "Kind of data set. digits: the digits of scikit-learn, without a download. cifar10: the "
-        "archive of CIFAR-10. folder: images in a folder, a .zip, a list of files or a .beton.",
+        "archive of CIFAR-10. folder: images in a folder, a .zip, a list of files or a .beton. "
+        "package.module:function: a function that returns the images of 'train' or 'val'.",
     )
+    args: dict[str, Any] = setting({}, "Arguments of the function that source names.")
     root: str = setting(
         "", "Path of the data: a folder, a .zip, a list of files or a .beton.", on_resume="free"
     )
@@ -113,6 +121,18 @@ class DataConfig:
 
 def check(config: DataConfig) -> None:
     """Raise ValueError, naming the key, if a value is invalid."""
+    if config.source not in NAMED_SOURCES and ":" not in config.source:
+        close = get_close_matches(config.source, NAMED_SOURCES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"data.source: {config.source!r} is not known.{hint} Choose one of: "
+            f"{', '.join(NAMED_SOURCES)}, or give package.module:function"
+        )
+    if config.args and ":" not in config.source:
+        raise ValueError(
+            f"data.args: {config.source} takes no arguments; leave it out, or set data.source to "
+            "package.module:function"
+        )
     if not 0 <= config.max_replaced <= 1:
         raise ValueError(
             f"data.max_replaced: {config.max_replaced} must be a share between 0 and 1, such as "
@@ -144,11 +164,6 @@ def open_source(config: DataConfig, split: SplitName, classes: list[str] | None 
             f"split: {split!r} is not a split of a data set; choose one of: train, val"
         )
     check(config)
-    if config.source not in ("digits", "cifar10", "folder"):
-        raise ValueError(
-            f"data.source: {config.source!r} is not a source; choose one of: digits, cifar10, "
-            "folder"
-        )
     source = _open_all(config, split, classes)
     return _choose_subset(source, config.subset) if split == "train" else source
 
@@ -157,6 +172,8 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
     """Open all images of a split, without `data.subset`."""
     if config.source == "digits":
         return Digits(split)
+    if ":" in config.source:
+        return _open_python(config, split, classes)
     if (path := _beton_path(config, split)) is not None:
         return Beton(beton_file.read(path))
     train_beton = _beton_path(config, "train")
@@ -174,6 +191,18 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
     elif classes is None and (splits.val is not None or splits.train_error):
         classes = data_set.open_split("train", None).classes
     return data_set.open_split("val", classes)
+
+
+def _open_python(config: DataConfig, split: SplitName, classes: list[str] | None) -> Source:
+    """Open the images that a function of the user's returns."""
+    function = user_objects.find_object(config.source, "data.source")
+    source = python_objects.open_split(function, config.source, split, config.args)
+    if split == "train" or not isinstance(source, PythonSource):
+        return source
+    if classes is None:
+        train = python_objects.open_split(function, config.source, "train", config.args)
+        classes = train.classes
+    return source.with_classes(classes)
 
 
 def _open_files(config: DataConfig, has_train_beton: bool) -> FileDataSet:

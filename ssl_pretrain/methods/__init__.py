@@ -1,15 +1,20 @@
 """Methods, each found by the name of its file.
 
-`method.name: simclr` is methods/simclr.py. There is no list to edit.
+`method.name: simclr` is methods/simclr.py. There is no list to edit. A name with a dot is a module
+of the user's, such as `my_package.my_method`.
 """
 
+import dataclasses
 import importlib
 import pkgutil
+from difflib import get_close_matches
 from types import ModuleType
+
+from ssl_pretrain.system.user_objects import import_user_module
 
 
 def names() -> list[str]:
-    """Return the sorted names of all methods."""
+    """Return the sorted names of the methods in this package."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 
@@ -17,10 +22,39 @@ def find(name: str) -> ModuleType:
     """Return the module of a method, whose `Config` builds it.
 
     Raises:
-        ValueError: There is no such method. The message lists all.
+        ValueError: If there is no such method, or the user's module has no proper `Config`.
     """
+    if "." in name:
+        module = import_user_module(name, "method.name")
+        _check_config(module)
+        return module
     if name not in names():
+        close = get_close_matches(name.lower(), names(), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"method.name: {name!r} is not a method; choose one of: {', '.join(names())}"
+            f"method.name: {name!r} is not a method.{hint} Choose one of: {', '.join(names())}; or "
+            "give the module of a method of your own, as package.module"
         )
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def _check_config(module: ModuleType) -> None:
+    """Raise ValueError unless the module has a `Config` that builds a method."""
+    from ssl_pretrain.methods.base import MethodConfig
+
+    config = getattr(module, "Config", None)
+    remedy = "see CONTRIBUTING.md, `Add a method`"
+    if not (isinstance(config, type) and issubclass(config, MethodConfig)):
+        raise ValueError(
+            f"method.name: {module.__name__} has no class Config that extends "
+            f"ssl_pretrain.methods.base.MethodConfig; {remedy}"
+        )
+    if "__dataclass_fields__" not in vars(config) or not dataclasses.is_dataclass(config):
+        raise ValueError(
+            f"method.name: {module.__name__}.Config is not a dataclass; put @dataclass above it"
+        )
+    if config.build is MethodConfig.build:
+        raise ValueError(
+            f"method.name: {module.__name__}.Config has no method build(backbone) that returns the "
+            f"method; {remedy}"
+        )

@@ -19,6 +19,7 @@ from ssl_pretrain.models.timm_networks import (
     is_meta_limitation,
     native_size,
 )
+from ssl_pretrain.system.user_objects import OBJECT_PREFIX
 
 
 def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
@@ -64,12 +65,17 @@ def measure_feature_dim(config: BackboneConfig, build_size: int, size: int) -> i
             vector per image.
     """
     random_init = replace(config, init="random", init_key="", init_prefix="")
+    if config.name.startswith(OBJECT_PREFIX):  # the object can change between two runs
+        return _feature_dim(random_init, build_size, size)
     return _cached_feature_dim(yaml.safe_dump(asdict(random_init)), build_size, size)
 
 
 @lru_cache(maxsize=256)
 def _cached_feature_dim(config_yaml: str, build_size: int, size: int) -> int:
-    config = BackboneConfig(**yaml.safe_load(config_yaml))
+    return _feature_dim(BackboneConfig(**yaml.safe_load(config_yaml)), build_size, size)
+
+
+def _feature_dim(config: BackboneConfig, build_size: int, size: int) -> int:
     try:
         return _measure(config, build_size, size)
     except _WrongSizeError as error:

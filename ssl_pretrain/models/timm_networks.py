@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from ssl_pretrain.models import custom_network
 from ssl_pretrain.schema import setting
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -48,7 +49,11 @@ timm = _import_timm()
 class BackboneConfig:
     """Network to pretrain and its initial weights."""
 
-    name: str = setting("resnet50", "timm's name, such as resnet50 or vit_small_patch16_224.")
+    name: str = setting(
+        "resnet50",
+        "timm's name, such as resnet50 or vit_small_patch16_224. package.module:function: a "
+        "function that returns a network of your own.",
+    )
     stem: Literal["imagenet", "no_pool", "small"] = setting(
         "imagenet",
         "First layers of a ResNet. For small images, no_pool omits max-pooling, and small also "
@@ -77,6 +82,8 @@ def create(config: BackboneConfig, image_size: int) -> nn.Module:
         ValueError: If timm lacks the model or its weights or refuses an argument, or the stem
             cannot be changed.
     """
+    if custom_network.is_custom(config.name):
+        return _create_custom(config, image_size)
     _check_name(config.name)
     if config.args.get("in_chans", 3) != 3:
         raise ValueError(
@@ -90,6 +97,21 @@ def create(config: BackboneConfig, image_size: int) -> nn.Module:
     if config.stem != "imagenet":
         _shrink_stem(model, config.name, unit_stride=config.stem == "small")
     return model
+
+
+def _create_custom(config: BackboneConfig, image_size: int) -> nn.Module:
+    """Create a network of the user's, and refuse settings that only networks of timm have."""
+    remedy = f"which are for networks of timm, not for {config.name}; leave it out"
+    if config.stem != "imagenet":
+        raise ValueError(f"backbone.stem: {config.stem} changes the first layers, {remedy}")
+    if config.drop_path:
+        raise ValueError(
+            f"backbone.drop_path: {config.drop_path} is for networks of timm, not for "
+            f"{config.name}; set it in backbone.args"
+        )
+    if config.init.startswith("timm:"):
+        raise ValueError(f"backbone.init: {config.init} names weights, {remedy}")
+    return custom_network.create(config.name, config.args, image_size)
 
 
 def _construct(config: BackboneConfig, args: dict[str, Any]) -> nn.Module:
@@ -125,6 +147,8 @@ def size_arguments(name: str, image_size: int) -> dict[str, Any]:
 
     If the constructor supports it, the network also accepts other sizes.
     """
+    if custom_network.is_custom(name):
+        return {}
     arguments = {"img_size": image_size, "dynamic_img_size": True, "strict_img_size": False}
     return {key: value for key, value in arguments.items() if key in constructor_arguments(name)}
 
@@ -175,6 +199,8 @@ def pretrained_cfg(name: str) -> Any:
     Raises:
         ValueError: If timm has no such model.
     """
+    if custom_network.is_custom(name):
+        return timm.models.PretrainedCfg()
     _check_name(name)
     return timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
 

@@ -347,7 +347,8 @@ class TestErrorMessages:
             "give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
         )
         assert error_of(open_split, tmp_path, source="cifar") == (
-            "data.source: 'cifar' is not a source; choose one of: digits, cifar10, folder"
+            "data.source: 'cifar' is not known. Did you mean 'cifar10'? Choose one of: digits, "
+            "cifar10, folder, or give package.module:function"
         )
 
     def test_an_empty_data_set_is_explained(self, tmp_path, open_split):

@@ -1,0 +1,63 @@
+"""The transform that turns an image into the input of a pretrained backbone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_pretrain.data.image_values import to_rgb
+from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.views import color, crops
+from ssl_pretrain.views.recipe import Interpolation
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Resize, crop and normalize an image, as the evaluations of its run do.
+
+    Calling it maps an image to a float32 tensor (3, size, size). The image is a PIL image, a path,
+    an array (height, width, 3) or a tensor (3, height, width).
+
+    Attributes:
+        size: Height and width of the result in pixels.
+        crop_ratio: Side of the central crop as a share of the resized shorter side.
+        interpolation: Interpolation of the resize.
+        mean: Mean that is subtracted from each color channel, for pixels in [0, 1].
+        std: Divisor of each color channel.
+    """
+
+    size: int
+    crop_ratio: float
+    interpolation: Interpolation
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of_run(cls, run: Run) -> "ImageTransform":
+        """Return the transform of a run's evaluations."""
+        evaluation, views = run.config.evaluation, run.config.views
+        return cls(
+            run.image_size,
+            evaluation.crop_ratio,
+            evaluation.interpolation,
+            tuple(views.mean),
+            tuple(views.std),
+        )
+
+    def __call__(self, image: Any) -> Tensor:
+        """Return the input of the backbone, float32 (3, size, size).
+
+        Raises:
+            ValueError: If the object is not an image.
+        """
+        pixels = torch.from_numpy(to_rgb(image, "the image")).permute(2, 0, 1)
+        return self.normalize(self.crop(pixels)[None])[0]
+
+    def crop(self, pixels: Tensor) -> Tensor:
+        """Resize and crop an image, uint8 (3, height, width), to uint8 (3, size, size)."""
+        return crops.evaluation_view(pixels, self.size, self.crop_ratio, self.interpolation)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Normalize cropped images, uint8 (n, 3, size, size), to float32 of the same shape."""
+        return color.normalize(pixels, list(self.mean), list(self.std))

@@ -1,0 +1,128 @@
+"""The evaluations by name, for programs. Each has a command line of its own as well."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssl_pretrain.eval import corruptions, finetune, knn, results, retrieval, robustness, semi
+from ssl_pretrain.eval import spectrum as spectrum_module
+from ssl_pretrain.eval.finetuning.selection import FinetuningOptions
+from ssl_pretrain.eval.frozen import cached_linear, published_linear
+from ssl_pretrain.eval.runs import Run
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of an evaluation.
+
+    Attributes:
+        name: Name of the evaluation.
+        measure: Name and unit of the numbers, such as "accuracy, %".
+        table: The numbers, as `table[features][column]`. The features are "raw pixels",
+            "random (better of two)", "pretrained", and others.
+        protocol: Everything a reader needs to reproduce the numbers.
+        path: File that contains all of this.
+    """
+
+    name: str
+    measure: str
+    table: dict[str, dict[str, float]]
+    protocol: dict[str, Any]
+    path: Path
+
+    def __str__(self) -> str:
+        columns = list(dict.fromkeys(name for row in self.table.values() for name in row))
+        rows = [
+            [features, *(f"{row[name]:.1f}" if name in row else "-" for name in columns)]
+            for features, row in self.table.items()
+        ]
+        return results.format_table([self.measure, *columns], rows)
+
+
+def evaluate(run: Run, name: str, **settings: Any) -> Evaluation:
+    """Run an evaluation and return its result, which is also saved to the run's folder.
+
+    Args:
+        run: Run to evaluate.
+        name: Name of the evaluation, one of `EVALUATIONS`.
+        settings: Settings of the evaluation.
+
+    Raises:
+        ValueError: If there is no such evaluation or setting, or the images have no labels.
+    """
+    if name not in EVALUATIONS:
+        raise ValueError(
+            f"evaluate: {name!r} is not an evaluation; choose one of: {', '.join(EVALUATIONS)}"
+        )
+    function = EVALUATIONS[name]
+    allowed = list(inspect.signature(function).parameters)[1:]
+    if unknown := [setting for setting in settings if setting not in allowed]:
+        allowed_text = f"choose among: {', '.join(allowed)}" if allowed else "it has none"
+        raise ValueError(f"evaluate: {name} has no setting {unknown[0]!r}; {allowed_text}")
+    result = function(run, **settings)
+    return Evaluation(
+        name,
+        result["measure"],
+        {row["features"]: row["metrics"] for row in result["rows"]},
+        result["protocol"],
+        run.path / "eval" / result["checkpoint"] / f"{result['name']}.json",
+    )
+
+
+def linear(
+    run: Run,
+    protocol: str = "cached",
+    epochs: int | None = None,
+    labels_per_class: Sequence[int] = (),
+    rows: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Train linear classifiers on frozen features, cached or by a published protocol."""
+    if protocol == "cached":
+        arguments = {"rows": rows} if rows else {}
+        return cached_linear.evaluate(run, epochs or 50, labels_per_class, **arguments)
+    if labels_per_class:
+        raise ValueError(
+            f"evaluate: linear with protocol {protocol!r} does not take labels_per_class; leave it "
+            "out"
+        )
+    options = published_linear.LinearOptions(protocol_name=protocol, epochs=epochs)
+    return published_linear.evaluate(run, options, rows or ["pretrained"])
+
+
+def fine_tuning(
+    run: Run, protocol: str = "simclr", epochs: float | None = None, batch_size: int | None = None
+) -> dict[str, Any]:
+    """Train the whole network on all labels."""
+    options = FinetuningOptions(epochs=epochs, batch_size=batch_size)
+    return finetune.evaluate(run, protocol, options)
+
+
+def few_label_fine_tuning(
+    run: Run,
+    percentages: Sequence[float] = (1, 10),
+    epochs: float | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Train the whole network on small shares of the labels."""
+    options = FinetuningOptions(epochs=epochs, batch_size=batch_size)
+    return semi.evaluate(run, options, list(percentages))
+
+
+def corrupted_images(
+    run: Run, corruption_names: Sequence[str] = tuple(corruptions.NAMES), max_images: int = 2000
+) -> dict[str, Any]:
+    """Measure the accuracy on corrupted test images."""
+    return robustness.evaluate(run, list(corruption_names), max_images)
+
+
+EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "knn": knn.evaluate,
+    "linear": linear,
+    "semi": few_label_fine_tuning,
+    "finetune": fine_tuning,
+    "retrieval": retrieval.evaluate,
+    "robustness": corrupted_images,
+    "spectrum": spectrum_module.evaluate,
+}

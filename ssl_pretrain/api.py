@@ -1,0 +1,328 @@
+"""The Python API: pretrain on your images, load the backbone, evaluate it and embed images."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from ssl_pretrain import config as configuration
+from ssl_pretrain import methods, schema
+from ssl_pretrain.checkpoint.folder import is_finished
+from ssl_pretrain.config import RunConfig
+from ssl_pretrain.data import python_objects, readers, sources
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.eval import report, runs
+from ssl_pretrain.eval.image_transform import ImageTransform
+from ssl_pretrain.eval.named_evaluations import Evaluation, evaluate
+from ssl_pretrain.planning import run_settings
+from ssl_pretrain.system import output_streams, stop_signals, user_objects
+from ssl_pretrain.train import train_and_report
+
+DATA_OBJECT = "data"  # name of the images that a program passes to `pretrain`
+
+
+@dataclass(frozen=True)
+class Run:
+    """A pretraining run in a folder, as `pretrain` returns it.
+
+    Args:
+        path: Folder of the run.
+        objects: Data sets and networks of this program that the configuration refers to.
+
+    Raises:
+        ValueError: If the folder contains no run.
+
+    Example:
+        >>> run = ssl_pretrain.pretrain("digits", epochs=1, output=folder)
+        >>> ssl_pretrain.Run(folder).config.method.name
+        'simclr'
+    """
+
+    path: Path
+    objects: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __init__(self, path: str | Path, objects: Mapping[str, Any] | None = None):
+        object.__setattr__(self, "path", Path(path))
+        object.__setattr__(self, "objects", dict(objects or {}))
+        if not (self.path / "config.yaml").is_file():
+            raise ValueError(f"{path}: contains no run; give the output folder of one")
+
+    @property
+    def config(self) -> RunConfig:
+        """Configuration of the run."""
+        return _read_config(self.path)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Records of the training, one per `log.every_steps` steps."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def is_finished(self) -> bool:
+        """True if the run has done all its steps."""
+        return is_finished(self.path)
+
+    def backbone(self, device: str = "auto") -> nn.Module:
+        """Return the pretrained backbone in evaluation mode, from the newest checkpoint.
+
+        It maps normalized images (n, 3, size, size) to features (n, dim). Its attribute `transform`
+        turns an image into such an input.
+
+        Args:
+            device: A torch device, or auto for cuda if it is available and cpu otherwise.
+        """
+        return load_backbone(self, device=device)[0]
+
+    def evaluate(self, name: str = "knn", **settings: Any) -> Evaluation:
+        """Evaluate the newest checkpoint beside raw pixels and a random backbone.
+
+        Args:
+            name: "knn", "linear", "semi", "finetune", "retrieval", "robustness" or "spectrum".
+            settings: Settings of that evaluation, such as `k=20` of "knn".
+
+        Returns:
+            The numbers with their protocol. Printing it shows the table.
+
+        Raises:
+            ValueError: If there is no such evaluation or setting, or the images have no labels.
+        """
+        with user_objects.provide(self.objects):
+            return evaluate(runs.load_run(self.path), name, **settings)
+
+    def report(self) -> Path:
+        """Write report.html, a page with the curves, views and neighbors, and return its path."""
+        with user_objects.provide(self.objects):
+            return report.write(runs.load_run(self.path))
+
+
+def pretrain(
+    data: Any,
+    method: str | None = None,
+    backbone: str | nn.Module | None = None,
+    output: str | Path | None = None,
+    *,
+    val: Any = None,
+    config: str | Path | None = None,
+    **overrides: Any,
+) -> Run:
+    """Pretrain a backbone on images without labels, in this process.
+
+    What is not given is chosen for the images and this machine, and the reasons are printed. The
+    same call resumes a run that was stopped.
+
+    Args:
+        data: Path of a folder, a zip or a list of files; a torch `Dataset`, a Hugging Face dataset,
+            or an array (n, height, width, 3) of images; or "digits" for the built-in data set.
+            Labels are only used by evaluations.
+        method: Name of the method, by default SimCLR, or `package.module` of your own.
+        backbone: timm's name of the network, `package.module:function`, or a module that maps
+            images to features. The module itself is not changed.
+        output: Folder of the run, by default runs/METHOD_DATA.
+        val: Images for evaluations, of the same kinds as `data`.
+        config: Name of a shipped recipe, such as "simclr_cifar10", or path of a YAML, instead of
+            the chosen settings.
+        overrides: Other settings, such as `epochs=100`, `optim={"base_lr": 0.3}` or
+            `optim__base_lr=0.3`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ValueError: If the data or a setting is wrong. The message names it and the remedy.
+        KeyboardInterrupt: If the run was asked to stop. It has saved a checkpoint.
+
+    Example:
+        >>> run = ssl_pretrain.pretrain("digits", epochs=1, output=folder)
+        >>> run.is_finished
+        True
+    """
+    objects: dict[str, Any] = {}
+    data_values = _data_values(data, val, objects)
+    overrides = run_settings.build_tree(overrides)
+    if isinstance(backbone, nn.Module):
+        objects[type(backbone).__name__] = backbone
+        backbone = f"{user_objects.OBJECT_PREFIX}{type(backbone).__name__}"
+    if backbone is not None:
+        overrides = schema.merge({"backbone": {"name": backbone}}, overrides)
+    with user_objects.provide(objects):
+        folder = Path(output or f"runs/{method or 'simclr'}_{_name_of(data)}")
+        _train(run_settings.choose(folder, config, method, data_values, overrides))
+    return Run(folder, objects)
+
+
+def load_backbone(
+    run: Run | str | Path, *, device: str = "auto", **overrides: Any
+) -> tuple[nn.Module, ImageTransform]:
+    """Load a pretrained backbone and the transform of its images.
+
+    Args:
+        run: A run, its folder, a file of weights, or `timm:TAG`.
+        device: A torch device, or auto for cuda if it is available and cpu otherwise.
+        overrides: For a file of weights, `backbone="resnet50"` and other settings.
+
+    Returns:
+        The backbone in evaluation mode, which maps (n, 3, size, size) to features (n, dim), and the
+        transform from an image to (3, size, size).
+
+    Raises:
+        ValueError: If there is no run or file, or the weights do not fit the network.
+
+    Example:
+        >>> run = ssl_pretrain.pretrain("digits", epochs=1, output=folder)
+        >>> backbone, transform = ssl_pretrain.load_backbone(run, device="cpu")
+        >>> backbone(transform(np.zeros((8, 8), np.uint8))[None]).shape
+        torch.Size([1, 512])
+    """
+    if isinstance(overrides.get("backbone"), str):
+        overrides["backbone"] = {"name": overrides["backbone"]}
+    arguments = [
+        f"{key}={value}"
+        for key, value in schema.flatten(run_settings.build_tree(overrides)).items()
+    ]
+    objects, path = (run.objects, run.path) if isinstance(run, Run) else ({}, run)
+    with user_objects.provide(objects):
+        loaded = runs.load_run(path, None, arguments, device, is_evaluated=False)
+    transform = ImageTransform.of_run(loaded)
+    loaded.backbone.transform = transform  # type: ignore[assignment]
+    return loaded.backbone, transform
+
+
+def embed(
+    backbone: nn.Module | Run | str | Path,
+    images: Any,
+    *,
+    transform: ImageTransform | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> np.ndarray:
+    """Return the features of images, float32 (n, dim), in their order.
+
+    Args:
+        backbone: A backbone of `load_backbone`, a run, or the folder of one.
+        images: Path of a folder, zip or list of files, a data set, an array, or a list of images.
+        transform: Transform of the images, by default the backbone's own.
+        batch_size: Images per forward pass.
+        num_workers: Processes that read the images. With 0, this process reads them.
+
+    Raises:
+        ValueError: If there is no image, too many are unreadable, or the transform is missing.
+
+    Example:
+        >>> run = ssl_pretrain.pretrain("digits", epochs=1, output=folder)
+        >>> ssl_pretrain.embed(run, np.zeros((2, 8, 8), np.uint8)).shape
+        (2, 512)
+    """
+    network = backbone if isinstance(backbone, nn.Module) else load_backbone(backbone)[0]
+    transform = transform or getattr(network, "transform", None)
+    if transform is None:
+        raise ValueError(
+            "embed: this backbone has no transform; give the one that load_backbone returned with "
+            "it, as transform="
+        )
+    source = _open_images(images)
+    device = next(network.parameters()).device
+    features = []
+    with torch.inference_mode():
+        for pixels, _ in readers.read_images(source, None, transform.crop, batch_size, num_workers):
+            features.append(network(transform.normalize(pixels.to(device))).float().cpu())
+    return torch.cat(features).numpy()
+
+
+def list_methods() -> list[str]:
+    """Return the names of the methods.
+
+    Example:
+        >>> "dino" in ssl_pretrain.list_methods()
+        True
+    """
+    return methods.names()
+
+
+def _data_values(data: Any, val: Any, objects: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the section `data`, and add a Python object to `objects`.
+
+    Raises:
+        ValueError: If the data is not a data set of images.
+    """
+    if isinstance(data, (str, Path)):
+        if val is not None and not isinstance(val, (str, Path)):
+            raise ValueError("val: is an object, but data is a path; give both in the same way")
+        named = {"digits", "cifar10"} & {str(data)} if not Path(data).exists() else set()
+        source = {"source": named.pop()} if named else {"source": "folder", "root": str(data)}
+        return source | ({} if val is None else {"val": os.path.abspath(val)})
+    splits = {"train": python_objects.open_object(data), "val": None}
+    if val is not None:
+        splits["val"] = python_objects.open_object(val, "val")
+    objects[DATA_OBJECT] = splits.get
+    return {"source": f"{user_objects.OBJECT_PREFIX}{DATA_OBJECT}"}
+
+
+def _name_of(data: Any) -> str:
+    """Return a short name of the data for the run's folder."""
+    if isinstance(data, (str, Path)):
+        return Path(data).resolve().stem
+    return type(data).__name__.lower()
+
+
+def _open_images(images: Any) -> Source:
+    """Open images to embed."""
+    if isinstance(images, (str, Path)):
+        return sources.open_source(DataConfig(root=str(images)), "train")
+    return python_objects.open_object(images, "images")
+
+
+def _read_config(folder: Path) -> RunConfig:
+    path = folder / "config.yaml"
+    return configuration.from_dict(yaml.safe_load(path.read_text()), str(path))
+
+
+def _train(config: RunConfig) -> None:
+    """Train in this process.
+
+    Raises:
+        KeyboardInterrupt: If the run was asked to stop before its end.
+    """
+    settings = config.parallel
+    with (
+        stop_signals.temporary_signal_handlers(),
+        output_streams.tolerate_lost_output(),
+        _restored_torch_settings(),
+    ):
+        device = process_group.start(
+            settings.threads, settings.deterministic, settings.timeout_seconds
+        )
+        num_gpus = torch.cuda.device_count()
+        if num_gpus > 1 and process_group.world_size() == 1:
+            process_group.print_once(
+                f"this process uses one of {num_gpus} GPUs. To use them all, run: "
+                f"torchrun --nproc-per-node {num_gpus} {sys.argv[0] or 'SCRIPT.py'}"
+            )
+        outcome = train_and_report(config, device, stop_after=None, preempt_at=None)
+    if outcome.step < outcome.num_steps:
+        raise KeyboardInterrupt(
+            f"stopped after step {outcome.step} of {outcome.num_steps}; the same call resumes it"
+        )
+
+
+@contextmanager
+def _restored_torch_settings() -> Iterator[None]:
+    """Restore torch's number of threads and its determinism, which a run sets."""
+    num_threads = torch.get_num_threads()
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+        torch.use_deterministic_algorithms(is_deterministic)

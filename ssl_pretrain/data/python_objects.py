@@ -1,0 +1,210 @@
+"""Open the Python objects that contain images: arrays, torch data sets, Hugging Face data sets."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from operator import getitem
+from typing import Any
+
+import numpy as np
+import torch
+
+from ssl_pretrain.data.image_source import NoSuchSplit, Source
+from ssl_pretrain.data.image_values import ALLOWED_IMAGES, to_levels
+from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.messages import report_progress
+from ssl_pretrain.data.python_source import PythonSource
+
+IMAGE_KEYS = ("image", "img", "pixel_values")  # usual names of an item's image
+LABEL_KEYS = ("label", "fine_label")
+
+
+def open_object(data: Any, name: str = "data") -> Source:
+    """Return a source of the images of a Python object.
+
+    Args:
+        data: A `Source`, an array or tensor of images, a Hugging Face data set, or any object with
+            a length and items, such as a torch `Dataset` or a list. An item is an image, a pair of
+            image and label, or a dict with the key `image` and perhaps `label`.
+            A pair of arrays contains images and labels.
+        name: Name of the data set, for messages.
+
+    Raises:
+        ValueError: If the object is not a data set of images.
+    """
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, (np.ndarray, torch.Tensor)):
+        return _open_array(data, None, name)
+    if isinstance(data, tuple) and len(data) == 2 and np.ndim(data[1]) == 1:
+        return _open_array(data[0], data[1], name)
+    if hasattr(data, "features") and hasattr(data, "column_names"):
+        return _open_hugging_face(data, name)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
+        return _open_dataset(data, name)
+    raise ValueError(
+        f"{name}: an object of type {type(data).__name__} is not a data set; give a path, an "
+        "array, a torch Dataset with a length, or a Hugging Face dataset"
+    )
+
+
+def _open_array(images: Any, labels: Any, name: str) -> PythonSource:
+    is_tensor = isinstance(images, torch.Tensor)
+    values = images.detach().cpu().numpy() if is_tensor else np.asarray(images)
+    if values.ndim not in (3, 4):
+        raise ValueError(
+            f"{name} has the shape {values.shape}; give (n, height, width, 3), (n, 3, height, "
+            "width) or (n, height, width)"
+        )
+    levels = to_levels(values, name)
+    stack = torch.from_numpy(levels) if is_tensor and levels.ndim == 4 else levels
+    identity = hashlib.sha256(np.ascontiguousarray(levels).data).digest()
+    return PythonSource(name, partial(getitem, stack), labels, len(levels), identity=identity)
+
+
+def _open_hugging_face(data: Any, name: str) -> PythonSource:
+    """Open a `datasets.Dataset`, recognized by its features and columns."""
+    if isinstance(data, Mapping):
+        raise ValueError(
+            f"{name}: this Hugging Face dataset has several splits ({', '.join(data)}); give one "
+            "of them, such as data['train'], and another as val"
+        )
+    kinds = {column: type(feature).__name__ for column, feature in data.features.items()}
+    image_column = _choose_column(kinds, "Image", IMAGE_KEYS)
+    if image_column is None:
+        raise ValueError(
+            f"{name}: no column of this Hugging Face dataset contains images ({', '.join(kinds)}); "
+            "cast one with dataset.cast_column('image', datasets.Image())"
+        )
+    label_column = _choose_column(kinds, "ClassLabel", LABEL_KEYS)
+    labels, classes = None, None
+    if label_column is not None:
+        labels = list(data[label_column])
+        classes = getattr(data.features[label_column], "names", None)
+    identity = str(getattr(data, "_fingerprint", "")).encode()
+    read = partial(_read_column, data.select_columns([image_column]), image_column)
+    return PythonSource(name, read, labels, len(data), classes, identity)
+
+
+def _choose_column(kinds: Mapping[str, str], kind: str, usual_names: Sequence[str]) -> str | None:
+    """Return the first column of a kind, or else a column with a usual name."""
+    columns = [column for column, column_kind in kinds.items() if column_kind == kind]
+    columns += [column for column in usual_names if column in kinds]
+    return columns[0] if columns else None
+
+
+def _read_column(data: Any, column: str, index: int) -> Any:
+    image = data[index][column]
+    return np.asarray(image) if isinstance(image, list) else image
+
+
+def _open_dataset(data: Any, name: str) -> PythonSource:
+    """Open an object with a length and items, such as a torch `Dataset`."""
+    if not len(data):
+        raise ValueError(f"{name} contains no image; give one with images")
+    first = next(_items(data, name))
+    _image_of(first, f"{name}[0]")
+    labels, classes = None, None
+    if _label_of(first) is not None:
+        labels, classes = _stored_labels(data)
+        if labels is None:  # the images have to be read
+            items = report_progress(_items(data, name), len(data), "read labels of")
+            labels = [_label_of(item) for item in items]
+    read = partial(_read_item, data, name)
+    identity = f"{type(data).__module__}.{type(data).__qualname__}".encode()
+    return PythonSource(name, read, labels, len(data), classes, identity)
+
+
+def _items(data: Any, name: str) -> Iterator[Any]:
+    """Yield the items of a data set, and name the item in errors."""
+    for index in range(len(data)):
+        try:
+            yield data[index]
+        except Exception as error:  # a user's data set can raise anything
+            raise ValueError(f"{name}[{index}]: {type(error).__name__}: {error}") from error
+
+
+def _read_item(data: Any, name: str, index: int) -> Any:
+    return _image_of(data[index], f"{name}[{index}]")
+
+
+def _image_of(item: Any, name: str) -> Any:
+    """Return the image of an item, which may be the item itself.
+
+    Raises:
+        ValueError: If the item contains no image.
+    """
+    if isinstance(item, Mapping):
+        key = next((key for key in IMAGE_KEYS if key in item), None)
+        if key is None:
+            raise ValueError(
+                f"{name} has the keys {', '.join(map(str, item))}; call the image 'image'"
+            )
+        return item[key]
+    image = item[0] if isinstance(item, (tuple, list)) and item else item
+    attributes = ("__array__", "__fspath__", "convert")  # arrays and tensors, paths, PIL images
+    if isinstance(image, (str, bytes)) or any(hasattr(image, name) for name in attributes):
+        return image
+    raise ValueError(
+        f"{name} is of type {type(image).__name__}, not an image; give {ALLOWED_IMAGES}"
+    )
+
+
+def _label_of(item: Any) -> Any:
+    """Return the label of an item, or None if it has none."""
+    if isinstance(item, Mapping):
+        return next((item[key] for key in LABEL_KEYS if key in item), None)
+    is_pair = isinstance(item, (tuple, list)) and len(item) == 2
+    return item[1] if is_pair else None
+
+
+def _stored_labels(data: Any) -> tuple[Sequence[Any] | None, Sequence[str] | None]:
+    """Return the labels and class names that a data set stores, without reading its images.
+
+    torchvision's data sets store them, and a `torch.utils.data.Subset` refers to another data set.
+    """
+    if isinstance(data, torch.utils.data.Subset):
+        labels, classes = _stored_labels(data.dataset)
+        return None if labels is None else [labels[index] for index in data.indices], classes
+    classes = getattr(data, "classes", None)
+    for attribute in ("targets", "labels"):
+        labels = getattr(data, attribute, None)
+        if labels is not None and hasattr(labels, "__len__") and len(labels) == len(data):
+            return labels, classes
+    return None, classes
+
+
+def open_split(function: Any, reference: str, split: str, arguments: Mapping[str, Any]) -> Source:
+    """Call the user's function that `data.source` names, and open what it returns.
+
+    Args:
+        function: Function from "train" or "val" to the images of that split, or None if there are
+            none.
+        reference: Value of `data.source`, for messages.
+        split: "train" or "val".
+        arguments: Value of `data.args`, which are further arguments of the function.
+
+    Raises:
+        NoSuchSplit: If there is no validation split.
+        ValueError: If the function fails or does not return images.
+    """
+    call = ", ".join([repr(split), *(f"{name}={value!r}" for name, value in arguments.items())])
+    if not callable(function):
+        raise ValueError(
+            f"data.source: {reference} is of type {type(function).__name__}, not a function; give "
+            "a function that returns the images of 'train' or 'val'"
+        )
+    try:
+        images = function(split, **arguments)
+    except (NoSuchSplit, UnreadableImage):
+        raise
+    except Exception as error:  # a user's function can raise anything
+        raise ValueError(
+            f"data.source: {reference}({call}) fails: {type(error).__name__}: {error}"
+        ) from error
+    if images is None and split == "val":
+        raise NoSuchSplit(f"data.source: {reference} has no validation images")
+    if images is None:
+        raise ValueError(f"data.source: {reference}({call}) returns None; return the images")
+    name = reference if split == "train" else f"{reference}({split!r})"
+    return open_object(images, name)

@@ -1,0 +1,94 @@
+"""Settings of a run that a program starts, below those that its caller gives."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl_pretrain import config as configuration
+from ssl_pretrain import schema
+from ssl_pretrain.checkpoint.folder import list_checkpoints
+from ssl_pretrain.config import RunConfig
+from ssl_pretrain.data import source_report, sources, suggestion
+from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.system import user_objects
+
+
+def choose(
+    folder: Path,
+    config: str | Path | None,
+    method: str | None,
+    data: dict[str, Any],
+    overrides: dict[str, Any],
+) -> RunConfig:
+    """Return the configuration of a run.
+
+    Args:
+        folder: Folder of the run. If it contains a run already, its settings are kept.
+        config: Name of a shipped recipe or path of a YAML, or None to choose the settings.
+        method: Name of the method, or None for that of the recipe or of the run so far.
+        data: Values of the section `data`.
+        overrides: The caller's settings, as a tree.
+
+    Raises:
+        ValueError: If a setting is wrong, or the folder contains a run of another method.
+    """
+    values = _base_values(folder, config, method, data, overrides)
+    values = schema.merge(schema.merge(values, {"data": data}), overrides)
+    return configuration.from_dict(values | {"output": str(folder)}, "pretrain")
+
+
+def build_tree(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as a tree. A double underscore or a dot separates a section from its key."""
+    tree: dict[str, Any] = {}
+    for key, value in overrides.items():
+        for name in reversed(key.replace("__", ".").split(".")):
+            value = {name: value}
+        tree = schema.merge(tree, value)
+    return tree
+
+
+def _base_values(
+    folder: Path,
+    config: str | Path | None,
+    method: str | None,
+    data: dict[str, Any],
+    overrides: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the settings below the caller's: of the run so far, of a recipe, or chosen ones.
+
+    Raises:
+        ValueError: If the folder contains a run of another method.
+    """
+    if config is not None:
+        values = configuration.to_dict(configuration.load(config))
+    elif list_checkpoints(folder):
+        values = yaml.safe_load((folder / "config.yaml").read_text())
+    else:
+        return _suggested_values(method or "simclr", data, overrides)
+    name = values["method"]["name"]
+    if method not in (None, name):
+        origin = f"config {config}" if config is not None else f"output {folder}"
+        remedy = "config" if config is not None else "output"
+        raise ValueError(
+            f"method: {origin} is of {name}, not of {method}; leave out the method, or give "
+            f"another {remedy}"
+        )
+    return values
+
+
+def _suggested_values(
+    method: str, data: dict[str, Any], overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Choose the settings for the images and this machine."""
+    data_config = DataConfig(**schema.merge(data, overrides.get("data", {})))
+    source = sources.open_source(data_config, "train")
+    statistics = source_report.measure_images(source)
+    text = suggestion.suggest_config(data_config, source, statistics)
+    process_group.print_once(text)
+    values: dict[str, Any] = yaml.safe_load(text)
+    if data_config.source.startswith(user_objects.OBJECT_PREFIX):
+        values = schema.merge(values, {"data": {"num_workers": 0}})
+    return values
