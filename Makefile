@@ -3,7 +3,7 @@
 setup := bash docker/setup.sh
 python := .venv/bin/python
 
-.PHONY: help demo test test-lowest test-slurm test-reliability test-full gpu-kit lint env ffcv requirements clean
+.PHONY: help demo test test-lowest test-slurm test-reliability test-full gpu-kit lint docs docs-serve env ffcv requirements clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -39,6 +39,13 @@ lint: env  ## check style, format, types and the layers of imports
 	@$(python) -m mypy
 	@.venv/bin/lint-imports
 
+docs: env  ## build the docs site into site/, where any warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
+	@echo "Open site/index.html in a browser."
+
+docs-serve: env  ## show the docs site while you write it
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs serve
+
 env: .venv/.package .venv/.ffcv  ## install what is missing
 	@if [ -s .venv/.ffcv ]; then echo "Without FFCV, images are read from folders; \`make ffcv\` says why and tries again."; fi
 
@@ -49,7 +56,7 @@ requirements: .venv/.python  ## pin docker/requirements*.txt again from pyprojec
 	@$(setup) pin $(UPGRADE)
 
 clean:  ## remove both environments and all caches of this folder, but not runs/
-	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache build ssl_pretrain.egg-info
+	rm -rf site .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache build ssl_pretrain.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.python: docker/setup.sh docker/requirements.txt docker/requirements-uv.txt

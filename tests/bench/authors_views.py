@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/bench/authors_views.py --data ../shared/data/imagenet_sample.zip
 
-It prints the three tables of docs/methods.md:
+It prints the three tables of docs/departures.md:
 
 1. Differences of each operation from the authors' (tests/views/authors.py) on the same images and
    random numbers, in gray levels of 255. One column is for torchvision's functions, which a crop
