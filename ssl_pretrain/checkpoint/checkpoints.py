@@ -158,7 +158,7 @@ class Checkpoints:
         if manifest.get("data", self.facts.data) != self.facts.data:
             raise ValueError(
                 f"data.root: the training images are not those that {self.run} was trained on "
-                "(the lists of files differ); give that data set, or a new output with "
+                "(their files, labels or pixels differ); give that data set, or a new output with "
                 f"backbone.init={self.run}"
             )
         machine = self._describe_machine()

@@ -1,13 +1,14 @@
 """Methods, each found by the name of its file.
 
-`method.name: simclr` is methods/simclr.py. There is no list to edit. A name with a dot is a module
-of the user's, such as `my_package.my_method`.
+`method.name: simclr` is methods/simclr.py. There is no list to edit. A name with a dot, such as
+`my_package.my_method`, or of a file in the current folder is a module of the user's.
 """
 
 import dataclasses
 import importlib
 import pkgutil
 from difflib import get_close_matches
+from pathlib import Path
 from types import ModuleType
 
 from ssl_pretrain.system.user_objects import import_user_module
@@ -24,7 +25,8 @@ def find(name: str) -> ModuleType:
     Raises:
         ValueError: If there is no such method, or the user's module has no proper `Config`.
     """
-    if "." in name:
+    is_file = Path(f"{name}.py").is_file() and name not in names()
+    if "." in name or is_file:
         module = import_user_module(name, "method.name")
         _check_config(module)
         return module
