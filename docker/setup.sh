@@ -137,11 +137,11 @@ step_lowest() {
 step_pin() {
     local compile=("$uv" pip compile --quiet --universal --generate-hashes --no-header --no-annotate "$@") name skip=()
     local newest=("${compile[@]}" --python-version 3.11)
-    "${newest[@]}" pyproject.toml --extra faiss --extra onnx --extra detection --extra dashboard --extra bench --extra dev -o docker/requirements.txt >/dev/null
+    "${newest[@]}" pyproject.toml --extra all --extra bench --extra docs --extra dev -o docker/requirements.txt >/dev/null
     while read -r name; do skip+=(--no-emit-package "$name"); done < <(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' docker/requirements.txt | sort -u)
     "${newest[@]}" - -c docker/requirements.txt "${skip[@]}" -o docker/requirements-ffcv.txt >/dev/null <<<"$(sed -n 's/^ffcv = \["\([^"]*\)".*/\1/p' pyproject.toml)"
     "${newest[@]}" - -o docker/requirements-uv.txt >/dev/null <<<"uv"
-    "${compile[@]}" pyproject.toml --extra dev --python-version 3.12 --resolution lowest-direct -o docker/requirements-lowest.txt >/dev/null
+    "${compile[@]}" pyproject.toml --extra wandb --extra slurm --extra tensorboard --extra data --extra dev --python-version 3.12 --resolution lowest-direct -o docker/requirements-lowest.txt >/dev/null
 }
 
 main() {
