@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.fault_tolerance.lock_holder import FolderFlock, LockHolder, device_and_inode
-from ssl_pretrain.system import durable_files
+from ssl_pretrain.system import durable_files, live_line
 from ssl_pretrain.system.exit_status import USER_ERROR
 
 TOUCH_SECONDS = 30.0  # interval between two touches of the lock
@@ -246,8 +246,7 @@ class RunLock:
         while not self._exit_event.wait(TOUCH_SECONDS):
             problem = self._touch_or_restore()
             if problem and not self._exit_event.is_set():
-                with suppress(OSError):
-                    os.write(2, f"error: {problem}\n".encode())
+                live_line.write_to_stderr(f"error: {problem}\n")
                 os._exit(USER_ERROR)
 
 

@@ -5,18 +5,19 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TextIO
 
-import rich.console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from ssl_pretrain.monitoring.progress import Progress
+from ssl_pretrain.system import live_line
+from ssl_pretrain.system.live_line import LiveLine
 
-BAR_WIDTH = 24  # characters
-SMOOTHING = 0.1  # weight of the latest step time in the ETA's moving average
 MIN_SECONDS_BETWEEN_LINES = 1.0  # shortest time between two progress lines
+YELLOW, DEFAULT_COLOR = "\x1b[33m", "\x1b[0m"
 
 
 class Console:
-    """A progress bar on a terminal, and plain lines in a file or a SLURM log.
+    """A live progress line on a terminal, and plain lines in a file or a SLURM log.
 
     Args:
         last_step: Step at which the run ends.
@@ -30,84 +31,42 @@ class Console:
         past_records: list[dict[str, Any]] | None = None,
         stream: TextIO | None = None,
     ):
-        self.last_step = last_step
+        self.progress = Progress(last_step, past_records)
         self.stream = stream or sys.stdout
-        self._bar: Progress | None = None
+        self._live_line = LiveLine(self.stream)
         self._last_shown = 0.0
-        self._seconds_per_step: float | None = None
-        self._knn: float | None = None
-        for record in past_records or []:
-            self._update(record)
 
     def show_progress(self, record: dict[str, Any]) -> None:
         """Show a record, at most once per second. The last record is always shown."""
-        self._update(record)
-        now, is_last = time.monotonic(), record["step"] == self.last_step
+        self.progress.update(record)
+        now, is_last = time.monotonic(), record["step"] == self.progress.last_step
         if now - self._last_shown < MIN_SECONDS_BETWEEN_LINES and not is_last:
             return
         self._last_shown = now
-        if self.stream.isatty():
-            self._show_bar(record)
+        if live_line.is_terminal(self.stream):
+            render = partial(self.progress.line, record, bar_characters=self._bar_characters())
+            self._live_line.show(render)
         else:
-            self.print_line(self.format_record(record))
-        if is_last:
-            self.close()
+            self.print_line(self.progress.plain_line(record))
 
-    def format_record(self, record: dict[str, Any]) -> str:
-        """Format a record as one line."""
-        seconds = int((self.last_step - record["step"]) * (self._seconds_per_step or 0.0))
-        fields = [
-            f"step {record['step']}/{self.last_step}",
-            f"epoch {record['epoch']:.2f}",
-            f"loss {record['loss']:.4f}",
-            f"lr {record['lr']:.4g}",
-            *([f"k-NN {100 * self._knn:.1f} %"] if self._knn is not None else []),
-            f"{record['images_per_second']:,.0f} images/s",
-            f"data wait {100 * record['data_wait']:.0f} %",
-        ]
-        if record.get("skipped_steps"):
-            fields.append(f"{record['skipped_steps']:.0f} steps skipped")
-        eta = f"ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-        return "  ".join([*fields, eta])
-
-    def print_line(self, text: str, style: str | None = None) -> None:
-        """Print a line. If there is a bar, the line is styled and printed above it."""
-        if self._bar is None:
-            print(text, file=self.stream, flush=True)
-        else:
-            self._bar.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    def print_line(self, text: str) -> None:
+        """Print a line, above the progress line on a terminal."""
+        self._live_line.write_above(self.stream, f"{text}\n")
+        self.stream.flush()
 
     def warn(self, text: str) -> None:
-        """Print a warning."""
-        self.print_line(f"warning: {text}", "yellow")
+        """Print a warning, in yellow on a terminal unless NO_COLOR is set."""
+        is_colored = live_line.is_terminal(self.stream) and not os.environ.get("NO_COLOR")
+        text = f"warning: {text}"
+        self.print_line(f"{YELLOW}{text}{DEFAULT_COLOR}" if is_colored else text)
 
     def close(self) -> None:
-        """Stop the bar in its current state and release the terminal."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Erase the progress line and release the terminal."""
+        self._live_line.close()
 
-    def _update(self, record: dict[str, Any]) -> None:
-        self._knn = record.get("knn", self._knn)
-        if seconds := record.get("seconds_per_step"):
-            average = seconds if self._seconds_per_step is None else self._seconds_per_step
-            self._seconds_per_step = average + SMOOTHING * (seconds - average)
-
-    def _show_bar(self, record: dict[str, Any]) -> None:
-        if self._bar is None:
-            self._bar = Progress(
-                BarColumn(BAR_WIDTH),
-                TaskProgressColumn(),
-                TextColumn("{task.description}"),
-                console=rich.console.Console(file=self.stream, force_terminal=True),
-                auto_refresh=False,
-            )
-            self._bar.add_task("", total=self.last_step)
-        self._bar.update(
-            self._bar.task_ids[0], completed=record["step"], description=self.format_record(record)
-        )
-        self._bar.start()
-        self._bar.refresh()
+    def _bar_characters(self) -> str:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        return "━─" if encoding.lower().startswith("utf") else "#-"
 
 
 class WarningCollector:

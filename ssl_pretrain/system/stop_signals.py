@@ -5,9 +5,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from typing import Any
 
+from ssl_pretrain.system import live_line
 from ssl_pretrain.system.output_streams import redirect_to_null
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
@@ -54,14 +55,19 @@ def _end_at_second_signal(number: int) -> None:
     if _first_force_stop_seconds is None:
         _first_force_stop_seconds = now
     elif now - _first_force_stop_seconds > GRACE_SECONDS:
-        _announce(number, "\n{} is the second signal: the process ends without saving\n")
+        _announce(number, "{} is the second signal: the process ends without saving\n")
         os._exit(128 + number)
 
 
 def _announce(number: int, message: str) -> None:
-    """Write the message to standard error, with the signal's name in place of `{}`."""
-    with suppress(OSError):
-        os.write(2, message.format(signal.Signals(number).name).encode())
+    """Write the message to standard error, with the signal's name in place of `{}`.
+
+    A terminal shows ^C where the cursor is. The message replaces it together with the progress
+    line, or else begins on the next line.
+    """
+    was_erased = live_line.erase_shown()
+    text = message.format(signal.Signals(number).name)
+    live_line.write_to_stderr(text if was_erased else f"\n{text}")
 
 
 def _is_ignored(number: int) -> bool:
@@ -115,7 +121,7 @@ class StopSignalHandlers:
                     is_announced = True
                     _announce(
                         number,
-                        "\n{}: the run saves and stops after this step; a second signal ends it "
+                        "{}: the run saves and stops after this step; a second signal ends it "
                         "without saving\n",
                     )
                 _end_at_second_signal(number)

@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import suppress
 
+from ssl_pretrain.system import live_line
 from ssl_pretrain.system.exit_status import PROCESS_LOST
 
 TICK_SECONDS = 1.0
@@ -99,14 +100,14 @@ class Watchdog:
             faulthandler.dump_traceback_later(max(1.0, seconds), exit=True, file=2)
 
     def _end_process(self) -> None:
+        live_line.erase_shown()
         with suppress(ValueError, OSError):
             faulthandler.dump_traceback(file=2, all_threads=True)
         message = (
             f"error: {rank_and_host()}: no sign of life for {self._limit_seconds:g} s "
             f"(parallel.timeout_seconds) while {self.activity}: {self._remedy}\n"
         )
-        with suppress(OSError):
-            os.write(2, message.encode())
+        live_line.write_to_stderr(message)
         os._exit(self._status)
 
 

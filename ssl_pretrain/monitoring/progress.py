@@ -1,0 +1,121 @@
+"""Progress of a run as text: the newest values of its records, and a line that fits a width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SMOOTHING = 0.1  # weight of the latest step time in the ETA's moving average
+MIN_BAR, MAX_BAR = 10, 24  # characters
+GAP = "  "  # between two fields
+# Fields of the line on a terminal. The first ones are kept longest where columns are scarce.
+BY_IMPORTANCE = (
+    *("percent", "loss", "eta", "knn", "step"),
+    *("skipped", "epoch", "lr", "data_wait", "images_per_second"),
+)
+
+
+class Progress:
+    """Newest values of a run's records.
+
+    Args:
+        last_step: Step at which the run ends.
+        past_records: Records of a resumed run. Their step times count toward the ETA.
+    """
+
+    def __init__(self, last_step: int, past_records: list[dict[str, Any]] | None = None):
+        self.last_step, self.step = last_step, 0
+        self.loss: float | None = None
+        self.knn: float | None = None
+        self.training_seconds = 0.0
+        self._seconds_per_step: float | None = None
+        for record in past_records or []:
+            self.update(record)
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Take over the values of the next record."""
+        if record.get("knn") is not None:
+            self.knn = record["knn"]
+        self.loss = record.get("loss")
+        if seconds := record.get("seconds_per_step"):
+            self.training_seconds += seconds * (record["step"] - self.step)
+            average = seconds if self._seconds_per_step is None else self._seconds_per_step
+            self._seconds_per_step = average + SMOOTHING * (seconds - average)
+        self.step = record["step"]
+
+    def fields(self, record: Mapping[str, Any]) -> dict[str, str]:
+        """Return the texts of a record's fields in the order of a line."""
+        fields = {
+            "step": f"step {record['step']}/{self.last_step}",
+            "epoch": f"epoch {record['epoch']:.2f}",
+            "loss": f"loss {record['loss']:.4f}",
+            "lr": f"lr {record['lr']:.4g}",
+        }
+        if self.knn is not None:
+            fields["knn"] = f"k-NN {100 * self.knn:.1f} %"
+        fields["images_per_second"] = f"{record['images_per_second']:,.0f} images/s"
+        fields["data_wait"] = f"data wait {100 * record['data_wait']:.0f} %"
+        if record.get("skipped_steps"):
+            fields["skipped"] = f"skipped {record['skipped_steps']:.0f}"
+        steps_left = self.last_step - record["step"]
+        fields["eta"] = f"ETA {format_eta(steps_left * (self._seconds_per_step or 0.0))}"
+        return fields
+
+    def plain_line(self, record: Mapping[str, Any]) -> str:
+        """Return a record as one line for a file."""
+        return GAP.join(self.fields(record).values())
+
+    def line(self, record: Mapping[str, Any], width: int, bar_characters: str = "━─") -> str:
+        """Return a record as one line of at most `width` characters.
+
+        Whole fields are left out until the others fit, the least important first. A bar fills what
+        remains if there is room for a useful one.
+
+        Args:
+            record: Newest record of the run.
+            width: Characters available.
+            bar_characters: Character of the part that is done, and of the rest.
+        """
+        share = record["step"] / max(1, self.last_step)
+        fields = {"percent": f"{int(100 * share):3d} %", **self.fields(record)}
+        names = [name for name in BY_IMPORTANCE if name in fields]
+        text = ""
+        while names:
+            text = GAP.join(fields[name] for name in fields if name in names)
+            if len(text) <= width:
+                break
+            text = ""
+            names.pop()
+        length = min(MAX_BAR, width - len(text) - len(GAP))
+        if len(names) < len(fields) or length < MIN_BAR:
+            return text
+        num_done = int(share * length)
+        bar = num_done * bar_characters[0] + (length - num_done) * bar_characters[1]
+        return f"{bar}{GAP}{text}"
+
+    def result(self) -> str:
+        """Describe what the run has reached, in a few words."""
+        parts = [f"in {format_duration(self.training_seconds)}"]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.knn is not None:
+            parts.append(f"k-NN {100 * self.knn:.1f} %")
+        return ", ".join(parts)
+
+
+def format_eta(seconds: float) -> str:
+    """Format a time left as h:mm:ss, or as days and hours from 100 hours on."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours // 24}d {hours % 24:02d}h"
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration with its two largest units."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
