@@ -268,6 +268,7 @@ def test_the_pins_cover_pyproject_and_pin_nothing_twice():
     def package_names(requirements):
         return {re.match(r"[A-Za-z0-9._-]+", line)[0].lower() for line in requirements}
 
+    extras.pop("all")  # names other extras
     for_ffcv = package_names(extras.pop("ffcv"))
     others = package_names([*project["dependencies"], *itertools.chain(*extras.values())])
     pinned, pinned_for_ffcv = (
@@ -279,10 +280,20 @@ def test_the_pins_cover_pyproject_and_pin_nothing_twice():
     assert pinned_for_ffcv & pinned == set()
 
 
+def test_the_extra_all_holds_what_users_need_and_nothing_that_compiles():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"])
+    (entry,) = project["optional-dependencies"]["all"]
+    names = re.fullmatch(r"ssl_pretrain\[(.*)\]", entry)[1].split(",")
+    assert extras - set(names) == {"all", "bench", "dev", "docs", "ffcv"}
+
+
 def test_the_lowest_pins_are_the_lowest_that_pyproject_declares():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    tested_extras = (extras[name] for name in ("wandb", "slurm", "tensorboard", "data"))
     declared = {}
-    for requirement in project["dependencies"]:
+    for requirement in itertools.chain(project["dependencies"], *tested_extras):
         if ">=" in requirement:
             name, version = re.match(r"([A-Za-z0-9._-]+)>=([0-9.]+)", requirement).groups()
             declared[name.lower()] = version
