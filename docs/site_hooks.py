@@ -38,6 +38,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the README as the home page, and one page per notebook."""
     readme = (Path(config.docs_dir).parent / "README.md").read_text()
     readme = readme.replace("](docs/", "](").replace('src="docs/', 'src="')
+    readme = readme.replace(".ipynb)", ".md)")
     files.append(File.generated(config, "index.md", content=readme))
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
         for generated in _notebook_files(notebook, config):
