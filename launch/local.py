@@ -19,6 +19,7 @@ import torch
 from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.system.exit_status import STOPPED, USER_ERROR
 from ssl_pretrain.system.import_path import child_environment
+from ssl_pretrain.system.next_command import LAUNCHED_VARIABLE
 from ssl_pretrain.system.output_streams import tolerate_lost_output
 from ssl_pretrain.system.stop_signals import STOP_SIGNALS
 
@@ -211,7 +212,7 @@ def run(command: Sequence[str]) -> int:
     """
     if _stop_request.received:
         return STOPPED
-    environment = child_environment()
+    environment = {**child_environment(), LAUNCHED_VARIABLE: "1"}
     if "ssl_pretrain.launch.torchrun" in command:
         environment.setdefault("OMP_NUM_THREADS", "1")
     _stop_request.process = subprocess.Popen(

@@ -27,7 +27,7 @@ from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.planning import plan
 from ssl_pretrain.schema import POSITIVE_INT
-from ssl_pretrain.system import exit_status, output_streams, stop_signals, thread_lock
+from ssl_pretrain.system import exit_status, next_command, output_streams, stop_signals, thread_lock
 
 # Errors whose messages are written for users. They are printed without a traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, CollapseError, exit_status.LostProcessError)
@@ -41,6 +41,7 @@ class Outcome:
     step: int  # step at which training ended
     end_step: int  # step at which this process would end without a stop request
     num_steps: int  # steps of the whole run
+    result: str = ""  # what the run has reached, as text, on rank 0
 
 
 def train(config: RunConfig, device: torch.device, stop_after: int | None = None) -> int:
@@ -85,8 +86,8 @@ def train_and_report(
     summary = f"{outcome.step} of {outcome.num_steps} steps, saved in {path}"
     message = f"stopped: {summary}. The same command resumes the run"
     if outcome.step == outcome.num_steps:
-        message = f"finished: {summary}. Evaluate it with: python -m ssl_pretrain.eval.knn {run}"
-    process_group.print_once(message)
+        message = f"finished: {summary}"
+    process_group.print_once(message, f"reached:  {outcome.result}")
     return outcome
 
 
@@ -108,7 +109,8 @@ def _train(
                 training.save_checkpoint(step, wait=should_stop)
             if should_stop:
                 break
-        return Outcome(step, training.end_step, training.num_steps)
+        result = training.logger.console.progress.result()
+        return Outcome(step, training.end_step, training.num_steps, result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,6 +160,9 @@ def _run(options: argparse.Namespace) -> int:
     settings = config.parallel
     device = process_group.start(settings.threads, settings.deterministic, settings.timeout_seconds)
     outcome = train_and_report(config, device, options.stop_after, options.fake_preempt)
+    if outcome.step == outcome.num_steps and not next_command.is_launched():
+        evaluation = next_command.format_command("ssl_pretrain.eval.knn", config.output)
+        process_group.print_once(f"next:     {evaluation}")
     if outcome.step == outcome.end_step:
         return 0
     status = exit_status.record_stop()

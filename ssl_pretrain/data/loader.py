@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.data import readers
+from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.chunks import Chunk, ChunkRequest
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.order import BatchPlan, check_batch_divides
@@ -30,6 +31,9 @@ from ssl_pretrain.views import color, crops, recipe
 from ssl_pretrain.views.batch import Batch, upload
 from ssl_pretrain.views.color_parameters import ColorParameters, describe_view, draw_colors
 from ssl_pretrain.views.recipe import ViewsConfig
+
+# Files of fewer images are soon read, so that the hint to write a .beton would only distract.
+MIN_IMAGES_OF_LOADER_HINT = 100_000
 
 
 class Loader:
@@ -229,9 +233,11 @@ def build(
     if process_group.local_rank() != 0:
         source = open_source(data, "train")
     kind, reason = readers.choose_reader_kind(data, source)
-    process_group.print_once(
-        *layout_lines(data, source), f"data.loader: {kind}: {reason}", file=sys.stderr
-    )
+    lines = layout_lines(data, source)
+    is_folder = kind is readers.ReaderKind.PROCESSES and not isinstance(source, Beton)
+    if not is_folder or len(source) >= MIN_IMAGES_OF_LOADER_HINT:
+        lines.append(f"data.loader: {kind}: {reason}")
+    process_group.print_once(*lines, file=sys.stderr)
     window_size = data.quasi_random_window if data.order == "quasi_random" else 0
     plan = BatchPlan(seed, len(source), global_batch_size, rank, world_size, window_size)
     num_workers = min(data.num_workers, process_group.cores_per_rank())

@@ -95,12 +95,10 @@ class Progress:
 
     def result(self) -> str:
         """Describe what the run has reached, in a few words."""
-        parts = [f"in {format_duration(self.training_seconds)}"]
-        if self.loss is not None:
-            parts.append(f"loss {self.loss:.4f}")
-        if self.knn is not None:
-            parts.append(f"k-NN {100 * self.knn:.1f} %")
-        return ", ".join(parts)
+        loss = [] if self.loss is None else [f"loss {self.loss:.4f}"]
+        knn = [] if self.knn is None else [f"k-NN {100 * self.knn:.1f} %"]
+        duration = f"{format_duration(self.training_seconds)} of training"
+        return ", ".join([*loss, *knn, duration])
 
 
 def format_eta(seconds: float) -> str:

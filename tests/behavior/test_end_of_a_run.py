@@ -111,8 +111,14 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
         f"stopped: 3 of 4 steps, saved in {checkpoint}. The same command resumes the run\n"
         in first.stdout
     )
+    assert re.search(r"\nreached:  loss \d+\.\d{4}, \d+ s of training\n$", first.stdout)
     second = commands.run("-m", "ssl_pretrain.train", config, "epochs=2")
-    assert second.status == 0 and "finished: 4 of 4 steps, saved in " in second.stdout, second.text
+    assert second.status == 0, second.text
+    finished, reached, command = second.stdout.splitlines()[-3:]
+    assert finished == f"finished: 4 of 4 steps, saved in {checkpoint.with_name('step_00000004')}"
+    assert reached.startswith("reached:  loss ")
+    assert command.startswith("next:     ")
+    assert command.endswith(f" -m ssl_pretrain.eval.knn {tmp_path / 'run'}")
     before = read_files(tmp_path / "run")
     third = commands.run("-m", "ssl_pretrain.train", config, "epochs=2")
     assert third.status == 0 and "already finished: " in third.stdout, third.text

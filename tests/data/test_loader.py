@@ -21,7 +21,7 @@ import torch
 from loaders import build_loader, digest, digests
 from PIL import Image
 
-from ssl_pretrain.data import workers
+from ssl_pretrain.data import loader, workers
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.loader import Loader, build
@@ -657,3 +657,14 @@ class TestMessages:
     def test_views_without_crops_are_refused(self, source):
         with pytest.raises(ValueError, match=r"views\.crops"):
             make_loader(source, views=ViewsConfig())
+
+
+def test_the_hint_to_write_a_beton_is_given_for_large_data_sets_only(capsys, monkeypatch):
+    def messages():
+        config = DataConfig("digits", num_workers=0)
+        build(config, VIEWS, seed=0, global_batch_size=32, device="cpu").close()
+        return capsys.readouterr().err
+
+    assert "data: training" in messages() and "data.loader" not in messages()
+    monkeypatch.setattr(loader, "MIN_IMAGES_OF_LOADER_HINT", 1297)
+    assert "data.beton write creates one, which is read faster" in messages()

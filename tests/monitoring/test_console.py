@@ -171,3 +171,11 @@ def test_the_time_left_survives_a_resume(clock):
         RECORD | {"step": 100, "seconds_per_step": 12.0}
     )
     assert "ETA 0:50:00" in stream.getvalue()  # 1,000 steps at 0.9 * 2 + 0.1 * 12 seconds
+
+
+def test_a_result_has_the_newest_values_and_the_time_of_all_processes_of_the_run():
+    past_records = [RECORD | {"step": step, "seconds_per_step": 60.0} for step in (10, 20)]
+    progress = Progress(30, past_records)
+    assert progress.result() == "loss 4.2500, 20 min 0 s of training"
+    progress.update(RECORD | {"step": 30, "loss": 3.0, "knn": 0.5, "seconds_per_step": 361.0})
+    assert progress.result() == "loss 3.0000, k-NN 50.0 %, 1 h 20 min of training"

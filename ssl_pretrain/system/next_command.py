@@ -1,0 +1,37 @@
+"""Write a command for the user to run next, in the way in which this process was started."""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+# Set by a launcher, which runs the next commands itself.
+LAUNCHED_VARIABLE = "SSL_PRETRAIN_LAUNCHED"
+
+
+def is_launched() -> bool:
+    """Return True if a launcher started this process and goes on by itself."""
+    return LAUNCHED_VARIABLE in os.environ
+
+
+def format_command(module: str, *arguments: object) -> str:
+    """Return the command line that runs a module of this package.
+
+    It begins with `ssl-pretrain` if this process does. Otherwise it names Python as the user did.
+
+    Args:
+        module: Full name of the module, whose last part is a command of `ssl-pretrain`.
+        arguments: Arguments of the module.
+    """
+    if Path(sys.argv[0]).name == "ssl-pretrain":
+        words = ["ssl-pretrain", module.rpartition(".")[2]]
+    else:
+        words = [_python_name(), "-m", module]
+    return shlex.join([*words, *map(str, arguments)])
+
+
+def _python_name() -> str:
+    if sys.executable and shutil.which("python") == sys.executable:
+        return "python"
+    return sys.orig_argv[0] if sys.orig_argv else "python"
