@@ -38,7 +38,7 @@ def open_object(data: Any, name: str = "data") -> Source:
         return _open_array(data, None, name)
     if isinstance(data, tuple) and len(data) == 2 and np.ndim(data[1]) == 1:
         return _open_array(data[0], data[1], name)
-    if hasattr(data, "features") and hasattr(data, "column_names"):
+    if hasattr(data, "column_names"):
         return _open_hugging_face(data, name)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
         return _open_dataset(data, name)
@@ -63,11 +63,16 @@ def _open_array(images: Any, labels: Any, name: str) -> PythonSource:
 
 
 def _open_hugging_face(data: Any, name: str) -> PythonSource:
-    """Open a `datasets.Dataset`, recognized by its features and columns."""
+    """Open a `datasets.Dataset`, which is recognized by its columns."""
     if isinstance(data, Mapping):
         raise ValueError(
             f"{name}: this Hugging Face dataset has several splits ({', '.join(data)}); give one "
             "of them, such as data['train'], and another as val"
+        )
+    if not hasattr(data, "__len__"):
+        raise ValueError(
+            f"{name}: this Hugging Face dataset is a stream without a length; load it with "
+            "streaming=False"
         )
     kinds = {column: type(feature).__name__ for column, feature in data.features.items()}
     image_column = _choose_column(kinds, "Image", IMAGE_KEYS)

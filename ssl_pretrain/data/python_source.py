@@ -86,10 +86,15 @@ class PythonSource(Source):
     def with_classes(self, classes: list[str]) -> Self:
         """Return this source with the labels of other classes, those of the training split.
 
-        Classes of this source that are not among them follow at the end.
+        Numbers without names index those classes. Classes of this source that are not among them
+        follow at the end.
         """
-        all_classes = [*classes, *(name for name in self.classes if name not in set(classes))]
-        new_labels = np.array([*(all_classes.index(name) for name in self.classes), -1])
+        own_classes = self.classes
+        are_indices = all(name.isdecimal() and int(name) < len(classes) for name in own_classes)
+        if are_indices and not set(own_classes) & set(classes):
+            own_classes = [classes[int(name)] for name in own_classes]
+        all_classes = [*classes, *(name for name in own_classes if name not in set(classes))]
+        new_labels = np.array([*(all_classes.index(name) for name in own_classes), -1])
         source = self.take(np.arange(len(self)))
         source.labels, source.classes = new_labels[self.labels], all_classes
         return source

@@ -86,6 +86,8 @@ def test_names_and_sparse_numbers_become_classes():
 def test_a_validation_label_means_the_class_of_the_training_split():
     val = open_object((IMAGES, ["b", "c", *"bbbbbbbbbb"])).with_classes(["a", "b"])
     assert val.classes == ["a", "b", "c"] and val.labels.tolist()[:3] == [1, 2, 1]
+    numbered = open_object((IMAGES, [1, 0, *[1] * 10])).with_classes(["a", "b"])
+    assert numbered.classes == ["a", "b"] and numbered.labels.tolist()[:3] == [1, 0, 1]
 
 
 def test_a_hugging_face_data_set_has_images_and_labels():
@@ -104,6 +106,8 @@ def test_a_hugging_face_data_set_has_images_and_labels():
         "data: this Hugging Face dataset has several splits (train, test); give one of them, such "
         "as data['train'], and another as val"
     )
+    with pytest.raises(ValueError, match="is a stream without a length; load it with streaming=F"):
+        open_object(data.to_iterable_dataset())
     with pytest.raises(ValueError) as error:
         open_object(data.remove_columns("picture"))
     assert str(error.value) == (
