@@ -12,7 +12,7 @@ import torch
 
 from ssl_pretrain.data.workers import LostWorkerError
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.eval import results, runs
+from ssl_pretrain.eval import result_text, results, runs
 from ssl_pretrain.eval.frozen.evaluation_split import UnlabeledError
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.system import durable_files
@@ -32,6 +32,10 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     "--skip-unlabeled": {
         "action": "store_true",
         "help": "print one line and exit with status 77 if required labels are missing",
+    },
+    "--verbose": {
+        "action": "store_true",
+        "help": "print the protocol and the numbers of all settings tried, not only save them",
     },
     "--device": {"default": "auto", "help": "cpu or cuda (default: cuda where available)"},
 }
@@ -76,22 +80,29 @@ def evaluate_and_print(
     arguments: list[str],
     evaluate: Callable[[Run, argparse.Namespace], dict[str, Any]],
 ) -> None:
-    """Open the run on this rank's device, evaluate it, and print the result from the main rank.
-
-    If the evaluation tried several settings, their table `<name>_grid` comes first.
-    """
+    """Open the run on this rank's device, evaluate it, and print the result from the main rank."""
     options = parser.parse_intermixed_args(arguments)
     with _join_ranks(options.device) as options.device:
         run = open_run(options)
         result = evaluate(run, options)
-        if not process_group.is_main():
-            return
-        folder, name = run.path / "eval", result["name"]
-        grid_path = folder / result["checkpoint"] / f"{name}_grid.json"
-        if grid_path.exists():
-            print(f"\n{results.format_result(json.loads(grid_path.read_text()))}")
-        print(f"\n{results.format_result(result)}")
-        print(f"\n{result['seconds']:.0f} s; saved to {folder / name}.json")
+        if process_group.is_main():
+            print_result(result, run, is_verbose=options.verbose)
+
+
+def print_result(result: dict[str, Any], run: Run, *, is_verbose: bool) -> None:
+    """Print the table of a result and where its protocol is.
+
+    Args:
+        result: Content of the result file.
+        run: Run that was evaluated.
+        is_verbose: Print the protocol before the table, and the table of all settings tried.
+    """
+    if is_verbose:
+        grid = run.path / "eval" / result["checkpoint"] / f"{result['name']}_grid.json"
+        shown = [json.loads(grid.read_text())] if grid.exists() else []
+        for each in (*shown, result):
+            print(f"\n{results.format_fully(each)}")
+    print(f"\n{result_text.format_briefly(result, run.path)}")
 
 
 @contextmanager
@@ -138,4 +149,5 @@ def execute(main: Callable[[list[str]], None], name: str) -> None:
                 sys.exit(PROCESS_LOST)
             sys.exit(DISK_ERROR if durable_files.is_disk_failure(error) else USER_ERROR)
         except KeyboardInterrupt:
+            print(f"\n{name}: stopped; the same command starts again", file=sys.stderr)
             sys.exit(130)

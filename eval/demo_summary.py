@@ -2,19 +2,13 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ssl_pretrain.eval import command_line, knn, report, results, runs
+from ssl_pretrain.eval import command_line, knn, report, result_text, results, runs
 from ssl_pretrain.eval.frozen import cached_linear
 from ssl_pretrain.eval.html import sections
 
-FEATURES_BY_COLUMN = {  # `features` entry of a result file's rows, by column title
-    "raw pixels": "raw pixels",
-    "random backbone": results.BETTER_RANDOM,
-    "pretrained": "pretrained",
-}
 HELP = """usage: python -m ssl_pretrain.eval.demo_summary RUN [phase=seconds ...]
 
 Evaluate a run as `make demo` does: by k-NN, by a linear classifier with all, 1 and 5 labels per
@@ -47,20 +41,14 @@ def render_summary(run_path: str | Path, phase_seconds: dict[str, float] | None 
                 f"{path}: this run has no {name} evaluation; "
                 f"run python -m ssl_pretrain.eval.{name} {path} first"
             )
-    knn_result, linear_result = evaluations["knn"], evaluations["linear"]
-    rows = [
-        [f"{title}, {metric}", *_format_metric(result, metric)]
-        for title, result in (("k-NN", knn_result), ("linear", linear_result))
-        for metric in results.column_names(result)
-    ]
-    protocol, linear_protocol = knn_result["protocol"], linear_result["protocol"]
+    protocol, linear_protocol = evaluations["knn"]["protocol"], evaluations["linear"]["protocol"]
     lines = [
         protocol["images"],
         f"network: {protocol['network']}",
         "random backbone: the same network before its first step, with initial or recalibrated "
         "batch norm statistics, whichever is better",
         "",
-        results.format_table(["accuracy, %", *FEATURES_BY_COLUMN], rows),
+        result_text.summary_table([evaluations["knn"], evaluations["linear"]]),
         "",
         f"k-NN: k = {protocol['k']}, temperature {protocol['temperature']}, on the test images",
     ]
@@ -75,15 +63,6 @@ def render_summary(run_path: str | Path, phase_seconds: dict[str, float] | None 
     page = path / "report.html"
     report_or_command = page if page.is_file() else f"python -m ssl_pretrain.eval.report {path}"
     return "\n".join([*lines, f"report: {report_or_command}", "", NEXT_COMMANDS])
-
-
-def _format_metric(result: dict[str, Any], metric: str) -> list[str]:
-    """Format one metric of a result per column, with "-" for a missing value."""
-    rows = {row["features"]: row for row in result["rows"]}
-    return [
-        results.format_number(rows[features], metric) if features in rows else "-"
-        for features in FEATURES_BY_COLUMN.values()
-    ]
 
 
 def _draw_curves(run_path: Path) -> list[str]:

@@ -38,7 +38,7 @@ class Evaluation:
             [features, *(f"{row[name]:.1f}" if name in row else "-" for name in columns)]
             for features, row in self.table.items()
         ]
-        return results.format_table([self.measure, *columns], rows)
+        return results.format_narrow_table([self.measure, *columns], rows)
 
 
 def evaluate(run: Run, name: str, **settings: Any) -> Evaluation:

@@ -1,4 +1,4 @@
-"""Write and read the result files of evaluations, RUN/eval/<name>.json, and print their tables."""
+"""Write and read the result files of evaluations, RUN/eval/<name>.json, and show them as text."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from ssl_pretrain.system import durable_files
 
 BETTER_RANDOM = "random (better of two)"  # name of the baseline's row
 ACCURACY = "accuracy, %"
+MAX_WIDTH = 80  # columns of a terminal
 
 
 @dataclass
@@ -59,8 +60,8 @@ def save(
 ) -> dict[str, Any]:
     """Write RUN/eval/<checkpoint>/<name>.json and return its content.
 
-    The main rank replaces the file atomically. RUN/eval/<name>.json is a copy of the result with
-    the highest step.
+    The main rank replaces the file atomically. A file <name>.txt beside it shows the same as text.
+    RUN/eval/<name>.json and <name>.txt are copies of the result with the highest step.
 
     Args:
         run_path: Folder of the run.
@@ -88,6 +89,7 @@ def save(
             paths.append(newest)
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
+            durable_files.replace(path.with_suffix(".txt"), f"{format_fully(result)}\n")
             durable_files.replace(path, text)
     return result
 
@@ -148,14 +150,41 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def format_result(result: dict[str, Any]) -> str:
-    """Format a result as text: its protocol, its table, and the selected hyperparameters."""
+def format_narrow_table(header: list[str], rows: list[list[str]], width: int = MAX_WIDTH) -> str:
+    """Format cells as a table of at most `width` characters.
+
+    If the table is too wide, its columns become rows, and then it is split into several tables.
+    """
+    table = format_table(header, rows)
+    if _width(table) <= width:
+        return table
+    header, *rows = map(list, zip(header, *rows))
+    tables = []
+    while len(header) > 1:
+        num_columns = len(header)
+        while num_columns > 2 and _width(_first_columns(header, rows, num_columns)) > width:
+            num_columns -= 1
+        tables.append(_first_columns(header, rows, num_columns))
+        header, *rows = [[row[0], *row[num_columns:]] for row in (header, *rows)]
+    return "\n\n".join(tables)
+
+
+def _first_columns(header: list[str], rows: list[list[str]], num_columns: int) -> str:
+    return format_table(header[:num_columns], [row[:num_columns] for row in rows])
+
+
+def _width(table: str) -> int:
+    return max(map(len, table.splitlines()))
+
+
+def format_fully(result: dict[str, Any]) -> str:
+    """Return the protocol of a result, its table, and the selected hyperparameters."""
 
     def indented(entries: dict[str, Any]) -> list[str]:
         return [f"  {key}: {value}" for key, value in entries.items()]
 
     lines = [f"{result['name']}:", *indented(result["protocol"]), ""]
-    lines.append(format_table(*table_cells(result)))
+    lines.append(format_narrow_table(*table_cells(result)))
     if hyperparameters := selected_hyperparameters(result):
         lines += ["", "selected hyperparameters:", *indented(hyperparameters)]
     return "\n".join(lines)

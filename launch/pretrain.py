@@ -11,6 +11,7 @@ if not __package__:  # run as a file from a clone
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
+from ssl_pretrain.eval import result_text
 from ssl_pretrain.launch import dashboard, local, slurm, slurm_job
 from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names, run_final_evaluations
 from ssl_pretrain.planning import plan
@@ -129,6 +130,8 @@ def pretrain_and_evaluate(
         return STOPPED
     if statuses:
         dashboard.send_evaluations_unless_training(Path(config.output))
+    if config.evaluation.at_end:
+        print(f"\n{result_text.describe_evaluated_run(Path(config.output))}", flush=True)
     failures = [
         f"{name} (status {status})"
         for name, status in statuses.items()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.eval import command_line, results, runs
+from ssl_pretrain.eval import command_line, runs
 from ssl_pretrain.eval.detection import backbone_comparison, detectors, detectron2
 from ssl_pretrain.eval.detection.annotation_files import load_coco, load_voc
 from ssl_pretrain.eval.detection.annotations import AnnotatedImages, concatenate
@@ -157,8 +157,7 @@ def main(arguments: list[str]) -> None:
             run, *load_images(options), protocol, options.init, options.seeds
         )
         if process_group.is_main():
-            print(f"\n{results.format_result(result)}")
-            print(f"\n{result['seconds']:.0f} s; saved to {run.path / 'eval/detection.json'}")
+            command_line.print_result(result, run, is_verbose=options.verbose)
     finally:
         process_group.stop()
 

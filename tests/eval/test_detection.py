@@ -413,6 +413,7 @@ def test_the_command_compares_both_backbones_and_saves_the_protocol(
 ):
     monkeypatch.setitem(PROTOCOLS, "small", TINY)
     settings = ["--device", "cpu", "--seeds", "0", "1", "--steps", "1", "--metric", "voc12"]
+    settings.append("--verbose")
     command.main([str(run.path), "--voc", str(voc_zip), *settings])
     out = capsys.readouterr().out
     rows = json.loads((run.path / "eval" / "detection.json").read_text())["rows"]

@@ -169,7 +169,9 @@ def test_the_moving_average_is_returned(run, train_split):
 
 
 def test_the_semi_command_saves_its_rows_and_its_protocol(run_folder, capsys):
-    options = "--device cpu --epochs 2 --percent 10 --rows random pretrained --lrs 0.05 0.5"
+    options = (
+        "--device cpu --epochs 2 --percent 10 --rows random pretrained --lrs 0.05 0.5 --verbose"
+    )
     semi.main([str(run_folder), *options.split()])
     assert "appendix B.5" in capsys.readouterr().out
     result = json.loads((run_folder / "eval/semi.json").read_text())
@@ -186,7 +188,7 @@ def test_the_semi_command_saves_its_rows_and_its_protocol(run_folder, capsys):
 
 
 def test_the_finetune_command_saves_its_protocol(run_folder, capsys):
-    options = "--device cpu --protocol deit --epochs 1 --layer-decay 0.75 --ema 0.5"
+    options = "--device cpu --protocol deit --epochs 1 --layer-decay 0.75 --ema 0.5 --verbose"
     finetune.main([str(run_folder), *options.split()])
     assert "DeiT (arXiv:2012.12877)" in capsys.readouterr().out
     result = json.loads((run_folder / "eval/finetune_deit.json").read_text())

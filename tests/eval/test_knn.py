@@ -264,14 +264,25 @@ def test_a_users_mistake_exits_with_one_line_and_status_2(tmp_path, monkeypatch,
     )
 
 
-def test_the_command_prints_protocol_and_table(run_folder, capsys):
+def test_the_command_prints_one_table_and_saves_the_protocol_and_all_settings(run_folder, capsys):
     options = "--k 5 --shifts 1 --backend torch --device cpu evaluation.temperature=0.1"
     knn.main([str(run_folder), *options.split()])
-    output = capsys.readouterr().out
-    assert "  k: 5\n  temperature: 0.1\n  backend: torch\n" in output
-    assert "accuracy, %             clean  shifted 1\n" in output
-    assert "\npretrained  " in output
-    assert output.rstrip().endswith(f"saved to {run_folder / 'eval/knn.json'}")
+    brief = capsys.readouterr().out
+    assert brief.startswith("\naccuracy, %             clean  shifted 1\n-----")
+    *_, last_row, _, protocol, seconds = brief.splitlines()
+    assert last_row.startswith("pretrained  ")
+    assert protocol == f"protocol: {run_folder / 'eval/knn.txt'}"
+    assert seconds.endswith(f" s; saved to {run_folder / 'eval/knn.json'}")
+    text = (run_folder / "eval/knn.txt").read_text()
+    assert "  k: 5\n  temperature: 0.1\n  backend: torch\n" in text and last_row in text
+    grid = (run_folder / "eval/knn_grid.txt").read_text()
+    assert "accuracy, % " in grid and "\nk 20, T 0.1 " in grid  # one row per setting
+    table = grid[grid.index("accuracy, %") : grid.index("\nselected hyperparameters")]
+    assert max(map(len, table.splitlines())) <= 80
+    knn.main([str(run_folder), *options.split(), "--verbose"])
+    full = capsys.readouterr().out
+    assert full.startswith(f"\n{grid}\n{text[: text.index('accuracy, %')]}")
+    assert full.splitlines()[-2:-1] == [protocol]
 
 
 @pytest.mark.parametrize("offset", [(2, 0), (-2, 0), (0, 3), (0, -3), (1, -2)])

@@ -172,7 +172,7 @@ def test_ranks_agree_with_one_process(run_folder, world_size):
 
 
 def test_digits_end_to_end(run_folder, capsys):
-    options = "--device cpu --protocol simclr --epochs 2 --rows random pretrained"
+    options = "--device cpu --protocol simclr --epochs 2 --rows random pretrained --verbose"
     linear.main([str(run_folder), *options.split()])
     assert "google-research/simclr" in capsys.readouterr().out
     result = read_result(run_folder, "linear_simclr")
@@ -213,7 +213,7 @@ def test_the_published_learning_rate_is_scaled_by_the_batch_size(run_folder):
 
 
 def test_a_selection_on_the_test_images_is_labeled_as_such(run_folder, capsys):
-    options = "--device cpu --protocol dino --epochs 1 --select test"
+    options = "--device cpu --protocol dino --epochs 1 --select test --verbose"
     linear.main([str(run_folder), *options.split()])
     output = capsys.readouterr().out
     assert "chosen on the test images" in output
