@@ -3,6 +3,7 @@
 It needs no download and no account.
 """
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -12,14 +13,18 @@ if not __package__:  # run as a file from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ssl_pretrain.launch import local
+from ssl_pretrain.system import program
 
 CONFIG = "configs/simclr_digits.yaml"
 RUN = "runs/demo"
 
 
 @local.launcher
-def main(_arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit status."""
+    argparse.ArgumentParser(
+        prog=program.usage_name("python launch/demo.py"), description=__doc__
+    ).parse_args(arguments)
     print(
         f"Pretraining with {CONFIG} into {RUN}: SimCLR on 1,297 real 8 x 8 digits, without their "
         "labels. This takes a few minutes.",

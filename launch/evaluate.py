@@ -20,6 +20,7 @@ from ssl_pretrain.launch.evaluation_jobs import (
     report_stop,
 )
 from ssl_pretrain.schema import POSITIVE_FLOAT
+from ssl_pretrain.system import program
 
 DESCRIPTION = """\
 Run the evaluations that a run's checkpoints do not have yet.
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python launch/evaluate.py",
+        prog=program.usage_name("python launch/evaluate.py"),
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -15,6 +15,7 @@ from ssl_pretrain.eval import result_text
 from ssl_pretrain.launch import dashboard, local, slurm, slurm_job
 from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names, run_final_evaluations
 from ssl_pretrain.planning import plan
+from ssl_pretrain.system import program
 from ssl_pretrain.system.exit_status import NO_LABELS, STOPPED
 
 DESCRIPTION = """\
@@ -70,12 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python launch/pretrain.py",
+        prog=program.usage_name("python launch/pretrain.py"),
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument("config", help="a YAML file, such as those in configs/")
+    parser.add_argument("-h", "--help", action=configuration.HelpAction)
+    parser.add_argument("config", help="a preset, such as simclr_cifar10, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config")
     parser.add_argument(
         "--plan",

@@ -17,6 +17,7 @@ if not __package__:  # run as a file from a clone
 from ssl_pretrain import config as configuration
 from ssl_pretrain.launch import local, pretrain, slurm, slurm_job, study
 from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names
+from ssl_pretrain.system import program
 
 DESCRIPTION = """\
 Pretrain once per combination of the given values, each run in its own folder below `output`.
@@ -74,13 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python launch/sweep.py",
+        prog=program.usage_name("python launch/sweep.py"),
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action=configuration.HelpAction)
     add = parser.add_argument
-    add("config", help="configuration file, or a study in configs/sweeps/")
+    add("config", help="a preset, a study such as ablation, or a YAML file")
     add(
         "overrides",
         nargs="*",

@@ -1,8 +1,8 @@
 """Pretrain a backbone as configured in a YAML file, in one process or on the ranks of torchrun.
 
 The same command resumes the run from the newest checkpoint in its output folder. Examples:
-python -m ssl_pretrain.train configs/simclr_digits.yaml
-torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml data.root=DIR
+  python -m ssl_pretrain.train configs/simclr_digits.yaml
+  torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml data.root=DIR
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from ssl_pretrain import config as configuration
-from ssl_pretrain import methods
 from ssl_pretrain.build import build_training
 from ssl_pretrain.checkpoint import checkpoints, folder, rank_agreement
 from ssl_pretrain.config import RunConfig
@@ -27,7 +26,14 @@ from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.planning import plan
 from ssl_pretrain.schema import POSITIVE_INT
-from ssl_pretrain.system import exit_status, next_command, output_streams, stop_signals, thread_lock
+from ssl_pretrain.system import (
+    exit_status,
+    next_command,
+    output_streams,
+    program,
+    stop_signals,
+    thread_lock,
+)
 
 # Errors whose messages are written for users. They are printed without a traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, CollapseError, exit_status.LostProcessError)
@@ -116,15 +122,14 @@ def _train(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command-line interface and return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m ssl_pretrain.train",
+        prog=program.usage_name("python -m ssl_pretrain.train"),
         description=__doc__,
-        epilog=f"keys:\n{configuration.explain_key()}\n\nmethods: {', '.join(methods.names())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
     add = parser.add_argument
     add("-h", "--help", action=configuration.HelpAction)
-    add("config", help="a YAML file, such as those in configs/")
+    add("config", help="a preset, such as simclr_cifar10, or a YAML file")
     add("overrides", nargs="*", metavar="key=value", help="for example optim.base_lr=0.4")
     add("--plan", action="store_true", help="print the resolved configuration and its costs")
     add("--stop-after", type=POSITIVE_INT, metavar="STEPS", help="save and exit after STEPS steps")

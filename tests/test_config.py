@@ -14,6 +14,7 @@ import tiny
 from ssl_pretrain import config, methods, schema
 from ssl_pretrain.config import ConfigError, check, load
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.system import program
 from ssl_pretrain.views.recipe import Crop
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -86,12 +87,17 @@ def test_a_wrong_file_is_named(path, text):
     assert error_of(path) == WRONG_FILES[text]
 
 
-def test_a_missing_file_lists_its_neighbors(path):
-    with pytest.raises(ConfigError) as error:
-        load(path.with_name("other.yaml"))
-    assert (
-        str(error.value) == f"{path.with_name('other.yaml')}: no such file. Choose one of: {path}"
-    )
+def test_an_unknown_preset_or_file_names_the_nearest(path):
+    for name, nearest in {
+        "simclr_digit": "simclr_digits, simclr_imagenet, simclr_cifar10",
+        path.with_name("runs.yaml"): f"{path}, triplet_cifar10, dino_cifar10",
+    }.items():
+        with pytest.raises(ConfigError) as error:
+            load(name)
+        assert str(error.value) == (
+            f"{name}: no such file or preset. The nearest are {nearest}; "
+            f"`{program.command('list configs')}` lists all presets"
+        )
 
 
 @pytest.mark.parametrize(
@@ -206,6 +212,7 @@ def test_a_key_is_explained():
     assert config.explain_key("log.every_steps") == (
         "log.every_steps (int, default 10)\n"
         "  Steps between two records of metrics.\n"
+        "  Unit: steps. Allowed: >= 1.\n"
         "  A resumed run may change this value."
     )
     assert config.explain_key("method.dino.center_momentum").startswith(
@@ -214,7 +221,8 @@ def test_a_key_is_explained():
     assert "views.crops.global.size (int, default 224)" in config.explain_key(
         "views.crops.global.size"
     )
-    listed_names = [line.split()[0] for line in config.explain_key("optim").splitlines()]
+    lines = config.explain_key("optim").splitlines()
+    listed_names = [line.split()[0] for line in lines if not line.startswith(" ")]
     assert ", ".join(listed_names) == field_names(OptimConfig)
 
 

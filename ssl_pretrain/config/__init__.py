@@ -6,20 +6,19 @@ from ssl_pretrain.config.feasibility import (
     check_slurm_keys,
     configured_micro_batch_size,
 )
-from ssl_pretrain.config.key_help import HelpAction, explain_key
 from ssl_pretrain.config.loading import (
     NO_METHOD,
-    ConfigError,
     apply_overrides,
     from_dict,
     load,
-    read_yaml,
     to_dict,
     to_yaml,
     without_method,
 )
 from ssl_pretrain.config.resume_policy import check_resume_config
 from ssl_pretrain.config.run_config import EvaluationConfig, LaunchConfig, PlanConfig, RunConfig
+from ssl_pretrain.schema.config_file import ConfigError, read_yaml
+from ssl_pretrain.schema.key_help import HelpAction, explain_key
 
 __all__ = [
     "NO_METHOD",

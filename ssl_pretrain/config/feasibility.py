@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 
 from ssl_pretrain import schema
-from ssl_pretrain.config.loading import ConfigError
 from ssl_pretrain.config.run_config import LaunchConfig, RunConfig
 from ssl_pretrain.data import order, sources
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel import execution
+from ssl_pretrain.schema.config_file import ConfigError
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain import schema
-from ssl_pretrain.config.loading import ConfigError, from_dict, to_dict
+from ssl_pretrain.config.loading import from_dict, to_dict
 from ssl_pretrain.config.run_config import RunConfig
 from ssl_pretrain.schema import ResumePolicy
+from ssl_pretrain.schema.config_file import ConfigError
 from ssl_pretrain.views.recipe import Crop
 
 

@@ -14,6 +14,7 @@ from ssl_pretrain.data.source_report import ImageStatistics, layout_lines, measu
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.data.suggestion import format_channels, suggest_config
 from ssl_pretrain.schema import NON_NEGATIVE_INT, NUM_THREADS
+from ssl_pretrain.system import program
 
 _SAMPLE_SIZE = 10_000
 _MAX_CLASSES_SHOWN = 20
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ssl_pretrain.data.inspect",
+        prog=program.usage_name("python -m ssl_pretrain.data.inspect"),
         description="Count classes, sizes, pixel formats and bad files of a data set, measure its "
         "colors, and suggest a configuration.",
         epilog=_EPILOG,

@@ -7,10 +7,9 @@
 import dataclasses
 import importlib
 import pkgutil
-from difflib import get_close_matches
-from pathlib import Path
 from types import ModuleType
 
+from ssl_pretrain.schema.config_file import is_user_module, unknown_method_error
 from ssl_pretrain.system.user_objects import import_user_module
 
 
@@ -25,18 +24,12 @@ def find(name: str) -> ModuleType:
     Raises:
         ValueError: If there is no such method, or the user's module has no proper `Config`.
     """
-    is_file = Path(f"{name}.py").is_file() and name not in names()
-    if "." in name or is_file:
+    if is_user_module(name, names()):
         module = import_user_module(name, "method.name")
         _check_config(module)
         return module
     if name not in names():
-        close = get_close_matches(name.lower(), names(), n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"method.name: {name!r} is not a method.{hint} Choose one of: {', '.join(names())}; or "
-            "give the module of a method of your own, as package.module"
-        )
+        raise unknown_method_error(name, names())
     return importlib.import_module(f"{__name__}.{name}")
 
 

@@ -53,12 +53,24 @@ DEFAULT_BOUNDS: tuple[tuple[re.Pattern[str], Bounds], ...] = (
     (re.compile(r"k"), Bounds(1, MAX_INT)),
 )
 
+DIMENSIONLESS = "dimensionless"
+# Units of numbers whose setting does not declare one, by the name of the setting.
+DEFAULT_UNITS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(.*_)?epochs?"), "epochs"),
+    (re.compile(r"(.*_)?steps"), "steps"),
+    (re.compile(r"(.*_)?seconds"), "seconds"),
+    (re.compile(r"(.*_)?dims?"), "channels"),
+    (re.compile(r"(.*_)?threads"), "threads"),
+    (re.compile(r"(.*_)?(momentum|temperature|weight|ratio|factor)"), DIMENSIONLESS),
+)
+
 
 def setting(
     default: T,
     help: str,
     *,
     on_resume: ResumePolicy = "same",
+    unit: str = "",
     minimum: float | None = None,
     maximum: float = math.inf,
     above: float | None = None,
@@ -71,10 +83,12 @@ def setting(
 
     Args:
         default: Default value. Each instance gets its own copy of a list, dict or section.
-        help: Meaning, unit and special values, in sentences.
+        help: Meaning and special values, in sentences. The unit has its own field.
         on_resume: Policy for a resumed run. "same": the value must not change. "free": it may
             change, because it does not affect what is computed. "warn": it may change, with a
             warning. A section's policy covers all its keys.
+        unit: Unit of a number, or `DIMENSIONLESS`. It may be left out if the name of the setting
+            has a unit in `DEFAULT_UNITS`.
         minimum: Smallest number allowed.
         maximum: Largest number allowed.
         above: Exclusive lower end, instead of `minimum`.
@@ -88,7 +102,7 @@ def setting(
             open_low=above is not None,
             open_high=below is not None,
         )
-    metadata = {"help": help, "on_resume": on_resume, "bounds": bounds}
+    metadata = {"help": help, "on_resume": on_resume, "bounds": bounds, "unit": unit}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -110,6 +124,12 @@ def field_bounds(field: dataclasses.Field[Any]) -> Bounds:
     """Return a field's declared range, else the default for its name, else all numbers from 0."""
     by_name = (bounds for pattern, bounds in DEFAULT_BOUNDS if pattern.fullmatch(field.name))
     return field.metadata.get("bounds") or next(by_name, Bounds())
+
+
+def field_unit(field: dataclasses.Field[Any]) -> str:
+    """Return a field's declared unit, else the unit of its name, else an empty text."""
+    by_name = (unit for pattern, unit in DEFAULT_UNITS if pattern.fullmatch(field.name))
+    return field.metadata.get("unit") or next(by_name, "")
 
 
 def check(section: Any, key: str = "") -> None:

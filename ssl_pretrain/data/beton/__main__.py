@@ -21,6 +21,7 @@ from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.source_report import check_value_range
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.schema import JPEG_QUALITY, NON_NEGATIVE_INT, NUM_THREADS, POSITIVE_INT
+from ssl_pretrain.system import program
 
 _MAX_PROBLEMS = 100  # the most problems that `check` prints
 _MIN_PAGE_BYTES = 1 << 21  # FFCV's minimum
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ssl_pretrain.data.beton",
+        prog=program.usage_name("python -m ssl_pretrain.data.beton"),
         description="Convert a data set to FFCV's file format, which loads faster than one file "
         "per image. Check or describe such a file.",
         epilog=_EPILOG,
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers",
         type=NUM_THREADS,
         default=num_cores,
-        help="number of processes (default: %(default)s, the available cores)",
+        help="number of processes (default: one per available core)",
     )
     write.add_argument(
         "--shards",
@@ -133,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threads",
         type=NUM_THREADS,
         default=num_cores,
-        help="number of decoding threads (default: %(default)s, the available cores)",
+        help="number of decoding threads (default: one per available core)",
     )
     return parser
 

@@ -1,0 +1,100 @@
+"""The command `ssl-pretrain`, which is `python -m ssl_pretrain.cli` without an installation.
+
+Help, lists, completion and messages about wrong keys come from generated files, without importing
+torch. The other sub-commands run the command line of their module.
+"""
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from ssl_pretrain.command import completion, listing, option_specs, subcommands
+from ssl_pretrain.schema import config_file, key_help, reference
+from ssl_pretrain.schema.key_text import format_rows
+from ssl_pretrain.system import program
+from ssl_pretrain.system.exit_status import USER_ERROR
+from ssl_pretrain.system.output_streams import tolerate_lost_output
+
+DESCRIPTION = "Self-supervised pretraining of image backbones."
+EXAMPLES = """\
+ssl-pretrain demo
+ssl-pretrain inspect photos/
+ssl-pretrain pretrain simclr_cifar10_cpu data.root=cifar10.zip
+ssl-pretrain knn runs/simclr_cifar10_cpu"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    program.record_script()
+    name, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    with tolerate_lost_output():
+        try:
+            if name in subcommands.SUBCOMMANDS:
+                _check_arguments(name, words)
+            else:
+                return _look_up(name, words)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return USER_ERROR
+    return subcommands.run(name, words)
+
+
+def _look_up(name: str, words: list[str]) -> int:
+    """Answer without running the command line of a module."""
+    if name in ("-h", "--help"):
+        print(_overview())
+    elif name == "--version":
+        print(f"{program.SCRIPT} {program.version()}")
+    elif name == "help":
+        print(_help(words))
+    elif name == "list":
+        print(listing.list_names(words))
+    elif name == "completion":
+        print(completion.script(words))
+    elif name == completion.HIDDEN_COMMAND:
+        print("\n".join(completion.complete(words)))
+    else:
+        raise ValueError(_unknown_subcommand(name))
+    return 0
+
+
+def _unknown_subcommand(name: str) -> str:
+    nearest = get_close_matches(name, subcommands.NAMES, n=1)
+    hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+    return f"{name!r} is not a sub-command. {hint}`{program.command('--help')}` lists all"
+
+
+def _overview() -> str:
+    parts = [f"usage: {program.name()} COMMAND ...\n\n{DESCRIPTION}"]
+    for title, group in subcommands.GROUPS.items():
+        rows = {f"  {name}": entry.summary for name, entry in group.items()}
+        parts.append(f"{title}\n{format_rows(rows)}")
+    rows = {f"  {name}": summary for name, summary in subcommands.LOOK_UP.items()}
+    parts.append(f"look up\n{format_rows(rows)}")
+    examples = EXAMPLES.replace(program.SCRIPT, f"  {program.name()}")
+    parts.append(f"examples\n{examples}")
+    parts.append(f"`{program.command('COMMAND --help')}` lists the options of a command.")
+    return "\n\n".join(parts)
+
+
+def _help(words: list[str]) -> str:
+    if len(words) > 1:
+        raise ValueError(f"help: got {' '.join(words)}; give one key, section or sub-command")
+    if words and words[0] in subcommands.SUBCOMMANDS:
+        return option_specs.find_parser(words[0]).format_help().rstrip()
+    return key_help.explain_key(*words)
+
+
+def _check_arguments(name: str, words: list[str]) -> None:
+    """Print the help if asked for, and refuse wrong options, keys and values before any import.
+
+    Raises:
+        ValueError: If a key or a value of the configuration is not allowed.
+    """
+    options = option_specs.find_parser(name).parse_intermixed_args(words)
+    if name in ("train", "pretrain", "plan"):
+        config_file.load(options.config, options.overrides, reference.declarations())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

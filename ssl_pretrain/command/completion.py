@@ -1,0 +1,1 @@
+HIDDEN_COMMAND = "__complete"

@@ -1,0 +1,52 @@
+"""The lists of methods, configurations and backbones that `ssl-pretrain list` prints."""
+
+from collections.abc import Callable
+from fnmatch import fnmatch
+
+from ssl_pretrain.schema import presets, reference
+from ssl_pretrain.schema.key_text import format_rows
+from ssl_pretrain.system import program
+
+
+def list_names(words: list[str]) -> str:
+    """Return the list that the arguments ask for.
+
+    Raises:
+        ValueError: If there is no such list, or there are too many arguments.
+    """
+    usage = f"{program.command('list')} {'|'.join(LISTS)} [PATTERN]"
+    if not words or words[0] not in LISTS or len(words) > 2:
+        raise ValueError(f"list: got {' '.join(words) or 'nothing'}; use {usage}")
+    pattern = words[1] if len(words) == 2 else "*"
+    return LISTS[words[0]](pattern if "*" in pattern else f"*{pattern}*")
+
+
+def _list_methods(pattern: str) -> str:
+    rows = {
+        name: f"{method['paper']} {method['summary']}"
+        for name, method in reference.methods().items()
+        if fnmatch(name, pattern)
+    }
+    return format_rows(rows)
+
+
+def _list_configs(pattern: str) -> str:
+    rows = {}
+    for name, path in presets.list_files().items():
+        if fnmatch(name, pattern):
+            header = presets.read_header(path)
+            rows[name] = f"{header.title} Number: {header.numbers} Hardware: {header.hardware}"
+    return format_rows(rows)
+
+
+def _list_backbones(pattern: str) -> str:
+    import timm
+
+    return "\n".join(timm.list_models(pattern))
+
+
+LISTS: dict[str, Callable[[str], str]] = {
+    "methods": _list_methods,
+    "configs": _list_configs,
+    "backbones": _list_backbones,
+}

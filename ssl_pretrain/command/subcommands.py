@@ -1,0 +1,77 @@
+"""The sub-commands of `ssl-pretrain` and the modules that they run."""
+
+import importlib
+import sys
+from dataclasses import dataclass
+
+from ssl_pretrain.system import program
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """A sub-command that runs the command line of a module."""
+
+    module: str  # module below ssl_pretrain that has a `main`
+    summary: str
+    arguments: tuple[str, ...] = ()  # options that the sub-command adds
+
+    @property
+    def module_command(self) -> str:
+        """How the command starts without the console script."""
+        if self.module.startswith("launch.") and self.module not in ("launch.dashboard",):
+            return f"python {self.module.replace('.', '/')}.py"
+        return f"python -m ssl_pretrain.{self.module}"
+
+
+GROUPS: dict[str, dict[str, Subcommand]] = {
+    "start": {
+        "demo": Subcommand("launch.demo", "pretrain on real digits, evaluate and write a report"),
+        "inspect": Subcommand("data.inspect", "describe a data set and suggest a configuration"),
+        "pretrain": Subcommand("launch.pretrain", "pretrain, then evaluate, here or on SLURM"),
+        "train": Subcommand("train", "pretrain only, in this process or on torchrun's ranks"),
+        "plan": Subcommand("launch.pretrain", "print the costs of a run without it", ("--plan",)),
+        "sweep": Subcommand("launch.sweep", "pretrain once per combination of values"),
+        "beton": Subcommand("data.beton.__main__", "write, check or describe a .beton file"),
+    },
+    "evaluate": {
+        "evaluate": Subcommand("launch.evaluate", "run the evaluations that checkpoints lack"),
+        "knn": Subcommand("eval.knn", "k-NN accuracy of frozen features"),
+        "linear": Subcommand("eval.linear", "accuracy of a linear classifier"),
+        "semi": Subcommand("eval.semi", "accuracy after fine-tuning on few labels"),
+        "finetune": Subcommand("eval.finetune", "accuracy after fine-tuning on all labels"),
+        "detection": Subcommand("eval.detection.__main__", "object detection with the backbone"),
+        "retrieval": Subcommand("eval.retrieval", "image retrieval and near-duplicates"),
+        "robustness": Subcommand("eval.robustness", "accuracy on corrupted images"),
+        "spectrum": Subcommand("eval.spectrum", "rank and spectrum of the features"),
+        "attention": Subcommand("eval.attention", "attention maps of a ViT as pictures"),
+    },
+    "use the results": {
+        "report": Subcommand("eval.report", "write the report page of a run"),
+        "compare": Subcommand("eval.compare", "write a page that compares runs"),
+        "export": Subcommand("eval.export", "export the backbone for timm, torchvision or ONNX"),
+        "dashboard": Subcommand("launch.dashboard", "save a W&B view of a project's runs"),
+        "replay": Subcommand("replay", "repeat one step and find non-finite values"),
+    },
+}
+LOOK_UP = {
+    "list": "list methods, configs or backbones",
+    "help": "explain a key, a section or a sub-command",
+    "completion": "print the completion script of bash, zsh or fish",
+}
+SUBCOMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
+NAMES = [*SUBCOMMANDS, *LOOK_UP]
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Run a sub-command and return its exit status."""
+    subcommand = SUBCOMMANDS[name]
+    module = importlib.import_module(f"ssl_pretrain.{subcommand.module}")
+    words = [*subcommand.arguments, *arguments]
+    program.run_as(name)
+    sys.argv[1:] = words
+    if not subcommand.module.startswith("eval."):
+        return int(module.main(words) or 0)
+    from ssl_pretrain.eval import command_line
+
+    command_line.execute(module.main, f"ssl_pretrain.{subcommand.module}".removesuffix(".__main__"))
+    return 0

@@ -1,0 +1,176 @@
+"""Read the YAML and the overrides of a run, and build its configuration from declared types.
+
+The types are the package's dataclasses, or the classes of `reference`, which need no torch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl_pretrain.schema import presets
+from ssl_pretrain.schema.former_keys import rename_key, rename_keys
+from ssl_pretrain.schema.settings import check
+from ssl_pretrain.schema.typed_values import build, parse_override
+from ssl_pretrain.schema.yaml_tree import Scalar, merge, parse_yaml, value_at
+
+INTERPOLATION_ERROR = (
+    "'${' is not allowed: values are not interpolated, so that no secret from the environment ends "
+    "up in a logged configuration; write the value itself"
+)
+
+
+class ConfigError(ValueError):
+    """Error in a configuration. The message names the file, key, value and allowed values."""
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """The types that a configuration is built from."""
+
+    run: type
+    method: Callable[[str], Any]  # type of the section `method`, by the name of the method
+    method_names: Callable[[], list[str]]
+
+
+def is_user_module(name: str, method_names: Sequence[str]) -> bool:
+    """Return True if a method's name is that of a module outside the package."""
+    return "." in name or (name not in method_names and Path(f"{name}.py").is_file())
+
+
+def unknown_method_error(name: str, names: Sequence[str]) -> ValueError:
+    """Return the error for a method that does not exist."""
+    close = get_close_matches(name.lower(), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return ValueError(
+        f"method.name: {name!r} is not a method.{hint} Choose one of: {', '.join(names)}; or give "
+        "the module of a method of your own, as package.module"
+    )
+
+
+@contextmanager
+def name_file_in_errors(source: str) -> Iterator[None]:
+    """Turn a ValueError into a ConfigError whose message starts with the name of the file."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def load(path: str | Path, overrides: Sequence[str], declarations: Declarations) -> Any:
+    """Read a configuration from a preset or a YAML file, and apply `key=value` overrides.
+
+    Raises:
+        ConfigError: If a key or a value is not allowed.
+    """
+    tree = apply_overrides(read_yaml(Path(path)), overrides, str(path), declarations)
+    if value_at(tree, "output") in (None, "", Scalar("")):
+        tree["output"] = f"runs/{presets.find(path).stem}"
+    return build_config(tree, str(path), declarations)
+
+
+def build_config(tree: dict[str, Any], source: str, declarations: Declarations) -> Any:
+    """Build a configuration from the tree of a YAML file or the values of a manifest.
+
+    Raises:
+        ConfigError: If a key or a value is not allowed.
+    """
+    if "${" in str(tree):
+        raise ConfigError(f"{source}: {INTERPOLATION_ERROR}")
+    with name_file_in_errors(source):
+        tree = rename_keys(tree, source)
+        config = build(declarations.run, tree, {"method": _method_type(tree, declarations)})
+        check(config)
+    return config
+
+
+def apply_overrides(
+    values: dict[str, Any], overrides: Sequence[str], source: str, declarations: Declarations
+) -> dict[str, Any]:
+    """Apply `key=value` overrides to the values of a YAML file or a manifest.
+
+    Raises:
+        ConfigError: If an override is not key=value, or its key does not exist.
+    """
+    pairs = [pair for pair in map(_split_override, overrides) if pair is not None]
+    with name_file_in_errors(source):
+        values = rename_keys(values, source)
+        # method.name is set first, because it decides the types of the method's keys.
+        values_with_method = values
+        for key, text in pairs:
+            if key in ("method", "method.name"):
+                tree = parse_override(declarations.run, key, text, {"method": dict[str, str]})
+                values_with_method = merge(values_with_method, tree)
+        replacements = {"method": _method_type(values_with_method, declarations)}
+        for key, text in pairs:
+            values = merge(values, parse_override(declarations.run, key, text, replacements))
+    return values
+
+
+def _split_override(text: str) -> tuple[str, str] | None:
+    """Return the key and value of an override, or None if the key no longer has an effect."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"{text!r}: not an override; give key=value, such as optim.base_lr=0.3")
+    if "${" in text:
+        raise ConfigError(f"{key}: {INTERPOLATION_ERROR}")
+    current_key = rename_key(key, value)
+    return (current_key, value) if current_key else None
+
+
+def _method_type(tree: dict[str, Any], declarations: Declarations) -> Any:
+    """Return the type of the section `method`, for the method that the tree names."""
+    name = value_at(tree, "method.name")
+    name = name.text if isinstance(name, Scalar) else name
+    if not name or name == "???":
+        names = ", ".join(declarations.method_names())
+        raise ValueError(f"method.name is missing; choose one of: {names}")
+    return declarations.method(str(name))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file or a preset. Its scalars stay text until the types of its keys are known.
+
+    Raises:
+        ConfigError: If there is no such file or preset, or if it is not a YAML mapping in UTF-8.
+    """
+    try:
+        content = presets.find(path).read_bytes()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        problem = f"not UTF-8 text: byte 0x{byte:02x} at line {line}. Save the file as UTF-8"
+        raise ConfigError(f"{path}: {problem}") from None
+    if "${" in text:
+        raise ConfigError(f"{path}: {INTERPOLATION_ERROR}")
+    try:
+        tree = parse_yaml(text)
+    except yaml.YAMLError as error:
+        problem = f"not valid YAML{_yaml_problem(error, text)}"
+        raise ConfigError(f"{path}: {problem}. Write each key once, as 'key: value'") from None
+    if tree == Scalar(""):
+        return {}
+    if not isinstance(tree, dict):
+        kind = "a list" if isinstance(tree, list) else f"the text {tree.text!r}"
+        raise ConfigError(f"{path}: a configuration must be a mapping of keys, got {kind}")
+    return tree
+
+
+def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
+    """Format an error of PyYAML as ` at line N: PROBLEM`."""
+    if isinstance(error, yaml.reader.ReaderError):
+        character = chr(error.character) if isinstance(error.character, int) else error.character
+        line = text.count("\n", 0, max(0, text.find(str(character)))) + 1
+        return f" at line {line}: {error.reason}"
+    mark = getattr(error, "problem_mark", None)
+    line_number = f" at line {mark.line + 1}" if mark else ""
+    return f"{line_number}: {getattr(error, 'problem', None) or error}"

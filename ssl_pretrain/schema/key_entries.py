@@ -1,0 +1,122 @@
+"""Describe the keys of configuration dataclasses as plain values, and build classes from these.
+
+Classes that are built from a description refuse the same values, with the same messages, as the
+dataclasses that were described.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin
+
+from ssl_pretrain.schema.settings import (
+    Bounds,
+    ResumePolicy,
+    field_bounds,
+    field_metadata,
+    field_types,
+    field_unit,
+)
+
+NAME = "<name>"  # stands for a name that the user chooses, as in `views.crops.<name>.size`
+SECTION, SECTIONS = "section", "sections by name"  # types of keys that hold other keys
+CHOICE = "choice"
+_SCALARS = {"int": int, "float": float, "bool": bool, "str": str, "any": Any, "null": None}
+_SCALAR_NAMES = {kind: name for name, kind in _SCALARS.items()} | {types.NoneType: "null"}
+_CONTAINER = re.compile(r"(list|dict)\[(?:str, )?(.*)\]")
+
+Entries = dict[str, dict[str, Any]]  # description of each key, by dotted key
+
+
+def describe_keys(kind: type, prefix: str = "", policy: ResumePolicy = "same") -> Entries:
+    """Return the description of every key of a dataclass and its sections.
+
+    Args:
+        kind: The dataclass.
+        prefix: Text before each key, such as `optim.`.
+        policy: Resume policy of the section, which applies to all of its keys.
+    """
+    entries: Entries = {}
+    for field in dataclasses.fields(kind):
+        key, field_type = f"{prefix}{field.name}", field_types(kind)[field.name]
+        metadata = field_metadata(kind, field.name)
+        own_policy = policy if policy != "same" else metadata.get("on_resume", "same")
+        entry = {"help": metadata.get("help", ""), "on_resume": own_policy}
+        if dataclasses.is_dataclass(field_type):
+            entries[key] = {"type": SECTION, **entry}
+            entries |= describe_keys(typing.cast(type, field_type), f"{key}.", own_policy)
+        elif get_origin(field_type) is dict and dataclasses.is_dataclass(get_args(field_type)[1]):
+            entries[key] = {"type": SECTIONS, **entry}
+            entries |= describe_keys(get_args(field_type)[1], f"{key}.{NAME}.", own_policy)
+        else:
+            entries[key] = _describe_value(field, field_type) | entry
+    return entries
+
+
+def _describe_value(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    entry: dict[str, Any] = {"type": _name_type(kind), "default": default}
+    if get_origin(kind) is Literal:
+        entry["choices"] = list(get_args(kind))
+    if holds_numbers(entry["type"]):
+        entry["unit"] = field_unit(field)
+        bounds = dataclasses.asdict(field_bounds(field))
+        entry["bounds"] = {
+            end: None if value == math.inf else value for end, value in bounds.items()
+        }
+    return entry
+
+
+def holds_numbers(type_name: str) -> bool:
+    """Return True if a value of the type is a number or a list of numbers."""
+    return re.search(r"\b(int|float)\b", type_name) is not None
+
+
+def _name_type(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return CHOICE
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_name_type, arguments))
+    if origin in (list, dict):
+        return f"{origin.__name__}[{', '.join(map(_name_type, arguments))}]"
+    return _SCALAR_NAMES[kind]
+
+
+def build_section(name: str, entries: Mapping[str, Mapping[str, Any]], prefix: str = "") -> type:
+    """Build a dataclass from the descriptions of its keys, which start with `prefix`."""
+    fields = []
+    for key, entry in entries.items():
+        field_name = key.removeprefix(prefix)
+        if key.startswith(prefix) and "." not in field_name:
+            bounds = entry.get("bounds")
+            if bounds:
+                high = math.inf if bounds["high"] is None else bounds["high"]
+                bounds = Bounds(**{**bounds, "high": high})
+            field = dataclasses.field(default=None, metadata={**entry, "bounds": bounds})
+            fields.append((field_name, _build_type(key, entry, entries), field))
+    return dataclasses.make_dataclass(name, fields)
+
+
+def _build_type(key: str, entry: Mapping[str, Any], entries: Mapping[str, Any]) -> Any:
+    if entry["type"] == SECTION:
+        return build_section(key, entries, f"{key}.")
+    if entry["type"] == SECTIONS:
+        return types.GenericAlias(dict, (str, build_section(key, entries, f"{key}.{NAME}.")))
+    kinds = [_parse_type(text, entry) for text in entry["type"].split(" | ")]
+    return functools.reduce(operator.or_, kinds)
+
+
+def _parse_type(text: str, entry: Mapping[str, Any]) -> Any:
+    if text == CHOICE:
+        return Literal[tuple(entry["choices"])]
+    if container := _CONTAINER.fullmatch(text):
+        element = _parse_type(container[2], entry)
+        return list[element] if container[1] == "list" else dict[str, element]
+    return _SCALARS[text]

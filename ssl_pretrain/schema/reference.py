@@ -1,0 +1,83 @@
+"""The keys and methods of the package, read from a generated file without importing torch.
+
+`python -m ssl_pretrain.command.reference_files` writes the file from the dataclasses.
+"""
+
+import functools
+import json
+from importlib import resources
+from typing import Any
+
+from ssl_pretrain.schema import key_entries
+from ssl_pretrain.schema.config_file import Declarations, unknown_method_error
+from ssl_pretrain.schema.key_entries import NAME, SECTIONS, Entries
+from ssl_pretrain.schema.typed_values import declared_type
+
+FILE = "reference.json"
+
+
+@functools.cache
+def _read() -> dict[str, Any]:
+    text = (resources.files("ssl_pretrain.schema") / FILE).read_text(encoding="utf-8")
+    return dict(json.loads(text))
+
+
+def keys() -> Entries:
+    """Return the description of every key except those of the methods, by dotted key."""
+    return dict(_read()["keys"])
+
+
+def methods() -> dict[str, dict[str, Any]]:
+    """Return the summary, the paper and the keys of each method, by its name."""
+    return dict(_read()["methods"])
+
+
+@functools.cache
+def _run_type() -> type:
+    return key_entries.build_section("RunConfig", keys())
+
+
+@functools.cache
+def _method_type(name: str) -> Any:
+    """Return the type of the section `method`. The keys of a user's own method are not known."""
+    if "." in name:
+        return dict[str, Any]
+    if name not in methods():
+        raise unknown_method_error(name, list(methods()))
+    return key_entries.build_section("Config", methods()[name]["keys"])
+
+
+def declarations() -> Declarations:
+    """Return classes that refuse the same keys and values as the package's dataclasses."""
+    return Declarations(_run_type(), _method_type, lambda: list(methods()))
+
+
+def find_entry(key: str) -> tuple[str, dict[str, Any]]:
+    """Return the key as it is listed in the file, and its description.
+
+    The keys of a method are `method.<its name>.KEY`.
+
+    Raises:
+        ValueError: If there is no such key.
+    """
+    entries, local_key, replacements = keys(), key, {}
+    if key.startswith("method.") and key not in entries:
+        _, method_name, *names = key.split(".")
+        replacements["method"] = _method_type(method_name)
+        entries, local_key = methods()[method_name]["keys"], ".".join(names)
+        declared_type(_run_type(), f"method.{local_key}", replacements)
+    else:
+        declared_type(_run_type(), key, replacements)
+    local_key = _listed_key(local_key, entries)
+    if local_key not in entries:
+        raise ValueError(f"{key} has no help of its own; see {key.rpartition('.')[0]}")
+    return local_key, entries[local_key]
+
+
+def _listed_key(key: str, entries: Entries) -> str:
+    """Return `views.crops.<name>.size` for `views.crops.global.size`."""
+    for section, entry in entries.items():
+        if entry["type"] == SECTIONS and key.startswith(f"{section}."):
+            _, _, rest = key.removeprefix(f"{section}.").partition(".")
+            return f"{section}.{NAME}.{rest}" if rest else section
+    return key

@@ -1,0 +1,70 @@
+"""Name commands in the form in which the user started this program.
+
+The console script `ssl-pretrain` exists only after an installation. From a clone the same commands
+are `python -m ssl_pretrain.cli`.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import ssl_pretrain
+
+SCRIPT = "ssl-pretrain"
+_VARIABLE = "SSL_PRETRAIN_PROGRAM"  # the processes that this one starts inherit its name
+
+_running_command = ""  # the sub-command of this process, such as `ssl-pretrain knn`
+
+
+def name() -> str:
+    """Return the start of a command line, `ssl-pretrain` or `python -m ssl_pretrain.cli`."""
+    return os.environ.get(_VARIABLE) or f"{python()} -m ssl_pretrain.cli"
+
+
+def command(subcommand: str) -> str:
+    """Return the command line of a sub-command without its arguments, for messages."""
+    return f"{name()} {subcommand}"
+
+
+def python() -> str:
+    """Return what to type to start this interpreter: `python`, or else its path."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def record_script() -> None:
+    """Remember that the console script started this process, if it did."""
+    script = Path(sys.argv[0])
+    if script.stem == SCRIPT:
+        os.environ[_VARIABLE] = SCRIPT if _is_first_in_path(script) else str(script)
+    else:
+        os.environ.pop(_VARIABLE, None)
+
+
+def _is_first_in_path(script: Path) -> bool:
+    path = shutil.which(SCRIPT)
+    return path is not None and Path(path).absolute().parent == script.absolute().parent
+
+
+def run_as(subcommand: str) -> None:
+    """Declare that this process runs a sub-command, whose usage line then names it."""
+    global _running_command
+    _running_command = command(subcommand) if subcommand else ""
+
+
+def usage_name(module_command: str) -> str:
+    """Return the name for the usage line of a command.
+
+    Args:
+        module_command: How the command starts without the console script, such as
+            `python -m ssl_pretrain.eval.knn`.
+    """
+    return _running_command or module_command
+
+
+def version() -> str:
+    """Return the version of the package."""
+    return ssl_pretrain.__version__
