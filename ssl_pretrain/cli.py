@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+import ssl_pretrain
 from ssl_pretrain.command import completion, listing, option_specs, subcommands
-from ssl_pretrain.schema import config_file, key_help, reference
+from ssl_pretrain.schema import config_file, key_help, key_reference
 from ssl_pretrain.schema.key_text import format_rows
 from ssl_pretrain.system import program
 from ssl_pretrain.system.exit_status import USER_ERROR
@@ -44,7 +45,7 @@ def _look_up(name: str, words: list[str]) -> int:
     if name in ("-h", "--help"):
         print(_overview())
     elif name == "--version":
-        print(f"{program.SCRIPT} {program.version()}")
+        print(f"{program.SCRIPT} {ssl_pretrain.__version__}")
     elif name == "help":
         print(_help(words))
     elif name == "list":
@@ -93,7 +94,7 @@ def _check_arguments(name: str, words: list[str]) -> None:
     """
     options = option_specs.find_parser(name).parse_intermixed_args(words)
     if name in ("train", "pretrain", "plan"):
-        config_file.load(options.config, options.overrides, reference.declarations())
+        config_file.load(options.config, options.overrides, key_reference.declarations())
 
 
 if __name__ == "__main__":

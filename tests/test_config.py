@@ -88,16 +88,14 @@ def test_a_wrong_file_is_named(path, text):
 
 
 def test_an_unknown_preset_or_file_names_the_nearest(path):
-    for name, nearest in {
-        "simclr_digit": "simclr_digits, simclr_imagenet, simclr_cifar10",
-        path.with_name("runs.yaml"): f"{path}, triplet_cifar10, dino_cifar10",
-    }.items():
-        with pytest.raises(ConfigError) as error:
-            load(name)
-        assert str(error.value) == (
-            f"{name}: no such file or preset. The nearest are {nearest}; "
-            f"`{program.command('list configs')}` lists all presets"
-        )
+    with pytest.raises(ConfigError) as error:
+        load("simclr_digit")
+    assert str(error.value) == (
+        "simclr_digit: no such file or preset. The nearest are simclr_digits, simclr_imagenet, "
+        f"simclr_cifar10; `{program.command('list configs')}` lists all presets"
+    )
+    with pytest.raises(ConfigError, match=f"run2.yaml: no such .* The nearest are {path}, "):
+        load(path.with_name("run2.yaml"))
 
 
 @pytest.mark.parametrize(

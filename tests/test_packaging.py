@@ -129,7 +129,7 @@ def list_expected_contents(clone: Path) -> set[str]:
         path.relative_to(clone)
         for folder in ("ssl_pretrain", "eval", "launch")
         for path in (clone / folder).rglob("*")
-        if path.is_file() and path.suffix in (".py", ".jinja", ".css", ".js", ".json")
+        if path.is_file() and path.suffix in (".py", ".jinja", ".css", ".js", ".json", ".typed")
     ]
     presets = [path.relative_to(clone) for path in (clone / "configs").rglob("*.yaml")]
     names = {str(path) for path in [*modules, *presets]}

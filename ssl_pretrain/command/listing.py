@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from fnmatch import fnmatch
 
-from ssl_pretrain.schema import presets, reference
+from ssl_pretrain.schema import key_reference, presets
 from ssl_pretrain.schema.key_text import format_rows
 from ssl_pretrain.system import program
 
@@ -24,7 +24,7 @@ def list_names(words: list[str]) -> str:
 def _list_methods(pattern: str) -> str:
     rows = {
         name: f"{method['paper']} {method['summary']}"
-        for name, method in reference.methods().items()
+        for name, method in key_reference.methods().items()
         if fnmatch(name, pattern)
     }
     return format_rows(rows)

@@ -1,7 +1,8 @@
-"""Write the files that are generated from the code: `python -m ssl_pretrain.command.reference_files`.
+"""Write the files that are generated from the code.
 
-They are `ssl_pretrain/schema/reference.json` (keys and methods), `ssl_pretrain/command/options.json`
-(options of the sub-commands) and `docs/reference/configuration.md`.
+They are `schema/reference.json` (keys and methods), `command/options.json` (options of the
+sub-commands) and `docs/reference/configuration.md`. The command is
+`python -m ssl_pretrain.command.reference_files`.
 """
 
 import argparse
@@ -112,7 +113,11 @@ def _format_json(value: Any, indent: str) -> str:
 def _has_nested_dict(value: dict[str, Any] | list[Any]) -> bool:
     """Return True unless the value is the description of one key or option."""
     elements = value.values() if isinstance(value, dict) else value
-    return "bounds" not in value and any(isinstance(each, (dict, list)) for each in elements)
+    has_nested = any(
+        isinstance(each, dict) or (isinstance(each, list) and _has_nested_dict(each))
+        for each in elements
+    )
+    return has_nested and "bounds" not in value and "default" not in value
 
 
 def main() -> int:

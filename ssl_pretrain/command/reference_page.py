@@ -44,15 +44,16 @@ def _render_section(title: str, text: str, prefix: str, keys: Entries) -> str:
 
 
 def _is_value_in(name: str, entry: Mapping[str, Any]) -> bool:
-    is_direct = "." not in name or NAME in name
+    is_direct = "." not in name or name.split(".")[1] == NAME
     return is_direct and entry["type"] not in (SECTION, SECTIONS)
 
 
 def _render_keys(entries: Entries, prefix: str, anchor_prefix: str) -> str:
-    return "".join(
-        f'\n#### <a id="{_anchor(anchor_prefix + name)}"></a>`{prefix}{name}`\n\n{_render_key(entry)}\n'
-        for name, entry in entries.items()
-    )
+    parts = []
+    for name, entry in entries.items():
+        anchor = f'<a id="{_anchor(anchor_prefix + name)}"></a>'
+        parts.append(f"\n#### {anchor}`{prefix}{name}`\n\n{_render_key(entry)}\n")
+    return "".join(parts)
 
 
 def _anchor(key: str) -> str:

@@ -1,6 +1,6 @@
 """Read the YAML and the overrides of a run, and build its configuration from declared types.
 
-The types are the package's dataclasses, or the classes of `reference`, which need no torch.
+The types are the package's dataclasses, or the classes of `key_reference`, which need no torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -62,8 +62,9 @@ def _describe_value(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     factory = field.default_factory
     default = field.default if factory is dataclasses.MISSING else factory()
     entry: dict[str, Any] = {"type": _name_type(kind), "default": default}
-    if get_origin(kind) is Literal:
-        entry["choices"] = list(get_args(kind))
+    for option in (kind, *get_args(kind)):
+        if get_origin(option) is Literal:
+            entry["choices"] = list(get_args(option))
     if holds_numbers(entry["type"]):
         entry["unit"] = field_unit(field)
         bounds = dataclasses.asdict(field_bounds(field))
@@ -118,5 +119,6 @@ def _parse_type(text: str, entry: Mapping[str, Any]) -> Any:
         return Literal[tuple(entry["choices"])]
     if container := _CONTAINER.fullmatch(text):
         element = _parse_type(container[2], entry)
-        return list[element] if container[1] == "list" else dict[str, element]
+        kind, names = (list, ()) if container[1] == "list" else (dict, (str,))
+        return types.GenericAlias(kind, (*names, element))
     return _SCALARS[text]

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from ssl_pretrain.schema import reference
+from ssl_pretrain.schema import key_reference
 from ssl_pretrain.schema.key_entries import NAME, SECTION, SECTIONS
 from ssl_pretrain.schema.key_text import (
     ON_RESUME,
@@ -53,11 +53,11 @@ def explain_key(key: str = "") -> str:
     if key == "method":
         return _list_keys(_children("method.")) + "\n\n" + _list_methods()
     words = key.split(".")
-    if words[0] == "method" and len(words) == 2 and words[1] in reference.methods():
+    if words[0] == "method" and len(words) == 2 and words[1] in key_reference.methods():
         return _explain_method(words[1])
     if words[0] == "method" and len(words) == 2 and words[1] != "name":
         return _explain_key_of_methods(key, words[1])
-    listed_key, entry = reference.find_entry(key)
+    listed_key, entry = key_reference.find_entry(key)
     if entry["type"] in (SECTION, SECTIONS):
         prefix = f"{listed_key}." if entry["type"] == SECTION else f"{listed_key}.{NAME}."
         return _list_keys(_children(prefix))
@@ -70,7 +70,7 @@ def _children(prefix: str) -> dict[str, dict[str, Any]]:
     """Return the entries of the keys directly in a section, by their names in it."""
     return {
         key.removeprefix(prefix): entry
-        for key, entry in reference.keys().items()
+        for key, entry in key_reference.keys().items()
         if key.startswith(prefix) and "." not in key.removeprefix(prefix)
     }
 
@@ -80,11 +80,13 @@ def _list_keys(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _list_methods() -> str:
-    return format_rows({f"method.{name}": m["summary"] for name, m in reference.methods().items()})
+    return format_rows(
+        {f"method.{name}": m["summary"] for name, m in key_reference.methods().items()}
+    )
 
 
 def _explain_method(name: str) -> str:
-    method = reference.methods()[name]
+    method = key_reference.methods()[name]
     rows = {key: entry["help"] for key, entry in method["keys"].items() if key != "name"}
     return f"{method['summary']} {method['paper']}\n\n{format_rows(rows)}"
 
@@ -93,11 +95,11 @@ def _explain_key_of_methods(key: str, name: str) -> str:
     rows = {
         f"method.{method}.{name}": f"default {format_default(value['keys'][name])}. "
         + value["keys"][name]["help"]
-        for method, value in reference.methods().items()
+        for method, value in key_reference.methods().items()
         if name in value["keys"]
     }
     if not rows:
-        reference.find_entry(f"method.{name}")  # raises the error that lists the methods
+        key_reference.find_entry(f"method.{name}")  # raises the error that lists the methods
     return f"{key} is a key of these methods:\n{format_rows(rows)}"
 
 

@@ -18,9 +18,8 @@ _MAX_NAME_WIDTH = 34  # a longer name has a line of its own
 
 def describe_type(entry: Mapping[str, Any]) -> str:
     """Return the type of a key, or its allowed values."""
-    if entry["type"] == CHOICE:
-        return " | ".join(choice or repr(choice) for choice in entry["choices"])
-    return str(entry["type"])
+    choices = " | ".join(choice or repr(choice) for choice in entry.get("choices", ()))
+    return str(entry["type"]).replace(CHOICE, choices)
 
 
 def format_default(entry: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
-import ssl_pretrain
 from ssl_pretrain.system import program
 
 PATTERNS = ("*.yaml", "sweeps/*.yaml")  # recipes, and studies of `ssl-pretrain sweep`
@@ -27,7 +26,7 @@ def folder() -> Path:
     """Return the folder of the recipes."""
     path = Path(str(resources.files("ssl_pretrain") / "configs"))
     # A checkout without symbolic links has the folder at the top of the repository.
-    return path if path.is_dir() else Path(ssl_pretrain.__file__).resolve().parents[1] / "configs"
+    return path if path.is_dir() else Path(__file__).resolve().parents[2] / "configs"
 
 
 def list_files() -> dict[str, Path]:

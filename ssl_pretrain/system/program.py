@@ -9,8 +9,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import ssl_pretrain
-
 SCRIPT = "ssl-pretrain"
 _VARIABLE = "SSL_PRETRAIN_PROGRAM"  # the processes that this one starts inherit its name
 
@@ -63,8 +61,3 @@ def usage_name(module_command: str) -> str:
             `python -m ssl_pretrain.eval.knn`.
     """
     return _running_command or module_command
-
-
-def version() -> str:
-    """Return the version of the package."""
-    return ssl_pretrain.__version__
