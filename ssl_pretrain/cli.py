@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 import ssl_pretrain
-from ssl_pretrain.command import completion, listing, option_specs, subcommands
+from ssl_pretrain.command import completion, name_lists, option_specs, subcommands
 from ssl_pretrain.schema import config_file, key_help, key_reference
 from ssl_pretrain.schema.key_text import format_rows
 from ssl_pretrain.system import program
@@ -49,7 +49,7 @@ def _look_up(name: str, words: list[str]) -> int:
     elif name == "help":
         print(_help(words))
     elif name == "list":
-        print(listing.list_names(words))
+        print(name_lists.list_names(words))
     elif name == "completion":
         print(completion.script(words))
     elif name == completion.HIDDEN_COMMAND:

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from ssl_pretrain.schema import key_entries
-from ssl_pretrain.schema.config_file import Declarations, unknown_method_error
+from ssl_pretrain.schema.config_file import Declarations, is_user_module, unknown_method_error
 from ssl_pretrain.schema.key_entries import NAME, SECTIONS, Entries
 from ssl_pretrain.schema.typed_values import declared_type
 
@@ -40,7 +40,7 @@ def _run_type() -> type:
 @functools.cache
 def _method_type(name: str) -> Any:
     """Return the type of the section `method`. The keys of a user's own method are not known."""
-    if "." in name:
+    if is_user_module(name, list(methods())):
         return dict[str, Any]
     if name not in methods():
         raise unknown_method_error(name, list(methods()))
