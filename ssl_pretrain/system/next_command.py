@@ -27,11 +27,12 @@ def format_command(module: str, *arguments: object) -> str:
     if Path(sys.argv[0]).name == "ssl-pretrain":
         words = ["ssl-pretrain", module.rpartition(".")[2]]
     else:
-        words = [_python_name(), "-m", module]
+        words = [python_name(), "-m", module]
     return shlex.join([*words, *map(str, arguments)])
 
 
-def _python_name() -> str:
+def python_name() -> str:
+    """Return what to type to start this interpreter, which is how the user started it."""
     if sys.executable and shutil.which("python") == sys.executable:
         return "python"
     return sys.orig_argv[0] if sys.orig_argv else "python"

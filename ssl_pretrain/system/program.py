@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from ssl_pretrain.system.next_command import python_name
+
 SCRIPT = "ssl-pretrain"
 _VARIABLE = "SSL_PRETRAIN_PROGRAM"  # the processes that this one starts inherit its name
 
@@ -17,20 +19,12 @@ _running_command = ""  # the sub-command of this process, such as `ssl-pretrain 
 
 def name() -> str:
     """Return the start of a command line, `ssl-pretrain` or `python -m ssl_pretrain.cli`."""
-    return os.environ.get(_VARIABLE) or f"{python()} -m ssl_pretrain.cli"
+    return os.environ.get(_VARIABLE) or f"{python_name()} -m ssl_pretrain.cli"
 
 
 def command(subcommand: str) -> str:
     """Return the command line of a sub-command without its arguments, for messages."""
     return f"{name()} {subcommand}"
-
-
-def python() -> str:
-    """Return what to type to start this interpreter: `python`, or else its path."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    path = Path(sys.executable)
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def record_script() -> None:
