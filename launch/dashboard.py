@@ -17,7 +17,7 @@ from ssl_pretrain.fault_tolerance.run_lock import find_holder
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.monitoring.wandb import evaluations
 from ssl_pretrain.monitoring.wandb import run as wandb_run
-from ssl_pretrain.system import program
+from ssl_pretrain.system import optional_packages, program
 
 VIEW_NAME = "ssl_pretrain"
 HIDDEN_METRICS = ("skipped_steps", "replay_error")  # only useful when something is wrong
@@ -61,20 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def require_packages() -> None:
+    """Raise ValueError with the install line if wandb-workspaces is not installed."""
+    if not optional_packages.is_installed("wandb_workspaces"):
+        raise ValueError(
+            optional_packages.missing_message("dashboard", "wandb-workspaces", "dashboard")
+        )
+
+
 def build_workspace(project: str, entity: str) -> Any:
     """Build the dashboard as a W&B workspace, without saving it.
 
     Raises:
         ValueError: If wandb-workspaces is not installed.
     """
-    try:
-        import wandb_workspaces.reports.v2 as panels
-        import wandb_workspaces.workspaces as workspaces
-    except ImportError:
-        raise ValueError(
-            "the dashboard needs the package wandb-workspaces, which is not installed; run "
-            "pip install 'ssl_pretrain[dashboard]'"
-        ) from None
+    require_packages()
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as workspaces
 
     contents: dict[str, list[Any]] = {group: [] for group in metric_names.GROUPS}
     for key, curve in metric_names.METRICS.items():
@@ -113,6 +116,7 @@ def save_workspace(project: str, entity: str = "") -> str:
     Raises:
         ValueError: If there is no key, W&B is offline or disabled, or W&B refuses the dashboard.
     """
+    require_packages()
     if not wandb_run.has_api_key():
         raise ValueError(
             "no W&B key was found: run `wandb login` or set WANDB_API_KEY; --dry-run needs no key"

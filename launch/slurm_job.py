@@ -20,7 +20,7 @@ from ssl_pretrain import train
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.launch import local, slurm
-from ssl_pretrain.system import next_command, stop_signals
+from ssl_pretrain.system import next_command, optional_packages, stop_signals
 from ssl_pretrain.system.exit_status import PROCESS_LOST, STOPPED
 
 UNFINISHED = STOPPED  # exit status of every rank while the run is unfinished
@@ -244,13 +244,13 @@ def _private_executor(output: str) -> Iterator[Any]:
     Raises:
         ConfigError: If submitit or a SLURM command is missing, or SLURM refuses a job.
     """
-    try:
-        import submitit
-    except ImportError:
-        raise ConfigError(
-            "launch.cluster: slurm needs submitit; pip install submitit, or set "
-            "launch.cluster=local"
-        ) from None
+    if not optional_packages.is_installed("submitit"):
+        message = optional_packages.missing_message(
+            "launch.cluster: slurm", "submitit", "slurm", "set launch.cluster=local"
+        )
+        raise ConfigError(message)
+    import submitit
+
     for command in ("sbatch", "srun"):
         if shutil.which(command) is None:
             raise ConfigError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import command_line, runs
-from ssl_pretrain.eval.detection import backbone_comparison, detectors, detectron2
+from ssl_pretrain.eval.detection import backbone_comparison, detectors, detectron2, metrics
 from ssl_pretrain.eval.detection.annotation_files import load_coco, load_voc
 from ssl_pretrain.eval.detection.annotations import AnnotatedImages, concatenate
 from ssl_pretrain.eval.detection.published_protocols import PROTOCOLS, Protocol
@@ -153,6 +153,7 @@ def main(arguments: list[str]) -> None:
             )
             return
         protocol = choose_protocol(options)
+        metrics.require_packages(protocol.metric, protocol.predicts_masks)
         result = backbone_comparison.compare(
             run, *load_images(options), protocol, options.init, options.seeds
         )

@@ -12,6 +12,7 @@ from torchvision.ops import box_iou
 
 from ssl_pretrain.eval.detection.annotations import Objects
 from ssl_pretrain.eval.detection.published_protocols import Metric
+from ssl_pretrain.system import optional_packages
 
 IOU_THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # AP is averaged over these overlaps
 
@@ -31,6 +32,16 @@ class Detections:
     scores: np.ndarray
     labels: np.ndarray
     masks: list[Any] = field(default_factory=list)
+
+
+def require_packages(metric: Metric, predicts_masks: bool) -> None:
+    """Raise ValueError with the install line if pycocotools is needed and not installed."""
+    if predicts_masks:
+        optional_packages.require(
+            "--protocol with masks", "pycocotools", "detection", "use a protocol without masks"
+        )
+    elif metric == "coco":
+        optional_packages.require("--metric coco", "pycocotools", "detection", "use --metric voc12")
 
 
 def average_precision(
@@ -176,14 +187,10 @@ def coco_average_precision(
     Raises:
         ValueError: If pycocotools is not installed.
     """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError:
-        raise ValueError(
-            "--metric coco: pycocotools is not installed; pip install 'ssl_pretrain[detection]', "
-            "or use --metric voc12"
-        ) from None
+    require_packages("coco", predicts_masks=False)
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     coco_results = [
         result
         for image, output in enumerate(detections)

@@ -16,26 +16,21 @@ from ssl_pretrain.eval.frozen import features, knn_search
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
-from ssl_pretrain.system import markdown
+from ssl_pretrain.system import markdown, optional_packages
 
 FLOAT_MODEL, INT8_MODEL = "model.onnx", "model_int8.onnx"
 TOLERANCE = 1e-4  # largest accepted difference from torch, relative to the largest feature
 NUM_CALIBRATION_IMAGES = 256  # training images that set the ranges of 8-bit activations
 MAX_IMAGES = 10_000  # largest number of images per split that the accuracies are measured on
 NUM_TIMED_IMAGES = 30  # number of times that one image is embedded to measure the latency
-INSTALL = "pip install 'ssl_pretrain[onnx]'"
 
 ImageEmbedder = Callable[[Tensor], Tensor]  # maps normalized images to features on the CPU
 
 
 def require_packages() -> None:
     """Raise ValueError with the install command if a package is missing."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"--format onnx: {error.name} is not installed; {INSTALL}") from None
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        optional_packages.require("--format onnx", package, "onnx")
 
 
 def write_models(run: Run, folder: Path, images: Tensor, torch_features: Tensor) -> str:

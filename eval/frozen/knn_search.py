@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.monitoring import weighted_knn
+from ssl_pretrain.system import optional_packages
 
 QUERY_BATCH_SIZE, BANK_TILE_SIZE = 1024, 16384  # a tile of similarities takes 64 MiB
 
@@ -30,10 +31,10 @@ def choose_backend(backend: str) -> str:
         import faiss  # noqa: F401
     except ImportError:
         if backend == "faiss":
-            raise ValueError(
-                "--backend faiss: faiss is not installed; pip install 'ssl_pretrain[faiss]', or use"
-                " --backend torch"
-            ) from None
+            message = optional_packages.missing_message(
+                "--backend faiss", "faiss", "faiss", "use --backend torch"
+            )
+            raise ValueError(message) from None
         return "torch"
     return "faiss"
 

@@ -36,7 +36,7 @@ class LogConfig:
     every_steps: int = setting(10, "Steps between two records of metrics.", minimum=1)
     wandb: Literal["auto", "online", "offline", "off"] = setting(
         "auto",
-        "Weights & Biases. auto: online if there is an API key, else off. "
+        "Weights & Biases. auto: online if there is an API key and wandb is installed, else off. "
         "WANDB_MODE and WANDB_DISABLED are respected.",
     )
     project: str = setting("ssl_pretrain", "Name of the W&B project.")

@@ -252,7 +252,9 @@ def test_a_missing_onnx_is_an_error(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     run = runs.load_run(tiny_run, device="cpu")
     assert error_of(export.export, run, tmp_path / "out", ["onnx"]) == (
-        f"--format onnx: onnxruntime is not installed; {onnx.INSTALL}"
+        "--format onnx: onnxruntime is not installed; install it with `pip install '.[onnx]'` in a "
+        "clone, or with `pip install 'ssl_pretrain-0.1.0-py3-none-any.whl[onnx]'` where the wheel "
+        "is"
     )
 
 

@@ -238,8 +238,9 @@ def test_a_missing_faiss_is_an_error_only_if_it_is_required(monkeypatch):
     with pytest.raises(ValueError) as error:
         knn_search.choose_backend("faiss")
     assert str(error.value) == (
-        "--backend faiss: faiss is not installed; pip install 'ssl_pretrain[faiss]', or use"
-        " --backend torch"
+        "--backend faiss: faiss is not installed; install it with `pip install '.[faiss]'` in a "
+        "clone, or with `pip install 'ssl_pretrain-0.1.0-py3-none-any.whl[faiss]'` where the wheel "
+        "is, or use --backend torch"
     )
 
 

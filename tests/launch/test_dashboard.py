@@ -13,7 +13,7 @@ from ssl_pretrain.monitoring import collapse_metrics, metric_names
 
 workspaces = pytest.importorskip(
     "wandb_workspaces.workspaces",
-    reason="wandb-workspaces is not installed: pip install 'ssl_pretrain[dashboard]'",
+    reason="wandb-workspaces is not installed: pip install '.[dashboard]'",
 )
 LOGGED_METRICS = {  # test_logger.py and test_collapse.py check that they are logged
     *("loss", "knn", "probe", "lr", "weight_decay", "gradient_norm", "replaced_images"),

@@ -5,7 +5,6 @@ offline or off.
 """
 
 import configparser
-import importlib.util
 import json
 import netrc
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from ssl_pretrain.system import durable_files
+from ssl_pretrain.system import durable_files, optional_packages
 from ssl_pretrain.system.import_path import child_environment
 
 CLOSE_SECONDS = 4.0  # longest wait at the end of the run, if the client sends to a server
@@ -67,10 +66,7 @@ class WandbRun:
         print_line: Callable[[str], None] = print,
         stall_seconds: float = 600.0,
     ):
-        if importlib.util.find_spec("wandb") is None:
-            raise ValueError(
-                "log.wandb: wandb is not installed; pip install wandb, or set log.wandb=off"
-            )
+        _require_client(mode)
         self.mode, self.run_id, self._print_line = mode, run_id, print_line
         environment = child_environment()
         environment.pop("WANDB_SERVICE", None)  # belongs to another client and ends with it
@@ -186,18 +182,36 @@ def start(
         return None
 
 
+def check(configured_mode: str) -> None:
+    """Check that wandb is installed if `log.wandb` requests it.
+
+    Raises:
+        ValueError: If it is not. The message says how to install it.
+    """
+    mode, _ = resolve_mode(configured_mode)
+    if mode != "off":
+        _require_client(configured_mode)
+
+
+def _require_client(mode: str) -> None:
+    optional_packages.require(f"log.wandb={mode}", "wandb", "wandb", "set log.wandb=off")
+
+
 def resolve_mode(configured_mode: str) -> tuple[str, str]:
     """Return the mode of a run and a message for the user, which is usually empty.
 
-    `auto` is online if there is a key, else off. `WANDB_MODE`, `WANDB_DISABLED` and W&B's own
-    settings files (`wandb offline`) can only restrict the mode. If they restrict an explicit
-    `online` or `offline`, the message says so.
+    `auto` is online if there is a key and wandb is installed, else off. `WANDB_MODE`,
+    `WANDB_DISABLED` and W&B's own settings files (`wandb offline`) can only restrict the mode. If
+    they restrict an explicit `online` or `offline`, the message says so.
 
     Args:
         configured_mode: The value of `log.wandb`.
     """
     limit, source = _wandb_mode()
     if configured_mode == "auto":
+        if has_api_key() and limit != "off" and not optional_packages.is_installed("wandb"):
+            hint = optional_packages.install_hint("wandb")
+            return "off", f"W&B: off, because wandb is not installed; {hint}"
         if has_api_key():
             return limit or "online", ""
         hint = (
