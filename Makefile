@@ -40,7 +40,7 @@ lint: env  ## check style, format, types and the layers of imports
 	@.venv/bin/lint-imports
 
 docs: env  ## build the docs site into site/, where any warning is an error
-	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 	@echo "Open site/index.html in a browser."
 
 docs-serve: env  ## show the docs site while you write it

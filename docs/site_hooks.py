@@ -4,6 +4,7 @@ mkdocs calls the functions whose names begin with `on_`. `mkdocs.yml` names this
 """
 
 import base64
+import os
 import re
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +14,9 @@ from latex2mathml import converter
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from ssl_pretrain.command import option_specs, subcommands
+from ssl_pretrain.system import program
 
 
 class ExampleSections(griffe.Extension):
@@ -24,6 +28,7 @@ class ExampleSections(griffe.Extension):
             obj.docstring.value = obj.docstring.value.replace("Example:\n", "Examples:\n")
 
 
+COMMANDS = "<!-- commands -->"  # where the page of the command line has their help
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -60,7 +65,25 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         )
         return text if leaves_docs or is_top_file else match[0]
 
-    return LINK.sub(unlink_unless_on_site, markdown)
+    markdown = LINK.sub(unlink_unless_on_site, markdown)
+    if COMMANDS in markdown:
+        markdown = markdown.replace(COMMANDS, _commands())
+    return markdown
+
+
+def _commands() -> str:
+    """Return a section per sub-command of `ssl-pretrain`, with its help."""
+    os.environ["COLUMNS"] = "88"
+    specs = option_specs.read_specs()
+    sections = []
+    for group, commands in subcommands.GROUPS.items():
+        sections.append(f"## {group.capitalize()}")
+        for name, command in commands.items():
+            parser = option_specs.build_parser(specs[name], f"{program.SCRIPT} {name}")
+            text = parser.format_help().replace(f"{program.name()} ", f"{program.SCRIPT} ")
+            sections.append(f"### {name}\n\n{command.summary[0].upper()}{command.summary[1:]}.")
+            sections.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(sections)
 
 
 def _leaves_docs(path: PurePosixPath) -> bool:
