@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 import ssl_pretrain
-from ssl_pretrain.command import completion, name_lists, option_specs, subcommands
+from ssl_pretrain.command import completion, name_lists, option_specs, shell_scripts, subcommands
 from ssl_pretrain.schema import config_file, key_help, key_reference
 from ssl_pretrain.schema.key_text import format_rows
 from ssl_pretrain.system import program
@@ -51,7 +51,7 @@ def _look_up(name: str, words: list[str]) -> int:
     elif name == "list":
         print(name_lists.list_names(words))
     elif name == "completion":
-        print(completion.script(words))
+        print(shell_scripts.script(words))
     elif name == completion.HIDDEN_COMMAND:
         print("\n".join(completion.complete(words)))
     else:
@@ -92,7 +92,7 @@ def _check_arguments(name: str, words: list[str]) -> None:
     Raises:
         ValueError: If a key or a value of the configuration is not allowed.
     """
-    options = option_specs.find_parser(name).parse_intermixed_args(words)
+    options = option_specs.parse(name, words)
     if name in ("train", "pretrain", "plan"):
         config_file.load(options.config, options.overrides, key_reference.declarations())
 

@@ -25,7 +25,7 @@ class CheckpointConfig:
     """Settings for saving, keeping and resuming from checkpoints."""
 
     every_epochs: float = setting(5.0, "Epochs between two checkpoints.")
-    keep_last: int = setting(2, "Number of newest checkpoints to keep on disk.")
+    keep_last: int = setting(2, "Number of newest checkpoints to keep on disk.", unit="checkpoints")
     keep_every_epochs: float = setting(
         0.0,
         "Checkpoints at multiples of this many epochs are never deleted. 0 protects none.",

@@ -76,6 +76,13 @@ def find_parser(name: str) -> argparse.ArgumentParser:
     return build_parser(read_specs()[name], program.command(name))
 
 
+def parse(name: str, words: list[str]) -> argparse.Namespace:
+    """Parse the arguments of a sub-command. Its help or a wrong option ends the process."""
+    has_commands = any("commands" in option for option in read_specs()[name]["options"])
+    parser = find_parser(name)  # argparse cannot intermix the arguments of commands
+    return parser.parse_args(words) if has_commands else parser.parse_intermixed_args(words)
+
+
 def build_parser(spec: Mapping[str, Any], name: str) -> argparse.ArgumentParser:
     """Build the parser of a sub-command from its description.
 

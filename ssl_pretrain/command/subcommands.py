@@ -69,9 +69,13 @@ def run(name: str, arguments: list[str]) -> int:
     words = [*subcommand.arguments, *arguments]
     program.run_as(name)
     sys.argv[1:] = words
-    if not subcommand.module.startswith("eval."):
-        return int(module.main(words) or 0)
-    from ssl_pretrain.eval import command_line
+    try:
+        if not subcommand.module.startswith("eval."):
+            return int(module.main(words) or 0)
+        from ssl_pretrain.eval import command_line
 
-    command_line.execute(module.main, f"ssl_pretrain.{subcommand.module}".removesuffix(".__main__"))
-    return 0
+        module_name = f"ssl_pretrain.{subcommand.module}".removesuffix(".__main__")
+        command_line.execute(module.main, module_name)
+        return 0
+    finally:
+        program.run_as("")

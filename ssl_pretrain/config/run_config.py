@@ -13,7 +13,7 @@ from ssl_pretrain.monitoring.logger import LogConfig
 from ssl_pretrain.monitoring.online_knn import OnlineConfig
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import ParallelConfig
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.views.recipe import ViewsConfig
 
 
@@ -28,21 +28,25 @@ class PlanConfig:
     )
     intra_node_gb_per_second: float = setting(
         0.0,
-        "Bandwidth in GB/s, one way, from one GPU to the others on its node. "
+        "Bandwidth, one way, from one GPU to the others on its node. "
         "0 takes it from the GPU's data sheet.",
+        unit="GB/s",
     )
     inter_node_gb_per_second: float = setting(
         0.0,
-        "Bandwidth in GB/s, one way, from one node to the others, all ports together. "
+        "Bandwidth, one way, from one node to the others, all ports together. "
         "0 takes it from the GPU's data sheet.",
+        unit="GB/s",
     )
     decoded_per_core: float = setting(
         0.0,
-        "Images per second that one CPU core decodes and crops. "
-        "0 leaves data loading out of the estimate.",
+        "Rate at which one CPU core decodes and crops. 0 leaves data loading out of the estimate.",
+        unit="images/s",
     )
     num_images: int = setting(
-        0, "Training images in the data set. 0 counts them, which needs access to the data."
+        0,
+        "Training images in the data set. 0 counts them, which needs access to the data.",
+        unit="images",
     )
 
 
@@ -54,37 +58,47 @@ class LaunchConfig:
         "auto",
         "Where the run starts. auto means SLURM if jobs can be submitted, else this machine.",
     )
-    ranks: int = setting(0, "Processes per machine. 0 means one per GPU, or one on CPU.")
+    ranks: int = setting(
+        0, "Processes per machine. 0 means one per GPU, or one on CPU.", unit="processes"
+    )
     max_restarts: int = setting(
         3,
         "How many times torchrun restarts all ranks from the newest checkpoint after losing one. "
         "SLURM requeues the job instead.",
+        unit="restarts",
     )
     hosts: str = setting(
         "", "Host names, such as a,b. One torchrun command per host is printed, and none is run."
     )
-    port: int = setting(29500, "Port on the first host through which the ranks connect.")
-    nodes: int = setting(1, "SLURM: number of nodes.")
-    gpus_per_node: int = setting(
-        0, "SLURM: GPUs per node. 0 means CPU nodes with `ranks` processes each."
+    port: int = setting(
+        29500, "Port on the first host through which the ranks connect.", unit=DIMENSIONLESS
     )
-    cpus_per_rank: int = setting(0, "SLURM: CPU cores per rank. 0 means data.num_workers.")
-    memory_gb: int = setting(0, "SLURM: memory per node in GB. 0 means the cluster's default.")
+    nodes: int = setting(1, "SLURM: number of nodes.", unit="nodes")
+    gpus_per_node: int = setting(
+        0, "SLURM: GPUs per node. 0 means CPU nodes with `ranks` processes each.", unit="GPUs"
+    )
+    cpus_per_rank: int = setting(
+        0, "SLURM: CPU cores per rank. 0 means data.num_workers.", unit="CPU cores"
+    )
+    memory_gb: int = setting(0, "SLURM: memory per node. 0 means the cluster's default.", unit="GB")
     hours: float = setting(
         24.0,
         "SLURM: time limit of one job. A run that takes longer continues when the job is requeued, "
         "or in the next job of the chain.",
+        unit="hours",
     )
     signal_seconds: int = setting(
         120,
-        "SLURM: seconds before the time limit at which the job is signaled. "
+        "SLURM: how long before the time limit the job is signaled. "
         "One step and one checkpoint must fit into this time.",
     )
     requeue: bool = setting(
         True, "SLURM: requeue the job after preemption, the time limit or the loss of a node."
     )
     chain: int = setting(
-        1, "SLURM: number of jobs that run one after the other, for clusters that do not requeue."
+        1,
+        "SLURM: number of jobs that run one after the other, for clusters that do not requeue.",
+        unit="jobs",
     )
     partition: str = setting("", "SLURM: partition. Empty means the cluster's default.")
     account: str = setting("", "SLURM: account. Empty means the user's default.")
@@ -101,7 +115,7 @@ class EvaluationConfig:
         "Evaluation commands that launch/pretrain.py runs after training.",
     )
     image_size: int = setting(
-        0, "Height and width of the images in pixels. 0 means the size of the first crop."
+        0, "Height and width of the images. 0 means the size of the first crop.", unit="pixels"
     )
     crop_ratio: float = setting(
         0.875,
@@ -112,7 +126,7 @@ class EvaluationConfig:
     interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear", "Interpolation of the resize."
     )
-    k: int = setting(20, "Number of nearest neighbors that vote.")
+    k: int = setting(20, "Number of nearest neighbors that vote.", unit="neighbors")
     temperature: float = setting(0.07, "Divisor of the neighbors' cosine similarities.")
 
 
@@ -148,16 +162,26 @@ class RunConfig:
     plan: PlanConfig = setting(
         PlanConfig(), "Machine for which `--plan` estimates memory and time.", on_resume="free"
     )
-    seed: int = setting(0, "Seed of every random number of the run.", minimum=0, maximum=2**63 - 1)
+    seed: int = setting(
+        0,
+        "Seed of every random number of the run.",
+        minimum=0,
+        maximum=2**63 - 1,
+        unit=DIMENSIONLESS,
+    )
     epochs: int = setting(100, "Passes over the training images.", on_resume="warn", minimum=1)
     global_batch_size: int = setting(
-        4096, "Images per optimizer step, over all ranks and micro-batches.", minimum=1
+        4096,
+        "Images per optimizer step, over all ranks and micro-batches.",
+        minimum=1,
+        unit="images",
     )
     micro_batch_size: int | str = setting(
         0,
         "Images per forward pass on one rank. 0 means the rank's whole share of the global batch. "
         "auto means the largest micro-batch that fits in memory, found by trial.",
         on_resume="free",
+        unit="images",
     )
     output: str = setting(
         "", "Folder of the run. Empty means runs/<name of the YAML>.", on_resume="free"

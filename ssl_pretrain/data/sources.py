@@ -35,7 +35,7 @@ from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.named_datasets import Digits, pack_cifar10
 from ssl_pretrain.data.python_source import PythonSource
 from ssl_pretrain.data.split_search import split_of
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.system import user_objects
 
 NAMED_SOURCES = ("digits", "cifar10", "folder")
@@ -72,12 +72,15 @@ class DataConfig:
         "If empty, the split is found by its name.",
         on_resume="free",
     )
-    subset: int = setting(0, "Number of training images to use, chosen at random. 0 uses all.")
+    subset: int = setting(
+        0, "Number of training images to use, chosen at random. 0 uses all.", unit="images"
+    )
     num_workers: int = setting(
         4,
         "Threads (ffcv) or processes (folder) per rank that decode and crop. "
         "0 means one thread, or no extra process.",
         on_resume="free",
+        unit="threads or processes",
     )
     loader: Literal["auto", "ffcv", "folder"] = setting(
         "auto",
@@ -97,6 +100,7 @@ class DataConfig:
     quasi_random_window: int = setting(
         16384,
         "Number of images that quasi_random shuffles with each other. They must fit in memory.",
+        unit="images",
     )
     max_replaced: float = setting(
         0.01,
@@ -104,6 +108,7 @@ class DataConfig:
         "If it is exceeded, the run stops.",
         on_resume="free",
         maximum=1,
+        unit=DIMENSIONLESS,
     )
     range: list[float] = setting(
         [],
@@ -111,6 +116,7 @@ class DataConfig:
         "If empty, they are 0 and 65535.",
         minimum=-1e12,
         maximum=1e12,
+        unit="pixel values",
     )
     cache_dir: str = setting(
         "",

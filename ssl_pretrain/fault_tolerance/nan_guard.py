@@ -30,7 +30,7 @@ class GuardConfig:
         10, "Consecutive steps with a gradient that is not finite before a rollback.", minimum=1
     )
     max_rollbacks: int = setting(
-        1, "Rollbacks per process before the run ends. 0 disables rollbacks."
+        1, "Rollbacks per process before the run ends. 0 disables rollbacks.", unit="rollbacks"
     )
 
 

@@ -16,7 +16,7 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses import similarity, tiles
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {"projector_dims": [256, 128]}
@@ -29,8 +29,12 @@ class Config(MethodConfig):
     name: str = "align_uniform"
     align_weight: float = setting(1.0, "Weight of the alignment loss.")
     uniform_weight: float = setting(1.0, "Weight of the uniformity loss.")
-    alpha: float = setting(2.0, "Power of the distance between two views of an image.")
-    t: float = setting(2.0, "Sharpness of the Gaussian kernel between two images.")
+    alpha: float = setting(
+        2.0, "Power of the distance between two views of an image.", unit=DIMENSIONLESS
+    )
+    t: float = setting(
+        2.0, "Sharpness of the Gaussian kernel between two images.", unit=DIMENSIONLESS
+    )
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> Method:

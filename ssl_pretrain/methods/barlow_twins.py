@@ -24,7 +24,7 @@ from ssl_pretrain.losses.second_moments import (
 )
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {"projector_dims": [512, 512, 512]}
@@ -37,7 +37,9 @@ class Config(MethodConfig):
     name: str = "barlow_twins"
     projector_dims: list[int] = setting([8192, 8192, 8192], "Widths of the projector's layers.")
     redundancy_weight: float = setting(0.0051, "Weight lambda of the redundancy reduction term.")
-    loss_scale: float = setting(1.0, "Factor of the loss (0.1 in solo-learn's CIFAR-10 recipe).")
+    loss_scale: float = setting(
+        1.0, "Factor of the loss (0.1 in solo-learn's CIFAR-10 recipe).", unit=DIMENSIONLESS
+    )
     gradient_scale: Literal["true", "authors"] = setting(
         "true", "Factor of the gradient, which is 1 for true and 1 / world_size for authors."
     )

@@ -18,7 +18,7 @@ from ssl_pretrain.distributed import collectives
 from ssl_pretrain.losses import similarity, tiles
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, Monitored
 from ssl_pretrain.models.components import Backbone
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {
@@ -37,20 +37,28 @@ class Config(MethodConfig):
     """Configuration of CPC."""
 
     name: str = "cpc"
-    patch_size: int = setting(64, "Height and width of a patch in pixels, such as 8 for CIFAR-10.")
+    patch_size: int = setting(
+        64, "Height and width of a patch, such as 8 for CIFAR-10.", unit="pixels"
+    )
     stride: int = setting(
-        32, "Pixels from one patch to the next. The default cuts 256 pixels into 7 x 7 patches."
+        32,
+        "Distance from one patch to the next. The default cuts 256 pixels into 7 x 7 patches.",
+        unit="pixels",
     )
     context_dim: int = setting(256, "Width of the context network.")
-    num_blocks: int = setting(5, "Number of blocks of the context network.")
+    num_blocks: int = setting(5, "Number of blocks of the context network.", unit="blocks")
     num_directions: int = setting(
-        4, "Number of prediction directions, in the order down, up, right and left."
+        4,
+        "Number of prediction directions, in the order down, up, right and left.",
+        unit="directions",
     )
     rows_ahead: list[int] = setting(
-        [3, 4, 5], "Distances in rows to the predicted patches. Nearer rows are not predicted."
+        [3, 4, 5],
+        "Distances in rows to the predicted patches. Nearer rows are not predicted.",
+        unit="rows of patches",
     )
     target_dim: int = setting(64, "Width of the predictions and their targets.")
-    scale: float = setting(0.1, "Factor that multiplies the predictions.")
+    scale: float = setting(0.1, "Factor that multiplies the predictions.", unit=DIMENSIONLESS)
 
     def build(self, backbone: Backbone) -> Method:
         """Build CPC on top of a backbone."""

@@ -13,7 +13,7 @@ import torch
 from ssl_pretrain.losses import contrastive, similarity
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {"projector_dims": [256, 128]}
@@ -26,7 +26,9 @@ class Config(MethodConfig):
     name: str = "decoupled"
     temperature: float = setting(0.1, "Divisor of the cosine similarities.")
     sigma: float | None = setting(
-        None, "Parameter of DCLW's von Mises-Fisher weighting (paper: 0.5). null selects DCL."
+        None,
+        "Parameter of DCLW's von Mises-Fisher weighting (paper: 0.5). null selects DCL.",
+        unit=DIMENSIONLESS,
     )
     projector_dims: list[int] = setting([2048, 2048, 128], "Widths of the projector's layers.")
 

@@ -30,7 +30,7 @@ from ssl_pretrain.methods.base import (
 from ssl_pretrain.models.components import Backbone, Teacher, rising_momentum
 from ssl_pretrain.optim import schedules
 from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {
@@ -54,7 +54,7 @@ class Config(MethodConfig):
         False,
         "Batch norm in the head's hidden layers, for ResNets on small images (use_bn_in_head).",
     )
-    num_prototypes: int = setting(65536, "Number of prototypes.")
+    num_prototypes: int = setting(65536, "Number of prototypes.", unit="prototypes")
     train_norm: bool = setting(
         False, "Train the norms of the prototypes (norm_last_layer false in the authors' code)."
     )
@@ -63,7 +63,7 @@ class Config(MethodConfig):
         0.04, "Temperature of the teacher's softmax after its warm-up."
     )
     teacher_temperature_start: float = setting(
-        0.04, "Temperature of the teacher's softmax in the first epoch."
+        0.04, "Temperature of the teacher's softmax in the first epoch.", unit=DIMENSIONLESS
     )
     teacher_temperature_warmup_epochs: int = setting(
         0, "Epochs over which the teacher's temperature warms up. It changes once per epoch."

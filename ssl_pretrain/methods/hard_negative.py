@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ssl_pretrain.losses import contrastive, similarity
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {"projector_dims": [256, 128]}
@@ -22,8 +22,10 @@ class Config(MethodConfig):
 
     name: str = "hard_negative"
     temperature: float = setting(0.5, "Divisor of the cosine similarities.")
-    tau_plus: float = setting(0.1, "Probability that a negative has the anchor's class.")
-    beta: float = setting(1.0, "Concentration on hard negatives.")
+    tau_plus: float = setting(
+        0.1, "Probability that a negative has the anchor's class.", unit=DIMENSIONLESS
+    )
+    beta: float = setting(1.0, "Concentration on hard negatives.", unit=DIMENSIONLESS)
     projector_dims: list[int] = setting([512, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> Method:

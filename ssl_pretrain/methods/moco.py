@@ -39,7 +39,7 @@ class Config(MethodConfig):
     name: str = "moco"
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
     temperature: float = setting(0.2, "Divisor of the cosine similarities.")
-    queue_size: int = setting(65536, "Number of keys in the queue.")
+    queue_size: int = setting(65536, "Number of keys in the queue.", unit="keys")
     momentum: float = setting(0.999, "Momentum of the teacher.")
     shuffled_batch_norm: bool = setting(
         True, "Exchange key views between batch norm groups, so that statistics reveal no pairs."

@@ -41,7 +41,7 @@ class Config(MethodConfig):
     name: str = "moco_v3"
     hidden_dim: int = setting(4096, "Width of the hidden layers of projector and predictor.")
     dim: int = setting(256, "Width of the embeddings.")
-    num_projector_layers: int = setting(2, "Number of layers in the projector.")
+    num_projector_layers: int = setting(2, "Number of layers in the projector.", unit="layers")
     predictor_last_norm: bool = setting(False, "Add batch norm after the predictor's last layer.")
     temperature: float = setting(1.0, "Divisor of the cosine similarities.")
     momentum: float = setting(

@@ -35,7 +35,9 @@ class Config(MethodConfig):
     projector_dims: list[int] = setting([2048, 2048, 256], "Widths of the projector's layers.")
     predictor_dim: int = setting(4096, "Width of the predictor's hidden layer.")
     temperature: float = setting(0.1, "Divisor of the cosine similarities.")
-    queue_size: int = setting(98304, "Number of past embeddings searched for nearest neighbors.")
+    queue_size: int = setting(
+        98304, "Number of past embeddings searched for nearest neighbors.", unit="embeddings"
+    )
 
     def check(self, run: Any, world_size: int) -> None:
         """Raise ValueError unless whole global batches fill the queue exactly."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ssl_pretrain.losses.similarity import all_pairs, upcast
 from ssl_pretrain.methods.base import Embeddings, GroupedPairs, LossOutput, MethodConfig
 from ssl_pretrain.models.components import Backbone
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 
 SMALL_CONFIG = {"projector_dims": [256, 128], "unit_length": True}
 
@@ -27,7 +27,9 @@ class Config(MethodConfig):
     pairs: Literal["views", "labels"] = setting(
         "views", "Positive pairs. views: two views of an image. labels: images of the same class."
     )
-    margin: float = setting(1.0, "Distance beyond which negative pairs have no loss.")
+    margin: float = setting(
+        1.0, "Distance beyond which negative pairs have no loss.", unit=DIMENSIONLESS
+    )
     unit_length: bool = setting(False, "Normalize the embeddings. The paper does not.")
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 

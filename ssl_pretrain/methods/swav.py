@@ -26,7 +26,7 @@ from ssl_pretrain.methods.base import (
 )
 from ssl_pretrain.models.components import Backbone, Queue, check_queue_size, mlp
 from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {"hidden_dim": 256, "dim": 64, "num_prototypes": 300, "freeze_prototypes_steps": 39}
@@ -39,14 +39,15 @@ class Config(MethodConfig):
     name: str = "swav"
     hidden_dim: int = setting(2048, "Width of the projector's hidden layer.")
     dim: int = setting(128, "Width of the embeddings.")
-    num_prototypes: int = setting(3000, "Number of prototypes.")
+    num_prototypes: int = setting(3000, "Number of prototypes.", unit="prototypes")
     temperature: float = setting(0.1, "Divisor of the similarities to the prototypes.")
     epsilon: float = setting(
         0.05,
         "Entropy regularization of the assignments. "
         "Use 0.03 if the loss stays at ln(num_prototypes).",
+        unit=DIMENSIONLESS,
     )
-    num_iterations: int = setting(3, "Iterations of Sinkhorn-Knopp.")
+    num_iterations: int = setting(3, "Iterations of Sinkhorn-Knopp.", unit="iterations")
     freeze_prototypes_steps: int = setting(
         313,
         "Initial steps with frozen prototypes (default: one ImageNet epoch at batch size 4,096).",
@@ -55,6 +56,7 @@ class Config(MethodConfig):
         0,
         "Past images that the assignments include, 0 for no queue. "
         "The paper uses 3,840 at batch size 256.",
+        unit="images",
     )
     queue_from_epoch: int = setting(15, "Epoch from which the queue is used.")
 

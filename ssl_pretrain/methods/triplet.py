@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ssl_pretrain.losses.similarity import Pairs, all_pairs, upcast
 from ssl_pretrain.methods.base import Embeddings, GroupedPairs, LossOutput, MethodConfig
 from ssl_pretrain.models.components import Backbone
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 
 SMALL_CONFIG = {"projector_dims": [256, 128]}
 
@@ -28,7 +28,9 @@ class Config(MethodConfig):
     pairs: Literal["views", "labels"] = setting(
         "views", "Positives. views: two views of an image. labels: images of one class."
     )
-    margin: float = setting(0.2, "Margin alpha between squared distances of unit vectors.")
+    margin: float = setting(
+        0.2, "Margin alpha between squared distances of unit vectors.", unit=DIMENSIONLESS
+    )
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> GroupedPairs:

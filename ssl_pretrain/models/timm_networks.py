@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ssl_pretrain.models import custom_network
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -71,7 +71,7 @@ class BackboneConfig:
         "Prefix of the backbone's keys in the file, such as module.encoder_q. "
         "If empty, it is found automatically.",
     )
-    drop_path: float = setting(0.0, "Rate of stochastic depth.", below=1)
+    drop_path: float = setting(0.0, "Rate of stochastic depth.", below=1, unit=DIMENSIONLESS)
     args: dict[str, Any] = setting({}, "Other arguments of the timm model, such as patch_size.")
 
 

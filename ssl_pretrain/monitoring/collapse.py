@@ -29,7 +29,9 @@ class HealthConfig:
         50,
         "Steps between two measurements, or 0 for none. 50 costs under 1 % of the training time.",
     )
-    max_rows: int = setting(1024, "Largest number of embeddings per measurement, over all ranks.")
+    max_rows: int = setting(
+        1024, "Largest number of embeddings per measurement, over all ranks.", unit="embeddings"
+    )
     on_collapse: Literal["warn", "stop"] = setting(
         "warn",
         "What to do after an alert. stop ends the run with exit status 2. warn lets it continue.",

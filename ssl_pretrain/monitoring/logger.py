@@ -42,11 +42,12 @@ class LogConfig:
     project: str = setting("ssl_pretrain", "Name of the W&B project.")
     name: str = setting("", "Name of the W&B run. If empty, the name of the output folder is used.")
     tags: list[str] = setting([], "Tags of the W&B run.")
-    stall_seconds: float = setting(900.0, "Seconds without a record before W&B sends an alert.")
+    stall_seconds: float = setting(900.0, "Time without a record before W&B sends an alert.")
     peak_tflops: float = setting(
         0.0,
-        "Peak bfloat16 TFLOP/s of one GPU, for the model FLOPs utilization. "
+        "Peak bfloat16 throughput of one GPU, for the model FLOPs utilization. "
         "If 0, the peak is looked up by the GPU's name.",
+        unit="TFLOP/s",
     )
 
 

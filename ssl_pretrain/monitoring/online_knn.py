@@ -27,11 +27,13 @@ class OnlineConfig:
     """Accuracies measured during a run."""
 
     knn_every_epochs: float = setting(1.0, "Epochs between two measurements, or 0 for none.")
-    k: int = setting(20, "Number of nearest neighbors that vote.")
+    k: int = setting(20, "Number of nearest neighbors that vote.", unit="neighbors")
     temperature: float = setting(0.07, "Divisor of the neighbors' cosine similarities.")
     probe: bool = setting(True, "Also fit a linear classifier to the same features.")
-    max_train: int = setting(10000, "Training images in the bank of neighbors.")
-    max_test: int = setting(2000, "Training images used as queries. They are not in the bank.")
+    max_train: int = setting(10000, "Training images in the bank of neighbors.", unit="images")
+    max_test: int = setting(
+        2000, "Training images used as queries. They are not in the bank.", unit="images"
+    )
     on_failure: Literal["stop", "warn"] = setting(
         "warn",
         "What to do if a measurement fails on any rank. stop ends the run. warn lets it continue.",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssl_pretrain.distributed import collectives
 from ssl_pretrain.optim import schedules
 from ssl_pretrain.optim.momentum_sgd import LARC, LARS, SGD
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 
 
 @dataclass
@@ -19,7 +19,9 @@ class OptimConfig:
     """Settings of the optimizer and its schedule. `--plan` prints the scaled learning rate."""
 
     name: Literal["lars", "larc", "adamw", "adam", "sgd"] = setting("lars", "Optimizer.")
-    base_lr: float = setting(0.3, "Learning rate before it is scaled with the batch size.")
+    base_lr: float = setting(
+        0.3, "Learning rate before it is scaled with the batch size.", unit=DIMENSIONLESS
+    )
     lr_scaling: Literal["linear", "sqrt", "none"] = setting(
         "linear",
         "Rule for the scaled learning rate, which is base_lr * global_batch_size / 256 for linear, "
@@ -34,7 +36,7 @@ class OptimConfig:
     )
     schedule: Literal["cosine", "milestones"] = setting("cosine", "Schedule after the warm-up.")
     milestones: list[float] = setting(
-        [], "Epochs at which the learning rate is multiplied by milestone_factor."
+        [], "Epochs at which the learning rate is multiplied by milestone_factor.", unit="epochs"
     )
     milestone_factor: float = setting(0.1, "Factor of the learning rate at each milestone.")
     changes_every: Literal["step", "epoch"] = setting(
@@ -50,11 +52,12 @@ class OptimConfig:
         [],
         "Prefixes of parameter names whose learning rate stays at its peak (SimSiam: predictor).",
     )
-    weight_decay: float = setting(1e-4, "Weight decay.")
+    weight_decay: float = setting(1e-4, "Weight decay.", unit=DIMENSIONLESS)
     final_weight_decay: float | None = setting(
         None,
         "Weight decay at the end of a half cosine (DINO: from 0.04 to 0.4). "
         "null keeps it constant.",
+        unit=DIMENSIONLESS,
     )
     momentum: float = setting(0.9, "Momentum of lars, larc and sgd.", below=1)
     momentum_convention: Literal["classic", "popular"] = setting(
@@ -63,15 +66,20 @@ class OptimConfig:
         "multiplies the buffer for popular (BYOL, MoCo v3, Barlow Twins).",
     )
     nesterov: bool = setting(False, "Use Nesterov momentum, with sgd only.")
-    trust_coefficient: float = setting(0.001, "Trust coefficient eta of lars and larc.")
+    trust_coefficient: float = setting(
+        0.001, "Trust coefficient eta of lars and larc.", unit=DIMENSIONLESS
+    )
     larc_clip: bool = setting(
         False, "Limit each tensor's rate to lr, with larc only (solo-learn: true, SwAV: false)."
     )
     betas: list[float] = setting(
-        [0.9, 0.999], "Decay rates of the moments of adamw and adam.", below=1
+        [0.9, 0.999], "Decay rates of the moments of adamw and adam.", below=1, unit=DIMENSIONLESS
     )
     eps: float = setting(
-        1e-8, "Number added to the root of the second moment of adamw and adam.", above=0
+        1e-8,
+        "Number added to the root of the second moment of adamw and adam.",
+        above=0,
+        unit=DIMENSIONLESS,
     )
     exclude_by: Literal["ndim", "name", "none"] = setting(
         "ndim",
@@ -80,7 +88,9 @@ class OptimConfig:
         "exclude_names.",
     )
     exclude_names: list[str] = setting([], "Substrings of excluded names, for exclude_by=name.")
-    clip_norm: float = setting(0.0, "Largest norm of the gradient. 0 means no clipping.")
+    clip_norm: float = setting(
+        0.0, "Largest norm of the gradient. 0 means no clipping.", unit=DIMENSIONLESS
+    )
     clip_by: Literal["whole", "tensor"] = setting(
         "whole", "Norm that clip_norm limits, of the whole gradient or of each tensor (DINO)."
     )

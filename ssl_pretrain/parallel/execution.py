@@ -50,6 +50,7 @@ class ParallelConfig:
         "global",
         "Number of images that share batch norm statistics, a part of the training recipe. "
         "global: the whole global batch.",
+        unit="images",
     )
     precision: Literal["auto", "float32", "bfloat16", "float64"] = setting(
         "auto", "Data type of the computation. auto: bfloat16 autocast on GPUs, float32 on CPU."
@@ -75,7 +76,7 @@ class ParallelConfig:
     )
     timeout_seconds: float = setting(
         600.0,
-        "Seconds that a collective operation may wait before the run ends.",
+        "How long a collective operation may wait before the run ends.",
         on_resume="free",
         above=0,
         maximum=1e9,

@@ -3,6 +3,7 @@
 from ssl_pretrain.schema.former_keys import RENAMED_KEYS, rename_key, rename_keys
 from ssl_pretrain.schema.settings import (
     COSINE,
+    DIMENSIONLESS,
     FRACTION,
     FRACTION_BELOW_ONE,
     JPEG_QUALITY,
@@ -24,6 +25,7 @@ from ssl_pretrain.schema.yaml_tree import Scalar, flatten, merge, parse_yaml, va
 
 __all__ = [
     "COSINE",
+    "DIMENSIONLESS",
     "FRACTION",
     "FRACTION_BELOW_ONE",
     "JPEG_QUALITY",

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Literal, get_args, get_origin
 
 from ssl_pretrain import schema
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 
 Interpolation = Literal["bilinear", "bicubic"]
 CropSampler = Literal["torchvision", "tensorflow", "clipped"]
@@ -24,10 +24,12 @@ CropSampler = Literal["torchvision", "tensorflow", "clipped"]
 class Crop:
     """One kind of view, whose name is its key in `views.crops`."""
 
-    count: int = setting(2, "Views of this kind per image.", minimum=1, maximum=1000)
-    size: int = setting(224, "Height and width of the view in pixels.", minimum=1, maximum=10_000)
+    count: int = setting(2, "Views of this kind per image.", minimum=1, maximum=1000, unit="views")
+    size: int = setting(
+        224, "Height and width of the view.", minimum=1, maximum=10_000, unit="pixels"
+    )
     scale: list[float] = setting(
-        [0.08, 1.0], "[low, high] of the crop's share of the image's area."
+        [0.08, 1.0], "[low, high] of the crop's share of the image's area.", unit=DIMENSIONLESS
     )
     ratio: list[float] = setting(
         [0.75, 1.3333333333333333], "[low, high] of the crop's width / height before resizing."
@@ -43,17 +45,20 @@ class Crop:
         "Filter a crop that is shrunk. "
         "false: sample it without a low-pass filter, as in tf.image.resize.",
     )
-    flip: float = setting(0.5, "Probability of a horizontal flip.", maximum=1)
-    jitter: float = setting(0.0, "Probability of the color jitter.", maximum=1)
+    flip: float = setting(0.5, "Probability of a horizontal flip.", maximum=1, unit=DIMENSIONLESS)
+    jitter: float = setting(0.0, "Probability of the color jitter.", maximum=1, unit=DIMENSIONLESS)
     brightness: float = setting(
-        0.0, "Strength x of the brightness jitter: factors are uniform in [max(0, 1 - x), 1 + x]."
+        0.0,
+        "Strength x of the brightness jitter: factors are uniform in [max(0, 1 - x), 1 + x].",
+        unit=DIMENSIONLESS,
     )
-    contrast: float = setting(0.0, "Strength of the contrast jitter.")
-    saturation: float = setting(0.0, "Strength of the saturation jitter.")
+    contrast: float = setting(0.0, "Strength of the contrast jitter.", unit=DIMENSIONLESS)
+    saturation: float = setting(0.0, "Strength of the saturation jitter.", unit=DIMENSIONLESS)
     hue: float = setting(
         0.0,
-        "Strength x of the hue jitter: shifts are uniform in [-x, x] turns of the color wheel.",
+        "Strength x of the hue jitter: shifts are uniform in [-x, x].",
         maximum=0.5,
+        unit="turns of the color wheel",
     )
     brightness_mode: Literal["multiply", "add"] = setting(
         "multiply",
@@ -69,21 +74,29 @@ class Crop:
         "blend: mix with the gray image. "
         "hsv: scale S at constant hue and value, as in tf.image.adjust_saturation.",
     )
-    grayscale: float = setting(0.0, "Probability of a conversion to gray.", maximum=1)
-    blur: float = setting(0.0, "Probability of a Gaussian blur.", maximum=1)
-    blur_sigma: list[float] = setting([0.1, 2.0], "[low, high] of the blur's deviation in pixels.")
+    grayscale: float = setting(
+        0.0, "Probability of a conversion to gray.", maximum=1, unit=DIMENSIONLESS
+    )
+    blur: float = setting(0.0, "Probability of a Gaussian blur.", maximum=1, unit=DIMENSIONLESS)
+    blur_sigma: list[float] = setting(
+        [0.1, 2.0], "[low, high] of the blur's standard deviation.", unit="pixels"
+    )
     blur_kernel: int = setting(
         0,
-        "Size of the blur's kernel in pixels. "
+        "Size of the blur's kernel. "
         "If it is 0, size // 10 made odd, at least 3 (SimCLR: 23 for 224 pixels).",
+        unit="pixels",
     )
     blur_border: Literal["reflect", "zero"] = setting(
         "reflect",
         "Pixels beyond the border of the view. zero: black, as with TensorFlow's SAME padding.",
     )
-    solarize: float = setting(0.0, "Probability of solarization.", maximum=1)
+    solarize: float = setting(0.0, "Probability of solarization.", maximum=1, unit=DIMENSIONLESS)
     solarize_threshold: float = setting(
-        0.5, "Solarization inverts pixels of at least this value in [0, 1].", maximum=1
+        0.5,
+        "Solarization inverts pixels of at least this value in [0, 1].",
+        maximum=1,
+        unit=DIMENSIONLESS,
     )
 
 
@@ -95,8 +108,11 @@ class ViewsConfig:
     mean: list[float] = setting(
         [0.0, 0.0, 0.0],
         "Mean subtracted from each color channel. SimCLR does not normalize pixels in [0, 1].",
+        unit=DIMENSIONLESS,
     )
-    std: list[float] = setting([1.0, 1.0, 1.0], "Divisor of each color channel.", above=0)
+    std: list[float] = setting(
+        [1.0, 1.0, 1.0], "Divisor of each color channel.", above=0, unit=DIMENSIONLESS
+    )
 
 
 def crop_per_view(views: ViewsConfig) -> list[Crop]:

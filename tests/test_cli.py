@@ -1,0 +1,228 @@
+"""The command `ssl-pretrain`: dispatch, help, lists, typos and completion."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ssl_pretrain
+from ssl_pretrain import cli, config
+from ssl_pretrain.command import reference_files, subcommands
+from ssl_pretrain.command.completion import complete
+from ssl_pretrain.config import ConfigError
+from ssl_pretrain.schema import config_file, key_reference, presets
+from ssl_pretrain.schema.key_entries import SECTION, SECTIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ["torch", "timm", "numba", "matplotlib", "numpy"]
+
+# Runs several command lines in one process, in which an import of the heavy packages fails.
+WITHOUT_TORCH = f"""
+import contextlib, io, json, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY}:
+            raise AssertionError("imported " + name)
+
+sys.meta_path.insert(0, Blocker())
+sys.argv[0] = "ssl-pretrain"
+from ssl_pretrain import cli
+results = []
+for arguments in json.loads(sys.argv[1]):
+    out, status = io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            status = cli.main(arguments)
+        except SystemExit as exit:
+            status = exit.code
+    results.append((status, out.getvalue()))
+print(json.dumps(results))
+"""
+
+
+def run_without_torch(*command_lines: str) -> list[tuple[int, str]]:
+    arguments = json.dumps([line.split() for line in command_lines])
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_help_lists_completion_and_typos_need_no_torch():
+    expected = {
+        "--help": (0, "usage: ssl-pretrain COMMAND"),
+        "--version": (0, f"ssl-pretrain {ssl_pretrain.__version__}"),
+        "help": (0, "global_batch_size"),
+        "help optim.clip_by": (0, "optim.clip_by (whole | tensor, default whole)"),
+        "help knn": (0, "usage: ssl-pretrain knn"),
+        "list methods": (0, "arXiv:2002.05709"),
+        "list configs": (0, "simclr_cifar10"),
+        "completion bash": (0, "complete -o default"),
+        "__complete train simclr_cifar10 optim.b": (0, "optim.base_lr="),
+        "trian": (2, "error: 'trian' is not a sub-command. Did you mean 'train'?"),
+        "train simclr_digit": (2, "error: simclr_digit: no such file or preset."),
+        "train simclr_digits optim.base_lrr=1": (2, "Did you mean 'base_lr'?"),
+        "pretrain simclr_digits epochs=many": (2, "epochs: 'many' is not a whole number"),
+        "plan simclr_digits optim.name=sdg": (2, "optim.name: 'sdg' is not known"),
+        "train simclr_digits method.name=simcrl": (2, "Did you mean 'simclr'?"),
+        "train simclr_digits --pln": (2, "unrecognized arguments: --pln"),
+        **{
+            f"{name} --help": (0, f"usage: ssl-pretrain {name}") for name in subcommands.SUBCOMMANDS
+        },
+    }
+    results = run_without_torch(*expected)
+    for (line, (status, text)), (actual_status, output) in zip(expected.items(), results):
+        assert actual_status == status, f"{line}: {output}"
+        assert text in output, line
+    train_help = results[list(expected).index("train --help")][1]
+    sections = [key for key, entry in key_reference.keys().items() if entry["type"] == SECTION]
+    assert not [section for section in sections if f"\n{section} " not in train_help]
+
+
+TYPOS = [
+    ["optim.base_lrr=1"],
+    ["epoch=3"],
+    ["optim.name=sdg"],
+    ["optim.base_lr=fast"],
+    ["epochs=many"],
+    ["epochs=0"],
+    ["method.name=simcrl"],
+    ["method.queue_size=3"],
+    ["method.name=moco", "method.temprature=1"],
+    ["views.crops.global.sise=3"],
+    ["views.crops.global.size=3.5"],
+    ["optim.milestones=3"],
+    ["data.range=[a,b]"],
+    ["optim.final_weight_decay=x"],
+    ["log=x"],
+    ["backbone.init.x=3"],
+    ["seed=${x}"],
+    ["optim"],
+]
+
+
+@pytest.mark.parametrize("overrides", TYPOS, ids=str)
+def test_a_typo_has_the_same_message_without_the_classes_of_the_package(overrides):
+    messages = []
+    for load in (config.load, lambda *a: config_file.load(*a, key_reference.declarations())):
+        with pytest.raises(ConfigError) as error:
+            load("simclr_digits", overrides)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_every_preset_passes_the_check_without_the_classes_of_the_package():
+    for path in presets.folder().glob("*.yaml"):
+        config_file.load(path.stem, [], key_reference.declarations())
+
+
+def test_the_keys_of_a_method_of_ones_own_are_left_to_its_module(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("method: {name: package.module, alpha: 3}\n")
+    run = config_file.load(path, ["method.beta=4"], key_reference.declarations())
+    assert run.method == {"name": "package.module", "alpha": 3, "beta": 4}
+
+
+def test_the_generated_files_are_current():
+    """`python -m ssl_pretrain.command.reference_files` writes them."""
+    for path, text in reference_files.generate_files().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path} is out of date"
+
+
+def list_entries():
+    yield from key_reference.keys().items()
+    for name, method in key_reference.methods().items():
+        yield from ((f"method.{name}.{key}", entry) for key, entry in method["keys"].items())
+
+
+def test_every_key_has_a_text_a_policy_and_allowed_values_and_every_number_a_unit():
+    for key, entry in list_entries():
+        assert entry["help"].endswith((".", ")")), f"{key} has no help"
+        assert entry["on_resume"] in ("same", "free", "warn"), key
+        if entry["type"] in (SECTION, SECTIONS):
+            continue
+        assert "default" in entry, key
+        if re.search(r"\b(int|float)\b", entry["type"]):
+            assert entry["unit"], f"{key} needs unit=..., or unit=DIMENSIONLESS"
+            assert "low" in entry["bounds"], key
+        if "choice" in entry["type"]:
+            assert entry["choices"], key
+
+
+def test_every_method_has_a_description_and_a_paper():
+    for name, method in key_reference.methods().items():
+        assert method["summary"].endswith("."), name
+        assert re.search(r"\(.*(19|20)\d\d", method["paper"]), name
+
+
+def test_a_preset_is_found_by_its_name_and_an_existing_file_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("simclr_digits", "simclr_digits.yaml", "configs/simclr_digits.yaml"):
+        run = config.load(name)
+        assert (run.output, run.global_batch_size) == ("runs/simclr_digits", 256)
+    Path("simclr_digits.yaml").write_text("method: {name: byol}\n")
+    assert config.load("simclr_digits.yaml").method.name == "byol"
+    assert config.load("simclr_digits").method.name == "simclr"
+
+
+def test_a_subcommand_runs_its_module_and_returns_its_status(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("SSL_PRETRAIN_PROGRAM", "")
+    monkeypatch.setattr(sys, "argv", ["/bin/ssl-pretrain"])
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["compare", str(tmp_path)])
+    assert exit.value.code == 2
+    assert "a comparison needs two or more runs" in capsys.readouterr().err
+    assert cli.main(["replay", str(tmp_path), "3"]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["replay", str(tmp_path), "x"])
+    assert "usage: /bin/ssl-pretrain replay" in capsys.readouterr().err
+
+
+def test_completion_follows_the_configuration():
+    assert complete(["train", "simclr_ci"]) == [
+        "simclr_cifar10",
+        "simclr_cifar10_cpu",
+        "simclr_cifar10_resnet50_adamw",
+    ]
+    assert complete(["train", "dino_imagenet", "method.center"]) == ["method.center_momentum="]
+    assert complete(["train", "dino_imagenet", "method.name=moco", "method.queue"]) == [
+        "method.queue_size="
+    ]
+    assert complete(["plan", "simclr_digits", "views.crops.global.si"]) == [
+        "views.crops.global.size="
+    ]
+    assert complete(["knn", "runs/a", "--backend", ""]) == ["auto", "faiss", "torch"]
+    assert complete(["help", "method.simclr.temp"]) == ["method.simclr.temperature"]
+    assert complete(["beton", "w"]) == ["write"]
+    assert complete(["train", "no_such_preset", "optim."]) == []
+
+
+def test_bash_completes_subcommands_options_presets_keys_and_values(tmp_path):
+    script = tmp_path / "ssl-pretrain"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m ssl_pretrain.cli "$@"\n')
+    script.chmod(0o755)
+    lines = {
+        "ssl-pretrain spe": "spectrum",
+        "ssl-pretrain knn --ch": "--checkpoint",
+        "ssl-pretrain train simclr_dig": "simclr_digits",
+        "ssl-pretrain train simclr_digits optim.ba": "optim.base_lr=",
+        "ssl-pretrain train simclr_digits optim.clip_by=": "tensor whole",
+    }
+    calls = [
+        f"COMP_LINE='{line}'; COMP_POINT=${{#COMP_LINE}}; _ssl_pretrain; echo \"${{COMPREPLY[*]}}\""
+        for line in lines
+    ]
+    code = "\n".join(['eval "$(ssl-pretrain completion bash)"; IFS=" "', *calls])
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        ["bash", "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert result.stdout.splitlines() == list(lines.values()), result.stderr
