@@ -18,7 +18,7 @@ side by side, the curves of the run, the duration of each phase, and the command
     python -m ssl_pretrain.eval.demo_summary runs/demo training=95"""
 SPARKLINE_BLOCKS = "▁▂▃▄▅▆▇█"
 NEXT_COMMANDS = """next:
-  my images   python -m ssl_pretrain.data.inspect /path/to/my/images
+  my images   python -m ssl_pretrain.planning.inspect /path/to/my/images
   CIFAR-10    python launch/pretrain.py configs/simclr_cifar10_cpu.yaml
   8 GPUs      torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml"""
 

@@ -26,7 +26,7 @@ class Subcommand:
 GROUPS: dict[str, dict[str, Subcommand]] = {
     "start": {
         "demo": Subcommand("launch.demo", "pretrain on real digits, evaluate and write a report"),
-        "inspect": Subcommand("data.inspect", "describe a data set and suggest a configuration"),
+        "inspect": Subcommand("planning.inspect", "describe images and suggest a configuration"),
         "pretrain": Subcommand("launch.pretrain", "pretrain, then evaluate, here or on SLURM"),
         "train": Subcommand("train", "pretrain only, in this process or on torchrun's ranks"),
         "plan": Subcommand("launch.pretrain", "print the costs of a run without it", ("--plan",)),

@@ -13,7 +13,7 @@ _MAX_14_BIT_LEVELS = 64
 _EXTRA_SAMPLES, _PHOTOMETRIC, _SUBFILE, _NUM_BANDS = 338, 262, 254, 277  # TIFF tags
 _COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # keyed by photometric interpretation
 _RANGE_REMEDY = (
-    "give data.range=[low, high] (python -m ssl_pretrain.data.inspect measures it), or convert "
+    "give data.range=[low, high] (python -m ssl_pretrain.planning.inspect measures it), or convert "
     "the image to 8 or 16 bits"
 )
 

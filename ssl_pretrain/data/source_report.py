@@ -182,6 +182,6 @@ def check_value_range(source: Source) -> None:
         f"{low:,.0f} to {high:,.0f} ({len(statistics.ranges)} were measured), which would leave "
         f"{statistics.num_gray_levels} of 256 gray levels; give the values of black and "
         f"white, such as data.range=[{low:.0f},{high:.0f}] (python -m "
-        "ssl_pretrain.data.inspect measures them), or data.range=[0,65535] to keep the full "
+        "ssl_pretrain.planning.inspect measures them), or data.range=[0,65535] to keep the full "
         "range"
     )

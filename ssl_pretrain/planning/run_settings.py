@@ -10,10 +10,10 @@ from ssl_pretrain import config as configuration
 from ssl_pretrain import schema
 from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.data import source_report, sources, suggestion
+from ssl_pretrain.data import sources
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.system import user_objects
+from ssl_pretrain.planning import suggestion
 
 
 def choose(
@@ -82,13 +82,13 @@ def _base_values(
 def _suggested_values(
     method: str, data: dict[str, Any], overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """Choose the settings for the images and this machine."""
+    """Choose the settings for the images and this machine, and print the reasons."""
     data_config = DataConfig(**schema.merge(data, overrides.get("data", {})))
     source = sources.open_source(data_config, "train")
-    statistics = source_report.measure_images(source)
-    text = suggestion.suggest_config(data_config, source, statistics)
-    process_group.print_once(text)
-    values: dict[str, Any] = yaml.safe_load(text)
-    if data_config.source.startswith(user_objects.OBJECT_PREFIX):
-        values = schema.merge(values, {"data": {"num_workers": 0}})
-    return values
+    backbone = schema.value_at(overrides, "backbone.name")
+    chosen = suggestion.suggest(data_config, source, method=method, backbone=backbone)
+    lines = [f"settings for these {len(source):,} images and this machine:"]
+    for key, reason in chosen.reasons.items():
+        lines.append(f"  {key}: {chosen.get(key)}    ({reason})")
+    process_group.print_once(*lines)
+    return chosen.tree

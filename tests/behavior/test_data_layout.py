@@ -35,14 +35,14 @@ class Result:
 
 @pytest.fixture
 def inspect(tmp_path, monkeypatch, capsys) -> Inspect:
-    """Return a function that runs `python -m ssl_pretrain.data.inspect ROOT ...`."""
+    """Return a function that runs `python -m ssl_pretrain.planning.inspect ROOT ...`."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
     def run_inspect(root: Path, *arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["inspect", str(root), *arguments])
         with pytest.raises(SystemExit) as exit_info, pytest.MonkeyPatch.context() as patch:
-            patch.delitem(sys.modules, "ssl_pretrain.data.inspect", raising=False)
-            runpy.run_module("ssl_pretrain.data.inspect", run_name="__main__")
+            patch.delitem(sys.modules, "ssl_pretrain.planning.inspect", raising=False)
+            runpy.run_module("ssl_pretrain.planning.inspect", run_name="__main__")
         out, err = capsys.readouterr()
         return Result(int(exit_info.value.code or 0), (out + err).replace(str(root), "ROOT"))
 

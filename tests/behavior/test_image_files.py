@@ -17,7 +17,7 @@ from PIL import Image
 pytestmark = pytest.mark.full  # each test starts several processes; `make test-full` runs them
 
 TRAIN = ("-m", "ssl_pretrain.train")
-INSPECT = ("-m", "ssl_pretrain.data.inspect")
+INSPECT = ("-m", "ssl_pretrain.planning.inspect")
 BETON = ("-m", "ssl_pretrain.data.beton")
 
 

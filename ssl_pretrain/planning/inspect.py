@@ -1,10 +1,12 @@
 """Describe a data set and suggest a configuration.
 
-python -m ssl_pretrain.data.inspect /data/photos
+python -m ssl_pretrain.planning.inspect /data/photos --write my.yaml
 """
 
 import argparse
+import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +14,7 @@ from ssl_pretrain.data.image_source import ImageFiles, Source
 from ssl_pretrain.data.messages import printable
 from ssl_pretrain.data.source_report import ImageStatistics, layout_lines, measure_images
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.data.suggestion import format_channels, suggest_config
+from ssl_pretrain.planning.suggestion import Suggestion, suggest
 from ssl_pretrain.schema import NON_NEGATIVE_INT, NUM_THREADS
 from ssl_pretrain.system import program
 
@@ -22,16 +24,16 @@ _MIN_GRAY_LEVELS = 64  # a note is printed if 16-bit images would keep fewer
 
 _EPILOG = """\
 examples:
-  python -m ssl_pretrain.data.inspect /data/imagenet            train/<class>/*, val/<class>/*
-  python -m ssl_pretrain.data.inspect /data/photos              images in any tree, labeled or not
-  python -m ssl_pretrain.data.inspect photos.zip --sample 0     all images of a zip, read in place
-  python -m ssl_pretrain.data.inspect train.csv                 a list of paths, labeled or not
-  python -m ssl_pretrain.data.inspect /data/coco --train train2017 --val val2017
-  python -m ssl_pretrain.data.inspect --source digits           the built-in data set
+  {command} /data/imagenet            train/<class>/*, val/<class>/*
+  {command} /data/photos              images in any tree, labeled or not
+  {command} photos.zip --sample 0     all images of a zip, read in place
+  {command} train.csv                 a list of paths, labeled or not
+  {command} /data/coco --train train2017 --val val2017
+  {command} --source digits           the built-in data set
+  {command} /data/photos --method dino --write my.yaml
 
-The configuration at the end is a starting point with a reason on each line. Save it as YAML and
-train with
-  torchrun --nproc-per-node 8 -m ssl_pretrain.train my.yaml
+The suggestion starts from the shipped recipe of the method. What depends on the images or on this
+machine is adapted, with a reason on its line. On a CPU the run is to end within an hour.
 Exit status: 0 on success, 1 if an image cannot be read, 2 if the data set cannot be opened."""
 
 
@@ -42,9 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
         source=args.source, root=args.root, train=args.train, val=args.val, range=list(args.range)
     )
     try:
+        if args.write is not None and args.write.exists() and not args.force:
+            raise ValueError(
+                f"--write: {args.write} exists; give another name, or --force to overwrite it"
+            )
         source = open_source(config, "train")
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(*layout_lines(config, source), sep="\n")
     print(*_class_lines(source, args.all_classes), sep="\n")
@@ -56,17 +62,36 @@ def main(arguments: list[str] | None = None) -> int:
         source.value_range = statistics.value_range
         print("\nmeasured again with the range suggested below")
         statistics = measure_images(source, args.sample, args.threads)
-    if statistics.sizes:
-        print("\n" + suggest_config(config, source, statistics))
+    try:
+        suggestion = suggest(
+            config, source, method=args.method, backbone=args.backbone, statistics=statistics
+        )
+    except ValueError as error:
+        print(f"no configuration is suggested: {error}", file=sys.stderr)
+        return 2 if args.write is not None else int(has_unreadable)
+    _print_suggestion(suggestion, args.write)
     return 1 if has_unreadable else 0
 
 
+def _print_suggestion(suggestion: Suggestion, path: Path | None) -> None:
+    """Print the suggested configuration, or write it to a file and print the next command."""
+    text = suggestion.to_yaml()
+    if path is None:
+        print(f"\n# a starting point; --write my.yaml writes it to a file\n{text}")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{text}\n", encoding="utf-8")
+    print(f"\n{path}: a configuration with a reason on each line that was chosen")
+    print(f"next: {program.command('pretrain')} {shlex.quote(str(path))}")
+
+
 def _parser() -> argparse.ArgumentParser:
+    command = program.usage_name("python -m ssl_pretrain.planning.inspect")
     parser = argparse.ArgumentParser(
-        prog=program.usage_name("python -m ssl_pretrain.data.inspect"),
+        prog=command,
         description="Count classes, sizes, pixel formats and bad files of a data set, measure its "
         "colors, and suggest a configuration.",
-        epilog=_EPILOG,
+        epilog=_EPILOG.format(command=command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -114,6 +139,18 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"list every class, not only {_MAX_CLASSES_SHOWN}",
     )
+    parser.add_argument(
+        "--method",
+        default="simclr",
+        help="method of the suggested configuration (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--backbone", metavar="NAME", help="network of the suggestion (default: chosen)"
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="YAML", help="write the suggested configuration to a file"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the file of --write")
     return parser
 
 
@@ -139,6 +176,11 @@ def _min_median_max(values: np.ndarray) -> str:
     return f"min {values.min():,}, median {int(np.median(values)):,}, max {values.max():,}"
 
 
+def _format_channels(values: np.ndarray) -> str:
+    """Return one number per channel, separated by commas."""
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
 def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]:
     """Return lines with the measurements and the unreadable images."""
     num_read = len(statistics.sizes) + len(statistics.unreadable)
@@ -151,8 +193,8 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
         modes = [f"{mode} {count:,}" for mode, count in statistics.modes.most_common()]
         lines.append(f"  modes   {', '.join(modes)}")
         unit = "(red, green, blue, in [0, 1]; each image has equal weight)"
-        lines.append(f"  mean    {format_channels(statistics.mean)} {unit}")
-        lines.append(f"  std     {format_channels(statistics.std)} {unit}")
+        lines.append(f"  mean    {_format_channels(statistics.mean)} {unit}")
+        lines.append(f"  std     {_format_channels(statistics.std)} {unit}")
     if statistics.ranges:
         low, high = statistics.value_range
         lines.append(

@@ -1,6 +1,5 @@
 """The inspection counts, names bad files, and suggests a configuration that loads."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +9,20 @@ import pytest
 from PIL import Image
 
 from ssl_pretrain import config
-from ssl_pretrain.data import inspect
-from ssl_pretrain.data.source_report import ImageStatistics, measure_images
+from ssl_pretrain.data.source_report import measure_images
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.data.suggestion import suggest_config
+from ssl_pretrain.planning import inspect, step_time
+from ssl_pretrain.system import program
 
 
 @pytest.fixture(autouse=True)
 def _temporary_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # listings are cached below it
+
+
+@pytest.fixture(autouse=True)
+def _known_step_time(monkeypatch):
+    monkeypatch.setattr(step_time, "seconds_per_image", lambda config, source: 0.01)
 
 
 @pytest.fixture
@@ -94,43 +98,43 @@ def test_long_lists_of_classes_are_shortened(tmp_path, capsys):
     assert all(f"  class_{index:02d}\n" in output for index in range(30))
 
 
-# Maps (number of images, their shorter side) to (size of the views, batch size, epochs).
-SUGGESTIONS = {
-    (1297, 8): (16, 256, 800),
-    (50_000, 32): (32, 512, 800),
-    (100_000, 64): (64, 512, 400),
-    (1_281_167, 375): (224, 1024, 100),
-    (3, 300): (224, 1, 800),
-}
-
-
-@pytest.mark.parametrize(("num_images", "side"), SUGGESTIONS)
-def test_the_suggested_config_loads_and_gives_its_reasons(num_images, side, tmp_path):
-    class SourceOfLength:
-        def __len__(self):
-            return num_images
-
-    statistics = ImageStatistics(sizes=[(side, 2 * side)])
+def test_a_written_suggestion_loads_and_the_next_command_is_printed(tmp_path, capsys):
+    for index in range(20):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), (index, 0, 0)).save(tmp_path / "data" / f"{index}.png")
     path = tmp_path / "my.yaml"
-    path.write_text(suggest_config(DataConfig(root='/data/a "b"'), SourceOfLength(), statistics))
+    arguments = [str(tmp_path / "data"), "--method", "dino", "--write", str(path)]
+    assert inspect.main(arguments) == 0
+    assert capsys.readouterr().out.endswith(
+        f"{path}: a configuration with a reason on each line that was chosen\n"
+        f"next: {program.command('pretrain')} {path}\n"
+    )
     run_config = config.load(path)
-    assert (run_config.method.name, run_config.data.root) == ("simclr", '/data/a "b"')
-    assert (
-        run_config.views.crops["global"].size,
-        run_config.global_batch_size,
-        run_config.epochs,
-    ) == SUGGESTIONS[num_images, side]
-    for key in ("size", "base_lr", "global_batch_size", "epochs", "stem"):  # each with its reason
-        assert re.search(rf"^ *{key}: \S+ +# \S", path.read_text(), re.MULTILINE)
+    assert run_config.method.name == "dino" and run_config.data.root == str(tmp_path / "data")
+    assert inspect.main(arguments) == 2
+    assert capsys.readouterr().err == (
+        f"error: --write: {path} exists; give another name, or --force to overwrite it\n"
+    )
+    assert inspect.main([*arguments, "--force"]) == 0
+
+
+def test_too_few_images_get_a_description_and_no_configuration(root, capsys):
+    assert inspect.main([str(root)]) == 0
+    assert capsys.readouterr().err.endswith(
+        f"no configuration is suggested: data.root: {root}/train has 8 images, which is too few to "
+        "learn from; give 16 or more, better thousands\n"
+    )
 
 
 def test_a_missing_folder_is_reported(tmp_path, capsys):
     assert inspect.main([str(tmp_path / "absent")]) == 2
-    assert capsys.readouterr().err.startswith(f"data.root: {tmp_path}/absent does not exist;")
+    assert capsys.readouterr().err.startswith(
+        f"error: data.root: {tmp_path}/absent does not exist;"
+    )
 
 
 def test_help_shows_options_and_examples():
-    command = [sys.executable, "-m", "ssl_pretrain.data.inspect"]
+    command = [sys.executable, "-m", "ssl_pretrain.planning.inspect"]
     result = subprocess.run(
         [*command, "--help"],
         capture_output=True,
@@ -141,7 +145,7 @@ def test_help_shows_options_and_examples():
     for text in (
         "--sample",
         "--all-classes",
-        "python -m ssl_pretrain.data.inspect /data/imagenet",
+        "python -m ssl_pretrain.planning.inspect /data/imagenet",
         "Exit status: 0 on success,",
     ):
         assert text in result.stdout
