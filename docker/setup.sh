@@ -38,7 +38,7 @@ step_python() {
         python=$(find_python)
         "$python" -c 'import ensurepip, venv' 2>/dev/null ||
             fail "$python has no venv module. On Debian or Ubuntu: apt-get install python3-venv; then run make again"
-        say "Setting up $venv (first run on this checkout): on Linux x86_64 about 4.0 GB to download, 6.7 GB installed, most of it CUDA;" \
+        say "Setting up $venv (first run on this checkout): on Linux x86_64 about 4.0 GB to download, 8.2 GB installed, most of it CUDA;" \
             "under a minute on a fast line, 6 minutes at 100 Mbit/s. Free here: $(df -Pk . | awk 'END { printf "%.0f GB", $4 / 1e6 }')."
         "$python" -m venv "$venv"
     fi

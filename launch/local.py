@@ -1,6 +1,7 @@
 """Launch without a scheduler: on this machine, or with one printed torchrun command per host."""
 
 import ctypes
+import os
 import re
 import shlex
 import signal
@@ -21,10 +22,11 @@ from ssl_pretrain.system.exit_status import STOPPED, USER_ERROR
 from ssl_pretrain.system.import_path import child_environment
 from ssl_pretrain.system.next_command import LAUNCHED_VARIABLE
 from ssl_pretrain.system.output_streams import tolerate_lost_output
-from ssl_pretrain.system.stop_signals import STOP_SIGNALS
+from ssl_pretrain.system.stop_signals import HANGUP, STOP_SIGNALS
 
 HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9._:-]+")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_HAS_FORK = hasattr(os, "fork")  # Windows has none, and refuses a function for the child process
 
 
 def num_ranks(config: RunConfig) -> int:
@@ -176,7 +178,7 @@ def forward_stop_requests() -> Iterator[None]:
         signal_number: signal.getsignal(signal_number) for signal_number in STOP_SIGNALS
     }
     for signal_number, handler in previous_handlers.items():
-        if signal_number != signal.SIGHUP or handler != signal.SIG_IGN:
+        if signal_number not in HANGUP or handler != signal.SIG_IGN:
             signal.signal(signal_number, _stop_request.receive)
     try:
         yield
@@ -216,7 +218,10 @@ def run(command: Sequence[str]) -> int:
     if "ssl_pretrain.launch.torchrun" in command:
         environment.setdefault("OMP_NUM_THREADS", "1")
     _stop_request.process = subprocess.Popen(
-        command, env=environment, start_new_session=True, preexec_fn=_terminate_with_launcher
+        command,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_terminate_with_launcher if _HAS_FORK else None,
     )
     if _stop_request.received:  # the request came while the process was starting
         _stop_request.forward()

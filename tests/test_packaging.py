@@ -1,10 +1,12 @@
 """Every kind of installation provides one package, and a clone runs without installation.
 
 Each test that runs commands has a separate virtual environment. It sees the dependencies of the
-current environment but not its editable installation, so nothing is found by accident.
+current environment but not its editable installation, so nothing is found by accident. The packages
+of extras are hidden, as for a user who has installed none.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SITE = Path(sysconfig.get_path("purelib"))
 TOP_LEVEL = {"ssl_pretrain"}
+
+# Modules of the extras of pyproject.toml that users choose.
+OPTIONAL_MODULES = (
+    *("wandb", "wandb_workspaces", "submitit", "tensorboard", "datasets", "ffcv", "faiss"),
+    *("onnx", "onnxruntime", "onnxscript", "pycocotools"),
+)
 
 # At exit, every process of the environments reports the files that it has loaded twice.
 REPORT_DUPLICATES = """
@@ -82,7 +90,8 @@ def create_environment(folder: Path, working_folder: Path) -> Environment:
     subprocess.run(command, check=True, capture_output=True)
     environment = Environment(folder / "bin" / "python", working_folder)
     (environment.site / "dependencies.pth").write_text(f"{SITE}\n")
-    (environment.site / "sitecustomize.py").write_text(REPORT_DUPLICATES)
+    hide_extras = f"import sys\nsys.modules.update(dict.fromkeys({OPTIONAL_MODULES!r}))\n"
+    (environment.site / "sitecustomize.py").write_text(hide_extras + REPORT_DUPLICATES)
     return environment
 
 
@@ -141,6 +150,16 @@ def test_the_wheel_holds_every_module_and_preset_and_one_top_level_name(clone, w
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith("top_level.txt")]
         assert set(archive.read(name).decode().split()) == TOP_LEVEL
+
+
+def test_the_wheel_requires_no_package_of_an_extra(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        lines = archive.read(name).decode().splitlines()
+    entries = [line.split(": ")[1] for line in lines if line.startswith("Requires-Dist: ")]
+    required = {re.split(r"[^\w-]", entry)[0] for entry in entries if "extra ==" not in entry}
+    assert "torch" in required
+    assert {name.replace("-", "_") for name in required} & {*OPTIONAL_MODULES, "faiss_gpu"} == set()
 
 
 def test_the_wheel_built_from_the_sdist_is_the_same(clone, wheel, tmp_path):
@@ -215,3 +234,15 @@ def assert_complete(output: str, clone: Path, root: Path) -> None:
     assert Path(lines["package"]).resolve().is_relative_to(root.resolve())
     assert Path(lines["eval"]).resolve().is_relative_to(root.resolve())
     assert int(lines["presets"]) == len(list((clone / "configs").glob("*.yaml")))
+
+
+@pytest.mark.full
+def test_the_wheel_trains_and_evaluates_in_an_empty_folder(wheel, tmp_path):
+    (tmp_path / "empty").mkdir()
+    environment = create_environment(tmp_path / "venv", tmp_path / "empty")
+    install(wheel, environment)
+    environment.run("-m", "ssl_pretrain.cli", "train", "simclr_digits", "epochs=1", "output=run")
+    assert "pretrained" in environment.run("-m", "ssl_pretrain.cli", "knn", "run")
+    assert "pretrained" in environment.run("-m", "ssl_pretrain.cli", "linear", "run")
+    environment.run("-m", "ssl_pretrain.cli", "report", "run")
+    assert (tmp_path / "empty" / "run" / "report.html").stat().st_size > 0

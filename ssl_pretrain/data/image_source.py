@@ -14,6 +14,7 @@ from ssl_pretrain.data.images import MAX_BYTES, UnreadableImage, decode
 from ssl_pretrain.data.listing import Listing, Span
 from ssl_pretrain.data.pixels import ValueRange
 from ssl_pretrain.data.zip_archive import read_span
+from ssl_pretrain.system.platform_support import BINARY, NONBLOCK
 
 
 class NoSuchSplit(ValueError):
@@ -159,7 +160,7 @@ class ImageFiles(EncodedSource):
         if not len(self.files.spans):
             return _read_regular_file(os.path.join(self.files.root, self.files.path(index)))
         if self._archive is None:
-            self._archive = os.open(self.files.root, os.O_RDONLY)
+            self._archive = os.open(self.files.root, os.O_RDONLY | BINARY)
         return read_span(self._archive, Span(*self.files.spans[index].tolist()))
 
     def _identity(self) -> bytes:
@@ -168,8 +169,7 @@ class ImageFiles(EncodedSource):
 
 def _read_regular_file(path: str) -> bytes:
     """Return the bytes of a file. Raise OSError for a pipe or device, which may never end."""
-    # With O_NONBLOCK, opening a pipe does not wait for its writer.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")

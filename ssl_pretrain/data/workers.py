@@ -23,9 +23,14 @@ from ssl_pretrain.data.shared_memory import (
     Transfer,
 )
 from ssl_pretrain.system.exit_status import LostProcessError
+from ssl_pretrain.system.platform_support import (
+    CAN_FORK_WORKERS,
+    START_METHOD,
+    available_signals,
+)
 
 UNGUARDED_SCRIPT_STATUS = 78  # exit status of a worker that imports a script without a main guard
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+STOP_SIGNALS = set(available_signals("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"))
 # On macOS a process cannot tell who sent a signal, so workers obey signals from anyone.
 BLOCKED_SIGNALS = STOP_SIGNALS if hasattr(signal, "sigtimedwait") else set()
 
@@ -60,7 +65,7 @@ class ProcessPool:
             num_workers=num_workers,
             prefetch_factor=transfer.prefetch_factor if num_workers else None,
             persistent_workers=num_workers > 0,
-            multiprocessing_context="forkserver" if num_workers else None,
+            multiprocessing_context=START_METHOD if num_workers else None,
             worker_init_fn=_obey_trainer_only,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else iterating would advance the trainer's generator
@@ -84,7 +89,8 @@ class ProcessPool:
                 "data.num_workers=0, or train in a concurrent.futures.ProcessPoolExecutor"
             )
         needs_main = b"__main__" in bytes(ForkingPickler.dumps(self._loader.dataset))
-        _start_forkserver(needs_main)
+        if CAN_FORK_WORKERS:
+            _start_forkserver(needs_main)
         with nullcontext() if needs_main else _hide_main_module():
             try:
                 iterator = iter(self._loader)
@@ -135,7 +141,7 @@ def _start_forkserver(needs_main: bool) -> None:
         # and runpy would warn about the second import.
         sys.warnoptions.append("ignore::RuntimeWarning:runpy")
     multiprocessing.set_forkserver_preload(["ssl_pretrain.data.loader", *([main] if main else [])])
-    with _block_signals(BLOCKED_SIGNALS & {signal.SIGHUP}):
+    with _block_signals(BLOCKED_SIGNALS & set(available_signals("SIGHUP"))):
         # Otherwise closing the terminal would end the tracker and leave semaphores behind. The
         # tracker is started first, because starting it unblocks the other signals.
         resource_tracker.ensure_running()
@@ -178,7 +184,8 @@ def _obey_trainer_only(_worker: int) -> None:
     trainer, so without this function a worker would outlive a killed trainer.
     """
     # The forkserver may have been started by another library, with other signals blocked.
-    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    if BLOCKED_SIGNALS:
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "only a worker process calls this function"
 

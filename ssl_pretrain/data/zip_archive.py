@@ -23,6 +23,7 @@ from ssl_pretrain.data.file_types import (
 )
 from ssl_pretrain.data.images import MAX_BYTES
 from ssl_pretrain.data.listing import Listing, Scan, Span, change_stamp, load_or_scan, pack_paths
+from ssl_pretrain.system.platform_support import read_at
 
 _MAX_TABLE_BYTES = 1 << 28  # largest table of labels, because tables are read whole
 _MAX_TABLES = 1000  # largest number of tables in a listing
@@ -169,11 +170,11 @@ def read_span(descriptor: int, span: Span) -> bytes:
         OSError: If the zip is damaged, or the image would grow implausibly (a zip bomb).
     """
     # The lengths of the name and the extra field may differ from those in the zip's directory.
-    header = os.pread(descriptor, _LOCAL_HEADER_BYTES, span.offset)
+    header = read_at(descriptor, _LOCAL_HEADER_BYTES, span.offset)
     name_bytes = int.from_bytes(header[26:28], "little")
     extra_bytes = int.from_bytes(header[28:30], "little")
     start = span.offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
-    compressed = os.pread(descriptor, min(span.compressed_size, MAX_BYTES), start)
+    compressed = read_at(descriptor, min(span.compressed_size, MAX_BYTES), start)
     if header[:4] != b"PK\3\4" or len(compressed) != span.compressed_size:
         raise OSError("the zip is damaged or was replaced")
     plausible_size = max(_MAX_UNCHECKED_BYTES, _MAX_COMPRESSION_RATIO * span.compressed_size)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ssl_pretrain.system.exit_status import LostProcessError
+from ssl_pretrain.system.platform_support import available_cores
 from ssl_pretrain.system.watchdog import watchdog
 
 RENDEZVOUS_GRACE_SECONDS = 3.0  # added so that torch, whose message says more, times out first
@@ -192,11 +193,6 @@ def local_rank() -> int:
 def local_world_size() -> int:
     """Return the number of ranks on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def available_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cores_per_rank() -> int:

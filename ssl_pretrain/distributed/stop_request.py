@@ -84,7 +84,7 @@ class StopRequest:
         """
         watchdog.arm(process_group.timeout_seconds(), f"ending step {step}", NO_STEP_REMEDY)
         if step == self._fake_preemption_step and process_group.is_main():
-            if self._signals.is_installed:
+            if self._signals.is_installed and hasattr(signal, "SIGUSR2"):
                 os.kill(os.getpid(), signal.SIGUSR2)
             self._signals.is_stop_requested = True
         if process_group.world_size() == 1:

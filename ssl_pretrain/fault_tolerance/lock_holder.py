@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from ssl_pretrain.system.platform_support import process_exists
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,7 @@ def process_start_time(pid: int) -> str:
     """Return the start time of a process in the kernel's clock ticks, or "" if it has ended."""
     with suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    with suppress(OSError, TypeError):
-        os.kill(pid, 0)
-        return "running"  # this system has no /proc
-    return ""
+    return "running" if process_exists(pid) else ""  # a platform without /proc
 
 
 def _pid_namespace() -> str:
@@ -103,7 +106,7 @@ class FolderFlock:
     Attributes:
         is_owner: True while this process has the flock.
         is_held_by_other: True if another process had the flock at the last attempt. Both are False
-            on a file system without flock for folders.
+            on a platform or file system without flock for folders.
         folder_id: Device and inode of the folder. They differ between two mounts of one network
             file system, which may have separate locks.
     """
@@ -116,12 +119,12 @@ class FolderFlock:
     def try_take(self) -> bool:
         """Try to take the flock without waiting, and return True if this process has it."""
         if not self.is_owner:
-            self._try_flock(fcntl.LOCK_EX)
+            self._try_flock(exclusive=True)
         return self.is_owner
 
     def take_and_release(self) -> bool:
         """Try to take a shared flock, release it, and return True if the attempt succeeded."""
-        self._try_flock(fcntl.LOCK_SH)
+        self._try_flock(exclusive=False)
         was_free = self.is_owner
         self.release()
         return was_free
@@ -131,13 +134,16 @@ class FolderFlock:
         self._close()
         self.is_owner = False
 
-    def _try_flock(self, operation: int) -> None:
+    def _try_flock(self, exclusive: bool) -> None:
         self.is_held_by_other = False
+        if fcntl is None:
+            return
         try:
-            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
             return
         try:
+            operation = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
             fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
         except OSError as error:
             os.close(descriptor)
@@ -148,7 +154,7 @@ class FolderFlock:
             device_and_inode(descriptor),
             descriptor,
         )
-        if operation == fcntl.LOCK_EX:  # a worker that outlives the run must not keep the flock
+        if exclusive:  # a worker that outlives the run must not keep the flock
             os.register_at_fork(after_in_child=self._close)
 
     def _close(self) -> None:

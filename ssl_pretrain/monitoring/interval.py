@@ -1,6 +1,5 @@
 """Collect training metrics between two records and reduce them over all ranks."""
 
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,11 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.distributed import collectives
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 
@@ -84,8 +88,13 @@ class Interval:
 
 
 def peak_memory_gib() -> float:
-    """Return this rank's peak memory so far, on its GPU or, without a GPU, on the host."""
+    """Return this rank's peak memory so far, on its GPU or, without a GPU, on the host.
+
+    The result is 0 on a platform that does not report the peak.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)

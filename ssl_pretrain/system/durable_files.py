@@ -8,6 +8,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from ssl_pretrain.system.platform_support import BINARY
+
 # Errors of a file system that does not support a call. All other errors are real failures.
 UNSUPPORTED_ERRORS = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 # Errors of the disk rather than of the command. The same command may succeed later.
@@ -16,6 +18,11 @@ DISK_FAILURES = {
     *(errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO),
     *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
 }
+
+
+_CAN_OPEN_FOLDERS = hasattr(os, "O_DIRECTORY")
+# Windows only syncs files that are open for writing.
+_SYNC_FLAGS = os.O_RDONLY if _CAN_OPEN_FOLDERS else os.O_RDWR | BINARY
 
 
 class SaveError(OSError):
@@ -67,7 +74,7 @@ def append(path: Path, text: str) -> None:
         OSError: If the text cannot be written. A partial write is undone.
     """
     is_new = not path.exists()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | BINARY, 0o666)
     try:
         old_size = os.fstat(descriptor).st_size
         try:
@@ -87,7 +94,7 @@ def append(path: Path, text: str) -> None:
 
 def sync(path: Path) -> None:
     """Fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, _SYNC_FLAGS)
     try:
         os.fsync(descriptor)
     finally:
@@ -95,7 +102,9 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the entries of a folder durable, if the file system supports that."""
+    """Make the entries of a folder durable, if the platform and file system support that."""
+    if not _CAN_OPEN_FOLDERS:
+        return
     try:
         sync(path)
     except OSError as error:

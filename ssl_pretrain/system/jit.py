@@ -55,6 +55,8 @@ def make_private_folder() -> Path:
     Cached machine code is executed, so it must not come from another user. If the usual folder is
     not private, this process creates a new one.
     """
+    if not hasattr(os, "geteuid"):  # Windows, whose temporary folder belongs to the user
+        return Path(tempfile.mkdtemp(prefix="ssl_pretrain-numba-"))
     folder = Path(tempfile.gettempdir()) / f"ssl_pretrain-numba-{os.geteuid()}"
     with suppress(OSError):
         folder.mkdir(mode=0o700)

@@ -10,8 +10,11 @@ from typing import Any
 
 from ssl_pretrain.system import live_line
 from ssl_pretrain.system.output_streams import redirect_to_null
+from ssl_pretrain.system.platform_support import available_signals
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+HAS_SIGNAL_MASKS = hasattr(signal, "pthread_sigmask")  # not on Windows
+STOP_SIGNALS = available_signals("SIGTERM", "SIGINT", "SIGUSR2", "SIGHUP")
+HANGUP = available_signals("SIGHUP")  # sent when the terminal is closed; Windows has none
 FORCE_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a second one of these ends the process
 # A second signal within this time is ignored, because a launcher also forwards the Ctrl-C that the
 # terminal sends to every process.
@@ -27,7 +30,8 @@ def install_early_handlers() -> None:
     This replaces handlers that would act immediately, in the middle of a step, such as those of a
     scheduler.
     """
-    for number in (*STOP_SIGNALS, signal.SIGCONT):  # SLURM sends SIGCONT along with SIGTERM
+    # SLURM sends SIGCONT along with SIGTERM.
+    for number in (*STOP_SIGNALS, *available_signals("SIGCONT")):
         if not _is_ignored(number):
             signal.signal(number, _remember)
 
@@ -72,15 +76,16 @@ def _announce(number: int, message: str) -> None:
 
 def _is_ignored(number: int) -> bool:
     """Return True for SIGHUP under nohup."""
-    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+    return number in HANGUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 class StopSignalHandlers:
     """Handlers of the stop signals during a run. The first signal sets `is_stop_requested`.
 
     A thread counts the signals, because the main thread runs no Python code while it waits for
-    another rank or an unresponsive disk. Handlers can only be set in the main thread. A program
-    that trains in another thread keeps its own handlers and stops the run in its own way.
+    another rank or an unresponsive disk. Windows cannot wake such a thread, and the main thread
+    responds there. Handlers can only be set in the main thread. A program that trains in another
+    thread keeps its own handlers and stops the run in its own way.
     """
 
     def __init__(self, signals: tuple[int, ...] = STOP_SIGNALS) -> None:
@@ -91,19 +96,27 @@ class StopSignalHandlers:
         if not self.is_installed:
             return
         numbers = [number for number in signals if not _is_ignored(number)]
-        # A process that was forked from a loader's process inherits a mask that blocks the signals.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
         self._terminals = list(filter(os.isatty, (1, 2)))
+        self._is_announced = os.environ.get("RANK", "0") != "0"  # rank 0 announces it for all
+        self._thread: threading.Thread | None = None
+        if HAS_SIGNAL_MASKS:
+            # A process forked from a loader's process inherits a mask that blocks the signals.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+            self._start_counting()
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+
+    def _start_counting(self) -> None:
         self._pipe_out, self._pipe_in = os.pipe()
         os.set_blocking(self._pipe_in, False)
         self._previous_wakeup = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._count_signals, daemon=True)
         self._thread.start()
-        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     def _handle(self, number: int, frame: Any) -> None:
+        if self._thread is None:
+            self._respond(number)
         self._request()
-        if number == signal.SIGHUP:  # every line of output to a closed terminal would raise
+        if number in HANGUP:  # every line of output to a closed terminal would raise
             redirect_to_null(*self._terminals)
 
     def _request(self) -> None:
@@ -111,20 +124,22 @@ class StopSignalHandlers:
         self.is_stop_requested = _stop_requested = True
 
     def _count_signals(self) -> None:
-        is_announced = os.environ.get("RANK", "0") != "0"  # rank 0 announces the stop for all
         while not self._closed:
             for number in os.read(self._pipe_out, 16):
-                if number not in STOP_SIGNALS:
-                    continue
-                self._request()
-                if number in FORCE_STOP_SIGNALS and not is_announced:
-                    is_announced = True
-                    _announce(
-                        number,
-                        "{}: the run saves and stops after this step; a second signal ends it "
-                        "without saving\n",
-                    )
-                _end_at_second_signal(number)
+                if number in STOP_SIGNALS:
+                    self._respond(number)
+
+    def _respond(self, number: int) -> None:
+        """Request the stop, announce it once, and end the process at the second signal."""
+        self._request()
+        if number in FORCE_STOP_SIGNALS and not self._is_announced:
+            self._is_announced = True
+            _announce(
+                number,
+                "{}: the run saves and stops after this step; a second signal ends it "
+                "without saving\n",
+            )
+        _end_at_second_signal(number)
 
     def close(self) -> None:
         """Restore the earlier handlers. A second call does nothing."""
@@ -134,8 +149,9 @@ class StopSignalHandlers:
         self._closed, _first_force_stop_seconds, _stop_requested = True, None, False
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signal.set_wakeup_fd(self._previous_wakeup, warn_on_full_buffer=False)
-        os.write(self._pipe_in, b"\0")
-        self._thread.join(5)
-        os.close(self._pipe_out)
-        os.close(self._pipe_in)
+        if self._thread is not None:
+            signal.set_wakeup_fd(self._previous_wakeup, warn_on_full_buffer=False)
+            os.write(self._pipe_in, b"\0")
+            self._thread.join(5)
+            os.close(self._pipe_out)
+            os.close(self._pipe_in)

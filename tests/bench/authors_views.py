@@ -1,6 +1,6 @@
 """Compare the views of SimCLR's and BYOL's recipes with their authors' functions.
 
-    PYTHONPATH=. python tests/bench/authors_views.py --data ../shared/data/imagenet_sample.zip
+    PYTHONPATH=. python tests/bench/authors_views.py --data imagenet_sample.zip
 
 It prints the three tables of docs/departures.md:
 

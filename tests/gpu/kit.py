@@ -7,6 +7,7 @@ run on that machine are printed.
 
 import argparse
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -66,7 +67,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    archive = ROOT.parent / "shared" / "data" / "cifar10.zip"
+    data_folder = Path(os.environ.get("SSL_PRETRAIN_DATA", ROOT.parent / "shared" / "data"))
+    archive = data_folder / "cifar10.zip"
     parser.add_argument("--data", type=Path, default=archive, help="CIFAR-10 as a zip")
     options = parser.parse_args()
     if not options.data.exists():

@@ -1,6 +1,6 @@
 """Run everything that needs a GPU.
 
-    python tests/gpu/run.py --data ../shared/data/cifar10.zip    # repeat until all stages are done
+    python tests/gpu/run.py --data cifar10.zip                   # repeat until all stages are done
     python tests/gpu/run.py --only cifar10 --epochs 1000         # the published number of epochs
     python tests/gpu/run.py --again simclr_resnet50              # repeat one stage
 
@@ -57,7 +57,7 @@ TARGETS = {
     "barlow_twins_vit_small": 5226,
 }
 STAGES = ("sanitizer", "tests", *FIRST_STEPS, "cifar10", *OTHER_STEPS)
-COMMAND = "python tests/gpu/run.py --data ../shared/data/cifar10.zip"
+COMMAND = "python tests/gpu/run.py --data cifar10.zip"
 MIN_SECONDS = {"tests": 90.0, "cifar10": 120.0}  # a stage does not start with less time left
 MAX_SECONDS = {"sanitizer": 120.0, "step": 150.0, "compiled step": 300.0}
 STOPPED = 75  # exit status of a training run that was stopped and saved a checkpoint
@@ -292,7 +292,8 @@ def main() -> int:
     add_option = parser.add_argument
     stages = {"nargs": "*", "choices": list(STAGES), "metavar": "STAGE"}
     page_path = RESULTS.with_name("gpu.md")
-    cifar10_path = "../shared/data/cifar10.zip"
+    data_folder = Path(os.environ.get("SSL_PRETRAIN_DATA", ROOT.parent / "shared" / "data"))
+    cifar10_path = data_folder / "cifar10.zip"
     add_option("--minutes", type=float, default=8.0, help="time limit of this call")
     add_option("--copy", type=Path, help="folder to copy results into after every stage")
     add_option("--page", type=Path, default=page_path, help="where to write the table")

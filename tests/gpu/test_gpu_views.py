@@ -46,7 +46,9 @@ COLOR_OPERATIONS = {
 TENSORFLOW = {"contrast_mean": "channel", "saturation_mode": "hsv", "blur_border": "zero"}
 SIMCLR = ViewsConfig(crops={"global": Crop(count=2, size=32, **COLOR_OPERATIONS)})
 # A zip or folder with train/CLASS and test/CLASS.
-CIFAR10 = os.environ.get("CIFAR10", "../shared/data/cifar10.zip")
+REPOSITORY = Path(__file__).resolve().parents[2]
+DATA_FOLDER = Path(os.environ.get("SSL_PRETRAIN_DATA", REPOSITORY.parent / "shared" / "data"))
+CIFAR10 = os.environ.get("CIFAR10", str(DATA_FOLDER / "cifar10.zip"))
 
 
 @pytest.mark.parametrize("size", [32, 224])

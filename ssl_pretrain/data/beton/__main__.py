@@ -22,6 +22,7 @@ from ssl_pretrain.data.source_report import check_value_range
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.schema import JPEG_QUALITY, NON_NEGATIVE_INT, NUM_THREADS, POSITIVE_INT
 from ssl_pretrain.system import program
+from ssl_pretrain.system.platform_support import available_cores
 
 _MAX_PROBLEMS = 100  # the most problems that `check` prints
 _MIN_PAGE_BYTES = 1 << 21  # FFCV's minimum
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     write = commands.add_parser("write", help="convert a data set to a .beton file")
     check = commands.add_parser("check", help="decode every image of a .beton file")
     info = commands.add_parser("info", help="describe a .beton file")
-    num_cores = len(os.sched_getaffinity(0))
+    num_cores = available_cores()
 
     write.add_argument(
         "root",

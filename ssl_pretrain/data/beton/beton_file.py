@@ -21,6 +21,7 @@ from ssl_pretrain.data.beton.beton_manifest import (
 from ssl_pretrain.data.beton.tables import Tables, read_tables
 from ssl_pretrain.data.messages import abbreviate
 from ssl_pretrain.data.split_search import split_of
+from ssl_pretrain.system.platform_support import read_at
 
 # Columns of `Samples` that each file contains. Only `file_index` depends on the other shards.
 _COLUMNS = ("offset", "length", "mode", "height", "width", "label")
@@ -67,7 +68,7 @@ class Samples:
         with open(self.paths[file_index], "rb", buffering=0) as file:
             if _stamp(os.fstat(file.fileno())) != self.stamps[file_index]:
                 raise OSError("the file was replaced")
-            content = os.pread(file.fileno(), length, int(self.offset[index]))
+            content = read_at(file.fileno(), length, int(self.offset[index]))
         if len(content) != length:
             raise OSError("the file was truncated after it was opened, so the image is incomplete")
         return content

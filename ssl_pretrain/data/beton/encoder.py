@@ -23,6 +23,7 @@ from ssl_pretrain.data.beton.tables import JPEG, RAW
 from ssl_pretrain.data.image_source import EncodedSource, Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.native.decode import Decoder
+from ssl_pretrain.system.platform_support import START_METHOD
 
 # Outcomes. A readable image is stored unchanged, as a new JPEG, or as pixels.
 UNCHANGED, NEW_JPEG, PIXELS, UNREADABLE = range(4)
@@ -146,7 +147,7 @@ def _encode_in_this_process(
 def _encode_in_processes(
     source: Source, settings: EncodingSettings, num_workers: int, jobs: list[range]
 ) -> _JobResults:
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context(START_METHOD)
     pool = ProcessPoolExecutor(num_workers, context, _init_worker, (source, settings))
     futures: deque[Future[list[EncodedImage]]] = deque()
     try:

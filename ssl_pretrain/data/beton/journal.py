@@ -5,7 +5,6 @@ in `train.beton.journal`. The next write verifies both files and continues after
 image.
 """
 
-import fcntl
 import os
 import zlib
 from collections.abc import Iterator
@@ -17,6 +16,11 @@ import numpy as np
 
 from ssl_pretrain.data.beton.encoder import Entry
 from ssl_pretrain.data.beton.tables import IMAGE_DTYPE
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 ENTRY_DTYPE = np.dtype(
     [("outcome", "u1"), *IMAGE_DTYPE.descr, ("length", "<u8"), ("label", "<i8"), ("crc", "<u4")]
@@ -136,7 +140,8 @@ def open_journal(
         _open_for_update(unfinished_path(path)) as data_file,
     ):
         try:
-            fcntl.flock(journal_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(journal_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
                 f"{path}: another process is writing this file; wait until it ends, or stop it"

@@ -22,6 +22,7 @@ from ssl_pretrain.data.chunks import Chunk, ChunkRequest
 from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.order import BLOCK_SIZE, BatchPlan
 from ssl_pretrain.data.replacement import Replacement, find_spare
+from ssl_pretrain.system.platform_support import BINARY, read_at
 from ssl_pretrain.views.recipe import Crop
 
 # Largest number of rows that a thread fills at a time. They take some tens of milliseconds, and a
@@ -109,7 +110,7 @@ class ThreadPool:
             ]
         if not self.file_descriptors:
             paths = self.source.samples.paths
-            self.file_descriptors = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths]
+            self.file_descriptors = [os.open(path, os.O_RDONLY | BINARY) for path in paths]
         iterator = self._prefetch(requests) if self.plan.window_size else iter(requests)
         self._session = _Session(self, iterator)
         return self._session.chunks()
@@ -149,7 +150,8 @@ class ThreadPool:
             last -= 1
         start, end = int(samples.offset[first]), int(samples.offset[last] + samples.length[last])
         descriptor = self.file_descriptors[samples.file_index[first]]
-        os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+        if hasattr(os, "posix_fadvise"):  # macOS has no such call
+            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 class _Session:
@@ -340,7 +342,7 @@ class _Session:
         descriptor = self.pool.file_descriptors[samples.file_index[number]]
         length = int(samples.length[number])
         try:
-            content = os.pread(descriptor, length, int(samples.offset[number]))
+            content = read_at(descriptor, length, int(samples.offset[number]))
         except OSError as error:
             raise OSError(error.errno, error.strerror, samples.name(number)) from None
         raise ValueError(

@@ -23,12 +23,14 @@ from typing import Any, NoReturn
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.monitoring.wandb import evaluations
 from ssl_pretrain.system import durable_files
+from ssl_pretrain.system.platform_support import available_signals
 
 START_SECONDS = 20  # longest wait for the server before the run is kept offline
 FINISH_SECONDS = 300  # longest wait for the server at the end of the run
 # Environment variable that passes the temporary folder to a restarted client.
 TEMPORARY_FOLDER_VARIABLE = "SSL_PRETRAIN_WANDB_TMPDIR"
-IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+CAN_WAIT_FOR_INPUT = os.name == "posix"  # elsewhere select only works with sockets
+IGNORED_SIGNALS = available_signals("SIGINT", "SIGTERM", "SIGUSR2", "SIGHUP")
 
 
 class Client:
@@ -192,7 +194,7 @@ def print_line(line: str) -> None:
 def read_messages(source: io.FileIO, timeout_seconds: float) -> Iterator[dict[str, Any] | None]:
     """Yield the messages, and None whenever `timeout_seconds` pass without one."""
     while True:
-        if not select.select([source], [], [], timeout_seconds)[0]:
+        if CAN_WAIT_FOR_INPUT and not select.select([source], [], [], timeout_seconds)[0]:
             yield None
         elif line := source.readline():
             with suppress(ValueError):  # incomplete line of a training process that was killed
