@@ -35,6 +35,7 @@ def execute(notebook: Path, folder: Path, **parameters: Any) -> nbformat.Noteboo
         first.source = line.sub(f"{name} = {value!r}", first.source)
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONWARNINGS"] = "ignore"  # tqdm warns that ipywidgets is missing
     client = NotebookClient(content, timeout=600, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment)
     return content
