@@ -82,16 +82,15 @@ def build_workspace(project: str, entity: str) -> Any:
     contents: dict[str, list[Any]] = {group: [] for group in metric_names.GROUPS}
     for key, curve in metric_names.METRICS.items():
         if key not in HIDDEN_METRICS:
-            name = metric_names.display_name(key)
+            name = metric_names.tracker_name(key)
             contents[curve.group].append(panels.LinePlot(title=curve.title, x="step", y=[name]))
     spread = metric_names.SPREAD_CHART
     contents[metric_names.COLLAPSE].append(
-        panels.LinePlot(title=spread.partition("/")[2], x="step", y=[spread])
+        panels.LinePlot(title="spread of the dimensions", x="step", y=[spread])
     )
-    for (
-        title
-    ) in metric_names.TITLE_BY_PREFIX.values():  # one panel per title, with one line per module
-        regex = f"{metric_names.NETWORK}/{title}.*"
+    # One panel per kind of metric, with one line per module.
+    for prefix, title in metric_names.TITLE_BY_PREFIX.items():
+        regex = f"{metric_names.NETWORK}/{prefix}.*"
         contents[metric_names.NETWORK].append(
             panels.LinePlot(title=title.strip(", "), x="step", metric_regex=regex)
         )
@@ -168,6 +167,7 @@ def send_evaluations(run: Path) -> None:
         name=settings["name"],
         config=manifest["config"],
         tags=list(settings["tags"]),
+        group=settings.get("group", ""),  # runs of earlier versions have none
     )
     if client is not None:
         client.close()

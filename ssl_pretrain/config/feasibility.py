@@ -10,7 +10,7 @@ from ssl_pretrain.config.run_config import LaunchConfig, RunConfig
 from ssl_pretrain.data import order, sources
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
-from ssl_pretrain.monitoring.wandb import run as wandb_run
+from ssl_pretrain.monitoring import log_config
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel import execution
 from ssl_pretrain.schema.config_file import ConfigError
@@ -36,7 +36,7 @@ def check(config: RunConfig, world_size: int) -> None:
         execution.bn_group_images(config.parallel, config.global_batch_size)
         execution.check(config.parallel)
         optim.check(config.optim)
-        wandb_run.check(config.log.wandb)
+        log_config.check(config.log)
         sizes = {f"views.crops.{name}.size": crop.size for name, crop in config.views.crops.items()}
         if config.evaluation.image_size:
             sizes["evaluation.image_size"] = config.evaluation.image_size

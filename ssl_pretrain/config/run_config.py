@@ -9,7 +9,7 @@ from ssl_pretrain.fault_tolerance.nan_guard import GuardConfig
 from ssl_pretrain.methods.base import MethodConfig
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.monitoring.collapse import HealthConfig
-from ssl_pretrain.monitoring.logger import LogConfig
+from ssl_pretrain.monitoring.log_config import LogConfig
 from ssl_pretrain.monitoring.online_knn import OnlineConfig
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import ParallelConfig
@@ -145,7 +145,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = setting(
         CheckpointConfig(), "When to save checkpoints, and which ones to keep.", on_resume="free"
     )
-    log: LogConfig = setting(LogConfig(), "Metrics and Weights & Biases.", on_resume="free")
+    log: LogConfig = setting(
+        LogConfig(), "Metrics, and the trackers that show them.", on_resume="free"
+    )
     online: OnlineConfig = setting(
         OnlineConfig(), "Accuracies measured during the run.", on_resume="free"
     )

@@ -4,6 +4,7 @@ import queue
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pretrain.distributed import collectives, process_group
@@ -12,8 +13,22 @@ from ssl_pretrain.system import durable_files
 CLOSE_SECONDS = 60.0  # longest wait for the last records at the end of a run
 
 
+@dataclass(frozen=True)
+class PendingText:
+    """Text that waits to be written to a file."""
+
+    text: str
+    replaces_file: bool = False
+
+    def then(self, later: "PendingText") -> "PendingText":
+        """Return one text with the same effect as this one and then a later one."""
+        if later.replaces_file:
+            return later
+        return PendingText(self.text + later.text, self.replaces_file)
+
+
 class BackgroundWriter:
-    """Thread that appends lines to files, in order and with an fsync.
+    """Thread that appends lines to files or replaces them, in order and with an fsync.
 
     A line that cannot be written stays in memory and is written with the next one, or at the end.
 
@@ -26,15 +41,19 @@ class BackgroundWriter:
 
     def __init__(self, print_line: Callable[[str], None]):
         self._print_line = print_line
-        self._queue: queue.SimpleQueue[tuple[Path, str] | None] = queue.SimpleQueue()
-        self._unwritten_text: dict[Path, str] = {}  # lines that could not be written yet, per file
+        self._queue: queue.SimpleQueue[tuple[Path, PendingText] | None] = queue.SimpleQueue()
+        self._unwritten: dict[Path, PendingText] = {}  # text that could not be written yet
         self.problems: list[str] = []
         self._thread = threading.Thread(target=self._write_all, daemon=True)
         self._thread.start()
 
     def append(self, path: Path, line: str) -> None:
         """Queue a line to be appended to a file."""
-        self._queue.put((path, f"{line}\n"))
+        self._queue.put((path, PendingText(f"{line}\n")))
+
+    def replace(self, path: Path, text: str) -> None:
+        """Queue the replacement of a file's whole content, after the lines queued before."""
+        self._queue.put((path, PendingText(text, replaces_file=True)))
 
     def try_write(self, path: Path, write: Callable[[], object]) -> bool:
         """Call `write` once in the calling thread, and return False if it raises an OSError."""
@@ -66,22 +85,24 @@ class BackgroundWriter:
             while not self._queue.empty():  # one fsync for all lines that are queued
                 entries.append(self._queue.get())
             is_closing = None in entries
-            # The last round tries all unwritten lines once more.
-            texts = dict(self._unwritten_text) if is_closing else {}
+            # The last round tries all unwritten text once more.
+            pending = dict(self._unwritten) if is_closing else {}
             for path, text in filter(None, entries):
-                texts[path] = texts.get(path, self._unwritten_text.get(path, "")) + text
-            for path, text in texts.items():
+                earlier = pending.get(path, self._unwritten.get(path))
+                pending[path] = text if earlier is None else earlier.then(text)
+            for path, text in pending.items():
                 self._write(path, text)
 
-    def _write(self, path: Path, text: str) -> None:
+    def _write(self, path: Path, pending: PendingText) -> None:
+        write = durable_files.replace if pending.replaces_file else durable_files.append
         try:
-            durable_files.append(path, text)
+            write(path, pending.text)
         except OSError as error:
-            if path not in self._unwritten_text:
+            if path not in self._unwritten:
                 self.problems.append(write_failure_message(path, error))
-            self._unwritten_text[path] = text
+            self._unwritten[path] = pending
         else:
-            if self._unwritten_text.pop(path, None) is not None:
+            if self._unwritten.pop(path, None) is not None:
                 self._print_line(f"{path} can be written again and is complete")
 
 

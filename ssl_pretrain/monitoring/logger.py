@@ -1,54 +1,36 @@
-"""Log metrics, alerts and pictures to the run's folder, the terminal and Weights & Biases."""
+"""Log metrics, alerts and pictures to the run's folder, the terminal and the trackers."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.monitoring import background_writer, image_grids, metric_names, records
+from ssl_pretrain.monitoring import (
+    background_writer,
+    image_grids,
+    metric_names,
+    records,
+    trackers,
+)
 from ssl_pretrain.monitoring.background_writer import BackgroundWriter
 from ssl_pretrain.monitoring.console import Console, WarningCollector
 from ssl_pretrain.monitoring.interval import Interval, IntervalSummary
+from ssl_pretrain.monitoring.log_config import LogConfig
 from ssl_pretrain.monitoring.records import Measurements
-from ssl_pretrain.monitoring.wandb import run as wandb_run
-from ssl_pretrain.schema import setting
+from ssl_pretrain.monitoring.trackers import Tracker
 from ssl_pretrain.system import durable_files
 
 T = TypeVar("T")
-MIN_STEPS_BETWEEN_CURVES = 500  # applies to W&B; plots.jsonl has all curves
 NEIGHBORS_CAPTION = (
     "query on the left, then its nearest training images, green if their class is the query's"
 )
-
-
-@dataclass
-class LogConfig:
-    """Settings of metric records and Weights & Biases."""
-
-    every_steps: int = setting(10, "Steps between two records of metrics.", minimum=1)
-    wandb: Literal["auto", "online", "offline", "off"] = setting(
-        "auto",
-        "Weights & Biases. auto: online if there is an API key and wandb is installed, else off. "
-        "WANDB_MODE and WANDB_DISABLED are respected.",
-    )
-    project: str = setting("ssl_pretrain", "Name of the W&B project.")
-    name: str = setting("", "Name of the W&B run. If empty, the name of the output folder is used.")
-    tags: list[str] = setting([], "Tags of the W&B run.")
-    stall_seconds: float = setting(900.0, "Time without a record before W&B sends an alert.")
-    peak_tflops: float = setting(
-        0.0,
-        "Peak bfloat16 throughput of one GPU, for the model FLOPs utilization. "
-        "If 0, the peak is looked up by the GPU's name.",
-        unit="TFLOP/s",
-    )
 
 
 class Logger:
@@ -94,34 +76,31 @@ class Logger:
     ):
         self.settings, self.run, self.last_step = settings, run, last_step
         self.steps_per_epoch, self.global_batch_size = steps_per_epoch, global_batch_size
-        self.wandb_id, self.on_failure, self.must_stop = wandb_id, on_failure, False
+        self.on_failure, self.must_stop = on_failure, False
         self._flops, self._peak_tflops = flops_per_image, settings.peak_tflops or peak_tflops
         self._interval = Interval(num_steps_done)
         self._metrics: dict[str, float] = {}  # monitor results since the last record
-        self._curves: dict[str, list[float]] | None = None  # sent to W&B with the next record
-        self._curves_step = -MIN_STEPS_BETWEEN_CURVES
+        self._curves: dict[str, list[float]] | None = None  # logged with the next record
         self._had_skipped_steps = False  # True if the last record had skipped steps
         self._disk_problem: str | None = None  # message about the file that was not written
-        self._wandb: wandb_run.WandbRun | None = None
         self.past_records = self._trim_records(num_steps_done)
         self.console = Console(last_step, self.past_records)
         self._warnings = WarningCollector(self.console.warn if process_group.is_main() else None)
         self._warnings.install()
         self._writer = BackgroundWriter(self.console.print_line)
+        self._trackers: list[Tracker] = []
         if process_group.is_main():
-            self._wandb = wandb_run.start(
-                settings.wandb,
+            self._trackers = trackers.start(
+                settings,
                 run,
-                run_id=wandb_id,
+                config,
+                wandb_id=wandb_id,
+                past_records=self.past_records,
+                num_steps_done=num_steps_done,
+                writer=self._writer,
                 print_line=self.console.print_line,
-                project=settings.project,
-                name=settings.name,
-                config=config,
-                tags=list(settings.tags),
-                stall_seconds=settings.stall_seconds,
             )
-        if self._wandb is not None:
-            self.wandb_id = self._wandb.run_id
+        self.wandb_id = trackers.find_wandb_id(self._trackers) or wandb_id
 
     def measure_data_wait(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the batches and record the time spent waiting for them as `data_wait`."""
@@ -194,22 +173,23 @@ class Logger:
         self._save_picture(grid, self.run / "views.png", metric_names.VIEWS_PICTURE, caption, step)
 
     def raise_alert(self, title: str, text: str, tag: str = "") -> None:
-        """Raise an alert on rank 0: in the terminal, in alerts.jsonl, and in W&B with a tag."""
+        """Raise an alert on rank 0: in the terminal, in alerts.jsonl, and in the trackers."""
         if not process_group.is_main():
             return
         self.console.warn(f"{title}: {text}")
         line = records.encode({"title": title, "text": text, "time": time.time()})
         self._writer.append(self.run / "alerts.jsonl", line)
-        self._send("raise_alert", title=title, text=text, tag=tag or title.replace(" ", "-"))
+        for tracker in self._trackers:
+            tracker.raise_alert(title, text, tag or title.replace(" ", "-"))
 
     def close(self, succeeded: bool = True) -> None:
-        """Write the last records and end the W&B run, as crashed unless `succeeded` is true."""
+        """Write the last records and end the trackers, as crashed unless `succeeded` is true."""
         self.console.close()
         self._writer.close()
         self._warnings.uninstall()
-        if self._wandb is not None:
-            self._wandb.close(succeeded)
-            self._wandb = None
+        for tracker in self._trackers:
+            tracker.close(succeeded)
+        self._trackers = []
 
     def __enter__(self) -> Logger:
         return self
@@ -268,7 +248,8 @@ class Logger:
 
     def _write_record(self, record: dict[str, Any]) -> None:
         self._writer.append(self.run / "metrics.jsonl", records.encode(record))
-        self._send("log_record", record=record, curves=self._curves)
+        for tracker in self._trackers:
+            tracker.log_record(record, self._curves)
         self._curves = None
         self.console.show_progress(record)
         num_skipped = record.get("skipped_steps", 0)
@@ -281,8 +262,7 @@ class Logger:
         if measurements.curves:
             curves = {"step": step, "epoch": step / self.steps_per_epoch, **measurements.curves}
             self._writer.append(self.run / "plots.jsonl", records.encode(curves))
-            if step - self._curves_step >= MIN_STEPS_BETWEEN_CURVES:
-                self._curves_step, self._curves = step, measurements.curves
+            self._curves = measurements.curves
         if measurements.neighbor_grid is not None:
             self._save_picture(
                 measurements.neighbor_grid,
@@ -294,11 +274,8 @@ class Logger:
 
     def _save_picture(self, picture: Tensor, path: Path, key: str, caption: str, step: int) -> None:
         if self._writer.try_write(path, partial(image_grids.save_png, picture, path)):
-            self._send("log_picture", key=key, path=str(path), caption=caption, step=step)
-
-    def _send(self, method: str, **arguments: Any) -> None:
-        if self._wandb is not None:
-            self._wandb.send(method, **arguments)
+            for tracker in self._trackers:
+                tracker.log_picture(key, str(path), caption, step)
 
     def _handle_disk_problem(self) -> None:
         """Request a stop or warn about the files, on every rank at the same step."""

@@ -1,6 +1,7 @@
 """Titles and descriptions of the metrics of a run, and their names in earlier versions.
 
-W&B, the dashboard and the HTML reports use the groups and titles of this module.
+A metric has one name everywhere, its key in `metrics.jsonl`. W&B and TensorBoard show it in the
+section of its group. The dashboard and the HTML reports add its title.
 """
 
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class MetricInfo(NamedTuple):
-    """Group, title and description of a metric in W&B, the dashboard and the reports."""
+    """Group, title and description of a metric in the dashboard and the reports."""
 
     group: str
     title: str
@@ -19,8 +20,8 @@ class MetricInfo(NamedTuple):
 LEARNING, COLLAPSE, NETWORK = "Learning", "Collapse", "Network"
 SPEED, EVALUATION = "Speed", "Evaluation"
 GROUPS = (LEARNING, COLLAPSE, EVALUATION, NETWORK, SPEED)
-SPREAD_CHART, SPECTRUM_CHART = f"{COLLAPSE}/spread of the dimensions", f"{COLLAPSE}/spectrum"
-VIEWS_PICTURE, NEIGHBORS_PICTURE = "Pictures/views", "Pictures/nearest neighbors"
+SPREAD_CHART, SPECTRUM_CHART = f"{COLLAPSE}/deviations", f"{COLLAPSE}/spectrum"
+VIEWS_PICTURE, NEIGHBORS_PICTURE = "Pictures/views", "Pictures/neighbors"
 METRICS = {
     "loss": MetricInfo(
         LEARNING, "loss", "the objective; it can fall while the representation collapses"
@@ -149,14 +150,14 @@ def metric_info(key: str) -> MetricInfo:
     return MetricInfo(LEARNING, key.replace("_", " "))
 
 
-def display_name(key: str) -> str:
-    """Return the name of a metric in W&B, ``Group/title``. Axes keep their names."""
-    return key if key in AXES else "/".join(metric_info(key)[:2])
+def tracker_name(key: str) -> str:
+    """Return the name of a metric in W&B and TensorBoard, ``Group/key``. Axes keep their names."""
+    return key if key in AXES else f"{metric_info(key).group}/{key}"
 
 
-def evaluation_display_name(result: str, column: str) -> str:
+def evaluation_name(result: str, column: str) -> str:
     """Return the name in W&B of one column of an evaluation's result for pretrained features."""
-    return f"{EVALUATION}/{result}, {column}"
+    return f"{EVALUATION}/{result}/{column}"
 
 
 def with_current_names(record: dict[str, Any]) -> dict[str, Any]:

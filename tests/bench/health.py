@@ -28,7 +28,8 @@ from ssl_pretrain.methods import simclr
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.monitoring.collapse import CollapseMonitor, HealthConfig
-from ssl_pretrain.monitoring.logger import LogConfig, Logger
+from ssl_pretrain.monitoring.log_config import LogConfig
+from ssl_pretrain.monitoring.logger import Logger
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig

@@ -40,7 +40,7 @@ def test_every_panel_shows_a_metric_that_is_logged():
     z = torch.randn(16, 4)
     assignments = torch.zeros(16, dtype=torch.int64)
     measurements, _ = collapse_metrics.measure(Monitored(z, (z, z), assignments, 5), features=z)
-    logged_names = {metric_names.display_name(key) for key in LOGGED_METRICS | measurements.keys()}
+    logged_names = {metric_names.tracker_name(key) for key in LOGGED_METRICS | measurements.keys()}
     sections = list_metrics(dashboard.build_workspace("p", "e"))
     shown_names = {metric for metrics in sections.values() for metric in metrics}
     assert shown_names == logged_names | {metric_names.SPREAD_CHART}
@@ -55,7 +55,7 @@ def test_one_panel_shows_a_metric_of_all_modules(prefix):
         if section.name == "Network"
     )
     patterns = [panel.metric_regex for panel in network.panels if panel.metric_regex]
-    names = [metric_names.display_name(prefix + module) for module in ("backbone", "projector")]
+    names = [metric_names.tracker_name(prefix + module) for module in ("backbone", "projector")]
     matches = [sum(bool(re.fullmatch(pattern, name)) for pattern in patterns) for name in names]
     assert matches == [1, 1]
 
@@ -66,16 +66,21 @@ def test_evaluations_and_pictures_have_sections():
     assert (
         evaluations.metric_regex == "Evaluation/.*" and to_text(evaluations.x) == "evaluated_step"
     )
-    assert metric_names.evaluation_display_name("knn", "clean") == "Evaluation/knn, clean"
+    assert metric_names.evaluation_name("knn", "clean") == "Evaluation/knn/clean"
     (pictures,) = sections["Pictures"].panels
-    assert pictures.media_keys == ["Pictures/views", "Pictures/nearest neighbors"]
+    assert pictures.media_keys == ["Pictures/views", "Pictures/neighbors"]
 
 
 def test_a_dry_run_prints_the_view_without_an_account(capsys, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert dashboard.main(["digits", "--dry-run"]) == 0
     output = capsys.readouterr().out
-    assert json.loads(output) and "Collapse/RankMe" in output and "digits" in output
+    assert (
+        json.loads(output)
+        and "Collapse/rankme" in output
+        and "RankMe" in output
+        and "digits" in output
+    )
 
 
 def test_bad_input_is_reported(capsys, monkeypatch, tmp_path):

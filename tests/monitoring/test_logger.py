@@ -16,7 +16,8 @@ from PIL import Image
 from ssl_pretrain import config, train
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.monitoring import metric_names
-from ssl_pretrain.monitoring.logger import LogConfig, Logger
+from ssl_pretrain.monitoring.log_config import LogConfig
+from ssl_pretrain.monitoring.logger import Logger
 from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.system import durable_files
 
@@ -137,7 +138,7 @@ def test_a_run_writes_metrics_with_distinct_titles_pictures_and_descriptions(tmp
     keys = {key for record in read_records(run) for key in record}
     expected = {"memory_gib", "flops_utilization", "rankme", "knn", "weight_decay"}
     assert expected | {"gradient_norm_projector"} <= keys
-    assert len({metric_names.display_name(key) for key in keys}) == len(keys)
+    assert len({metric_names.metric_info(key).title for key in keys}) == len(keys)
     descriptions = json.loads((run / "views.json").read_text())
     texts = [text for texts in descriptions for text in texts]
     assert len(descriptions) == 8 and all("pixels at (" in text for text in texts)

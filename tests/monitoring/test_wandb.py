@@ -17,7 +17,8 @@ from ssl_pretrain import config
 from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.checkpoint.manifest import verify_checkpoint
 from ssl_pretrain.monitoring import metric_names
-from ssl_pretrain.monitoring.logger import LogConfig, Logger
+from ssl_pretrain.monitoring.log_config import LogConfig
+from ssl_pretrain.monitoring.logger import Logger
 from ssl_pretrain.monitoring.wandb import client as wandb_client
 from ssl_pretrain.monitoring.wandb import run as wandb_run
 from ssl_pretrain.train import train
@@ -29,6 +30,7 @@ OVERRIDES = [
     "online.k=5",
     "log.name=named",
     "log.tags=[a]",
+    "log.group=seeds",
     "checkpoint.every_epochs=0.34",
 ]
 STEPS = {"num_steps_done": 0, "last_step": 20, "steps_per_epoch": 5, "global_batch_size": 8}
@@ -76,7 +78,7 @@ def test_both_halves_are_one_run_with_config_and_tags(resumed_run):
     logged_config = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
     assert logged_config["method"]["name"] == "simclr" and logged_config["global_batch_size"] == 24
     assert starts[0].display_name == "named" and list(starts[0].tags) == ["a"]
-    assert starts[0].project == "ssl_pretrain"
+    assert starts[0].project == "ssl_pretrain" and starts[0].run_group == "seeds"
     assert "api_key" not in (run / "config.yaml").read_text()
 
 
@@ -99,7 +101,7 @@ def test_every_metric_is_logged_once_per_step_in_order(resumed_run):
             ran_twice = row["step"] in (4, 5)
             if key == "time" or (ran_twice and key in varying_keys):
                 continue
-            logged = row[metric_names.display_name(key)]
+            logged = row[metric_names.tracker_name(key)]
             assert logged == pytest.approx(value, rel=1e-12), (row["step"], key)
 
 
@@ -116,10 +118,10 @@ def test_pictures_curves_and_evaluations_are_logged_at_their_step(resumed_run):
     views = rows[1]["Pictures/views"]
     assert views["_type"] == "image-file" and "image 1, view 1:" in views["caption"]
     assert (files[0].parent / "files" / views["path"]).stat().st_size > 1000
-    assert rows[3]["Pictures/nearest neighbors"]["_type"] == "image-file"
-    assert rows[2]["Collapse/spread of the dimensions"]["_type"] == "histogram"
+    assert rows[3]["Pictures/neighbors"]["_type"] == "image-file"
+    assert rows[2]["Collapse/deviations"]["_type"] == "histogram"
     evaluations = {
-        row["evaluated_step"]: row["Evaluation/linear, clean"]
+        row["evaluated_step"]: row["Evaluation/linear/clean"]
         for row in rows.values()
         if "evaluated_step" in row
     }

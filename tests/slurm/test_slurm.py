@@ -126,7 +126,7 @@ def read_wandb_steps(run):
         row["_step"]
         for file in files
         for row in wandb_file.history(file)
-        if metric_names.display_name("loss") in row
+        if metric_names.tracker_name("loss") in row
     ]
 
 

@@ -69,6 +69,7 @@ class Client:
         names = ("project", "name", "id", "dir", "config", "tags")
         run = self.wandb.init(
             **{name: settings[name] for name in names},
+            group=settings["group"] or None,
             mode=settings["mode"],
             resume="allow" if self.is_online else None,
             settings=self.wandb.Settings(
@@ -83,8 +84,8 @@ class Client:
             run.define_metric(axis)
         run.define_metric("*", step_metric="step")
         run.define_metric(f"{metric_names.EVALUATION}/*", step_metric="evaluated_step")
-        run.define_metric(metric_names.display_name("loss"), step_metric="step", summary="min")
-        run.define_metric(metric_names.display_name("knn"), step_metric="step", summary="max")
+        run.define_metric(metric_names.tracker_name("loss"), step_metric="step", summary="min")
+        run.define_metric(metric_names.tracker_name("knn"), step_metric="step", summary="max")
         return run
 
     def log_record(
@@ -95,7 +96,7 @@ class Client:
         if step < self.first_new_step:
             return
         row: dict[str, Any] = {
-            metric_names.display_name(key): value for key, value in record.items() if key != "time"
+            metric_names.tracker_name(key): value for key, value in record.items() if key != "time"
         }
         if curves:
             deviations, variances = curves["deviations"], curves["spectrum"]
@@ -143,7 +144,7 @@ class Client:
             metrics: dict[str, float] = next(rows, {})
             evaluations.mark_sent(self.folder, result)
             yield {"evaluated_step": result["step"]} | {
-                metric_names.evaluation_display_name(result["name"], column): value
+                metric_names.evaluation_name(result["name"], column): value
                 for column, value in metrics.items()
             }
 

@@ -24,6 +24,8 @@ from ssl_pretrain.system.import_path import child_environment
 CLOSE_SECONDS = 4.0  # longest wait at the end of the run, if the client sends to a server
 OFFLINE_CLOSE_SECONDS = 60.0  # longest wait if the client only writes to the disk
 
+MIN_STEPS_BETWEEN_CURVES = 500  # plots.jsonl has all curves
+
 WANDB_MODES = {  # mode name in W&B: mode name in this package
     "online": "online",
     "run": "online",
@@ -45,6 +47,7 @@ class WandbRun:
         run_id: W&B ID of the run, the same after a resume.
         config: Configuration to show in W&B.
         tags: W&B tags of the run.
+        group: W&B group of the run, or "" for none.
         print_line: Prints the client's messages.
         stall_seconds: Time without a message after which the client raises an alert.
 
@@ -63,11 +66,13 @@ class WandbRun:
         run_id: str,
         config: dict[str, Any],
         tags: list[str],
+        group: str = "",
         print_line: Callable[[str], None] = print,
         stall_seconds: float = 600.0,
     ):
         _require_client(mode)
         self.mode, self.run_id, self._print_line = mode, run_id, print_line
+        self._curves_step = -MIN_STEPS_BETWEEN_CURVES
         environment = child_environment()
         environment.pop("WANDB_SERVICE", None)  # belongs to another client and ends with it
         (run / "wandb").mkdir(parents=True, exist_ok=True)
@@ -96,17 +101,31 @@ class WandbRun:
                 "id": run_id,
                 "config": config,
                 "tags": tags,
+                "group": group,
                 "stall_seconds": stall_seconds,
             }
         )
 
-    def send(self, method: str, **arguments: Any) -> None:
-        """Call a method of the client process's `Client`.
+    def log_record(
+        self, record: dict[str, Any], curves: dict[str, list[float]] | None = None
+    ) -> None:
+        """Send a record. Curves are sent at most every `MIN_STEPS_BETWEEN_CURVES` steps."""
+        if curves and record["step"] - self._curves_step >= MIN_STEPS_BETWEEN_CURVES:
+            self._curves_step = record["step"]
+        else:
+            curves = None
+        self._send("log_record", record=record, curves=curves)
 
-        Args:
-            method: Name of the method.
-            arguments: Arguments of the method, which must be JSON values.
-        """
+    def log_picture(self, key: str, path: str, caption: str, step: int) -> None:
+        """Send a picture."""
+        self._send("log_picture", key=key, path=path, caption=caption, step=step)
+
+    def raise_alert(self, title: str, text: str, tag: str) -> None:
+        """Send an alert, and tag the run."""
+        self._send("raise_alert", title=title, text=text, tag=tag)
+
+    def _send(self, method: str, **arguments: Any) -> None:
+        """Call a method of the client process's `Client` with arguments that are JSON values."""
         self._queue.put({"method": method, **arguments})
 
     def close(self, succeeded: bool = True) -> None:
