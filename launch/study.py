@@ -115,8 +115,19 @@ def plan_runs(
                 f"evaluation.at_end=[{','.join(study.evaluation_names())}]",
             ]
             config = configuration.load(base, run_overrides)
+            config, run_overrides = with_group(config, run_overrides)
             runs.append(PlannedRun(variant.name, config, run_overrides))
     return runs
+
+
+def with_group(
+    config: configuration.RunConfig, overrides: list[str]
+) -> tuple[configuration.RunConfig, list[str]]:
+    """Group the runs of a study in W&B by the folder that they share, unless they have a group."""
+    if config.log.group:
+        return config, overrides
+    config.log.group = Path(config.output).parent.name
+    return config, [*overrides, f"log.group={config.log.group}"]
 
 
 def small_model_overrides(overrides: Sequence[str]) -> list[str]:

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "in configs/sweeps/"
         )
     runs = [
-        (configuration.load(path, run_overrides), run_overrides)
+        study.with_group(configuration.load(path, run_overrides), run_overrides)
         for run_overrides in combine_values(path, overrides)
     ]
     on_slurm = slurm.uses_slurm(runs[0][0].launch)

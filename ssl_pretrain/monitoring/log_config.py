@@ -30,11 +30,12 @@ class LogConfig:
         False, "Write TensorBoard files to tensorboard/ in the output folder."
     )
     csv: bool = setting(False, "Write the metrics to metrics.csv in the output folder, too.")
-    stall_seconds: float = setting(900.0, "Seconds without a record before W&B sends an alert.")
+    stall_seconds: float = setting(900.0, "Time without a record before W&B sends an alert.")
     peak_tflops: float = setting(
         0.0,
-        "Peak bfloat16 TFLOP/s of one GPU, for the model FLOPs utilization. "
+        "Peak bfloat16 throughput of one GPU, for the model FLOPs utilization. "
         "If 0, the peak is looked up by the GPU's name.",
+        unit="TFLOP/s",
     )
 
 

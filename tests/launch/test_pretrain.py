@@ -137,6 +137,20 @@ def test_a_sweep_is_the_product_of_its_values(tmp_path, capsys):
     )
 
 
+def test_the_runs_of_a_sweep_are_one_group_in_wandb_unless_they_have_one(tmp_path, monkeypatch):
+    path, groups = tiny.write_config(tmp_path), []
+
+    def record_groups(runs, path):
+        loaded = [config.load(path, overrides) for _, overrides in runs]
+        groups.append([run.log.group for run in loaded])
+        return 0
+
+    monkeypatch.setattr(sweep.pretrain, "pretrain_series", record_groups)
+    arguments = [str(path), "seed=0,1", f"output={tmp_path / 'sweep'}", "launch.cluster=local"]
+    assert sweep.main(arguments) == sweep.main([*arguments, "log.group=mine"]) == 0
+    assert groups == [["sweep"] * 2, ["mine"] * 2]
+
+
 def test_slurm_is_available_only_if_its_controller_answers(tmp_path, monkeypatch):
     """A machine may have SLURM's commands but no cluster."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)

@@ -42,6 +42,17 @@ def test_every_run_is_a_valid_configuration_with_its_own_folder(name, base):
             assert getattr(run.config.method, key) == small[key]
 
 
+def test_the_runs_of_a_study_are_one_group_in_wandb_unless_they_have_one():
+    path = STUDIES["ablation"]
+    definition = study.load(path)
+    base = str(ROOT / "configs/methods_digits.yaml")
+    runs = study.plan_runs(definition, path, base, ["seed=0,1"])
+    assert {run.config.log.group for run in runs} == {"ablation_methods_digits"}
+    assert all(config.load(base, run.overrides) == run.config for run in runs)
+    runs = study.plan_runs(definition, path, base, ["log.group=mine", "output=runs/other"])
+    assert {run.config.log.group for run in runs} == {"mine"}
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_fits_the_cpu_preset(name):
     overrides = study.small_model_overrides([f"method.name={name}"])

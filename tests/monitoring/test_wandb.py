@@ -253,7 +253,7 @@ def test_the_client_leaves_no_temporary_files(tmp_path, monkeypatch):
         tmp_path / "run", mode="offline", print_line=lambda line: None, **arguments
     )
     curves = {"deviations": [1.0], "spectrum_index": [1], "spectrum": [1.0]}
-    run.send("log_record", record={"step": 1, "loss": 1.0}, curves=curves)
+    run.log_record({"step": 1, "loss": 1.0}, curves)
     run.close()
     assert run._process.wait(60) == 0
     assert list((tmp_path / "tmp").iterdir()) == []
