@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ssl_pretrain import config
-from ssl_pretrain.monitoring import log_config, metric_names
+from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.monitoring.log_config import LogConfig
 from ssl_pretrain.monitoring.logger import Logger
 from ssl_pretrain.monitoring.records import Measurements
-from ssl_pretrain.system import durable_files
+from ssl_pretrain.system import durable_files, optional_packages
 
 CURVES = {"spectrum_index": [1, 2], "spectrum": [0.5, 0.25], "deviations": [1.0, 0.5]}
 
@@ -99,7 +99,7 @@ def test_a_number_that_is_not_finite_is_an_empty_field(tmp_path):
 def read_events(run):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator",
-        reason="tensorboard is not installed: pip install tensorboard",
+        reason="tensorboard is not installed",
     )
     events = event_accumulator.EventAccumulator(
         str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0}
@@ -154,13 +154,13 @@ def test_a_run_continues_if_tensorboard_files_cannot_be_written(tmp_path, capsys
 
 
 def test_a_missing_tensorboard_is_refused_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr(log_config.importlib.util, "find_spec", lambda name: None)
-    settings = config.load("configs/simclr_digits.yaml", ["log.tensorboard=true"])
+    monkeypatch.setattr(optional_packages, "find_spec", lambda name: None)
+    settings = config.load("configs/simclr_digits.yaml", ["log.tensorboard=true", "log.wandb=off"])
     with pytest.raises(config.ConfigError) as error:
         config.check(settings, 1)
+    hint = optional_packages.install_hint("tensorboard")
     assert str(error.value) == (
-        "log.tensorboard: tensorboard is not installed; run pip install tensorboard, or set "
-        "log.tensorboard=false"
+        f"log.tensorboard=true: tensorboard is not installed; {hint}, or set log.tensorboard=false"
     )
 
 
