@@ -46,14 +46,14 @@ class Backend:
             return None
 
 
-# A CPU's tile stays in its cache.
+# A CPU's tile stays in its cache. Other devices than these use the tiles of a CPU.
 BACKENDS = {"cpu": Backend(512, 1024), "cuda": Backend(8192, 8192, fused=True)}
 _override: ContextVar[Backend | None] = ContextVar("backend", default=None)
 
 
 def backend_for(anchors: Tensor) -> Backend:
     """Return the backend set by `use_backend`, or else the one for the device of the anchors."""
-    return _override.get() or BACKENDS[anchors.device.type]
+    return _override.get() or BACKENDS.get(anchors.device.type, BACKENDS["cpu"])
 
 
 @contextmanager

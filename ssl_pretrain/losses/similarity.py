@@ -61,7 +61,8 @@ def all_pairs(z_a: Tensor, z_b: Tensor, groups: Tensor) -> Pairs:
     anchors, groups = torch.cat([z_a, z_b]), groups.repeat(2)
     candidates, candidate_groups = collectives.gather(anchors), collectives.gather(groups)
     squared_norms = anchors.square().sum(1)[:, None] + candidates.square().sum(1)
-    squared_distance = squared_norms - 2 * anchors @ candidates.T
+    with torch.autocast(z_a.device.type, enabled=False):
+        squared_distance = squared_norms - 2 * anchors @ candidates.T
     same_group = groups[:, None] == candidate_groups
     rows = torch.arange(len(anchors), device=z_a.device) + process_group.rank() * len(anchors)
     same_embedding = rows[:, None] == torch.arange(len(candidates), device=z_a.device)

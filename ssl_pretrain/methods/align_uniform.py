@@ -5,15 +5,11 @@ Uniformity is computed for each view separately and averaged, as in the authors'
 ssnl/align_uniform).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.losses import similarity, tiles
+from ssl_pretrain.losses import uniformity
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import DIMENSIONLESS, setting
@@ -58,30 +54,10 @@ class AlignUniform(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the weighted sum of the alignment and uniformity losses, and log both."""
-        z_a, z_b = (
-            F.normalize(similarity.upcast(embeddings["z_a"])),
-            F.normalize(similarity.upcast(embeddings["z_b"])),
+        terms = uniformity.align_uniform_terms(  # L_align and L_uniform of section 4.1
+            embeddings["z_a"], embeddings["z_b"], alpha=self.config.alpha, t=self.config.t
         )
-        alpha, t = self.config.alpha, self.config.t
-        squared_distance = (z_a - z_b).square().sum(1).clamp(min=1e-12)
-        align = squared_distance.pow(alpha / 2).mean()  # L_align of section 4.1
-        uniform = (log_mean_gaussian(z_a, t) + log_mean_gaussian(z_b, t)) / 2  # L_uniform
-        loss = self.config.align_weight * align + self.config.uniform_weight * uniform
-        return LossOutput(loss, {"align": align, "uniform": uniform})
-
-
-def log_mean_gaussian(z: Tensor, t: float) -> Tensor:
-    """Return the logarithm of the mean of exp(-t |z_i - z_j|^2) over all pairs of the global batch.
-
-    Args:
-        z: Embeddings of unit length, shape (local_batch, dim).
-        t: Sharpness of the Gaussian kernel.
-
-    Returns:
-        Scalar, at most 0 and the same on all ranks.
-    """
-    # |z_i - z_j|^2 = 2 - 2 z_i @ z_j for unit vectors
-    log_row_sums, _ = tiles.symmetric_log_sum_exp(z, scale=2 * t)
-    total = collectives.reduce_sum(torch.exp(log_row_sums - 2 * t).sum())
-    num_rows = len(z) * process_group.world_size()
-    return torch.log(total) - math.log(num_rows * (num_rows - 1))
+        loss = terms.weighted_sum(
+            align_weight=self.config.align_weight, uniform_weight=self.config.uniform_weight
+        )
+        return LossOutput(loss, terms._asdict())

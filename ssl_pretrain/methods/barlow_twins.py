@@ -17,11 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.losses.second_moments import (
-    cross_correlation,
-    diagonal_error,
-    off_diagonal_energy,
-)
+from ssl_pretrain.losses import redundancy
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import DIMENSIONLESS, setting
@@ -65,13 +61,12 @@ class BarlowTwins(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the invariance plus the weighted redundancy term, and log both."""
-        correlation = cross_correlation(embeddings["z_a"], embeddings["z_b"])
-        invariance, redundancy = diagonal_error(correlation), off_diagonal_energy(correlation)
-        weight = self.config.redundancy_weight
-        loss = self.config.loss_scale * (invariance + weight * redundancy)  # equation 1
+        terms = redundancy.barlow_twins_terms(embeddings["z_a"], embeddings["z_b"])
+        loss = terms.weighted_sum(redundancy_weight=self.config.redundancy_weight)  # equation 1
+        loss = self.config.loss_scale * loss
         if self.config.gradient_scale == "authors":
             loss = divide_gradient(loss, process_group.world_size())
-        return LossOutput(loss, {"invariance": invariance, "redundancy": redundancy})
+        return LossOutput(loss, terms._asdict())
 
 
 def divide_gradient(value: Tensor, divisor: int) -> Tensor:

@@ -11,10 +11,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from ssl_pretrain.losses.similarity import upcast
+from ssl_pretrain.losses.distillation import mean_squared_distance
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, Monitored
 from ssl_pretrain.models.components import Backbone, Teacher, mlp, rising_momentum
 from ssl_pretrain.optim.schedules import Progress
@@ -103,9 +102,3 @@ class BYOL(Method):
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
         """Monitor the first view's prediction and the teacher's embedding of the second view."""
         return Monitored(embeddings["p_a"], (embeddings["p_a"], targets["z_b"]))
-
-
-def mean_squared_distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared distance of the normalized vectors, which is 2 - 2 cos."""
-    prediction, target = F.normalize(upcast(prediction), dim=1), F.normalize(upcast(target), dim=1)
-    return (prediction - target).square().sum(1).mean()

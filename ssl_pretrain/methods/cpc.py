@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_pretrain.distributed import collectives
-from ssl_pretrain.losses import similarity, tiles
+from ssl_pretrain.losses import patch_prediction
+from ssl_pretrain.losses.patch_prediction import orient
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, Monitored
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.schema import DIMENSIONLESS, setting
@@ -152,37 +152,14 @@ class CPC(Method):
 
         The candidates of every prediction are the patches of all images of the global batch.
         """
-        predictions = similarity.upcast(embeddings["predictions"])
-        grid = similarity.upcast(embeddings["targets"]).unflatten(1, predictions.shape[3:])
-        candidates = collectives.gather(flatten_patches(grid))  # all patches of all images
-        loss = predictions.new_zeros(())
-        for direction in range(predictions.shape[1]):
-            for i, ahead in enumerate(self.config.rows_ahead):
-                predicted = predictions[:, direction, i, :, :-ahead]
-                queries = self.config.scale * flatten_patches(predicted)
-                positives = flatten_patches(orient(grid, direction)[:, :, ahead:])
-                positive_logits = (queries * positives).sum(1)
-                loss = loss + (tiles.log_sum_exp(queries, candidates) - positive_logits).mean()
-        loss = loss / len(self.contexts)
-        return LossOutput(loss, {"info_nce": loss / len(self.config.rows_ahead)})
+        predictions = embeddings["predictions"]
+        grid = embeddings["targets"].unflatten(1, predictions.shape[3:])
+        rows_ahead = self.config.rows_ahead
+        loss = patch_prediction.cpc(
+            predictions, grid, rows_ahead=rows_ahead, scale=self.config.scale
+        )
+        return LossOutput(loss, {"info_nce": loss / len(rows_ahead)})
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
         """Monitor the flattened grid of targets. A single view makes no pairs to compare."""
         return Monitored(embeddings["targets"])
-
-
-def flatten_patches(grid: Tensor) -> Tensor:
-    """Flatten a grid of patches, (images, dim, height, width) -> (patches, dim)."""
-    return grid.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def orient(grid: Tensor, direction: int) -> Tensor:
-    """Flip or transpose a square grid of patches so that the rows to predict from come first.
-
-    Args:
-        grid: Shape (images, dim, side, side).
-        direction: Position of the rows to predict from, which is the top (0), the bottom (1), the
-            left (2) or the right (3).
-    """
-    orientations = grid, grid.flip(2), grid.transpose(2, 3), grid.flip(3).transpose(2, 3)
-    return orientations[direction]

@@ -6,7 +6,7 @@ and the separate forward pass of each view follow chingyaoc/DCL at 30189fb7 (mai
 
 from dataclasses import dataclass
 
-from ssl_pretrain.losses import contrastive, similarity
+from ssl_pretrain.losses import negatives, similarity
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import DIMENSIONLESS, setting
@@ -48,7 +48,7 @@ class Debiased(Method):
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the debiased contrastive loss, and log the mean cosine of positive pairs."""
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
-        loss = contrastive.debiased(  # equation 8
+        loss = negatives.debiased(  # equation 8
             z_a, z_b, temperature=self.config.temperature, tau_plus=self.config.tau_plus
         )
         return LossOutput(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ssl_pretrain.losses import contrastive, similarity
+from ssl_pretrain.losses import negatives, similarity
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import DIMENSIONLESS, setting
@@ -63,7 +63,7 @@ class Decoupled(Method):
         The mean cosine similarity of positive pairs is logged.
         """
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
-        mean_loss = contrastive.decoupled(  # equation 6 or 7
+        mean_loss = negatives.decoupled(  # equation 6 or 7
             z_a, z_b, temperature=self.config.temperature, sigma=self.config.sigma
         )
         return LossOutput(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.losses import distillation
 from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.methods.base import (
     Embeddings,
@@ -196,23 +197,15 @@ class DINO(Method):
 
         The mean entropy of the teacher's output for the first view is logged, in nats.
         """
-        probabilities = [
-            F.softmax((logits - self.center) / self.teacher_temperature, dim=1)
-            for logits in targets["logits"].unbind(1)
-        ]
-        student_logits = embeddings["logits"]
-        num_views = student_logits.shape[1]
-        loss = student_logits.new_zeros((), dtype=upcast(student_logits).dtype)
-        for view, view_logits in enumerate(student_logits.unbind(1)):
-            logits = upcast(view_logits) / self.config.temperature
-            others = [q for teacher_view, q in enumerate(probabilities) if teacher_view != view]
-            # The sum over q of -(q * log_softmax(logits)).sum(1), simplified because q sums to 1.
-            log_normalizer = torch.logsumexp(logits, dim=1)
-            cross_entropy = len(others) * log_normalizer - (sum(others) * logits).sum(1)
-            loss = loss + cross_entropy.mean()
+        probabilities = distillation.teacher_probabilities(
+            targets["logits"], self.center, self.teacher_temperature
+        )
+        loss = distillation.cross_entropy_of_views(  # equation 3
+            embeddings["logits"], probabilities, self.config.temperature
+        )
         q = probabilities[0]
         entropy = -(q * q.clamp(min=1e-12).log()).sum(1).mean()
-        return LossOutput(loss / (2 * num_views - 2), {"teacher_entropy": entropy})
+        return LossOutput(loss, {"teacher_entropy": entropy})
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:

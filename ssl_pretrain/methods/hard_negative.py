@@ -7,7 +7,7 @@ debiased contrastive loss.
 
 from dataclasses import dataclass
 
-from ssl_pretrain.losses import contrastive, similarity
+from ssl_pretrain.losses import negatives, similarity
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import DIMENSIONLESS, setting
@@ -50,7 +50,7 @@ class HardNegative(Method):
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the hard-negative loss, and log the mean cosine similarity of positive pairs."""
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
-        loss = contrastive.hard_negative(  # equation 4
+        loss = negatives.hard_negative(  # equation 4
             z_a,
             z_b,
             temperature=self.config.temperature,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.losses import contrastive, similarity
+from ssl_pretrain.losses import queues, similarity
 from ssl_pretrain.methods.base import (
     Embeddings,
     LossOutput,
@@ -104,7 +104,7 @@ class MoCo(Method):
         """
         queries, keys = embeddings["queries"], targets["keys"]
         queue = None if self.queue is None else self.queue.rows
-        loss = contrastive.info_nce(queries, keys, temperature=self.config.temperature, queue=queue)
+        loss = queues.moco(queries, keys, queue, temperature=self.config.temperature)  # equation 1
         return LossOutput(loss, {"positive_cosine": similarity.mean_cosine(queries.detach(), keys)})
 
     @torch.no_grad()

@@ -9,10 +9,7 @@ one class, they share the target equally, as in npairs_loss of tensorflow/addons
 from dataclasses import dataclass
 from typing import Literal
 
-from torch.nn import functional as F
-
-from ssl_pretrain.distributed import collectives
-from ssl_pretrain.losses.similarity import upcast
+from ssl_pretrain.losses.metric_learning import n_pair_terms
 from ssl_pretrain.methods.base import Embeddings, GroupedPairs, LossOutput, MethodConfig
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.schema import setting
@@ -43,11 +40,9 @@ class NPair(GroupedPairs):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the N-pair loss plus the weighted penalty on squared lengths, and log both."""
-        z_a, z_b = upcast(embeddings["z_a"]), upcast(embeddings["z_b"])
-        groups = targets["groups"]
-        logits = z_a @ collectives.gather(z_b).T
-        same_group = (groups[:, None] == collectives.gather(groups)).to(z_a.dtype)
-        n_pair = F.cross_entropy(logits, same_group / same_group.sum(1, keepdim=True))  # equation 7
-        squared_length = z_a.square().sum(1).mean() + z_b.square().sum(1).mean()
-        loss = n_pair + self.config.length_weight / 4 * squared_length
-        return LossOutput(loss, {"n_pair": n_pair, "squared_length": squared_length / 2})
+        terms = n_pair_terms(  # the first term is equation 7
+            embeddings["z_a"], embeddings["z_b"], targets["groups"]
+        )
+        loss = terms.weighted_sum(length_weight=self.config.length_weight)
+        logs = {"n_pair": terms.n_pair, "squared_length": terms.squared_length / 2}
+        return LossOutput(loss, logs)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.losses import contrastive, similarity
+from ssl_pretrain.losses.queues import nearest_neighbors
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, Queue, check_queue_size, mlp
 from ssl_pretrain.optim.schedules import Progress
@@ -86,16 +86,3 @@ class NNCLR(Method):
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
         """Normalize the first view's embeddings and push them onto the queue."""
         self.queue.push(F.normalize(similarity.upcast(embeddings["z_a"])), self.step_taken)
-
-
-@torch.no_grad()
-def nearest_neighbors(z: Tensor, queue: Tensor) -> Tensor:
-    """Return, for each embedding, the row of the queue with the largest cosine.
-
-    Args:
-        z: Embeddings, shape (local_batch, dim).
-        queue: Past embeddings of unit length, shape (queue_size, dim).
-    """
-    z = similarity.upcast(z)
-    cosines = F.normalize(z) @ queue.to(z.dtype).T
-    return queue[cosines.argmax(1)].to(z.dtype)

@@ -9,9 +9,7 @@ code.
 from dataclasses import dataclass
 from typing import Literal
 
-from torch.nn import functional as F
-
-from ssl_pretrain.losses.similarity import all_pairs, upcast
+from ssl_pretrain.losses.metric_learning import pairwise_terms
 from ssl_pretrain.methods.base import Embeddings, GroupedPairs, LossOutput, MethodConfig
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.schema import DIMENSIONLESS, setting
@@ -43,13 +41,11 @@ class Pairwise(GroupedPairs):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the average of the mean losses of positive and negative pairs, and log both."""
-        z_a, z_b = upcast(embeddings["z_a"]), upcast(embeddings["z_b"])
-        if self.config.unit_length:
-            z_a, z_b = F.normalize(z_a), F.normalize(z_b)
-        pairs = all_pairs(z_a, z_b, targets["groups"])
-        distance = pairs.squared_distance.clamp(min=1e-12).sqrt()
-        hinge = F.relu(self.config.margin - distance)
-        attraction = pairs.mean(pairs.squared_distance / 2, pairs.is_positive)
-        repulsion = pairs.mean(hinge.square() / 2, pairs.is_negative)
-        logs = {"pulled": attraction, "pushed": repulsion}
-        return LossOutput((attraction + repulsion) / 2, logs)
+        terms = pairwise_terms(  # equation 4
+            embeddings["z_a"],
+            embeddings["z_b"],
+            targets["groups"],
+            margin=self.config.margin,
+            unit_length=self.config.unit_length,
+        )
+        return LossOutput(terms.mean(), {"pulled": terms.attraction, "pushed": terms.repulsion})

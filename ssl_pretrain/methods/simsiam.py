@@ -8,7 +8,7 @@ constant learning rate of the paper, set optim.constant_lr_names: [predictor].
 
 from dataclasses import dataclass
 
-from ssl_pretrain.losses.similarity import mean_cosine
+from ssl_pretrain.losses import distillation
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import setting
@@ -61,7 +61,11 @@ class SimSiam(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the negative mean cosine of each prediction with the other view's embedding."""
-        a_to_b = mean_cosine(embeddings["p_a"], embeddings["z_b"])
-        b_to_a = mean_cosine(embeddings["p_b"], embeddings["z_a"])
-        loss = -(a_to_b + b_to_a) / 2  # equation 4
+        loss = distillation.simsiam(  # equation 4
+            embeddings["p_a"],
+            embeddings["p_b"],
+            embeddings["z_a"],
+            embeddings["z_b"],
+            stop_gradient=not self.config.without_stop_gradient,
+        )
         return LossOutput(loss, {"predicted_cosine": -loss})

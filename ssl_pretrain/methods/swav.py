@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.losses import clustering
 from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.methods.base import (
     Embeddings,
@@ -107,16 +108,13 @@ class SwAV(Method):
         the second view's assignments is logged, in nats.
         """
         scores = upcast(embeddings["scores"])
-        num_views = scores.shape[1]
-        loss = scores.new_zeros(())
-        for global_view in (0, 1):
-            q = self.assignments(scores.detach()[:, global_view], global_view)
-            for view in range(num_views):
-                if view != global_view:
-                    log_p = F.log_softmax(scores[:, view] / self.config.temperature, dim=1)
-                    loss = loss - (q * log_p).sum(1).mean()  # equation 2
+        assignments = [self.assignments(scores.detach()[:, view], view) for view in (0, 1)]
+        loss = clustering.swapped_prediction(  # equations 1 and 2
+            scores, assignments, self.config.temperature
+        )
+        q = assignments[1]
         entropy = -(q * q.clamp(min=1e-12).log()).sum(1).mean()
-        return LossOutput(loss / (2 * (num_views - 1)), {"assignment_entropy": entropy})
+        return LossOutput(loss, {"assignment_entropy": entropy})
 
     @torch.no_grad()
     def assignments(self, scores: Tensor, view: int) -> Tensor:
@@ -134,7 +132,7 @@ class SwAV(Method):
             rows = torch.cat([scores, past @ upcast(self.prototypes.weight).T])
             is_full = (self.queue.filled == len(self.queue.rows)).to(scores.dtype)
             valid = torch.cat([valid, is_full.expand(num_past)])
-        q = sinkhorn(
+        q = clustering.sinkhorn(
             rows,
             valid,
             epsilon=self.config.epsilon,
@@ -167,22 +165,3 @@ class SwAV(Method):
             assignments=scores[:, 0].argmax(1),
             num_prototypes=scores.shape[-1],
         )
-
-
-def sinkhorn(scores: Tensor, valid: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
-    """Return the assignments of this rank's rows to prototypes (section 3.1).
-
-    Each row sums to 1, and all prototypes have the same sum over the rows of all ranks.
-
-    Args:
-        scores: Shape (rows, num_prototypes), at least float32, as exp(1 / 0.05) overflows float16.
-        valid: Shape (rows,), 1 for the rows that count and 0 for the others.
-        epsilon: Weight of the assignments' entropy.
-        num_iterations: Rounds of normalizing prototypes and rows.
-    """
-    q = torch.exp(scores / epsilon) * valid[:, None]
-    q = q / collectives.reduce_sum(q.sum())
-    for _ in range(num_iterations):
-        q = q / (collectives.reduce_sum(q.sum(0)) * q.shape[1])
-        q = q / (q.sum(1, keepdim=True) + (1 - valid[:, None]))
-    return q

@@ -7,14 +7,7 @@ and the covariance term is summed over them. Both are computed over the global b
 
 from dataclasses import dataclass
 
-from torch.nn import functional as F
-
-from ssl_pretrain.losses.second_moments import (
-    global_covariance,
-    off_diagonal_energy,
-    variance_hinge,
-)
-from ssl_pretrain.losses.similarity import upcast
+from ssl_pretrain.losses import redundancy
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import setting
@@ -56,20 +49,10 @@ class VICReg(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the weighted sum of the three terms, and log each term."""
-        z_a, z_b = upcast(embeddings["z_a"]), upcast(embeddings["z_b"])
-        dim = z_a.shape[1]
-        covariance_a, covariance_b = global_covariance(z_a), global_covariance(z_b)  # equation 3
-
-        invariance = F.mse_loss(z_a, z_b)  # equation 5, also divided by the dimension
-        variance = (variance_hinge(covariance_a) + variance_hinge(covariance_b)) / 2  # equation 1
-        covariance = (  # equation 4
-            off_diagonal_energy(covariance_a) / dim + off_diagonal_energy(covariance_b) / dim
+        terms = redundancy.vicreg_terms(embeddings["z_a"], embeddings["z_b"])
+        loss = terms.weighted_sum(  # equation 6
+            invariance_weight=self.config.invariance_weight,
+            variance_weight=self.config.variance_weight,
+            covariance_weight=self.config.covariance_weight,
         )
-
-        loss = (
-            self.config.invariance_weight * invariance
-            + self.config.variance_weight * variance
-            + self.config.covariance_weight * covariance
-        )  # equation 6
-        logs = {"invariance": invariance, "variance": variance, "covariance": covariance}
-        return LossOutput(loss, logs)
+        return LossOutput(loss, terms._asdict())

@@ -3,16 +3,18 @@
 import doctest
 
 import pytest
+import torch
 
-from ssl_pretrain.losses import contrastive
+from ssl_pretrain import losses
 
-FINDER = doctest.DocTestFinder(exclude_empty=True)
-EXAMPLES = [example for example in FINDER.find(contrastive) if example.examples]
+NAMES = {"torch": torch, **{name: getattr(losses, name) for name in losses.__all__}}
+FINDER = doctest.DocTestFinder(exclude_empty=False, recurse=False)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name.rpartition(".")[2])
-def test_the_example_prints_what_it_shows(example):
+@pytest.mark.parametrize("name", losses.__all__)
+def test_the_example_prints_what_it_shows(name):
+    (example,) = FINDER.find(getattr(losses, name), name, globs=dict(NAMES))
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     results = runner.run(example)
-    assert results.attempted > 0
+    assert results.attempted > 0, "the docstring has no example"
     assert results.failed == 0

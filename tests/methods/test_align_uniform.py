@@ -9,7 +9,7 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.methods.align_uniform import log_mean_gaussian
+from ssl_pretrain.losses.uniformity import log_mean_gaussian
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 4]}

@@ -9,7 +9,7 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.methods.byol import mean_squared_distance
+from ssl_pretrain.losses.distillation import mean_squared_distance
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"hidden_dim": 8, "dim": 4, "momentum": 0.9}

@@ -7,7 +7,7 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.methods.cpc import orient
+from ssl_pretrain.losses.patch_prediction import orient
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 VIEWS = (20,)

@@ -6,7 +6,7 @@ https://github.com/vturrisi/solo-learn/blob/9187ea39/solo/losses/nnclr.py
 import contract
 import torch
 
-from ssl_pretrain.methods.nnclr import nearest_neighbors
+from ssl_pretrain.losses.queues import nearest_neighbors
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 8, 4], "predictor_dim": 6, "queue_size": 48, "temperature": 0.2}

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from ssl_pretrain.methods.swav import Config, sinkhorn
+from ssl_pretrain.losses import sinkhorn
+from ssl_pretrain.methods.swav import Config
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
 
