@@ -44,9 +44,10 @@ class Run:
         ValueError: If the folder contains no run.
 
     Example:
-        >>> run = ssl_pretrain.pretrain("digits", epochs=1, output=folder)
-        >>> ssl_pretrain.Run(folder).config.method.name
+        >>> ssl_pretrain.Run(run.path).config.method.name
         'simclr'
+        >>> len(run.metrics) > 0
+        True
     """
 
     path: Path
@@ -117,10 +118,10 @@ def pretrain(
     config: str | Path | None = None,
     **overrides: Any,
 ) -> Run:
-    """Pretrain a backbone on images without labels, in this process.
+    """Pretrain a backbone on images without labels, in this process, and write a report.
 
-    What is not given is chosen for the images and this machine, and the reasons are printed. The
-    same call resumes a run that was stopped.
+    What is not given is chosen for the images and this machine, and the reasons are printed with
+    the expected time. The same call resumes a run that was stopped.
 
     Args:
         data: Path of a folder, a zip or a list of files; a torch `Dataset`, a Hugging Face dataset,
@@ -144,7 +145,10 @@ def pretrain(
         KeyboardInterrupt: If the run was asked to stop. It has saved a checkpoint.
 
     Example:
-        >>> run = ssl_pretrain.pretrain("digits", epochs=1, output=folder)
+        >>> run = ssl_pretrain.pretrain("digits", backbone="test_resnet", epochs=1, output=folder)
+        settings for these 1,297 images and this machine:
+        ...
+        report: ...report.html
         >>> run.is_finished
         True
     """
@@ -159,7 +163,10 @@ def pretrain(
     with user_objects.provide(objects):
         folder = Path(output or f"runs/{method or 'simclr'}_{_name_of(data)}")
         _train(run_settings.choose(folder, config, method, data_values, overrides))
-    return Run(folder, objects)
+    run = Run(folder, objects)
+    if process_group.is_main():
+        print(f"report: {run.report()}", flush=True)
+    return run
 
 
 def load_backbone(
@@ -180,10 +187,10 @@ def load_backbone(
         ValueError: If there is no run or file, or the weights do not fit the network.
 
     Example:
-        >>> run = ssl_pretrain.pretrain("digits", epochs=1, output=folder)
         >>> backbone, transform = ssl_pretrain.load_backbone(run, device="cpu")
-        >>> backbone(transform(np.zeros((8, 8), np.uint8))[None]).shape
-        torch.Size([1, 512])
+        >>> image = np.zeros((8, 8), np.uint8)  # or a PIL image, or a path
+        >>> backbone(transform(image)[None]).shape
+        torch.Size([1, ...])
     """
     if isinstance(overrides.get("backbone"), str):
         overrides["backbone"] = {"name": overrides["backbone"]}
@@ -220,9 +227,8 @@ def embed(
         ValueError: If there is no image, too many are unreadable, or the transform is missing.
 
     Example:
-        >>> run = ssl_pretrain.pretrain("digits", epochs=1, output=folder)
         >>> ssl_pretrain.embed(run, np.zeros((2, 8, 8), np.uint8)).shape
-        (2, 512)
+        (2, ...)
     """
     network = backbone if isinstance(backbone, nn.Module) else load_backbone(backbone)[0]
     transform = transform or getattr(network, "transform", None)

@@ -1,6 +1,8 @@
 """The Python API: images, methods and backbones of one's own, resumed bit for bit and evaluated."""
 
+import doctest
 import functools
+import io
 import os
 import sys
 
@@ -322,6 +324,25 @@ def test_weights_without_a_run_are_loaded_and_nothing_is_written(tmp_path, monke
     assert all(map(torch.equal, backbone.model.parameters(), model.parameters()))
     assert transform(IMAGES[0]).shape == (3, 160, 160)
     assert os.listdir() == ["weights.safetensors"]
+
+
+def test_the_examples_of_the_docstrings_run(tmp_path):
+    """They use the settings that are chosen for the built-in digits."""
+    variables = {"ssl_pretrain": ssl_pretrain, "np": np, "folder": str(tmp_path / "run")}
+    finder = doctest.DocTestFinder(recurse=False)
+    for function in (
+        api.pretrain,  # makes the run that the other examples use
+        api.Run,
+        api.load_backbone,
+        api.embed,
+        api.list_methods,
+    ):
+        (test,) = finder.find(function, function.__name__, globs=variables)
+        assert test.examples
+        output = io.StringIO()
+        runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+        assert runner.run(test, out=output.write, clear_globs=False).failed == 0, output.getvalue()
+        variables |= test.globs
 
 
 def test_the_package_imports_no_torch():

@@ -85,8 +85,13 @@ def _suggested_values(
     """Choose the settings for the images and this machine, and print the reasons."""
     data_config = DataConfig(**schema.merge(data, overrides.get("data", {})))
     source = sources.open_source(data_config, "train")
-    backbone = schema.value_at(overrides, "backbone.name")
-    chosen = suggestion.suggest(data_config, source, method=method, backbone=backbone)
+    chosen = suggestion.suggest(
+        data_config,
+        source,
+        method=method,
+        backbone=schema.value_at(overrides, "backbone.name"),
+        epochs=overrides.get("epochs"),
+    )
     lines = [f"settings for these {len(source):,} images and this machine:"]
     for key, reason in chosen.reasons.items():
         lines.append(f"  {key}: {chosen.get(key)}    ({reason})")

@@ -93,6 +93,7 @@ def suggest(
     *,
     method: str = "simclr",
     backbone: str | None = None,
+    epochs: int | None = None,
     max_seconds: float | None = None,
     statistics: ImageStatistics | None = None,
 ) -> Suggestion:
@@ -103,8 +104,9 @@ def suggest(
         source: Its training images.
         method: Name of the method, or `package.module` of the user's.
         backbone: Value of `backbone.name`, or None to choose a network.
+        epochs: Value of `epochs`, or None to choose the length of the run.
         max_seconds: Longest expected time of the training, by default half an hour on a CPU and
-            no limit on a GPU.
+            no limit on a GPU. A number of epochs may take longer.
         statistics: Measurements of the images, if they exist already.
 
     Raises:
@@ -129,7 +131,8 @@ def suggest(
     result.set("evaluation", {"crop_ratio": 1.0, "k": min(20, len(source) // 4)})
     if configuration.build_method_on_meta(_build(result)).needs_labels:
         require_labels(source, f"method {method}")
-    _choose_epochs(result, source, backbone, max_seconds or (CPU_SECONDS if on_cpu else math.inf))
+    max_seconds = max_seconds or (CPU_SECONDS if on_cpu else math.inf)
+    _choose_epochs(result, source, backbone, epochs, max_seconds)
     result.reasons["method.name"] = f"the other settings are those of {recipe_name}"
     configuration.check(_build(result), world_size=1)
     return result
@@ -257,11 +260,16 @@ def _adapt_batch(result: Suggestion, num_images: int, on_cpu: bool) -> None:
 
 
 def _choose_epochs(
-    result: Suggestion, source: Source, backbone: str | None, max_seconds: float
+    result: Suggestion,
+    source: Source,
+    backbone: str | None,
+    given_epochs: int | None,
+    max_seconds: float,
 ) -> None:
     """Choose the epochs, and on a CPU the network, by measured steps of training."""
     num_images = len(source)
     wanted = int(np.clip(round(IMAGES_SEEN / num_images, -2), MIN_EPOCHS, MAX_EPOCHS))
+    wanted = given_epochs or wanted
     recipe = deepcopy(result)
     networks: tuple[tuple[str, str] | None, ...] = (None,)
     if backbone is None and max_seconds < math.inf:
@@ -276,6 +284,7 @@ def _choose_epochs(
         epochs = max(1, math.floor(min(wanted, max_seconds / seconds)))
         if epochs >= min(MIN_CPU_EPOCHS, wanted):
             break
+    epochs = given_epochs or epochs
     _scale_schedule(result, recipe, epochs)
     result.expected_seconds = epochs * seconds
     minutes = max(1, round(result.expected_seconds / 60))
