@@ -11,6 +11,9 @@ from pathlib import Path
 
 if not __package__:  # run as a file from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from ssl_pretrain.system import interruption
+
+    interruption.report_in_one_line()
 
 from ssl_pretrain.launch import local
 from ssl_pretrain.system import program

@@ -8,6 +8,9 @@ from pathlib import Path
 
 if not __package__:  # run as a file from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from ssl_pretrain.system import interruption
+
+    interruption.report_in_one_line()
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints

@@ -5,9 +5,11 @@
     run = ssl_pretrain.pretrain("photos/", output="runs/photos")
     backbone, transform = ssl_pretrain.load_backbone(run)
 
-Importing this package imports no other. The functions are loaded when they are first used.
+Importing this package in a program imports no other. The functions are loaded when they are first
+used.
 """
 
+import sys as _sys
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
@@ -23,6 +25,11 @@ __version__ = "0.1.0"
 _repository = _Path(__file__).resolve().parent.parent
 if not _Path(__file__).with_name("eval").is_dir() and (_repository / "pyproject.toml").is_file():
     __path__.append(str(_repository))
+
+if _sys.argv[:1] == ["-m"]:  # a command of this package is being located, and imports torch next
+    from ssl_pretrain.system import interruption as _interruption
+
+    _interruption.report_in_one_line()
 
 
 def __getattr__(name: str) -> _Any:

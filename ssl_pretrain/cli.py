@@ -12,7 +12,7 @@ import ssl_pretrain
 from ssl_pretrain.command import completion, name_lists, option_specs, shell_scripts, subcommands
 from ssl_pretrain.schema import config_file, key_help, key_reference
 from ssl_pretrain.schema.key_text import format_rows
-from ssl_pretrain.system import program
+from ssl_pretrain.system import interruption, program
 from ssl_pretrain.system.exit_status import USER_ERROR
 from ssl_pretrain.system.output_streams import tolerate_lost_output
 
@@ -27,6 +27,7 @@ ssl-pretrain knn runs/simclr_cifar10_cpu"""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     program.record_script()
+    interruption.report_in_one_line()
     name, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     with tolerate_lost_output():
         try:

@@ -4,8 +4,9 @@ import os
 import shlex
 import shutil
 import sys
-from pathlib import Path
 
+# Set by the console script, with the name by which it was started.
+PROGRAM_VARIABLE = "SSL_PRETRAIN_PROGRAM"
 # Set by a launcher, which runs the next commands itself.
 LAUNCHED_VARIABLE = "SSL_PRETRAIN_LAUNCHED"
 
@@ -18,14 +19,14 @@ def is_launched() -> bool:
 def format_command(module: str, *arguments: object) -> str:
     """Return the command line that runs a module of this package.
 
-    It begins with `ssl-pretrain` if this process does. Otherwise it names Python as the user did.
+    It begins with `ssl-pretrain` if the user's command did. Otherwise it names Python as that did.
 
     Args:
         module: Full name of the module, whose last part is a command of `ssl-pretrain`.
         arguments: Arguments of the module.
     """
-    if Path(sys.argv[0]).name == "ssl-pretrain":
-        words = ["ssl-pretrain", module.rpartition(".")[2]]
+    if program := os.environ.get(PROGRAM_VARIABLE):
+        words = [program, module.rpartition(".")[2]]
     else:
         words = [python_name(), "-m", module]
     return shlex.join([*words, *map(str, arguments)])

@@ -9,17 +9,16 @@ import shutil
 import sys
 from pathlib import Path
 
-from ssl_pretrain.system.next_command import python_name
+from ssl_pretrain.system.next_command import PROGRAM_VARIABLE, python_name
 
 SCRIPT = "ssl-pretrain"
-_VARIABLE = "SSL_PRETRAIN_PROGRAM"  # the processes that this one starts inherit its name
 
 _running_command = ""  # the sub-command of this process, such as `ssl-pretrain knn`
 
 
 def name() -> str:
     """Return the start of a command line, `ssl-pretrain` or `python -m ssl_pretrain.cli`."""
-    return os.environ.get(_VARIABLE) or f"{python_name()} -m ssl_pretrain.cli"
+    return os.environ.get(PROGRAM_VARIABLE) or f"{python_name()} -m ssl_pretrain.cli"
 
 
 def command(subcommand: str) -> str:
@@ -31,9 +30,9 @@ def record_script() -> None:
     """Remember that the console script started this process, if it did."""
     script = Path(sys.argv[0])
     if script.stem == SCRIPT:
-        os.environ[_VARIABLE] = SCRIPT if _is_first_in_path(script) else str(script)
+        os.environ[PROGRAM_VARIABLE] = SCRIPT if _is_first_in_path(script) else str(script)
     else:
-        os.environ.pop(_VARIABLE, None)
+        os.environ.pop(PROGRAM_VARIABLE, None)
 
 
 def _is_first_in_path(script: Path) -> bool:
