@@ -33,7 +33,7 @@ MAX_SMALL_SIZE = 64  # largest view for which CIFAR-10's recipe is the base, and
 MAX_UPSCALING = 1.15  # largest ratio of the view to the median of the shorter sides
 IMAGES_SEEN = 40e6  # images seen in all epochs together, as in 800 epochs of CIFAR-10
 MAX_EPOCHS, MIN_EPOCHS = 800, 100  # without a limit of time
-CPU_SECONDS = 1800.0  # length of a run on a CPU
+CPU_SECONDS = 900.0  # expected length of a run on a CPU
 MIN_CPU_EPOCHS = 20  # a smaller network is chosen rather than fewer epochs
 MAX_CPU_BATCH = 256
 # Networks for a CPU, from the largest to the smallest: timm's name and the stem.
@@ -105,8 +105,8 @@ def suggest(
         method: Name of the method, or `package.module` of the user's.
         backbone: Value of `backbone.name`, or None to choose a network.
         epochs: Value of `epochs`, or None to choose the length of the run.
-        max_seconds: Longest expected time of the training, by default half an hour on a CPU and
-            no limit on a GPU. A number of epochs may take longer.
+        max_seconds: Longest expected time of the training, by default a quarter of an hour on a
+            CPU and no limit on a GPU. A number of epochs may take longer.
         statistics: Measurements of the images, if they exist already.
 
     Raises:
