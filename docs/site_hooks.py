@@ -111,15 +111,18 @@ def _notebook_files(notebook: File, config: MkDocsConfig) -> list[File]:
             blocks.append(cell.source)
             continue
         blocks.append(f"```python\n{cell.source}\n```")
+        text = ""
         for output in cell.outputs:
-            text = output.get("text") or output.get("data", {}).get("text/plain", "")
-            if picture := output.get("data", {}).get("image/png"):
+            data = output.get("data", {})
+            if "image/png" in data:
                 uri = f"{name}_{len(pictures)}.png"
-                content = base64.b64decode(picture)
+                content = base64.b64decode(data["image/png"])
                 pictures.append(File.generated(config, uri, content=content))
                 blocks.append(f"![]({PurePosixPath(uri).name})")
-            elif text:
-                blocks.append(f"```text\n{text.rstrip()}\n```")
+            else:
+                text += output.get("text") or data.get("text/plain", "")
+        if text:
+            blocks.append(f"```text\n{text.rstrip()}\n```")
     title, *rest = blocks[1:2], blocks[0], *blocks[2:]
     page = "\n\n".join([*title, *rest]) + "\n"
     return [File.generated(config, f"{name}.md", content=page), *pictures]

@@ -36,7 +36,8 @@ def execute(notebook: Path, folder: Path, **parameters: Any) -> nbformat.Noteboo
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment["PYTHONWARNINGS"] = "ignore"  # tqdm warns that ipywidgets is missing
-    client = NotebookClient(content, timeout=600, resources={"metadata": {"path": str(folder)}})
+    resources = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(content, timeout=600, resources=resources, coalesce_streams=True)
     client.execute(env=environment)
     return content
 
