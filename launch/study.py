@@ -61,8 +61,6 @@ def load(path: str | Path) -> Study | None:
     Raises:
         ConfigError: If a key or column is unknown, or the study has no runs.
     """
-    if not Path(path).is_file():
-        return None
     tree = configuration.read_yaml(Path(path))
     if "runs" not in tree:
         return None

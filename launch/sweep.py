@@ -6,7 +6,6 @@ python launch/sweep.py configs/sweeps/temperature.yaml [key=value ...]
 
 import argparse
 import itertools
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ if not __package__:  # run as a file from a clone
 from ssl_pretrain import config as configuration
 from ssl_pretrain.launch import local, pretrain, slurm, slurm_job, study
 from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names
+from ssl_pretrain.schema.config_file import split_values
 from ssl_pretrain.system import program
 
 DESCRIPTION = """\
@@ -124,7 +124,7 @@ def combine_values(path: str, overrides: Sequence[str]) -> list[list[str]]:
             raise configuration.ConfigError(
                 f"{override!r}: not an override; give key=value, such as optim.base_lr=0.2,0.3"
             )
-        choices[key] = _split_values(key, value)
+        choices[key] = split_values(key, value)
     (folder,) = choices.pop("output", [f"runs/{Path(path).stem}_sweep"])
     varying_keys = [key for key, values in choices.items() if len(values) > 1]
     runs = []
@@ -136,16 +136,6 @@ def combine_values(path: str, overrides: Sequence[str]) -> list[list[str]]:
         run_overrides = [f"{key}={value}" for key, value in settings.items()]
         runs.append([*run_overrides, f"output={folder}/{name}"])
     return runs
-
-
-def _split_values(key: str, text: str) -> list[str]:
-    r"""Split comma-separated values.
-
-    A list, a mapping and the value of `output` stay whole. `\,` is a comma inside a value.
-    """
-    if key == "output" or text.startswith(("[", "{")):
-        return [text]
-    return [value.replace("\\,", ",") for value in re.split(r"(?<!\\),", text)]
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ Help, lists, completion and messages about wrong keys come from generated files,
 torch. The other sub-commands run the command line of their module.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 import ssl_pretrain
 from ssl_pretrain.command import completion, name_lists, option_specs, shell_scripts, subcommands
@@ -94,8 +96,21 @@ def _check_arguments(name: str, words: list[str]) -> None:
         ValueError: If a key or a value of the configuration is not allowed.
     """
     options = option_specs.parse(name, words)
-    if name in ("train", "pretrain", "plan"):
+    if name == "sweep":
+        _check_sweep(options)
+    elif "config" in options:
         config_file.load(options.config, options.overrides, key_reference.declarations())
+
+
+def _check_sweep(options: argparse.Namespace) -> None:
+    """Check a sweep with the first value of each key. A study checks its own runs."""
+    if "runs" not in config_file.read_yaml(Path(options.config)):
+        pairs = [text.partition("=") for text in options.overrides]
+        overrides = [
+            f"{key}{separator}{config_file.split_values(key, values)[0]}"
+            for key, separator, values in pairs
+        ]
+        config_file.load(options.config, overrides, key_reference.declarations())
 
 
 if __name__ == "__main__":

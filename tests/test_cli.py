@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 
 import ssl_pretrain
 from ssl_pretrain import cli, config
@@ -18,6 +20,7 @@ from ssl_pretrain.schema import config_file, key_reference, presets
 from ssl_pretrain.schema.key_entries import SECTION, SECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
+EARLIER_RUN = ROOT / "tests/golden/earlier_run/run"
 HEAVY = ["torch", "timm", "numba", "matplotlib", "numpy"]
 
 # Runs several command lines in one process, in which an import of the heavy packages fails.
@@ -71,6 +74,7 @@ def test_help_lists_completion_and_typos_need_no_torch():
         "pretrain simclr_digits epochs=many": (2, "epochs: 'many' is not a whole number"),
         "plan simclr_digits optim.name=sdg": (2, "optim.name: 'sdg' is not known"),
         "train simclr_digits method.name=simcrl": (2, "Did you mean 'simclr'?"),
+        "sweep simclr_digits seed=0,1 optim.base_lrr=1,2": (2, "Did you mean 'base_lr'?"),
         "train simclr_digits --pln": (2, "unrecognized arguments: --pln"),
         **{
             f"{name} --help": (0, f"usage: ssl-pretrain {name}") for name in subcommands.SUBCOMMANDS
@@ -183,6 +187,19 @@ def test_a_subcommand_runs_its_module_and_returns_its_status(monkeypatch, capsys
     with pytest.raises(SystemExit):
         cli.main(["replay", str(tmp_path), "x"])
     assert "usage: /bin/ssl-pretrain replay" in capsys.readouterr().err
+
+
+def test_embed_writes_one_row_per_image(tmp_path, capsys):
+    images, file = tiny.write_images(tmp_path / "images"), tmp_path / "features.npz"
+    assert cli.main(["embed", str(EARLIER_RUN), str(images), str(file)]) == 0
+    saved = np.load(file)
+    features, names = saved["features"], saved["names"]
+    assert features.shape == (len(names), 12)
+    assert features.dtype == np.float32
+    assert Path(names[0]).is_file()
+    assert f"features of {len(names)} images, 12 numbers each" in capsys.readouterr().out
+    assert cli.main(["embed", str(EARLIER_RUN), str(images), "features.csv"]) == 2
+    assert "FILE: features.csv is not an .npz" in capsys.readouterr().err
 
 
 def test_completion_follows_the_configuration():

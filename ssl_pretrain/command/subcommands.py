@@ -48,6 +48,7 @@ GROUPS: dict[str, dict[str, Subcommand]] = {
     "use the results": {
         "report": Subcommand("eval.report", "write the report page of a run"),
         "compare": Subcommand("eval.compare", "write a page that compares runs"),
+        "embed": Subcommand("command.embed_images", "write the features of images into a file"),
         "export": Subcommand("eval.export", "export the backbone for timm, torchvision or ONNX"),
         "dashboard": Subcommand("launch.dashboard", "save a W&B view of a project's runs"),
         "replay": Subcommand("replay", "repeat one step and find non-finite values"),

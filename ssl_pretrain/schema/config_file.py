@@ -3,6 +3,7 @@
 The types are the package's dataclasses, or the classes of `key_reference`, which need no torch.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,16 @@ def apply_overrides(
         for key, text in pairs:
             values = merge(values, parse_override(declarations.run, key, text, replacements))
     return values
+
+
+def split_values(key: str, text: str) -> list[str]:
+    r"""Split the comma-separated values of a sweep.
+
+    A list, a mapping and the value of `output` stay whole. `\,` is a comma inside a value.
+    """
+    if key == "output" or text.startswith(("[", "{")):
+        return [text]
+    return [value.replace("\\,", ",") for value in re.split(r"(?<!\\),", text)]
 
 
 def _split_override(text: str) -> tuple[str, str] | None:
