@@ -13,7 +13,7 @@ import tiny
 
 import ssl_pretrain
 from ssl_pretrain import cli, config
-from ssl_pretrain.command import reference_files, subcommands
+from ssl_pretrain.command import option_specs, reference_files, subcommands
 from ssl_pretrain.command.completion import complete
 from ssl_pretrain.config import ConfigError
 from ssl_pretrain.schema import config_file, key_reference, presets
@@ -137,6 +137,15 @@ def test_the_generated_files_are_current():
     """`python -m ssl_pretrain.command.reference_files` writes them."""
     for path, text in reference_files.generate_files().items():
         assert path.read_text(encoding="utf-8") == text, f"{path} is out of date"
+
+
+def test_a_parser_that_is_built_from_its_description_has_the_same_options(monkeypatch):
+    monkeypatch.setenv("SSL_PRETRAIN_PROGRAM", "ssl-pretrain")
+    for name, spec in option_specs.read_specs().items():
+        parser = option_specs.find_parser(name)
+        assert json.loads(json.dumps(option_specs.describe_parser(parser))) == spec, name
+        assert "usage: ssl-pretrain" in parser.format_help(), name
+    assert "--range LOW HIGH" in option_specs.find_parser("inspect").format_help()
 
 
 def list_entries():

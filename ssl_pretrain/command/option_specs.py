@@ -119,6 +119,8 @@ def _add_options(parser: argparse.ArgumentParser, spec: Mapping[str, Any]) -> No
             arguments["action"] = "store_true"
         else:
             arguments |= {key: option[key] for key in ("nargs", "metavar", "choices")}
+            if isinstance(option["metavar"], list):  # JSON has no tuples
+                arguments["metavar"] = tuple(option["metavar"])
         parser.add_argument(*option["names"], **arguments)
 
 
