@@ -8,6 +8,7 @@ import numpy as np
 from ssl_pretrain.eval import command_line, knn, report, result_text, results, runs
 from ssl_pretrain.eval.frozen import cached_linear
 from ssl_pretrain.eval.html import sections
+from ssl_pretrain.system import program
 
 HELP = """usage: python -m ssl_pretrain.eval.demo_summary RUN [phase=seconds ...]
 
@@ -18,9 +19,9 @@ side by side, the curves of the run, the duration of each phase, and the command
     python -m ssl_pretrain.eval.demo_summary runs/demo training=95"""
 SPARKLINE_BLOCKS = "▁▂▃▄▅▆▇█"
 NEXT_COMMANDS = """next:
-  my images   python -m ssl_pretrain.planning.inspect /path/to/my/images
-  CIFAR-10    python launch/pretrain.py configs/simclr_cifar10_cpu.yaml
-  8 GPUs      torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml"""
+  my images   {inspect} /path/to/my/images
+  CIFAR-10    {pretrain} simclr_cifar10_cpu
+  8 GPUs      torchrun --nproc-per-node 8 -m ssl_pretrain.train simclr_imagenet"""
 
 
 def render_summary(run_path: str | Path, phase_seconds: dict[str, float] | None = None) -> str:
@@ -62,7 +63,9 @@ def render_summary(run_path: str | Path, phase_seconds: dict[str, float] | None 
         lines.append(f"seconds: {phases}")
     page = path / "report.html"
     report_or_command = page if page.is_file() else f"python -m ssl_pretrain.eval.report {path}"
-    return "\n".join([*lines, f"report: {report_or_command}", "", NEXT_COMMANDS])
+    commands = {name: program.command(name) for name in ("inspect", "pretrain")}
+    next_commands = NEXT_COMMANDS.format(**commands)
+    return "\n".join([*lines, f"report: {report_or_command}", "", next_commands])
 
 
 def _draw_curves(run_path: Path) -> list[str]:

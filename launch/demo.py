@@ -18,7 +18,7 @@ if not __package__:  # run as a file from a clone
 from ssl_pretrain.launch import local
 from ssl_pretrain.system import program
 
-CONFIG = "configs/simclr_digits.yaml"
+PRESET = "simclr_digits"
 RUN = "runs/demo"
 
 
@@ -29,12 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog=program.usage_name("python launch/demo.py"), description=__doc__
     ).parse_args(arguments)
     print(
-        f"Pretraining with {CONFIG} into {RUN}: SimCLR on 1,297 real 8 x 8 digits, without their "
-        "labels. This takes a few minutes.",
+        f"Pretraining with the preset {PRESET} into {RUN}: SimCLR on 1,297 real 8 x 8 "
+        "digits, without their labels. This takes a few minutes.",
         flush=True,
     )
     start = time.monotonic()
-    status = local.run([sys.executable, "-m", "ssl_pretrain.train", CONFIG, f"output={RUN}"])
+    status = local.run([sys.executable, "-m", "ssl_pretrain.train", PRESET, f"output={RUN}"])
     if status:
         return status
     timing = f"training={time.monotonic() - start:.0f}"  # seconds

@@ -237,12 +237,12 @@ def assert_complete(output: str, clone: Path, root: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_the_wheel_trains_and_evaluates_in_an_empty_folder(wheel, tmp_path):
     (tmp_path / "empty").mkdir()
     environment = create_environment(tmp_path / "venv", tmp_path / "empty")
     install(wheel, environment)
     environment.run("-m", "ssl_pretrain.cli", "train", "simclr_digits", "epochs=1", "output=run")
     assert "pretrained" in environment.run("-m", "ssl_pretrain.cli", "knn", "run")
-    assert "pretrained" in environment.run("-m", "ssl_pretrain.cli", "linear", "run")
     environment.run("-m", "ssl_pretrain.cli", "report", "run")
     assert (tmp_path / "empty" / "run" / "report.html").stat().st_size > 0

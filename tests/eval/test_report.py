@@ -13,6 +13,7 @@ from untrained_run import make_run, write_images
 
 from ssl_pretrain.eval import compare, demo_summary, report, results, runs
 from ssl_pretrain.eval.html import charts, nearest_images, page, sections
+from ssl_pretrain.system import program
 
 SECTIONS = ["Evaluation", "Training", "Views", "Nearest neighbors", "Projection", "Config"]
 ALL_SECTIONS = ["Alerts", *SECTIONS[:3], "Neighbors over time", *SECTIONS[3:]]
@@ -228,8 +229,10 @@ def test_the_demo_prints_numbers_curves_and_the_next_commands(digits):
     assert "5 to 40 %, of held-out training images" in text
     assert f"seconds: training 80, k-NN 12\nreport: {digits / 'report.html'}\n" in text
     assert text.count("\n  ") == 3
-    for phrase in ("my images", "CIFAR-10", "8 GPUs"):
-        assert phrase in text, phrase
+    script = program.name()
+    assert f"\n  my images   {script} inspect /path/to/my/images\n" in text
+    assert f"\n  CIFAR-10    {script} pretrain simclr_cifar10_cpu\n" in text
+    assert "\n  8 GPUs      torchrun --nproc-per-node 8 -m ssl_pretrain.train simclr_im" in text
 
 
 def test_the_demo_needs_both_evaluations(tmp_path):
