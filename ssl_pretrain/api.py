@@ -160,11 +160,13 @@ def pretrain(
         backbone = f"{user_objects.OBJECT_PREFIX}{type(backbone).__name__}"
     if backbone is not None:
         overrides = schema.merge({"backbone": {"name": backbone}}, overrides)
-    with user_objects.provide(objects):
+    with user_objects.provide(objects), _restored_torch_settings():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            process_group.start()  # the ranks of torchrun agree on the settings
         folder = Path(output or f"runs/{method or 'simclr'}_{_name_of(data)}")
         _train(run_settings.choose(folder, config, method, data_values, overrides))
     run = Run(folder, objects)
-    if process_group.is_main():
+    if process_group.world_size() == 1:
         print(f"report: {run.report()}", flush=True)
     return run
 
@@ -279,7 +281,7 @@ def _name_of(data: Any) -> str:
     """Return a short name of the data for the run's folder."""
     if isinstance(data, (str, Path)):
         return Path(data).resolve().stem
-    return type(data).__name__.lower()
+    return "images"
 
 
 def _open_images(images: Any) -> Source:
@@ -301,11 +303,7 @@ def _train(config: RunConfig) -> None:
         KeyboardInterrupt: If the run was asked to stop before its end.
     """
     settings = config.parallel
-    with (
-        stop_signals.temporary_signal_handlers(),
-        output_streams.tolerate_lost_output(),
-        _restored_torch_settings(),
-    ):
+    with stop_signals.temporary_signal_handlers(), output_streams.tolerate_lost_output():
         device = process_group.start(
             settings.threads, settings.deterministic, settings.timeout_seconds
         )

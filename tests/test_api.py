@@ -1,5 +1,6 @@
 """The Python API: images, methods and backbones of one's own, resumed bit for bit and evaluated."""
 
+import contextlib
 import doctest
 import functools
 import io
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import run_ranks
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
 import ssl_pretrain
 from ssl_pretrain import api
+from ssl_pretrain import config as config_module
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 
@@ -324,6 +327,20 @@ def test_weights_without_a_run_are_loaded_and_nothing_is_written(tmp_path, monke
     assert all(map(torch.equal, backbone.model.parameters(), model.parameters()))
     assert transform(IMAGES[0]).shape == (3, 160, 160)
     assert os.listdir() == ["weights.safetensors"]
+
+
+def pretrain_on_a_rank(folder):
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = ssl_pretrain.pretrain(
+            (IMAGES, LABELS), backbone="test_resnet", epochs=1, output=folder
+        )
+    return config_module.to_yaml(run.config), run.is_finished
+
+
+@pytest.mark.full
+def test_ranks_of_torchrun_train_with_the_same_chosen_settings(tmp_path):
+    outcomes = run_ranks(pretrain_on_a_rank, tmp_path / "run", world_size=2)
+    assert outcomes[0] == outcomes[1] and outcomes[0][1]
 
 
 def test_the_examples_of_the_docstrings_run(tmp_path):

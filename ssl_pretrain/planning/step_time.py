@@ -11,6 +11,7 @@ from ssl_pretrain.data import readers
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.loader import Loader
 from ssl_pretrain.data.order import BatchPlan
+from ssl_pretrain.distributed import collectives
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.parallel.execution import Execution
@@ -21,10 +22,11 @@ MAX_IMAGES = 32  # images per measured step
 
 
 def seconds_per_image(config: RunConfig, source: Source) -> float:
-    """Return the seconds that one process takes to read an image and to train on it.
+    """Return the seconds that rank 0 takes to read an image and to train on it.
 
     The views of a few images are made, and go forward and backward through the network. The first
-    pass warms up, and the second one is measured. The optimizer is left out.
+    pass warms up, and the second one is measured. The optimizer is left out. All ranks call this
+    together, because losses have collectives.
 
     Args:
         config: Configuration of the run.
@@ -46,7 +48,7 @@ def seconds_per_image(config: RunConfig, source: Source) -> float:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - start
-    return seconds / num_images
+    return float(collectives.broadcast_object(seconds / num_images))
 
 
 def _pass_through(method: Method, execution: Execution, batch: Batch) -> None:
