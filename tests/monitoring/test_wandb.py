@@ -282,7 +282,7 @@ def test_a_server_that_fails_costs_at_most_five_seconds_and_no_record(tmp_path, 
         logger = Logger(settings, tmp_path, config={}, **STEPS)
         for step in range(1, 21):
             logger.log_step(step, {"loss": torch.tensor(1.0 / step)}, {"lr": 0.1})
-        process = logger._wandb._process
+        process = logger._trackers[0]._process
         logger.close()
         assert time.monotonic() - start < 5
         process.wait(200)  # the client saves the run offline by itself
