@@ -15,6 +15,7 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import result_text, results, runs
 from ssl_pretrain.eval.frozen.evaluation_split import UnlabeledError
 from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import durable_files, program
 from ssl_pretrain.system.exit_status import DISK_ERROR, NO_LABELS, PROCESS_LOST, USER_ERROR
 from ssl_pretrain.system.output_streams import tolerate_lost_output
@@ -58,7 +59,7 @@ def build_parser(
             stores them as `overrides`.
         positionals_help: Help text of those arguments.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         program.usage_name(f"python -m {name}"),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -16,6 +16,7 @@ from ssl_pretrain import schema
 from ssl_pretrain.eval import command_line, results
 from ssl_pretrain.eval.html import charts, page, sections
 from ssl_pretrain.monitoring import metric_names
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import durable_files, program
 
 NAMING_KEYS = ("output", "log.name", "log.tags")  # keys that only name a run and are not compared
@@ -23,7 +24,7 @@ NAMING_KEYS = ("output", "log.name", "log.tags")  # keys that only name a run an
 
 def main(arguments: list[str]) -> None:
     """Run the command-line interface."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         program.usage_name("python -m ssl_pretrain.eval.compare"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

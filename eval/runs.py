@@ -42,6 +42,26 @@ class Run:
         return {"checkpoint": self.checkpoint_path.name, "step": self.step, "network": self.network}
 
 
+def _choose_device(name: str) -> str:
+    """Return the torch device of this name. `auto` is cuda where it is available, else cpu.
+
+    Raises:
+        ValueError: If there is no such device on this machine.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: {name!r} is not a device; give auto, cpu or cuda") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: {name} is not on this machine, where torch sees {torch.cuda.device_count()} "
+            "GPUs; give cpu or auto"
+        )
+    return name
+
+
 def load_run(
     run: str | Path,
     checkpoint_path: str | Path | None = None,
@@ -65,8 +85,7 @@ def load_run(
             backbone.
     """
     path, overrides = Path(run), overrides or []
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _choose_device(device)
     if path.is_file() or str(run).startswith("timm:"):
         if checkpoint_path:
             raise ValueError(

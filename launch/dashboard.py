@@ -17,6 +17,7 @@ from ssl_pretrain.fault_tolerance.run_lock import find_holder
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.monitoring.wandb import evaluations
 from ssl_pretrain.monitoring.wandb import run as wandb_run
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import optional_packages, program
 
 VIEW_NAME = "ssl_pretrain"
@@ -27,7 +28,7 @@ PICTURES = [metric_names.VIEWS_PICTURE, metric_names.NEIGHBORS_PICTURE]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=program.usage_name("python -m ssl_pretrain.launch.dashboard"),
         description="Create a saved view of a project's runs, with sections for learning, "
         "collapse, evaluations, network, speed and pictures. This needs a W&B key and the package "

@@ -3,7 +3,6 @@
 It needs no download and no account.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ if not __package__:  # run as a file from a clone
     interruption.report_in_one_line()
 
 from ssl_pretrain.launch import local
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
 
 PRESET = "simclr_digits"
@@ -25,7 +25,7 @@ RUN = "runs/demo"
 @local.launcher
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit status."""
-    argparse.ArgumentParser(
+    ArgumentParser(
         prog=program.usage_name("python launch/demo.py"), description=__doc__
     ).parse_args(arguments)
     print(

@@ -23,6 +23,7 @@ from ssl_pretrain.launch.evaluation_jobs import (
     report_stop,
 )
 from ssl_pretrain.schema import POSITIVE_FLOAT
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
 
 DESCRIPTION = """\
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=program.usage_name("python launch/evaluate.py"),
         description=DESCRIPTION,
         epilog=EXAMPLES,

@@ -18,6 +18,7 @@ from ssl_pretrain.eval import result_text
 from ssl_pretrain.launch import dashboard, local, slurm, slurm_job
 from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names, run_final_evaluations
 from ssl_pretrain.planning import plan
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
 from ssl_pretrain.system.exit_status import NO_LABELS, STOPPED
 
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=program.usage_name("python launch/pretrain.py"),
         description=DESCRIPTION,
         epilog=EXAMPLES,

@@ -19,6 +19,7 @@ if not __package__:  # run as a file from a clone
 from ssl_pretrain import config as configuration
 from ssl_pretrain.launch import local, pretrain, slurm, slurm_job, study
 from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.schema.config_file import split_values
 from ssl_pretrain.system import program
 
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=program.usage_name("python launch/sweep.py"),
         description=DESCRIPTION,
         epilog=EXAMPLES,

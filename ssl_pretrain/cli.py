@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ssl_pretrain
 from ssl_pretrain.command import completion, name_lists, option_specs, shell_scripts, subcommands
-from ssl_pretrain.schema import config_file, key_help, key_reference
+from ssl_pretrain.schema import config_file, key_help, key_reference, presets
 from ssl_pretrain.schema.key_text import format_rows
 from ssl_pretrain.system import interruption, program
 from ssl_pretrain.system.exit_status import USER_ERROR
@@ -63,7 +63,9 @@ def _look_up(name: str, words: list[str]) -> int:
 
 
 def _unknown_subcommand(name: str) -> str:
-    nearest = get_close_matches(name, subcommands.NAMES, n=1)
+    if name.removesuffix(".yaml").rpartition("/")[2] in presets.list_files():
+        return f"{name!r} is a preset, not a sub-command; run `{program.command(f'train {name}')}`"
+    nearest = get_close_matches(name, [*subcommands.NAMES, "--version"], n=1)
     hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
     return f"{name!r} is not a sub-command. {hint}`{program.command('--help')}` lists all"
 

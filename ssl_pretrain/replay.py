@@ -34,6 +34,7 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.optim import optimizers, schedules
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.schema import POSITIVE_INT
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
 
 
@@ -180,7 +181,7 @@ class _Probe:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command-line interface and return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=program.usage_name("python -m ssl_pretrain.replay"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -26,6 +26,7 @@ from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.planning import plan
 from ssl_pretrain.schema import POSITIVE_INT
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import (
     exit_status,
     next_command,
@@ -121,7 +122,7 @@ def _train(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command-line interface and return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=program.usage_name("python -m ssl_pretrain.train"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

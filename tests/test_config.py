@@ -46,9 +46,9 @@ def field_names(kind) -> str:
 
 WRONG_OVERRIDES = {
     "optim.base_lrr=1": "run.yaml: optim.base_lrr: no such key. Did you mean 'base_lr'? "
-    f"Allowed: {field_names(OptimConfig)}",
+    f"`{program.command('help optim')}` lists the keys there",
     "epoch=3": "run.yaml: epoch: no such key. Did you mean 'epochs'? "
-    f"Allowed: {field_names(config.RunConfig)}",
+    f"`{program.command('help')}` lists the keys",
     "optim.name=sdg": "run.yaml: optim.name: 'sdg' is not known; choose one of: "
     + ", ".join(get_args(get_type_hints(OptimConfig)["name"])),
     "optim.base_lr=fast": "run.yaml: optim.base_lr: 'fast' is not a number; "
@@ -60,7 +60,7 @@ WRONG_OVERRIDES = {
     "package.module",
     "method.queue_size=3": "run.yaml: method.queue_size: no such key. "
     "Allowed: name, temperature, projector_dims, without_projector",
-    "optim": "'optim': not an override; give key=value, such as optim.base_lr=0.3",
+    "optim": "'optim': not an override; give key=value without spaces, such as optim.base_lr=0.3",
     "log.name=${oc.env:WANDB_API_KEY}": f"log.name: {NOT_INTERPOLATED}",
 }
 
@@ -76,7 +76,8 @@ WRONG_FILES = {
     "epochs: [1\n": "run.yaml: not valid YAML at line 2: "
     "did not find expected ',' or ']'. Write each key once, as 'key: value'",
     "": f"run.yaml: method.name is missing; choose one of: {METHODS}",
-    "- 1\n": "run.yaml: a configuration must be a mapping of keys, got a list",
+    "- 1\n": "run.yaml: a configuration must be a mapping of keys, got a list; "
+    "write each key as 'key: value'",
     "log: {name: '${oc.env:HOME}'}\n": f"run.yaml: {NOT_INTERPOLATED}",
 }
 

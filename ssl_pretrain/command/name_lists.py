@@ -12,13 +12,19 @@ def list_names(words: list[str]) -> str:
     """Return the list that the arguments ask for.
 
     Raises:
-        ValueError: If there is no such list, or there are too many arguments.
+        ValueError: If there is no such list, no name fits, or there are too many arguments.
     """
     usage = f"{program.command('list')} {'|'.join(LISTS)} [PATTERN]"
     if not words or words[0] not in LISTS or len(words) > 2:
         raise ValueError(f"list: got {' '.join(words) or 'nothing'}; use {usage}")
     pattern = words[1] if len(words) == 2 else "*"
-    return LISTS[words[0]](pattern if "*" in pattern else f"*{pattern}*")
+    text = LISTS[words[0]](pattern if "*" in pattern else f"*{pattern}*")
+    if not text:
+        raise ValueError(
+            f"list {words[0]}: none has {pattern!r} in its name; "
+            f"`{program.command(f'list {words[0]}')}` lists all"
+        )
+    return text
 
 
 def _list_methods(pattern: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ssl_pretrain.command.subcommands import SUBCOMMANDS
 from ssl_pretrain.schema import key_help
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
 
 FILE = "options.json"
@@ -90,7 +91,7 @@ def build_parser(spec: Mapping[str, Any], name: str) -> argparse.ArgumentParser:
         spec: Description by `describe_parser`.
         name: Name of the program in the usage line.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         name,
         description=_as_started(spec["description"]),
         epilog=_as_started(spec["epilog"]),

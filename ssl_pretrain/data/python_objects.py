@@ -38,6 +38,11 @@ def open_object(data: Any, name: str = "data") -> Source:
         return _open_array(data, None, name)
     if isinstance(data, tuple) and len(data) == 2 and np.ndim(data[1]) == 1:
         return _open_array(data[0], data[1], name)
+    if isinstance(data, tuple) and len(data) == 2 and getattr(data[0], "ndim", 0) == 4:
+        raise ValueError(
+            f"{name}: the labels have the shape {np.shape(data[1])}; give one number or name per "
+            "image"
+        )
     if hasattr(data, "column_names"):
         return _open_hugging_face(data, name)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
@@ -51,6 +56,11 @@ def open_object(data: Any, name: str = "data") -> Source:
 def _open_array(images: Any, labels: Any, name: str) -> PythonSource:
     is_tensor = isinstance(images, torch.Tensor)
     values = images.detach().cpu().numpy() if is_tensor else np.asarray(images)
+    if values.ndim == 3 and values.shape[2] in (3, 4):
+        raise ValueError(
+            f"{name} has the shape {values.shape}, that of one color image; give the images as "
+            "(n, height, width, 3)"
+        )
     if values.ndim not in (3, 4):
         raise ValueError(
             f"{name} has the shape {values.shape}; give (n, height, width, 3), (n, 3, height, "

@@ -224,6 +224,16 @@ def _open_files(config: DataConfig, has_train_beton: bool) -> FileDataSet:
     return FileDataSet(root, train, val, cache_dir, value_range)
 
 
+def _explain_missing(root: Path) -> str:
+    """Return what to do about a path that does not exist."""
+    if root.parts and root.parts[0].endswith(":") and len(root.parts[0]) > 2:  # https:, s3:, hf:
+        return "; a URL is not read, so download the images and give their folder"
+    neighbors = [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else []
+    nearest = get_close_matches(root.name, neighbors, n=1)
+    hint = f". Did you mean {str(root.parent / nearest[0])!r}?" if nearest else ";"
+    return f"{hint} {_ROOT_REMEDY[0].upper() + _ROOT_REMEDY[1:] if nearest else _ROOT_REMEDY}"
+
+
 def _find_root(config: DataConfig, cache_dir: Path) -> Path:
     """Return the existing folder or file of the data set."""
     root = Path(config.root).expanduser()
@@ -237,7 +247,7 @@ def _find_root(config: DataConfig, cache_dir: Path) -> Path:
             f"data.root: no path is set; {_ROOT_REMEDY}, as in data.root=/data/imagenet"
         )
     if not root.exists():
-        raise ValueError(f"data.root: {root} does not exist; {_ROOT_REMEDY}")
+        raise ValueError(f"data.root: {root} does not exist{_explain_missing(root)}")
     suffix = root.suffix.lower()
     if suffix in _UNSUPPORTED_TABLES and root.is_file():
         raise ValueError(

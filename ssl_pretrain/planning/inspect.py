@@ -16,6 +16,7 @@ from ssl_pretrain.data.source_report import ImageStatistics, layout_lines, measu
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.planning.suggestion import Suggestion, suggest
 from ssl_pretrain.schema import NON_NEGATIVE_INT, NUM_THREADS
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
 
 _SAMPLE_SIZE = 10_000
@@ -87,7 +88,7 @@ def _print_suggestion(suggestion: Suggestion, path: Path | None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     command = program.usage_name("python -m ssl_pretrain.planning.inspect")
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=command,
         description="Count classes, sizes, pixel formats and bad files of a data set, measure its "
         "colors, and suggest a configuration.",

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ssl_pretrain.schema import presets
+from ssl_pretrain.schema import key_hints, presets
 from ssl_pretrain.schema.former_keys import rename_key, rename_keys
 from ssl_pretrain.schema.settings import check
 from ssl_pretrain.schema.typed_values import build, parse_override
@@ -109,7 +109,9 @@ def apply_overrides(
                 tree = parse_override(declarations.run, key, text, {"method": dict[str, str]})
                 values_with_method = merge(values_with_method, tree)
         replacements = {"method": _method_type(values_with_method, declarations)}
+        crops = value_at(values, "views.crops")
         for key, text in pairs:
+            key_hints.refuse_misspelled_crop(key, list(crops or {}))
             values = merge(values, parse_override(declarations.run, key, text, replacements))
     return values
 
@@ -128,15 +130,29 @@ def _split_override(text: str) -> tuple[str, str] | None:
     """Return the key and value of an override, or None if the key no longer has an effect."""
     key, separator, value = text.partition("=")
     if not separator:
-        raise ConfigError(f"{text!r}: not an override; give key=value, such as optim.base_lr=0.3")
+        raise ConfigError(f"{text!r}: not an override; {_explain_override(text)}")
     if "${" in text:
         raise ConfigError(f"{key}: {INTERPOLATION_ERROR}")
     current_key = rename_key(key, value)
     return (current_key, value) if current_key else None
 
 
+def _explain_override(text: str) -> str:
+    """Return how to write an override that has no equals sign."""
+    if text.endswith(("]", "}")):
+        return "quote a list or a mapping: 'views.crops.global.scale=[0.2, 1.0]'"
+    key, colon, value = text.partition(":")
+    if colon and value and key.replace(".", "").isidentifier():
+        return f"write {key}={value.strip()}"
+    return "give key=value without spaces, such as optim.base_lr=0.3"
+
+
 def _method_type(tree: dict[str, Any], declarations: Declarations) -> Any:
     """Return the type of the section `method`, for the method that the tree names."""
+    section = value_at(tree, "method")
+    if isinstance(section, Scalar) and section.text:
+        remedy = key_hints.suggest_assignment("method", section.text)
+        raise ValueError(f"method: {section.text!r} is not a section; {remedy}")
     name = value_at(tree, "method.name")
     name = name.text if isinstance(name, Scalar) else name
     if not name or name == "???":
@@ -158,6 +174,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if path.suffix.lower() not in (".yaml", ".yml"):
+            raise ConfigError(f"{path}: not a YAML file; {presets.DATA_HINT}={path}") from None
         line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
         problem = f"not UTF-8 text: byte 0x{byte:02x} at line {line}. Save the file as UTF-8"
         raise ConfigError(f"{path}: {problem}") from None
@@ -167,12 +185,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = parse_yaml(text)
     except yaml.YAMLError as error:
         problem = f"not valid YAML{_yaml_problem(error, text)}"
-        raise ConfigError(f"{path}: {problem}. Write each key once, as 'key: value'") from None
+        remedy = "Write each key once, as 'key: value'"
+        if "\t" in text and "cannot start any token" in problem:
+            remedy = "Indent with spaces instead of tabs"
+        raise ConfigError(f"{path}: {problem}. {remedy}") from None
     if tree == Scalar(""):
         return {}
     if not isinstance(tree, dict):
         kind = "a list" if isinstance(tree, list) else f"the text {tree.text!r}"
-        raise ConfigError(f"{path}: a configuration must be a mapping of keys, got {kind}")
+        raise ConfigError(
+            f"{path}: a configuration must be a mapping of keys, got {kind}; write each "
+            "key as 'key: value'"
+        )
     return tree
 
 

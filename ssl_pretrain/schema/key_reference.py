@@ -4,32 +4,22 @@
 """
 
 import functools
-import json
-from importlib import resources
 from typing import Any
 
-from ssl_pretrain.schema import key_entries
+from ssl_pretrain.schema import key_entries, packaged_reference
 from ssl_pretrain.schema.config_file import Declarations, is_user_module, unknown_method_error
 from ssl_pretrain.schema.key_entries import NAME, SECTIONS, Entries
 from ssl_pretrain.schema.typed_values import declared_type
 
-FILE = "reference.json"
-
-
-@functools.cache
-def _read() -> dict[str, Any]:
-    text = (resources.files("ssl_pretrain.schema") / FILE).read_text(encoding="utf-8")
-    return dict(json.loads(text))
-
 
 def keys() -> Entries:
     """Return the description of every key except those of the methods, by dotted key."""
-    return dict(_read()["keys"])
+    return dict(packaged_reference.read()["keys"])
 
 
 def methods() -> dict[str, dict[str, Any]]:
     """Return the summary, the paper and the keys of each method, by its name."""
-    return dict(_read()["methods"])
+    return dict(packaged_reference.read()["methods"])
 
 
 @functools.cache

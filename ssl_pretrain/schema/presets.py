@@ -9,6 +9,7 @@ from pathlib import Path
 from ssl_pretrain.system import program
 
 PATTERNS = ("*.yaml", "sweeps/*.yaml")  # recipes, and studies of `ssl-pretrain sweep`
+DATA_HINT = "give a preset first, and the images as data.root"
 PRESET = re.compile(r"(?:configs/)?(?:sweeps/)?([^/\\]+?)(?:\.yaml)?")
 _LABEL = re.compile(r"(Paper's number|Ours|Hardware|Hours|Recipe|Views|Data|Command|Number): *")
 
@@ -46,6 +47,13 @@ def find(path: str | Path) -> Path:
     files = list_files()
     if match and match[1] in files:
         return files[match[1]]
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: a folder, not a preset or a YAML; {DATA_HINT}={path}")
+    if "=" in str(path):
+        raise ValueError(
+            f"{path}: a setting, not a preset or a YAML; give one of these first, as in "
+            f"simclr_cifar10 {path}"
+        )
     neighbors = [str(file) for file in Path(path).parent.glob("*.yaml") if file.is_file()]
     names = {Path(name).stem: name for name in [*files, *neighbors]}
     nearest = get_close_matches(Path(path).stem, names, n=3, cutoff=0)

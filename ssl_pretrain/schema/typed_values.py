@@ -11,11 +11,11 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+from ssl_pretrain.schema import key_hints
 from ssl_pretrain.schema.settings import field_types
 from ssl_pretrain.schema.yaml_tree import Scalar, parse_yaml
 
@@ -44,7 +44,9 @@ def declared_type(kind: Any, key: str, replacements: Mapping[str, Any]) -> Any:
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
         elif kind is not Any:
-            raise ValueError(f"{key}: no such key. {'.'.join(parents)} is a single value")
+            others = " or ".join(map(repr, key_hints.keys_named(name)[: key_hints.MAX_SUGGESTIONS]))
+            hint = f". Did you mean {others}?" if others else ""
+            raise ValueError(f"{key}: no such key. {'.'.join(parents)} is a single value{hint}")
         parents.append(name)
         kind = replacements.get(".".join(parents), kind)
     return kind
@@ -54,9 +56,7 @@ def _require_field(kind: type, key: str) -> None:
     allowed = [field.name for field in dataclasses.fields(kind)]
     name = key.rpartition(".")[2]
     if name not in allowed:
-        close = get_close_matches(name, allowed, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{key}: no such key.{hint} Allowed: {', '.join(allowed)}")
+        raise ValueError(key_hints.describe_unknown_key(key, allowed))
 
 
 def parse_override(
@@ -135,9 +135,11 @@ def _require_mapping(tree: Any, key: str) -> Mapping[str, Any]:
     if tree is None or tree == Scalar(""):  # a section whose lines are all comments
         return {}
     if not isinstance(tree, Mapping):
+        text = tree.text if isinstance(tree, Scalar) else str(tree)
+        remedy = key_hints.suggest_assignment(key, text)
         raise ValueError(
-            f"{key}: {_describe(tree)} is not a section; write its keys below it, or as "
-            "{key: value}"
+            f"{key}: {_describe(tree)} is not a section; "
+            f"{remedy or 'write its keys below it, or as {key: value}'}"
         )
     return tree
 

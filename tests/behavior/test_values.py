@@ -149,9 +149,13 @@ def test_invalid_values_are_rejected_before_the_run(config):
 FILES = {
     "a text": (
         b"just text\n",
-        "a configuration must be a mapping of keys, got the text 'just text'",
+        "a configuration must be a mapping of keys, got the text 'just text'; write each key as "
+        "'key: value'",
     ),
-    "a list": (b"- a\n- b\n", "a configuration must be a mapping of keys, got a list"),
+    "a list": (
+        b"- a\n- b\n",
+        "a configuration must be a mapping of keys, got a list; write each key as 'key: value'",
+    ),
     "another encoding": (
         b"seed: 1\nlog: {name: caf\xe9}\n",
         "not UTF-8 text: byte 0xe9 at line 2. Save the file as UTF-8",

@@ -21,6 +21,7 @@ from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.source_report import check_value_range
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.schema import JPEG_QUALITY, NON_NEGATIVE_INT, NUM_THREADS, POSITIVE_INT
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
 from ssl_pretrain.system.platform_support import available_cores
 
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=program.usage_name("python -m ssl_pretrain.data.beton"),
         description="Convert a data set to FFCV's file format, which loads faster than one file "
         "per image. Check or describe such a file.",

@@ -1,0 +1,27 @@
+"""An argument parser whose errors are one or two lines that name the remedy."""
+
+import argparse
+import re
+import sys
+from typing import NoReturn
+
+from ssl_pretrain.schema import key_hints
+from ssl_pretrain.system.exit_status import USER_ERROR
+
+SETTINGS = "key=value"  # metavar of the settings of a run, of which there may be none
+UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --?([a-zA-Z][\w.-]*)(?:[= ]([^\s-]\S*))?.*")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Parser that prints no usage with an error, and explains how settings are written."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with the status of a user's mistake."""
+        text = message.replace(f", {SETTINGS}", "")  # argparse counts them as required
+        option = UNKNOWN_OPTION.fullmatch(message)
+        takes_settings = any(action.metavar == SETTINGS for action in self._actions)
+        remedy = f"`{self.prog} --help` lists the options"
+        if option and takes_settings:
+            remedy = key_hints.explain_option(option[1], option[2] or "") or remedy
+        print(f"error: {text}. {remedy}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
