@@ -17,7 +17,13 @@ from ssl_pretrain.eval.frozen.evaluation_split import UnlabeledError
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import durable_files, program
-from ssl_pretrain.system.exit_status import DISK_ERROR, NO_LABELS, PROCESS_LOST, USER_ERROR
+from ssl_pretrain.system.exit_status import (
+    DISK_ERROR,
+    NO_LABELS,
+    PROCESS_LOST,
+    USER_ERROR,
+    print_error,
+)
 from ssl_pretrain.system.output_streams import tolerate_lost_output
 
 RUN_HELP = "run folder, or a weights file or timm:<tag> together with backbone.name=NAME"
@@ -145,7 +151,7 @@ def execute(main: Callable[[list[str]], None], name: str) -> None:
             if isinstance(error, UnlabeledError) and "--skip-unlabeled" in sys.argv[1:]:
                 print(f"{name}: skipped: {error}")
                 sys.exit(NO_LABELS)
-            print(f"{name}: {error}", file=sys.stderr)
+            print_error(f"{name}: {error}")
             if isinstance(error, LostWorkerError):
                 sys.exit(PROCESS_LOST)
             sys.exit(DISK_ERROR if durable_files.is_disk_failure(error) else USER_ERROR)

@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         local.wait(options.every_seconds)
         if local.stop_requested():
             return report_stop()
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run}: has no config.yaml, so it is no run; give the output of one")
     held_checkpoints.remove_abandoned_folders(run / "eval" / HELD_FOLDER)
     jobs = EvaluationJobs(run, options)
     if options.after:

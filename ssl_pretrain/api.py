@@ -155,9 +155,15 @@ def pretrain(
     objects: dict[str, Any] = {}
     data_values = _data_values(data, val, objects)
     overrides = run_settings.build_tree(overrides)
+    _require_text("method", method, "the name of one, or package.module of your own")
     if isinstance(backbone, nn.Module):
         objects[type(backbone).__name__] = backbone
         backbone = f"{user_objects.OBJECT_PREFIX}{type(backbone).__name__}"
+    _require_text(
+        "backbone",
+        backbone,
+        "timm's name of a network, a torch module, or a function as package.module:function",
+    )
     if backbone is not None:
         overrides = schema.merge({"backbone": {"name": backbone}}, overrides)
     with user_objects.provide(objects), _restored_torch_settings():
@@ -200,6 +206,11 @@ def load_backbone(
         f"{key}={value}"
         for key, value in schema.flatten(run_settings.build_tree(overrides)).items()
     ]
+    if not isinstance(run, (Run, str, Path)):
+        raise ValueError(
+            f"load_backbone: an object of type {type(run).__name__} is no run; give a run, its "
+            "folder, or a file of weights"
+        )
     objects, path = (run.objects, run.path) if isinstance(run, Run) else ({}, run)
     with user_objects.provide(objects):
         loaded = runs.load_run(path, None, arguments, device, is_evaluated=False)
@@ -239,6 +250,12 @@ def embed(
             "embed: this backbone has no transform; give the one that load_backbone returned with "
             "it, as transform="
         )
+    if not isinstance(transform, ImageTransform):
+        raise ValueError(
+            "embed: transform is not one of load_backbone; give that one, or leave it out"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} is out of range; give a whole number >= 1")
     source = _open_images(images)
     device = next(network.parameters()).device
     features = []
@@ -258,6 +275,12 @@ def list_methods() -> list[str]:
     return methods.names()
 
 
+def _require_text(name: str, value: Any, allowed: str) -> None:
+    """Raise ValueError unless an argument is text or None."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name}: {value!r} is of type {type(value).__name__}; give {allowed}")
+
+
 def _data_values(data: Any, val: Any, objects: dict[str, Any]) -> dict[str, Any]:
     """Return the values of the section `data`, and add a Python object to `objects`.
 
@@ -271,6 +294,8 @@ def _data_values(data: Any, val: Any, objects: dict[str, Any]) -> dict[str, Any]
         source = {"source": named.pop()} if named else {"source": "folder", "root": str(data)}
         return source | ({} if val is None else {"val": os.path.abspath(val)})
     splits = {"train": python_objects.open_object(data), "val": None}
+    if isinstance(val, (str, Path)):
+        raise ValueError("val: is a path, but data is an object; give both in the same way")
     if val is not None:
         splits["val"] = python_objects.open_object(val, "val")
     objects[DATA_OBJECT] = splits.get

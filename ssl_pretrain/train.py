@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (*USER_ERRORS, torch.OutOfMemoryError) as error:
             if isinstance(error, ValueError) and type(error) not in USER_VALUE_ERRORS:
                 raise
-            print(f"error: {memory.describe_error(error)}", file=sys.stderr, flush=True)
+            exit_status.print_error(f"error: {memory.describe_error(error)}")
             return exit_status.record_failure(error)
         finally:
             process_group.stop()
@@ -157,7 +157,7 @@ def _run(options: argparse.Namespace) -> int:
             config,
             options.overrides,
             "this command submits nothing",
-            "use launch/pretrain.py, or remove such keys",
+            f"use `{program.command('pretrain')}`, or remove such keys",
             overrides_only=True,
         )
     if options.plan:

@@ -56,10 +56,10 @@ WRONG_OVERRIDES = {
     "epochs=many": "run.yaml: epochs: 'many' is not a whole number; "
     "write one in decimal digits, such as 100",
     "method.name=simclrr": "run.yaml: method.name: 'simclrr' is not a method. Did you mean "
-    f"'simclr'? Choose one of: {METHODS}; or give the module of a method of your own, as "
+    f"'simclr'? `{program.command('list methods')}` lists all; a method of your own is "
     "package.module",
     "method.queue_size=3": "run.yaml: method.queue_size: no such key. "
-    "Allowed: name, temperature, projector_dims, without_projector",
+    "It is one of moco, nnclr, swav. Allowed: name, temperature, projector_dims, without_projector",
     "optim": "'optim': not an override; give key=value without spaces, such as optim.base_lr=0.3",
     "log.name=${oc.env:WANDB_API_KEY}": f"log.name: {NOT_INTERPOLATED}",
 }

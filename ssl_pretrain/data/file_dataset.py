@@ -76,7 +76,8 @@ class FileDataSet:
         file_list = self._list_images(location, name, "data.root" if is_root else f"data.{split}")
         path, skipped_notes = location.full_path, _skipped_notes(file_list.files)
         if not len(file_list.files):
-            reason = f"data.root: {path} contains no image that Pillow can decode, at any depth"
+            reason = f"data.root: {path} contains no image that Pillow can decode, at any depth; "
+            reason += "give the folder of your images"
             raise ValueError("; ".join([reason, *skipped_notes]))
         folder = SplitFolder(
             name,

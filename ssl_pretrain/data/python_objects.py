@@ -47,6 +47,8 @@ def open_object(data: Any, name: str = "data") -> Source:
         return _open_hugging_face(data, name)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
         return _open_dataset(data, name)
+    if hasattr(data, "convert"):
+        raise ValueError(f"{name}: is one image; give a list of images")
     raise ValueError(
         f"{name}: an object of type {type(data).__name__} is not a data set; give a path, an "
         "array, a torch Dataset with a length, or a Hugging Face dataset"

@@ -117,7 +117,8 @@ class PythonSource(Source):
                 pixels = self.read(index)
                 is_stable = np.array_equal(pixels, self.read(index))
             except UnreadableImage as error:
-                raise ValueError(f"data: {error}") from None
+                hint = "; give images, or paths that exist" if "FileNotFound" in str(error) else ""
+                raise ValueError(f"data: {error}{hint}") from None
             if not is_stable:
                 raise ValueError(
                     f"data: {self.name(index)} changes each time it is read; remove the random "

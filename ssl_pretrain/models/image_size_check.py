@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from ssl_pretrain.models import custom_network
 from ssl_pretrain.models.timm_networks import (
     BackboneConfig,
     create,
@@ -108,6 +109,11 @@ def _measure(config: BackboneConfig, build_size: int, size: int) -> int:
         except Exception as error_on_cpu:
             raise _WrongSizeError(error_on_cpu) from None
     if len(widths) != 1 or not all(isinstance(width, int) for width in widths):
+        if custom_network.is_custom(config.name):
+            raise ValueError(
+                f"backbone.name: {config.name} returns {' and '.join(sorted(map(str, widths)))} "
+                "for an image, but one vector is needed; average over height and width in forward"
+            )
         raise ValueError(
             f"backbone.args: {config.name} with {dict(config.args)} returns "
             f"{' and '.join(sorted(map(str, widths)))} "

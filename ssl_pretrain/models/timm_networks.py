@@ -19,6 +19,7 @@ from torch import nn
 
 from ssl_pretrain.models import custom_network
 from ssl_pretrain.schema import DIMENSIONLESS, setting
+from ssl_pretrain.system import program
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -217,7 +218,7 @@ def _check_name(name: str) -> None:
         hint = f" Did you mean {' or '.join(map(repr, similar))}?" if similar else ""
         raise ValueError(
             f"backbone.name: {name!r} is not a timm model.{hint} "
-            "To list all names, run python -c 'import timm; print(timm.list_models())'"
+            f"`{program.command('list backbones')}` lists all"
         )
 
 

@@ -1,9 +1,11 @@
 """Settings of a run that a program starts, below those that its caller gives."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from ssl_pretrain import config as configuration
@@ -14,6 +16,7 @@ from ssl_pretrain.data import sources
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.planning import suggestion
+from ssl_pretrain.schema import key_hints
 
 
 def choose(
@@ -35,19 +38,44 @@ def choose(
     Raises:
         ValueError: If a setting is wrong, or the folder contains a run of another method.
     """
+    schema.build(RunConfig, overrides, {"method": dict[str, Any]})  # refuses wrong ones at once
     values = _base_values(folder, config, method, data, overrides)
     values = schema.merge(schema.merge(values, {"data": data}), overrides)
     return configuration.from_dict(values | {"output": str(folder)}, "pretrain")
 
 
 def build_tree(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as a tree. A double underscore or a dot separates a section from its key."""
+    """Return settings as a tree. A double underscore or a dot separates a section from its key.
+
+    Raises:
+        ValueError: If there is no such section or key at the top.
+    """
     tree: dict[str, Any] = {}
     for key, value in overrides.items():
+        _require_known_argument(key)
+        value = _to_plain_value(value)
         for name in reversed(key.replace("__", ".").split(".")):
             value = {name: value}
         tree = schema.merge(tree, value)
     return tree
+
+
+def _require_known_argument(key: str) -> None:
+    """Raise ValueError, with the likely argument, unless the key starts with a section or a key."""
+    allowed = [field.name for field in dataclasses.fields(RunConfig)]
+    if key.replace("__", ".").partition(".")[0] not in allowed:
+        raise ValueError(key_hints.describe_unknown_argument(key, allowed))
+
+
+def _to_plain_value(value: Any) -> Any:
+    """Return NumPy's numbers, arrays and paths as the plain values of a YAML."""
+    if isinstance(value, Mapping):
+        return {name: _to_plain_value(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_plain_value(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 
 def _base_values(
@@ -83,7 +111,8 @@ def _suggested_values(
     method: str, data: dict[str, Any], overrides: dict[str, Any]
 ) -> dict[str, Any]:
     """Choose the settings for the images and this machine, and print the reasons."""
-    data_config = DataConfig(**schema.merge(data, overrides.get("data", {})))
+    data_values = schema.merge(data, overrides.get("data", {}))
+    data_config: DataConfig = schema.build(DataConfig, data_values, key="data")
     source = sources.open_source(data_config, "train")
     chosen = suggestion.suggest(
         data_config,

@@ -18,6 +18,7 @@ from ssl_pretrain.schema.former_keys import rename_key, rename_keys
 from ssl_pretrain.schema.settings import check
 from ssl_pretrain.schema.typed_values import build, parse_override
 from ssl_pretrain.schema.yaml_tree import Scalar, merge, parse_yaml, value_at
+from ssl_pretrain.system import program
 
 INTERPOLATION_ERROR = (
     "'${' is not allowed: values are not interpolated, so that no secret from the environment ends "
@@ -48,8 +49,8 @@ def unknown_method_error(name: str, names: Sequence[str]) -> ValueError:
     close = get_close_matches(name.lower(), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return ValueError(
-        f"method.name: {name!r} is not a method.{hint} Choose one of: {', '.join(names)}; or give "
-        "the module of a method of your own, as package.module"
+        f"method.name: {name!r} is not a method.{hint} `{program.command('list methods')}` lists "
+        "all; a method of your own is package.module"
     )
 
 

@@ -128,10 +128,28 @@ def describe_unknown_key(key: str, allowed: Sequence[str]) -> str:
         return f"{key}: no such key. {ADVICE[name.lower()]}"
     suggestions = _suggest(section, name.strip().lower().replace("-", "_"), allowed)
     hint = f" Did you mean {' or '.join(map(repr, suggestions))}?" if suggestions else ""
+    methods = packaged_reference.read()["methods"] if section == "method" else {}
+    owners = [method for method, description in methods.items() if name in description["keys"]]
+    if owners:
+        hint = f" It is one of {', '.join(owners)}."
     if len(allowed) <= MAX_LISTED:
         return f"{key}: no such key.{hint} Allowed: {', '.join(allowed)}"
     question = program.command(f"help {section}".rstrip())
     return f"{key}: no such key.{hint} `{question}` lists the keys{' there' * bool(section)}"
+
+
+def describe_unknown_argument(key: str, allowed: Sequence[str]) -> str:
+    """Return the message about a Python argument that is not a setting.
+
+    Args:
+        key: Name of the argument.
+        allowed: Names of the keys and sections at the top.
+    """
+    if key.lower() in ADVICE:
+        return f"{key}: no such setting. {ADVICE[key.lower()]}"
+    suggestions = [name.replace(".", "__") for name in _suggest("", key.lower(), allowed)]
+    hint = f" Did you mean {' or '.join(suggestions)}?" if suggestions else ""
+    return f"{key}: no such setting.{hint} `{program.command('help')}` lists the keys"
 
 
 def explain_option(name: str, value: str) -> str:

@@ -7,7 +7,9 @@ status to a file in the folder that torchrun made for this launch. Restarted ran
 file exit immediately with the same status.
 """
 
+import hashlib
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -52,6 +54,21 @@ def status_to_repeat() -> int | None:
         with suppress(OSError, ValueError):
             return int(path.read_text())
     return None
+
+
+def print_error(text: str) -> None:
+    """Print an error to stderr. Of torchrun's ranks on a machine, only the first prints it."""
+    path = _status_path()
+    if path is not None:
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        try:
+            (path.parent / f"error_{restarts}_{digest}").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:
+            pass  # print it rather once too often than never
+    print(text, file=sys.stderr, flush=True)
 
 
 def _record(status: int) -> int:

@@ -354,7 +354,8 @@ class TestErrorMessages:
     def test_an_empty_data_set_is_explained(self, tmp_path, open_split):
         (tmp_path / "empty").mkdir()
         assert error_of(open_split, tmp_path / "empty") == (
-            f"data.root: {tmp_path}/empty contains no image that Pillow can decode, at any depth"
+            f"data.root: {tmp_path}/empty contains no image that Pillow can decode, at any depth; "
+            "give the folder of your images"
         )
         (tmp_path / "empty.csv").write_text("path,label\n")
         assert error_of(open_split, tmp_path / "empty.csv").startswith(

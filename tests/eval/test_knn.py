@@ -228,7 +228,8 @@ def test_an_empty_test_set_is_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         knn.evaluate(run)
     assert str(error.value) == (
-        f"data.root: {root / 'val'} contains no image that Pillow can decode, at any depth"
+        f"data.root: {root / 'val'} contains no image that Pillow can decode, at any depth; "
+        "give the folder of your images"
     )
 
 
