@@ -15,7 +15,7 @@ from ssl_pretrain.command import completion, name_lists, option_specs, shell_scr
 from ssl_pretrain.schema import config_file, key_help, key_reference, presets
 from ssl_pretrain.schema.key_text import format_rows
 from ssl_pretrain.system import interruption, program
-from ssl_pretrain.system.exit_status import USER_ERROR
+from ssl_pretrain.system.exit_status import USER_ERROR, print_error
 from ssl_pretrain.system.output_streams import tolerate_lost_output
 
 DESCRIPTION = "Self-supervised pretraining of image backbones."
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 return _look_up(name, words)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(f"error: {error}")
             return USER_ERROR
     return subcommands.run(name, words)
 
