@@ -65,6 +65,18 @@ WRONG_OVERRIDES = {
 }
 
 
+def test_the_name_of_another_method_alone_is_refused(path):
+    inspect = f"`{program.command('inspect')} DATA --method dino --write my.yaml`"
+    assert error_of(path, "method.name=dino") == (
+        "run.yaml: method.name: dino would keep the learning rate, the views and the network that "
+        f"this file has for simclr; take a recipe of dino (`{program.command('list configs')}`), "
+        f"or write one for your images: {inspect}"
+    )
+    assert config.load(path, ["method.name=simclr"]).method.name == "simclr"
+    deliberate = ["method.name=debiased", "method.tau_plus=0.2"]
+    assert config.load(path, deliberate).method.tau_plus == 0.2
+
+
 @pytest.mark.parametrize("override", WRONG_OVERRIDES)
 def test_a_wrong_key_or_value_is_named(path, override):
     assert error_of(path, override) == WRONG_OVERRIDES[override]

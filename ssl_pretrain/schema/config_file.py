@@ -110,6 +110,7 @@ def apply_overrides(
                 tree = parse_override(declarations.run, key, text, {"method": dict[str, str]})
                 values_with_method = merge(values_with_method, tree)
         replacements = {"method": _method_type(values_with_method, declarations)}
+        _refuse_other_method(values, pairs)
         crops = value_at(values, "views.crops")
         for key, text in pairs:
             key_hints.refuse_misspelled_crop(key, list(crops or {}))
@@ -146,6 +147,27 @@ def _explain_override(text: str) -> str:
     if colon and value and key.replace(".", "").isidentifier():
         return f"write {key}={value.strip()}"
     return "give key=value without spaces, such as optim.base_lr=0.3"
+
+
+def _refuse_other_method(values: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> None:
+    """Raise ValueError if the overrides replace the method of a YAML and none of its settings.
+
+    The other method would keep the YAML's learning rate and views, which belong to the first.
+    """
+    own_name = value_at(values, "method.name")
+    own_name = own_name.text if isinstance(own_name, Scalar) else own_name
+    keys = [key for key, _ in pairs if key.partition(".")[0] == "method"]
+    new_names = [text for key, text in pairs if key == "method.name"]
+    is_alone = all(key == "method.name" for key in keys)
+    if not new_names or not is_alone or own_name in (None, "", "???", new_names[-1]):
+        return
+    name = new_names[-1]
+    raise ValueError(
+        f"method.name: {name} would keep the learning rate, the views and the network that this "
+        f"file has for {own_name}; take a recipe of {name} "
+        f"(`{program.command('list configs')}`), or write one for your images: "
+        f"`{program.command('inspect')} DATA --method {name} --write my.yaml`"
+    )
 
 
 def _method_type(tree: dict[str, Any], declarations: Declarations) -> Any:
