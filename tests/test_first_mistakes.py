@@ -582,8 +582,7 @@ def test_the_page_lists_the_mistakes_with_their_answers():
     page = PAGE.read_text()
     answers = [*COMMANDS.values(), *(answer for _, answer in CALLS.values())]
     texts = [
-        answer.replace("PROGRAM", "ssl-pretrain").replace("FOLDER", "/home/me")
-        for answer in answers
+        answer.replace("PROGRAM", "ssl-pretrain").replace("FOLDER", "/data") for answer in answers
     ]
     missing = [text for text in texts if text not in page]
     assert not missing
