@@ -44,7 +44,8 @@ def inspect(tmp_path, monkeypatch, capsys) -> Inspect:
             patch.delitem(sys.modules, "ssl_pretrain.planning.inspect", raising=False)
             runpy.run_module("ssl_pretrain.planning.inspect", run_name="__main__")
         out, err = capsys.readouterr()
-        return Result(int(exit_info.value.code or 0), (out + err).replace(str(root), "ROOT"))
+        text = out + err.removeprefix("error: ")
+        return Result(int(exit_info.value.code or 0), text.replace(str(root), "ROOT"))
 
     return run_inspect
 

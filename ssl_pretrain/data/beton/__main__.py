@@ -148,7 +148,8 @@ def _write(args: argparse.Namespace) -> int:
             "FFCV's minimum"
         )
     decode.load_library()  # fail before hours of work if FFCV is not installed
-    source = open_source(DataConfig(args.source, args.root, range=list(args.range)), args.split)
+    config = DataConfig(source=args.source, root=args.root, range=list(args.range))
+    source = open_source(config, args.split)
     check_value_range(source)
     settings = EncodingSettings(args.max_side, args.quality, args.page_size)
     num_unreadable = 0
