@@ -108,7 +108,7 @@ def test_the_report_and_wandb_show_each_evaluation_at_its_step(run):
     folders = list((run / "wandb").glob("offline-run-*"))
     assert [folder.name.rpartition("-")[2] for folder in folders] == ["abc12345"]
     (log,) = folders[0].glob("*.wandb")
-    name = "Evaluation/knn, clean"
+    name = "Evaluation/knn/clean"
     accuracies = {row["step"]: row[name] for row in wandb_file.history(log) if name in row}
     assert accuracies == {
         step: result["rows"][-1]["metrics"]["clean"] for step, result in by_step.items()
