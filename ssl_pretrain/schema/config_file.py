@@ -150,21 +150,23 @@ def _explain_override(text: str) -> str:
 
 
 def _refuse_other_method(values: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> None:
-    """Raise ValueError if the overrides replace the method of a YAML and none of its settings.
+    """Raise ValueError if an override replaces the method of a YAML that is written for it.
 
-    The other method would keep the YAML's learning rate and views, which belong to the first.
+    The other method would keep the YAML's learning rate and views, which belong to the first. A
+    YAML whose section `method` has only a name, such as the bases of studies, suits any method.
     """
-    own_name = value_at(values, "method.name")
-    own_name = own_name.text if isinstance(own_name, Scalar) else own_name
-    keys = [key for key, _ in pairs if key.partition(".")[0] == "method"]
-    new_names = [text for key, text in pairs if key == "method.name"]
-    is_alone = all(key == "method.name" for key in keys)
-    if not new_names or not is_alone or own_name in (None, "", "???", new_names[-1]):
+    section = value_at(values, "method")
+    names = [text for key, text in pairs if key == "method.name"]
+    if not names or not isinstance(section, dict) or len(section) < 2:
         return
-    name = new_names[-1]
+    old_name = section.get("name")
+    old_name = old_name.text if isinstance(old_name, Scalar) else old_name
+    name = names[-1]
+    if old_name in (None, "", "???", name):
+        return
     raise ValueError(
         f"method.name: {name} would keep the learning rate, the views and the network that this "
-        f"file has for {own_name}; take a recipe of {name} "
+        f"file has for {old_name}; take a recipe of {name} "
         f"(`{program.command('list configs')}`), or write one for your images: "
         f"`{program.command('inspect')} DATA --method {name} --write my.yaml`"
     )
