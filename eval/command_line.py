@@ -68,7 +68,6 @@ def build_parser(
     parser = ArgumentParser(
         program.usage_name(f"python -m {name}"),
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("overrides", nargs="*", metavar=positionals_metavar, help=positionals_help)

@@ -6,7 +6,6 @@ run side by side. It also draws the curves of all runs in shared charts and list
     python -m ssl_pretrain.eval.compare runs/simclr_digits runs/second --output compare.html
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ def main(arguments: list[str]) -> None:
     parser = ArgumentParser(
         program.usage_name("python -m ssl_pretrain.eval.compare"),
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", type=Path, help="folders of two or more runs"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain.eval import results
-from ssl_pretrain.system import next_command
+from ssl_pretrain.system import program
 
 EVALUATION_TITLES = {
     "knn": "k-NN",
@@ -73,5 +73,5 @@ def describe_evaluated_run(run_path: Path) -> str:
     table = summary_table(results.load_newest(run_path))
     page = run_path / "report.html"
     lines = [f"report: {page}"] if page.is_file() else [f"run:    {run_path}"]
-    export = next_command.format_command("ssl_pretrain.eval.export", run_path)
+    export = program.format_command("ssl_pretrain.eval.export", run_path)
     return "\n".join([*([table, ""] if table else []), *lines, f"next:   {export}"])

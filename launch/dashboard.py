@@ -1,6 +1,5 @@
 """Save a view of runs in Weights & Biases: `python -m ssl_pretrain.launch.dashboard PROJECT`."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -37,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
   %(prog)s ssl_pretrain --entity my-team
   %(prog)s ssl_pretrain --dry-run      print the view as JSON, without an account
   %(prog)s --send runs/simclr          send the evaluations of a finished run""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "project", nargs="?", default="", help="W&B project: log.project of the runs"

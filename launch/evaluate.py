@@ -72,7 +72,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog=program.usage_name("python launch/evaluate.py"),
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="folder of the run")

@@ -20,8 +20,8 @@ import torch
 from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.system.exit_status import STOPPED, USER_ERROR
 from ssl_pretrain.system.import_path import child_environment
-from ssl_pretrain.system.next_command import LAUNCHED_VARIABLE
 from ssl_pretrain.system.output_streams import tolerate_lost_output
+from ssl_pretrain.system.program import LAUNCHED_VARIABLE
 from ssl_pretrain.system.stop_signals import HANGUP, STOP_SIGNALS
 
 HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9._:-]+")

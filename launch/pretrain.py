@@ -78,10 +78,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog=program.usage_name("python launch/pretrain.py"),
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
+        explains_keys=True,
     )
-    parser.add_argument("-h", "--help", action=configuration.HelpAction)
     parser.add_argument("config", help="a preset, such as simclr_cifar10, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config")
     parser.add_argument(

@@ -20,7 +20,7 @@ from ssl_pretrain import train
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.launch import local, slurm
-from ssl_pretrain.system import next_command, optional_packages, stop_signals
+from ssl_pretrain.system import optional_packages, program, stop_signals
 from ssl_pretrain.system.exit_status import PROCESS_LOST, STOPPED
 
 UNFINISHED = STOPPED  # exit status of every rank while the run is unfinished
@@ -60,7 +60,7 @@ class PretrainingJob:
         """Train as one rank. Requeue the job unless the run has ended or failed for good."""
         # submitit's own handler would requeue at once, from rank 0 alone, in the middle of a step.
         stop_signals.install_early_handlers()
-        os.environ[next_command.LAUNCHED_VARIABLE] = "1"
+        os.environ[program.LAUNCHED_VARIABLE] = "1"
         _set_rank_environment()
         outputs = [override for override in self.overrides if override.startswith("output=")]
         run = Path(outputs[-1].removeprefix("output="))

@@ -82,10 +82,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog=program.usage_name("python launch/sweep.py"),
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
+        explains_keys=True,
     )
-    parser.add_argument("-h", "--help", action=configuration.HelpAction)
     add = parser.add_argument
     add("config", help="a preset, a study such as ablation, or a YAML file")
     add(

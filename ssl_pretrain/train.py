@@ -27,14 +27,7 @@ from ssl_pretrain.parallel import memory
 from ssl_pretrain.planning import plan
 from ssl_pretrain.schema import POSITIVE_INT
 from ssl_pretrain.schema.argument_parser import ArgumentParser
-from ssl_pretrain.system import (
-    exit_status,
-    next_command,
-    output_streams,
-    program,
-    stop_signals,
-    thread_lock,
-)
+from ssl_pretrain.system import exit_status, output_streams, program, stop_signals, thread_lock
 
 # Errors whose messages are written for users. They are printed without a traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, CollapseError, exit_status.LostProcessError)
@@ -123,13 +116,9 @@ def _train(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command-line interface and return the exit status."""
     parser = ArgumentParser(
-        prog=program.usage_name("python -m ssl_pretrain.train"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
+        program.usage_name("python -m ssl_pretrain.train"), description=__doc__, explains_keys=True
     )
     add = parser.add_argument
-    add("-h", "--help", action=configuration.HelpAction)
     add("config", help="a preset, such as simclr_cifar10, or a YAML file")
     add("overrides", nargs="*", metavar="key=value", help="for example optim.base_lr=0.4")
     add("--plan", action="store_true", help="print the resolved configuration and its costs")
@@ -166,8 +155,8 @@ def _run(options: argparse.Namespace) -> int:
     settings = config.parallel
     device = process_group.start(settings.threads, settings.deterministic, settings.timeout_seconds)
     outcome = train_and_report(config, device, options.stop_after, options.fake_preempt)
-    if outcome.step == outcome.num_steps and not next_command.is_launched():
-        evaluation = next_command.format_command("ssl_pretrain.eval.knn", config.output)
+    if outcome.step == outcome.num_steps and not program.is_launched():
+        evaluation = program.format_command("ssl_pretrain.eval.knn", config.output)
         process_group.print_once(f"next:     {evaluation}")
     if outcome.step == outcome.end_step:
         return 0

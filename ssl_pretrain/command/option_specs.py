@@ -95,7 +95,6 @@ def build_parser(spec: Mapping[str, Any], name: str) -> argparse.ArgumentParser:
         name,
         description=_as_started(spec["description"]),
         epilog=_as_started(spec["epilog"]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
     _add_options(parser, spec)

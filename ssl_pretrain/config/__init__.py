@@ -18,13 +18,12 @@ from ssl_pretrain.config.loading import (
 from ssl_pretrain.config.resume_policy import check_resume_config
 from ssl_pretrain.config.run_config import EvaluationConfig, LaunchConfig, PlanConfig, RunConfig
 from ssl_pretrain.schema.config_file import ConfigError, read_yaml
-from ssl_pretrain.schema.key_help import HelpAction, explain_key
+from ssl_pretrain.schema.key_help import explain_key
 
 __all__ = [
     "NO_METHOD",
     "ConfigError",
     "EvaluationConfig",
-    "HelpAction",
     "LaunchConfig",
     "PlanConfig",
     "RunConfig",

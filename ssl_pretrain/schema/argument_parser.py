@@ -3,9 +3,9 @@
 import argparse
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ssl_pretrain.schema import key_hints
+from ssl_pretrain.schema import key_help, key_hints
 from ssl_pretrain.system.exit_status import USER_ERROR
 
 SETTINGS = "key=value"  # metavar of the settings of a run, of which there may be none
@@ -13,7 +13,23 @@ UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --?([a-zA-Z][\w.-]*)(?:[= 
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Parser that prints no usage with an error, and explains how settings are written."""
+    """Parser that prints no usage with an error, and explains how settings are written.
+
+    Descriptions are printed with the line breaks that they have.
+
+    Args:
+        arguments: Positional arguments of `argparse.ArgumentParser`.
+        explains_keys: Let `--help KEY` explain a key of a configuration.
+        options: Other arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, *arguments: Any, explains_keys: bool = False, **options: Any):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        if explains_keys:
+            options["add_help"] = False
+        super().__init__(*arguments, **options)
+        if explains_keys:
+            self.add_argument("-h", "--help", action=key_help.HelpAction)
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with the status of a user's mistake."""

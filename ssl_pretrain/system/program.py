@@ -5,13 +5,16 @@ are `python -m ssl_pretrain.cli`.
 """
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
-from ssl_pretrain.system.next_command import PROGRAM_VARIABLE, python_name
-
 SCRIPT = "ssl-pretrain"
+# Set by the console script, with the name by which it was started. Its processes inherit it.
+PROGRAM_VARIABLE = "SSL_PRETRAIN_PROGRAM"
+# Set by a launcher, which runs the next commands itself.
+LAUNCHED_VARIABLE = "SSL_PRETRAIN_LAUNCHED"
 
 _running_command = ""  # the sub-command of this process, such as `ssl-pretrain knn`
 
@@ -24,6 +27,34 @@ def name() -> str:
 def command(subcommand: str) -> str:
     """Return the command line of a sub-command without its arguments, for messages."""
     return f"{name()} {subcommand}"
+
+
+def format_command(module: str, *arguments: object) -> str:
+    """Return the command line that runs a module of this package, with its arguments.
+
+    It begins with `ssl-pretrain` if the user's command did. Otherwise it names Python as that did.
+
+    Args:
+        module: Full name of the module, whose last part is a command of `ssl-pretrain`.
+        arguments: Arguments of the module.
+    """
+    if script := os.environ.get(PROGRAM_VARIABLE):
+        words = [script, module.rpartition(".")[2]]
+    else:
+        words = [python_name(), "-m", module]
+    return shlex.join([*words, *map(str, arguments)])
+
+
+def python_name() -> str:
+    """Return what to type to start this interpreter, which is how the user started it."""
+    if sys.executable and shutil.which("python") == sys.executable:
+        return "python"
+    return sys.orig_argv[0] if sys.orig_argv else "python"
+
+
+def is_launched() -> bool:
+    """Return True if a launcher started this process and goes on by itself."""
+    return LAUNCHED_VARIABLE in os.environ
 
 
 def record_script() -> None:

@@ -59,7 +59,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert a data set to FFCV's file format, which loads faster than one file "
         "per image. Check or describe such a file.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("write", help="convert a data set to a .beton file")
