@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,9 +233,6 @@ def test_completion_follows_the_configuration():
 
 
 def test_bash_completes_subcommands_options_presets_keys_and_values(tmp_path):
-    script = tmp_path / "ssl-pretrain"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m ssl_pretrain.cli "$@"\n')
-    script.chmod(0o755)
     lines = {
         "ssl-pretrain spe": "spectrum",
         "ssl-pretrain knn --ch": "--checkpoint",
@@ -246,9 +245,63 @@ def test_bash_completes_subcommands_options_presets_keys_and_values(tmp_path):
         for line in lines
     ]
     code = "\n".join(['eval "$(ssl-pretrain completion bash)"; IFS=" "', *calls])
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        ["bash", "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    result = _run_shell(tmp_path, "bash", "-c", code)
     assert result.stdout.splitlines() == list(lines.values()), result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
+def test_fish_completes_subcommands_presets_keys_and_values(tmp_path):
+    lines = {
+        "ssl-pretrain spe": "spectrum",
+        "ssl-pretrain train simclr_dig": "simclr_digits",
+        "ssl-pretrain train simclr_digits optim.ba": "optim.base_lr=",
+        "ssl-pretrain train simclr_digits optim.clip_by=w": "optim.clip_by=whole",
+    }
+    calls = [f"echo (complete -C '{line}')" for line in lines]
+    code = "\n".join(["ssl-pretrain completion fish | source", *calls])
+    result = _run_shell(tmp_path, "fish", "--no-config", "-c", code)
+    assert result.stdout.splitlines() == list(lines.values()), result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
+def test_zsh_completes_subcommands_presets_and_keys(tmp_path):
+    lines = {
+        "ssl-pretrain spe": "ssl-pretrain spectrum ",
+        "ssl-pretrain train simclr_dig": "ssl-pretrain train simclr_digits ",
+        "ssl-pretrain train simclr_digits optim.ba": (
+            "ssl-pretrain train simclr_digits optim.base_lr="
+        ),
+    }
+    # A completion needs a terminal, so zsh starts another zsh in one of its own. This widget
+    # completes the line and prints it between two markers.
+    setup = """autoload -U compinit; compinit -u -D; eval "$(ssl-pretrain completion zsh)"
+show() { zle complete-word; print -r -- "<$BUFFER>"; BUFFER=""; zle accept-line }
+zle -N show; bindkey "^I" show; print -r "<re""ady>"
+"""
+    code = "\n".join(
+        [
+            f"zmodload zsh/zpty; zpty shell {shlex.quote('zsh -f -i')}; answer=",
+            f"zpty -w shell {shlex.quote(setup)}; zpty -r -m shell answer '*<ready>*'",
+            *[
+                f"zpty -n -w shell {shlex.quote(line)}$'\\t'; "
+                "zpty -r -m shell answer '*<ssl*>*'; print -r -- $answer"
+                for line in lines
+            ],
+        ]
+    )
+    result = _run_shell(tmp_path, "zsh", "-f", "-c", code)
+    assert re.findall("<(ssl.*?)>", result.stdout) == list(lines.values()), result.stdout
+
+
+def _run_shell(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell command that finds an `ssl-pretrain` of this clone on its path."""
+    script, folder = tmp_path / "bin/ssl-pretrain", tmp_path / "empty"
+    script.parent.mkdir()
+    folder.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m ssl_pretrain.cli "$@"\n')
+    script.chmod(0o755)
+    path = f"{script.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder, timeout=60
+    )
