@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain.distributed import process_group
+from ssl_pretrain.eval import result_trackers
 from ssl_pretrain.system import durable_files
 
 BETTER_RANDOM = "random (better of two)"  # name of the baseline's row
@@ -61,7 +62,8 @@ def save(
     """Write RUN/eval/<checkpoint>/<name>.json and return its content.
 
     The main rank replaces the file atomically. A file <name>.txt beside it shows the same as text.
-    RUN/eval/<name>.json and <name>.txt are copies of the result with the highest step.
+    RUN/eval/<name>.json and <name>.txt are copies of the result with the highest step. The result
+    is also added to the files of the run's trackers.
 
     Args:
         run_path: Folder of the run.
@@ -91,6 +93,7 @@ def save(
             path.parent.mkdir(parents=True, exist_ok=True)
             durable_files.replace(path.with_suffix(".txt"), f"{format_fully(result)}\n")
             durable_files.replace(path, text)
+        result_trackers.track(run_path, result, load_by_step(run_path))
     return result
 
 

@@ -27,9 +27,14 @@ class LogConfig:
         "runs have none.",
     )
     tensorboard: bool = setting(
-        False, "Write TensorBoard files to tensorboard/ in the output folder."
+        False,
+        "Write TensorBoard files of the run and its evaluations to tensorboard/ in the output folder.",
     )
-    csv: bool = setting(False, "Write the metrics to metrics.csv in the output folder, too.")
+    csv: bool = setting(
+        False,
+        "Write the metrics to metrics.csv in the output folder, too, and the results of evaluations "
+        "to evaluations.csv.",
+    )
     stall_seconds: float = setting(900.0, "Time without a record before W&B sends an alert.")
     peak_tflops: float = setting(
         0.0,

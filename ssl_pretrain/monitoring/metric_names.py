@@ -156,8 +156,15 @@ def tracker_name(key: str) -> str:
 
 
 def evaluation_name(result: str, column: str) -> str:
-    """Return the name in W&B of one column of an evaluation's result for pretrained features."""
+    """Return the name in trackers of one column of a result, for pretrained features."""
     return f"{EVALUATION}/{result}/{column}"
+
+
+def evaluation_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of the pretrained features in an evaluation's result, by tracker name."""
+    rows = (row["metrics"] for row in result["rows"] if row["features"] == "pretrained")
+    metrics: dict[str, float] = next(rows, {})
+    return {evaluation_name(result["name"], column): metrics[column] for column in metrics}
 
 
 def with_current_names(record: dict[str, Any]) -> dict[str, Any]:

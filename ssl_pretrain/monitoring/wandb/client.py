@@ -140,13 +140,8 @@ class Client:
     def _take_unsent_evaluations(self) -> Iterator[dict[str, Any]]:
         """Yield the results in RUN/eval/ that W&B does not have, and mark them as sent."""
         for result in evaluations.unsent_results(self.folder):
-            rows = (row["metrics"] for row in result["rows"] if row["features"] == "pretrained")
-            metrics: dict[str, float] = next(rows, {})
             evaluations.mark_sent(self.folder, result)
-            yield {"evaluated_step": result["step"]} | {
-                metric_names.evaluation_name(result["name"], column): value
-                for column, value in metrics.items()
-            }
+            yield {"evaluated_step": result["step"], **metric_names.evaluation_metrics(result)}
 
 
 def read_last_step(folder: Path, run_id: str) -> int:

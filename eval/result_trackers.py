@@ -1,0 +1,59 @@
+"""Add an evaluation's result to the files that its run keeps for TensorBoard and spreadsheets.
+
+Weights & Biases gets results from its own client (`ssl_pretrain.launch.dashboard`).
+"""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl_pretrain.monitoring import metric_names, tensorboard_tracker
+from ssl_pretrain.system import durable_files, optional_packages
+
+# A folder of its own, because TensorBoard reads only the newest file of a folder, and evaluations
+# run beside the training.
+TENSORBOARD_FOLDER = f"{tensorboard_tracker.FOLDER_NAME}/evaluations"
+TABLE_NAME = "evaluations.csv"
+COLUMNS = ("evaluation", "step", "features", "metric", "value", "standard_deviation")
+
+
+def track(
+    run_path: Path, result: dict[str, Any], results: dict[str, dict[int, dict[str, Any]]]
+) -> None:
+    """Add a result to the files that `log.tensorboard` and `log.csv` of the run ask for.
+
+    Args:
+        run_path: Folder of the run.
+        result: The new result.
+        results: All results of the run, keyed by the evaluation's name and the step.
+    """
+    path = run_path / "config.yaml"
+    settings = yaml.safe_load(path.read_text()).get("log", {}) if path.exists() else {}
+    if settings.get("tensorboard") and optional_packages.is_installed("tensorboard"):
+        _write_events(run_path / TENSORBOARD_FOLDER, result)
+    if settings.get("csv"):
+        durable_files.replace(run_path / TABLE_NAME, _format_table(results))
+
+
+def _write_events(folder: Path, result: dict[str, Any]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for name, value in metric_names.evaluation_metrics(result).items():
+            writer.add_scalar(name, value, result["step"])
+
+
+def _format_table(results: dict[str, dict[int, dict[str, Any]]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name, by_step in sorted(results.items()):
+        for step, result in by_step.items():
+            for row in result["rows"]:
+                for metric, value in row["metrics"].items():
+                    deviation = row["spread"].get(metric, "")
+                    writer.writerow([name, step, row["features"], metric, value, deviation])
+    return buffer.getvalue()
