@@ -28,12 +28,13 @@ class LogConfig:
     )
     tensorboard: bool = setting(
         False,
-        "Write TensorBoard files of the run and its evaluations to tensorboard/ in the output folder.",
+        "Write TensorBoard files of the run and its evaluations to tensorboard/ in the output "
+        "folder.",
     )
     csv: bool = setting(
         False,
-        "Write the metrics to metrics.csv in the output folder, too, and the results of evaluations "
-        "to evaluations.csv.",
+        "Write the metrics to metrics.csv in the output folder, too, and the results of "
+        "evaluations to evaluations.csv.",
     )
     stall_seconds: float = setting(900.0, "Time without a record before W&B sends an alert.")
     peak_tflops: float = setting(
