@@ -11,6 +11,7 @@ from pathlib import Path
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods, schema
 from ssl_pretrain.launch import local, pretrain, slurm, study_table
+from ssl_pretrain.system import program
 from ssl_pretrain.system.exit_status import STOPPED, USER_ERROR
 
 
@@ -215,4 +216,4 @@ def _portable_command(path: str, base: str | None, overrides: Sequence[str]) -> 
         if key != "output" and not key.startswith(("launch.", "log."))
     ]
     base_option = ["--base", base] if base else []
-    return shlex.join(["python", "launch/sweep.py", path, *base_option, *portable_overrides])
+    return shlex.join([program.SCRIPT, "sweep", path, *base_option, *portable_overrides])

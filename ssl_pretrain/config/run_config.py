@@ -52,7 +52,7 @@ class PlanConfig:
 
 @dataclass
 class LaunchConfig:
-    """Machines and processes of a run, for launch/pretrain.py."""
+    """Machines and processes of a run, for `ssl-pretrain pretrain`."""
 
     cluster: Literal["auto", "slurm", "local"] = setting(
         "auto",
@@ -112,7 +112,7 @@ class EvaluationConfig:
 
     at_end: list[str] = setting(
         ["knn", "linear", "report"],
-        "Evaluation commands that launch/pretrain.py runs after training.",
+        "Evaluation commands that `ssl-pretrain pretrain` runs after training.",
     )
     image_size: int = setting(
         0, "Height and width of the images. 0 means the size of the first crop.", unit="pixels"
@@ -156,7 +156,7 @@ class RunConfig:
         GuardConfig(), "Recovery from gradients that are not finite.", on_resume="free"
     )
     launch: LaunchConfig = setting(
-        LaunchConfig(), "Machines and processes, for launch/pretrain.py.", on_resume="free"
+        LaunchConfig(), "Machines and processes, for `ssl-pretrain pretrain`.", on_resume="free"
     )
     evaluation: EvaluationConfig = setting(
         EvaluationConfig(), "Evaluations after the run.", on_resume="free"
