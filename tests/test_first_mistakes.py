@@ -5,6 +5,7 @@ The docs' page on troubleshooting lists the same mistakes and answers.
 
 import contextlib
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -319,6 +320,10 @@ def folder(tmp_path_factory):
         Path("flat").mkdir()
         for number in range(30):
             Image.new("RGB", (20, 20), (number * 5, 9, 9)).save(f"flat/{number}.png")
+        Path("slurm").mkdir()
+        for name in ("sbatch", "scontrol"):  # SLURM is installed and does not answer
+            Path("slurm", name).write_text("#!/bin/sh\nexit 1\n")
+            Path("slurm", name).chmod(0o755)
         assert run_command(["train", "my.yaml", "epochs=1"])[0] == 0
     return path
 
@@ -337,6 +342,7 @@ def run_command(arguments: list[str]) -> tuple[int, str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_mistake_on_the_command_line_is_answered_with_its_remedy(folder, monkeypatch, command):
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("PATH", f"{folder / 'slurm'}{os.pathsep}{os.environ['PATH']}")
     status, errors = run_command(command.split(" "))
     lines = [line for line in errors.splitlines() if not line.startswith("data: training ")]
     answer = COMMANDS[command].replace("PROGRAM", program.name()).replace("FOLDER", str(folder))
