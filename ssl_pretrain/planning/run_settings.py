@@ -54,9 +54,7 @@ def build_tree(overrides: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in overrides.items():
         _require_known_argument(key)
         value = _to_plain_value(value)
-        for name in reversed(key.replace("__", ".").split(".")):
-            value = {name: value}
-        tree = schema.merge(tree, value)
+        tree = schema.merge(tree, schema.nest(key.replace("__", "."), value))
     return tree
 
 

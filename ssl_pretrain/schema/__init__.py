@@ -21,7 +21,7 @@ from ssl_pretrain.schema.settings import (
     setting,
 )
 from ssl_pretrain.schema.typed_values import build, declared_type, parse_override
-from ssl_pretrain.schema.yaml_tree import Scalar, flatten, merge, parse_yaml, value_at
+from ssl_pretrain.schema.yaml_tree import Scalar, flatten, merge, nest, parse_yaml, value_at
 
 __all__ = [
     "COSINE",
@@ -46,6 +46,7 @@ __all__ = [
     "field_types",
     "flatten",
     "merge",
+    "nest",
     "parse_override",
     "parse_yaml",
     "rename_key",

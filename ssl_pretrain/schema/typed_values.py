@@ -17,7 +17,7 @@ import yaml
 
 from ssl_pretrain.schema import key_hints
 from ssl_pretrain.schema.settings import field_types
-from ssl_pretrain.schema.yaml_tree import Scalar, parse_yaml
+from ssl_pretrain.schema.yaml_tree import Scalar, nest, parse_yaml
 
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
 BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
@@ -76,9 +76,7 @@ def parse_override(
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", None) or error
             raise ValueError(f"{key}: {text!r} is not YAML: {problem}") from None
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    return typing.cast(dict[str, Any], value)
+    return nest(key, value)
 
 
 def build(

@@ -77,6 +77,12 @@ def value_at(tree: Any, key: str) -> Any:
     return tree
 
 
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """Return the tree in which a dotted key has the value and no other key is present."""
+    name, dot, rest = key.partition(".")
+    return {name: nest(rest, value) if dot else value}
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of a tree by dotted key. An empty mapping counts as a value."""
     flat: dict[str, Any] = {}
