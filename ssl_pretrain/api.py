@@ -156,6 +156,7 @@ def pretrain(
     data_values = _data_values(data, val, objects)
     overrides = run_settings.build_tree(overrides)
     _require_text("method", method, "the name of one, or package.module of your own")
+    method = run_settings.choose_method(method, overrides)
     if isinstance(backbone, nn.Module):
         objects[type(backbone).__name__] = backbone
         backbone = f"{user_objects.OBJECT_PREFIX}{type(backbone).__name__}"

@@ -220,6 +220,8 @@ def test_completion_follows_the_configuration():
         "simclr_cifar10_resnet50_adamw",
     ]
     assert complete(["train", "dino_imagenet", "method.center"]) == ["method.center_momentum="]
+    section = "method={name: moco, momentum: 0.9}"
+    assert complete(["train", "dino_imagenet", section, "method.queue"]) == ["method.queue_size="]
     assert complete(["train", "dino_imagenet", "method.name=moco", "method.queue"]) == [
         "method.queue_size="
     ]

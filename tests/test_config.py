@@ -14,6 +14,7 @@ import tiny
 from ssl_pretrain import config, methods, schema
 from ssl_pretrain.config import ConfigError, check, load
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.planning import run_settings
 from ssl_pretrain.system import program
 from ssl_pretrain.views.recipe import Crop
 
@@ -67,15 +68,24 @@ WRONG_OVERRIDES = {
 
 def test_another_method_than_that_of_the_file_is_refused(path):
     inspect = f"`{program.command('inspect')} DATA --method dino --write my.yaml`"
-    assert error_of(path, "method.name=dino") == (
+    answer = (
         "run.yaml: method.name: dino would keep the learning rate, the views and the network that "
         f"this file has for simclr; take a recipe of dino (`{program.command('list configs')}`), "
         f"or write one for your images: {inspect}"
     )
+    assert error_of(path, "method.name=dino") == answer
+    assert error_of(path, "method={name: dino}") == answer
+    assert error_of(path, "method={name: dino, momentum: 0.99}") == answer
+    with pytest.raises(ConfigError) as error:
+        run_settings.choose(path.parent / "run", path, "dino", {}, {})
+    assert str(error.value) == answer.replace("run.yaml", str(path))
     assert config.load(path, ["method.name=simclr"]).method.name == "simclr"
     assert "would keep" in error_of(path, "method.name=debiased", "method.temperature=0.2")
     path.write_text("{method: {name: simclr}, epochs: 3}")  # suits any method
     assert config.load(path, ["method.name=dino"]).method.name == "dino"
+    assert config.load(path, ["method={name: dino}"]).method.name == "dino"
+    chosen = run_settings.choose(path.parent / "run", path, "dino", {}, {})
+    assert (chosen.method.name, chosen.epochs) == ("dino", 3)
 
 
 @pytest.mark.parametrize("override", WRONG_OVERRIDES)

@@ -8,9 +8,9 @@ from typing import Any
 from ssl_pretrain.command.option_specs import read_specs
 from ssl_pretrain.command.shell_scripts import SCRIPTS
 from ssl_pretrain.command.subcommands import LOOK_UP, NAMES, SUBCOMMANDS
-from ssl_pretrain.schema import config_file, key_reference, presets
+from ssl_pretrain.schema import config_file, key_reference, method_name, presets
 from ssl_pretrain.schema.key_entries import NAME, SECTION, SECTIONS, Entries
-from ssl_pretrain.schema.yaml_tree import Scalar, value_at
+from ssl_pretrain.schema.yaml_tree import value_at
 
 HIDDEN_COMMAND = "__complete"
 LISTS = ("methods", "configs", "backbones")
@@ -71,12 +71,10 @@ def _may_lead_to_yaml(path: Path) -> bool:
 
 
 def _read_tree(positionals: list[str]) -> dict[str, Any]:
-    """Return the tree of the configuration and its method's name, as far as it can be read."""
+    """Return the tree of the configuration, with the method that an override names."""
     tree = config_file.read_yaml(Path(positionals[0]))
-    for text in positionals[1:]:
-        if text.startswith("method.name="):
-            tree["method"] = {"name": text.partition("=")[2]}
-    return tree
+    pairs = [(key, text) for key, _, text in (word.partition("=") for word in positionals[1:])]
+    return method_name.override_method(tree, pairs, key_reference.declarations().run)
 
 
 def _keys(word: str, tree: Mapping[str, Any]) -> list[str]:
@@ -109,8 +107,7 @@ def _expand_names(entries: Entries, tree: Mapping[str, Any]) -> Entries:
 
 def _method_entries(tree: Mapping[str, Any]) -> Entries:
     """Return the keys of the configuration's method, or of every method if it is not known."""
-    name = value_at(tree, "method.name")
-    name = name.text if isinstance(name, Scalar) else name
+    name = method_name.read_name(tree)
     methods = key_reference.methods()
     if name in methods:
         return {f"method.{key}": entry for key, entry in methods[name]["keys"].items()}

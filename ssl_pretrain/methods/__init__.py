@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from ssl_pretrain.schema.config_file import is_user_module, unknown_method_error
+from ssl_pretrain.schema.method_name import is_user_module, unknown_method_error
 from ssl_pretrain.system.user_objects import import_user_module
 
 

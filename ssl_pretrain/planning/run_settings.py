@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain import schema
@@ -17,6 +16,7 @@ from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.planning import suggestion
 from ssl_pretrain.schema import key_hints
+from ssl_pretrain.schema.method_name import read_name
 
 
 def choose(
@@ -31,7 +31,8 @@ def choose(
     Args:
         folder: Folder of the run. If it contains a run already, its settings are kept.
         config: Name of a shipped recipe or path of a YAML, or None to choose the settings.
-        method: Name of the method, or None for that of the recipe or of the run so far.
+        method: Name of the method, or None for that of the recipe or of the run so far. The section
+            `method` of the overrides has the same name or none.
         data: Values of the section `data`.
         overrides: The caller's settings, as a tree.
 
@@ -42,6 +43,18 @@ def choose(
     values = _base_values(folder, config, method, data, overrides)
     values = schema.merge(schema.merge(values, {"data": data}), overrides)
     return configuration.from_dict(values | {"output": str(folder)}, "pretrain")
+
+
+def choose_method(method: str | None, overrides: Mapping[str, Any]) -> str | None:
+    """Return the method that a caller names, as an argument or in the tree of other settings.
+
+    Raises:
+        ValueError: If both name one, and they differ.
+    """
+    name = read_name(overrides)
+    if None not in (method, name) and method != name:
+        raise ValueError(f"method: {method!r} is not the {name!r} of method__name; give one name")
+    return method or name
 
 
 def build_tree(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,24 +96,22 @@ def _base_values(
     data: dict[str, Any],
     overrides: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the settings below the caller's: of the run so far, of a recipe, or chosen ones.
+    """Return the settings below the caller's: of a recipe, of the run so far, or chosen ones.
 
     Raises:
-        ValueError: If the folder contains a run of another method.
+        ValueError: If the recipe or the folder's run is of another method.
     """
     if config is not None:
-        values = configuration.to_dict(configuration.load(config))
-    elif list_checkpoints(folder):
-        values = yaml.safe_load((folder / "config.yaml").read_text())
-    else:
+        named_method = [] if method is None else [f"method.name={method}"]
+        return configuration.to_dict(configuration.load(config, named_method))
+    if not list_checkpoints(folder):
         return _suggested_values(method or "simclr", data, overrides)
+    values = configuration.to_dict(configuration.load(folder / "config.yaml"))
     name = values["method"]["name"]
     if method not in (None, name):
-        origin = f"config {config}" if config is not None else f"output {folder}"
-        remedy = "config" if config is not None else "output"
         raise ValueError(
-            f"method: {origin} is of {name}, not of {method}; leave out the method, or give "
-            f"another {remedy}"
+            f"method: output {folder} is of {name}, not of {method}; leave out the method, or give "
+            "another output"
         )
     return values
 

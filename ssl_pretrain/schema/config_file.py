@@ -7,18 +7,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ssl_pretrain.schema import key_hints, presets
+from ssl_pretrain.schema import key_hints, method_name, presets
 from ssl_pretrain.schema.former_keys import rename_key, rename_keys
 from ssl_pretrain.schema.settings import check
 from ssl_pretrain.schema.typed_values import build, parse_override
 from ssl_pretrain.schema.yaml_tree import Scalar, merge, parse_yaml, value_at
-from ssl_pretrain.system import program
 
 INTERPOLATION_ERROR = (
     "'${' is not allowed: values are not interpolated, so that no secret from the environment ends "
@@ -37,21 +35,6 @@ class Declarations:
     run: type
     method: Callable[[str], Any]  # type of the section `method`, by the name of the method
     method_names: Callable[[], list[str]]
-
-
-def is_user_module(name: str, method_names: Sequence[str]) -> bool:
-    """Return True if a method's name is that of a module outside the package."""
-    return "." in name or (name not in method_names and Path(f"{name}.py").is_file())
-
-
-def unknown_method_error(name: str, names: Sequence[str]) -> ValueError:
-    """Return the error for a method that does not exist."""
-    close = get_close_matches(name.lower(), names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return ValueError(
-        f"method.name: {name!r} is not a method.{hint} `{program.command('list methods')}` lists "
-        "all; a method of your own is package.module"
-    )
 
 
 @contextmanager
@@ -104,13 +87,9 @@ def apply_overrides(
     with name_file_in_errors(source):
         values = rename_keys(values, source)
         # method.name is set first, because it decides the types of the method's keys.
-        values_with_method = values
-        for key, text in pairs:
-            if key in ("method", "method.name"):
-                tree = parse_override(declarations.run, key, text, {"method": dict[str, str]})
-                values_with_method = merge(values_with_method, tree)
+        values_with_method = method_name.override_method(values, pairs, declarations.run)
         replacements = {"method": _method_type(values_with_method, declarations)}
-        _refuse_other_method(values, pairs)
+        method_name.refuse_other_method(values, values_with_method)
         crops = value_at(values, "views.crops")
         for key, text in pairs:
             key_hints.refuse_misspelled_crop(key, list(crops or {}))
@@ -149,41 +128,17 @@ def _explain_override(text: str) -> str:
     return "give key=value without spaces, such as optim.base_lr=0.3"
 
 
-def _refuse_other_method(values: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> None:
-    """Raise ValueError if an override replaces the method of a YAML that is written for it.
-
-    The other method would keep the YAML's learning rate and views, which belong to the first. A
-    YAML whose section `method` has only a name, such as the bases of studies, suits any method.
-    """
-    section = value_at(values, "method")
-    names = [text for key, text in pairs if key == "method.name"]
-    if not names or not isinstance(section, dict) or len(section) < 2:
-        return
-    old_name = section.get("name")
-    old_name = old_name.text if isinstance(old_name, Scalar) else old_name
-    name = names[-1]
-    if old_name in (None, "", "???", name):
-        return
-    raise ValueError(
-        f"method.name: {name} would keep the learning rate, the views and the network that this "
-        f"file has for {old_name}; take a recipe of {name} "
-        f"(`{program.command('list configs')}`), or write one for your images: "
-        f"`{program.command('inspect')} DATA --method {name} --write my.yaml`"
-    )
-
-
 def _method_type(tree: dict[str, Any], declarations: Declarations) -> Any:
     """Return the type of the section `method`, for the method that the tree names."""
     section = value_at(tree, "method")
     if isinstance(section, Scalar) and section.text:
         remedy = key_hints.suggest_assignment("method", section.text)
         raise ValueError(f"method: {section.text!r} is not a section; {remedy}")
-    name = value_at(tree, "method.name")
-    name = name.text if isinstance(name, Scalar) else name
-    if not name or name == "???":
+    name = method_name.read_name(tree)
+    if name is None:
         names = ", ".join(declarations.method_names())
         raise ValueError(f"method.name is missing; choose one of: {names}")
-    return declarations.method(str(name))
+    return declarations.method(name)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import functools
 from typing import Any
 
 from ssl_pretrain.schema import key_entries, packaged_reference
-from ssl_pretrain.schema.config_file import Declarations, is_user_module, unknown_method_error
+from ssl_pretrain.schema.config_file import Declarations
 from ssl_pretrain.schema.key_entries import NAME, SECTIONS, Entries
+from ssl_pretrain.schema.method_name import is_user_module, unknown_method_error
 from ssl_pretrain.schema.typed_values import declared_type
 
 
