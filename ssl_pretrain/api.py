@@ -1,6 +1,5 @@
 """The Python API: pretrain on your images, load the backbone, evaluate it and embed images."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from ssl_pretrain import config as configuration
@@ -25,6 +23,7 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import report, runs
 from ssl_pretrain.eval.image_transform import ImageTransform
 from ssl_pretrain.eval.named_evaluations import Evaluation, evaluate
+from ssl_pretrain.monitoring import records
 from ssl_pretrain.planning import run_settings
 from ssl_pretrain.system import output_streams, stop_signals, user_objects
 from ssl_pretrain.train import train_and_report
@@ -62,13 +61,12 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """Configuration of the run."""
-        return _read_config(self.path)
+        return configuration.load(self.path / "config.yaml")
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """Records of the training, one per `log.every_steps` steps."""
-        path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return records.read(self.path / "metrics.jsonl")
 
     @property
     def is_finished(self) -> bool:
@@ -315,11 +313,6 @@ def _open_images(images: Any) -> Source:
     if isinstance(images, (str, Path)):
         return sources.open_source(DataConfig(root=str(images)), "train")
     return python_objects.open_object(images, "images")
-
-
-def _read_config(folder: Path) -> RunConfig:
-    path = folder / "config.yaml"
-    return configuration.from_dict(yaml.safe_load(path.read_text()), str(path))
 
 
 def _train(config: RunConfig) -> None:

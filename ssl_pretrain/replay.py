@@ -17,7 +17,6 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import read_manifest, verify_checkpoint
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import process_group
+from ssl_pretrain.monitoring import records
 from ssl_pretrain.optim import optimizers, schedules
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.schema import POSITIVE_INT
@@ -114,12 +114,9 @@ def _require_reached(run: Path, step: int) -> None:
 
 def _recorded_steps(run: Path) -> list[int]:
     """Return 0 and the steps recorded in skipped/ and metrics.jsonl."""
-    steps = [_step_of(path) for path in run.glob("skipped/step_*.json")]
-    with suppress(OSError):
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            with suppress(ValueError, KeyError, TypeError):  # a kill can truncate a line
-                steps.append(int(json.loads(line)["step"]))
-    return [0, *steps]
+    skipped_steps = [_step_of(path) for path in run.glob("skipped/step_*.json")]
+    logged_steps = [record["step"] for record in records.read(run / "metrics.jsonl")]
+    return [0, *skipped_steps, *logged_steps]
 
 
 def _starting_point(run: Path, step: int, record: dict[str, Any]) -> tuple[Path, int]:

@@ -316,6 +316,15 @@ def test_embeddings_are_those_of_the_transform_and_the_backbone(config, tmp_path
         ssl_pretrain.embed(Pooled(), IMAGES)
 
 
+def test_the_metrics_of_a_killed_run_are_read_without_its_truncated_line(config, tmp_path):
+    config.rename(tmp_path / "config.yaml")
+    run = ssl_pretrain.Run(tmp_path)
+    assert run.metrics == []
+    lines = '{"step": 1, "loss": 4.0}\n{"step": 2, "loss": 3.5}\n{"step": 3, "lo'
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert run.metrics == [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.5}]
+
+
 def test_weights_without_a_run_are_loaded_and_nothing_is_written(tmp_path, monkeypatch):
     import timm
     from safetensors.torch import save_file
