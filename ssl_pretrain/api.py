@@ -310,6 +310,8 @@ def _name_of(data: Any) -> str:
 
 def _open_images(images: Any) -> Source:
     """Open images to embed."""
+    if isinstance(images, Source):
+        return images
     if isinstance(images, (str, Path)):
         return sources.open_source(DataConfig(root=str(images)), "train")
     return python_objects.open_object(images, "images")

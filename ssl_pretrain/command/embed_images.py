@@ -27,13 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.file.suffix != ".npz":
             raise ValueError(f"FILE: {options.file} is not an .npz; give a name that ends in .npz")
         backbone, _ = api.load_backbone(options.run, device=options.device)
+        source = sources.open_source(DataConfig(root=options.images), "train")
         features = api.embed(
             backbone,
-            options.images,
+            source,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
         )
-        source = sources.open_source(DataConfig(root=options.images), "train")
         names = [source.name(index) for index in range(len(source))]
         options.file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(options.file, features=features, names=np.array(names))
