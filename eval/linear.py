@@ -102,6 +102,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    arguments = {"rows": options.rows} if options.rows else {}  # each protocol has its default
     if options.protocol == "cached":
         _refuse_options(options, "lrs", "weight_decays", "batch_size", "feature")
         if options.select != "held-out":
@@ -110,7 +111,7 @@ def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
                 " leave it out or give a published --protocol"
             )
         return cached_linear.evaluate(
-            run, options.epochs or 50, options.labels_per_class, options.rows or features.ROWS
+            run, options.epochs or 50, options.labels_per_class, **arguments
         )
     _refuse_options(options, "labels_per_class")
     linear_options = LinearOptions(
@@ -122,7 +123,7 @@ def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         feature=options.feature,
         selection=options.select,
     )
-    return published_linear.evaluate(run, linear_options, options.rows or ["pretrained"])
+    return published_linear.evaluate(run, linear_options, **arguments)
 
 
 def _refuse_options(options: argparse.Namespace, *names: str) -> None:

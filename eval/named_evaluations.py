@@ -79,8 +79,8 @@ def linear(
     rows: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Train linear classifiers on frozen features, cached or by a published protocol."""
+    arguments = {"rows": rows} if rows else {}  # each protocol has its default
     if protocol == "cached":
-        arguments = {"rows": rows} if rows else {}
         return cached_linear.evaluate(run, epochs or 50, labels_per_class, **arguments)
     if labels_per_class:
         raise ValueError(
@@ -88,7 +88,7 @@ def linear(
             "out"
         )
     options = published_linear.LinearOptions(protocol_name=protocol, epochs=epochs)
-    return published_linear.evaluate(run, options, rows or ["pretrained"])
+    return published_linear.evaluate(run, options, **arguments)
 
 
 def fine_tuning(

@@ -84,15 +84,16 @@ def save(
         "seconds": round(seconds, 2),
     }
     if process_group.is_main():
-        folder, text = run_path / "eval", json.dumps(result, indent=1) + "\n"
+        content, text = f"{json.dumps(result, indent=1)}\n", f"{format_fully(result)}\n"
+        folder = run_path / "eval"
         newest = folder / f"{name}.json"
         paths = [folder / provenance["checkpoint"] / newest.name]
         if not newest.exists() or json.loads(newest.read_text()).get("step", -1) <= result["step"]:
             paths.append(newest)
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-            durable_files.replace(path.with_suffix(".txt"), f"{format_fully(result)}\n")
-            durable_files.replace(path, text)
+            durable_files.replace(path.with_suffix(".txt"), text)
+            durable_files.replace(path, content)
         result_trackers.track(run_path, result, load_by_step(run_path))
     return result
 

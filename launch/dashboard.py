@@ -62,10 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def require_packages() -> None:
     """Raise ValueError with the install line if wandb-workspaces is not installed."""
-    if not optional_packages.is_installed("wandb_workspaces"):
-        raise ValueError(
-            optional_packages.missing_message("dashboard", "wandb-workspaces", "dashboard")
-        )
+    optional_packages.require("dashboard", "wandb-workspaces", "dashboard")
 
 
 def build_workspace(project: str, entity: str) -> Any:

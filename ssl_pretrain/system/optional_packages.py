@@ -41,16 +41,16 @@ def missing_message(setting: str, package: str, extra: str, alternative: str = "
 
 
 def require(setting: str, package: str, extra: str, alternative: str = "") -> None:
-    """Raise ValueError if a package is not installed. `package` is also the module's name.
+    """Raise ValueError if a package is not installed.
 
     Args:
         setting: Configuration key or option that needs the package.
-        package: Name of the package and of its module.
+        package: Name of the package, which is that of its module with "-" for "_".
         extra: Extra of pyproject.toml that has the package.
         alternative: Another remedy, as an imperative.
 
     Raises:
         ValueError: With the message of `missing_message`.
     """
-    if not is_installed(package):
+    if not is_installed(package.replace("-", "_")):
         raise ValueError(missing_message(setting, package, extra, alternative))

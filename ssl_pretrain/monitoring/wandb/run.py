@@ -228,11 +228,11 @@ def resolve_mode(configured_mode: str) -> tuple[str, str]:
     """
     limit, source = _wandb_mode()
     if configured_mode == "auto":
-        if has_api_key() and limit != "off" and not optional_packages.is_installed("wandb"):
+        if has_api_key():
+            if limit == "off" or optional_packages.is_installed("wandb"):
+                return limit or "online", ""
             hint = optional_packages.install_hint("wandb")
             return "off", f"W&B: off, because wandb is not installed; {hint}"
-        if has_api_key():
-            return limit or "online", ""
         hint = (
             f"W&B: off, because no API key was found. {source} requests offline mode; "
             "log.wandb=offline does that without a key"
