@@ -7,13 +7,12 @@ import contract
 import pytest
 import tiny
 import torch
+from instruction_set import train_with_avx2
 
-from ssl_pretrain import config
 from ssl_pretrain.methods.simclr import Config
 from ssl_pretrain.models.backbones import build
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.train import train
 from ssl_pretrain.views.batch import Batch
 
 pytestmark = pytest.mark.promise
@@ -79,8 +78,8 @@ def test_another_number_of_views_is_refused():
 
 def test_ten_steps_have_the_golden_losses(tmp_path):
     golden = contract.read_golden("simclr")
-    settings = config.load(tiny.write_config(tmp_path), ["parallel.precision=float64"])
-    train(settings, torch.device("cpu"), stop_after=10)
+    path = tiny.write_config(tmp_path)
+    train_with_avx2(path, "parallel.precision=float64", "--stop-after", 10)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses == pytest.approx(golden, rel=1e-9)
