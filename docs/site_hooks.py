@@ -28,7 +28,7 @@ class ExampleSections(griffe.Extension):
             obj.docstring.value = obj.docstring.value.replace("Example:\n", "Examples:\n")
 
 
-COMMANDS = "<!-- commands -->"  # where the page of the command line has their help
+COMMANDS = "<!-- commands -->"  # replaced by the help of every sub-command
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -89,8 +89,8 @@ def _commands() -> str:
 def _leaves_docs(path: PurePosixPath) -> bool:
     """Return True if a path relative to docs/ lies outside that folder."""
     depth = 0
-    for part in path.parts:
-        depth += -1 if part == ".." else part != "."
+    for name in path.parts:
+        depth += -1 if name == ".." else name != "."
         if depth < 0:
             return True
     return False

@@ -71,16 +71,16 @@ def _unknown_subcommand(name: str) -> str:
 
 
 def _overview() -> str:
-    parts = [f"usage: {program.name()} COMMAND ...\n\n{DESCRIPTION}"]
+    sections = [f"usage: {program.name()} COMMAND ...\n\n{DESCRIPTION}"]
     for title, group in subcommands.GROUPS.items():
         rows = {f"  {name}": entry.summary for name, entry in group.items()}
-        parts.append(f"{title}\n{format_rows(rows)}")
+        sections.append(f"{title}\n{format_rows(rows)}")
     rows = {f"  {name}": summary for name, summary in subcommands.LOOK_UP.items()}
-    parts.append(f"look up\n{format_rows(rows)}")
+    sections.append(f"look up\n{format_rows(rows)}")
     examples = EXAMPLES.replace(program.SCRIPT, f"  {program.name()}")
-    parts.append(f"examples\n{examples}")
-    parts.append(f"`{program.command('COMMAND --help')}` lists the options of a command.")
-    return "\n\n".join(parts)
+    sections.append(f"examples\n{examples}")
+    sections.append(f"`{program.command('COMMAND --help')}` lists the options of a command.")
+    return "\n\n".join(sections)
 
 
 def _help(words: list[str]) -> str:

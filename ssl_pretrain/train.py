@@ -41,7 +41,7 @@ class Outcome:
     step: int  # step at which training ended
     end_step: int  # step at which this process would end without a stop request
     num_steps: int  # steps of the whole run
-    result: str = ""  # what the run has reached, as text, on rank 0
+    result: str = ""  # latest loss and accuracy, as text, on rank 0
 
 
 def train(config: RunConfig, device: torch.device, stop_after: int | None = None) -> int:

@@ -49,11 +49,11 @@ def _is_value_in(name: str, entry: Mapping[str, Any]) -> bool:
 
 
 def _render_keys(entries: Entries, prefix: str, anchor_prefix: str) -> str:
-    parts = []
+    blocks = []
     for name, entry in entries.items():
         anchor = f'<a id="{_anchor(anchor_prefix + name)}"></a>'
-        parts.append(f"\n#### {anchor}`{prefix}{name}`\n\n{_render_key(entry)}\n")
-    return "".join(parts)
+        blocks.append(f"\n#### {anchor}`{prefix}{name}`\n\n{_render_key(entry)}\n")
+    return "".join(blocks)
 
 
 def _anchor(key: str) -> str:

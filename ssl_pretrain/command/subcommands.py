@@ -17,7 +17,7 @@ class Subcommand:
 
     @property
     def module_command(self) -> str:
-        """How the command starts without the console script."""
+        """Command line that starts the sub-command without the console script."""
         if self.module.startswith("launch.") and self.module not in ("launch.dashboard",):
             return f"python {self.module.replace('.', '/')}.py"
         return f"python -m ssl_pretrain.{self.module}"

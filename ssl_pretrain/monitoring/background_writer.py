@@ -115,7 +115,7 @@ def write_failure_message(path: Path, error: OSError) -> str:
 
 
 def raise_or_warn(problem: str | None, on_failure: str) -> None:
-    """On every rank, handle a problem that rank 0 has with a file, as `on_failure` requires.
+    """Handle, on every rank, a problem that rank 0 has with a file, as `on_failure` requires.
 
     Args:
         problem: Message about the problem on rank 0, or None.

@@ -94,7 +94,7 @@ class Progress:
         return f"{bar}{GAP}{text}"
 
     def result(self) -> str:
-        """Describe what the run has reached, in a few words."""
+        """Return the latest loss and k-NN accuracy, and the training time, as text."""
         loss = [] if self.loss is None else [f"loss {self.loss:.4f}"]
         knn = [] if self.knn is None else [f"k-NN {100 * self.knn:.1f} %"]
         duration = f"{format_duration(self.training_seconds)} of training"

@@ -103,7 +103,7 @@ NAMES_ELSEWHERE = {  # key by the name that it has in other libraries
     "knn": "online",
     "wandb": "log.wandb",
 }
-ADVICE = {  # what to do instead of setting a key that does not exist
+ADVICE = {  # remedies for keys that do not exist and correspond to no other key
     "device": "A run uses the GPUs that it sees; CUDA_VISIBLE_DEVICES= hides them",
     "resume": "The same command with the same output resumes a run",
     "resume_from": "The same command with the same output resumes a run",

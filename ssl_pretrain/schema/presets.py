@@ -16,7 +16,7 @@ _LABEL = re.compile(r"(Paper's number|Ours|Hardware|Hours|Recipe|Views|Data|Comm
 
 @dataclass(frozen=True)
 class Header:
-    """What the comment at the top of a recipe says."""
+    """Contents of the comment at the top of a recipe."""
 
     title: str  # method, paper, data set and network
     numbers: str  # the paper's number and ours
@@ -66,15 +66,15 @@ def find(path: str | Path) -> Path:
 
 def read_header(path: Path) -> Header:
     """Read the comment at the top of a recipe."""
-    parts, label = {"": ""}, ""
+    texts, label = {"": ""}, ""  # the title has no label
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         text = line.removeprefix("#").strip()
         if match := _LABEL.match(text):
             label, text = match[1], text[match.end() :]
-        parts[label] = f"{parts.get(label, '')} {text}".strip()
-    numbers = parts.get("Paper's number", "")
-    if "Ours" in parts:
-        numbers = f"{numbers} Ours: {parts['Ours']}".strip()
-    return Header(parts[""], numbers, parts.get("Hardware", ""))
+        texts[label] = f"{texts.get(label, '')} {text}".strip()
+    numbers = texts.get("Paper's number", "")
+    if "Ours" in texts:
+        numbers = f"{numbers} Ours: {texts['Ours']}".strip()
+    return Header(texts[""], numbers, texts.get("Hardware", ""))

@@ -67,7 +67,7 @@ def print_error(text: str) -> None:
         except FileExistsError:
             return
         except OSError:
-            pass  # print it rather once too often than never
+            pass  # several ranks may then print it, which is better than none
     print(text, file=sys.stderr, flush=True)
 
 

@@ -16,7 +16,8 @@ BINARY = getattr(os, "O_BINARY", 0)
 # Opening a pipe with this flag does not wait for its writer.
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 CAN_FORK_WORKERS = "forkserver" in multiprocessing.get_all_start_methods()
-START_METHOD = "forkserver" if CAN_FORK_WORKERS else "spawn"  # of processes that read images
+# Start method of the processes that read images.
+START_METHOD = "forkserver" if CAN_FORK_WORKERS else "spawn"
 
 _seek_lock = threading.Lock()
 

@@ -91,7 +91,7 @@ def test_the_schedule_is_scaled_with_the_epochs(images, monkeypatch):
     assert result.get("epochs") == 100
     assert result.get("optim.warmup_epochs") == 1.0  # 10 of the recipe's 1,000 epochs
     result = suggestion.suggest(data_config, source, method="align_uniform", max_seconds=1000)
-    assert result.get("optim.milestones") == [77.5, 85.0, 92.5]  # of 155, 170 and 185 in 200
+    assert result.get("optim.milestones") == [77.5, 85.0, 92.5]  # the recipe: 155, 170, 185 of 200
 
 
 def test_the_yaml_is_the_tree_with_its_reasons(images, monkeypatch, tmp_path):
