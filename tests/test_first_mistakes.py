@@ -484,6 +484,21 @@ CALLS = {
         "method.name: 'SimCLR' is not a method. Did you mean 'simclr'? `PROGRAM list methods` "
         "lists all; a method of your own is package.module",
     ),
+    'pretrain(images, config="my.yaml", method__name="moco")': (
+        pretrain(IMAGES, config="my.yaml", method__name="moco"),
+        "my.yaml: method.name: moco would keep the learning rate, the views and the network that "
+        "this file has for simclr; take a recipe of moco (`PROGRAM list configs`), or write one "
+        "for your images: `PROGRAM inspect DATA --method moco --write my.yaml`",
+    ),
+    'pretrain(images, "simclr", method__name="moco")': (
+        pretrain(IMAGES, "simclr", method__name="moco"),
+        "method: 'simclr' is not the 'moco' of method__name; give one name",
+    ),
+    'pretrain(images, output="runs/mine", method__name="moco")': (
+        lambda: ssl_pretrain.pretrain(IMAGES, output="runs/mine", method__name="moco"),
+        "method: output runs/mine is of simclr, not of moco; leave out the method, or give "
+        "another output",
+    ),
     'pretrain(images, method="noconfig")': (
         pretrain(IMAGES, method="noconfig"),
         "method.name: noconfig has no class Config that extends "
