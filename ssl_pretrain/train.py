@@ -141,14 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
-    if "SLURM_JOB_ID" not in os.environ:
-        configuration.check_slurm_keys(
-            config,
-            options.overrides,
-            "this command submits nothing",
-            f"use `{program.command('pretrain')}`, or remove such keys",
-            overrides_only=True,
-        )
+    _check_launch_keys(config, options.overrides)
     if options.plan:
         print(plan.describe(config, plan.num_ranks(config, default=1)))
         return 0
@@ -163,6 +156,18 @@ def _run(options: argparse.Namespace) -> int:
     status = exit_status.record_stop()
     collectives.barrier()  # torchrun ends the other ranks as soon as one exits with this status
     return status
+
+
+def _check_launch_keys(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Refuse overrides of `launch` on the user's command line. Launchers and jobs pass them on."""
+    if "SLURM_JOB_ID" in os.environ:
+        return
+    launcher = program.command("pretrain")
+    reason, remedy = "this command submits nothing", f"use `{launcher}`, or remove such keys"
+    configuration.check_slurm_keys(config, overrides, reason, remedy, overrides_only=True)
+    if not program.is_launched():
+        has_ranks = "RANK" in os.environ
+        configuration.check_no_launch(config, overrides, launcher, has_ranks=has_ranks)
 
 
 if __name__ == "__main__":

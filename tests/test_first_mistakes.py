@@ -256,6 +256,14 @@ COMMANDS = {
         "error: launch.nodes: 2: only SLURM jobs use this key, and this command submits nothing; "
         "use `PROGRAM pretrain`, or remove such keys"
     ),
+    "train my.yaml launch.cluster=slurm": (
+        "error: launch.cluster: slurm: only `PROGRAM pretrain` uses this key, and this command "
+        "trains in its own process; use `PROGRAM pretrain`, or remove this key"
+    ),
+    "train my.yaml launch.ranks=2": (
+        "error: launch.ranks: 2: only `PROGRAM pretrain` uses this key, and this command trains "
+        "in its own process; use `PROGRAM pretrain`, or remove this key"
+    ),
     "pretrain my.yaml launch.nodes=2": (
         "error: launch.nodes: 2: only SLURM jobs use this key, and this machine has no sbatch; "
         "remove such keys to train on this machine (launch.ranks sets the processes per machine, "

@@ -3,9 +3,9 @@
 from ssl_pretrain.config.feasibility import (
     build_method_on_meta,
     check,
-    check_slurm_keys,
     configured_micro_batch_size,
 )
+from ssl_pretrain.config.launch_keys import check_no_launch, check_slurm_keys
 from ssl_pretrain.config.loading import (
     NO_METHOD,
     apply_overrides,
@@ -30,6 +30,7 @@ __all__ = [
     "apply_overrides",
     "build_method_on_meta",
     "check",
+    "check_no_launch",
     "check_resume_config",
     "check_slurm_keys",
     "configured_micro_batch_size",

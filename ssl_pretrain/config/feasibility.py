@@ -1,12 +1,11 @@
 """Check that the settings fit together and that the first step can run."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 
 from ssl_pretrain import schema
-from ssl_pretrain.config.run_config import LaunchConfig, RunConfig
+from ssl_pretrain.config.run_config import RunConfig
 from ssl_pretrain.data import order, sources
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
@@ -16,11 +15,6 @@ from ssl_pretrain.parallel import execution
 from ssl_pretrain.schema.config_file import ConfigError
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch
-
-SLURM_KEYS = (  # keys of the section `launch` that only a submission to SLURM uses
-    *("nodes", "gpus_per_node", "cpus_per_rank", "memory_gb", "hours", "signal_seconds"),
-    *("requeue", "chain", "partition", "account", "qos", "constraint"),
-)
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -157,33 +151,3 @@ def _explain_forward_error(config: RunConfig, error: Exception, sizes: list[int]
         f"with views of {', '.join(map(str, sizes))} pixels: {str(error).splitlines()[0]}; "
         "give another method, backbone or size"
     )
-
-
-def check_slurm_keys(
-    config: RunConfig, overrides: Sequence[str], reason: str, remedy: str, *, overrides_only: bool
-) -> None:
-    """Refuse keys that only a submission to SLURM uses, in a command that submits nothing.
-
-    Args:
-        config: The configuration.
-        overrides: The `key=value` arguments of the command line.
-        reason: Reason why nothing is submitted, for the message.
-        remedy: Remedy for the message.
-        overrides_only: Refuse the keys only on the command line. A YAML that was written for a
-            cluster may have them.
-
-    Raises:
-        ConfigError: If such a key does not have its default value.
-    """
-    default, override_keys = LaunchConfig(), {text.partition("=")[0] for text in overrides}
-    changes = [
-        f"launch.{key}: {value}"
-        for key in SLURM_KEYS
-        if (value := getattr(config.launch, key)) != getattr(default, key)
-        and (f"launch.{key}" in override_keys or not overrides_only)
-    ]
-    if changes:
-        keys = "this key" if len(changes) == 1 else "these keys"
-        raise ConfigError(
-            f"{', '.join(changes)}: only SLURM jobs use {keys}, and {reason}; {remedy}"
-        )

@@ -11,6 +11,7 @@ import tiny
 from ssl_pretrain import config
 from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.launch import local, pretrain, slurm, slurm_job, sweep
+from ssl_pretrain.system import program
 from ssl_pretrain.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -225,6 +226,26 @@ def test_a_run_saves_at_a_simulated_preemption_and_resumes(tmp_path, capsys):
     checkpoints = [checkpoint.name for checkpoint in list_checkpoints(tmp_path / "run")]
     assert checkpoints == ["step_00000004", "step_00000009"]
     assert "resumed" in capsys.readouterr().out
+
+
+def test_train_refuses_launch_keys_unless_a_yaml_or_a_launcher_has_them(
+    tmp_path, capsys, monkeypatch
+):
+    path = tiny.write_config(tmp_path)
+    path.write_text(f"{path.read_text()}launch: {{cluster: slurm, ranks: 2, hours: 1}}\n")
+    assert main([str(path), "--plan"]) == 0
+    capsys.readouterr()
+    assert main([str(path), "--plan", "launch={cluster: slurm, port: 1234}"]) == 2
+    launcher = program.command("pretrain")
+    assert capsys.readouterr().err == (
+        f"error: launch.cluster: slurm, launch.port: 1234: only `{launcher}` uses these keys, and "
+        f"this command trains in its own process; use `{launcher}`, or remove these keys\n"
+    )
+    monkeypatch.setenv("RANK", "0")  # torchrun starts the commands that launch.hosts prints
+    assert main([str(path), "--plan", "launch.ranks=4", "launch.port=1234"]) == 0
+    assert main([str(path), "--plan", "launch.cluster=slurm"]) == 2
+    monkeypatch.setenv(program.LAUNCHED_VARIABLE, "1")
+    assert main([str(path), "--plan", "launch.cluster=slurm"]) == 0
 
 
 SLURM = ["launch.cluster=slurm", "launch.hours=1"]
