@@ -1,5 +1,6 @@
 """Build everything that the training loop calls, from a configuration."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -154,6 +155,8 @@ def build_training(
         write_config(config)
         if num_steps_done:
             process_group.print_once(f"resumed {run} after step {num_steps_done}")
+        for warning in optimizers.warmup_warnings(config.optim, config.epochs):
+            process_group.print_once(warning, file=sys.stderr)
         logger = stack.enter_context(
             build_logger(config, checkpoints, data_loader, device, num_steps_done)
         )

@@ -279,6 +279,21 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path):
         build_method(config.load(path, other_backbone))
 
 
+def test_a_run_no_longer_than_its_warmup_is_trained_with_a_warning(tmp_path, capsys):
+    path = tiny.write_config(tmp_path)
+    warning = (
+        "warning: optim.warmup_epochs: 2.5 takes the whole run of epochs: 1, so the learning rate "
+        "only rises; give a shorter warm-up, such as optim.warmup_epochs=0.1"
+    )
+    assert main([str(path), "epochs=1", "optim.warmup_epochs=2.5", "--plan"]) == 0
+    assert warning in capsys.readouterr().out.splitlines()
+    assert main([str(path), "epochs=1", "optim.warmup_epochs=2.5"]) == 0
+    assert capsys.readouterr().err.splitlines().count(warning) == 1
+    for warmup in ("0", "0.1"):
+        assert main([str(path), "epochs=1", f"optim.warmup_epochs={warmup}", "--plan"]) == 0
+        assert "warning" not in capsys.readouterr().out
+
+
 def test_a_diverged_run_stops_with_advice(tmp_path, capsys):
     path = tiny.write_config(tmp_path)
     sgd = ["optim.name=sgd", "optim.lr_scaling=none", "optim.warmup_epochs=0"]

@@ -110,6 +110,20 @@ def check(config: OptimConfig) -> None:
         )
 
 
+def warmup_warnings(config: OptimConfig, epochs: int) -> list[str]:
+    """Return a line of warning if the warm-up takes the whole run, else no line.
+
+    Such a run is not refused, because people try a preset out with `epochs=1`.
+    """
+    if config.warmup_epochs == 0 or config.warmup_epochs < epochs:
+        return []
+    return [
+        f"warning: optim.warmup_epochs: {config.warmup_epochs:g} takes the whole run of epochs: "
+        f"{epochs}, so the learning rate only rises; give a shorter warm-up, such as "
+        f"optim.warmup_epochs={epochs / 10:g}"
+    ]
+
+
 def scaled_lr(config: OptimConfig, global_batch_size: int) -> float:
     """Return the peak learning rate at a global batch size."""
     scale = {"linear": global_batch_size / 256, "sqrt": math.sqrt(global_batch_size), "none": 1.0}

@@ -71,6 +71,7 @@ def _describe_optimizer(run: RunConfig) -> list[str]:
     return [
         f"learning rate: {lr:.6g} ({scaling}), reached after {settings.warmup_epochs:g} epochs, "
         f"{schedule}",
+        *optim.warmup_warnings(settings, run.epochs),
         f"optimizer: {settings.name}, {decay}, "
         f"momentum {settings.momentum:g} ({settings.momentum_convention})",
     ]
