@@ -168,7 +168,7 @@ def pretrain(
     with user_objects.provide(objects), _restored_torch_settings():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             process_group.start()  # the ranks of torchrun agree on the settings
-        folder = Path(output or f"runs/{method or 'simclr'}_{_name_of(data)}")
+        folder = Path(output or run_settings.default_folder(method, config, _name_of(data)))
         _train(run_settings.choose(folder, config, method, data_values, overrides))
     run = Run(folder, objects)
     if process_group.world_size() == 1:

@@ -18,6 +18,8 @@ from ssl_pretrain.planning import suggestion
 from ssl_pretrain.schema import key_hints
 from ssl_pretrain.schema.method_name import read_name
 
+DEFAULT_METHOD = "simclr"
+
 
 def choose(
     folder: Path,
@@ -43,6 +45,13 @@ def choose(
     values = _base_values(folder, config, method, data, overrides)
     values = schema.merge(schema.merge(values, {"data": data}), overrides)
     return configuration.from_dict(values | {"output": str(folder)}, "pretrain")
+
+
+def default_folder(method: str | None, config: str | Path | None, data_name: str) -> Path:
+    """Return runs/METHOD_DATA, with the method of the recipe if the caller names none."""
+    if method is None and config is not None:
+        method = read_name(configuration.read_yaml(Path(config)))
+    return Path(f"runs/{method or DEFAULT_METHOD}_{data_name}")
 
 
 def choose_method(method: str | None, overrides: Mapping[str, Any]) -> str | None:
@@ -105,7 +114,7 @@ def _base_values(
         named_method = [] if method is None else [f"method.name={method}"]
         return configuration.to_dict(configuration.load(config, named_method))
     if not list_checkpoints(folder):
-        return _suggested_values(method or "simclr", data, overrides)
+        return _suggested_values(method or DEFAULT_METHOD, data, overrides)
     values = configuration.to_dict(configuration.load(folder / "config.yaml"))
     name = values["method"]["name"]
     if method not in (None, name):
