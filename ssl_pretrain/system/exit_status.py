@@ -1,10 +1,10 @@
 """Exit statuses of a run, including those after which torchrun must not restart the ranks.
 
-torchrun restarts all ranks when one of them exits with a nonzero status. A restart is right after a
-rank was lost. It is useless after a user's mistake, because the restarted ranks would fail in the
-same way, and wrong for a run that was asked to stop. In these two cases a rank therefore writes its
-status to a file in the folder that torchrun made for this launch. Restarted ranks that find this
-file exit immediately with the same status.
+torchrun restarts all ranks when one of them exits with a nonzero status. A lost rank needs such a
+restart. After a user's mistake it is useless, because the restarted ranks would fail in the same
+way. After a request to stop it is wrong. In the last two cases a rank therefore writes its status
+to a file in the folder that torchrun made for this launch. Restarted ranks that find this file exit
+immediately with the same status.
 """
 
 import hashlib
@@ -67,11 +67,12 @@ def print_error(text: str) -> None:
         except FileExistsError:
             return
         except OSError:
-            pass  # several ranks may then print it, which is better than none
+            pass  # print the error, even if several ranks do
     print(text, file=sys.stderr, flush=True)
 
 
 def _record(status: int) -> int:
+    """Write a status to the file of this launch, if torchrun made one, and return the status."""
     path = _status_path()
     if path is not None:
         with suppress(OSError):

@@ -45,7 +45,7 @@ def require(setting: str, package: str, extra: str, alternative: str = "") -> No
 
     Args:
         setting: Configuration key or option that needs the package.
-        package: Name of the package, which is that of its module with "-" for "_".
+        package: Name of the package. Its module has the same name, with "_" instead of "-".
         extra: Extra of pyproject.toml that has the package.
         alternative: Another remedy, as an imperative.
 

@@ -11,9 +11,9 @@ import sys
 import threading
 from contextlib import suppress
 
-# Windows converts line ends in files that are opened without this flag.
+# Flag of os.open. Without it, Windows converts the line ends of a file.
 BINARY = getattr(os, "O_BINARY", 0)
-# Opening a pipe with this flag does not wait for its writer.
+# Flag of os.open. With it, opening a pipe does not wait for the pipe's writer.
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 CAN_FORK_WORKERS = "forkserver" in multiprocessing.get_all_start_methods()
 # Start method of the processes that read images.

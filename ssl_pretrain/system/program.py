@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 SCRIPT = "ssl-pretrain"
-# Set by the console script, with the name by which it was started. Its processes inherit it.
+# Environment variable that the console script sets to the name by which it was started. Child
+# processes inherit it.
 PROGRAM_VARIABLE = "SSL_PRETRAIN_PROGRAM"
-# Set by a launcher, which runs the next commands itself.
+# Environment variable of processes that a launcher started. It runs the next commands itself.
 LAUNCHED_VARIABLE = "SSL_PRETRAIN_LAUNCHED"
 
 _running_command = ""  # the sub-command of this process, such as `ssl-pretrain knn`
@@ -32,7 +33,8 @@ def command(subcommand: str) -> str:
 def format_command(module: str, *arguments: object) -> str:
     """Return the command line that runs a module of this package, with its arguments.
 
-    It begins with `ssl-pretrain` if the user's command did. Otherwise it names Python as that did.
+    It begins with `ssl-pretrain` if the user's command did. Otherwise it starts Python in the way
+    the user did.
 
     Args:
         module: Full name of the module, whose last part is a command of `ssl-pretrain`.
@@ -46,19 +48,22 @@ def format_command(module: str, *arguments: object) -> str:
 
 
 def python_name() -> str:
-    """Return what to type to start this interpreter, which is how the user started it."""
+    """Return the command that starts this interpreter.
+
+    It is `python` if the shell finds this interpreter under that name, or else what the user typed.
+    """
     if sys.executable and shutil.which("python") == sys.executable:
         return "python"
     return sys.orig_argv[0] if sys.orig_argv else "python"
 
 
 def is_launched() -> bool:
-    """Return True if a launcher started this process and goes on by itself."""
+    """Return True if a launcher started this process and will run the next commands."""
     return LAUNCHED_VARIABLE in os.environ
 
 
 def record_script() -> None:
-    """Remember that the console script started this process, if it did."""
+    """Record in the environment whether the console script started this process."""
     script = Path(sys.argv[0])
     if script.stem == SCRIPT:
         os.environ[PROGRAM_VARIABLE] = SCRIPT if _is_first_in_path(script) else str(script)
@@ -72,7 +77,7 @@ def _is_first_in_path(script: Path) -> bool:
 
 
 def run_as(subcommand: str) -> None:
-    """Declare that this process runs a sub-command, whose usage line then names it."""
+    """Make `usage_name` return the command line of a sub-command. Empty text undoes this."""
     global _running_command
     _running_command = command(subcommand) if subcommand else ""
 
