@@ -1,4 +1,4 @@
-"""The command `ssl-pretrain`, which is `python -m ssl_pretrain.cli` without an installation.
+"""The command `ssl-pretrain`, which a clone runs as `python -m ssl_pretrain.cli`.
 
 Help, lists, completion and messages about wrong keys come from generated files, without importing
 torch. The other sub-commands run the command line of their module.
@@ -36,33 +36,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name in subcommands.SUBCOMMANDS:
                 _check_arguments(name, words)
             else:
-                return _look_up(name, words)
+                print(_look_up(name, words))
+                return 0
         except ValueError as error:
             print_error(f"error: {error}")
             return USER_ERROR
     return subcommands.run(name, words)
 
 
-def _look_up(name: str, words: list[str]) -> int:
-    """Answer without running the command line of a module."""
+def _look_up(name: str, words: list[str]) -> str:
+    """Return the output of a command that runs no module.
+
+    Raises:
+        ValueError: If there is no such command, or its arguments are wrong.
+    """
     if name in ("-h", "--help"):
-        print(_overview())
-    elif name == "--version":
-        print(f"{program.SCRIPT} {ssl_pretrain.__version__}")
-    elif name == "help":
-        print(_help(words))
-    elif name == "list":
-        print(name_lists.list_names(words))
-    elif name == "completion":
-        print(shell_scripts.script(words))
-    elif name == completion.HIDDEN_COMMAND:
-        print("\n".join(completion.complete(words)))
-    else:
-        raise ValueError(_unknown_subcommand(name))
-    return 0
+        return _overview()
+    if name == "--version":
+        return f"{program.SCRIPT} {ssl_pretrain.__version__}"
+    if name == "help":
+        return _help(words)
+    if name == "list":
+        return name_lists.list_names(words)
+    if name == "completion":
+        return shell_scripts.script(words)
+    if name == completion.HIDDEN_COMMAND:
+        return "\n".join(completion.complete(words))
+    raise ValueError(_describe_unknown_subcommand(name))
 
 
-def _unknown_subcommand(name: str) -> str:
+def _describe_unknown_subcommand(name: str) -> str:
+    """Return the message about a sub-command that does not exist."""
     if name.removesuffix(".yaml").rpartition("/")[2] in presets.list_files():
         return f"{name!r} is a preset, not a sub-command; run `{program.command(f'train {name}')}`"
     nearest = get_close_matches(name, [*subcommands.NAMES, "--version"], n=1)
@@ -92,7 +96,9 @@ def _help(words: list[str]) -> str:
 
 
 def _check_arguments(name: str, words: list[str]) -> None:
-    """Print the help if asked for, and refuse wrong options, keys and values before any import.
+    """Check the options, keys and values of a sub-command before torch is imported.
+
+    A wrong option or `--help` ends the process, as usual for argparse.
 
     Raises:
         ValueError: If a key or a value of the configuration is not allowed.
@@ -105,7 +111,7 @@ def _check_arguments(name: str, words: list[str]) -> None:
 
 
 def _check_sweep(options: argparse.Namespace) -> None:
-    """Check a sweep with the first value of each key. A study checks its own runs."""
+    """Check a sweep with the first value of each key. A study checks its runs itself, later."""
     if "runs" not in config_file.read_yaml(Path(options.config)):
         pairs = [text.partition("=") for text in options.overrides]
         overrides = [

@@ -1,10 +1,11 @@
-"""Complete a command line from the generated files, for the shells' scripts."""
+"""Complete a command line from the generated files. The scripts of the shells call this."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ssl_pretrain.command import name_lists
 from ssl_pretrain.command.option_specs import read_specs
 from ssl_pretrain.command.shell_scripts import SCRIPTS
 from ssl_pretrain.command.subcommands import LOOK_UP, NAMES, SUBCOMMANDS
@@ -13,44 +14,49 @@ from ssl_pretrain.schema.key_entries import NAME, SECTION, SECTIONS, Entries
 from ssl_pretrain.schema.yaml_tree import value_at
 
 HIDDEN_COMMAND = "__complete"
-LISTS = ("methods", "configs", "backbones")
 EVALUATION_KEYS = ("data.", "evaluation.")  # sections that an evaluation may override
 
 
 def complete(words: list[str]) -> list[str]:
-    """Return what the last word may become."""
-    *previous, word = words or [""]
+    """Return the words that complete the last word of an unfinished command line.
+
+    Args:
+        words: Words after `ssl-pretrain`. The last one may be empty.
+    """
+    *preceding, word = words or [""]
     with suppress(ValueError, OSError):  # an unfinished command line may be wrong
-        return sorted(text for text in set(_candidates(previous, word)) if text.startswith(word))
+        return sorted(text for text in set(_candidates(preceding, word)) if text.startswith(word))
     return []
 
 
-def _candidates(previous: list[str], word: str) -> Iterable[str]:
-    if not previous:
+def _candidates(preceding: list[str], word: str) -> Iterable[str]:
+    """Return the words that may follow. The caller keeps those that start with `word`."""
+    if not preceding:
         return [*NAMES, "--help", "--version"]
-    name, *arguments = previous
+    name, *arguments = preceding
     if name == "help":
         keys = [key.removesuffix("=") for key in _keys(word, {})]
         return [*keys, *NAMES] if not arguments else []
     if name in LOOK_UP:
-        return {"list": LISTS, "completion": tuple(SCRIPTS)}[name] if not arguments else []
+        choices = {"list": list(name_lists.LISTS), "completion": list(SCRIPTS)}
+        return choices[name] if not arguments else []
     return _argument_candidates(name, arguments, word) if name in SUBCOMMANDS else []
 
 
 def _argument_candidates(name: str, arguments: list[str], word: str) -> Iterable[str]:
-    spec = read_specs()[name]
-    options = {text: option for option in spec["options"] for text in option["names"]}
+    """Return the options, choices, presets, files or keys that may follow the arguments."""
+    options = _options_by_name(read_specs()[name])
     if "command" in options:  # a command of `ssl-pretrain beton`
         commands = options["command"]["commands"]
         if not arguments:
             return list(commands)
-        spec = commands[arguments[0]]
-        options = {text: option for option in spec["options"] for text in option["names"]}
+        options = _options_by_name(commands[arguments[0]])
     if word.startswith("-"):
         return [text for text in options if text.startswith("-")] + ["--help"]
-    previous = options.get(arguments[-1]) if arguments else None
-    if arguments and arguments[-1].startswith("-") and previous and previous["nargs"] != 0:
-        return previous["choices"] or []
+    if arguments and arguments[-1].startswith("-"):
+        option = options.get(arguments[-1])
+        if option and option["nargs"] != 0:
+            return option["choices"] or []
     positionals = [text for text in arguments if not text.startswith("-")]
     if "config" in options and not positionals:
         return [*presets.list_files(), *_yaml_paths(word)]
@@ -61,13 +67,20 @@ def _argument_candidates(name: str, arguments: list[str], word: str) -> Iterable
     return []
 
 
+def _options_by_name(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: option for option in spec["options"] for name in option["names"]}
+
+
 def _yaml_paths(word: str) -> list[str]:
+    """Return the YAML files and the folders whose paths start with a word."""
     paths = Path().glob(f"{word}*") if word and not word.startswith("/") else []
-    return [f"{path}/" if path.is_dir() else str(path) for path in paths if _may_lead_to_yaml(path)]
-
-
-def _may_lead_to_yaml(path: Path) -> bool:
-    return path.is_dir() or path.suffix in (".yaml", ".yml")
+    candidates = []
+    for path in paths:
+        if path.is_dir():
+            candidates.append(f"{path}/")
+        elif path.suffix in (".yaml", ".yml"):
+            candidates.append(str(path))
+    return candidates
 
 
 def _read_tree(positionals: list[str]) -> dict[str, Any]:
@@ -78,14 +91,16 @@ def _read_tree(positionals: list[str]) -> dict[str, Any]:
 
 
 def _keys(word: str, tree: Mapping[str, Any]) -> list[str]:
-    """Return the keys that continue a word by one name, or the values of a finished key."""
+    """Return the keys that extend a word by one name, or `KEY=VALUE` after an equals sign.
+
+    Args:
+        word: The word to complete.
+        tree: Tree of the configuration, which names the method and the crops.
+    """
     entries = _expand_names(key_reference.keys(), tree) | _method_entries(tree)
     key, separator, _ = word.partition("=")
     if separator:
-        entry = entries.get(key, {})
-        values = ["true", "false"] if entry.get("type") == "bool" else entry.get("choices", [])
-        values = list(key_reference.methods()) if key == "method.name" else values
-        return [f"{key}={value}" for value in values]
+        return [f"{key}={value}" for value in _values(key, entries.get(key, {}))]
     prefix = key[: key.rfind(".") + 1]
     names = {name: entry for name, entry in entries.items() if name.startswith(prefix)}
     return [
@@ -95,13 +110,22 @@ def _keys(word: str, tree: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _values(key: str, entry: Mapping[str, Any]) -> list[str]:
+    """Return the allowed values of a key, or none if there are too many to list."""
+    if key == "method.name":
+        return list(key_reference.methods())
+    return ["true", "false"] if entry.get("type") == "bool" else entry.get("choices", [])
+
+
 def _expand_names(entries: Entries, tree: Mapping[str, Any]) -> Entries:
     """Replace `views.crops.<name>` by the crops of the configuration."""
     crops = list(value_at(tree, "views.crops") or ["global", "local"])
     expanded = {key: entry for key, entry in entries.items() if NAME not in key}
     for crop in crops:
         expanded[f"views.crops.{crop}"] = {"type": SECTION}
-        expanded |= {k.replace(NAME, crop): entry for k, entry in entries.items() if NAME in k}
+        expanded |= {
+            key.replace(NAME, crop): entry for key, entry in entries.items() if NAME in key
+        }
     return expanded
 
 

@@ -9,10 +9,10 @@ from ssl_pretrain.system import program
 
 
 def list_names(words: list[str]) -> str:
-    """Return the list that the arguments ask for.
+    """Return the list that the arguments name, restricted to a pattern if they have one.
 
     Raises:
-        ValueError: If there is no such list, no name fits, or there are too many arguments.
+        ValueError: If there is no such list, no name matches, or there are too many arguments.
     """
     usage = f"{program.command('list')} {'|'.join(LISTS)} [PATTERN]"
     if not words or words[0] not in LISTS or len(words) > 2:

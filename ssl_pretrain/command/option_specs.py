@@ -1,6 +1,6 @@
-"""Describe argument parsers as plain values, and build them again without their modules.
+"""Describe argument parsers as plain values, and rebuild them without importing their modules.
 
-The help of a sub-command is thereby printed without importing torch. A rebuilt parser does not
+The help of a sub-command is printed in this way without importing torch. A rebuilt parser does not
 convert values. The command's own parser does that.
 """
 
@@ -22,7 +22,7 @@ PRESET_PATH = re.compile(r"configs/(?:sweeps/)?([a-z0-9_]+)\.yaml")
 
 
 def describe_parser(parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Return the texts and options of a parser, with commands in the form of the console script."""
+    """Return the texts and options of a parser. Its help texts name the console script."""
     formatter = parser._get_formatter()
     options = []
     for action in parser._actions:
@@ -50,7 +50,7 @@ def describe_parser(parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 def use_script_names(text: str) -> str:
-    """Write the commands in a help text as the console script and its presets."""
+    """Replace module commands in a text by `ssl-pretrain NAME`, and paths of presets by names."""
     for name, subcommand in SUBCOMMANDS.items():
         if not subcommand.arguments:
             module = re.escape(subcommand.module_command)
@@ -64,7 +64,7 @@ def read_specs() -> dict[str, Any]:
     text = (resources.files("ssl_pretrain.command") / FILE).read_text(encoding="utf-8")
     specs = dict(json.loads(text))
     for name, subcommand in SUBCOMMANDS.items():
-        if name not in specs:  # it adds options to another sub-command
+        if name not in specs:  # it shares the parser of another sub-command, as `plan` does
             module = subcommand.module
             specs[name] = next(
                 specs[other] for other in specs if SUBCOMMANDS[other].module == module
@@ -73,14 +73,18 @@ def read_specs() -> dict[str, Any]:
 
 
 def find_parser(name: str) -> argparse.ArgumentParser:
-    """Return the parser of a sub-command, whose values stay text."""
+    """Build the parser of a sub-command from the generated file."""
     return build_parser(read_specs()[name], program.command(name))
 
 
 def parse(name: str, words: list[str]) -> argparse.Namespace:
-    """Parse the arguments of a sub-command. Its help or a wrong option ends the process."""
+    """Parse the arguments of a sub-command into texts.
+
+    A wrong option or `--help` ends the process.
+    """
     has_commands = any("commands" in option for option in read_specs()[name]["options"])
-    parser = find_parser(name)  # argparse cannot intermix the arguments of commands
+    parser = find_parser(name)
+    # argparse does not allow intermixed options and positionals in a parser with commands.
     return parser.parse_args(words) if has_commands else parser.parse_intermixed_args(words)
 
 
@@ -93,8 +97,8 @@ def build_parser(spec: Mapping[str, Any], name: str) -> argparse.ArgumentParser:
     """
     parser = ArgumentParser(
         name,
-        description=_as_started(spec["description"]),
-        epilog=_as_started(spec["epilog"]),
+        description=_use_program_name(spec["description"]),
+        epilog=_use_program_name(spec["epilog"]),
         add_help=False,
     )
     _add_options(parser, spec)
@@ -114,7 +118,8 @@ def _add_options(parser: argparse.ArgumentParser, spec: Mapping[str, Any]) -> No
                     commands.add_parser(name, help=command["help"], add_help=False), command
                 )
             continue
-        arguments: dict[str, Any] = {"help": _as_started(option["help"]).replace("%", "%%")}
+        help_text = _use_program_name(option["help"]).replace("%", "%%")
+        arguments: dict[str, Any] = {"help": help_text}
         if option["nargs"] == 0:
             arguments["action"] = "store_true"
         else:
@@ -124,5 +129,6 @@ def _add_options(parser: argparse.ArgumentParser, spec: Mapping[str, Any]) -> No
         parser.add_argument(*option["names"], **arguments)
 
 
-def _as_started(text: str) -> str:
+def _use_program_name(text: str) -> str:
+    """Write the commands in a text in the form in which the user started this program."""
     return text.replace(f"{program.SCRIPT} ", f"{program.name()} ")

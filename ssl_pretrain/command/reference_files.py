@@ -27,8 +27,8 @@ from ssl_pretrain.schema import field_metadata, key_entries
 PACKAGE = Path(ssl_pretrain.__file__).resolve().parent
 
 
-class _ParserFound(Exception):
-    """Carry the parser out of the command that built it."""
+class _HelpRequest(Exception):
+    """Interrupts a command that prints its help, and carries the parser that it built."""
 
     def __init__(self, parser: argparse.ArgumentParser):
         super().__init__()
@@ -78,17 +78,20 @@ def describe_options() -> dict[str, Any]:
 
 
 def _find_parser(module_name: str) -> argparse.ArgumentParser:
-    """Return the parser of a module, which hands it over when it is asked for its help."""
+    """Return the parser that the `main` of a module builds.
 
-    def hand_over(parser: argparse.ArgumentParser) -> None:
-        raise _ParserFound(parser)
+    No function returns it, so `main` is asked for its help and interrupted when it prints that.
+    """
+
+    def interrupt(parser: argparse.ArgumentParser) -> None:
+        raise _HelpRequest(parser)
 
     module = importlib.import_module(f"ssl_pretrain.{module_name}")
-    with mock.patch.object(argparse.ArgumentParser, "print_help", hand_over), suppress(SystemExit):
+    with mock.patch.object(argparse.ArgumentParser, "print_help", interrupt), suppress(SystemExit):
         try:
             module.main(["--help"])
-        except _ParserFound as found:
-            return found.parser
+        except _HelpRequest as request:
+            return request.parser
     raise AssertionError(f"{module_name}: --help printed no help")
 
 
@@ -103,19 +106,19 @@ def _format_json(value: Any, indent: str) -> str:
         return json.dumps(value, ensure_ascii=False)
     inner = f"{indent} "
     if isinstance(value, dict):
-        items = [f"{json.dumps(key)}: {_format_json(each, inner)}" for key, each in value.items()]
+        items = [f"{json.dumps(key)}: {_format_json(item, inner)}" for key, item in value.items()]
     else:
-        items = [_format_json(each, inner) for each in value]
+        items = [_format_json(item, inner) for item in value]
     start, end = "{}" if isinstance(value, dict) else "[]"
     return f"{start}\n{inner}" + f",\n{inner}".join(items) + f"\n{indent}{end}"
 
 
 def _has_nested_dict(value: dict[str, Any] | list[Any]) -> bool:
     """Return True unless the value is the description of one key or option."""
-    elements = value.values() if isinstance(value, dict) else value
+    items = value.values() if isinstance(value, dict) else value
     has_nested = any(
-        isinstance(each, dict) or (isinstance(each, list) and _has_nested_dict(each))
-        for each in elements
+        isinstance(item, dict) or (isinstance(item, list) and _has_nested_dict(item))
+        for item in items
     )
     return has_nested and "bounds" not in value and "default" not in value
 

@@ -19,33 +19,43 @@ RUN_KEYS = "Keys of the run"
 
 
 def render(reference: Mapping[str, Any]) -> str:
-    """Return the text of the page."""
+    """Return the text of the page.
+
+    Args:
+        reference: Keys and methods, as in `schema/reference.json`.
+    """
     keys: Entries = reference["keys"]
     sections = {key: entry for key, entry in keys.items() if entry["type"] == SECTION}
-    pages = [INTRODUCTION, _render_section(RUN_KEYS, "Keys outside the sections.", "", keys)]
+    blocks = [INTRODUCTION, _render_section(RUN_KEYS, "Keys outside the sections.", "", keys)]
     for name, entry in sections.items():
-        pages.append(_render_section(name, entry["help"], f"{name}.", keys))
-    pages.append("## Methods\n\nThe section `method` also has the keys of its method.\n")
+        blocks.append(_render_section(name, entry["help"], f"{name}.", keys))
+    blocks.append("## Methods\n\nThe section `method` also has the keys of its method.\n")
     for name, method in reference["methods"].items():
         introduction = f"{method['summary']}\n\n{method['paper']}"
         entries = {key: entry for key, entry in method["keys"].items() if key != "name"}
         heading = f'### <a id="method.{name}"></a>{name}\n\n{introduction}\n'
-        pages.append(heading + _render_keys(entries, "", f"method.{name}."))
-    return "\n".join(pages)
+        blocks.append(heading + _render_keys(entries, "", f"method.{name}."))
+    return "\n".join(blocks)
 
 
 def _render_section(title: str, text: str, prefix: str, keys: Entries) -> str:
     entries = {
         key.removeprefix(prefix): entry
         for key, entry in keys.items()
-        if key.startswith(prefix) and _is_value_in(key.removeprefix(prefix), entry)
+        if key.startswith(prefix) and _is_listed(key.removeprefix(prefix), entry)
     }
     return f"## {title}\n\n{text}\n" + _render_keys(entries, prefix, prefix)
 
 
-def _is_value_in(name: str, entry: Mapping[str, Any]) -> bool:
-    is_direct = "." not in name or name.split(".")[1] == NAME
-    return is_direct and entry["type"] not in (SECTION, SECTIONS)
+def _is_listed(name: str, entry: Mapping[str, Any]) -> bool:
+    """Return True if a section lists a key: its own values, and those of sections by name.
+
+    Args:
+        name: The key without the prefix of the section.
+        entry: Description of the key.
+    """
+    is_in_section = "." not in name or name.split(".")[1] == NAME
+    return is_in_section and entry["type"] not in (SECTION, SECTIONS)
 
 
 def _render_keys(entries: Entries, prefix: str, anchor_prefix: str) -> str:

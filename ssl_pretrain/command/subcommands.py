@@ -17,8 +17,8 @@ class Subcommand:
 
     @property
     def module_command(self) -> str:
-        """Command line that starts the sub-command without the console script."""
-        if self.module.startswith("launch.") and self.module not in ("launch.dashboard",):
+        """Start of the command line without the console script, as the help texts write it."""
+        if self.module.startswith("launch.") and self.module != "launch.dashboard":
             return f"python {self.module.replace('.', '/')}.py"
         return f"python -m ssl_pretrain.{self.module}"
 
@@ -64,7 +64,12 @@ NAMES = [*SUBCOMMANDS, *LOOK_UP]
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Run a sub-command and return its exit status."""
+    """Run a sub-command and return its exit status.
+
+    Args:
+        name: Name of the sub-command.
+        arguments: Arguments of the user.
+    """
     subcommand = SUBCOMMANDS[name]
     module = importlib.import_module(f"ssl_pretrain.{subcommand.module}")
     words = [*subcommand.arguments, *arguments]
