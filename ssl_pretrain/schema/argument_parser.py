@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from ssl_pretrain.schema import key_help, key_hints
 from ssl_pretrain.system.exit_status import USER_ERROR
 
-SETTINGS = "key=value"  # metavar of the settings of a run, of which there may be none
+SETTINGS = "key=value"  # metavar of the settings of a run, which are optional
 UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --?([a-zA-Z][\w.-]*)(?:[= ]([^\s-]\S*))?.*")
 
 
@@ -19,7 +19,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     Args:
         arguments: Positional arguments of `argparse.ArgumentParser`.
-        explains_keys: Let `--help KEY` explain a key of a configuration.
+        explains_keys: True to let `--help KEY` explain a key of a configuration.
         options: Other arguments of `argparse.ArgumentParser`.
     """
 
@@ -33,11 +33,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with the status of a user's mistake."""
-        text = message.replace(f", {SETTINGS}", "")  # argparse counts them as required
-        option = UNKNOWN_OPTION.fullmatch(message)
+        text = message.replace(f", {SETTINGS}", "")  # argparse lists settings as required
+        unknown_option = UNKNOWN_OPTION.fullmatch(message)
         takes_settings = any(action.metavar == SETTINGS for action in self._actions)
         remedy = f"`{self.prog} --help` lists the options"
-        if option and takes_settings:
-            remedy = key_hints.explain_option(option[1], option[2] or "") or remedy
+        if unknown_option and takes_settings:
+            name, value = unknown_option[1], unknown_option[2] or ""
+            remedy = key_hints.explain_option(name, value) or remedy
         print(f"error: {text}. {remedy}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)

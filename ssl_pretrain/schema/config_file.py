@@ -51,6 +51,13 @@ def name_file_in_errors(source: str) -> Iterator[None]:
 def load(path: str | Path, overrides: Sequence[str], declarations: Declarations) -> Any:
     """Read a configuration from a preset or a YAML file, and apply `key=value` overrides.
 
+    A configuration without an `output` gets runs/NAME, after the name of its file.
+
+    Args:
+        path: Name of a preset or path of a YAML file.
+        overrides: Settings that replace those of the file.
+        declarations: Types of the configuration.
+
     Raises:
         ConfigError: If a key or a value is not allowed.
     """
@@ -147,18 +154,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If there is no such file or preset, or if it is not a YAML mapping in UTF-8.
     """
-    try:
-        content = presets.find(path).read_bytes()
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if path.suffix.lower() not in (".yaml", ".yml"):
-            raise ConfigError(f"{path}: not a YAML file; {presets.DATA_HINT}={path}") from None
-        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
-        problem = f"not UTF-8 text: byte 0x{byte:02x} at line {line}. Save the file as UTF-8"
-        raise ConfigError(f"{path}: {problem}") from None
+    text = _read_text(path)
     if "${" in text:
         raise ConfigError(f"{path}: {INTERPOLATION_ERROR}")
     try:
@@ -178,6 +174,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "key as 'key: value'"
         )
     return tree
+
+
+def _read_text(path: Path) -> str:
+    """Read the text of a YAML file or a preset.
+
+    Raises:
+        ConfigError: If there is no such file or preset, or if it is not UTF-8.
+    """
+    try:
+        content = presets.find(path).read_bytes()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if path.suffix.lower() not in (".yaml", ".yml"):
+            raise ConfigError(f"{path}: not a YAML file; {presets.DATA_HINT}={path}") from None
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        problem = f"not UTF-8 text: byte 0x{byte:02x} at line {line}. Save the file as UTF-8"
+        raise ConfigError(f"{path}: {problem}") from None
 
 
 def _yaml_problem(error: yaml.YAMLError, text: str) -> str:

@@ -11,7 +11,7 @@ RENAMED_KEYS = {  # current key by former key, both in the same section
     "local_batch_size": "micro_batch_size",
     "method.centre_momentum": "method.center_momentum",
 }
-# Keys that no longer have an effect if they have this value. None stands for every value.
+# Keys whose value no longer has an effect. None stands for every value of the key.
 REMOVED_KEYS = {"plan.calibration": None, "plan.gpu": "here"}
 
 

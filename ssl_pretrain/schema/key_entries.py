@@ -1,7 +1,7 @@
-"""Describe the keys of configuration dataclasses as plain values, and build classes from these.
+"""Describe the keys of configuration dataclasses as plain values, and rebuild classes from them.
 
-Classes that are built from a description refuse the same values, with the same messages, as the
-dataclasses that were described.
+A rebuilt class refuses the same values as the original dataclass, with the same messages. It needs
+no torch.
 """
 
 import dataclasses
@@ -62,15 +62,14 @@ def _describe_value(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     factory = field.default_factory
     default = field.default if factory is dataclasses.MISSING else factory()
     entry: dict[str, Any] = {"type": _name_type(kind), "default": default}
-    for option in (kind, *get_args(kind)):
-        if get_origin(option) is Literal:
-            entry["choices"] = list(get_args(option))
+    for alternative in (kind, *get_args(kind)):
+        if get_origin(alternative) is Literal:
+            entry["choices"] = list(get_args(alternative))
     if holds_numbers(entry["type"]):
         entry["unit"] = field_unit(field)
         bounds = dataclasses.asdict(field_bounds(field))
-        entry["bounds"] = {
-            end: None if value == math.inf else value for end, value in bounds.items()
-        }
+        high = None if bounds["high"] == math.inf else bounds["high"]  # JSON has no infinity
+        entry["bounds"] = bounds | {"high": high}
     return entry
 
 
@@ -91,18 +90,28 @@ def _name_type(kind: Any) -> str:
 
 
 def build_section(name: str, entries: Mapping[str, Mapping[str, Any]], prefix: str = "") -> type:
-    """Build a dataclass from the descriptions of its keys, which start with `prefix`."""
+    """Build the dataclass of a section from a description by `describe_keys`.
+
+    Args:
+        name: Name of the class.
+        entries: Description of every key, including keys of other sections.
+        prefix: Text before the keys of this section, such as `optim.`.
+    """
     fields = []
     for key, entry in entries.items():
         field_name = key.removeprefix(prefix)
         if key.startswith(prefix) and "." not in field_name:
-            bounds = entry.get("bounds")
-            if bounds:
-                high = math.inf if bounds["high"] is None else bounds["high"]
-                bounds = Bounds(**{**bounds, "high": high})
-            field = dataclasses.field(default=None, metadata={**entry, "bounds": bounds})
+            metadata = {**entry, "bounds": _build_bounds(entry)}
+            field = dataclasses.field(default=None, metadata=metadata)
             fields.append((field_name, _build_type(key, entry, entries), field))
     return dataclasses.make_dataclass(name, fields)
+
+
+def _build_bounds(entry: Mapping[str, Any]) -> Bounds | None:
+    if "bounds" not in entry:
+        return None
+    high = entry["bounds"]["high"]
+    return Bounds(**entry["bounds"] | {"high": math.inf if high is None else high})
 
 
 def _build_type(key: str, entry: Mapping[str, Any], entries: Mapping[str, Any]) -> Any:

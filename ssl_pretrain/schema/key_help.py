@@ -52,18 +52,18 @@ def explain_key(key: str = "") -> str:
         return _list_keys(_children(""))
     if key == "method":
         return _list_keys(_children("method.")) + "\n\n" + _list_methods()
-    words = key.split(".")
-    if words[0] == "method" and len(words) == 2 and words[1] in key_reference.methods():
-        return _explain_method(words[1])
-    if words[0] == "method" and len(words) == 2 and words[1] != "name":
-        return _explain_key_of_methods(key, words[1])
+    section, _, name = key.partition(".")
+    if section == "method" and name in key_reference.methods():
+        return _explain_method(name)
+    if section == "method" and "." not in name and name != "name":
+        return _explain_key_of_methods(name)
     listed_key, entry = key_reference.find_entry(key)
     if entry["type"] in (SECTION, SECTIONS):
         prefix = f"{listed_key}." if entry["type"] == SECTION else f"{listed_key}.{NAME}."
         return _list_keys(_children(prefix))
-    return f"{key} ({describe_type(entry)}, default {format_default(entry)})\n" + _indent(
-        f"{entry['help']}\n{describe_range(entry)}\n{ON_RESUME[entry['on_resume']]}"
-    )
+    heading = f"{key} ({describe_type(entry)}, default {format_default(entry)})"
+    lines = [entry["help"], describe_range(entry), ON_RESUME[entry["on_resume"]]]
+    return "\n".join([heading, *(_indent(line) for line in lines if line)])
 
 
 def _children(prefix: str) -> dict[str, dict[str, Any]]:
@@ -80,9 +80,8 @@ def _list_keys(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _list_methods() -> str:
-    return format_rows(
-        {f"method.{name}": m["summary"] for name, m in key_reference.methods().items()}
-    )
+    methods = key_reference.methods()
+    return format_rows({f"method.{name}": method["summary"] for name, method in methods.items()})
 
 
 def _explain_method(name: str) -> str:
@@ -91,20 +90,21 @@ def _explain_method(name: str) -> str:
     return f"{method['summary']} {method['paper']}\n\n{format_rows(rows)}"
 
 
-def _explain_key_of_methods(key: str, name: str) -> str:
-    rows = {
-        f"method.{method}.{name}": f"default {format_default(value['keys'][name])}. "
-        + value["keys"][name]["help"]
-        for method, value in key_reference.methods().items()
-        if name in value["keys"]
-    }
+def _explain_key_of_methods(name: str) -> str:
+    """Return the help of a key in each method that has it.
+
+    Raises:
+        ValueError: If no method has such a key.
+    """
+    rows = {}
+    for method, description in key_reference.methods().items():
+        if name in description["keys"]:
+            entry = description["keys"][name]
+            rows[f"method.{method}.{name}"] = f"default {format_default(entry)}. {entry['help']}"
     if not rows:
-        key_reference.find_entry(f"method.{name}")  # raises the error that lists the methods
-    return f"{key} is a key of these methods:\n{format_rows(rows)}"
+        key_reference.find_entry(f"method.{name}")  # raises an error with a suggestion
+    return f"method.{name} is a key of these methods:\n{format_rows(rows)}"
 
 
-def _indent(text: str) -> str:
-    width, lines = text_width(), [line for line in text.splitlines() if line]
-    return "\n".join(
-        textwrap.fill(line, width, initial_indent="  ", subsequent_indent="  ") for line in lines
-    )
+def _indent(line: str) -> str:
+    return textwrap.fill(line, text_width(), initial_indent="  ", subsequent_indent="  ")

@@ -8,7 +8,7 @@ from ssl_pretrain.system import program
 
 MAX_LISTED = 8  # a section with more keys is not listed in the message
 MAX_SUGGESTIONS = 3
-NAMES_ELSEWHERE = {  # key by the name that it has in other libraries
+KEYS_BY_FOREIGN_NAME = {  # names that other libraries use for the same setting
     "arch": "backbone.name",
     "architecture": "backbone.name",
     "encoder": "backbone.name",
@@ -108,7 +108,7 @@ ADVICE = {  # remedies for keys that do not exist and correspond to no other key
     "resume": "The same command with the same output resumes a run",
     "resume_from": "The same command with the same output resumes a run",
 }
-MAIN_KEYS = {  # the key that a value given to a whole section is meant for
+MAIN_KEYS = {  # key that is meant by a single value for a whole section, such as `optim=lars`
     "backbone": "backbone.name",
     "data": "data.root",
     "method": "method.name",
@@ -134,8 +134,9 @@ def describe_unknown_key(key: str, allowed: Sequence[str]) -> str:
         hint = f" It is one of {', '.join(owners)}."
     if len(allowed) <= MAX_LISTED:
         return f"{key}: no such key.{hint} Allowed: {', '.join(allowed)}"
-    question = program.command(f"help {section}".rstrip())
-    return f"{key}: no such key.{hint} `{question}` lists the keys{' there' * bool(section)}"
+    help_command = program.command(f"help {section}".rstrip())
+    scope = " there" if section else ""
+    return f"{key}: no such key.{hint} `{help_command}` lists the keys{scope}"
 
 
 def describe_unknown_argument(key: str, allowed: Sequence[str]) -> str:
@@ -153,11 +154,14 @@ def describe_unknown_argument(key: str, allowed: Sequence[str]) -> str:
 
 
 def explain_option(name: str, value: str) -> str:
-    """Return how to write an option such as `--epochs 5` as a setting, or an empty text.
+    """Explain how to write an option such as `--epochs 5` as a setting.
 
     Args:
         name: Name of the option, without dashes.
         value: The option's value, or an empty text.
+
+    Returns:
+        A sentence without its full stop, or an empty text if no setting resembles the option.
     """
     name = name.lower().replace("-", "_")
     if name in ADVICE:
@@ -170,40 +174,56 @@ def explain_option(name: str, value: str) -> str:
 
 
 def refuse_misspelled_crop(key: str, names: Sequence[str]) -> None:
-    """Refuse an override that would add a crop whose name resembles that of a crop of the recipe.
+    """Refuse an override that would add a crop with nearly the name of an existing one.
+
+    Args:
+        key: Key of the override, of any section.
+        names: Names of the recipe's crops.
 
     Raises:
         ValueError: If the key is `views.crops.NAME...` with such a name.
     """
-    section, _, rest = key.partition("views.crops.")
-    name = rest.partition(".")[0]
+    if not key.startswith("views.crops."):
+        return
+    name = key.removeprefix("views.crops.").partition(".")[0]
     close = get_close_matches(name, names, n=1, cutoff=0.8)
-    # A number after the name of a crop is the usual name of a second one.
-    if not section and close and name not in names and not name.startswith(close[0]):
+    # A second crop is usually named after the first one, with a number at the end.
+    if close and name not in names and not name.startswith(close[0]):
         raise ValueError(
             f"views.crops.{name}: the recipe has no crop of this name. Did you mean {close[0]!r}?"
         )
 
 
 def suggest_assignment(section: str, value: str) -> str:
-    """Return how to set the section's main key to a value that was given to the section."""
+    """Return how to set the main key of a section to a value, or an empty text if it has none."""
     return f"write {MAIN_KEYS[section]}={value}" if section in MAIN_KEYS else ""
 
 
 def _suggest(section: str, name: str, allowed: Sequence[str]) -> list[str]:
-    """Return the likely keys. A key in the same section is written without the section."""
-    keys = [NAMES_ELSEWHERE[name]] if name in NAMES_ELSEWHERE else keys_named(name)
+    """Return the keys that a user may mean, at most `MAX_SUGGESTIONS`.
+
+    A key in the same section is written without the section.
+
+    Args:
+        section: Section of the wrong key, or an empty text.
+        name: The wrong key without its section.
+        allowed: Names of the keys in the section.
+    """
+    foreign_key = KEYS_BY_FOREIGN_NAME.get(name)
+    keys = [foreign_key] if foreign_key else keys_named(name)
     if not keys or len(keys) > MAX_SUGGESTIONS:
         keys = [_join(section, close) for close in get_close_matches(name, allowed, n=1)]
     if not keys and len(name) > 2:
         names = sorted({key.rpartition(".")[2] for key in _all_keys()})
         close_names = get_close_matches(name, names, n=1, cutoff=0.75)
         keys = [key for close in close_names for key in keys_named(close)]
-    return [
-        key.removeprefix(f"{section}.") if section == key.rpartition(".")[0] else key
-        for key in keys[:MAX_SUGGESTIONS]
-        if section != "method" or not key.startswith("method.") or key[7:] in allowed
-    ]
+    suggestions = []
+    for key in keys[:MAX_SUGGESTIONS]:
+        key_section, _, key_name = key.rpartition(".")
+        is_of_other_method = section == key_section == "method" and key_name not in allowed
+        if not is_of_other_method:
+            suggestions.append(key_name if key_section == section else key)
+    return suggestions
 
 
 def _join(section: str, name: str) -> str:

@@ -46,19 +46,20 @@ def declarations() -> Declarations:
 def find_entry(key: str) -> tuple[str, dict[str, Any]]:
     """Return the key as it is listed in the file, and its description.
 
-    The keys of a method are `method.<its name>.KEY`.
+    Args:
+        key: A dotted key. A key of a method is `method.NAME.KEY`, with the name of the method.
 
     Raises:
         ValueError: If there is no such key.
     """
-    entries, local_key, replacements = keys(), key, {}
+    entries, local_key = keys(), key
     if key.startswith("method.") and key not in entries:
-        _, method_name, *names = key.split(".")
-        replacements["method"] = _method_type(method_name)
-        entries, local_key = methods()[method_name]["keys"], ".".join(names)
-        declared_type(_run_type(), f"method.{local_key}", replacements)
+        method, _, local_key = key.removeprefix("method.").partition(".")
+        replacements = {"method": _method_type(method)}
+        entries = methods()[method]["keys"]
+        declared_type(_run_type(), f"method.{local_key}", replacements)  # raises for a wrong key
     else:
-        declared_type(_run_type(), key, replacements)
+        declared_type(_run_type(), key, {})
     local_key = _listed_key(local_key, entries)
     if local_key not in entries:
         raise ValueError(f"{key} has no help of its own; see {key.rpartition('.')[0]}")
@@ -66,7 +67,7 @@ def find_entry(key: str) -> tuple[str, dict[str, Any]]:
 
 
 def _listed_key(key: str, entries: Entries) -> str:
-    """Return `views.crops.<name>.size` for `views.crops.global.size`."""
+    """Replace a name that the user chose, as in `views.crops.global.size`, by `<name>`."""
     for section, entry in entries.items():
         if entry["type"] == SECTIONS and key.startswith(f"{section}."):
             _, _, rest = key.removeprefix(f"{section}.").partition(".")

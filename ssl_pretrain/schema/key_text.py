@@ -13,7 +13,7 @@ ON_RESUME = {
     "free": "A resumed run may change this value.",
     "warn": "A resumed run may change this value, with a warning.",
 }
-_MAX_NAME_WIDTH = 34  # a longer name has a line of its own
+_MAX_NAME_WIDTH = 34  # characters; a longer name gets a line of its own
 
 
 def describe_type(entry: Mapping[str, Any]) -> str:
@@ -23,7 +23,7 @@ def describe_type(entry: Mapping[str, Any]) -> str:
 
 
 def format_default(entry: Mapping[str, Any]) -> str:
-    """Return the default value of a key as it is written in YAML."""
+    """Return the default of a key in YAML's spelling, or `none` for a key that must be set."""
     value = entry["default"]
     words: dict[Any, str] = {None: "null", True: "true", False: "false", "": "empty", "???": "none"}
     if isinstance(value, (str, bool, type(None))):
@@ -49,7 +49,7 @@ def _format_number(value: float) -> str:
 
 
 def text_width() -> int:
-    """Return the width of help texts, which is that of the terminal within limits."""
+    """Return the width of help texts in characters: the terminal's, but from 60 to 100."""
     return min(max(shutil.get_terminal_size().columns, 60), 100)
 
 

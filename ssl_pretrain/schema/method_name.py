@@ -25,7 +25,7 @@ def override_method(
     """Apply the overrides that may name a method: `method.name=NAME` and `method={name: NAME}`.
 
     Args:
-        tree: The values that are overridden.
+        tree: Values before the overrides.
         pairs: Key and value of every override. The others are skipped.
         run_type: The dataclass of the configuration.
 
@@ -39,13 +39,17 @@ def override_method(
     return tree
 
 
-def refuse_other_method(values: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
-    """Raise ValueError if a change replaces the method of a YAML that is written for it.
+def refuse_other_method(values: Mapping[str, Any], new_values: Mapping[str, Any]) -> None:
+    """Raise ValueError if overrides replace the method that a YAML was written for.
 
-    The other method would keep the YAML's learning rate and views, which belong to the first. A
-    YAML whose section `method` has only a name, such as the bases of studies, suits any method.
+    The new method would keep the YAML's learning rate and views, which belong to the old one. A
+    YAML whose section `method` has only a name, such as the base of a study, suits any method.
+
+    Args:
+        values: Values of the YAML.
+        new_values: The values after the overrides.
     """
-    old_name, name = read_name(values), read_name(changed)
+    old_name, name = read_name(values), read_name(new_values)
     if old_name in (None, name) or len(values["method"]) < 2:
         return
     raise ValueError(

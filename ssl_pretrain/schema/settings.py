@@ -37,8 +37,8 @@ class Bounds:
         return is_finite and respects_low and respects_high
 
     def __str__(self) -> str:
-        low = f"{'>' if self.open_low else '>='} {self.low:,}".replace(",", "")
-        high = f"{'<' if self.open_high else '<='} {self.high:,}".replace(",", "")
+        low = f"{'>' if self.open_low else '>='} {self.low}"
+        high = f"{'<' if self.open_high else '<='} {self.high}"
         return low if self.high == math.inf else f"{low} and {high}"
 
 
@@ -109,7 +109,7 @@ def setting(
 
 
 def field_metadata(kind: type, name: str) -> Mapping[str, Any]:
-    """Return the metadata of a field. A subclass that only changes a default inherits it."""
+    """Return the metadata of a field, inherited where a subclass only changes the default."""
     fields = (getattr(base, "__dataclass_fields__", {}).get(name) for base in kind.__mro__)
     return next((field.metadata for field in fields if field and field.metadata), {})
 
@@ -153,7 +153,7 @@ def _check_value(value: Any, key: str, bounds: Bounds) -> None:
                 f"{key}: {value!r} contains a NUL character, which names and paths must not have; "
                 "remove it"
             )
-    elif isinstance(value, Mapping):
+    elif isinstance(value, Mapping):  # its keys are the user's, so they have no declared range
         for name, element in value.items():
             _check_value(element, f"{key}.{name}", Bounds(-math.inf))
     elif isinstance(value, (list, tuple)):

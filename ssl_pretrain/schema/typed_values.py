@@ -1,7 +1,7 @@
 """Convert text and YAML trees to the declared types of keys.
 
-A text key keeps its text unchanged, a number key takes a number, and `null` means no value, for
-keys that may be empty.
+The declared type decides, not the spelling. `010` is the number 10 for a number key and the text
+"010" for a text key. `null` means no value for a key that may be empty.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ def declared_type(kind: Any, key: str, replacements: Mapping[str, Any]) -> Any:
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
         elif kind is not Any:
-            others = " or ".join(map(repr, key_hints.keys_named(name)[: key_hints.MAX_SUGGESTIONS]))
-            hint = f". Did you mean {others}?" if others else ""
+            suggestions = key_hints.keys_named(name)[: key_hints.MAX_SUGGESTIONS]
+            hint = f". Did you mean {' or '.join(map(repr, suggestions))}?" if suggestions else ""
             raise ValueError(f"{key}: no such key. {'.'.join(parents)} is a single value{hint}")
         parents.append(name)
         kind = replacements.get(".".join(parents), kind)
@@ -53,6 +53,7 @@ def declared_type(kind: Any, key: str, replacements: Mapping[str, Any]) -> Any:
 
 
 def _require_field(kind: type, key: str) -> None:
+    """Raise ValueError unless the last name of a dotted key is a field of a dataclass."""
     allowed = [field.name for field in dataclasses.fields(kind)]
     name = key.rpartition(".")[2]
     if name not in allowed:
@@ -130,6 +131,7 @@ def _build_section(kind: type, tree: Any, replacements: Mapping[str, Any], key: 
 
 
 def _require_mapping(tree: Any, key: str) -> Mapping[str, Any]:
+    """Return the keys of a section, or raise ValueError if the tree is a value or a list."""
     if tree is None or tree == Scalar(""):  # a section whose lines are all comments
         return {}
     if not isinstance(tree, Mapping):
@@ -192,22 +194,29 @@ def _build_int(tree: Any, key: str) -> int:
 
 
 def _build_float(tree: Any, key: str) -> float:
-    number = tree
-    if isinstance(tree, Scalar):  # YAML writes .inf and .nan
-        number = tree.text.strip().lower().replace(".inf", "inf").replace(".nan", "nan")
-    elif isinstance(tree, bool) or not isinstance(tree, (int, float)):
-        number = "not a number"
-    try:
-        value = float(number)
-    except OverflowError:
-        value = math.inf
-    except ValueError:
-        raise ValueError(
-            f"{key}: {_describe(tree)} is not a number; write one such as 0.3 or 1e-6"
-        ) from None
+    value = _parse_float(tree)
+    if value is None:
+        raise ValueError(f"{key}: {_describe(tree)} is not a number; write one such as 0.3 or 1e-6")
     if not math.isfinite(value):
         raise ValueError(f"{key}: {_describe(tree)} is not a finite number; give one such as 0.3")
     return value
+
+
+def _parse_float(tree: Any) -> float | None:
+    """Return the value of a number, infinity if it is too large, or None if it is no number."""
+    number: str | float
+    if isinstance(tree, Scalar):  # YAML writes .inf and .nan
+        number = tree.text.strip().lower().replace(".inf", "inf").replace(".nan", "nan")
+    elif isinstance(tree, (int, float)) and not isinstance(tree, bool):
+        number = tree
+    else:
+        return None
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+    except ValueError:
+        return None
 
 
 BUILDERS: dict[Any, Callable[[Any, str], Any]] = {
