@@ -39,7 +39,7 @@ def check_two_images(loss: str, z: Tensor, missing: str = "negative") -> None:
     Args:
         loss: Name of the loss.
         z: Embeddings of this rank, one row per image.
-        missing: What a single image does not have.
+        missing: Quantity that a single image does not have, for the message.
     """
     num_images = len(z) * process_group.world_size()
     if num_images < 2:
@@ -66,10 +66,18 @@ def check_queue(loss: str, queue: Tensor, dim: int) -> None:
 
 
 def unit_embeddings(loss: str, temperature: float, **embeddings: Tensor) -> list[Tensor]:
-    """Check embeddings and a temperature.
+    """Check embeddings and a temperature, and normalize the embeddings.
+
+    Args:
+        loss: Name of the loss.
+        temperature: Temperature, which must be positive.
+        embeddings: Embeddings by the name of the argument, each of shape (local_batch, dim).
 
     Returns:
         The embeddings with unit length, in float32 or wider.
+
+    Raises:
+        ValueError: If the shapes differ or are not 2-D, or the temperature is not positive.
     """
     check_embeddings(loss, **embeddings)
     check_positive(loss, temperature=temperature)

@@ -46,7 +46,7 @@ class Backend:
             return None
 
 
-# A CPU's tile stays in its cache. Other devices than these use the tiles of a CPU.
+# The tiles of the CPU fit into its cache. Devices that are not listed use them, too.
 BACKENDS = {"cpu": Backend(512, 1024), "cuda": Backend(8192, 8192, fused=True)}
 _override: ContextVar[Backend | None] = ContextVar("backend", default=None)
 

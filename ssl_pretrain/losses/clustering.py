@@ -32,8 +32,8 @@ def swav(
         epsilon: Weight of the entropy of the assignments. The authors also use 0.03.
         num_iterations: Iterations of Sinkhorn-Knopp.
         queue_scores: Cosines of past embeddings of the global views with the prototypes, shape
-            (rows, 2, num_prototypes). They take part in the assignments. Each rank gives as many
-            rows, and no two ranks the same ones.
+            (rows, 2, num_prototypes). They take part in the assignments. Every rank passes the same
+            number of rows, and each row is passed by one rank only.
 
     Returns:
         Scalar mean over this rank's images and pairs of views, in nats. The mean over ranks is the
@@ -43,7 +43,7 @@ def swav(
         ValueError: If the shapes do not match, or a number is not positive.
 
     Example:
-        >>> swav(torch.zeros(8, 4, 5))  # ln(5), the loss of a collapse
+        >>> swav(torch.zeros(8, 4, 5))  # ln(5), the loss after a collapse
         tensor(1.60...)
     """
     check_positive("swav", temperature=temperature, epsilon=epsilon, num_iterations=num_iterations)
@@ -111,6 +111,9 @@ def swapped_prediction(scores: Tensor, assignments: Sequence[Tensor], temperatur
         scores: Shape (local_batch, views, num_prototypes).
         assignments: Assignments of the first views, each (local_batch, num_prototypes).
         temperature: Divisor of the scores.
+
+    Returns:
+        Scalar mean over images and pairs of views, in nats.
     """
     num_views = scores.shape[1]
     loss = scores.new_zeros(())

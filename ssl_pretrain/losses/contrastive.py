@@ -20,7 +20,16 @@ from ssl_pretrain.losses.tiles import log_sum_exp, symmetric_log_sum_exp
 
 
 def plain_nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
-    """NT-Xent of one process, as in the paper. `nt_xent` computes the same loss in tiles."""
+    """NT-Xent of one process, as in the paper. `nt_xent` computes the same loss in tiles.
+
+    Args:
+        z_a: Embeddings of the first view, shape (batch, dim). Normalized inside.
+        z_b: Embeddings of the second view, same shape.
+        temperature: Divisor of the cosine similarities.
+
+    Returns:
+        Scalar mean over the 2 * batch anchors, in nats.
+    """
     z = F.normalize(torch.cat([z_a, z_b]), dim=1)
     logits = z @ z.T / temperature
     diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)

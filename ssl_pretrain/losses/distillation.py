@@ -1,6 +1,6 @@
 """Losses of a student that predicts a target: BYOL, SimSiam and DINO.
 
-Each image is compared only with itself, so no number crosses ranks. No gradient flows to the
+Each image is compared only with itself, so the ranks exchange nothing. No gradient flows to the
 targets.
 """
 
@@ -44,7 +44,12 @@ def byol(p_a: Tensor, p_b: Tensor, z_a: Tensor, z_b: Tensor) -> Tensor:
 
 
 def mean_squared_distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared distance of the normalized vectors, which is 2 - 2 cos."""
+    """Return the mean squared distance of normalized vectors, which is 2 - 2 * cosine.
+
+    Args:
+        prediction: Shape (rows, dim). Normalized inside.
+        target: Same shape. Normalized inside.
+    """
     prediction, target = F.normalize(upcast(prediction), dim=1), F.normalize(upcast(target), dim=1)
     return (prediction - target).square().sum(1).mean()
 
@@ -121,7 +126,7 @@ def dino(
 
     Args:
         student_logits: Student outputs of all views, shape (local_batch, views, num_prototypes).
-            The first two views are the teacher's.
+            The first two are the global views, which the teacher sees, too.
         teacher_logits: Teacher outputs of the global views, shape (local_batch, 2, num_prototypes).
         center: Moving average of the teacher's logits, shape (num_prototypes,), the same on all
             ranks.
@@ -156,6 +161,9 @@ def teacher_probabilities(
         logits: Shape (local_batch, views, num_prototypes).
         center: Shape (num_prototypes,).
         temperature: Temperature of the softmax.
+
+    Returns:
+        Probabilities of each view, shape (local_batch, num_prototypes).
     """
     return [F.softmax((view - center) / temperature, dim=1) for view in upcast(logits).unbind(1)]
 
@@ -163,13 +171,16 @@ def teacher_probabilities(
 def cross_entropy_of_views(
     student_logits: Tensor, probabilities: Sequence[Tensor], temperature: float
 ) -> Tensor:
-    """Return the mean cross entropy over all pairs of a teacher's view and another student's view.
+    """Return the mean cross entropy over all pairs of a teacher view and another student view.
 
     Args:
         student_logits: Shape (local_batch, views, num_prototypes).
         probabilities: Teacher's probabilities for the first views, each
             (local_batch, num_prototypes).
         temperature: Temperature of the student's softmax.
+
+    Returns:
+        Scalar mean over images and pairs of views, in nats.
     """
     loss = student_logits.new_zeros((), dtype=upcast(student_logits).dtype)
     num_pairs = 0

@@ -42,8 +42,8 @@ def triplet(
         labels: Class of each image, integers of shape (local_batch,). Embeddings of one class are
             positives of each other. The global batch needs at least two classes. By default only
             the two views of an image are positives.
-        margin: Smallest wanted difference of the squared distances of unit vectors. The paper uses
-            0.2.
+        margin: Amount by which the squared distance to the negative should exceed that to the
+            positive. Squared distances of unit vectors are at most 4. The paper uses 0.2.
 
     Returns:
         Scalar loss whose mean over ranks is the mean over all positive pairs of the global batch,
@@ -55,7 +55,7 @@ def triplet(
 
     Example:
         >>> same = torch.ones(4, 3)
-        >>> triplet(same, same)  # a collapse costs the margin
+        >>> triplet(same, same)  # the margin, the loss after a collapse
         tensor(0.2000)
     """
     return triplet_terms(z_a, z_b, labels, margin=margin).loss
@@ -64,7 +64,10 @@ def triplet(
 def triplet_terms(
     z_a: Tensor, z_b: Tensor, labels: Tensor | None, *, margin: float
 ) -> TripletTerms:
-    """Return the loss of `triplet` and the fraction of its terms that are not 0."""
+    """Return the loss of `triplet` and the fraction of its terms that are not 0.
+
+    The arguments and errors are those of `triplet`.
+    """
     groups = _check_groups("triplet", z_a, z_b, labels)
     check_not_negative("triplet", margin=margin)
     pairs = all_pairs(F.normalize(upcast(z_a)), F.normalize(upcast(z_b)), groups)
@@ -92,13 +95,13 @@ def squared_semi_hard_distance(pairs: Pairs) -> Tensor:
 
 
 class NPairTerms(NamedTuple):
-    """Terms of the N-pair loss. The squared length is summed over both views."""
+    """Cross entropy of the N-pair loss, and the sum of both views' mean squared lengths."""
 
     n_pair: Tensor
     squared_length: Tensor
 
     def weighted_sum(self, *, length_weight: float) -> Tensor:
-        """Return the loss."""
+        """Return the loss, whose penalty is a quarter of the squared length times its weight."""
         return self.n_pair + length_weight / 4 * self.squared_length
 
 
@@ -116,8 +119,8 @@ def n_pair(
         z_b: Embeddings of their positives, same shape.
         labels: Class of each pair, integers of shape (local_batch,). By default each pair is a
             class of its own.
-        length_weight: Weight of a penalty on the length of the embeddings, which is a quarter of
-            the sum of the mean squared lengths of both tensors.
+        length_weight: Weight of the penalty on the length of the embeddings. The penalty is a
+            quarter of the sum of the mean squared lengths of both tensors.
 
     Returns:
         Scalar mean over this rank's anchors, in nats, plus the penalty. The mean over ranks is the
@@ -137,15 +140,19 @@ def n_pair(
 
 
 def n_pair_terms(z_a: Tensor, z_b: Tensor, labels: Tensor | None) -> NPairTerms:
-    """Return the two terms of `n_pair`, before they are weighted."""
+    """Return the two terms of `n_pair`, before they are weighted.
+
+    The arguments and errors are those of `n_pair`.
+    """
     groups = _check_groups("n_pair", z_a, z_b, labels)
     z_a, z_b = upcast(z_a), upcast(z_b)
     with torch.autocast(z_a.device.type, enabled=False):
         logits = z_a @ collectives.gather(z_b).T
     same_group = (groups[:, None] == collectives.gather(groups)).to(z_a.dtype)
-    cross_entropy = F.cross_entropy(logits, same_group / same_group.sum(1, keepdim=True))
+    targets = same_group / same_group.sum(1, keepdim=True)
+    cross_entropy = F.cross_entropy(logits, targets)  # equation 7
     squared_length = z_a.square().sum(1).mean() + z_b.square().sum(1).mean()
-    return NPairTerms(cross_entropy, squared_length)  # the first term is equation 7
+    return NPairTerms(cross_entropy, squared_length)
 
 
 class PairwiseTerms(NamedTuple):
@@ -200,7 +207,10 @@ def pairwise(
 def pairwise_terms(
     z_a: Tensor, z_b: Tensor, labels: Tensor | None, *, margin: float, unit_length: bool
 ) -> PairwiseTerms:
-    """Return the mean losses of the positive and the negative pairs of `pairwise`."""
+    """Return the mean losses of the positive and the negative pairs of `pairwise`.
+
+    The arguments and errors are those of `pairwise`.
+    """
     groups = _check_groups("pairwise", z_a, z_b, labels)
     check_not_negative("pairwise", margin=margin)
     z_a, z_b = upcast(z_a), upcast(z_b)
@@ -215,9 +225,13 @@ def pairwise_terms(
 
 
 def _check_groups(loss: str, z_a: Tensor, z_b: Tensor, labels: Tensor | None) -> Tensor:
-    """Check the arguments, and return the group of each image, shape (local_batch,).
+    """Return the group of each image, shape (local_batch,), from checked arguments.
 
-    Without labels, this is the index of the image in the global batch.
+    The group is the label, or else the index of the image in the global batch.
+
+    Raises:
+        ValueError: If the shapes do not match, the labels are not integers, or the global batch is
+            a single image.
     """
     check_embeddings(loss, z_a=z_a, z_b=z_b)
     check_two_images(loss, z_a)

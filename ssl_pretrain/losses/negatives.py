@@ -38,7 +38,8 @@ def decoupled(
         global loss.
 
     Raises:
-        ValueError: As for `nt_xent`, or if `sigma` is not positive.
+        ValueError: If the shapes differ or are not 2-D, `temperature` or `sigma` is not positive,
+            or the global batch is a single image.
 
     Example:
         >>> same = torch.ones(8, 4)
@@ -70,14 +71,15 @@ def debiased(z_a: Tensor, z_b: Tensor, *, temperature: float, tau_plus: float) -
         z_b: Embeddings of the second view, same shape.
         temperature: Divisor of the cosine similarities. The authors' code uses 0.5.
         tau_plus: Probability, in [0, 1), that a negative has the anchor's class. The authors' code
-            uses 0.1. 0 means NT-Xent.
+            uses 0.1. With 0 this is `nt_xent`.
 
     Returns:
         Scalar mean over this rank's 2 * local_batch anchors, in nats. The mean over ranks is the
         global loss.
 
     Raises:
-        ValueError: As for `decoupled`, or if `tau_plus` is outside [0, 1).
+        ValueError: If the shapes differ or are not 2-D, `temperature` is not positive, `tau_plus`
+            is outside [0, 1), or the global batch is a single image.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -100,23 +102,24 @@ def hard_negative(
         z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
         z_b: Embeddings of the second view, same shape.
         temperature: Divisor of the cosine similarities. The authors' code uses 0.5.
-        tau_plus: Probability, in [0, 1), that a negative has the class of the anchor.
-        beta: Concentration on hard negatives. The authors' code uses 1. 0 means
-            `debiased`.
+        tau_plus: Probability, in [0, 1), that a negative has the anchor's class. The authors' code
+            uses 0.1.
+        beta: Concentration on hard negatives. The authors' code uses 1. With 0 this is `debiased`.
 
     Returns:
         Scalar mean over this rank's 2 * local_batch anchors, in nats. The mean over ranks is the
         global loss.
 
     Raises:
-        ValueError: As for `debiased`, or if `beta` is negative.
+        ValueError: If the shapes differ or are not 2-D, `temperature` is not positive, `tau_plus`
+            is outside [0, 1), `beta` is negative, or the global batch is a single image.
 
     Example:
         >>> same = torch.ones(8, 4)
         >>> hard_negative(same, same, temperature=0.5, tau_plus=0.0, beta=1.0)  # ln(15)
         tensor(2.70...)
     """
-    name = "hard_negative" if beta else "debiased"
+    name = "hard_negative" if beta else "debiased"  # for messages
     if not 0 <= tau_plus < 1:
         raise ValueError(f"{name}: tau_plus must be in [0, 1), got {tau_plus}")
     check_not_negative(name, beta=beta)
@@ -134,6 +137,7 @@ def hard_negative(
     estimate = (1 - tau_plus * num_negatives * relative_positive) / (1 - tau_plus)
     minimum = num_negatives * torch.exp(-1 / temperature - negatives)
     corrected_sum = torch.maximum(estimate, minimum)
+    # Reusing relative_positive would round the gradient in another way than earlier versions.
     relative_denominator = torch.exp(positive - negatives) + corrected_sum
     return (torch.log(relative_denominator) + negatives - positive).mean()
 

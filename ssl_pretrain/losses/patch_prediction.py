@@ -13,7 +13,7 @@ from ssl_pretrain.losses.tiles import log_sum_exp
 def cpc(
     predictions: Tensor, targets: Tensor, *, rows_ahead: Sequence[int], scale: float = 0.1
 ) -> Tensor:
-    """InfoNCE loss of CPC v2: each prediction has to find its patch among those of all images.
+    """InfoNCE loss of CPC v2: each prediction is matched with its patch among those of all images.
 
     Implements appendix A of Hénaff et al., ICML 2020 (arXiv:1905.09272). The candidates are the
     patches of all images of the global batch. Logits are inner products.
@@ -24,7 +24,7 @@ def cpc(
             ``orient(targets, d)``.
         targets: Embeddings of a square grid of patches, shape (local_batch, dim, side, side).
         rows_ahead: Distances in rows from a prediction to its patch.
-        scale: Factor of the predictions. The paper uses 0.1.
+        scale: Factor of the predictions (dimensionless). The paper uses 0.1.
 
     Returns:
         Scalar mean over this rank's predictions, in nats, summed over ``rows_ahead`` and averaged
@@ -65,8 +65,8 @@ def orient(grid: Tensor, direction: int) -> Tensor:
 
     Args:
         grid: Shape (images, dim, side, side).
-        direction: Position of the rows to predict from, which is the top (0), the bottom (1), the
-            left (2) or the right (3).
+        direction: Side of the grid to predict from: the top (0), the bottom (1), the left (2) or
+            the right (3).
     """
     orientations = grid, grid.flip(2), grid.transpose(2, 3), grid.flip(3).transpose(2, 3)
     return orientations[direction]

@@ -60,7 +60,10 @@ def barlow_twins(z_a: Tensor, z_b: Tensor, *, redundancy_weight: float = 0.0051)
 
 
 def barlow_twins_terms(z_a: Tensor, z_b: Tensor) -> BarlowTwinsTerms:
-    """Return the two terms of `barlow_twins`, before they are weighted."""
+    """Return the two terms of `barlow_twins`, before they are weighted.
+
+    The arguments and errors are those of `barlow_twins`.
+    """
     check_embeddings("barlow_twins", z_a=z_a, z_b=z_b)
     check_two_images("barlow_twins", z_a, missing="correlation")
     correlation = cross_correlation(z_a, z_b)  # equation 2
@@ -126,7 +129,10 @@ def vicreg(
 
 
 def vicreg_terms(z_a: Tensor, z_b: Tensor) -> VICRegTerms:
-    """Return the three terms of `vicreg`, before they are weighted."""
+    """Return the three terms of `vicreg`, before they are weighted.
+
+    The arguments and errors are those of `vicreg`.
+    """
     check_embeddings("vicreg", z_a=z_a, z_b=z_b)
     check_two_images("vicreg", z_a, missing="variance")
     z_a, z_b = upcast(z_a), upcast(z_b)

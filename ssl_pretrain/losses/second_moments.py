@@ -22,12 +22,12 @@ class GlobalMatrix:
     Attributes:
         columns: Shape (dim, columns).
         first_column: Index of the first of these columns in the matrix.
-        num_parts: Number of ranks if each has its own columns, 1 if every rank has all of them.
+        num_shards: Number of ranks if each has its own columns, 1 if every rank has all of them.
     """
 
     columns: Tensor
     first_column: int
-    num_parts: int
+    num_shards: int
 
     def diagonal(self) -> Tensor:
         """Return the matrix's diagonal in these columns, shape (columns,)."""
@@ -44,7 +44,7 @@ class GlobalMatrix:
         Args:
             entries: Values computed from `diagonal` or `off_diagonal`.
         """
-        return self.num_parts * entries.sum()
+        return self.num_shards * entries.sum()
 
 
 def variance_hinge(covariance: GlobalMatrix) -> Tensor:
@@ -77,8 +77,8 @@ def cross_correlation(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> GlobalM
         eps: Constant added to the variances, as in the batch norm of the authors' code.
     """
     with torch.autocast(z_a.device.type, enabled=False):
-        z_a, count = _centered(z_a)
-        z_b, _ = _centered(z_b)
+        z_a, count = _center(z_a)
+        z_b, _ = _center(z_b)
         sums = torch.stack([z_a.square().sum(0), z_b.square().sum(0)])
         variances = collectives.reduce_sum(sums) / count
         z_a, z_b = (z * (variance + eps).rsqrt() for z, variance in zip((z_a, z_b), variances))
@@ -97,11 +97,11 @@ def global_covariance(z: Tensor) -> GlobalMatrix:
         z: Embeddings, shape (local_batch, dim).
     """
     with torch.autocast(z.device.type, enabled=False):
-        z, count = _centered(z)
+        z, count = _center(z)
         return _product(z, z, count, divisor=max(1, count - 1))
 
 
-def _centered(z: Tensor) -> tuple[Tensor, int]:
+def _center(z: Tensor) -> tuple[Tensor, int]:
     """Return `z` minus its mean over the global batch, and the size of that batch."""
     z = upcast(z)
     count = len(z) * process_group.world_size()

@@ -70,9 +70,12 @@ def all_pairs(z_a: Tensor, z_b: Tensor, groups: Tensor) -> Pairs:
 
 
 def class_indices(labels: Tensor) -> Tensor:
-    """Return an index below len(labels) for the class of each label.
+    """Number the classes from 0 and return the number of each label's class.
 
-    The host does not wait for the device.
+    `torch.unique` would make the host wait for the device. This function does not.
+
+    Args:
+        labels: Integers of any size, shape (rows,).
     """
     ascending, order = labels.sort()
     is_first = torch.ones_like(ascending)

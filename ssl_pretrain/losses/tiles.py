@@ -261,6 +261,7 @@ class _RunningSums:
         self.maximum[tile.rows] = new_maximum
 
     def log(self) -> Tensor:
+        """Return the logarithm of each sum, shape (rows,)."""
         return self.sum.log() if self.maximum is None else self.sum.log() + self.maximum
 
 

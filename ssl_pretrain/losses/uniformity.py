@@ -1,4 +1,4 @@
-"""Alignment and uniformity on the unit sphere."""
+"""Loss of alignment and uniformity on the unit sphere."""
 
 import math
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class AlignUniformTerms(NamedTuple):
     uniform: Tensor
 
     def weighted_sum(self, *, align_weight: float, uniform_weight: float) -> Tensor:
-        """Return the loss."""
+        """Return the weighted sum of both terms, which is the loss."""
         return align_weight * self.align + uniform_weight * self.uniform
 
 
@@ -44,7 +44,7 @@ def align_uniform(
         align_weight: Weight of the mean distance between the views of an image.
         uniform_weight: Weight of the logarithm of the mean Gaussian kernel between two images.
         alpha: Power of the distance.
-        t: Sharpness of the Gaussian kernel.
+        t: Sharpness of the Gaussian kernel, the factor of the squared distance.
 
     Returns:
         Scalar loss (dimensionless). The mean over ranks is the global loss.
@@ -63,7 +63,10 @@ def align_uniform(
 
 
 def align_uniform_terms(z_a: Tensor, z_b: Tensor, *, alpha: float, t: float) -> AlignUniformTerms:
-    """Return the two terms of `align_uniform`, before they are weighted."""
+    """Return the two terms of `align_uniform`, before they are weighted.
+
+    The arguments and errors are those of `align_uniform`.
+    """
     check_embeddings("align_uniform", z_a=z_a, z_b=z_b)
     check_positive("align_uniform", alpha=alpha, t=t)
     check_two_images("align_uniform", z_a, missing="uniformity")
