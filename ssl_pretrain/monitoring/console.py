@@ -8,11 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TextIO
 
-from ssl_pretrain.monitoring.progress import Progress
+from ssl_pretrain.monitoring.progress import ProgressText
 from ssl_pretrain.system import live_line
 from ssl_pretrain.system.live_line import LiveLine
 
-MIN_SECONDS_BETWEEN_LINES = 1.0  # shortest time between two progress lines
+MIN_SECONDS_BETWEEN_LINES = 1.0
 YELLOW, DEFAULT_COLOR = "\x1b[33m", "\x1b[0m"
 
 
@@ -31,13 +31,13 @@ class Console:
         past_records: list[dict[str, Any]] | None = None,
         stream: TextIO | None = None,
     ):
-        self.progress = Progress(last_step, past_records)
+        self.progress = ProgressText(last_step, past_records)
         self.stream = stream or sys.stdout
         self._live_line = LiveLine(self.stream)
         self._last_shown = 0.0
 
     def show_progress(self, record: dict[str, Any]) -> None:
-        """Show a record, at most once per second. The last record is always shown."""
+        """Show a record unless another was shown within a second. The last one is always shown."""
         self.progress.update(record)
         now, is_last = time.monotonic(), record["step"] == self.progress.last_step
         if now - self._last_shown < MIN_SECONDS_BETWEEN_LINES and not is_last:
@@ -75,7 +75,10 @@ class WarningCollector:
     Rank 0 shows its own warnings at once. The other ranks keep theirs until rank 0 gathers them.
 
     Args:
-        show: Prints a warning. None on ranks that only collect.
+        show: Function that prints a warning, or None on a rank that keeps its warnings.
+
+    Attributes:
+        pending: Warnings that this rank keeps.
     """
 
     def __init__(self, show: Callable[[str], None] | None):
@@ -103,7 +106,11 @@ class WarningCollector:
         return pending
 
     def show_from_ranks(self, by_rank: list[list[str]]) -> None:
-        """Show the gathered warnings on rank 0, each with the ranks that it came from."""
+        """Show the warnings of all ranks on rank 0, each with the ranks that it came from.
+
+        Args:
+            by_rank: Result of `take_pending` on each rank.
+        """
         if self.show is None:
             return
         for text in dict.fromkeys(text for texts in by_rank for text in texts):
@@ -121,7 +128,12 @@ class WarningCollector:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
+        """Show or keep a warning. The parameters are those of `warnings.showwarning`."""
         text = f"{message} ({os.path.basename(filename)}:{lineno})"
-        if text not in self._known:
-            self._known.add(text)
-            (self.show or self.pending.append)(text)
+        if text in self._known:
+            return
+        self._known.add(text)
+        if self.show is None:
+            self.pending.append(text)
+        else:
+            self.show(text)

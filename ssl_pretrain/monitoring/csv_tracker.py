@@ -10,7 +10,7 @@ from typing import Any
 from ssl_pretrain.monitoring.background_writer import BackgroundWriter
 
 FILE_NAME = "metrics.csv"
-# Columns that every run has from its first row on. The accuracies are measured now and then.
+# Columns that every table starts with, so that accuracies, which few records have, come early.
 FIRST_COLUMNS = ("step", "epoch", "loss", "knn", "probe", "lr")
 
 
@@ -22,8 +22,8 @@ class CsvTracker:
 
     Args:
         run: The run's folder.
-        writer: Writes the file in the background.
-        past_records: Records of a resumed run, with which the table begins again.
+        writer: Writer of files in the background. Its owner closes it.
+        past_records: Records of a resumed run, which fill the first rows.
     """
 
     def __init__(self, run: Path, writer: BackgroundWriter, past_records: Iterable[dict[str, Any]]):
@@ -38,23 +38,23 @@ class CsvTracker:
     def log_record(
         self, record: dict[str, Any], curves: dict[str, list[float]] | None = None
     ) -> None:
-        """Add a row, and first the columns of metrics that no earlier record had."""
+        """Add a row, and a column for each metric that no earlier record had."""
         if self._add(record):
             self._write_all()
         else:
             self._writer.append(self.path, self._lines[-1])
 
     def log_picture(self, key: str, path: str, caption: str, step: int) -> None:
-        """Ignore the picture, which a table has no place for."""
+        """Ignore the picture, because a table has no place for it."""
 
     def raise_alert(self, title: str, text: str, tag: str) -> None:
-        """Ignore the alert, which is in `alerts.jsonl`."""
+        """Ignore the alert, because `alerts.jsonl` has it."""
 
     def close(self, succeeded: bool = True) -> None:
-        """Do nothing, because the writer is closed by its owner."""
+        """Do nothing, because the owner of the writer closes it."""
 
     def _add(self, record: dict[str, Any]) -> bool:
-        """Add a row to the lines in memory, and return True if it brought new columns."""
+        """Add a row to the lines in memory, and return True if that added columns."""
         new_columns = [key for key in record if key not in self._columns]
         if new_columns:
             self._columns += new_columns
@@ -68,6 +68,7 @@ class CsvTracker:
 
 
 def _format_row(fields: Iterable[Any]) -> str:
+    """Return one line of a CSV file, without its line end."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="").writerow(fields)
     return buffer.getvalue()

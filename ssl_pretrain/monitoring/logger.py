@@ -34,7 +34,7 @@ NEIGHBORS_CAPTION = (
 
 
 class Logger:
-    """Logger of a run. Rank 0 writes a record for all ranks every `every_steps` steps.
+    """Logger of a run. Rank 0 writes one record for all ranks every `log.every_steps` steps.
 
     Args:
         settings: The `log` section of the configuration.
@@ -173,7 +173,13 @@ class Logger:
         self._save_picture(grid, self.run / "views.png", metric_names.VIEWS_PICTURE, caption, step)
 
     def raise_alert(self, title: str, text: str, tag: str = "") -> None:
-        """Raise an alert on rank 0: in the terminal, in alerts.jsonl, and in the trackers."""
+        """Raise an alert on rank 0, in the terminal, in alerts.jsonl and in the trackers.
+
+        Args:
+            title: Kind of the alert, in a few words.
+            text: What happened, in a sentence.
+            tag: Name that the trackers give to this kind of alert. Made of the title by default.
+        """
         if not process_group.is_main():
             return
         self.console.warn(f"{title}: {text}")
@@ -183,7 +189,11 @@ class Logger:
             tracker.raise_alert(title, text, tag or title.replace(" ", "-"))
 
     def close(self, succeeded: bool = True) -> None:
-        """Write the last records and end the trackers, as crashed unless `succeeded` is true."""
+        """Write the last records, and close the console and the trackers.
+
+        Args:
+            succeeded: False if the run failed, which W&B then shows.
+        """
         self.console.close()
         self._writer.close()
         self._warnings.uninstall()

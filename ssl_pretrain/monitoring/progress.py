@@ -1,4 +1,4 @@
-"""Progress of a run as text: the newest values of its records, and a line that fits a width."""
+"""Format the progress of a run as a line that fits the terminal."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 SMOOTHING = 0.1  # weight of the latest step time in the ETA's moving average
-MIN_BAR, MAX_BAR = 10, 24  # characters
-GAP = "  "  # between two fields
-# Fields of the line on a terminal. The first ones are kept longest where columns are scarce.
+MIN_BAR, MAX_BAR = 10, 24  # length of the bar in characters
+GAP = "  "  # separator of two fields
+# Fields of the line on a terminal. In a narrow one, the last of these are left out first.
 BY_IMPORTANCE = (
     *("percent", "loss", "eta", "knn", "step"),
     *("skipped", "epoch", "lr", "data_wait", "images_per_second"),
 )
 
 
-class Progress:
-    """Newest values of a run's records.
+class ProgressText:
+    """Newest values of a run's records, and lines of text that show them.
 
     Args:
         last_step: Step at which the run ends.
@@ -33,7 +33,7 @@ class Progress:
             self.update(record)
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """Take over the values of the next record."""
+        """Update the values and the average step time from the next record."""
         if record.get("knn") is not None:
             self.knn = record["knn"]
         self.loss = record.get("loss")
@@ -44,7 +44,7 @@ class Progress:
         self.step = record["step"]
 
     def fields(self, record: Mapping[str, Any]) -> dict[str, str]:
-        """Return the texts of a record's fields in the order of a line."""
+        """Return the text of each field of a record by name, in the order of the line."""
         fields = {
             "step": f"step {record['step']}/{self.last_step}",
             "epoch": f"epoch {record['epoch']:.2f}",
@@ -74,22 +74,19 @@ class Progress:
         Args:
             record: Newest record of the run.
             width: Characters available.
-            bar_characters: Character of the part that is done, and of the rest.
+            bar_characters: Two characters, for the steps that are done and for the others.
         """
-        share = record["step"] / max(1, self.last_step)
-        fields = {"percent": f"{int(100 * share):3d} %", **self.fields(record)}
+        fraction = record["step"] / max(1, self.last_step)
+        fields = {"percent": f"{int(100 * fraction):3d} %", **self.fields(record)}
         names = [name for name in BY_IMPORTANCE if name in fields]
-        text = ""
-        while names:
-            text = GAP.join(fields[name] for name in fields if name in names)
-            if len(text) <= width:
-                break
-            text = ""
+        text = _join_fields(fields, names)
+        while len(text) > width and names:
             names.pop()
+            text = _join_fields(fields, names)
         length = min(MAX_BAR, width - len(text) - len(GAP))
         if len(names) < len(fields) or length < MIN_BAR:
             return text
-        num_done = int(share * length)
+        num_done = int(fraction * length)
         bar = num_done * bar_characters[0] + (length - num_done) * bar_characters[1]
         return f"{bar}{GAP}{text}"
 
@@ -99,6 +96,11 @@ class Progress:
         knn = [] if self.knn is None else [f"k-NN {100 * self.knn:.1f} %"]
         duration = f"{format_duration(self.training_seconds)} of training"
         return ", ".join([*loss, *knn, duration])
+
+
+def _join_fields(fields: Mapping[str, str], names: list[str]) -> str:
+    """Join the fields that have these names, in the order of `fields`."""
+    return GAP.join(text for name, text in fields.items() if name in names)
 
 
 def format_eta(seconds: float) -> str:

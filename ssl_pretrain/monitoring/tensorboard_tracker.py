@@ -13,21 +13,21 @@ from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.system import durable_files
 
 FOLDER_NAME = "tensorboard"  # in the run's folder
-MAX_QUEUE = 1_000_000  # so many events wait in memory for a slow disk, and never delay a step
-FLUSH_SECONDS = 30
+MAX_QUEUE = 1_000_000  # events that wait in memory for a slow disk; a full queue delays a step
+FLUSH_SECONDS = 30  # longest time until an event is in the file
 
 
 class TensorBoardTracker:
     """Event files of a run, one per process that trained it.
 
-    The events of steps that a resumed run takes again are hidden: each file begins with a mark from
-    which TensorBoard discards later steps of earlier files.
+    Each file names its first step, and TensorBoard discards the events of earlier files from that
+    step on. So the steps that a resumed run repeats are shown once.
 
     Args:
         run: The run's folder.
-        num_steps_done: Steps of the run before this process.
+        num_steps_done: Number of steps that the run has already done.
         config_text: Configuration, shown as text.
-        print_line: Prints a message if the files cannot be written.
+        print_line: Function that prints a message if the files cannot be written.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TensorBoardTracker:
     def log_record(
         self, record: dict[str, Any], curves: dict[str, list[float]] | None = None
     ) -> None:
-        """Log a record of metrics, and a histogram of the embeddings' deviations."""
+        """Log a record of metrics, and a histogram of the embeddings' standard deviations."""
         self._last_step, time = record["step"], record.get("time")
         for key, value in record.items():
             if key not in ("step", "time") and value is not None:
@@ -76,11 +76,12 @@ class TensorBoardTracker:
         self._call("close")
 
     def _call(self, method: str, *arguments: Any, **keywords: Any) -> None:
+        """Call a method of the writer, unless an earlier call failed."""
         if self._writer is not None:
             self._try(partial(getattr(self._writer, method), *arguments, **keywords))
 
     def _try(self, action: Callable[[], Any]) -> Any:
-        """Call `action`. After an error of the disk, print it once and log nothing more."""
+        """Return `action()`, or None after printing the disk's error, which ends the logging."""
         try:
             return action()
         except OSError as error:

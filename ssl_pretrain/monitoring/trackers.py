@@ -1,7 +1,7 @@
 """Destinations of a run's metrics beside `metrics.jsonl`.
 
-All of them use the names of `metrics.jsonl`. Trackers that show metrics in sections put the
-section in front, as in `Learning/loss` (`metric_names.tracker_name`).
+All trackers use the names of `metrics.jsonl`. Those that show metrics in sections put the name of
+the section first, as in `Learning/loss` (`metric_names.tracker_name`).
 """
 
 import json
@@ -22,13 +22,25 @@ class Tracker(Protocol):
     def log_record(
         self, record: dict[str, Any], curves: dict[str, list[float]] | None = None
     ) -> None:
-        """Log a record of `metrics.jsonl`, with a line of `plots.jsonl` if there is a new one."""
+        """Log a record of `metrics.jsonl`.
+
+        Args:
+            record: Metrics by name, with the step.
+            curves: The newest line of `plots.jsonl`, unless an earlier call already had it.
+        """
 
     def log_picture(self, key: str, path: str, caption: str, step: int) -> None:
-        """Log the picture in a file."""
+        """Log a picture.
+
+        Args:
+            key: Name of the picture.
+            path: Path of its file.
+            caption: Text below the picture.
+            step: Optimizer steps done.
+        """
 
     def raise_alert(self, title: str, text: str, tag: str) -> None:
-        """Show an alert of the run."""
+        """Show an alert of the run. Alerts of one kind have the same tag."""
 
     def close(self, succeeded: bool = True) -> None:
         """Write what is pending. A run that did not succeed may be marked as failed."""
@@ -54,8 +66,8 @@ def start(
         wandb_id: Identifier of the W&B run to continue, or None to start a new one.
         past_records: Records of a resumed run.
         num_steps_done: Number of steps that the run has already done.
-        writer: Writes small files in the background.
-        print_line: Prints a message of a tracker.
+        writer: Writer of small files in the background.
+        print_line: Function that prints a message of a tracker.
     """
     trackers: list[Tracker] = []
     wandb = wandb_run.start(

@@ -9,7 +9,7 @@ from screen import Screen
 
 from ssl_pretrain.monitoring import console
 from ssl_pretrain.monitoring.console import Console
-from ssl_pretrain.monitoring.progress import Progress
+from ssl_pretrain.monitoring.progress import ProgressText
 from ssl_pretrain.system import live_line
 
 RECORD = {
@@ -98,7 +98,7 @@ def test_fields_that_do_not_fit_the_terminal_are_left_out_whole(clock, monkeypat
 
 
 def test_every_width_shows_one_whole_line_with_as_many_fields_as_fit():
-    progress = Progress(9999999)
+    progress = ProgressText(9999999)
     progress.update(LONG_RECORD)
     fields = {"12 %", *progress.fields(LONG_RECORD).values()}
     num_shown = 0
@@ -175,7 +175,7 @@ def test_the_time_left_survives_a_resume(clock):
 
 def test_a_result_has_the_newest_values_and_the_time_of_all_processes_of_the_run():
     past_records = [RECORD | {"step": step, "seconds_per_step": 60.0} for step in (10, 20)]
-    progress = Progress(30, past_records)
+    progress = ProgressText(30, past_records)
     assert progress.result() == "loss 4.2500, 20 min 0 s of training"
     progress.update(RECORD | {"step": 30, "loss": 3.0, "knn": 0.5, "seconds_per_step": 361.0})
     assert progress.result() == "loss 3.0000, k-NN 50.0 %, 1 h 20 min of training"
