@@ -1,4 +1,4 @@
-"""Show the results of evaluations on a terminal: one in short, or several in one table."""
+"""Format the results of evaluations for a terminal: one with its files, or several in one table."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ EVALUATION_TITLES = {
     "finetune_simclr": "fine-tuning",
     "finetune_deit": "fine-tuning, DeiT",
 }
-# Number of columns in a summary of several evaluations, for those with more columns than that.
+# Number of columns that a summary shows of these evaluations. It shows every column of the others.
 NUM_SUMMARY_COLUMNS = {"retrieval": 2, "robustness": 1}
 FEATURES_BY_COLUMN = {  # `features` entries of a result's rows, by column of a summary
     "raw pixels": ("raw pixels",),
@@ -22,7 +22,7 @@ FEATURES_BY_COLUMN = {  # `features` entries of a result's rows, by column of a 
 
 
 def format_briefly(result: dict[str, Any], run_path: Path) -> str:
-    """Return the table of a result, the file with its protocol, its duration and its file."""
+    """Return the table of a result, its duration, and the paths of its protocol and its file."""
     path = run_path / "eval" / f"{result['name']}.json"
     return "\n".join(
         [
@@ -51,27 +51,29 @@ def summary_table(evaluations: list[dict[str, Any]]) -> str:
         title = EVALUATION_TITLES.get(result["name"], result["name"].replace("_", ", "))
         columns = results.column_names(result)
         for column in columns[: NUM_SUMMARY_COLUMNS.get(result["name"])]:
-            is_alone = len(columns) == 1 and column in ("clean", "all labels", "all")
-            rows.append([title if is_alone else f"{title}, {column}", *_numbers(result, column)])
+            is_whole_name = len(columns) == 1 and column in ("clean", "all labels", "all")
+            name = title if is_whole_name else f"{title}, {column}"
+            rows.append([name, *_format_numbers(result, column)])
     if not rows:
         return ""
     return results.format_narrow_table(["accuracy, %", *FEATURES_BY_COLUMN], rows)
 
 
-def _numbers(result: dict[str, Any], column: str) -> list[str]:
-    """Format one column of a result, with "-" for a missing value."""
-
-    def number(names: tuple[str, ...]) -> str:
+def _format_numbers(result: dict[str, Any], column: str) -> list[str]:
+    """Format one column of a result for the columns of a summary, with "-" for a missing value."""
+    numbers = []
+    for names in FEATURES_BY_COLUMN.values():
         rows = [row for row in result["rows"] if row["features"] in names]
-        return results.format_number(rows[0], column) if rows else "-"
-
-    return [number(names) for names in FEATURES_BY_COLUMN.values()]
+        numbers.append(results.format_number(rows[0], column) if rows else "-")
+    return numbers
 
 
 def describe_evaluated_run(run_path: Path) -> str:
-    """Return the end of an evaluated run: its table, its report, and the next command."""
+    """Return the closing lines of an evaluated run: its table, its report and the next command."""
     table = summary_table(results.load_newest(run_path))
     page = run_path / "report.html"
-    lines = [f"report: {page}"] if page.is_file() else [f"run:    {run_path}"]
     export = program.format_command("ssl_pretrain.eval.export", run_path)
-    return "\n".join([*([table, ""] if table else []), *lines, f"next:   {export}"])
+    lines = [table, ""] if table else []
+    lines.append(f"report: {page}" if page.is_file() else f"run:    {run_path}")
+    lines.append(f"next:   {export}")
+    return "\n".join(lines)

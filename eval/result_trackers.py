@@ -13,8 +13,8 @@ import yaml
 from ssl_pretrain.monitoring import metric_names, tensorboard_tracker
 from ssl_pretrain.system import durable_files, optional_packages
 
-# A folder of its own, because TensorBoard reads only the newest file of a folder, and evaluations
-# run beside the training.
+# Evaluations have a folder of their own. They run beside the training, and TensorBoard reads only
+# the newest file of a folder.
 TENSORBOARD_FOLDER = f"{tensorboard_tracker.FOLDER_NAME}/evaluations"
 TABLE_NAME = "evaluations.csv"
 COLUMNS = ("evaluation", "step", "features", "metric", "value", "standard_deviation")
@@ -23,7 +23,7 @@ COLUMNS = ("evaluation", "step", "features", "metric", "value", "standard_deviat
 def track(
     run_path: Path, result: dict[str, Any], results: dict[str, dict[int, dict[str, Any]]]
 ) -> None:
-    """Add a result to the files that `log.tensorboard` and `log.csv` of the run ask for.
+    """Add a result to the files that the run's settings `log.tensorboard` and `log.csv` turn on.
 
     Args:
         run_path: Folder of the run.
