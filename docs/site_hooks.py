@@ -43,7 +43,6 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the README as the home page, and one page per notebook."""
     readme = (Path(config.docs_dir).parent / "README.md").read_text()
     readme = readme.replace("](docs/", "](").replace('src="docs/', 'src="')
-    readme = readme.replace(".ipynb)", ".md)")
     files.append(File.generated(config, "index.md", content=readme))
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
         for generated in _notebook_files(notebook, config):
@@ -52,20 +51,28 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links to files of the repository that are not on the site into plain text."""
+    """Make links fit the site.
+
+    Links to notebooks lead to the pages made from them. Links to files of the repository that are
+    not on the site become plain text.
+    """
     folder = PurePosixPath(page.file.src_uri).parent
 
-    def unlink_unless_on_site(match: re.Match[str]) -> str:
+    def adapt_link(match: re.Match[str]) -> str:
         text, target, _ = match.groups()
         if "://" in target or target.startswith("mailto:"):
             return match[0]
+        if target.endswith(".ipynb"):
+            page_of_notebook = PurePosixPath(target).with_suffix(".md")
+            is_download = str(folder / page_of_notebook) == page.file.src_uri
+            return match[0] if is_download else f"[{text}]({page_of_notebook})"
         leaves_docs = _leaves_docs(folder / target)
         is_top_file = (
             page.file.src_uri == "index.md" and (Path(config.docs_dir).parent / target).exists()
         )
         return text if leaves_docs or is_top_file else match[0]
 
-    markdown = LINK.sub(unlink_unless_on_site, markdown)
+    markdown = LINK.sub(adapt_link, markdown)
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, _commands())
     return markdown
