@@ -73,7 +73,7 @@ def test_a_file_system_that_cannot_hold_checkpoints_is_refused_at_the_start(
 def test_a_disk_too_full_for_the_log_ends_the_run_with_a_checkpoint_to_resume_from(
     config, preload_library, tmp_path
 ):
-    """The error names the file. The status makes torchrun and SLURM restart the run."""
+    """The error names the file, and the same command resumes the run once there is space."""
     result = commands.run(
         *TRAIN, config, "epochs=10", LD_PRELOAD=preload_library, FULL="metrics.jsonl"
     )
