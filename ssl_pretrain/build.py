@@ -282,14 +282,6 @@ def write_config(config: RunConfig) -> None:
     background_writer.raise_or_warn(problem, config.checkpoint.on_failure)
 
 
-def count_flops_per_image(config: RunConfig) -> float:
-    """Count the floating-point operations of a training step per image, on the meta device."""
-    execution = Execution.resolve(config.parallel, torch.device("meta"))
-    method = configuration.build_method_on_meta(config)
-    execution.place_module(method)
-    return recorder.flops_per_image(method, micro_batch.blank_batch(config.views, 2, execution))
-
-
 def build_logger(
     config: RunConfig,
     checkpoints: Checkpoints,
@@ -307,7 +299,7 @@ def build_logger(
         global_batch_size=config.global_batch_size,
         config=checkpoints.config,
         wandb_id=checkpoints.facts.wandb_id,
-        flops_per_image=count_flops_per_image(config),
+        flops_per_image=recorder.count_flops_per_image(config),
         peak_tflops=hardware.peak_tflops(device),
         on_failure=config.checkpoint.on_failure,
     )

@@ -14,7 +14,8 @@ from ssl_pretrain.data.image_source import ImageFiles, Source
 from ssl_pretrain.data.messages import printable
 from ssl_pretrain.data.source_report import ImageStatistics, layout_lines, measure_images
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.planning.suggestion import Suggestion, suggest
+from ssl_pretrain.planning.suggested_settings import Suggestion, describe_time
+from ssl_pretrain.planning.suggestion import suggest
 from ssl_pretrain.schema import NON_NEGATIVE_INT, NUM_THREADS
 from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
@@ -34,7 +35,9 @@ examples:
   {command} /data/photos --method dino --write my.yaml
 
 The suggestion starts from the shipped recipe of the method. What depends on the images or on this
-machine is adapted, with a reason on its line. On a CPU the run is to end within an hour.
+machine is adapted, with a reason on its line. On a CPU the training is to take
+a quarter of an hour. Without --write, the description is printed as comments, so that the output
+is the YAML of a run.
 Exit status: 0 on success, 1 if an image cannot be read, 2 if the data set cannot be opened."""
 
 
@@ -53,15 +56,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(*layout_lines(config, source), sep="\n")
-    print(*_class_lines(source, args.all_classes), sep="\n")
+    is_printed_as_yaml = args.write is None
+
+    def describe(*lines: str) -> None:
+        prefix = "# " if is_printed_as_yaml else ""
+        print(*(f"{prefix}{line}" for line in lines), sep="\n", flush=True)
+
+    describe(*layout_lines(config, source), *_class_lines(source, args.all_classes))
     statistics = measure_images(source, args.sample, args.threads)
-    print(*_statistics_lines(statistics, len(source)), sep="\n")
+    describe(*_statistics_lines(statistics, len(source)))
     has_unreadable = bool(statistics.unreadable)
     if statistics.ranges and not config.range and isinstance(source, ImageFiles):
         # The suggested mean and std must be measured with the suggested range.
         source.value_range = statistics.value_range
-        print("\nmeasured again with the range suggested below")
+        describe("measured again with the range suggested below")
         statistics = measure_images(source, args.sample, args.threads)
     try:
         suggestion = suggest(
@@ -69,20 +77,20 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except ValueError as error:
         print(f"no configuration is suggested: {error}", file=sys.stderr)
-        return 2 if args.write is not None else int(has_unreadable)
-    _print_suggestion(suggestion, args.write)
+        return int(has_unreadable) if is_printed_as_yaml else 2
+    if is_printed_as_yaml:
+        print(f"\n# a starting point; --write my.yaml writes it to a file\n{suggestion.to_yaml()}")
+    else:
+        _write_suggestion(suggestion, args.write)
     return 1 if has_unreadable else 0
 
 
-def _print_suggestion(suggestion: Suggestion, path: Path | None) -> None:
-    """Print the suggested configuration, or write it to a file and print the next command."""
-    text = suggestion.to_yaml()
-    if path is None:
-        print(f"\n# a starting point; --write my.yaml writes it to a file\n{text}")
-        return
+def _write_suggestion(suggestion: Suggestion, path: Path) -> None:
+    """Write the suggested configuration to a file, and print its time and the next command."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{text}\n", encoding="utf-8")
+    path.write_text(f"{suggestion.to_yaml()}\n", encoding="utf-8")
     print(f"\n{path}: a configuration with a reason on each line that was chosen")
+    print(f"expected: {describe_time(suggestion.expected_seconds)} of training on this machine")
     print(f"next: {program.command('pretrain')} {shlex.quote(str(path))}")
 
 

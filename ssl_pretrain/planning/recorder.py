@@ -21,7 +21,10 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from ssl_pretrain.config import RunConfig, build_method_on_meta
 from ssl_pretrain.methods.base import Method
+from ssl_pretrain.parallel import micro_batch
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning.trace import CONVOLUTION, MATMUL, OTHER, Trace
 from ssl_pretrain.views.batch import Batch
 
@@ -188,6 +191,14 @@ def _written_arguments(function: Any, args: Any) -> Iterator[Tensor]:
 def _num_bytes(tensor: Tensor) -> int:
     """Return the bytes that a tensor occupies, counting expanded values once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def count_flops_per_image(config: RunConfig) -> float:
+    """Count the floating-point operations of a training step per image, on the meta device."""
+    execution = Execution.resolve(config.parallel, torch.device("meta"))
+    method = build_method_on_meta(config)
+    execution.place_module(method)
+    return flops_per_image(method, micro_batch.blank_batch(config.views, 2, execution))
 
 
 def flops_per_image(method: Method, batch: Batch) -> float:

@@ -138,6 +138,7 @@ def _suggested_values(
         method=method,
         backbone=schema.value_at(overrides, "backbone.name"),
         epochs=overrides.get("epochs"),
+        keep_all_images="subset" in overrides.get("data", {}),
     )
     lines = [f"settings for these {len(source):,} images and this machine:"]
     for key, reason in chosen.reasons.items():

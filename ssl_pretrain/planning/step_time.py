@@ -1,8 +1,11 @@
-"""Measure how long training takes per image on this machine, from a few real images."""
+"""Measure how long reading and training take per image on this machine, from a few real steps."""
 
+import math
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -11,55 +14,191 @@ from ssl_pretrain.data import readers
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.loader import Loader
 from ssl_pretrain.data.order import BatchPlan
-from ssl_pretrain.distributed import collectives
+from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
+from ssl_pretrain.optim import optimizers
 from ssl_pretrain.parallel.execution import Execution
+from ssl_pretrain.planning.step_trace import HALFWAY
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch
 
-MAX_IMAGES = 32  # images per measured step
+READ_BATCH_SIZE = 16
+NUM_READ_BATCHES = 4  # the first one warms up
+MIN_IMAGES, MAX_IMAGES = 4, 32  # images per measured step
+NUM_STEPS = 5
+MAX_SECONDS = 2.0  # after this time no other batch or step is measured
+MAX_STEP_SECONDS = 1.0  # a measured step has fewer images rather than taking longer
 
 
-def seconds_per_image(config: RunConfig, source: Source) -> float:
-    """Return the seconds that rank 0 takes to read an image and to train on it.
+@dataclass(frozen=True)
+class Reading:
+    """The views of a few images, and the seconds that each image takes to become them.
 
-    The views of a few images are made, and go forward and backward through the network. The first
-    pass warms up, and the second one is measured. The optimizer is left out. All ranks call this
-    together, because losses have collectives.
+    Attributes:
+        batch: The views.
+        worker_seconds: Time that one process takes to decode the image and cut its crops.
+        color_seconds: Time of the color augmentation, which the training process does.
+        num_workers: Processes that read while the network computes. 0 means none.
+        num_cores: Cores of this rank.
+        is_on_cpu: True if the network computes on these cores too.
+    """
+
+    batch: Batch
+    worker_seconds: float = 0.0
+    color_seconds: float = 0.0
+    num_workers: int = 0
+    num_cores: int = 1
+    is_on_cpu: bool = True
+
+    def seconds_per_image(self, step_seconds: float) -> float:
+        """Return the time per image of a run whose steps take `step_seconds` per image."""
+        seconds = self.color_seconds + step_seconds
+        if not self.num_workers:
+            return seconds + self.worker_seconds
+        if self.is_on_cpu:
+            seconds += self.worker_seconds / self.num_cores
+        return max(seconds, self.worker_seconds / self.num_workers)
+
+
+def measure_reading(config: RunConfig, source: Source) -> Reading:
+    """Read a few batches of images, and measure the time per image on rank 0.
+
+    The ranks call this together, so that they agree on the number of batches and on the time.
 
     Args:
         config: Configuration of the run.
         source: Training images.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    num_images = min(MAX_IMAGES, config.global_batch_size)
+    device = _device()
     execution = Execution.resolve(config.parallel, device)
+    num_images = math.gcd(config.global_batch_size, READ_BATCH_SIZE)
     plan = BatchPlan(config.seed, len(source), num_images, rank=0, world_size=1, window_size=0)
     reader = readers.build_reader(source, config.views, plan, device=device)
-    with _keep_random_state(), Loader(reader, view_dtype=execution.view_dtype) as loader:
+    batches: list[Batch] = []
+    worker_seconds: list[float] = []
+    color_seconds: list[float] = []
+    # One thread, because the processes that read in a run have one each.
+    with _threads(1), Loader(reader, view_dtype=execution.view_dtype) as loader:
+        start = time.perf_counter()
+        for batch in loader.iterate_from(0):
+            _wait_for(device)
+            batches.append(batch)
+            worker_seconds.append(loader.reading_seconds - sum(worker_seconds))
+            total = time.perf_counter() - start
+            color_seconds.append(total - loader.reading_seconds - sum(color_seconds))
+            is_late = collectives.broadcast_object(total > MAX_SECONDS)
+            if is_late or len(batches) == NUM_READ_BATCHES:
+                break
+    num_cores = process_group.cores_per_rank()
+    warm_up = 1 if len(batches) > 1 else 0
+    seconds = [statistics.median_low(times[warm_up:]) for times in (worker_seconds, color_seconds)]
+    worker, color = collectives.broadcast_object(seconds)
+    return Reading(
+        _concatenate(batches),
+        worker / num_images,
+        color / num_images,
+        0 if source.explain_no_workers() else min(config.data.num_workers, num_cores),
+        num_cores,
+        device.type == "cpu",
+    )
+
+
+def measure_step(config: RunConfig, batch: Batch) -> float:
+    """Return the seconds per image of an optimizer step, for all ranks together.
+
+    A few images go through the network, and the optimizer and the teacher are updated. The first
+    step warms up, the second one decides how many images the others have, and their median counts.
+    The ranks call this together, because losses have collectives. The exchange of gradients between
+    ranks is left out.
+
+    Args:
+        config: Configuration of the run.
+        batch: Views of a few images, in the run's shapes.
+    """
+    device = _device()
+    devices = [device] if device.type == "cuda" else []
+    num_images = math.gcd(config.global_batch_size, MIN_IMAGES)
+    with torch.random.fork_rng(devices=devices), _threads(config.parallel.threads):
+        trial = _Trial.build(config, device)
+        trial.seconds(batch, num_images)
+        seconds = [collectives.broadcast_object(trial.seconds(batch, num_images))]
+        most = min(MAX_IMAGES, num_images * MAX_STEP_SECONDS / seconds[0])
+        while _divides(2 * num_images, config, batch) and 2 * num_images <= most:
+            num_images *= 2
+            seconds = []
+        while len(seconds) < NUM_STEPS and sum(seconds) <= MAX_SECONDS:
+            seconds.append(collectives.broadcast_object(trial.seconds(batch, num_images)))
+    return statistics.median_low(seconds) / num_images / process_group.world_size()
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A method with its optimizer, for a few steps."""
+
+    config: RunConfig
+    execution: Execution
+    method: Method
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def build(cls, config: RunConfig, device: torch.device) -> "_Trial":
+        execution = Execution.resolve(config.parallel, device)
         image_size = recipe.crop_per_view(config.views)[0].size
         method = config.method.build(backbones.build(config.backbone, image_size))
         execution.place_module(method)
-        batches = loader.iterate_from(0)
-        for _ in range(2):
-            start = time.perf_counter()
-            _pass_through(method, execution, next(batches))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - start
-    return float(collectives.broadcast_object(seconds / num_images))
+        optimizer = optimizers.build(config.optim, method)
+        optimizers.set_rates(
+            optimizer, config.optim, HALFWAY, config.epochs, config.global_batch_size
+        )
+        return cls(config, execution, method, optimizer)
 
-
-def _pass_through(method: Method, execution: Execution, batch: Batch) -> None:
-    batch = Batch(execution.place_views(batch.views), batch.labels, batch.indices)
-    with execution.forward_context():
-        embeddings, targets = method(batch), method.targets(batch)
+    def seconds(self, batch: Batch, num_images: int) -> float:
+        """Take a step with the first images of a batch, and return its time."""
+        method, optim_config, rows = self.method, self.config.optim, slice(num_images)
+        views = self.execution.place_views([view[rows] for view in batch.views])
+        batch = Batch(views, batch.labels[rows], batch.indices[rows])
+        start = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.execution.forward_context():
+            embeddings, targets = method(batch), method.targets(batch)
         method.loss(embeddings, targets).loss.backward()
+        optimizers.step_if_finite(self.optimizer, optim_config.clip_norm, optim_config.clip_by)
+        kept = {name: z.detach() for name, z in embeddings.items() if name not in method.transient}
+        kept_targets = {name: z for name, z in targets.items() if name not in method.transient}
+        method.after_step(HALFWAY, kept, kept_targets)
+        _wait_for(self.execution.device)
+        return time.perf_counter() - start
+
+
+def _divides(num_images: int, config: RunConfig, batch: Batch) -> bool:
+    """Return True if there are as many images, and they divide the global batch."""
+    return num_images <= len(batch) and config.global_batch_size % num_images == 0
+
+
+def _concatenate(batches: list[Batch]) -> Batch:
+    return Batch(
+        [torch.cat(views) for views in zip(*(batch.views for batch in batches))],
+        torch.cat([batch.labels for batch in batches]),
+        torch.cat([batch.indices for batch in batches]),
+    )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager
-def _keep_random_state() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+def _threads(num_threads: int) -> Iterator[None]:
+    """Compute with a number of threads. 0 means this rank's share of the cores, as in a run."""
+    num_before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or process_group.cores_per_rank())
+    try:
         yield
+    finally:
+        torch.set_num_threads(num_before)

@@ -4,87 +4,32 @@ The shipped recipe of the method is the starting point. What depends on the numb
 their size and colors, or on the machine is adapted, and each change has a reason.
 """
 
-import json
 import math
-from collections.abc import Mapping
-from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods, schema
-from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data.image_source import Source, require_labels
 from ssl_pretrain.data.source_report import ImageStatistics, measure_images
 from ssl_pretrain.data.sources import DataConfig
-from ssl_pretrain.models import custom_network
-from ssl_pretrain.planning import step_time
-from ssl_pretrain.schema import presets
+from ssl_pretrain.models import custom_network, timm_networks
+from ssl_pretrain.planning import run_length
+from ssl_pretrain.planning.suggested_settings import Suggestion
+from ssl_pretrain.schema import config_file, presets
 from ssl_pretrain.system.user_objects import OBJECT_PREFIX
 
 MIN_IMAGES = 16
-MAX_MEASURED_IMAGES = 2000
+# Images whose colors are measured: as many as have this many pixels together, within limits.
+MEASURED_PIXELS = 40e6
+MIN_MEASURED_IMAGES, MAX_MEASURED_IMAGES = 32, 2000
 SIZES = (16, 32, 64, 96, 128, 160, 224)  # candidate sizes of the views, in pixels
 MAX_SMALL_SIZE = 64  # largest view for which CIFAR-10's recipe is the base, and largest on a CPU
 MAX_UPSCALING = 1.15  # largest ratio of the view to the median of the shorter sides
-IMAGES_SEEN = 40e6  # images seen in all epochs together, as in 800 epochs of CIFAR-10
-MAX_EPOCHS, MIN_EPOCHS = 800, 100  # without a limit of time
 CPU_SECONDS = 900.0  # expected length of a run on a CPU
-MIN_CPU_EPOCHS = 20  # a smaller network is chosen rather than fewer epochs
 MAX_CPU_BATCH = 256
-# Networks for a CPU, from the largest to the smallest: timm's name and the stem.
-CPU_NETWORKS = (("resnet18", "small"), ("resnet18", "no_pool"), ("test_resnet", "no_pool"))
-EPOCH_KEYS = (  # settings that count epochs of the recipe
-    "optim.warmup_epochs",
-    "optim.milestones",
-    "method.queue_from_epoch",
-    "method.teacher_temperature_warmup_epochs",
-)
-NUM_CHECKPOINTS = 10  # checkpoints and online measurements in a run
-
-
-@dataclass
-class Suggestion:
-    """A suggested configuration.
-
-    Attributes:
-        tree: The settings, as a YAML has them.
-        reasons: One sentence per setting that was chosen, by dotted key.
-        expected_seconds: Expected time of the training on this machine.
-    """
-
-    tree: dict[str, Any]
-    reasons: dict[str, str] = field(default_factory=dict)
-    expected_seconds: float = 0.0
-
-    def set(self, key: str, value: Any, reason: str = "") -> None:
-        """Set a dotted key, with the reason for its value."""
-        *sections, name = key.split(".")
-        tree = self.tree
-        for section in sections:
-            tree = tree.setdefault(section, {})
-        tree[name] = value
-        if reason:
-            self.reasons[key] = reason
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a dotted key, or the default."""
-        value = schema.value_at(self.tree, key)
-        return default if value is None else value
-
-    def cap(self, key: str, maximum: float, reason: str) -> None:
-        """Lower a number to a maximum, with the reason. Do nothing if the key is absent."""
-        value = self.get(key)
-        if value is not None and value > maximum:
-            self.set(key, type(value)(maximum), reason)
-
-    def to_yaml(self) -> str:
-        """Return the settings as YAML, with the reasons as comments."""
-        return "\n".join(_yaml_lines(self.tree, self.reasons))
+MIN_IMAGES_FROM_SCRATCH = 2000  # for fewer photos, published weights are recommended
 
 
 def suggest(
@@ -94,6 +39,7 @@ def suggest(
     method: str = "simclr",
     backbone: str | None = None,
     epochs: int | None = None,
+    keep_all_images: bool = False,
     max_seconds: float | None = None,
     statistics: ImageStatistics | None = None,
 ) -> Suggestion:
@@ -105,6 +51,7 @@ def suggest(
         method: Name of the method, or `package.module` of the user's.
         backbone: Value of `backbone.name`, or None to choose a network.
         epochs: Value of `epochs`, or None to choose the length of the run.
+        keep_all_images: True to train on all images of the source, however long one epoch takes.
         max_seconds: Longest expected time of the training, by default a quarter of an hour on a
             CPU and no limit on a GPU. A number of epochs may take longer.
         statistics: Measurements of the images, if they exist already.
@@ -113,13 +60,14 @@ def suggest(
         ValueError: If there are too few images, none is readable, the method is unknown, or it
             needs labels that the images do not have.
     """
-    if len(source) < MIN_IMAGES:
+    num_images = len(source)
+    if num_images < MIN_IMAGES:
         raise ValueError(
-            f"data.root: {source.full_path} has {len(source)} images, which is too few to learn "
+            f"data.root: {source.full_path} has {num_images} images, which is too few to learn "
             f"from; give {MIN_IMAGES} or more, better thousands"
         )
     on_cpu = not torch.cuda.is_available()
-    statistics = statistics or measure_images(source, MAX_MEASURED_IMAGES)
+    statistics = statistics or _measure_images(source)
     if not statistics.sizes:
         raise ValueError(f"data.root: no image of {source.full_path} can be read")
     size, size_reason = _choose_size(statistics, on_cpu)
@@ -127,15 +75,42 @@ def suggest(
     _describe_data(result, config, statistics)
     _adapt_views(result, size, size_reason, statistics, config)
     _adapt_backbone(result, backbone, on_cpu)
-    _adapt_batch(result, len(source), on_cpu)
-    result.set("evaluation", {"crop_ratio": 1.0, "k": min(20, len(source) // 4)})
-    if configuration.build_method_on_meta(_build(result)).needs_labels:
+    _adapt_batch(result, num_images, on_cpu)
+    if configuration.build_method_on_meta(result.build()).needs_labels:
         require_labels(source, f"method {method}")
     max_seconds = max_seconds or (CPU_SECONDS if on_cpu else math.inf)
-    _choose_epochs(result, source, backbone, epochs, max_seconds)
+    if on_cpu and backbone is None:
+        seconds = run_length.choose_cpu_network(result, source, epochs, max_seconds)
+    else:
+        seconds = run_length.measure(result, source)
+    if epochs is None and not keep_all_images:
+        num_images = run_length.choose_num_images(
+            result, num_images, MIN_IMAGES, seconds, max_seconds
+        )
+        _adapt_batch(result, num_images, on_cpu)
+    run_length.choose_epochs(result, num_images, seconds, epochs, max_seconds)
+    result.set("evaluation", {"crop_ratio": 1.0, "k": min(20, num_images // 4)})
+    if size >= MAX_SMALL_SIZE and not _is_gray(statistics):
+        _recommend_weights(result, num_images)
     result.reasons["method.name"] = f"the other settings are those of {recipe_name}"
-    configuration.check(_build(result), world_size=1)
+    configuration.check(result.build(), world_size=1)
     return result
+
+
+def _measure_images(source: Source) -> ImageStatistics:
+    """Measure fewer images the larger they are, because decoding them takes the time."""
+    statistics = measure_images(source, MIN_MEASURED_IMAGES)
+    if not statistics.sizes:
+        return statistics
+    num_pixels = np.median([width * height for width, height in statistics.sizes])
+    num_images = int(np.clip(MEASURED_PIXELS / num_pixels, 0, MAX_MEASURED_IMAGES))
+    if num_images <= MIN_MEASURED_IMAGES:
+        return statistics
+    return measure_images(source, num_images)
+
+
+def _is_gray(statistics: ImageStatistics) -> bool:
+    return bool(np.ptp(statistics.mean) < 1e-4 and np.ptp(statistics.std) < 1e-4)
 
 
 def _choose_size(statistics: ImageStatistics, on_cpu: bool) -> tuple[int, str]:
@@ -160,7 +135,7 @@ def _load_recipe(method: str, size: int) -> tuple[Suggestion, str]:
     path = presets.find(name)
     values = configuration.to_dict(configuration.load(path))
     result = Suggestion({})
-    for key in schema.flatten(yaml.safe_load(path.read_text())):
+    for key in schema.flatten(config_file.read_yaml(path)):
         if key.partition(".")[0] not in ("data", "evaluation", "online", "checkpoint", "launch"):
             result.set(key, schema.value_at(values, key))
     if is_custom:
@@ -174,6 +149,8 @@ def _describe_data(result: Suggestion, config: DataConfig, statistics: ImageStat
     for name in ("root", "train", "val", "args"):
         if value := getattr(config, name):
             result.set(f"data.{name}", value)
+    if config.subset:
+        result.set("data.subset", config.subset)
     if statistics.ranges:
         low, high = config.range or statistics.value_range
         reason = "the values that become 0 and 255, excluding the lowest and highest 0.1 %"
@@ -197,7 +174,7 @@ def _adapt_views(
     result.set("views.mean", [round(float(value), 4) for value in statistics.mean], measured)
     std = [max(round(float(value), 4), 0.01) for value in statistics.std]
     result.set("views.std", std, measured)
-    is_gray = np.ptp(statistics.mean) < 1e-4 and np.ptp(statistics.std) < 1e-4
+    is_gray = _is_gray(statistics)
     recipe_size = max(crop["size"] for crop in result.tree["views"]["crops"].values())
     for name, crop in result.tree["views"]["crops"].items():
         key = f"views.crops.{name}"
@@ -219,7 +196,7 @@ def _adapt_backbone(result: Suggestion, backbone: str | None, on_cpu: bool) -> N
     recipe_name = result.get("backbone.name", "resnet50")
     if backbone is None and not on_cpu:
         return
-    name = backbone or CPU_NETWORKS[0][0]
+    name = backbone or run_length.CPU_NETWORKS[0][0]
     result.set("backbone.name", name, "as given" if backbone else "small enough for a CPU")
     section = result.tree["backbone"]
     is_resnet = not custom_network.is_custom(name) and name.startswith(
@@ -259,69 +236,19 @@ def _adapt_batch(result: Suggestion, num_images: int, on_cpu: bool) -> None:
         result.set("method.stride", size // 8, "half of a patch")
 
 
-def _choose_epochs(
-    result: Suggestion,
-    source: Source,
-    backbone: str | None,
-    given_epochs: int | None,
-    max_seconds: float,
-) -> None:
-    """Choose the epochs, and on a CPU the network, by measured steps of training."""
-    num_images = len(source)
-    wanted = int(np.clip(round(IMAGES_SEEN / num_images, -2), MIN_EPOCHS, MAX_EPOCHS))
-    wanted = given_epochs or wanted
-    recipe = deepcopy(result)
-    networks: tuple[tuple[str, str] | None, ...] = (None,)
-    if backbone is None and max_seconds < math.inf:
-        networks = CPU_NETWORKS
-    for network in networks:
-        if network is not None:
-            name, stem = network
-            result.set("backbone.name", name, "the largest network that is fast enough on a CPU")
-            result.set("backbone.stem", stem)
-        _scale_schedule(result, recipe, wanted)
-        seconds = num_images * step_time.seconds_per_image(_build(result), source)
-        epochs = max(1, math.floor(min(wanted, max_seconds / seconds)))
-        if epochs >= min(MIN_CPU_EPOCHS, wanted):
-            break
-    epochs = given_epochs or epochs
-    _scale_schedule(result, recipe, epochs)
-    result.expected_seconds = epochs * seconds
-    minutes = max(1, round(result.expected_seconds / 60))
-    reason = f"{epochs * num_images:,} images seen, about {minutes} min on this machine"
-    result.set("epochs", epochs, reason)
-    interval = max(1, epochs // NUM_CHECKPOINTS)
-    result.set("checkpoint.every_epochs", interval)
-    online = {"knn_every_epochs": interval, "k": min(20, max(1, num_images // 8))}
-    result.set("online", online)
-
-
-def _scale_schedule(result: Suggestion, recipe: Suggestion, epochs: int) -> None:
-    """Scale everything that counts epochs with the length of the run."""
-    result.set("epochs", epochs)
-    ratio = min(1.0, epochs / recipe.get("epochs"))
-    reason = f"scaled with the {epochs} epochs"
-    for key in EPOCH_KEYS:
-        value = recipe.get(key)
-        if isinstance(value, list):
-            result.set(key, [round(epoch * ratio, 2) for epoch in value], reason)
-        elif value:
-            result.set(key, type(value)(round(value * ratio, 2)), reason)
-
-
-def _build(result: Suggestion) -> RunConfig:
-    return configuration.from_dict(result.tree, "the suggestion")
-
-
-def _yaml_lines(tree: Mapping[str, Any], reasons: Mapping[str, str], key: str = "") -> list[str]:
-    """Return the lines of a YAML, with the reasons as comments."""
-    lines = []
-    indent = "  " * (key.count(".") + bool(key))
-    for name, value in tree.items():
-        full_key = f"{key}.{name}".lstrip(".")
-        if isinstance(value, Mapping) and value and full_key != "backbone.args":
-            lines += [f"{indent}{name}:", *_yaml_lines(value, reasons, full_key)]
-            continue
-        comment = f"    # {reasons[full_key]}" if full_key in reasons else ""
-        lines.append(f"{indent}{name}: {json.dumps(value)}{comment}")
-    return lines
+def _recommend_weights(result: Suggestion, num_images: int) -> None:
+    """Name published weights of the network if there are few photos and the weights fit it."""
+    name = result.get("backbone.name", "resnet50")
+    if num_images >= MIN_IMAGES_FROM_SCRATCH or custom_network.is_custom(name):
+        return
+    published = timm_networks.pretrained_cfg(name)
+    if not published.has_weights or result.get("method.vit_starts", "as_built") != "as_built":
+        return
+    weights = f"backbone.init=timm:{published.tag}"
+    if result.get("backbone.stem") == "small":
+        weights += " backbone.stem=no_pool"
+    reason = (
+        f"with fewer than {MIN_IMAGES_FROM_SCRATCH:,} photos, published weights usually serve "
+        f"better: {weights}"
+    )
+    result.set("backbone.init", "random", reason)

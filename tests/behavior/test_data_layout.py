@@ -6,6 +6,7 @@ Two tests start a real run.
 
 import io
 import os
+import re
 import runpy
 import shutil
 import struct
@@ -23,7 +24,10 @@ Inspect = Callable[..., "Result"]
 
 @dataclass(frozen=True)
 class Result:
-    """Exit status and output of a command, with ROOT in place of the data set's path."""
+    """Exit status and output of a command, with ROOT in place of the data set's path.
+
+    Lines that describe the data set are YAML comments. Their mark is left out.
+    """
 
     status: int
     text: str
@@ -44,7 +48,7 @@ def inspect(tmp_path, monkeypatch, capsys) -> Inspect:
             patch.delitem(sys.modules, "ssl_pretrain.planning.inspect", raising=False)
             runpy.run_module("ssl_pretrain.planning.inspect", run_name="__main__")
         out, err = capsys.readouterr()
-        text = out + err.removeprefix("error: ")
+        text = re.sub("^# ", "", out, flags=re.MULTILINE) + err.removeprefix("error: ")
         return Result(int(exit_info.value.code or 0), text.replace(str(root), "ROOT"))
 
     return run_inspect

@@ -3,8 +3,8 @@
 import tiny
 import torch
 
-from ssl_pretrain import build, config
-from ssl_pretrain.planning import hardware
+from ssl_pretrain import config
+from ssl_pretrain.planning import hardware, recorder
 
 
 def test_flops_of_a_vit_equal_those_counted_by_hand(tmp_path):
@@ -22,6 +22,8 @@ def test_flops_of_a_vit_equal_those_counted_by_hand(tmp_path):
     patches = 2 * 4 * (3 * 16 * 16) * width
     head = 2 * (width * 16 + 16 * 8)
     forward = depth * (projections + attention) + patches + head
-    assert build.count_flops_per_image(run) == 3 * 2 * forward  # forward and backward of two views
+    assert (
+        recorder.count_flops_per_image(run) == 3 * 2 * forward
+    )  # forward and backward of two views
     assert config.build_method_on_meta(run).backbone.feature_dim == width
     assert hardware.peak_tflops(torch.device("cpu")) == 0

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from known_time import fix_step_time
 from PIL import Image
 
 from ssl_pretrain import config
 from ssl_pretrain.data.source_report import measure_images
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.planning import inspect, step_time
+from ssl_pretrain.planning import inspect
 from ssl_pretrain.system import program
 
 
@@ -22,7 +23,7 @@ def _temporary_home(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _known_step_time(monkeypatch):
-    monkeypatch.setattr(step_time, "seconds_per_image", lambda config, source: 0.01)
+    fix_step_time(0.01, monkeypatch)
 
 
 @pytest.fixture
@@ -40,25 +41,25 @@ def test_counts_sizes_modes_and_colors_are_printed(root, capsys):
     output = capsys.readouterr().out
     for line in (
         (
-            f"data: training {root}/train: 8 images, 2 classes (a, b); validation none "
+            f"# data: training {root}/train: 8 images, 2 classes (a, b); validation none "
             f"(data.val: {root} has no folder or list for validation,"
         ),
-        "images per class: min 2, median 4, max 6",
-        "          2  b",
-        "          6  a",
-        "read 8 of 8 images\n",
-        "  width   min 30, median 33, max 37 pixels",
-        "  height  min 20, median 20, max 20 pixels",
-        "  modes   L 8",
+        "# images per class: min 2, median 4, max 6",
+        "#           2  b",
+        "#           6  a",
+        "# read 8 of 8 images\n",
+        "#   width   min 30, median 33, max 37 pixels",
+        "#   height  min 20, median 20, max 20 pixels",
+        "#   modes   L 8",
         (
-            "  mean    0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image has "
+            "#   mean    0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image has "
             "equal weight)"
         ),
         (
-            "  std     0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image has "
+            "#   std     0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image has "
             "equal weight)"
         ),
-        "  bad     0",
+        "#   bad     0",
     ):
         assert line in output
 
@@ -66,7 +67,8 @@ def test_counts_sizes_modes_and_colors_are_printed(root, capsys):
 def test_bad_files_are_named(root, capsys):
     (root / "train" / "a" / "3.png").write_bytes(b"")
     assert inspect.main([str(root)]) == 1
-    assert f"  bad     1\n    {root}/train/a/3.png: the file is empty\n" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"#   bad     1\n#     {root}/train/a/3.png: the file is empty\n" in output
 
 
 def test_the_size_of_the_sample_is_printed(root, capsys):
@@ -107,6 +109,7 @@ def test_a_written_suggestion_loads_and_the_next_command_is_printed(tmp_path, ca
     assert inspect.main(arguments) == 0
     assert capsys.readouterr().out.endswith(
         f"{path}: a configuration with a reason on each line that was chosen\n"
+        "expected: about 3 min of training on this machine\n"
         f"next: {program.command('pretrain')} {path}\n"
     )
     run_config = config.load(path)
@@ -116,6 +119,19 @@ def test_a_written_suggestion_loads_and_the_next_command_is_printed(tmp_path, ca
         f"error: --write: {path} exists; give another name, or --force to overwrite it\n"
     )
     assert inspect.main([*arguments, "--force"]) == 0
+
+
+def test_the_output_without_write_is_a_yaml_that_loads(tmp_path, capsys):
+    for index in range(20):
+        (tmp_path / "data" / "#").mkdir(exist_ok=True, parents=True)
+        path = tmp_path / "data" / "#" / f"a: {index}\nb: c.png"
+        Image.new("RGB", (40, 30), (index, 0, 0)).save(path)
+    path.write_bytes(b"")
+    assert inspect.main([str(tmp_path / "data")]) == 1
+    output = capsys.readouterr().out
+    (tmp_path / "my.yaml").write_text(output)
+    assert config.load(tmp_path / "my.yaml").data.root == str(tmp_path / "data")
+    assert "\n#   bad     1\n" in output
 
 
 def test_too_few_images_get_a_description_and_no_configuration(root, capsys):
