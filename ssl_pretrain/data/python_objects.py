@@ -47,7 +47,7 @@ def open_object(data: Any, name: str = "data") -> Source:
         return _open_hugging_face(data, name)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
         return _open_dataset(data, name)
-    if hasattr(data, "convert"):
+    if hasattr(data, "convert"):  # a PIL image
         raise ValueError(f"{name}: is one image; give a list of images")
     raise ValueError(
         f"{name}: an object of type {type(data).__name__} is not a data set; give a path, an "
@@ -104,7 +104,13 @@ def _open_hugging_face(data: Any, name: str) -> PythonSource:
 
 
 def _choose_column(kinds: Mapping[str, str], kind: str, usual_names: Sequence[str]) -> str | None:
-    """Return the first column of a kind, or else a column with a usual name."""
+    """Return the first column of a kind, or else a column with a usual name.
+
+    Args:
+        kinds: Name of the type of each column's values, by column.
+        kind: Type to look for, such as "Image".
+        usual_names: Names to look for if no column has the type, most usual first.
+    """
     columns = [column for column, column_kind in kinds.items() if column_kind == kind]
     columns += [column for column in usual_names if column in kinds]
     return columns[0] if columns else None
@@ -120,11 +126,11 @@ def _open_dataset(data: Any, name: str) -> PythonSource:
     if not len(data):
         raise ValueError(f"{name} contains no image; give one with images")
     first = next(_items(data, name))
-    _image_of(first, f"{name}[0]")
+    _image_of(first, f"{name}[0]")  # raises if it is not an image
     labels, classes = None, None
     if _label_of(first) is not None:
         labels, classes = _stored_labels(data)
-        if labels is None:  # the images have to be read
+        if labels is None:  # reading a label reads its image, too
             items = report_progress(_items(data, name), len(data), "read labels of")
             labels = [_label_of(item) for item in items]
     read = partial(_read_item, data, name)
@@ -160,7 +166,8 @@ def _image_of(item: Any, name: str) -> Any:
         return item[key]
     image = item[0] if isinstance(item, (tuple, list)) and item else item
     attributes = ("__array__", "__fspath__", "convert")  # arrays and tensors, paths, PIL images
-    if isinstance(image, (str, bytes)) or any(hasattr(image, name) for name in attributes):
+    is_image_or_path = any(hasattr(image, attribute) for attribute in attributes)
+    if isinstance(image, (str, bytes)) or is_image_or_path:
         return image
     raise ValueError(
         f"{name} is of type {type(image).__name__}, not an image; give {ALLOWED_IMAGES}"

@@ -13,9 +13,9 @@ from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.image_values import to_rgb
 from ssl_pretrain.data.images import UnreadableImage
 
-NUM_PROBED_IMAGES = 8  # images that are read when a source is created
+NUM_PROBED_IMAGES = 8  # images that are read and compared when a source is created
 
-# Reads the item at an index of a data set.
+# A function that returns the item at an index of a data set.
 ReadItem = Callable[[int], Any]
 
 
@@ -24,12 +24,12 @@ class PythonSource(Source):
 
     Args:
         name: Name of the data set, for messages.
-        read_image: Returns the image at an index, in any form that `to_rgb` accepts.
+        read_image: Function that returns the image at an index, in any form that `to_rgb` accepts.
         labels: Labels as integers or names, or None if the images have none.
         num_images: Number of images.
         classes: Names of the classes that integer labels index. If None, they are the sorted
             distinct labels.
-        identity: Bytes that identify the data set besides a few of its images.
+        identity: Bytes that identify the data set, in addition to the pixels of a few images.
 
     Raises:
         ValueError: If there is no image, a label is invalid, or an image changes when it is read
@@ -84,10 +84,13 @@ class PythonSource(Source):
         """Do nothing, because the images are in this program."""
 
     def with_classes(self, classes: list[str]) -> Self:
-        """Return this source with the labels of other classes, those of the training split.
+        """Return this source with its labels as indices into other classes.
 
-        Numbers without names index those classes. Classes of this source that are not among them
-        follow at the end.
+        Labels that are numbers without names are such indices already. Classes of this source that
+        are not among the other ones are added at the end.
+
+        Args:
+            classes: Names of the classes, those of the training split.
         """
         own_classes = self.classes
         are_indices = all(name.isdecimal() and int(name) < len(classes) for name in own_classes)
@@ -110,7 +113,11 @@ class PythonSource(Source):
         return ""
 
     def _probe(self, identity: bytes) -> bytes:
-        """Read a few images twice and return a digest of their pixels."""
+        """Return a digest of the pixels of a few images.
+
+        Raises:
+            ValueError: If one of them is unreadable or changes when it is read again.
+        """
         digest = hashlib.sha256(identity)
         for index in np.linspace(0, len(self) - 1, NUM_PROBED_IMAGES).astype(int).tolist():
             try:
@@ -166,6 +173,7 @@ def index_labels(
 
 
 def _plain_label(label: Any, name: str) -> int | str:
+    """Return a label as a Python integer or text, with -1 for a missing one."""
     value = label.item() if isinstance(label, (torch.Tensor, np.generic)) else label
     if value is None:
         return -1

@@ -48,7 +48,7 @@ _UNSUPPORTED_TABLES = (
 
 @dataclass
 class DataConfig:
-    """Configuration of the images and how they are read."""
+    """Configuration of the images and of how they are read."""
 
     source: Literal["digits", "cifar10", "folder"] | str = setting(
         "folder",
@@ -126,7 +126,11 @@ class DataConfig:
 
 
 def check(config: DataConfig) -> None:
-    """Raise ValueError, naming the key, if a value is invalid."""
+    """Check the values of a configuration.
+
+    Raises:
+        ValueError: If a value is invalid. The message names the key.
+    """
     if config.source not in NAMED_SOURCES and ":" not in config.source:
         close = get_close_matches(config.source, NAMED_SOURCES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -154,12 +158,15 @@ def check(config: DataConfig) -> None:
 
 
 def open_source(config: DataConfig, split: SplitName, classes: list[str] | None = None) -> Source:
-    """Open the images of one split. The classes of both splits are those of the training split.
+    """Open the images of one split. Both splits have the classes of the training split.
 
     Args:
         config: Configuration of the data set.
         split: "train" or "val".
-        classes: Classes of the training split, if it is open already.
+        classes: Classes of the training split, which saves opening it for "val".
+
+    Returns:
+        The images, and for "train" only `data.subset` of them.
 
     Raises:
         NoSuchSplit: If the data set has no validation split.
@@ -200,7 +207,7 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
 
 
 def _open_python(config: DataConfig, split: SplitName, classes: list[str] | None) -> Source:
-    """Open the images that a function of the user's returns."""
+    """Open the images that the user's function returns."""
     function = user_objects.find_object(config.source, "data.source")
     source = python_objects.open_split(function, config.source, split, config.args)
     if split == "train" or not isinstance(source, PythonSource):
@@ -224,14 +231,17 @@ def _open_files(config: DataConfig, has_train_beton: bool) -> FileDataSet:
     return FileDataSet(root, train, val, cache_dir, value_range)
 
 
-def _explain_missing(root: Path) -> str:
-    """Return what to do about a path that does not exist."""
+def _missing_root_message(root: Path) -> str:
+    """Return the message about a path that does not exist, with the most likely remedy."""
+    problem = f"data.root: {root} does not exist"
     if root.parts and root.parts[0].endswith(":") and len(root.parts[0]) > 2:  # https:, s3:, hf:
-        return "; a URL is not read, so download the images and give their folder"
+        return f"{problem}; a URL is not read, so download the images and give their folder"
     neighbors = [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else []
     nearest = get_close_matches(root.name, neighbors, n=1)
-    hint = f". Did you mean {str(root.parent / nearest[0])!r}?" if nearest else ";"
-    return f"{hint} {_ROOT_REMEDY[0].upper() + _ROOT_REMEDY[1:] if nearest else _ROOT_REMEDY}"
+    if not nearest:
+        return f"{problem}; {_ROOT_REMEDY}"
+    remedy = _ROOT_REMEDY[0].upper() + _ROOT_REMEDY[1:]
+    return f"{problem}. Did you mean {str(root.parent / nearest[0])!r}? {remedy}"
 
 
 def _find_root(config: DataConfig, cache_dir: Path) -> Path:
@@ -247,7 +257,7 @@ def _find_root(config: DataConfig, cache_dir: Path) -> Path:
             f"data.root: no path is set; {_ROOT_REMEDY}, as in data.root=/data/imagenet"
         )
     if not root.exists():
-        raise ValueError(f"data.root: {root} does not exist{_explain_missing(root)}")
+        raise ValueError(_missing_root_message(root))
     suffix = root.suffix.lower()
     if suffix in _UNSUPPORTED_TABLES and root.is_file():
         raise ValueError(
@@ -261,7 +271,7 @@ def _find_root(config: DataConfig, cache_dir: Path) -> Path:
 
 
 def _user_cache_dir() -> Path:
-    """Return the user's folder for caches. Without a home, it is a path that cannot be written."""
+    """Return the user's folder for caches, or a path that cannot be written without a home."""
     home = os.path.expanduser("~")
     return Path(home if os.path.isabs(home) else os.devnull) / ".cache" / "ssl_pretrain"
 
@@ -269,8 +279,8 @@ def _user_cache_dir() -> Path:
 def _beton_path(config: DataConfig, split: SplitName) -> Path | None:
     """Return the .beton of a split, or None if the split is read from image files.
 
-    The .beton is `data.root` itself, is named by `data.train` or `data.val`, or has the name of the
-    split.
+    The .beton is the file that `data.train` or `data.val` names, `data.root` itself, or a file with
+    the name of the split beside the images.
     """
     name = config.train if split == "train" else config.val
     root = Path(config.root).expanduser()
@@ -298,24 +308,29 @@ def _prefers_beton(loader: str, root: Path, name: str) -> bool:
     """Return True if the .beton of a split is preferred to a folder of its images.
 
     If both exist, `data.loader` decides. With `auto`, the folder is preferred if FFCV is missing.
+
+    Args:
+        loader: The setting `data.loader`.
+        root: The setting `data.root`.
+        name: Name of the .beton without its suffix, such as "val".
     """
     if not root.is_dir():
         return root.suffix.lower() == ".beton"
     split = split_of(name)
     names = [path.name for path in root.iterdir() if path.is_dir()]
     has_folder = name in names or any(split_of(other) == split for other in names if split)
-    has_ffcv = loader == "auto" and importlib.util.find_spec("ffcv") is not None
-    return not has_folder or loader == "ffcv" or has_ffcv
+    chooses_ffcv = loader == "auto" and importlib.util.find_spec("ffcv") is not None
+    return not has_folder or loader == "ffcv" or chooses_ffcv
 
 
-def _choose_subset(source: Source, size: int) -> Source:
-    """Return `size` images, the same for every seed of the run. 0 returns all of them."""
-    if not 0 <= size <= len(source):
+def _choose_subset(source: Source, num_images: int) -> Source:
+    """Return a random subset of the images, the same for every seed of the run. 0 means all."""
+    if not 0 <= num_images <= len(source):
         raise ValueError(
-            f"data.subset: {size} is not a possible number of training images; give a number from "
-            f"1 to {len(source)}, or 0 for all"
+            f"data.subset: {num_images} is not a possible number of training images; give a number "
+            f"from 1 to {len(source)}, or 0 for all"
         )
-    if not size:
+    if not num_images:
         return source
     order = rng.permutation(0, 0, len(source), rng.Purpose.SUBSET)
-    return source.take(np.sort(order[:size]))
+    return source.take(np.sort(order[:num_images]))
