@@ -19,16 +19,17 @@ from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import optimizers
 from ssl_pretrain.parallel.execution import Execution
+from ssl_pretrain.planning import recorder
 from ssl_pretrain.planning.step_trace import HALFWAY
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch
 
 READ_BATCH_SIZE = 16
 NUM_READ_BATCHES = 4  # the first one warms up
-MIN_IMAGES, MAX_IMAGES = 4, 32  # images per measured step
+MIN_IMAGES, MAX_IMAGES = 4, 64  # images per measured step
+MAX_CPU_FLOPS = 1.5e11  # operations of a measured step, about two seconds of a core
 NUM_STEPS = 5
 MAX_SECONDS = 2.0  # after this time no other batch or step is measured
-MAX_STEP_SECONDS = 1.0  # a measured step has fewer images rather than taking longer
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,9 @@ def measure_reading(config: RunConfig, source: Source) -> Reading:
 def measure_step(config: RunConfig, batch: Batch) -> float:
     """Return the seconds per image of an optimizer step, for all ranks together.
 
-    A few images go through the network, and the optimizer and the teacher are updated. The first
-    step warms up, the second one decides how many images the others have, and their median counts.
-    The ranks call this together, because losses have collectives. The exchange of gradients between
-    ranks is left out.
+    A few images go through the network, and the optimizer and the teacher are updated. A small step
+    warms up, and the median of the others counts. The ranks call this together, because losses have
+    collectives. The exchange of gradients between ranks is left out.
 
     Args:
         config: Configuration of the run.
@@ -118,15 +118,11 @@ def measure_step(config: RunConfig, batch: Batch) -> float:
     """
     device = _device()
     devices = [device] if device.type == "cuda" else []
-    num_images = math.gcd(config.global_batch_size, MIN_IMAGES)
+    num_images = _num_images(config, device, len(batch))
+    seconds: list[float] = []
     with torch.random.fork_rng(devices=devices), _threads(config.parallel.threads):
         trial = _Trial.build(config, device)
-        trial.seconds(batch, num_images)
-        seconds = [collectives.broadcast_object(trial.seconds(batch, num_images))]
-        most = min(MAX_IMAGES, num_images * MAX_STEP_SECONDS / seconds[0])
-        while _divides(2 * num_images, config, batch) and 2 * num_images <= most:
-            num_images *= 2
-            seconds = []
+        trial.seconds(batch, min(MIN_IMAGES, num_images))
         while len(seconds) < NUM_STEPS and sum(seconds) <= MAX_SECONDS:
             seconds.append(collectives.broadcast_object(trial.seconds(batch, num_images)))
     return statistics.median_low(seconds) / num_images / process_group.world_size()
@@ -171,9 +167,19 @@ class _Trial:
         return time.perf_counter() - start
 
 
-def _divides(num_images: int, config: RunConfig, batch: Batch) -> bool:
-    """Return True if there are as many images, and they divide the global batch."""
-    return num_images <= len(batch) and config.global_batch_size % num_images == 0
+def _num_images(config: RunConfig, device: torch.device, num_read: int) -> int:
+    """Return the number of images of a measured step.
+
+    It depends on the operations and not on a measured time. Programs that compete for the cores
+    slow a step down whatever its size, so that few images would make each one seem slow.
+    """
+    most = float(min(MAX_IMAGES, num_read))
+    if device.type == "cpu":
+        most = min(most, MAX_CPU_FLOPS / max(1.0, recorder.count_flops_per_image(config)))
+    num_images = math.gcd(config.global_batch_size, MIN_IMAGES)
+    while 2 * num_images <= most and config.global_batch_size % (2 * num_images) == 0:
+        num_images *= 2
+    return num_images
 
 
 def _concatenate(batches: list[Batch]) -> Batch:
