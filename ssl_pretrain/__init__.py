@@ -5,8 +5,7 @@
     run = ssl_pretrain.pretrain("photos/", output="runs/photos")
     backbone, transform = ssl_pretrain.load_backbone(run)
 
-Importing this package in a program imports no other. The functions are loaded when they are first
-used.
+`import ssl_pretrain` imports no other package. Each function is loaded when it is first used.
 """
 
 import sys as _sys
@@ -20,13 +19,15 @@ if _TYPE_CHECKING:
 __all__ = ["Run", "__version__", "embed", "list_methods", "load_backbone", "pretrain"]
 __version__ = "0.1.0"
 
-# A checkout without symbolic links has no eval/, launch/ and configs/ inside this package.
-# They are found at the top of the repository instead.
+# A checkout without symbolic links has eval/, launch/ and configs/ only at the top of the
+# repository, so that folder is searched, too.
 _repository = _Path(__file__).resolve().parent.parent
 if not _Path(__file__).with_name("eval").is_dir() and (_repository / "pyproject.toml").is_file():
     __path__.append(str(_repository))
 
-if _sys.argv[:1] == ["-m"]:  # a command of this package is being located, and imports torch next
+# sys.argv[0] is "-m" while Python locates the module of `python -m`, as for a command of this
+# package. The command then imports torch for seconds, in which Ctrl-C should print no traceback.
+if _sys.argv[:1] == ["-m"]:
     from ssl_pretrain.system import interruption as _interruption
 
     _interruption.report_in_one_line()

@@ -1,4 +1,4 @@
-"""The Python API: pretrain on your images, load the backbone, evaluate it and embed images."""
+"""The Python API: pretrain on images, load the backbone, evaluate it and embed other images."""
 
 import os
 import sys
@@ -33,11 +33,12 @@ DATA_OBJECT = "data"  # name of the images that a program passes to `pretrain`
 
 @dataclass(frozen=True)
 class Run:
-    """A pretraining run in a folder, as `pretrain` returns it.
+    """A pretraining run in a folder. `pretrain` returns one, and `Run(path)` opens an earlier one.
 
     Args:
         path: Folder of the run.
-        objects: Data sets and networks of this program that the configuration refers to.
+        objects: Data sets and networks of this program that the configuration refers to, by name.
+            Only `pretrain` passes them.
 
     Raises:
         ValueError: If the folder contains no run.
@@ -60,12 +61,12 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """Configuration of the run."""
+        """Configuration of the run, with one attribute per key, such as `config.optim.base_lr`."""
         return configuration.load(self.path / "config.yaml")
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """Records of the training, one per `log.every_steps` steps."""
+        """Records of the training, one dict per `log.every_steps` steps, sorted by step."""
         return records.read(self.path / "metrics.jsonl")
 
     @property
@@ -74,18 +75,27 @@ class Run:
         return is_finished(self.path)
 
     def backbone(self, device: str = "auto") -> nn.Module:
-        """Return the pretrained backbone in evaluation mode, from the newest checkpoint.
-
-        It maps normalized images (n, 3, size, size) to features (n, dim). Its attribute `transform`
-        turns an image into such an input.
+        """Load the pretrained backbone from the newest checkpoint.
 
         Args:
             device: A torch device, or auto for cuda if it is available and cpu otherwise.
+
+        Returns:
+            The backbone in evaluation mode, which maps normalized images (n, 3, size, size) to
+            features (n, dim). Its attribute `transform` turns an image into such an input.
+
+        Raises:
+            ValueError: If the run has no intact checkpoint.
+
+        Example:
+            >>> backbone = run.backbone(device="cpu")
+            >>> backbone.transform(np.zeros((8, 8), np.uint8)).shape
+            torch.Size([3, ...])
         """
         return load_backbone(self, device=device)[0]
 
     def evaluate(self, name: str = "knn", **settings: Any) -> Evaluation:
-        """Evaluate the newest checkpoint beside raw pixels and a random backbone.
+        """Evaluate the newest checkpoint, and for comparison raw pixels and a random backbone.
 
         Args:
             name: "knn", "linear", "semi", "finetune", "retrieval", "robustness" or "spectrum".
@@ -96,12 +106,26 @@ class Run:
 
         Raises:
             ValueError: If there is no such evaluation or setting, or the images have no labels.
+
+        Example:
+            >>> evaluation = run.evaluate("knn", k=20)
+            >>> evaluation.measure
+            'accuracy, %'
+            >>> 0 <= evaluation.table["pretrained"]["clean"] <= 100
+            True
         """
         with user_objects.provide(self.objects):
             return evaluate(runs.load_run(self.path), name, **settings)
 
     def report(self) -> Path:
-        """Write report.html, a page with the curves, views and neighbors, and return its path."""
+        """Write report.html, a page with the curves, views and neighbors of the run.
+
+        Returns:
+            Path of the page.
+
+        Raises:
+            ValueError: If the run has no intact checkpoint.
+        """
         with user_objects.provide(self.objects):
             return report.write(runs.load_run(self.path))
 
@@ -118,29 +142,29 @@ def pretrain(
 ) -> Run:
     """Pretrain a backbone on images without labels, in this process, and write a report.
 
-    What is not given is chosen for the images and this machine, and the reasons are printed with
-    the expected time. The same call resumes a run that was stopped.
+    Settings that are not given are chosen for the images and this machine. They are printed with
+    the reasons and the expected time. The same call resumes a run that was stopped.
 
     Args:
         data: Path of a folder, a zip or a list of files; a torch `Dataset`, a Hugging Face dataset,
             or an array (n, height, width, 3) of images; or "digits" for the built-in data set.
             Labels are only used by evaluations.
         method: Name of the method, by default SimCLR, or `package.module` of your own.
-        backbone: timm's name of the network, `package.module:function`, or a module that maps
-            images to features. The module itself is not changed.
+        backbone: timm's name of a network, `package.module:function`, or a module that maps images
+            (n, 3, size, size) to features (n, dim). The module itself is not changed.
         output: Folder of the run, by default runs/METHOD_DATA.
-        val: Images for evaluations, of the same kinds as `data`.
-        config: Name of a shipped recipe, such as "simclr_cifar10", or path of a YAML, instead of
-            the chosen settings.
+        val: Images for evaluations, a path if `data` is one, or else an object.
+        config: Name of a preset, such as "simclr_cifar10", or path of a YAML, whose settings
+            replace the chosen ones.
         overrides: Other settings, such as `epochs=100`, `optim={"base_lr": 0.3}` or
-            `optim__base_lr=0.3`.
+            `optim__base_lr=0.3`. They take precedence.
 
     Returns:
         The finished run.
 
     Raises:
         ValueError: If the data or a setting is wrong. The message names it and the remedy.
-        KeyboardInterrupt: If the run was asked to stop. It has saved a checkpoint.
+        KeyboardInterrupt: If the run was asked to stop, after it has saved a checkpoint.
 
     Example:
         >>> run = ssl_pretrain.pretrain("digits", backbone="test_resnet", epochs=1, output=folder)
@@ -150,8 +174,7 @@ def pretrain(
         >>> run.is_finished
         True
     """
-    objects: dict[str, Any] = {}
-    data_values = _data_values(data, val, objects)
+    data_values, objects = _describe_data(data, val)
     overrides = run_settings.build_tree(overrides)
     _require_text("method", method, "the name of one, or package.module of your own")
     method = run_settings.choose_method(method, overrides)
@@ -182,7 +205,7 @@ def load_backbone(
     """Load a pretrained backbone and the transform of its images.
 
     Args:
-        run: A run, its folder, a file of weights, or `timm:TAG`.
+        run: A run, its folder, a file of weights, or `timm:TAG` for weights that timm publishes.
         device: A torch device, or auto for cuda if it is available and cpu otherwise.
         overrides: For a file of weights, `backbone="resnet50"` and other settings.
 
@@ -191,7 +214,7 @@ def load_backbone(
         transform from an image to (3, size, size).
 
     Raises:
-        ValueError: If there is no run or file, or the weights do not fit the network.
+        ValueError: If there is no such run or file, or the weights do not fit the network.
 
     Example:
         >>> backbone, transform = ssl_pretrain.load_backbone(run, device="cpu")
@@ -226,7 +249,7 @@ def embed(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> np.ndarray:
-    """Return the features of images, float32 (n, dim), in their order.
+    """Compute the features of images.
 
     Args:
         backbone: A backbone of `load_backbone`, a run, or the folder of one.
@@ -234,6 +257,9 @@ def embed(
         transform: Transform of the images, by default the backbone's own.
         batch_size: Images per forward pass.
         num_workers: Processes that read the images. With 0, this process reads them.
+
+    Returns:
+        Features, float32 (n, dim), in the order of the images.
 
     Raises:
         ValueError: If there is no image, too many are unreadable, or the transform is missing.
@@ -265,7 +291,10 @@ def embed(
 
 
 def list_methods() -> list[str]:
-    """Return the names of the methods.
+    """List the methods that `pretrain` accepts, besides your own.
+
+    Returns:
+        Names of the methods, sorted.
 
     Example:
         >>> "dino" in ssl_pretrain.list_methods()
@@ -280,8 +309,11 @@ def _require_text(name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"{name}: {value!r} is of type {type(value).__name__}; give {allowed}")
 
 
-def _data_values(data: Any, val: Any, objects: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of the section `data`, and add a Python object to `objects`.
+def _describe_data(data: Any, val: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Describe the images in the terms of a configuration.
+
+    Returns:
+        The values of the section `data`, and the objects by name that they refer to.
 
     Raises:
         ValueError: If the data is not a data set of images.
@@ -289,16 +321,16 @@ def _data_values(data: Any, val: Any, objects: dict[str, Any]) -> dict[str, Any]
     if isinstance(data, (str, Path)):
         if val is not None and not isinstance(val, (str, Path)):
             raise ValueError("val: is an object, but data is a path; give both in the same way")
-        named = {"digits", "cifar10"} & {str(data)} if not Path(data).exists() else set()
-        source = {"source": named.pop()} if named else {"source": "folder", "root": str(data)}
-        return source | ({} if val is None else {"val": os.path.abspath(val)})
+        is_built_in = str(data) in ("digits", "cifar10") and not Path(data).exists()
+        values = {"source": str(data)} if is_built_in else {"source": "folder", "root": str(data)}
+        return values | ({} if val is None else {"val": os.path.abspath(val)}), {}
     splits = {"train": python_objects.open_object(data), "val": None}
     if isinstance(val, (str, Path)):
         raise ValueError("val: is a path, but data is an object; give both in the same way")
     if val is not None:
         splits["val"] = python_objects.open_object(val, "val")
-    objects[DATA_OBJECT] = splits.get
-    return {"source": f"{user_objects.OBJECT_PREFIX}{DATA_OBJECT}"}
+    reference = f"{user_objects.OBJECT_PREFIX}{DATA_OBJECT}"
+    return {"source": reference}, {DATA_OBJECT: splits.get}  # a function of the split's name
 
 
 def _name_of(data: Any) -> str:
@@ -309,7 +341,7 @@ def _name_of(data: Any) -> str:
 
 
 def _open_images(images: Any) -> Source:
-    """Open images to embed."""
+    """Open the images that `embed` takes in any of its forms."""
     if isinstance(images, Source):
         return images
     if isinstance(images, (str, Path)):
@@ -318,7 +350,7 @@ def _open_images(images: Any) -> Source:
 
 
 def _train(config: RunConfig) -> None:
-    """Train in this process.
+    """Train in this process, on one device.
 
     Raises:
         KeyboardInterrupt: If the run was asked to stop before its end.
@@ -343,7 +375,7 @@ def _train(config: RunConfig) -> None:
 
 @contextmanager
 def _restored_torch_settings() -> Iterator[None]:
-    """Restore torch's number of threads and its determinism, which a run sets."""
+    """Restore torch's number of threads and its determinism, which a run changes."""
     num_threads = torch.get_num_threads()
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     try:

@@ -359,6 +359,8 @@ def test_the_examples_of_the_docstrings_run(tmp_path):
     for function in (
         api.pretrain,  # makes the run that the other examples use
         api.Run,
+        api.Run.backbone,
+        api.Run.evaluate,
         api.load_backbone,
         api.embed,
         api.list_methods,
