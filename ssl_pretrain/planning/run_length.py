@@ -22,7 +22,7 @@ EPOCH_KEYS = (  # settings that count epochs of the recipe
     "method.queue_from_epoch",
     "method.teacher_temperature_warmup_epochs",
 )
-NUM_CHECKPOINTS = 10  # checkpoints and online measurements in a run
+NUM_CHECKPOINTS = 10  # most checkpoints and online measurements in a run
 
 
 def measure(result: Suggestion, source: Source) -> float:
@@ -111,7 +111,7 @@ def choose_epochs(
     _scale_schedule(result, epochs)
     time = f"{describe_time(result.expected_seconds)} on this machine"
     result.set("epochs", epochs, f"{epochs * num_images:,} images seen, {time}")
-    interval = max(1, epochs // NUM_CHECKPOINTS)
+    interval = math.ceil(epochs / NUM_CHECKPOINTS)
     result.set("checkpoint.every_epochs", interval)
     online = {"knn_every_epochs": interval, "k": min(20, max(1, num_images // 8))}
     result.set("online", online)
