@@ -139,6 +139,7 @@ def _suggested_values(
         backbone=schema.value_at(overrides, "backbone.name"),
         epochs=overrides.get("epochs"),
         keep_all_images="subset" in overrides.get("data", {}),
+        settings={key: value for key, value in overrides.items() if key != "epochs"},
     )
     lines = [f"settings for these {len(source):,} images and this machine:"]
     for key, reason in chosen.reasons.items():

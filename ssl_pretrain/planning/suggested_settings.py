@@ -45,6 +45,13 @@ class Suggestion:
         if value is not None and value > maximum:
             self.set(key, type(value)(maximum), reason)
 
+    def replace(self, settings: Mapping[str, Any]) -> None:
+        """Replace choices by the settings of the caller, which are given as a tree."""
+        self.tree = schema.merge(self.tree, settings)
+        for key in self.reasons:
+            if schema.value_at(settings, key) is not None:
+                self.reasons[key] = "as given"
+
     def build(self) -> RunConfig:
         """Return the configuration of these settings."""
         return configuration.from_dict(self.tree, "the suggestion")

@@ -5,6 +5,8 @@ their size and colors, or on the machine is adapted, and each change has a reaso
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +44,7 @@ def suggest(
     keep_all_images: bool = False,
     max_seconds: float | None = None,
     statistics: ImageStatistics | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Suggestion:
     """Suggest a configuration for these images on this machine.
 
@@ -55,6 +58,7 @@ def suggest(
         max_seconds: Longest expected time of the training, by default a quarter of an hour on a
             CPU and no limit on a GPU. A number of epochs may take longer.
         statistics: Measurements of the images, if they exist already.
+        settings: Other settings of the caller, as a tree. They replace what would be chosen.
 
     Raises:
         ValueError: If there are too few images, none is readable, the method is unknown, or it
@@ -76,6 +80,8 @@ def suggest(
     _adapt_views(result, size, size_reason, statistics, config)
     _adapt_backbone(result, backbone, on_cpu)
     _adapt_batch(result, num_images, on_cpu)
+    settings = settings or {}
+    result.replace(settings)  # the time depends on them
     if configuration.build_method_on_meta(result.build()).needs_labels:
         require_labels(source, f"method {method}")
     max_seconds = max_seconds or (CPU_SECONDS if on_cpu else math.inf)
@@ -92,6 +98,7 @@ def suggest(
     result.set("evaluation", {"crop_ratio": 1.0, "k": min(20, num_images // 4)})
     if size >= MAX_SMALL_SIZE and not _is_gray(statistics):
         _recommend_weights(result, num_images)
+    result.replace(settings)
     result.reasons["method.name"] = f"the other settings are those of {recipe_name}"
     configuration.check(result.build(), world_size=1)
     return result

@@ -87,6 +87,24 @@ def test_a_network_of_the_callers_is_kept(images, monkeypatch):
         assert result.get("backbone.name") == name
 
 
+def test_settings_of_the_callers_are_timed_and_named_as_such(images, monkeypatch):
+    data_config, source = images
+    sizes = []
+
+    def measure_step(config, batch):
+        sizes.append(config.views.crops["global"].size)
+        return 0.01
+
+    fix_step_time(0.01, monkeypatch)
+    monkeypatch.setattr(step_time, "measure_step", measure_step)
+    settings = {"views": {"crops": {"global": {"size": 16}}}, "global_batch_size": 8}
+    result = suggestion.suggest(data_config, source, settings=settings)
+    assert set(sizes) == {16}
+    assert result.get("views.crops.global.size") == 16
+    assert result.get("global_batch_size") == 8
+    assert result.reasons["global_batch_size"] == "as given"
+
+
 def test_the_schedule_is_scaled_with_the_epochs(images, monkeypatch):
     fix_step_time(0.1, monkeypatch)
     data_config, source = images
