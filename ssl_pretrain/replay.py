@@ -12,7 +12,6 @@ The step runs in one process with the whole global batch as one micro-batch. A r
 or with micro-batches is therefore repeated up to rounding, not bit for bit.
 """
 
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -181,7 +180,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(
         prog=program.usage_name("python -m ssl_pretrain.replay"),
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="output folder of a run")
     parser.add_argument(

@@ -48,7 +48,6 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program.usage_name("python -m ssl_pretrain.command.embed_images"),
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a run, or timm:<tag>")

@@ -35,9 +35,9 @@ examples:
   {command} /data/photos --method dino --write my.yaml
 
 The suggestion starts from the shipped recipe of the method. What depends on the images or on this
-machine is adapted, with a reason on its line. On a CPU the training is to take
-a quarter of an hour. Without --write, the description is printed as comments, so that the output
-is the YAML of a run.
+machine is adapted, with a reason on its line. On a CPU the training is to take a quarter of an
+hour. Without --write, the description is printed as comments, so that the output is the YAML of a
+run.
 Exit status: 0 on success, 1 if an image cannot be read, 2 if the data set cannot be opened."""
 
 
@@ -101,7 +101,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Count classes, sizes, pixel formats and bad files of a data set, measure its "
         "colors, and suggest a configuration.",
         epilog=_EPILOG.format(command=command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "root",
