@@ -25,7 +25,7 @@ def config(tmp_path_factory) -> Path:
 TEXTS = ["010", "1e5", "1_000", "0x1F", "1:30", "true", "no", "null", "2026-01-01", "1e-3"]
 TEXTS += ["/data/photos #1", "/data/a: b", "@x", "*x", "runs/a=b", "{a", "[a]", "a ", "~", ".nan"]
 KEYS = ["output", "data.root", "data.cache_dir", "data.train", "data.val"]
-KEYS += ["log.name", "log.project", "launch.hosts"]
+KEYS += ["log.name", "log.project", "log.group"]
 
 
 def test_text_keys_take_overrides_verbatim(config):
@@ -41,8 +41,9 @@ def test_text_keys_take_plain_scalars_of_a_yaml_file_verbatim(config):
     path = config.with_name("plain.yaml")
     log = "wandb: off, project: 1e3, name: null, tags: [010, no, 2026-01-01]"
     text = config.read_text().replace('wandb: "off"', log)
-    path.write_text(text.replace(f"output: {config.parent / 'run'}", "output: 010"))
-    overrides = ("optim.final_weight_decay=null", "launch.hosts=007", "views.crops.global.size=24")
+    text = text.replace(f"output: {config.parent / 'run'}", "output: 010")
+    path.write_text(f"{text}launch: {{hosts: 007}}\n")
+    overrides = ("optim.final_weight_decay=null", "views.crops.global.size=24")
     values = read_planned_config(path, *overrides)
     assert values["output"] == "010"
     assert values["log"]["wandb"] == "off"
