@@ -21,7 +21,7 @@ SPARKLINE_BLOCKS = "▁▂▃▄▅▆▇█"
 NEXT_COMMANDS = """next:
   my images   {inspect} /path/to/my/images
   CIFAR-10    {pretrain} simclr_cifar10_cpu
-  8 GPUs      torchrun --nproc-per-node 8 -m ssl_pretrain.train simclr_imagenet"""
+  all GPUs    {pretrain} simclr_imagenet data.root=/data/imagenet"""
 
 
 def render_summary(run_path: str | Path, phase_seconds: dict[str, float] | None = None) -> str:

@@ -256,8 +256,8 @@ def finished_step(
         if saved_epochs != epochs:
             raise ValueError(
                 f"epochs: {epochs} leaves nothing to train: {run} has reached step {step} with "
-                f"epochs={saved_epochs}. Nothing was changed; give epochs={saved_epochs} or more, "
-                "or a new output"
+                f"epochs={saved_epochs}. Nothing was changed; leave epochs at {saved_epochs}, "
+                "or give a new output"
             )
         check_config(saved_config=manifest["config"], path=str(path))
         return step

@@ -94,8 +94,9 @@ class OnlineKNN:
                 config.k, config.temperature, len(self.bank_indices), "online."
             )
         elif config.knn_every_epochs > 0:
+            num_labels = f"only {len(labeled)}" if len(labeled) else "no"
             process_group.print_once(
-                f"online k-NN is off, because only {len(labeled)} training images have labels"
+                f"online k-NN is off, because {num_labels} training images have labels"
             )
 
     @property

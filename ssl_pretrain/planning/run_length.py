@@ -109,8 +109,9 @@ def choose_epochs(
         epochs = max(1, math.floor(min(wanted, max_seconds / seconds_per_epoch)))
     result.expected_seconds = epochs * seconds_per_epoch
     _scale_schedule(result, epochs)
-    time = f"{describe_time(result.expected_seconds)} on this machine"
-    result.set("epochs", epochs, f"{epochs * num_images:,} images seen, {time}")
+    time, speed = describe_time(result.expected_seconds), _describe_speed(1 / seconds)
+    reason = f"{epochs * num_images:,} images seen, {time} at the {speed} measured just now"
+    result.set("epochs", epochs, reason)
     interval = math.ceil(epochs / NUM_CHECKPOINTS)
     result.set("checkpoint.every_epochs", interval)
     online = {"knn_every_epochs": interval, "k": min(20, max(1, num_images // 8))}
@@ -120,6 +121,10 @@ def choose_epochs(
 def _wanted_epochs(num_images: int, epochs: int | None) -> int:
     """Return the epochs without a limit of time."""
     return epochs or int(np.clip(round(IMAGES_SEEN / num_images, -2), MIN_EPOCHS, MAX_EPOCHS))
+
+
+def _describe_speed(images_per_second: float) -> str:
+    return f"{images_per_second:,.{0 if images_per_second >= 10 else 1}f} images/s"
 
 
 def _set_network(result: Suggestion, network: tuple[str, str], reason: str) -> None:

@@ -126,7 +126,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert shorter.status == 2 and shorter.stderr.endswith(
         f"error: epochs: 1 leaves nothing to train: {tmp_path / 'run'} has "
         f"reached step 4 with epochs=2. "
-        "Nothing was changed; give epochs=2 or more, or a new output\n"
+        "Nothing was changed; leave epochs at 2, or give a new output\n"
     )
     run = tmp_path / "run"
     errors = {

@@ -1,7 +1,6 @@
 """Networks are tried on views of the configured sizes before training starts."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest

@@ -22,16 +22,16 @@ def printed_text(content) -> str:
 def test_the_first_tutorial_ends_with_a_report_of_300_photos(tmp_path, shared_data):
     with zipfile.ZipFile(shared_data("imagenet_sample.zip")) as archive:
         names = [name for name in archive.namelist() if name.endswith(".JPEG")]
-        (tmp_path / "photos").mkdir()
+        (tmp_path / "tutorial_photos").mkdir()
         for name in islice(names, NUM_PHOTOS):
-            (tmp_path / "photos" / Path(name).name).write_bytes(archive.read(name))
+            (tmp_path / "tutorial_photos" / Path(name).name).write_bytes(archive.read(name))
     text = printed_text(execute(NOTEBOOK, tmp_path, EPOCHS=1))
     assert "300 photos" in text
-    assert (tmp_path / "runs" / "photos" / "report.html").is_file()
+    assert (tmp_path / "runs" / "tutorial" / "report.html").is_file()
 
 
 @pytest.mark.full
 def test_the_first_tutorial_makes_photos_if_there_are_none(tmp_path):
     execute(NOTEBOOK, tmp_path, EPOCHS=1)
-    assert len(list((tmp_path / "photos").iterdir())) == NUM_PHOTOS
-    assert (tmp_path / "runs" / "photos" / "report.html").is_file()
+    assert len(list((tmp_path / "tutorial_photos").iterdir())) == NUM_PHOTOS
+    assert (tmp_path / "runs" / "tutorial" / "report.html").is_file()

@@ -232,7 +232,7 @@ def test_the_demo_prints_numbers_curves_and_the_next_commands(digits):
     script = program.name()
     assert f"\n  my images   {script} inspect /path/to/my/images\n" in text
     assert f"\n  CIFAR-10    {script} pretrain simclr_cifar10_cpu\n" in text
-    assert "\n  8 GPUs      torchrun --nproc-per-node 8 -m ssl_pretrain.train simclr_im" in text
+    assert f"\n  all GPUs    {script} pretrain simclr_imagenet data.root=/data/imagenet" in text
 
 
 def test_the_demo_needs_both_evaluations(tmp_path):

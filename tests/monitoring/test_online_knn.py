@@ -125,7 +125,7 @@ def test_ranks_agree_with_one_process(world_size):
 def test_without_labels_nothing_is_measured_and_one_line_says_so(capsys):
     knn = build_knn(num_unlabeled=100)
     assert knn.measure(nn.Identity()) == Measurements() and not knn.is_due(4)
-    message = "online k-NN is off, because only 0 training images have labels\n"
+    message = "online k-NN is off, because no training images have labels\n"
     assert capsys.readouterr().out == message
 
 
