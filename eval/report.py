@@ -181,8 +181,8 @@ def _projection_variables(run: Run, split: EvaluationSplit, image_kind: str) -> 
     has_labels = bool((label_array >= 0).any())
     description = (
         f"{len(split):,} {image_kind}{', one color per class' if has_labels else ''}, projected"
-        " by t-SNE of vectors scaled to length 1 (scikit-learn, perplexity 30, initialized by PCA,"
-        " fixed seed)."
+        " by t-SNE of vectors scaled to length 1 (scikit-learn, perplexity"
+        f" {nearest_images.tsne_perplexity(len(split)):.3g}, initialized by PCA, fixed seed)."
     )
     names = split.classes[:MAX_LEGEND_CLASSES] if has_labels else []
     legend = [(name, charts.color(i, num_classes)) for i, name in enumerate(names)]

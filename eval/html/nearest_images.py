@@ -121,6 +121,11 @@ def _nearest_rows(bank: Tensor, queries: Tensor) -> Tensor:
     return similarity.topk(min(NUM_NEIGHBORS, len(bank)), dim=1).indices
 
 
+def tsne_perplexity(num_vectors: int) -> float:
+    """Return the perplexity of a projection, which must be below the number of vectors."""
+    return min(30.0, (num_vectors - 1) / 3)
+
+
 def project_by_tsne(vectors: Tensor) -> np.ndarray:
     """Project vectors (n, dim) to points (n, 2) by t-SNE of their directions, with a fixed seed."""
     from sklearn.manifold import TSNE
@@ -128,5 +133,5 @@ def project_by_tsne(vectors: Tensor) -> np.ndarray:
     values = F.normalize(vectors, dim=1).cpu().numpy()
     if len(values) < 5:
         return np.pad(values, ((0, 0), (0, 2)))[:, :2]
-    perplexity = min(30.0, (len(values) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(values)
+    tsne = TSNE(perplexity=tsne_perplexity(len(values)), init="pca", random_state=0)
+    return tsne.fit_transform(values)

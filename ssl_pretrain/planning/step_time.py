@@ -1,7 +1,6 @@
 """Measure how long reading and training take per image on this machine, from a few real steps."""
 
 import math
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +27,8 @@ READ_BATCH_SIZE = 16
 NUM_READ_BATCHES = 4  # the first one warms up
 MIN_IMAGES, MAX_IMAGES = 4, 64  # images per measured step
 MAX_CPU_FLOPS = 1.5e11  # operations of a measured step, about two seconds of a core
-NUM_STEPS = 5
-MAX_SECONDS = 2.0  # after this time no other batch or step is measured
+MIN_STEPS, MAX_STEPS = 3, 5
+MAX_SECONDS = 2.0  # after this time no further batch is read, and no step beyond MIN_STEPS is taken
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def measure_reading(config: RunConfig, source: Source) -> Reading:
                 break
     num_cores = process_group.cores_per_rank()
     warm_up = 1 if len(batches) > 1 else 0
-    seconds = [statistics.median_low(times[warm_up:]) for times in (worker_seconds, color_seconds)]
+    seconds = [min(times[warm_up:]) for times in (worker_seconds, color_seconds)]
     worker, color = collectives.broadcast_object(seconds)
     return Reading(
         _concatenate(batches),
@@ -109,7 +108,8 @@ def measure_step(config: RunConfig, batch: Batch) -> float:
     """Return the seconds per image of an optimizer step, for all ranks together.
 
     A few images go through the network, and the optimizer and the teacher are updated. A small step
-    warms up, and the median of the others counts. The ranks call this together, because losses have
+    warms up, and the fastest of the others counts, because other programs can only slow a step
+    down. The ranks call this together, because losses have
     collectives. The exchange of gradients between ranks is left out.
 
     Args:
@@ -123,9 +123,11 @@ def measure_step(config: RunConfig, batch: Batch) -> float:
     with torch.random.fork_rng(devices=devices), _threads(config.parallel.threads):
         trial = _Trial.build(config, device)
         trial.seconds(batch, min(MIN_IMAGES, num_images))
-        while len(seconds) < NUM_STEPS and sum(seconds) <= MAX_SECONDS:
+        while len(seconds) < MIN_STEPS or (
+            len(seconds) < MAX_STEPS and sum(seconds) <= MAX_SECONDS
+        ):
             seconds.append(collectives.broadcast_object(trial.seconds(batch, num_images)))
-    return statistics.median_low(seconds) / num_images / process_group.world_size()
+    return min(seconds) / num_images / process_group.world_size()
 
 
 @dataclass(frozen=True)

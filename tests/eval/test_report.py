@@ -239,3 +239,8 @@ def test_the_demo_needs_both_evaluations(tmp_path):
     message = r"has no knn evaluation; run python -m ssl_pretrain.eval.knn"
     with pytest.raises(ValueError, match=message):
         demo_summary.render_summary(tmp_path)
+
+
+def test_the_perplexity_is_below_the_number_of_images():
+    assert nearest_images.tsne_perplexity(500) == 30
+    assert nearest_images.tsne_perplexity(10) == 3
