@@ -319,8 +319,7 @@ def _build_output(
 ) -> StepOutput:
     """Detach all tensors and drop those that the method declares as transient."""
     return StepOutput(
-        {name: z.detach() for name, z in embeddings.items() if name not in method.transient},
-        {name: z for name, z in targets.items() if name not in method.transient},
+        *method.without_transient(embeddings, targets),
         {
             name: value.detach()
             for name, value in {"loss": loss_output.loss, **loss_output.logs}.items()

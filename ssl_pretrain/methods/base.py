@@ -91,6 +91,15 @@ class Method(nn.Module):
             targets: Targets of this rank's images, without the transient ones.
         """
 
+    def without_transient(
+        self, embeddings: Embeddings, targets: Embeddings
+    ) -> tuple[Embeddings, Embeddings]:
+        """Return the tensors that `after_step` gets: detached, without the transient ones."""
+        return (
+            {name: z.detach() for name, z in embeddings.items() if name not in self.transient},
+            {name: z for name, z in targets.items() if name not in self.transient},
+        )
+
     def frozen(self, progress: Progress) -> Sequence[str]:
         """Return name prefixes of the parameters that do not change in this step."""
         return ()

@@ -162,9 +162,7 @@ class _Trial:
             embeddings, targets = method(batch), method.targets(batch)
         method.loss(embeddings, targets).loss.backward()
         optimizers.step_if_finite(self.optimizer, optim_config.clip_norm, optim_config.clip_by)
-        kept = {name: z.detach() for name, z in embeddings.items() if name not in method.transient}
-        kept_targets = {name: z for name, z in targets.items() if name not in method.transient}
-        method.after_step(HALFWAY, kept, kept_targets)
+        method.after_step(HALFWAY, *method.without_transient(embeddings, targets))
         _wait_for(self.execution.device)
         return time.perf_counter() - start
 
