@@ -5,6 +5,7 @@ Weights & Biases gets results from its own client (`ssl_pretrain.launch.dashboar
 
 import csv
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,25 @@ from ssl_pretrain.system import durable_files, optional_packages
 # the newest file of a folder.
 TENSORBOARD_FOLDER = f"{tensorboard_tracker.FOLDER_NAME}/evaluations"
 TABLE_NAME = "evaluations.csv"
+# Results of a run, by the name of the evaluation and the step.
+Results = dict[str, dict[int, dict[str, Any]]]
 COLUMNS = ("evaluation", "step", "features", "metric", "value", "standard_deviation")
 
 
-def track(
-    run_path: Path, result: dict[str, Any], results: dict[str, dict[int, dict[str, Any]]]
-) -> None:
+def track(run_path: Path, result: dict[str, Any], load_results: Callable[[], Results]) -> None:
     """Add a result to the files that the run's settings `log.tensorboard` and `log.csv` turn on.
 
     Args:
         run_path: Folder of the run.
         result: The new result.
-        results: All results of the run, keyed by the evaluation's name and the step.
+        load_results: Returns all results of the run. It is called only for the table.
     """
     path = run_path / "config.yaml"
     settings = yaml.safe_load(path.read_text()).get("log", {}) if path.exists() else {}
     if settings.get("tensorboard") and optional_packages.is_installed("tensorboard"):
         _write_events(run_path / TENSORBOARD_FOLDER, result)
     if settings.get("csv"):
-        durable_files.replace(run_path / TABLE_NAME, _format_table(results))
+        durable_files.replace(run_path / TABLE_NAME, _format_table(load_results()))
 
 
 def _write_events(folder: Path, result: dict[str, Any]) -> None:
@@ -46,7 +47,7 @@ def _write_events(folder: Path, result: dict[str, Any]) -> None:
             writer.add_scalar(name, value, result["step"])
 
 
-def _format_table(results: dict[str, dict[int, dict[str, Any]]]) -> str:
+def _format_table(results: Results) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def save(
             path.parent.mkdir(parents=True, exist_ok=True)
             durable_files.replace(path.with_suffix(".txt"), text)
             durable_files.replace(path, content)
-        result_trackers.track(run_path, result, load_by_step(run_path))
+        result_trackers.track(run_path, result, partial(load_by_step, run_path))
     return result
 
 
