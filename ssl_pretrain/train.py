@@ -6,7 +6,6 @@ The same command resumes the run from the newest checkpoint in its output folder
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
-    _check_launch_keys(config, options.overrides)
+    configuration.check_training_overrides(config, options.overrides)
     if options.plan:
         print(plan.describe(config, plan.num_ranks(config, default=1)))
         return 0
@@ -156,18 +155,6 @@ def _run(options: argparse.Namespace) -> int:
     status = exit_status.record_stop()
     collectives.barrier()  # torchrun ends the other ranks as soon as one exits with this status
     return status
-
-
-def _check_launch_keys(config: RunConfig, overrides: Sequence[str]) -> None:
-    """Refuse overrides of `launch` on the user's command line. Launchers and jobs pass them on."""
-    if "SLURM_JOB_ID" in os.environ:
-        return
-    launcher = program.command("pretrain")
-    reason, remedy = "this command submits nothing", f"use `{launcher}`, or remove such keys"
-    configuration.check_slurm_keys(config, overrides, reason, remedy, overrides_only=True)
-    if not program.is_launched():
-        has_ranks = "RANK" in os.environ
-        configuration.check_no_launch(config, overrides, launcher, has_ranks=has_ranks)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from ssl_pretrain.config.feasibility import (
     check,
     configured_micro_batch_size,
 )
-from ssl_pretrain.config.launch_keys import check_no_launch, check_slurm_keys
+from ssl_pretrain.config.launch_keys import check_slurm_keys, check_training_overrides
 from ssl_pretrain.config.loading import (
     NO_METHOD,
     apply_overrides,
@@ -30,9 +30,9 @@ __all__ = [
     "apply_overrides",
     "build_method_on_meta",
     "check",
-    "check_no_launch",
     "check_resume_config",
     "check_slurm_keys",
+    "check_training_overrides",
     "configured_micro_batch_size",
     "explain_key",
     "from_dict",

@@ -1,10 +1,12 @@
 """Refuse keys of the section `launch` in commands that do not use them."""
 
+import os
 from collections.abc import Sequence
 
 from ssl_pretrain import schema
 from ssl_pretrain.config.run_config import LaunchConfig, RunConfig
 from ssl_pretrain.schema.config_file import ConfigError
+from ssl_pretrain.system import program
 
 SLURM_KEYS = (  # keys that only a submission to SLURM uses
     *("nodes", "gpus_per_node", "cpus_per_rank", "memory_gb", "hours", "signal_seconds"),
@@ -37,23 +39,27 @@ def check_slurm_keys(
         )
 
 
-def check_no_launch(
-    config: RunConfig, overrides: Sequence[str], launcher: str, *, has_ranks: bool
-) -> None:
-    """Refuse overrides of `launch` in a command that trains in its own process.
+def check_training_overrides(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Refuse overrides of `launch` in the command that trains in its own process.
 
-    A YAML may have such keys, because the same file is used with the launcher.
+    A YAML may have such keys, because the same file is used with the launcher. Launchers and jobs
+    pass them on, and a rank of torchrun accepts those that started the ranks.
 
     Args:
         config: The configuration.
         overrides: The `key=value` arguments of the command line.
-        launcher: The command that uses the keys, for the message.
-        has_ranks: True in a rank of torchrun. The keys that started the ranks are then accepted.
 
     Raises:
         ConfigError: If an override sets such a key to another value than its default.
     """
-    keys = () if has_ranks else MACHINE_KEYS
+    if "SLURM_JOB_ID" in os.environ:
+        return
+    launcher = program.command("pretrain")
+    reason, remedy = "this command submits nothing", f"use `{launcher}`, or remove such keys"
+    check_slurm_keys(config, overrides, reason, remedy, overrides_only=True)
+    if program.is_launched():
+        return
+    keys = () if "RANK" in os.environ else MACHINE_KEYS
     if config.launch.cluster == "slurm":
         keys = ("cluster", *keys)
     changes = _describe_changes(config, keys, overrides)
