@@ -15,8 +15,10 @@ from ssl_pretrain.parallel.batch_norm import GroupBatchNorm
 # The first of these functions that is on the stack tells what a collective is for. None is on the
 # stack of DDP's reducer, which is C++.
 KINDS = {
-    "_SynchronizedBatchNorm.forward": "batch norm forward",
-    "_SynchronizedBatchNorm.backward": "batch norm backward",
+    "PortableSynchronizedNorm.forward": "batch norm forward",
+    "PortableSynchronizedNorm.backward": "batch norm backward",
+    "CUDASynchronizedNorm.forward": "batch norm forward",
+    "CUDASynchronizedNorm.backward": "batch norm backward",
     "foreach_all_gather": "weights",
     "foreach_reduce": "gradients",
     "tensor_norms": "norms",

@@ -177,8 +177,7 @@ def convert_norms(detector: nn.Module, norm: Norm, local_batch_size: int) -> nn.
     Args:
         detector: Detector to convert, which may be changed in place.
         norm: "sync" normalizes by the statistics of all ranks, "batch" by those of this rank, and
-            "frozen" by those of pretraining. "sync" means torch's SyncBatchNorm on GPUs and this
-            project's own on CPUs. On one rank, "sync" is the same as "batch".
+            "frozen" by those of pretraining. On one rank, "sync" is the same as "batch".
         local_batch_size: Images per step on this rank.
     """
     if norm == "frozen":

@@ -1,7 +1,4 @@
-"""Batch norm over fixed groups of the global batch, on any device.
-
-torch's SyncBatchNorm only runs on CUDA.
-"""
+"""Batch norm over fixed groups of the global batch, on any device."""
 
 from typing import Any
 
@@ -10,7 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.parallel.synchronized_batch_norm import (
+    CUDASynchronizedNorm,
+    PortableSynchronizedNorm,
+)
 
 
 class GroupBatchNorm(nn.Module):
@@ -62,7 +63,9 @@ class GroupBatchNorm(nn.Module):
         return self.act(self.drop(y))
 
     def _normalize_across_ranks(self, x: Tensor) -> Tensor:
-        y, mean, variance, count = _SynchronizedBatchNorm.apply(
+        if x.is_cuda:
+            return self._normalize_with_cuda_kernels(x)
+        y, mean, variance, count = PortableSynchronizedNorm.apply(
             x, self.weight, self.bias, self.eps, self.group
         )
         unbiased = variance * count / (count - 1).clamp(min=1)
@@ -71,6 +74,14 @@ class GroupBatchNorm(nn.Module):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         return y
+
+    def _normalize_with_cuda_kernels(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+        statistics = self.running_mean, self.running_var
+        return CUDASynchronizedNorm.apply(
+            x, self.weight, self.bias, *statistics, self.momentum, self.eps, self.group
+        )
 
     def _normalize_within_rank(self, x: Tensor) -> Tensor:
         """Normalize each group separately, in one native call that treats groups as channels."""
@@ -89,62 +100,10 @@ class GroupBatchNorm(nn.Module):
         return y.view(views, rows, groups, channels, *space).transpose(1, 2).reshape(x.shape)
 
 
-class _SynchronizedBatchNorm(torch.autograd.Function):
-    """Batch normalization over the rows of several ranks.
-
-    The forward pass combines the ranks' means, sums of squared deviations and counts. The backward
-    pass reduces two sums over ranks.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
-    ) -> Any:
-        x_float = x if x.dtype == torch.float64 else x.float()
-        local_mean, local_variance = torch.batch_norm_update_stats(x_float, None, None, 0.0)
-        count = local_mean.new_full((1,), x_float.numel() / x_float.shape[1])
-        channels = len(local_mean)
-        # Sums of squared deviations, m2 = variance * count. Shape (ranks, 2 * channels + 1).
-        packed = torch.cat([local_mean, local_variance * count, count])[None]
-        means, m2s, counts = collectives.gather(packed, group).split([channels, channels, 1], dim=1)
-        total = counts.sum()
-        mean = (means * counts).sum(0) / total
-        variance = (m2s.sum(0) + (counts * (means - mean).square()).sum(0)) / total
-        y = F.batch_norm(x_float, mean, variance, weight, bias, False, 0.0, eps)
-        ctx.save_for_backward(x, mean, variance, weight, total)
-        ctx.group, ctx.eps, ctx.has_bias = group, eps, bias is not None
-        ctx.mark_non_differentiable(mean, variance, total)
-        return y.to(x.dtype), mean, variance, total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-        x, mean, variance, weight, total = ctx.saved_tensors
-        x_float, grad = x.to(mean.dtype), grad.to(mean.dtype)
-        inverse_std = (variance + ctx.eps).rsqrt()
-        # Two sums over this rank's rows, with the mean and standard deviation of the group.
-        _, sum_product, sum_grad = torch.ops.aten.native_batch_norm_backward(
-            grad, x_float, weight, None, None, mean, inverse_std, True, ctx.eps, [False, True, True]
-        )
-        local_sums = torch.stack([sum_grad, sum_product])
-        mean_grad, mean_product = (collectives.reduce_sum(local_sums, ctx.group) / total).unbind()
-        # Write scale * (grad - mean_grad - normalized * mean_product) as an affine map of x and
-        # grad.
-        scale = inverse_std if weight is None else inverse_std * weight
-        slope = -scale * inverse_std * mean_product
-        offset = -scale * mean_grad - slope * mean
-        channel_shape = (1, -1, *[1] * (x.ndim - 2))
-        x_grad = torch.addcmul(offset.view(channel_shape), x_float, slope.view(channel_shape))
-        x_grad = torch.addcmul(x_grad, grad, scale.view(channel_shape)).to(x.dtype)
-        # The gradients of weight and bias are this rank's sums. DDP averages them over ranks.
-        weight_grad = sum_product if weight is not None else None
-        return x_grad, weight_grad, sum_grad if ctx.has_bias else None, None, None
-
-
 def convert(module: nn.Module, micro_batch_size: int, group_images: int) -> nn.Module:
     """Make every batch norm in `module` normalize over groups of `group_images` images, in place.
 
-    torch's own batch norm is kept if each forward pass is exactly one group. CUDA ranks that share
-    a group use torch's SyncBatchNorm.
+    torch's own batch norm is kept if each forward pass is exactly one group.
 
     Args:
         module: The network.
@@ -172,11 +131,7 @@ def convert(module: nn.Module, micro_batch_size: int, group_images: int) -> nn.M
     group = process_group.new_subgroup(ranks) if ranks > 1 else None
     for name, child in list(module.named_modules()):
         if isinstance(child, _BatchNorm):
-            is_on_cuda = child.weight is not None and child.weight.is_cuda
-            if ranks > 1 and is_on_cuda and not hasattr(child, "act"):
-                grouped = nn.SyncBatchNorm.convert_sync_batchnorm(child, group)
-            else:
-                grouped = GroupBatchNorm(child, micro_batch_size, group_images, group)
+            grouped = GroupBatchNorm(child, micro_batch_size, group_images, group)
             module.set_submodule(name, grouped)
     return module
 
@@ -188,8 +143,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 def spans_ranks(module: nn.Module) -> bool:
     """Return True if the module is a batch norm with statistics over several ranks."""
-    is_synchronized = isinstance(module, GroupBatchNorm) and module.ranks_per_group > 1
-    return is_synchronized or isinstance(module, nn.SyncBatchNorm)
+    return isinstance(module, GroupBatchNorm) and module.ranks_per_group > 1
 
 
 def statistics(module: nn.Module) -> list[Tensor]:
