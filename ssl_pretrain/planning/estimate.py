@@ -22,7 +22,7 @@ from ssl_pretrain.parallel.memory import GIB, USABLE_FRACTION
 from ssl_pretrain.planning import communication, step_trace
 from ssl_pretrain.planning.communication import Cluster, Message, Overlap, Unit
 from ssl_pretrain.planning.hardware import Machine
-from ssl_pretrain.planning.step_trace import NUM_COLORED_IMAGES, MicroBatchTraces
+from ssl_pretrain.planning.step_trace import MicroBatchTraces
 from ssl_pretrain.planning.trace import Trace
 from ssl_pretrain.views import recipe
 
@@ -121,8 +121,9 @@ class Estimate:
     @cached_property
     def color_seconds_per_image(self) -> float:
         """Time of the color augmentation of all views of an image."""
-        seconds = sum(self.machine.bound_seconds(step_trace.trace_coloring(self.run)))
-        return seconds / self.machine.roofline_share / NUM_COLORED_IMAGES
+        itemsize = self.execution.view_dtype.itemsize
+        num_bytes = step_trace.coloring_bytes_per_image(self.run, itemsize)
+        return num_bytes / self.machine.memory_bandwidth / self.machine.color_share
 
     @property
     def local_batch_size(self) -> int:

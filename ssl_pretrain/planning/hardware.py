@@ -13,7 +13,6 @@ GIGA, TERA = 1e9, 1e12
 MATMUL_SHARE = 0.8  # large bfloat16 products reach 790 of 989 TFLOP/s on an H100
 BANDWIDTH_SHARE = 0.85  # a copy reaches this share of the memory bandwidth
 LINK_SHARE = 0.8  # NCCL's large all-reduces reach this share of the link
-ROOFLINE_SHARE = 0.75  # eager training steps are assumed to reach this share of the roofline
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class Machine:
     memory_bandwidth: float
     intra_node_bandwidth: float  # from one GPU to the others of its node
     inter_node_bandwidth: float  # from one node to the others
-    roofline_share: float = 1.0  # share of the roofline that a training step reaches
+    roofline_share: float = 1.0  # measured share that training steps reach, or 1 if there is none
+    color_share: float = 1.0  # the same for color augmentation, which memory bounds
     launch_seconds: float = 7e-6  # time that the host takes per eager operation
     latency_seconds: float = 7e-6  # time that a collective takes per level of a tree of ranks
     decoded_per_core: float = 0.0  # images that a core decodes per second, 0 to ignore the loader
@@ -92,7 +92,7 @@ def peak_tflops(device: torch.device) -> float:
 
 
 def from_data_sheet(name: str, sheet: DataSheet) -> Machine:
-    """Return the rates that training is expected to reach on a GPU."""
+    """Return the rates that single large kernels reach on a GPU."""
     matmul_rate = sheet.bf16 * TERA * MATMUL_SHARE
     return Machine(
         name,
@@ -103,7 +103,6 @@ def from_data_sheet(name: str, sheet: DataSheet) -> Machine:
         memory_bandwidth=sheet.bandwidth * TERA * BANDWIDTH_SHARE,
         intra_node_bandwidth=sheet.link * GIGA * LINK_SHARE,
         inter_node_bandwidth=sheet.node * GIGA * LINK_SHARE,
-        roofline_share=ROOFLINE_SHARE,
     )
 
 

@@ -1,10 +1,9 @@
-"""Trace the parts of one rank's step: micro-batch, loss, optimizer and color augmentation."""
+"""Trace the parts of one rank's step: micro-batch, loss and optimizer. Count color's bytes."""
 
 import copy
 from collections import Counter
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,11 +19,9 @@ from ssl_pretrain.parallel.compile_and_checkpoint import recompute_activations
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning.recorder import BeginPhase, make_fake, record_trace
 from ssl_pretrain.planning.trace import LinearTrace, TensorSpec, Trace
-from ssl_pretrain.views import color_torch, recipe
+from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch
-from ssl_pretrain.views.color_parameters import draw_colors
 
-NUM_COLORED_IMAGES = 64  # images in the trace of the color augmentation
 HALFWAY = Progress(500, 1000, 10)  # progress at the traced step
 
 Tensors = dict[str, Tensor]
@@ -168,23 +165,20 @@ def trace_optimizer(
         return record_trace(prepare, step)
 
 
-def trace_coloring(run: RunConfig) -> Trace:
-    """Trace the color augmentation of all views of `NUM_COLORED_IMAGES` images."""
-    crops = recipe.crop_per_view(run.views)
+def coloring_bytes_per_image(run: RunConfig, itemsize: int) -> float:
+    """Return the bytes that the kernels of `color_triton` move for all views of an image.
 
-    def prepare() -> list[Tensor]:
-        return [
-            torch.zeros(NUM_COLORED_IMAGES, 3, crop.size, crop.size, dtype=torch.uint8)
-            for crop in crops
-        ]
+    Two kernels read the uint8 pixels. The views are written once. Two more kernels blur, each from
+    one float32 buffer, which the kernel before has written.
 
-    def apply(views: list[Tensor], begin_phase: BeginPhase) -> None:
-        for crop, values, pixels in zip(crops, parameters, views):
-            color_torch.apply(pixels, values, crop, run.views.mean, run.views.std)
-
-    indices = np.arange(NUM_COLORED_IMAGES)
-    parameters = [draw_colors(crop, 0, 0, indices, view) for view, crop in enumerate(crops)]
-    return record_trace(prepare, apply)[0]
+    Args:
+        run: Configuration of the run.
+        itemsize: Bytes per value of the views.
+    """
+    return sum(
+        3 * crop.size**2 * (2 + itemsize + 2 * crop.blur * 2 * torch.float32.itemsize)
+        for crop in recipe.crop_per_view(run.views)
+    )
 
 
 def trace_backbone(name: str, size: int, num_images: int, *, bfloat16: bool) -> Trace:
