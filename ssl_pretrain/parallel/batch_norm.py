@@ -84,20 +84,29 @@ class GroupBatchNorm(nn.Module):
         )
 
     def _normalize_within_rank(self, x: Tensor) -> Tensor:
-        """Normalize each group separately, in one native call that treats groups as channels."""
-        groups, (channels, *space) = self.groups_per_rank, x.shape[1:]
-        views, rows = len(x) // self.micro_batch_size, self.micro_batch_size // groups
-        grouped = x.view(views, groups, rows, channels, *space).transpose(1, 2)
-        grouped = grouped.reshape(views * rows, groups * channels, *space)
-        mean, variance = self.running_mean.repeat(groups), self.running_var.repeat(groups)
-        weight = self.weight.repeat(groups) if self.weight is not None else None
-        bias = self.bias.repeat(groups) if self.bias is not None else None
-        y = F.batch_norm(grouped, mean, variance, weight, bias, True, self.momentum, self.eps)
+        """Normalize each group separately. Slices of rows keep the memory format of `x`."""
+        num_groups = self.groups_per_rank
+        rows = self.micro_batch_size // num_groups
+        slices = x.split(rows)  # view v of group g is slice v * num_groups + g
+        means, variances = (
+            statistic.repeat(num_groups, 1) for statistic in (self.running_mean, self.running_var)
+        )
+        outputs = []
+        for index in range(num_groups):
+            views = slices[index::num_groups]
+            y = F.batch_norm(
+                views[0] if len(views) == 1 else torch.cat(views),
+                *(means[index], variances[index], self.weight, self.bias),
+                training=True,
+                momentum=self.momentum,
+                eps=self.eps,
+            )
+            outputs.append(y.split(rows))
         with torch.no_grad():  # each group has updated its own copy of the running statistics
             self.num_batches_tracked += 1
-            self.running_mean.copy_(mean.view(groups, channels).mean(0))
-            self.running_var.copy_(variance.view(groups, channels).mean(0))
-        return y.view(views, rows, groups, channels, *space).transpose(1, 2).reshape(x.shape)
+            self.running_mean.copy_(means.mean(0))
+            self.running_var.copy_(variances.mean(0))
+        return torch.cat([y for groups_of_view in zip(*outputs) for y in groups_of_view])
 
 
 def convert(module: nn.Module, micro_batch_size: int, group_images: int) -> nn.Module:

@@ -108,6 +108,18 @@ def test_timms_activation_is_kept():
     torch.testing.assert_close(result[1], x_gradient, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_groups_within_a_rank_keep_channels_last(num_views):
+    layer = batch_norm.convert(build_norm(), IMAGES, 4)
+    x = draw_two_views()[:num_views].flatten(0, 1).to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    y = layer(x)
+    y.square().sum().backward()
+    for values in (y, x.grad):
+        assert values.is_contiguous(memory_format=torch.channels_last)
+        assert not values.is_contiguous()
+
+
 def test_evaluation_uses_the_running_statistics():
     layer, torch_norm = batch_norm.convert(build_norm(), IMAGES, 4), build_norm()
     x = draw_two_views().flatten(0, 1)
