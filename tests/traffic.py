@@ -24,6 +24,7 @@ KINDS = {
     "tensor_norms": "norms",
     "_SymmetricLogSumExp.backward": "loss backward",
     "_Gather.backward": "loss backward",
+    "_GatherUnit.backward": "loss backward",
     "_Gather.forward": "gather",
 }
 

@@ -43,18 +43,15 @@ class LostRankError(LostProcessError):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.shape, ctx.group = x.shape, group
+        ctx.group = group
         gathered = x.new_empty(process_group.group_size(group) * x.shape[0], *x.shape[1:])
         _all_gather(gathered, x.contiguous(), group=group)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # The losses of other ranks use this rank's rows too. Autograd owns `grad`, so it is never
-        # reduced in place.
-        total = grad.new_empty(ctx.shape)
-        _reduce_scatter(total, grad.contiguous(), group=ctx.group)
-        return total, None
+        # The losses of other ranks use this rank's rows too.
+        return reduce_scatter(grad, ctx.group), None
 
 
 class _ReduceSum(torch.autograd.Function):
@@ -81,6 +78,16 @@ def gather(x: Tensor, group: Any = None) -> Tensor:
     Gradients flow to all ranks.
     """
     return _Gather.apply(x, group) if process_group.group_size(group) > 1 else x
+
+
+def reduce_scatter(x: Tensor, group: Any = None) -> Tensor:
+    """Sum `x`, shape (global_batch, ...), over the ranks and return this rank's rows.
+
+    It is not differentiable, and `x` is not changed.
+    """
+    total = x.new_empty(len(x) // process_group.group_size(group), *x.shape[1:])
+    _reduce_scatter(total, x.contiguous(), group=group)
+    return total
 
 
 def reduce_sum(x: Tensor, group: Any = None) -> Tensor:

@@ -15,9 +15,10 @@ batch, and the average of gradients that DistributedDataParallel computes is the
 process on the whole batch. All ranks must have equally many images. Without a process group the
 batch of this process is the whole batch.
 
-Embeddings in float16 or bfloat16 are converted to float32, and autocast is off inside. Losses that
-compare all images with each other work in tiles, so no matrix of all pairs is stored, except for
-`triplet`, `n_pair` and `pairwise`.
+Losses are computed in float32, also of embeddings in float16 or bfloat16, and autocast is off
+inside. Gradients have the data type of the embeddings. Losses that compare all images with each
+other work in tiles, so no matrix of all pairs is stored, except for `triplet`, `n_pair` and
+`pairwise`.
 
 Hyperparameters have a default where their paper has a single value.
 """

@@ -30,8 +30,8 @@ class Backend:
     def run_fused(self, anchors: Tensor, compute: Callable[[ModuleType], T]) -> T | None:
         """Return `compute(kernels)`, or None if the kernels do not support these embeddings.
 
-        The kernels need float32 and Triton. If a kernel does not fit a device, a warning is printed
-        and the device uses plain tiles from then on.
+        The kernels need Triton and at most 32 bits. If a kernel does not fit a device, a warning is
+        printed and the device uses plain tiles from then on.
         """
         if not self.fused or find_spec("triton") is None:
             return None

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.distributed import collectives
 from ssl_pretrain.losses.arguments import (
     check_labels,
     check_queue,
     check_two_images,
     unit_embeddings,
 )
+from ssl_pretrain.losses.half_precision import gather_unit, half_rows, scaled_pair
 from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.losses.tiles import log_sum_exp, symmetric_log_sum_exp
 
@@ -62,9 +62,10 @@ def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
         >>> nt_xent(z_a, z_b, temperature=0.2)
         tensor(2.79...)
     """
+    half = half_rows(z_a, z_b)
     z_a, z_b = unit_embeddings("nt_xent", temperature, z_a=z_a, z_b=z_b)
     check_two_images("nt_xent", z_a)
-    lse, _ = symmetric_log_sum_exp(torch.cat([z_a, z_b]), scale=1 / temperature)
+    lse, _ = symmetric_log_sum_exp(torch.cat([z_a, z_b]), scale=1 / temperature, half=half)
     return lse.mean() - (z_a * z_b).sum(1).mean() / temperature
 
 
@@ -96,12 +97,15 @@ def info_nce(
         >>> info_nce(queries, keys, temperature=1.0)  # ln(1 + 3 / e)
         tensor(0.74...)
     """
+    half_queries, half_keys = half_rows(queries), half_rows(keys)
     queries, keys = unit_embeddings("info_nce", temperature, queries=queries, keys=keys)
     anchors, bound = queries / temperature, 1 / temperature
     positive = (queries * keys).sum(1) / temperature
     if queue is None:
         check_two_images("info_nce", queries)
-        return (log_sum_exp(anchors, collectives.gather(keys), logit_bound=bound) - positive).mean()
+        all_keys, half_keys = gather_unit(keys, half_keys)
+        half = scaled_pair(half_queries, half_keys, 1 / temperature)
+        return (log_sum_exp(anchors, all_keys, logit_bound=bound, half=half) - positive).mean()
     check_queue("info_nce", queue, keys.shape[1])
     negatives = log_sum_exp(anchors, queue.to(queries.dtype), logit_bound=bound)
     return (torch.logaddexp(negatives, positive) - positive).mean()
@@ -137,11 +141,12 @@ def supervised_contrastive(
         >>> supervised_contrastive(z_a, z_b, torch.arange(8) % 2, temperature=0.2)
         tensor(3.53...)
     """
+    half = half_rows(z_a, z_b)
     z_a, z_b = unit_embeddings("supervised_contrastive", temperature, z_a=z_a, z_b=z_b)
     check_labels("supervised_contrastive", labels, len(z_a))
     check_two_images("supervised_contrastive", z_a)
     lse, positives = symmetric_log_sum_exp(
-        torch.cat([z_a, z_b]), scale=1 / temperature, labels=labels.repeat(2)
+        torch.cat([z_a, z_b]), scale=1 / temperature, labels=labels.repeat(2), half=half
     )
     return (lse - positives).mean()
 
@@ -168,6 +173,7 @@ def image_text(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
         >>> image_text(images, texts, torch.ones(4))  # ln(1 + 3 / e)
         tensor(0.74...)
     """
+    half_images, half_texts = half_rows(images), half_rows(texts)
     images, texts = unit_embeddings("image_text", 1.0, images=images, texts=texts)
     if logit_scale.shape != (len(images),):
         raise ValueError(
@@ -177,6 +183,10 @@ def image_text(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
     check_two_images("image_text", images)
     scale = upcast(logit_scale)
     positive = scale * (images * texts).sum(1)
-    to_texts = log_sum_exp(images * scale[:, None], collectives.gather(texts))
-    to_images = log_sum_exp(texts * scale[:, None], collectives.gather(images))
+    all_texts, all_half_texts = gather_unit(texts, half_texts)
+    all_images, all_half_images = gather_unit(images, half_images)
+    half_to_texts = scaled_pair(half_images, all_half_texts, scale.detach())
+    half_to_images = scaled_pair(half_texts, all_half_images, scale.detach())
+    to_texts = log_sum_exp(images * scale[:, None], all_texts, half=half_to_texts)
+    to_images = log_sum_exp(texts * scale[:, None], all_images, half=half_to_images)
     return ((to_texts + to_images) / 2 - positive).mean()

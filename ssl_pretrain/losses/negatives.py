@@ -15,6 +15,8 @@ from ssl_pretrain.losses.arguments import (
     check_two_images,
     unit_embeddings,
 )
+from ssl_pretrain.losses.half_precision import half_rows
+from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.losses.tiles import symmetric_log_sum_exp
 
 
@@ -46,10 +48,11 @@ def decoupled(
         >>> decoupled(same, same, temperature=0.1)  # ln(14)
         tensor(2.63...)
     """
+    half = half_rows(z_a, z_b)
     z_a, z_b = unit_embeddings("decoupled", temperature, z_a=z_a, z_b=z_b)
     if sigma is not None:
         check_positive("decoupled", sigma=sigma)
-    negatives = _log_sum_over_negatives("decoupled", z_a, z_b, 1 / temperature)
+    negatives = _log_sum_over_negatives("decoupled", z_a, z_b, half, 1 / temperature)
     positive = _positive_logits(z_a, z_b, temperature)
     if sigma is None:
         return (negatives - positive).mean()
@@ -123,14 +126,17 @@ def hard_negative(
     if not 0 <= tau_plus < 1:
         raise ValueError(f"{name}: tau_plus must be in [0, 1), got {tau_plus}")
     check_not_negative(name, beta=beta)
+    half = half_rows(z_a, z_b)
+    # One conversion, so that the gradients of both sums are added in float32.
+    z_a, z_b = upcast(z_a), upcast(z_b)
     unit_a, unit_b = unit_embeddings(name, temperature, z_a=z_a, z_b=z_b)
     num_negatives = 2 * len(z_a) * process_group.world_size() - 2
-    negatives = _log_sum_over_negatives(name, unit_a, unit_b, (1.0 + beta) / temperature)
+    negatives = _log_sum_over_negatives(name, unit_a, unit_b, half, (1.0 + beta) / temperature)
     positive = _positive_logits(unit_a, unit_b, temperature)
     if beta:  # log of the sum of weight * exp(s), divided by the mean weight
         # Normalizing again makes autograd add the gradients in the order of earlier versions.
         unit_a, unit_b = unit_embeddings(name, temperature, z_a=z_a, z_b=z_b)
-        log_weights = _log_sum_over_negatives(name, unit_a, unit_b, beta / temperature)
+        log_weights = _log_sum_over_negatives(name, unit_a, unit_b, half, beta / temperature)
         negatives = negatives - log_weights + math.log(num_negatives)
     # All terms are divided by the sum over negatives, so nothing overflows at low temperatures.
     relative_positive = torch.exp(positive - negatives)
@@ -147,7 +153,9 @@ def _positive_logits(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
     return ((z_a * z_b).sum(1) / temperature).repeat(2)
 
 
-def _log_sum_over_negatives(name: str, z_a: Tensor, z_b: Tensor, scale: float) -> Tensor:
+def _log_sum_over_negatives(
+    name: str, z_a: Tensor, z_b: Tensor, half: Tensor | None, scale: float
+) -> Tensor:
     """Return the log of each anchor's sum over negatives of exp(scale * cosine).
 
     The shape is (2 * local_batch,).
@@ -156,6 +164,6 @@ def _log_sum_over_negatives(name: str, z_a: Tensor, z_b: Tensor, scale: float) -
     num_images = len(z_a)
     offsets = (0, num_images, -num_images)  # to the anchor itself and to its positive
     negatives, _ = symmetric_log_sum_exp(
-        torch.cat([z_a, z_b]), scale=scale, excluded_offsets=offsets
+        torch.cat([z_a, z_b]), scale=scale, excluded_offsets=offsets, half=half
     )
     return negatives

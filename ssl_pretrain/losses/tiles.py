@@ -2,7 +2,8 @@
 
 The forward pass stores one log-sum-exp per anchor. The backward pass recomputes each tile, as
 FlashAttention (arXiv:2205.14135) does for softmax. All values are float32, or float64 if the
-embeddings are float64, even under autocast.
+embeddings are float64, even under autocast. Only the fused kernels read embeddings in half
+precision.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses import similarity
 from ssl_pretrain.losses.backend import Backend, backend_for
+from ssl_pretrain.losses.half_precision import ScaledRows, scaled_rows, unit_rows
 
 # Up to this logit, no maximum is subtracted, because exp(40) and a sum of 2**30 such terms are
 # normal float32 numbers.
@@ -29,6 +31,7 @@ def log_sum_exp(
     logit_bound: float = float("inf"),
     local_start: int = 0,
     excluded_offsets: Sequence[int] = (),
+    half: tuple[ScaledRows, ScaledRows] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """Return log sum_j exp(anchors[i] @ candidates[j]), differentiable in both.
@@ -43,6 +46,7 @@ def log_sum_exp(
             unnecessary.
         local_start: Index of this rank's first candidate, for `excluded_offsets`.
         excluded_offsets: Offsets d. The pairs (i, local_start + i + d) are left out of the sums.
+        half: `anchors` and `candidates` in half precision, for the fused kernels.
         backend: Implementation of the sums. The default suits the device.
 
     Returns:
@@ -52,7 +56,7 @@ def log_sum_exp(
     exp_is_safe = logit_bound <= LARGEST_SAFE_LOGIT
     with torch.autocast(anchors.device.type, enabled=False):
         return _LogSumExp.apply(
-            anchors, candidates, exp_is_safe, local_start, tuple(excluded_offsets), backend
+            anchors, candidates, half, exp_is_safe, local_start, tuple(excluded_offsets), backend
         )
 
 
@@ -62,6 +66,7 @@ def symmetric_log_sum_exp(
     scale: float,
     excluded_offsets: Sequence[int] = (0,),
     labels: Tensor | None = None,
+    half: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the log-sum-exp of each embedding's similarities to the embeddings of all ranks.
@@ -76,6 +81,8 @@ def symmetric_log_sum_exp(
         excluded_offsets: Offsets d within this rank's rows. The pairs (i, i + d) are left out of
             the sums. For each d, -d must be given too.
         labels: Labels of the rows, shape (rows,), for the means over positives.
+        half: The embeddings in half precision that `z` was normalized from, if there are any. Ranks
+            send them instead of `z`, and the fused kernels read them.
         backend: Implementation of the sums. The default suits the device.
 
     Returns:
@@ -85,7 +92,9 @@ def symmetric_log_sum_exp(
     """
     backend = backend or backend_for(z)
     with torch.autocast(z.device.type, enabled=False):
-        return _SymmetricLogSumExp.apply(z, scale, tuple(excluded_offsets), labels, backend)
+        return _SymmetricLogSumExp.apply(
+            z, z.detach() if half is None else half, scale, tuple(excluded_offsets), labels, backend
+        )
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -94,14 +103,16 @@ class _LogSumExp(torch.autograd.Function):
         ctx: Any,
         anchors: Tensor,
         candidates: Tensor,
+        half: tuple[ScaledRows, ScaledRows] | None,
         exp_is_safe: bool,
         local_start: int,
         excluded_offsets: tuple[int, ...],
         backend: Backend,
     ) -> Tensor:
+        rows = half or (ScaledRows(anchors), ScaledRows(candidates))
         lse = backend.run_fused(
-            anchors,
-            lambda kernels: kernels.log_sum_exp(anchors, candidates, local_start, excluded_offsets),
+            rows[0].rows,
+            lambda kernels: kernels.log_sum_exp(*rows, local_start, excluded_offsets),
         )
         if lse is None:
             sums = _RunningSums(anchors, exp_is_safe)
@@ -110,17 +121,20 @@ class _LogSumExp(torch.autograd.Function):
             ):
                 sums.add_to_rows(tile, logits)
             lse = sums.log()
-        ctx.save_for_backward(anchors, candidates, lse)
+        half_tensors = () if half is None else (*half[0], *half[1])
+        ctx.save_for_backward(anchors, candidates, lse, *half_tensors)
         ctx.arguments = local_start, excluded_offsets, backend
         return lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        anchors, candidates, lse = ctx.saved_tensors
+        anchors, candidates, lse, *half = ctx.saved_tensors
         local_start, excluded_offsets, backend = ctx.arguments
-        fused = backend.run_fused(anchors, lambda kernels: _fused_gradients(kernels, ctx, grad))
+        fused = backend.run_fused(
+            half[0] if half else anchors, lambda kernels: _fused_gradients(kernels, ctx, grad)
+        )
         if fused is not None:
-            return *fused, None, None, None, None
+            return *fused, None, None, None, None, None
         anchors_grad = torch.zeros_like(anchors) if ctx.needs_input_grad[0] else None
         candidates_grad = torch.zeros_like(candidates) if ctx.needs_input_grad[1] else None
         with torch.autocast(anchors.device.type, enabled=False):
@@ -132,7 +146,7 @@ class _LogSumExp(torch.autograd.Function):
                     anchors_grad[tile.rows].addmm_(weights, candidates[tile.columns])
                 if candidates_grad is not None:
                     candidates_grad[tile.columns].addmm_(weights.T, anchors[tile.rows])
-        return anchors_grad, candidates_grad, None, None, None, None
+        return anchors_grad, candidates_grad, None, None, None, None, None
 
 
 class _SymmetricLogSumExp(torch.autograd.Function):
@@ -140,18 +154,22 @@ class _SymmetricLogSumExp(torch.autograd.Function):
     def forward(
         ctx: Any,
         z: Tensor,
+        sent: Tensor,
         scale: float,
         excluded_offsets: tuple[int, ...],
         labels: Tensor | None,
         backend: Backend,
     ) -> tuple[Tensor, Tensor]:
-        all_z, local_start = collectives.gather(z), process_group.rank() * len(z)
+        all_sent, local_start = collectives.gather(sent), process_group.rank() * len(z)
         exp_is_safe = scale <= LARGEST_SAFE_LOGIT
         lse = backend.run_fused(
-            z, lambda kernels: kernels.log_sum_exp(z * scale, all_z, local_start, excluded_offsets)
+            sent,
+            lambda kernels: kernels.log_sum_exp(
+                scaled_rows(sent, scale), scaled_rows(all_sent), local_start, excluded_offsets
+            ),
         )
         if lse is None:
-            sums = _RunningSums(z, exp_is_safe)
+            sums, all_z = _RunningSums(z, exp_is_safe), unit_rows(all_sent)
             for tile, logits in _logits(
                 z * scale, all_z, local_start, excluded_offsets, backend, skip_mirrors=exp_is_safe
             ):
@@ -162,24 +180,26 @@ class _SymmetricLogSumExp(torch.autograd.Function):
         classes, positive_means = None, torch.zeros_like(lse)
         if labels is not None:
             classes = similarity.class_indices(collectives.gather(labels))
-            positive_means = similarity.mean_positive_logits(z, all_z, classes, local_start, scale)
-        ctx.save_for_backward(z, all_z, lse, classes)
+            positive_means = similarity.mean_positive_logits(
+                z, unit_rows(all_sent), classes, local_start, scale
+            )
+        ctx.save_for_backward(z, sent, all_sent, lse, classes)
         ctx.arguments = scale, local_start, excluded_offsets, exp_is_safe, backend
         return lse, positive_means
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, positives_grad: Tensor) -> Any:
-        z, all_z, lse, classes = ctx.saved_tensors
+        z, sent, all_sent, lse, classes = ctx.saved_tensors
         scale, local_start, excluded_offsets, _, backend = ctx.arguments
         with torch.autocast(z.device.type, enabled=False):
             all_lse, all_grad, all_positives_grad = collectives.gather(
                 torch.stack([lse, grad, positives_grad], dim=1)
             ).unbind(1)
             total = backend.run_fused(
-                z,
+                sent,
                 lambda kernels: kernels.weighted_sum(
-                    z * scale,
-                    all_z,
+                    scaled_rows(sent, scale),
+                    scaled_rows(all_sent),
                     local_start=local_start,
                     excluded_offsets=excluded_offsets,
                     anchor_terms=(lse, grad),
@@ -187,25 +207,34 @@ class _SymmetricLogSumExp(torch.autograd.Function):
                 ),
             )
             if total is None:
-                total = _tiled_gradient(ctx.arguments, z, all_z, all_lse, all_grad)
+                total = _tiled_gradient(ctx.arguments, z, unit_rows(all_sent), all_lse, all_grad)
             if classes is not None:
                 total += similarity.mean_positive_logits_gradient(
-                    z, all_z, classes, local_start, all_positives_grad
+                    z, unit_rows(all_sent), classes, local_start, all_positives_grad
                 )
-        return total * scale, None, None, None, None
+        return total * scale, None, None, None, None, None
 
 
 def _fused_gradients(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of `_LogSumExp` with respect to its anchors and candidates."""
-    anchors, candidates, lse = ctx.saved_tensors
+    anchors, candidates, lse, *half = ctx.saved_tensors
+    anchor_rows, candidate_rows = ScaledRows(anchors), ScaledRows(candidates)
+    if half:
+        anchor_rows, candidate_rows = ScaledRows(*half[:2]), ScaledRows(*half[2:])
     local_start, excluded_offsets, _ = ctx.arguments
     exclusion_arguments = {"local_start": local_start, "excluded_offsets": excluded_offsets}
     return (
-        kernels.weighted_sum(anchors, candidates, **exclusion_arguments, anchor_terms=(lse, grad))
+        kernels.weighted_sum(
+            anchor_rows, candidate_rows, **exclusion_arguments, anchor_terms=(lse, grad)
+        )
         if ctx.needs_input_grad[0]
         else None,
         kernels.weighted_sum(
-            candidates, anchors, **exclusion_arguments, candidate_terms=(lse, grad), swapped=True
+            candidate_rows,
+            anchor_rows,
+            **exclusion_arguments,
+            candidate_terms=(lse, grad),
+            swapped=True,
         )
         if ctx.needs_input_grad[1]
         else None,

@@ -3,8 +3,11 @@
 A tile of logits stays in registers. The forward pass is an online log-sum-exp over tiles of
 candidates, and the backward pass recomputes each tile. Few anchors with many candidates would leave
 most of a GPU idle, so several programs share the candidates of an anchor and their results are
-combined afterwards. Inputs and outputs are float32. Tensor cores compute each product from three
-TF32 products, with about the precision of float32.
+combined afterwards. Outputs are float32.
+
+Tensor cores compute each product of float32 numbers from three TF32 products, with about the
+precision of float32. Products of float16 or bfloat16 numbers are exact in float32 and need one. Of
+the backward pass's weights, which are float32, each is the exact sum of three bfloat16 numbers.
 """
 
 import warnings
@@ -17,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
+
+from ssl_pretrain.losses.half_precision import HALF_DTYPES, ScaledRows
 
 __all__ = ["OutOfResources", "disable_kernels", "log_sum_exp", "supports", "weighted_sum"]
 
@@ -60,7 +65,7 @@ _disabled_devices: set[torch.device] = set()  # devices whose limits a launch ex
 def supports(anchors: Tensor) -> bool:
     """Return True if the kernels support these embeddings, shape (num_anchors, dim)."""
     return (
-        anchors.dtype == torch.float32
+        anchors.dtype in (torch.float32, *HALF_DTYPES)
         and anchors.shape[1] <= MAX_DIM
         and anchors.device not in _disabled_devices
     )
@@ -93,7 +98,7 @@ def disable_kernels(device: torch.device, error: Exception) -> None:
 
 
 def log_sum_exp(
-    anchors: Tensor, candidates: Tensor, local_start: int, excluded_offsets: Sequence[int]
+    anchors: ScaledRows, candidates: ScaledRows, local_start: int, excluded_offsets: Sequence[int]
 ) -> Tensor:
     """Return log sum_j exp(anchors[i] @ candidates[j]) for each anchor i.
 
@@ -108,17 +113,18 @@ def log_sum_exp(
     Returns:
         float32 tensor of shape (num_anchors,).
     """
-    anchors, candidates = anchors.contiguous(), candidates.contiguous()
-    grid, sizes, constants = _plan_launch(anchors, candidates)
-    partial_results = anchors.new_empty(grid[1], len(anchors))
-    pairs = local_start, len(anchors), *_offsets(excluded_offsets), False
-    _log_sum_exp[grid](anchors, candidates, partial_results, *sizes, *pairs, **constants)
+    grid, sizes, constants = _plan_launch(anchors.rows, candidates.rows)
+    num_anchors = sizes[0]
+    partial_results = anchors.rows.new_empty(grid[1], num_anchors, dtype=torch.float32)
+    pairs = local_start, num_anchors, *_offsets(excluded_offsets), False
+    inputs = _pointers(anchors, candidates)
+    _log_sum_exp[grid](*inputs, partial_results, *sizes, *pairs, **constants)
     return partial_results[0] if grid[1] == 1 else torch.logsumexp(partial_results, dim=0)
 
 
 def weighted_sum(
-    anchors: Tensor,
-    candidates: Tensor,
+    anchors: ScaledRows,
+    candidates: ScaledRows,
     *,
     local_start: int,
     excluded_offsets: Sequence[int],
@@ -148,22 +154,30 @@ def weighted_sum(
     assert anchor_terms is not None or candidate_terms is not None, (
         "anchor_terms or candidate_terms must be given"
     )
-    anchors, candidates = anchors.contiguous(), candidates.contiguous()
-    grid, sizes, constants = _plan_launch(anchors, candidates)
-    partial_results = anchors.new_empty(grid[1], *anchors.shape)
-    placeholders = anchors, anchors  # the kernel needs pointers, but does not read them
+    grid, sizes, constants = _plan_launch(anchors.rows, candidates.rows)
+    num_anchors, num_candidates, _ = sizes
+    inputs = _pointers(anchors, candidates)
+    partial_results = inputs[0].new_empty(grid[1], *anchors.rows.shape, dtype=torch.float32)
+    placeholders = inputs[:2]  # the kernel needs pointers, but does not read them
     row_terms = [tensor.contiguous() for tensor in anchor_terms or placeholders]
     column_terms = [tensor.contiguous() for tensor in candidate_terms or placeholders]
-    num_local = len(candidates if swapped else anchors)
+    num_local = num_candidates if swapped else num_anchors
     pairs = local_start, num_local, *_offsets(excluded_offsets), swapped
     constants |= {
         "HAS_ROW_TERMS": anchor_terms is not None,
         "HAS_COLUMN_TERMS": candidate_terms is not None,
     }
     _weighted_sum[grid](
-        anchors, candidates, partial_results, *row_terms, *column_terms, *sizes, *pairs, **constants
+        *inputs, partial_results, *row_terms, *column_terms, *sizes, *pairs, **constants
     )
     return partial_results[0] if grid[1] == 1 else partial_results.sum(0)
+
+
+def _pointers(*sides: ScaledRows) -> list[Tensor]:
+    """Return the rows of both sides and then their factors, as the kernels take them."""
+    rows = [side.rows.contiguous() for side in sides]
+    # Without factors, the kernels need pointers to them, but do not read them.
+    return rows + [rows[0] if side.factors is None else side.factors for side in sides]
 
 
 def _plan_launch(
@@ -189,6 +203,7 @@ def _plan_launch(
         "ROWS": blocks.rows,
         "COLUMNS": blocks.columns,
         "PRECISION": "tf32x3" if tensor_cores else "ieee",
+        "HAS_FACTORS": anchors.dtype in HALF_DTYPES,
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }
@@ -260,10 +275,53 @@ def _load_rows(pointer, rows, count, DIM: tl.constexpr, PADDED_DIM: tl.constexpr
 
 
 @triton.jit
+def _load_factors(pointer, rows, count, HAS_FACTORS: tl.constexpr):
+    """Load the factors of rows. Without factors, they are 1."""
+    if HAS_FACTORS:
+        return tl.load(pointer + rows, mask=rows < count, other=0.0)
+    else:
+        return tl.full(rows.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    """Return the matrix product of two tiles of one dtype in float32.
+
+    Without tensor cores, and in Triton's interpreter, there is no product of bfloat16 tiles.
+    """
+    if PRECISION == "ieee":
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _leading_bfloat16(x):
+    """Return float32 numbers with all but the 8 leading bits of their significands set to 0."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weighted_rows(weights, tile, PRECISION: tl.constexpr):
+    """Return the matrix product of float32 weights and a tile of any dtype, in float32."""
+    if tile.dtype == tl.bfloat16:
+        high = _leading_bfloat16(weights)
+        middle = _leading_bfloat16(weights - high)
+        low = weights - high - middle  # its significand has the last 8 of the weight's 24 bits
+        total = _dot(low.to(tl.bfloat16), tile, PRECISION)
+        total += _dot(middle.to(tl.bfloat16), tile, PRECISION)
+        total += _dot(high.to(tl.bfloat16), tile, PRECISION)
+        return total
+    else:  # small weights would underflow in float16
+        return _dot(weights, tile.to(tl.float32), PRECISION)
+
+
+@triton.jit
 def _tile(
     anchor_tile,
+    anchor_scale,
     rows,
     candidates,
+    candidate_factors,
     columns,
     num_candidates,
     local_start,
@@ -275,10 +333,13 @@ def _tile(
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
 ):
-    """Return the candidates of a tile and its logits, which are -inf for excluded pairs."""
+    """Return the candidates of a tile, their factors, and logits: -inf for excluded pairs."""
     candidate_tile = _load_rows(candidates, columns, num_candidates, DIM, PADDED_DIM)
-    logits = tl.dot(anchor_tile, tl.trans(candidate_tile), input_precision=PRECISION)
+    candidate_scale = _load_factors(candidate_factors, columns, num_candidates, HAS_FACTORS)
+    logits = _dot(anchor_tile, tl.trans(candidate_tile), PRECISION)
+    logits = logits * anchor_scale[:, None] * candidate_scale[None, :]
     is_included = (columns < num_candidates)[None, :] & _is_included(
         rows[:, None],
         columns[None, :],
@@ -289,13 +350,15 @@ def _tile(
         third_offset,
         SWAPPED,
     )
-    return candidate_tile, tl.where(is_included, logits, float("-inf"))
+    return candidate_tile, candidate_scale, tl.where(is_included, logits, float("-inf"))
 
 
 @triton.jit
 def _log_sum_exp(
     anchors,
     candidates,
+    anchor_factors,
+    candidate_factors,
     results,
     num_anchors,
     num_candidates,
@@ -311,19 +374,23 @@ def _log_sum_exp(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
 ):
     """Store the log-sum-exp of ROWS anchors over this program's share of the candidates."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     anchor_tile = _load_rows(anchors, rows, num_anchors, DIM, PADDED_DIM)
+    anchor_scale = _load_factors(anchor_factors, rows, num_anchors, HAS_FACTORS)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     begin = tl.program_id(1) * candidates_per_split
     for start in range(begin, tl.minimum(begin + candidates_per_split, num_candidates), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        _, logits = _tile(
+        _, _, logits = _tile(
             anchor_tile,
+            anchor_scale,
             rows,
             candidates,
+            candidate_factors,
             columns,
             num_candidates,
             local_start,
@@ -335,6 +402,7 @@ def _log_sum_exp(
             DIM,
             PADDED_DIM,
             PRECISION,
+            HAS_FACTORS,
         )
         new_largest = tl.maximum(largest, tl.max(logits, axis=1))
         # The maximum is -inf as long as all pairs of a row are excluded.
@@ -352,6 +420,8 @@ def _log_sum_exp(
 def _weighted_sum(
     anchors,
     candidates,
+    anchor_factors,
+    candidate_factors,
     results,
     row_lse,
     row_gradient,
@@ -371,12 +441,14 @@ def _weighted_sum(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     HAS_ROW_TERMS: tl.constexpr,
     HAS_COLUMN_TERMS: tl.constexpr,
 ):
     """Store the weighted sums of ROWS anchors over this program's share of the candidates."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     anchor_tile = _load_rows(anchors, rows, num_anchors, DIM, PADDED_DIM)
+    anchor_scale = _load_factors(anchor_factors, rows, num_anchors, HAS_FACTORS)
     if HAS_ROW_TERMS:
         lse_of_row = tl.load(row_lse + rows, mask=rows < num_anchors, other=0.0)
         gradient_of_row = tl.load(row_gradient + rows, mask=rows < num_anchors, other=0.0)
@@ -384,10 +456,12 @@ def _weighted_sum(
     begin = tl.program_id(1) * candidates_per_split
     for start in range(begin, tl.minimum(begin + candidates_per_split, num_candidates), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        candidate_tile, logits = _tile(
+        candidate_tile, candidate_scale, logits = _tile(
             anchor_tile,
+            anchor_scale,
             rows,
             candidates,
+            candidate_factors,
             columns,
             num_candidates,
             local_start,
@@ -399,6 +473,7 @@ def _weighted_sum(
             DIM,
             PADDED_DIM,
             PRECISION,
+            HAS_FACTORS,
         )
         weights = tl.zeros([ROWS, COLUMNS], tl.float32)
         if HAS_ROW_TERMS:
@@ -407,7 +482,8 @@ def _weighted_sum(
             lse = tl.load(column_lse + columns, mask=columns < num_candidates, other=0.0)
             gradient = tl.load(column_gradient + columns, mask=columns < num_candidates, other=0.0)
             weights += tl.exp(logits - lse[None, :]) * gradient[None, :]
-        total += tl.dot(weights, candidate_tile, input_precision=PRECISION)
+        weights *= candidate_scale[None, :]
+        total += _weighted_rows(weights, candidate_tile, PRECISION)
     dims = tl.arange(0, PADDED_DIM)
     origin = results + tl.program_id(1) * num_anchors * DIM
     pointers = origin + rows[:, None] * DIM + dims[None, :]

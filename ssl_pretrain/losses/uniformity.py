@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses.arguments import check_embeddings, check_positive, check_two_images
+from ssl_pretrain.losses.half_precision import half_rows
 from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.losses.tiles import symmetric_log_sum_exp
 
@@ -70,25 +71,28 @@ def align_uniform_terms(z_a: Tensor, z_b: Tensor, *, alpha: float, t: float) -> 
     check_embeddings("align_uniform", z_a=z_a, z_b=z_b)
     check_positive("align_uniform", alpha=alpha, t=t)
     check_two_images("align_uniform", z_a, missing="uniformity")
+    half_a, half_b = half_rows(z_a), half_rows(z_b)
     z_a, z_b = F.normalize(upcast(z_a)), F.normalize(upcast(z_b))
     squared_distance = (z_a - z_b).square().sum(1).clamp(min=1e-12)
     align = squared_distance.pow(alpha / 2).mean()  # L_align of section 4.1
-    uniform = (log_mean_gaussian(z_a, t) + log_mean_gaussian(z_b, t)) / 2  # L_uniform
+    # L_uniform of section 4.1
+    uniform = (log_mean_gaussian(z_a, t, half_a) + log_mean_gaussian(z_b, t, half_b)) / 2
     return AlignUniformTerms(align, uniform)
 
 
-def log_mean_gaussian(z: Tensor, t: float) -> Tensor:
+def log_mean_gaussian(z: Tensor, t: float, half: Tensor | None = None) -> Tensor:
     """Return the logarithm of the mean of exp(-t |z_i - z_j|^2) over all pairs of the global batch.
 
     Args:
         z: Embeddings of unit length, shape (local_batch, dim).
         t: Sharpness of the Gaussian kernel.
+        half: The embeddings in half precision that `z` was normalized from, if there are any.
 
     Returns:
         Scalar, at most 0 and the same on all ranks.
     """
     # |z_i - z_j|^2 = 2 - 2 z_i @ z_j for unit vectors
-    log_row_sums, _ = symmetric_log_sum_exp(z, scale=2 * t)
+    log_row_sums, _ = symmetric_log_sum_exp(z, scale=2 * t, half=half)
     total = collectives.reduce_sum(torch.exp(log_row_sums - 2 * t).sum())
     num_rows = len(z) * process_group.world_size()
     return torch.log(total) - math.log(num_rows * (num_rows - 1))

@@ -26,6 +26,20 @@ def test_kernels_equal_the_tiles(name):
     assert max(kernels.measure_errors(name, "cuda").values()) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", kernels.HALF_DTYPES.values(), ids=str)
+@pytest.mark.parametrize("name", kernels.HALF_CASES)
+def test_kernels_compute_half_precision_as_exactly_as_float32(name, dtype):
+    for dim in kernels.HALF_CASES[name]:
+        assert max(kernels.measure_half_errors(name, dim, dtype, "cuda").values()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", kernels.HALF_DTYPES.values(), ids=str)
+@pytest.mark.parametrize("name", kernels.HALF_LOSSES)
+def test_losses_round_only_the_gradients_to_half_precision(name, dtype):
+    bound = 2**-7 if dtype == torch.bfloat16 else 2**-10  # one unit in the last place
+    assert max(kernels.measure_loss_errors(name, dtype, "cuda").values()) < bound
+
+
 def test_a_loss_uses_the_kernels_without_blocking_the_host(cuda, forbid_synchronization):
     z = [torch.randn(4096, 128, device=cuda, requires_grad=True) for _ in range(2)]
 

@@ -26,9 +26,9 @@ KERNELS = {
         {"HAS_ROW_TERMS": True, "HAS_COLUMN_TERMS": True},
     ),
 }
-_POINTERS = (
-    "anchors",
-    "candidates",
+_FLOAT32_POINTERS = (
+    "anchor_factors",
+    "candidate_factors",
     "results",
     "row_lse",
     "row_gradient",
@@ -46,9 +46,21 @@ class CompiledKernel:
 
 
 def compile_kernel(
-    name: str, dim: int, capability: int, blocks: tiles_triton.Blocks | None = None
+    name: str,
+    dim: int,
+    capability: int,
+    blocks: tiles_triton.Blocks | None = None,
+    dtype: str = "fp32",
 ) -> CompiledKernel:
-    """Compile one kernel with the given blocks, or else with those that the package chooses."""
+    """Compile one kernel with the given blocks, or else with those that the package chooses.
+
+    Args:
+        name: Name in `KERNELS`.
+        dim: Dimension of the embeddings.
+        capability: Compute capability, such as 90 for an H100.
+        blocks: Block sizes.
+        dtype: Triton's name of the embeddings' data type: fp32, bf16 or fp16.
+    """
     padded_dim = max(16, triton.next_power_of_2(dim))
     blocks = blocks or tiles_triton.choose_blocks(padded_dim, SHARED_MEMORY[capability])
     kernel, flags = KERNELS[name]
@@ -59,10 +71,12 @@ def compile_kernel(
         "ROWS": blocks.rows,
         "COLUMNS": blocks.columns,
         "PRECISION": "tf32x3",
+        "HAS_FACTORS": dtype != "fp32",
         **flags,
     }
     signature = dict.fromkeys(kernel.arg_names, "i32")
-    signature |= {name: "*fp32" for name in _POINTERS if name in signature}
+    signature |= {name: "*fp32" for name in _FLOAT32_POINTERS if name in signature}
+    signature |= {"anchors": f"*{dtype}", "candidates": f"*{dtype}"}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constants)
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}

@@ -178,6 +178,64 @@ def test_embeddings_are_sent_once_and_only_three_numbers_per_row_come_back():
         assert counts == {"forward": 2 * rows * dim, "backward": 2 * rows * 3}
 
 
+def _half_and_float32_results(dtype):
+    """Return each loss and its gradients for rounded embeddings, in `dtype` and in float32."""
+    rank, world = process_group.rank(), process_group.world_size()
+    z_a, z_b = (z.to(dtype).chunk(world)[rank] for z in random_embeddings())
+    labels, queue = _build_labels(12).chunk(world)[rank], _build_queue().float()
+    results = {}
+    for name in NAMES:
+        results[name] = []
+        for precision in (dtype, torch.float32):
+            a, b = (z.to(precision).clone().requires_grad_() for z in (z_a, z_b))
+            loss = product_loss(name, a, b, labels, queue, HIGH_TEMPERATURE)
+            results[name].append([loss.detach(), *torch.autograd.grad(loss, [a, b])])
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_plain_tiles_compute_half_precision_in_float32_bit_for_bit(dtype, world_size):
+    run = _half_and_float32_results
+    ranks = run_ranks(run, dtype, world_size=world_size) if world_size > 1 else [run(dtype)]
+    for results in ranks:
+        for name, ((loss, *gradients), (expected_loss, *expected_gradients)) in results.items():
+            assert torch.equal(loss, expected_loss), name
+            for gradient, expected in zip(gradients, expected_gradients):
+                assert gradient.dtype == dtype
+                assert torch.equal(gradient, expected.to(dtype)), name
+
+
+def _find_sent_dtypes(z_a, z_b):
+    """Return the data types of the matrices that a rank sends and receives, by loss."""
+    dtypes = {name: {"gather": [], "reduce": []} for name in ("nt_xent", "image_text")}
+    gather, reduce = collectives._all_gather, collectives._reduce_scatter
+
+    def record_gather(out, x, group=None):
+        kinds["gather"] += [x.dtype] if x.shape[1] == z_a.shape[1] else []
+        return gather(out, x, group=group)
+
+    def record_reduce(out, x, group=None):
+        kinds["reduce"].append(x.dtype)
+        return reduce(out, x, group=group)
+
+    collectives._all_gather, collectives._reduce_scatter = record_gather, record_reduce
+    for name in dtypes:
+        kinds = dtypes[name]
+        a, b = (z.clone().requires_grad_() for z in (z_a, z_b))
+        product_loss(name, a, b, None, None, HIGH_TEMPERATURE).backward()
+    return dtypes
+
+
+def test_ranks_send_embeddings_in_half_precision_and_gradients_in_float32():
+    z_a, z_b = (z.bfloat16() for z in random_embeddings())
+    for dtypes in run_ranks(_find_sent_dtypes, z_a, z_b, world_size=2):
+        assert dtypes == {
+            "nt_xent": {"gather": [torch.bfloat16], "reduce": []},
+            "image_text": {"gather": [torch.bfloat16] * 2, "reduce": [torch.float32] * 2},
+        }
+
+
 def test_a_learned_logit_scale_gets_the_gradient_of_the_equation():
     z_a, z_b = random_embeddings(6)
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)

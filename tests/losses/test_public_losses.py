@@ -81,9 +81,10 @@ def test_no_gradient_flows_to_targets(name, one_process):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_embeddings_in_16_bits_are_computed_in_float32(name, dtype):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_embeddings_in_16_bits_are_computed_in_float32(name, dtype, autocast):
     half = {key: _convert(x, dtype) for key, x in random_tensors().items()}
-    loss = CASES[name](half)
+    loss, _ = loss_and_gradients(name, half, autocast)
     expected = CASES[name]({key: _convert(x, torch.float32) for key, x in half.items()})
     torch.testing.assert_close(loss.float(), expected, rtol=1e-5, atol=1e-6)
     assert loss.dtype == torch.float32

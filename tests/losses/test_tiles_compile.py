@@ -20,9 +20,9 @@ ALL = [
 ]
 
 
-def assert_fits(name: str, dim: int, capability: int) -> None:
-    compiled = compile_kernel(name, dim, capability)
-    message = f"{name} at dim {dim} takes {compiled.shared_bytes} bytes on sm_{capability}"
+def assert_fits(name: str, dim: int, capability: int, dtype: str = "fp32") -> None:
+    compiled = compile_kernel(name, dim, capability, dtype=dtype)
+    message = f"{name} of {dim} {dtype} takes {compiled.shared_bytes} bytes on sm_{capability}"
     assert compiled.shared_bytes <= SHARED_MEMORY[capability], message
 
 
@@ -32,10 +32,20 @@ def test_a_kernel_fits_in_shared_memory(name, capability, dim):
     assert_fits(name, dim, capability)
 
 
+@pytest.mark.parametrize("name", ["log_sum_exp", "weighted_sum, by both"])
+@pytest.mark.parametrize("capability, dim", QUICK)
+def test_a_kernel_of_bfloat16_takes_little_more_than_half_the_shared_memory(capability, dim, name):
+    compiled, float32 = (
+        compile_kernel(name, dim, capability, dtype=dtype) for dtype in ("bf16", "fp32")
+    )
+    assert compiled.shared_bytes < 0.55 * float32.shared_bytes
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("capability, dim, name", ALL)
 def test_every_kernel_fits_in_shared_memory_at_every_dim(capability, dim, name):
-    assert_fits(name, dim, capability)
+    for dtype in ("fp32", "bf16", "fp16"):
+        assert_fits(name, dim, capability, dtype)
 
 
 def test_blocks_that_once_failed_to_launch_do_not_fit():
