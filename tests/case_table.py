@@ -105,7 +105,8 @@ CASES = {  # number: (fault, required behavior)
     ),
     21: (
         "A rank hangs, or is stopped by SIGSTOP.",
-        "The run ends within `parallel.timeout_seconds` and prints stacks. A short suspension does "
+        "The run ends within `parallel.timeout_seconds` and prints stacks. The other ranks name "
+        "the rank, its host and its last operation. A short suspension does "
         "no harm.",
     ),
     22: (

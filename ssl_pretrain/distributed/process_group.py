@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
+from ssl_pretrain.distributed.heartbeat import Heartbeat
 from ssl_pretrain.system.exit_status import LostProcessError
 from ssl_pretrain.system.platform_support import available_cores
 from ssl_pretrain.system.watchdog import watchdog
@@ -27,6 +28,7 @@ MISSING_RANK_REMEDY = (
 
 _timeout_seconds = 600.0
 _cpu_group: Any = None  # on gloo, so that nothing waits for the accelerator's stream
+_heartbeat: Heartbeat | None = None
 
 
 class RendezvousError(LostProcessError):
@@ -47,7 +49,7 @@ def start(
     Raises:
         RendezvousError: If the address of rank 0 cannot be used, or a rank is missing.
     """
-    global _cpu_group, _timeout_seconds
+    global _cpu_group, _heartbeat, _timeout_seconds
     _timeout_seconds = timeout_seconds
     torch.set_num_threads(num_threads or cores_per_rank())
     if deterministic:
@@ -73,6 +75,9 @@ def start(
         finally:
             watchdog.disarm()
         watchdog.activity = "preparing the run"
+        store = dist.distributed_c10d._get_default_store()
+        _heartbeat = Heartbeat(store, dist.get_rank(), dist.get_world_size(), timeout_seconds)
+        watchdog.describe_others = _heartbeat.describe_missing_ranks
     return device
 
 
@@ -140,6 +145,8 @@ def _store_arguments(host: str, port: str, timeout: timedelta) -> dict[str, Any]
 def stop() -> None:
     """Leave the process group, if there is one."""
     global _cpu_group
+    if _heartbeat is not None:
+        _heartbeat.close()
     if dist.is_initialized():
         dist.destroy_process_group()
     _cpu_group = None

@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from ssl_pretrain.system import live_line
@@ -22,7 +23,13 @@ BACKUP_SECONDS = 60.0  # faulthandler waits this much longer than the watchdog
 
 
 class Watchdog:
-    """Timer that, while armed, ends the process after too many seconds without a sign of life."""
+    """Timer that, while armed, ends the process after too many seconds without a sign of life.
+
+    Attributes:
+        activity: Name of the current activity for messages.
+        describe_others: Function that names the ranks that do not answer, or returns "". It must
+            not wait.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -31,6 +38,7 @@ class Watchdog:
         self._limit_seconds, self._silent_seconds, self._compile_seconds_left = 0.0, 0.0, 0.0
         self._remedy, self._status = "", PROCESS_LOST
         self.activity = "preparing the run"
+        self.describe_others: Callable[[], str] = str
 
     def arm(
         self,
@@ -105,7 +113,8 @@ class Watchdog:
             faulthandler.dump_traceback(file=2, all_threads=True)
         message = (
             f"error: {rank_and_host()}: no sign of life for {self._limit_seconds:g} s "
-            f"(parallel.timeout_seconds) while {self.activity}: {self._remedy}\n"
+            f"(parallel.timeout_seconds) while {self.activity}: "
+            f"{'; '.join(filter(None, (self.describe_others(), self._remedy)))}\n"
         )
         live_line.write_to_stderr(message)
         os._exit(self._status)

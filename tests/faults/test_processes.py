@@ -6,8 +6,10 @@ Each run is resumed and must end with exactly the tensors of the reference run.
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import socket
 import time
 
 import pytest
@@ -123,6 +125,10 @@ def test_a_hung_rank_ends_the_run_within_the_timeout_with_stacks(paths, resume, 
     statuses = group.wait(10)
     assert all(statuses[rank] > 0 for rank in (0, 2))
     assert "no sign of life for 15 s" in output or "imed out" in output, output[-3000:]
+    for rank in (0, 2):
+        missing = rf"rank 1 on {socket.gethostname()} has not arrived at collective operation \d+; "
+        last_line = group.output(rank).splitlines()[-1]
+        assert re.search(rf"{missing}it has begun \d+ and was last in ", last_line), last_line
     result = "stopped: the others report that they waited in vain"
     if kind == "hang":
         hung_output = group.output(1)
