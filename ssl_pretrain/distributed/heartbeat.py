@@ -141,7 +141,8 @@ def describe_missing_ranks(beats: list[Beat]) -> str:
 def _count_begun() -> int:
     """Return the number of collectives that this rank has begun, over all of its groups."""
     num_begun = 0
-    for group in list(dist.distributed_c10d._world.pg_map):
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    for group in groups:
         with suppress(RuntimeError):  # a backend without a counter, or a group that was destroyed
             num_begun += group._get_sequence_number_for_group()
     return num_begun
