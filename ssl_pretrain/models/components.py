@@ -82,6 +82,9 @@ class Teacher(nn.Module):
     the authors of BYOL, DINO and MoCo run the teacher's batch norm in training mode on its own
     features. Dropout and drop path are off, even if the student uses them.
 
+    The average is kept in float32 if the student's parameters have half precision, which would
+    round the small updates of a high momentum away. Such a teacher is applied under autocast.
+
     Args:
         modules: The student's modules by name, in the order in which they are applied.
     """
@@ -90,6 +93,9 @@ class Teacher(nn.Module):
         super().__init__()
         for name, module in modules.items():
             self.add_module(name, copy.deepcopy(module).requires_grad_(False))
+        for parameter in self.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
         for module in self.modules():
             if isinstance(module, timm.layers.DropPath):
                 module.drop_prob = 0.0
@@ -117,7 +123,11 @@ class Teacher(nn.Module):
         """
         for name, module in self.named_children():
             weights = _shards(module)
-            updates = list(torch._foreach_sub(_shards(student.get_submodule(name)), weights))
+            student_weights = [
+                weight.to(teacher_weight.dtype)
+                for weight, teacher_weight in zip(_shards(student.get_submodule(name)), weights)
+            ]
+            updates = list(torch._foreach_sub(student_weights, weights))
             factor = torch.as_tensor(step_taken, dtype=weights[0].dtype, device=weights[0].device)
             torch._foreach_mul_(updates, (1.0 - momentum) * factor)
             torch._foreach_add_(weights, updates)

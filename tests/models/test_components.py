@@ -48,6 +48,22 @@ def test_a_masked_step_leaves_the_teacher_as_it_was():
     assert all(torch.equal(p, q) for p, q in zip(student.teacher.parameters(), before))
 
 
+def test_the_teacher_of_a_bfloat16_student_averages_in_float32():
+    """In bfloat16, an update smaller than 1/256 of the weight would be rounded away."""
+    student = nn.ModuleDict({"layer": nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)})
+    nn.init.constant_(student["layer"].weight, 1.0)
+    teacher = Teacher(layer=student["layer"])
+    nn.init.constant_(student["layer"].weight, 2.0)
+    for _ in range(100):
+        teacher.update(student, momentum=0.999, step_taken=1.0)
+    (weight,) = teacher.parameters()
+    assert weight.dtype == torch.float32
+    expected = 2.0 - 0.999**100
+    torch.testing.assert_close(weight, torch.full((2, 2), expected), rtol=1e-5, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert teacher(torch.ones(1, 2)).dtype == torch.bfloat16
+
+
 def test_the_teacher_drops_nothing_in_training_mode():
     student, x = Student().train(), torch.randn(5, 3, dtype=torch.float64)
     assert torch.equal(student.teacher(x), student.teacher(x))
