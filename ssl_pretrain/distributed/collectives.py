@@ -7,7 +7,6 @@ batch.
 """
 
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -157,24 +156,6 @@ def barrier() -> None:
     """Wait for all ranks."""
     if process_group.world_size() > 1:
         dist.barrier(group=process_group.cpu_group())
-
-
-def measure_straggler(step: int, every_steps: int) -> dict[str, float]:
-    """Measure which rank is the slowest between steps, and how long the others wait for it.
-
-    Between steps a rank spends its time on images, CPU work and logging. Within a step all ranks
-    wait for each other in every collective. The measurement takes place every `every_steps` steps,
-    on the CPU group.
-    """
-    if process_group.world_size() == 1 or step % every_steps:
-        return {}
-    start = time.monotonic()
-    barrier()
-    seconds = gather_objects(time.monotonic() - start)  # the slowest rank waits the shortest time
-    return {
-        "straggler": seconds.index(min(seconds)),
-        "straggler_seconds": max(seconds) - min(seconds),
-    }
 
 
 @contextmanager

@@ -38,6 +38,8 @@ class Watchdog:
         self._limit_seconds, self._silent_seconds, self._compile_seconds_left = 0.0, 0.0, 0.0
         self._remedy, self._status = "", PROCESS_LOST
         self.activity = "preparing the run"
+        self._seconds_by_activity: dict[str, float] = {}
+        self._activity_start = time.monotonic()
         self.describe_others: Callable[[], str] = str
 
     def arm(
@@ -63,6 +65,7 @@ class Watchdog:
             self._compile_seconds_left = (
                 (COMPILE_FACTOR - 1) * limit_seconds if includes_compilation else 0.0
             )
+            self._count_activity()
             self.activity, self._remedy = activity, remedy
             self._armed.set()
             if self._thread is None:
@@ -74,6 +77,21 @@ class Watchdog:
         with self._lock:
             self._armed.clear()
             faulthandler.cancel_dump_traceback_later()
+
+    def take_seconds_by_activity(self) -> dict[str, float]:
+        """Return the seconds spent in each activity since the previous call.
+
+        The numbers of steps are not part of the names.
+        """
+        with self._lock:
+            self._count_activity()
+            seconds, self._seconds_by_activity = self._seconds_by_activity, {}
+        return seconds
+
+    def _count_activity(self) -> None:
+        now, name = time.monotonic(), self.activity.rstrip("0123456789 ")
+        total = self._seconds_by_activity.get(name, 0.0) + now - self._activity_start
+        self._seconds_by_activity[name], self._activity_start = total, now
 
     def _count_silence(self) -> None:
         previous_time, previous_cpu_time = time.monotonic(), time.process_time()

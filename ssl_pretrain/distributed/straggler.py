@@ -1,0 +1,81 @@
+"""Measure which rank is the slowest between steps, and name a rank that is the slowest for long."""
+
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.system.watchdog import watchdog
+
+MIN_SHARE = 0.2  # smallest share of a step that the others wait for a rank that is named
+NUM_IN_A_ROW = 5  # measurements with the same slowest rank before it is named
+
+
+@dataclass
+class Straggler:
+    """Measurements of the slowest rank.
+
+    Between steps a rank spends its time on images, CPU work and logging. Within a step all ranks
+    wait for each other in every collective.
+
+    Args:
+        every_steps: Number of steps between measurements, which take place on the CPU group.
+    """
+
+    every_steps: int
+    _rank: int = -1
+    _num_in_a_row: int = 0
+    _named: set[int] = field(default_factory=set)
+    _previous_time: float = field(default_factory=time.monotonic)
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Return the slowest rank and the seconds that the others waited for it.
+
+        Rank 0 prints one line about a rank that is the slowest in `NUM_IN_A_ROW` measurements in a
+        row and keeps the others waiting for more than `MIN_SHARE` of a step.
+        """
+        if process_group.world_size() == 1 or step % self.every_steps:
+            return {}
+        start = time.monotonic()
+        collectives.barrier()
+        end = time.monotonic()
+        own = end - start, socket.gethostname(), watchdog.take_seconds_by_activity()
+        waits, hosts, activities = zip(*collectives.gather_objects(own))
+        rank = waits.index(min(waits))  # the slowest rank waits the shortest time
+        waited = max(waits) - min(waits)
+        step_seconds = (end - self._previous_time) / self.every_steps
+        self._previous_time = end
+        is_long = waited > MIN_SHARE * step_seconds
+        self._num_in_a_row = self._num_in_a_row + 1 if is_long and rank == self._rank else is_long
+        self._rank = rank
+        if self._num_in_a_row == NUM_IN_A_ROW and rank not in self._named:
+            self._named.add(rank)
+            text = describe_straggler(rank, hosts[rank], waited / step_seconds, list(activities))
+            process_group.print_once(text, file=sys.stderr)
+        return {"straggler": rank, "straggler_seconds": waited}
+
+
+def describe_straggler(
+    rank: int, host: str, share: float, activities: list[dict[str, float]]
+) -> str:
+    """Return a line that names a slow rank and the activity in which it loses its time.
+
+    Args:
+        rank: The slow rank.
+        host: Its machine.
+        share: Time that the others waited for it, as a share of a step.
+        activities: Seconds of each rank by activity.
+    """
+    others = [seconds for other, seconds in enumerate(activities) if other != rank]
+
+    def excess(activity: str) -> float:
+        mean = sum(seconds.get(activity, 0.0) for seconds in others) / len(others)
+        return activities[rank][activity] - mean
+
+    slowest = max(activities[rank], key=excess)
+    return (
+        f"rank {rank} on {host} is slow: in {NUM_IN_A_ROW} measurements in a row the others waited "
+        f"for it, last for {share:.0%} of a step. It loses the time in {slowest!r}. metrics.jsonl "
+        "has the waiting times under straggler_seconds"
+    )
