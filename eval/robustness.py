@@ -123,7 +123,6 @@ def evaluate(run: Run, corruption_names: list[str], max_images: int = 2000) -> d
     )
 
 
-@torch.no_grad()
 def extract_corrupted_features(
     run: Run, split: EvaluationSplit, name: str, severity: int
 ) -> tuple[Tensor, Tensor]:
@@ -138,7 +137,8 @@ def extract_corrupted_features(
             ]
             images = torch.from_numpy(np.stack(corrupted_images)).permute(0, 3, 1, 2)
         start += len(images)
-        batches.append((run.backbone(features.normalize(run, images)).float(), labels))
+        views = features.normalize(run, images)
+        batches.append((features.compute(run, run.backbone, views), labels))
     return features.concatenate(batches, run.device)
 
 

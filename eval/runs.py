@@ -16,6 +16,7 @@ from ssl_pretrain.config import RunConfig
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.views import recipe
 
 # Sections of the configuration that an evaluation of a run or of external weights may override.
@@ -36,6 +37,15 @@ class Run:
     view_size: int  # side in pixels of the largest training view, for which the backbone is built
     image_size: int  # side in pixels of the evaluation views
     device: torch.device
+
+    @property
+    def execution(self) -> Execution:
+        """Number format of forward passes, by the run's `parallel.precision` and the device."""
+        return Execution.resolve(self.config.parallel, self.device)
+
+    def describe_precision(self) -> str:
+        """Describe the number format of forward passes, as an entry of the saved protocol."""
+        return "bfloat16 autocast" if self.execution.autocast else "float32"
 
     def provenance(self) -> dict[str, Any]:
         """Return the entries of a result file that identify the weights."""

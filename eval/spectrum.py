@@ -65,6 +65,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         " the random network has its initial weights",
         "embeddings": f"output of the projector, {embeddings.shape[1]} dimensions; features:"
         f" output of the backbone, {pooled_features.shape[1]} dimensions",
+        "precision": run.describe_precision(),
         "mode": "evaluation mode, in which batch norm uses its running statistics",
         "normalization": "vectors scaled to length 1, then centered",
         "measure": f"top-{NUM_TOP}: sum of the {NUM_TOP} largest eigenvalues of the covariance, in"

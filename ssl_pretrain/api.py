@@ -24,9 +24,11 @@ from ssl_pretrain.eval import report, runs
 from ssl_pretrain.eval.image_transform import ImageTransform
 from ssl_pretrain.eval.named_evaluations import Evaluation, evaluate
 from ssl_pretrain.monitoring import records
+from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.planning import run_settings
 from ssl_pretrain.system import output_streams, stop_signals, user_objects
 from ssl_pretrain.train import train_and_report
+from ssl_pretrain.views.batch import upload
 
 DATA_OBJECT = "data"  # name of the images that a program passes to `pretrain`
 
@@ -238,6 +240,7 @@ def load_backbone(
         loaded = runs.load_run(path, None, arguments, device, is_evaluated=False)
     transform = ImageTransform.of_run(loaded)
     loaded.backbone.transform = transform  # type: ignore[assignment]
+    loaded.backbone.parallel = loaded.config.parallel  # type: ignore[assignment]
     return loaded.backbone, transform
 
 
@@ -249,7 +252,7 @@ def embed(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> np.ndarray:
-    """Compute the features of images.
+    """Compute the features of images, in the run's precision (`parallel.precision`).
 
     Args:
         backbone: A backbone of `load_backbone`, a run, or the folder of one.
@@ -283,10 +286,14 @@ def embed(
         raise ValueError(f"batch_size: {batch_size} is out of range; give a whole number >= 1")
     source = _open_images(images)
     device = next(network.parameters()).device
+    parallel = getattr(network, "parallel", ParallelConfig(precision="float32"))
+    execution = Execution.resolve(parallel, device)
     features = []
     with torch.inference_mode():
         for pixels, _ in readers.read_images(source, None, transform.crop, batch_size, num_workers):
-            features.append(network(transform.normalize(pixels.to(device))).float().cpu())
+            views = transform.normalize(upload(pixels, device))
+            with execution.forward_context():
+                features.append(network(views).float().cpu())
     return torch.cat(features).numpy()
 
 

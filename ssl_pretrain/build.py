@@ -38,7 +38,7 @@ from ssl_pretrain.planning import hardware, recorder
 from ssl_pretrain.step import StepOutput, Stepper, build_stepper, check_accumulation
 from ssl_pretrain.system import durable_files
 from ssl_pretrain.views import color, crops, recipe
-from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views.batch import Batch, upload
 
 
 @dataclass
@@ -327,7 +327,7 @@ def build_online_knn(config: RunConfig, data_loader: Loader, execution: Executio
 
     def read_normalized(indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels in read(indices):
-            view = color.normalize(pixels.to(execution.device), views.mean, views.std)
+            view = color.normalize(upload(pixels, execution.device), views.mean, views.std)
             yield execution.place_views([view])[0], labels
 
     def read_pixels(indices: np.ndarray) -> Tensor:
@@ -341,4 +341,5 @@ def build_online_knn(config: RunConfig, data_loader: Loader, execution: Executio
         data_loader.steps_per_epoch,
         execution.device,
         read_pixels,
+        execution.forward_context,
     )

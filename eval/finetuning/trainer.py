@@ -122,7 +122,9 @@ def train(
             seed_generators(step)
             views = batch.views[0].contiguous(memory_format=torch.channels_last)
             images, targets = augment_batch(views, batch.labels)
-            loss = nn.functional.cross_entropy(model(images), targets)
+            with run.execution.forward_context():
+                logits = model(images)
+            loss = nn.functional.cross_entropy(logits.float(), targets)
             optimizer.zero_grad()
             loss.backward()
             average_gradients(model)

@@ -225,6 +225,7 @@ def describe_splits(
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name}",
         **(random_entry if has_random_row else {}),
         "feature": f"pooled output of the backbone, {run.backbone.feature_dim} numbers",
+        "precision": run.describe_precision(),
         "transform": f"shorter side to {round(size / evaluation.crop_ratio)}, central"
         f" {size}x{size}, {evaluation.interpolation}, nothing random",
         "images": f"{run.config.data.source}: {len(train)} training, {len(test)} {kind},"

@@ -19,6 +19,7 @@ from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, rank_rows
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.models import backbones
 from ssl_pretrain.views import color
+from ssl_pretrain.views.batch import upload
 
 MAX_RECALIBRATION_IMAGES = 10000
 RAW_SIZE = 32  # pixels; larger views are averaged down to this height and width
@@ -83,9 +84,8 @@ def random_backbone(run: Run, train: EvaluationSplit | None = None) -> nn.Module
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average, in which every batch has the same weight
         norm.train()
-    with torch.no_grad():
-        for images, _ in recalibration_split(train).batches():
-            backbone(normalize(run, images))
+    for images, _ in recalibration_split(train).batches():
+        compute(run, backbone, normalize(run, images))
     return backbone.eval()
 
 
@@ -104,17 +104,28 @@ def _batch_norms(backbone: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 def normalize(run: Run, images: Tensor) -> Tensor:
     """Convert uint8 views to the network's input: float32, normalized, on the run's device."""
-    normalized = color.normalize(images.to(run.device), run.config.views.mean, run.config.views.std)
+    pixels = upload(images, run.device)
+    normalized = color.normalize(pixels, run.config.views.mean, run.config.views.std)
     return normalized.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
+def compute(run: Run, network: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
+    """Return the features, float32 (n, feature_dim), of normalized views.
+
+    Every evaluation of frozen features computes them here, in the precision of the run.
+    """
+    with run.execution.forward_context():
+        return network(views).float()
+
+
 def extract(
     backbone: Callable[[Tensor], Tensor], split: EvaluationSplit, offset: Offset = (0, 0)
 ) -> tuple[Tensor, Tensor]:
     """Return the features, float32 (n, feature_dim), and labels (n,) of the shifted images."""
+    run = split.run
     batches = [
-        (backbone(normalize(split.run, shift(images, *offset))).float(), labels)
+        (compute(run, backbone, normalize(run, shift(images, *offset))), labels)
         for images, labels in split.batches()
     ]
     return concatenate(batches, split.run.device)
@@ -134,7 +145,7 @@ def flatten_views(run: Run, images: Tensor) -> Tensor:
 
     `side` is `size`, but at most RAW_SIZE.
     """
-    values = images.to(run.device, torch.float32).div_(255)
+    values = upload(images, run.device).to(torch.float32).div_(255)
     if run.image_size > RAW_SIZE:
         values = nn.functional.adaptive_avg_pool2d(values, RAW_SIZE)
     return values.flatten(1)

@@ -135,9 +135,8 @@ class ProbedNetwork:
         )
         self.norm = linear_heads.FeatureNorm(dim, like) if protocol.normalizes_features else None
 
-    def step(self, views: Tensor, labels: Tensor, lr_factor: float) -> None:
-        """Train the heads on one batch, with their learning rates multiplied by `lr_factor`."""
-        values = self.feature(views).float()
+    def step(self, values: Tensor, labels: Tensor, lr_factor: float) -> None:
+        """Train the heads on features, with their learning rates multiplied by `lr_factor`."""
         if self.norm:
             values = self.norm.normalize_batch(values)
         self.heads.step(values, labels, lr_factor)
@@ -233,7 +232,8 @@ def train_heads(
         for step, batch in zip(range(protocol.epochs * steps_per_epoch), loader.iterate_from(0)):
             views = batch.views[0].contiguous(memory_format=torch.channels_last)
             for network in networks:
-                network.step(views, batch.labels, protocol.lr_factor(step / steps_per_epoch))
+                values = features.compute(run, network.feature, views)
+                network.step(values, batch.labels, protocol.lr_factor(step / steps_per_epoch))
             if (step + 1) % steps_per_epoch == 0:
                 epoch = (step + 1) // steps_per_epoch
                 results.print_progress(f"epoch {epoch} of {protocol.epochs}")

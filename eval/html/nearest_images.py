@@ -69,8 +69,7 @@ def find_neighbors(
     bank_features, labels = features.extract(run.backbone, bank)
     bank_pixels, _ = features.raw_pixels(bank)
     mean = bank_pixels.mean(dim=0)
-    with torch.no_grad():
-        query_features = run.backbone(features.normalize(run, images)).float()
+    query_features = features.compute(run, run.backbone, features.normalize(run, images))
     feature_rows = _nearest_rows(bank_features, query_features)
     pixel_rows = _nearest_rows(bank_pixels - mean, features.flatten_views(run, images) - mean)
     rows = np.unique(torch.cat([feature_rows, pixel_rows]).cpu().numpy())

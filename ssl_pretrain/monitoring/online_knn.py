@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -65,6 +65,7 @@ class OnlineKNN:
         steps_per_epoch: int,
         device: torch.device,
         read_pixels: Callable[[np.ndarray], Tensor] | None = None,
+        forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
     ):
         """Choose the bank and the queries. No image is read.
 
@@ -78,12 +79,14 @@ class OnlineKNN:
             device: Device of the backbone.
             read_pixels: Reads images by index, uint8 (num_images, 3, size, size), for the picture
                 of neighbors. None for no picture.
+            forward_context: Context of the backbone's forward passes, such as autocast.
 
         Raises:
             ValueError: If k does not fit the bank or the temperature is not positive.
         """
         self.config, self.labels, self.device = config, labels, device
         self.read_images, self.read_pixels = read_images, read_pixels
+        self.forward_context = forward_context
         self.steps_between_measurements = config.knn_every_epochs * steps_per_epoch
         labeled = image_order[labels[image_order] >= 0]
         num_queries = min(config.max_test, len(labeled) // 5)
@@ -207,8 +210,11 @@ class OnlineKNN:
         num_ranks = process_group.world_size()
         padding = np.repeat(indices[-1:], -len(indices) % num_ranks)
         local_indices = np.concatenate([indices, padding])[process_group.rank() :: num_ranks]
-        batches = self.read_images(local_indices)
-        return torch.cat([backbone(images.to(self.device)).float() for images, _ in batches])
+        features = []
+        for images, _ in self.read_images(local_indices):
+            with self.forward_context():
+                features.append(backbone(images.to(self.device)).float())
+        return torch.cat(features)
 
     def _gather(self, local_features: Tensor, num_images: int) -> Tensor:
         """Gather the features of the images from all ranks, float32 (num_images, dim)."""

@@ -122,8 +122,8 @@ class Execution:
     def place_views(self, views: list[Tensor]) -> list[Tensor]:
         """Convert views to a dtype and a memory format that the model accepts.
 
-        bfloat16 views from the loader stay bfloat16. Evaluations run without autocast and pass
-        float32 views, which stay float32. For a float64 model all views become float64.
+        bfloat16 views from the loader stay bfloat16. Evaluations pass float32 views, which stay
+        float32. For a float64 model all views become float64.
         """
         keeps_dtype = self.dtype != torch.float64
         return [

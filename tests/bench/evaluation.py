@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from measure import format_mib, time_interleaved, versions
 from sklearn.neighbors import NearestNeighbors
+from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.eval import protocols
@@ -71,6 +72,11 @@ def compare_searches(options: argparse.Namespace) -> float:
     return fastest_theirs / fastest_ours
 
 
+def step_from_images(network: ProbedNetwork, images: Tensor, labels: Tensor) -> None:
+    """Compute the features of the images and train the heads on them."""
+    network.step(network.feature(images), labels, 1.0)
+
+
 def compare_grids(options: argparse.Namespace) -> float:
     """Print the time of a step with one and twelve heads and return their ratio."""
     name, size, batch = options.backbone, options.image_size, options.batch
@@ -93,7 +99,7 @@ def compare_grids(options: argparse.Namespace) -> float:
         heads = LinearHeads(
             backbone.feature_dim, NUM_CLASSES, [0.1] * count, [1e-6] * count, like=features
         )
-        full_steps[str(count)] = partial(network.step, images, labels, 1.0)
+        full_steps[str(count)] = partial(step_from_images, network, images, labels)
         cached_steps[str(count)] = partial(heads.step, features, labels, 1.0)
     with torch.no_grad():
         full_seconds = time_interleaved(full_steps, options.repeats, CPU)

@@ -10,6 +10,7 @@ import torch
 from clusters import clusters
 from conftest import run_ranks
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ssl_pretrain import config
 from ssl_pretrain.checkpoint.folder import list_checkpoints
@@ -168,3 +169,24 @@ def test_a_run_has_the_same_weights_with_measurements_on_or_off(tmp_path):
         records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         num_measured.append(sum("probe" in record for record in records))
     assert hashes[0] == hashes[1] and num_measured == [0, 7]
+
+
+@pytest.mark.parametrize(("precision", "uses_autocast"), [("bfloat16", True), ("auto", False)])
+def test_a_measurement_has_the_precision_of_the_run(precision, uses_autocast, tmp_path):
+    states = set()
+
+    def record(module, arguments):
+        # Before the run, the width of the features is determined on meta tensors.
+        is_measured = not module.training and arguments[0].device == CPU
+        if isinstance(module, nn.Conv2d) and is_measured:
+            states.add(torch.is_autocast_enabled("cpu"))
+
+    path = tiny.write_config(tmp_path)
+    overrides = ["epochs=1", f"parallel.precision={precision}", "online.on_failure=stop"]
+    overrides += ["online.knn_every_epochs=1", "online.k=3", f"output={tmp_path / 'run'}"]
+    handle = register_module_forward_pre_hook(record)
+    try:
+        train(config.load(path, overrides), CPU)
+    finally:
+        handle.remove()
+    assert states == {uses_autocast}

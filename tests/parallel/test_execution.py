@@ -10,7 +10,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_evaluations_keep_float32_although_training_views_are_bfloat16():
-    """Evaluations run without autocast, so their views must not be rounded."""
+    """Networks that run without autocast would refuse bfloat16 views."""
     gpu_execution = Execution.resolve(ParallelConfig(), CUDA)
     assert gpu_execution.view_dtype == torch.bfloat16
     training, evaluation = torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16), torch.zeros(1, 3, 4, 4)
