@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.distributed import collectives
+from ssl_pretrain.optim import scaling
 
 Group = dict[str, Any]
 
@@ -118,7 +119,7 @@ class LARS(SGD):
             nonzero = (weight_norms > 0) & (update_norms > 0)
             trust = torch.where(nonzero, trust, torch.ones_like(trust))
             factors = trust * group["lr"] if is_classic else trust
-            torch._foreach_mul_(updates, list(factors.unbind()))
+            scaling.scale(updates, factors)
         elif is_classic:
             torch._foreach_mul_(updates, group["lr"])
         self._apply(group, params, updates, lr=1.0 if is_classic else group["lr"])
@@ -131,7 +132,7 @@ class LARC(SGD):
     rate * (gradient + weight_decay * p), where
     rate = trust_coefficient * |p| / (|gradient| + weight_decay * |p| + 1e-8). Where LARS has the
     norm of a sum, LARC has the sum of norms. If a norm is zero, the update is the gradient. Groups
-    with `adapt: False` use plain momentum SGD.
+    with `adapt: False` use plain momentum SGD. The gradients are overwritten.
 
     Args:
         params: Parameters, or groups of them.
@@ -159,6 +160,5 @@ class LARC(SGD):
         nonzero = (weight_norms > 0) & (gradient_norms > 0)
         rate = torch.where(nonzero, rate, torch.ones_like(rate))
         decay = group["weight_decay"] * nonzero.to(rate.dtype)
-        decayed = torch._foreach_add(updates, torch._foreach_mul(weights, list(decay.unbind())))
-        updates = list(torch._foreach_mul(decayed, list(rate.unbind())))
+        scaling.add_and_scale(updates, weights, decay, rate)
         self._apply(group, params, updates, lr=group["lr"])

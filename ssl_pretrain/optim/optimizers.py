@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.distributed import collectives
-from ssl_pretrain.optim import schedules
+from ssl_pretrain.optim import scaling, schedules
 from ssl_pretrain.optim.momentum_sgd import LARC, LARS, SGD
 from ssl_pretrain.schema import DIMENSIONLESS, setting
 
@@ -269,7 +269,7 @@ def step_if_finite(
     if clip_norm and clip_by == "whole":
         torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
     elif clip_norm:
-        torch._foreach_mul_(gradients, list((clip_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
+        scaling.scale(gradients, (clip_norm / (norms + 1e-6)).clamp(max=1.0))
     for parameter in frozen:
         parameter.grad = None
     untyped_optimizer: Any = optimizer  # the docstring of `SGD` describes the protocol
