@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from ssl_pretrain.methods.base import Method
-from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, memory
+from ssl_pretrain.parallel import activation_checkpointing, batch_norm, memory
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig, bn_group_images
 from ssl_pretrain.parallel.wrap import shards_weights, warm_up
 from ssl_pretrain.views import recipe
@@ -53,7 +53,7 @@ def find_micro_batch_size(
     group_images = bn_group_images(config, global_batch_size)
     divisor = min(group_images, local_batch_size) if batch_norm.statistics(method) else 1
     trial_method = execution.place_module(copy.deepcopy(method), shards_weights(config))
-    compile_and_checkpoint.recompute_activations(trial_method, config.activation_checkpointing)
+    activation_checkpointing.recompute_activations(trial_method, config.activation_checkpointing)
 
     def measure_bytes(num_images: int) -> int:
         example = blank_batch(views, num_images, execution)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones, components
-from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint
+from ssl_pretrain.parallel import activation_checkpointing, batch_norm
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig, bn_group_images, check
 
 # DDP must not broadcast buffers before each forward pass. torch 2.13 renamed the argument.
@@ -47,7 +47,7 @@ def wrap(
     global_batch_size: int,
     example: object,
 ) -> nn.Module:
-    """Move a method to its device, convert its batch norms, compile its blocks and distribute it.
+    """Move a method to its device, convert its batch norms, compile and distribute it.
 
     FSDP replaces the parameters with shards, so the optimizer has to be built afterwards.
 
@@ -72,8 +72,10 @@ def wrap(
     execution.place_module(method, is_sharded=is_sharded)
     batch_norm.convert(method, micro_batch_size, bn_group_images(config, global_batch_size))
     if config.compile:
-        compile_and_checkpoint.compile_blocks(method, config.cuda_graphs)
-    compile_and_checkpoint.recompute_activations(method, config.activation_checkpointing)
+        from ssl_pretrain.parallel import compilation  # loads the compiler, which takes seconds
+
+        compilation.compile_network(method, execution.device, config.cuda_graphs)
+    activation_checkpointing.recompute_activations(method, config.activation_checkpointing)
     if is_sharded:
         _shard(method, config, execution)
         warm_up(method, execution, example)

@@ -15,7 +15,7 @@ from ssl_pretrain.models import backbones, components
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.parallel.compile_and_checkpoint import recompute_activations
+from ssl_pretrain.parallel.activation_checkpointing import recompute_activations
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning.recorder import BeginPhase, make_fake, record_trace
 from ssl_pretrain.planning.trace import LinearTrace, TensorSpec, Trace

@@ -1,4 +1,4 @@
-"""Recomputed and compiled blocks train the same weights."""
+"""Recomputed blocks train the same weights and save fewer activations."""
 
 from dataclasses import replace
 
@@ -6,8 +6,6 @@ import networks
 import pytest
 import torch
 from networks import run
-
-FLOAT64 = {"precision": "float64"}  # the order of summation changes results by less than 1e-9
 
 
 @pytest.mark.parametrize("mode", ["blocks", "selective"])
@@ -42,15 +40,3 @@ def _measure_saved_bytes(mode):
 
 def test_recomputed_blocks_save_fewer_bytes():
     assert _measure_saved_bytes("blocks") < 0.6 * _measure_saved_bytes("none")
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("name", "drop_path"), [("moco_v3", 0.3), ("simclr", 0.0)])
-def test_compiled_blocks_train_the_same_weights(name, drop_path):
-    eager, compiled = (
-        run(name, 2, backbone={"drop_path": drop_path}, compile=choice, **FLOAT64)["state"]
-        for choice in (False, True)
-    )
-    assert compiled.keys() == eager.keys()
-    for key, value in eager.items():
-        torch.testing.assert_close(compiled[key], value, rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Compile the blocks of a network, or recompute their activations in the backward pass."""
+"""Recompute the activations of blocks in the backward pass instead of storing them."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -15,7 +14,6 @@ from torch.utils.checkpoint import (
 )
 
 from ssl_pretrain.models import backbones
-from ssl_pretrain.models.timm_networks import timm
 from ssl_pretrain.parallel import batch_norm
 
 # Matrix products, whose outputs the mode `selective` stores. Norms, activation functions and
@@ -88,36 +86,3 @@ def _freeze_statistics(norms: list[Any], recomputation: Context) -> Iterator[Non
         for norm, (momentum, count) in zip(norms, states):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
-
-
-def compile_blocks(method: nn.Module, cuda_graphs: bool) -> None:
-    """Compile the forward pass of every block. Blocks of the same shape share compiled code.
-
-    Args:
-        method: Method to change. If it has dropout or drop path, random numbers come from PyTorch's
-            generator, as they do without compilation.
-        cuda_graphs: Replay the kernels of each block as one CUDA graph.
-    """
-    import torch._dynamo.config  # takes seconds, because it loads the compiler
-    import torch._inductor.config
-
-    blocks = [block for _, block in backbones.blocks(method)]
-    # Beyond this limit, dynamo silently leaves blocks uncompiled.
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))
-    torch._inductor.config.fallback_random |= has_dropout(method)
-    for block in blocks:
-        for norm in block.modules():
-            if batch_norm.spans_ranks(norm):  # its collectives run between two compiled graphs
-                norm.forward = torch.compiler.disable(norm.forward)
-        mode = "reduce-overhead" if cuda_graphs else None
-        block.forward = torch.compile(block.forward, mode=mode, dynamic=False)
-
-
-def has_dropout(module: nn.Module) -> bool:
-    """Return True if any layer is a dropout or drop path with a rate above 0."""
-    return any(
-        (isinstance(child, _DropoutNd) and child.p > 0)
-        or (isinstance(child, timm.layers.DropPath) and (child.drop_prob or 0.0) > 0)
-        for child in module.modules()
-    )
