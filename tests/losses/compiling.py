@@ -1,6 +1,10 @@
-"""Compile the loss kernels for GPUs that are absent, with the `ptxas` of Triton's wheel."""
+"""Compile the loss kernels for GPUs that are absent, with the tools of Triton's wheel."""
 
+import re
+import subprocess
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -42,7 +46,7 @@ class CompiledKernel:
     """Resources that a compiled kernel takes."""
 
     shared_bytes: int
-    registers: int
+    stack_bytes: int  # per thread, mostly of spilled registers
 
 
 def compile_kernel(
@@ -81,4 +85,15 @@ def compile_kernel(
     source = ASTSource(kernel, signature, constants)
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return CompiledKernel(compiled.metadata.shared, getattr(compiled, "n_regs", 0) or 0)
+    return CompiledKernel(compiled.metadata.shared, _stack_bytes(compiled.asm["cubin"]))
+
+
+def _stack_bytes(cubin: bytes) -> int:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"STACK:(\d+)", output)
+    return int(stack)

@@ -10,13 +10,19 @@ from compiling import KERNELS, SHARED_MEMORY, compile_kernel
 from ssl_pretrain.losses.tiles_triton import Blocks, choose_blocks
 
 # One dimension per shape class. 128 is SimCLR's, 256 MoCo v3's and NNCLR's.
-QUICK = [(capability, dim) for capability in SHARED_MEMORY for dim in (128, 256)]
+QUICK = [(capability, dim) for capability in SHARED_MEMORY for dim in (64, 128, 256)]
+QUICK_KERNELS = ("log_sum_exp", "weighted_sum, by both")
 ALL = [
-    (capability, dim, name)
+    (capability, dim, name, dtype)
+    for dtype, dims in {
+        "fp32": (8, 16, 33, 64, 100, 128, 129, 200, 256),
+        "bf16": (16, 64, 128, 256),
+        "fp16": (16, 64, 128, 256),
+    }.items()
     for capability in SHARED_MEMORY
-    for dim in (8, 16, 33, 64, 100, 128, 129, 200, 256)
+    for dim in dims
     for name in KERNELS
-    if (capability, dim) not in QUICK or name not in ("log_sum_exp", "weighted_sum, by both")
+    if (capability, dim) not in QUICK or name not in QUICK_KERNELS or dtype == "fp16"
 ]
 
 
@@ -24,15 +30,19 @@ def assert_fits(name: str, dim: int, capability: int, dtype: str = "fp32") -> No
     compiled = compile_kernel(name, dim, capability, dtype=dtype)
     message = f"{name} of {dim} {dtype} takes {compiled.shared_bytes} bytes on sm_{capability}"
     assert compiled.shared_bytes <= SHARED_MEMORY[capability], message
+    # Where ptxas runs out of registers, it gives up and keeps almost everything on the stack.
+    message = f"{name} of {dim} {dtype} spills {compiled.stack_bytes} bytes on sm_{capability}"
+    assert compiled.stack_bytes < 2048, message
 
 
-@pytest.mark.parametrize("name", ["log_sum_exp", "weighted_sum, by both"])
+@pytest.mark.parametrize("name", QUICK_KERNELS)
 @pytest.mark.parametrize("capability, dim", QUICK)
-def test_a_kernel_fits_in_shared_memory(name, capability, dim):
-    assert_fits(name, dim, capability)
+def test_a_kernel_fits_in_shared_memory_and_registers(name, capability, dim):
+    for dtype in ("fp32", "bf16"):
+        assert_fits(name, dim, capability, dtype)
 
 
-@pytest.mark.parametrize("name", ["log_sum_exp", "weighted_sum, by both"])
+@pytest.mark.parametrize("name", QUICK_KERNELS)
 @pytest.mark.parametrize("capability, dim", QUICK)
 def test_a_kernel_of_bfloat16_takes_little_more_than_half_the_shared_memory(capability, dim, name):
     compiled, float32 = (
@@ -42,10 +52,9 @@ def test_a_kernel_of_bfloat16_takes_little_more_than_half_the_shared_memory(capa
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("capability, dim, name", ALL)
-def test_every_kernel_fits_in_shared_memory_at_every_dim(capability, dim, name):
-    for dtype in ("fp32", "bf16", "fp16"):
-        assert_fits(name, dim, capability, dtype)
+@pytest.mark.parametrize("capability, dim, name, dtype", ALL)
+def test_every_kernel_fits_in_shared_memory_and_registers(capability, dim, name, dtype):
+    assert_fits(name, dim, capability, dtype)
 
 
 def test_blocks_that_once_failed_to_launch_do_not_fit():
