@@ -1,6 +1,8 @@
 """Exact nearest-neighbor search by cosine similarity, in a feature bank spread over ranks."""
 
+import importlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,9 +73,10 @@ class KnnClassifier:
         backend: str,
         subtract_mean: bool = False,
     ):
-        self.num_classes, self.labels, self.backend = num_classes, labels, backend
+        self.num_classes, self.labels = num_classes, labels
         self.mean = _global_mean(bank) if subtract_mean else None
         self.bank = self._unit_length(bank)
+        self.search = _FaissSearch(self.bank) if backend == "faiss" else None
 
     def accuracies(
         self, queries: Tensor, labels: Tensor, vote_settings: Sequence[VoteSettings]
@@ -117,8 +120,10 @@ class KnnClassifier:
         """Return similarities and labels, (queries, k), of the nearest rows in this rank's bank."""
         if k == 0:
             return queries.new_empty(len(queries), 0), self.labels.new_empty(len(queries), 0)
-        search = _search_with_faiss if self.backend == "faiss" else _search_with_torch
-        similarities, rows = search(queries, self.bank, k)
+        if self.search is not None:
+            similarities, rows = self.search(queries, k)
+        else:
+            similarities, rows = _search_with_torch(queries, self.bank, k)
         return similarities, self.labels[rows]
 
 
@@ -164,19 +169,32 @@ def _search_with_torch(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, T
     return nearest, rows
 
 
-def _search_with_faiss(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Search without building an index, which would store a second copy of the bank."""
-    import faiss
+class _FaissSearch:
+    """Exact search with faiss in a bank that is converted or uploaded once.
 
-    arguments = queries.cpu().numpy(), bank.cpu().numpy(), k
-    if bank.is_cuda and faiss.get_num_gpus():
-        neighbors = faiss.knn_gpu(
-            faiss.StandardGpuResources(),
-            *arguments,
-            metric=faiss.METRIC_INNER_PRODUCT,
-            device=bank.device.index or 0,
-        )
-    else:
-        neighbors = faiss.knn(*arguments, metric=faiss.METRIC_INNER_PRODUCT)
-    similarities, rows = (torch.from_numpy(array).to(queries.device) for array in neighbors)
-    return similarities, rows
+    No index is built, because it would store a second copy of the bank.
+    """
+
+    def __init__(self, bank: Tensor):
+        import faiss
+
+        self.faiss: Any = faiss
+        self.bank, self.resources = bank.float().contiguous(), None
+        if bank.is_cuda and faiss.get_num_gpus():
+            # This import lets faiss read CUDA tensors where they are.
+            importlib.import_module("faiss.contrib.torch_utils")
+            self.resources = faiss.StandardGpuResources()
+        else:
+            self.array = self.bank.cpu().numpy()
+
+    def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the similarities and the rows of the k nearest neighbors, (queries, k)."""
+        metric = self.faiss.METRIC_INNER_PRODUCT
+        if self.resources is not None:
+            device = self.bank.device.index or 0
+            return self.faiss.knn_gpu(
+                self.resources, queries.float(), self.bank, k, metric=metric, device=device
+            )
+        neighbors = self.faiss.knn(queries.cpu().numpy(), self.array, k, metric=metric)
+        similarities, rows = (torch.from_numpy(array).to(queries.device) for array in neighbors)
+        return similarities, rows

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,60 @@ def test_faiss_and_torch_agree(centered):
     assert faiss.accuracies(queries + 3, truth, VOTE_SETTINGS) == accuracies
     assert min(accuracies) > 50
     assert len(set(accuracies)) > 1
+
+
+def test_faiss_searches_the_bank_on_a_cpu_without_a_copy(monkeypatch):
+    faiss = pytest.importorskip("faiss")
+    addresses, search = [], faiss.knn
+
+    def record(queries, bank, *arguments, **options):
+        addresses.append(bank.ctypes.data)
+        return search(queries, bank, *arguments, **options)
+
+    monkeypatch.setattr(faiss, "knn", record)
+    monkeypatch.setattr(knn_search, "QUERY_BATCH_SIZE", 100)
+    (bank, labels), (queries, _) = draw_clusters(700, 1), draw_clusters(300, 2)
+    classifier = KnnClassifier(bank, labels, 10, "faiss")
+    classifier.predict(queries, VOTE_SETTINGS)
+    assert addresses == [classifier.bank.data_ptr()] * 3
+
+
+class TensorOnGpu(torch.Tensor):
+    """CPU tensor that claims to be on a GPU."""
+
+    is_cuda = True
+
+
+def test_faiss_reads_the_bank_where_it_is_on_a_gpu(monkeypatch):
+    """A stand-in for faiss on a GPU shows that the bank is neither downloaded nor uploaded."""
+    banks, resources = [], []
+
+    def search(resource, queries, bank, k, metric, device):
+        assert resource is resources[0] and (metric, device) == ("inner product", 0)
+        banks.append(bank)
+        return (queries @ bank.T).topk(k, dim=1)
+
+    def create_resources():
+        resources.append(object())
+        return resources[-1]
+
+    faiss = SimpleNamespace(
+        METRIC_INNER_PRODUCT="inner product",
+        StandardGpuResources=create_resources,
+        get_num_gpus=lambda: 1,
+        knn_gpu=search,
+    )
+    monkeypatch.setitem(sys.modules, "faiss", faiss)
+    monkeypatch.setitem(sys.modules, "faiss.contrib", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "faiss.contrib.torch_utils", SimpleNamespace())
+    monkeypatch.setattr(knn_search, "QUERY_BATCH_SIZE", 100)
+    (bank, labels), (queries, _) = draw_clusters(700, 1), draw_clusters(300, 2)
+    classifier = KnnClassifier(bank.as_subclass(TensorOnGpu), labels, 10, "faiss")
+    predictions = classifier.predict(queries, VOTE_SETTINGS)
+    assert len(resources) == 1 and len(banks) == 3
+    assert {tensor.data_ptr() for tensor in banks} == {classifier.bank.data_ptr()}
+    expected = KnnClassifier(bank, labels, 10, "torch").predict(queries, VOTE_SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(predictions, expected))
 
 
 def test_centering_subtracts_the_training_mean_from_bank_and_queries():
