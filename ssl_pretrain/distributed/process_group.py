@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
+from ssl_pretrain.distributed import cuda_settings
 from ssl_pretrain.distributed.heartbeat import Heartbeat
 from ssl_pretrain.system.exit_status import LostProcessError
 from ssl_pretrain.system.platform_support import available_cores
@@ -58,9 +59,7 @@ def start(
     has_cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank()) if has_cuda else torch.device("cpu")
     if has_cuda:
-        torch.cuda.set_device(device)
-        # Shapes never change, so the search for the fastest algorithm pays off within an epoch.
-        torch.backends.cudnn.benchmark = not deterministic
+        cuda_settings.apply(device, deterministic)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

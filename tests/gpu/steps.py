@@ -28,6 +28,7 @@ from measure import time_interleaved, versions
 from ssl_pretrain import config, methods
 from ssl_pretrain.build import build_method
 from ssl_pretrain.config import RunConfig
+from ssl_pretrain.distributed import cuda_settings
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import wrap as parallel
@@ -339,7 +340,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True  # as in process_group.start
+    if device.type == "cuda":
+        cuda_settings.apply(torch.device("cuda", 0), deterministic=False)
     result = measure(
         options.name,
         device,
