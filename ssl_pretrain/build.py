@@ -32,7 +32,7 @@ from ssl_pretrain.monitoring.logger import Logger
 from ssl_pretrain.monitoring.online_knn import OnlineKNN
 from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.optim import optimizers, schedules
-from ssl_pretrain.parallel import micro_batch, wrap
+from ssl_pretrain.parallel import compile_report, micro_batch, wrap
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning import hardware, recorder
 from ssl_pretrain.step import StepOutput, Stepper, build_stepper, check_accumulation
@@ -92,12 +92,12 @@ class Training:
         )
 
     def measure(self, step: int, output: StepOutput) -> Measurements:
-        """Take the measurements that are due after a step: collapse, k-NN, replaced images."""
+        """Take the measurements that are due after a step: collapse, k-NN, images, compilation."""
         method = self.stepper.method
         collapse = self.collapse_monitor.measure(step, output.embeddings, output.targets)
         knn = self.online_knn.measure_if_due(step, method.get_submodule(method.evaluated_module))
         counts = self.loader.count_replaced(step, self.config.log.every_steps, self.num_steps)
-        return collapse | knn | Measurements(dict(counts))
+        return collapse | knn | Measurements(dict(counts) | compile_report.measure())
 
     def agree_to_stop(self, step: int) -> bool:
         """Return True on all ranks if training ends with this step."""

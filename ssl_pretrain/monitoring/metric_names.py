@@ -115,6 +115,9 @@ METRICS = {
     ),
     "straggler": MetricInfo(SPEED, "slowest rank", "the rank that the others wait for"),
     "straggler_seconds": MetricInfo(SPEED, "seconds spent waiting for the slowest rank"),
+    "compile_seconds": MetricInfo(
+        SPEED, "seconds spent on compilation", "since the process started, on rank 0"
+    ),
     "memory_gib": MetricInfo(
         SPEED, "memory, GiB", "largest peak of any rank, on its GPU or on the host"
     ),

@@ -18,7 +18,7 @@ from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.timm_networks import timm
-from ssl_pretrain.parallel import batch_norm, drop_path
+from ssl_pretrain.parallel import batch_norm, compile_report, drop_path
 
 
 def compile_network(method: Method, device: torch.device, cuda_graphs: bool) -> None:
@@ -33,6 +33,7 @@ def compile_network(method: Method, device: torch.device, cuda_graphs: bool) -> 
         cuda_graphs: Replay the kernels of each block as one CUDA graph. Stems and heads are
             excluded, because the next step would overwrite their outputs, the embeddings.
     """
+    compile_report.observe()
     torch._inductor.config.fallback_random |= has_dropout(method)
     for module in method.modules():
         if batch_norm.spans_ranks(module):  # its collectives run between two compiled graphs

@@ -39,7 +39,12 @@ class ParallelConfig:
         "selective: all except the outputs of matrix products.",
         on_resume="free",
     )
-    compile: bool = setting(False, "Compile each block with torch.compile.", on_resume="free")
+    compile: bool = setting(
+        False,
+        "Compile blocks, stem and heads with torch.compile. The first step then takes a minute or "
+        "more, and less if TORCHINDUCTOR_CACHE_DIR holds the graphs of an earlier run.",
+        on_resume="free",
+    )
     cuda_graphs: bool = setting(
         False,
         "With compile, on CUDA: launch a block's kernels as one graph, "
