@@ -31,8 +31,12 @@ class TrainingState:
             tensor_files.import_dcp_with_safetensors()  # raises now, not at the first save
         self.group = process_group.new_cpu_group(DISK_PATIENCE) if self.is_sharded else None
 
-    def snapshot(self) -> tensor_files.TensorsByFile:
-        """Copy all tensors to host memory and return them by file and name."""
+    def snapshot(self, copies_host: bool = True) -> tensor_files.TensorsByFile:
+        """Copy all tensors to host memory and return them by file and name.
+
+        Args:
+            copies_host: Copy tensors that are in host memory too, so that training may continue.
+        """
         moments = {
             f"{name}::{key}": value
             for name, parameter in self._trained_parameters().items()
@@ -40,8 +44,8 @@ class TrainingState:
             if isinstance(value, Tensor)
         }
         return {
-            METHOD_FILE: _copy_to_host(self.method.state_dict()),
-            OPTIMIZER_FILE: _copy_to_host(moments),
+            METHOD_FILE: _move_to_host(self.method.state_dict(), copies_host),
+            OPTIMIZER_FILE: _move_to_host(moments, copies_host),
         }
 
     def restore(self, path: Path) -> None:
@@ -121,5 +125,12 @@ class TrainingState:
         }
 
 
-def _copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+def _move_to_host(tensors: dict[str, Tensor], copies_host: bool) -> dict[str, Tensor]:
+    """Return contiguous tensors in host memory, none of which share memory with each other."""
+    moved, storages = {}, set[int]()
+    for key, value in tensors.items():
+        storage = collectives.local_tensors([value])[0].untyped_storage().data_ptr()
+        copies = copies_host or storage in storages  # safetensors refuses tied tensors
+        moved[key] = value.detach().to("cpu", copy=copies).contiguous()
+        storages.add(storage)
+    return moved

@@ -1,9 +1,9 @@
 """Read and write the safetensors files of a checkpoint.
 
 Rank 0 writes full tensors to method.safetensors and optimizer.safetensors. With FSDP, each rank
-writes its shards to one file, in the safetensors format of torch.distributed.checkpoint. Entries of
-the optimizer's state are named `<parameter>::<entry>`. Either kind of checkpoint can be read on any
-number of ranks, sharded or not. No file is a pickle.
+writes its shards to its own files, in the safetensors format of torch.distributed.checkpoint.
+Entries of the optimizer's state are named `<parameter>::<entry>`. Either kind of checkpoint can be
+read on any number of ranks, sharded or not. No file is a pickle.
 """
 
 import inspect
@@ -26,6 +26,9 @@ from ssl_pretrain.checkpoint.manifest import (
 from ssl_pretrain.distributed import collectives, process_group
 
 TensorsByFile = dict[str, dict[str, Tensor]]  # tensors by name, by the name of their file
+# A file of shards is copied twice in memory before it is written, so that many small files take
+# less memory than one large file.
+MAX_SHARD_FILE_BYTES = 256 * 2**20
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -75,7 +78,7 @@ def write_shards(
 ) -> None:
     """Write a sharded checkpoint, unless an intact one exists.
 
-    Each rank writes and hashes its own file. Rank 0 writes the manifest. A failure on one rank is
+    Each rank writes and hashes its own files. Rank 0 writes the manifest. A failure on one rank is
     raised on all ranks, because the others would otherwise wait for it.
 
     Raises:
@@ -113,10 +116,14 @@ def _create_folder(path: Path, staging_folder: Path) -> bool:
 def _write_own_shard(
     staging_folder: Path, tensors_by_file: TensorsByFile, group: Any
 ) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """Write this rank's file. Return its manifest entry, and the failures of all ranks or None."""
+    """Write this rank's files. Return their entries, and the failures of all ranks or None."""
     dcp = import_dcp_with_safetensors()
-    writer = dcp.HuggingFaceStorageWriter(str(staging_folder), save_distributed=True)
     tensors = {name: tensor for file in tensors_by_file.values() for name, tensor in file.items()}
+    writer = dcp.HuggingFaceStorageWriter(
+        str(staging_folder),
+        fqn_to_index_mapping=_divide_into_files(tensors),  # that of rank 0 counts
+        save_distributed=True,
+    )
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
         own_files = sorted(staging_folder.glob(f"shard-{process_group.rank() + 1:05d}-*"))
@@ -126,6 +133,20 @@ def _write_own_shard(
         return {}, "; ".join(failures)
     except Exception as error:
         return {}, f"rank {process_group.rank()}: {error}"
+
+
+def _divide_into_files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Return the number of each tensor's file, from 1, by the tensor's name.
+
+    A file holds at most `MAX_SHARD_FILE_BYTES` of this rank, or a single larger shard.
+    """
+    file_numbers, number, file_bytes = {}, 1, 0
+    for name, shard in zip(tensors, collectives.local_tensors(tensors.values())):
+        if file_bytes and file_bytes + shard.nbytes > MAX_SHARD_FILE_BYTES:
+            number, file_bytes = number + 1, 0
+        file_numbers[name] = number
+        file_bytes += shard.nbytes
+    return file_numbers
 
 
 def read_tensor_metadata(path: Path) -> dict[str, Any]:

@@ -43,6 +43,13 @@ class PlanConfig:
         "Rate at which one CPU core decodes and crops. 0 leaves data loading out of the estimate.",
         unit="images/s",
     )
+    disk_gb_per_second: float = setting(
+        1.0,
+        "Rate at which all ranks together write a checkpoint. The default is an assumption.",
+        unit="GB/s",
+        above=0,
+        maximum=1e6,
+    )
     num_images: int = setting(
         0,
         "Training images in the data set. 0 counts them, which needs access to the data.",

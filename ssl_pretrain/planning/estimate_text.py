@@ -6,7 +6,8 @@ from ssl_pretrain import config
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import order, sources
 from ssl_pretrain.parallel.memory import GIB, USABLE_FRACTION
-from ssl_pretrain.planning import hardware, measured_shares
+from ssl_pretrain.planning import checkpoint_plan, hardware, measured_shares
+from ssl_pretrain.planning.checkpoint_plan import CheckpointPlan
 from ssl_pretrain.planning.communication import Cluster
 from ssl_pretrain.planning.estimate import Estimate, StepTime
 
@@ -41,8 +42,11 @@ def describe(run: RunConfig, world_size: int) -> list[str]:
         f"micro-batches per rank: {estimate.local_batch_size // micro_batch_size}{embedded_twice}",
         *(measured_shares.describe_share(gpu, *kind) for kind in kinds),
         *_describe_time(estimate, step, is_bound),
+        _describe_duration(run, cluster, step, is_bound),
     ]
-    return [*lines, _describe_duration(run, cluster, step, is_bound)]
+    optimizer_bytes = estimate.optimizer_trace_and_bytes[1]
+    plan = CheckpointPlan.build(estimate.method, optimizer_bytes, estimate.num_shards)
+    return [*lines, *checkpoint_plan.describe(run, plan, cluster)]
 
 
 def _kinds_of_work(estimate: Estimate) -> list[tuple[str, bool]]:
