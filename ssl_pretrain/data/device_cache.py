@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.data.chunks import Chunk, ChunkRequest
+from ssl_pretrain.data.draw_ahead import draw_ahead
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.order import BatchPlan
@@ -40,22 +41,33 @@ class DeviceCache:
 
     def make_chunks(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
         """Yield one chunk per request."""
-        for request in requests:
-            image_indices, replacements = self._choose_readable(request)
+        for _, (image_indices, replacements, boxes_by_view) in draw_ahead(
+            self._draw, requests, self._device
+        ):
             device_indices = upload(torch.from_numpy(image_indices), self._device)
-            images, sizes = self._pixels.index_select(0, device_indices), self._sizes[image_indices]
-            views = []
-            for view_index, crop in enumerate(self._view_crops):
-                boxes = crops.draw_boxes(
-                    crop, self._plan.seed, request.epoch, request.indices, view_index, sizes
-                )
-                views.append(crops.apply_to_batch(images, boxes, crop))
+            images = self._pixels.index_select(0, device_indices)
+            views = [
+                crops.apply_to_batch(images, boxes, crop)
+                for boxes, crop in zip(boxes_by_view, self._view_crops)
+            ]
             yield Chunk(
                 pixels=torch.cat([view.flatten() for view in views]),
                 shapes=[view.shape[1:] for view in views],
                 labels=self._source.labels[image_indices],
                 replacements=replacements,
             )
+
+    def _draw(
+        self, request: ChunkRequest
+    ) -> tuple[np.ndarray, list[Replacement], list[np.ndarray]]:
+        """Return the image indices of a chunk's rows, the replacements and each view's boxes."""
+        image_indices, replacements = self._choose_readable(request)
+        sizes = self._sizes[image_indices]
+        boxes_by_view = [
+            crops.draw_boxes(crop, self._plan.seed, request.epoch, request.indices, view, sizes)
+            for view, crop in enumerate(self._view_crops)
+        ]
+        return image_indices, replacements, boxes_by_view
 
     def _choose_readable(self, request: ChunkRequest) -> tuple[np.ndarray, list[Replacement]]:
         """Return the image indices of a chunk's rows, int64 (n,), and the replacements."""

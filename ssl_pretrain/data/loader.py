@@ -20,6 +20,7 @@ from torch import Tensor
 from ssl_pretrain.data import readers
 from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.chunks import Chunk, ChunkRequest
+from ssl_pretrain.data.draw_ahead import draw_ahead
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.order import BatchPlan, check_batch_divides
 from ssl_pretrain.data.readers import Reader
@@ -148,8 +149,8 @@ class Loader:
 
     def _batches(self, first_step: int, chunks: Iterator[Chunk]) -> Iterator[Batch]:
         device = self.reader.device
-        for step in itertools.count(first_step):
-            indices = self.indices(step)
+        steps = draw_ahead(self._draw, itertools.count(first_step), device)
+        for step, (indices, colors) in steps:
             if step == first_step or step % self.steps_per_epoch == 0:
                 self._replacements.begin_pass()
             num_chunks = -(-len(indices) // self.reader.chunk_size)
@@ -160,7 +161,7 @@ class Loader:
                 torch.cat(blocks) if len(blocks) > 1 else blocks[0]
                 for blocks in zip(*(chunk.views() for chunk in device_chunks))
             ]
-            views = self._apply_colors(pixels, step, indices)
+            views = self._apply_colors(pixels, colors)
             labels = torch.from_numpy(np.concatenate([chunk.labels for chunk in device_chunks]))
             index_tensor = torch.from_numpy(indices.copy())
             yield Batch(views, upload(labels, device), upload(index_tensor, device))
@@ -182,8 +183,13 @@ class Loader:
         chunk.pixels.record_stream(current)
         return chunk
 
-    def _apply_colors(self, pixels: list[Tensor], step: int, indices: np.ndarray) -> list[Tensor]:
-        config, colors = self.reader.views, self._draw_colors(step, indices)
+    def _draw(self, step: int) -> tuple[np.ndarray, list[ColorParameters]]:
+        """Return the indices and the color parameters of a step's batch."""
+        indices = self.indices(step)
+        return indices, self._draw_colors(step, indices)
+
+    def _apply_colors(self, pixels: list[Tensor], colors: list[ColorParameters]) -> list[Tensor]:
+        config = self.reader.views
         views: list[Tensor] = []
         for crop in config.crops.values():
             group = slice(len(views), len(views) + crop.count)
