@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones, components
-from ssl_pretrain.parallel import activation_checkpointing, batch_norm
+from ssl_pretrain.parallel import activation_checkpointing, batch_norm, weight_casts
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig, bn_group_images, check
 
 # DDP must not broadcast buffers before each forward pass. torch 2.13 renamed the argument.
@@ -76,6 +76,8 @@ def wrap(
 
         compilation.compile_network(method, execution.device, config.cuda_graphs)
     activation_checkpointing.recompute_activations(method, config.activation_checkpointing)
+    if execution.autocast and not is_sharded:
+        weight_casts.cast_once_per_step(method)
     if is_sharded:
         _shard(method, config, execution)
         warm_up(method, execution, example)

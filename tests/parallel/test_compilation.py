@@ -134,6 +134,7 @@ def _train_traced(name, settings):
 
 SLOW = pytest.mark.full
 DDP, FSDP = {"strategy": "ddp"}, {"strategy": "fsdp"}
+BFLOAT16 = {"precision": "bfloat16"}
 RECOMPUTED = {"activation_checkpointing": "blocks"}
 
 
@@ -143,6 +144,7 @@ RECOMPUTED = {"activation_checkpointing": "blocks"}
         pytest.param("moco_v3", DDP, id="ViT, DDP", marks=SLOW),
         pytest.param("moco_v3", FSDP, id="ViT, FSDP"),
         pytest.param("moco_v3", RECOMPUTED, id="ViT, recomputed", marks=SLOW),
+        pytest.param("moco_v3", BFLOAT16, id="ViT, bfloat16", marks=SLOW),
         pytest.param("simclr", DDP, id="ResNet, DDP", marks=SLOW),
         pytest.param("simclr", FSDP, id="ResNet, FSDP", marks=SLOW),
         pytest.param("simclr", RECOMPUTED, id="ResNet, recomputed", marks=SLOW),

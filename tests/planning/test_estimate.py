@@ -95,6 +95,22 @@ def test_weights_and_optimizer_take_the_bytes_of_the_built_run(run, optimizer_na
     assert sizes["buffers"] == sum(buffer.nbytes for buffer in method.buffers())
 
 
+@pytest.mark.parametrize(("precision", "has_copies"), [("bfloat16", True), ("float32", False)])
+def test_a_teachers_weights_are_also_kept_in_bfloat16(tmp_path, precision, has_copies):
+    path = next(path for path in REPRESENTATIVES if path.stem == "byol_imagenet")
+    run = reduce_recipe(path, tmp_path)
+    run = replace(run, parallel=replace(run.parallel, precision=precision))
+    estimate = Estimate(run, ONE_GPU, TOY)
+    teacher = estimate.method.teacher
+    bytes_in_float32 = sum(4 * p.numel() for p in teacher.parameters())
+    matrices = [p for name, p in teacher.named_parameters() if p.ndim > 1]
+    copied = estimate.memory_by_component(16)["teacher"] - bytes_in_float32
+    if has_copies:  # biases of linear layers are the only other copies
+        assert copied == pytest.approx(sum(2 * p.numel() for p in matrices), rel=0.01)
+    else:
+        assert copied == 0
+
+
 def test_an_operation_takes_the_longer_of_its_arithmetic_and_its_memory_time():
     trace = make_trace(
         [2e12, 1e11, 5e11, 10],
