@@ -20,7 +20,8 @@ from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import optional_packages, program
 
 VIEW_NAME = "ssl_pretrain"
-HIDDEN_METRICS = ("skipped_steps", "replay_error")  # only useful when something is wrong
+# Only useful when something is wrong, or logged once.
+HIDDEN_METRICS = ("skipped_steps", "replay_error", "compile_seconds")
 OPEN_SECTIONS = (metric_names.LEARNING, metric_names.COLLAPSE)
 PICTURES = [metric_names.VIEWS_PICTURE, metric_names.NEIGHBORS_PICTURE]
 

@@ -88,7 +88,7 @@ class _Copies:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Copy the weights if they have changed, with one launch on CUDA.
+        """Copy the weights if they have changed, in one call, which takes a few launches on CUDA.
 
         Each tensor counts the operations that change it.
         """
