@@ -6,7 +6,7 @@ so tests run this file in a process of its own.
 
 import torch
 
-from ssl_pretrain.optim import scaling, scaling_triton
+from ssl_pretrain.optim import scaling_triton
 
 CHUNK = scaling_triton.CHUNK
 SHAPES = {
@@ -19,22 +19,36 @@ SHAPES = {
 }
 
 
-def random_tensors(shapes, seed, offset=0):
+def random_tensors(shapes, seed, offset, device):
     """Return tensors, channels_last if they have four dimensions, and `offset` elements of gap."""
     generator, tensors = torch.Generator().manual_seed(seed), []
     for shape in shapes:
         size = torch.Size(shape).numel()
-        values = torch.randn(size + offset, generator=generator)[offset:].view(shape)
+        values = torch.randn(size + offset, generator=generator).to(device)[offset:].view(shape)
         tensors.append(values.to(memory_format=torch.channels_last) if len(shape) == 4 else values)
     return tensors
 
 
-def measure_difference(shapes, offset):
+class TorchOperations:
+    """The functions of `scaling` on any device, without the kernel."""
+
+    @staticmethod
+    def scale(tensors, factors):
+        torch._foreach_mul_(tensors, list(factors.unbind()))
+
+    @staticmethod
+    def add_and_scale(tensors, others, other_factors, factors):
+        torch._foreach_add_(tensors, torch._foreach_mul(others, list(other_factors.unbind())))
+        torch._foreach_mul_(tensors, list(factors.unbind()))
+
+
+def measure_difference(shapes, offset, device="cpu"):
     """Return the largest difference from torch's operations, over both functions."""
-    factors, other_factors = torch.randn(2, len(shapes), generator=torch.Generator().manual_seed(2))
-    others, pairs = random_tensors(shapes, 1, offset), []
-    for kernels in (scaling, scaling_triton):
-        scaled, summed = random_tensors(shapes, 0, offset), random_tensors(shapes, 0, offset)
+    factors = torch.randn(2, len(shapes), generator=torch.Generator().manual_seed(2)).to(device)
+    factors, other_factors = factors.unbind()
+    others, pairs = random_tensors(shapes, 1, offset, device), []
+    for kernels in (TorchOperations, scaling_triton):
+        scaled, summed = (random_tensors(shapes, 0, offset, device) for _ in range(2))
         kernels.scale(scaled, factors)
         kernels.add_and_scale(summed, others, other_factors, factors)
         pairs.append([*scaled, *summed])
