@@ -108,7 +108,9 @@ METRICS = {
         NETWORK, "distance of teacher and student", "relative to the norm of the student"
     ),
     "gradient_norm": MetricInfo(NETWORK, "gradient, all", "before clipping"),
-    "images_per_second": MetricInfo(SPEED, "images per second"),
+    "images_per_second": MetricInfo(
+        SPEED, "images per second", "all ranks, loader included; an image counts once for all views"
+    ),
     "seconds_per_step": MetricInfo(SPEED, "seconds per step"),
     "data_wait": MetricInfo(
         SPEED, "waiting for images", "share of the time, on the slowest rank", True

@@ -2,9 +2,13 @@
 
     python tests/gpu/steps.py simclr_resnet50 [--compile]
 
-The line has the largest batch that fits, images per second, the share of loss and optimizer in the
-step, and the fractions of the roofline and of 790 TFLOP/s. For SimCLR with ResNet-50 it also has
-lightly's step, interleaved with ours. tests/gpu/run.py runs all steps. `--tiny` uses small
+Speed has one definition. A view counts once per image of the student's input. The teacher's forward
+passes are not counted. Color and the copy of the uint8 crops from pinned memory are included. There
+is no loader. Beside it stands the time of a bare loop: the same network on ready views, with
+forward, backward and fused SGD, compiled if ours is. lightly's step of the same network is timed
+where lightly has one. All are interleaved. The line also has the largest batch that fits, the share
+of color, loss and optimizer, and the fractions of the roofline and of 790 TFLOP/s. tests/gpu/run.py
+runs all steps. `--tiny` uses small
 networks on any device, to check this script.
 """
 
@@ -23,6 +27,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
+import peers
 from measure import time_interleaved, versions
 
 from ssl_pretrain import config, methods
@@ -66,7 +71,12 @@ BATCH_SIZES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 32, 16)
 def load_run(name: str, tiny: bool, compiled: bool) -> RunConfig:
     """Return the configuration of a step. `tiny` means a small network and smaller views."""
     stem, overrides = CONFIGS[name]
-    overrides = [*overrides, "launch.gpus_per_node=0", f"parallel.compile={str(compiled).lower()}"]
+    overrides = [
+        *overrides,
+        "launch.gpus_per_node=0",
+        f"parallel.compile={str(compiled).lower()}",
+        "parallel.activation_checkpointing=none",  # which the bare loops do not have either
+    ]
     run = config.load(ROOT / "configs" / f"{stem}.yaml", overrides)
     if tiny:
         small = methods.find(run.method.name)
@@ -174,46 +184,28 @@ def build_backbone_step(stepper: Stepper, batch: Batch) -> Callable[[], object]:
     return take_step
 
 
-def build_lightly_step(
-    name: str, images: int, size: int, device: torch.device
-) -> Callable[[], object]:
-    """Build a step of lightly's SimCLR with the same network, views and precision."""
-    import timm
-    from lightly.loss import NTXentLoss
-    from lightly.models.modules.heads import SimCLRProjectionHead
-    from lightly.utils.lars import LARS
-
-    backbone = timm.create_model(name, num_classes=0)
-    head = SimCLRProjectionHead(backbone.num_features, backbone.num_features, 128, num_layers=3)
-    model = torch.nn.Sequential(backbone, head).to(device, memory_format=torch.channels_last)
-    criterion = NTXentLoss(temperature=0.1)
-    optimizer = LARS(model.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-4)
-    views = [
-        torch.randn(images, 3, size, size, device=device).to(memory_format=torch.channels_last)
-        for _ in range(2)
-    ]
-
-    def take_step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = criterion(*(model(view) for view in views))
-        loss.backward()
-        optimizer.step()
-
-    return take_step
-
-
 def build_bare_step(stepper: Stepper, batch: Batch, views: int) -> Callable[[], object]:
-    """Build a step of forward, backward and fused SGD of the backbone, on the student's views."""
+    """Build a step of forward, backward and fused SGD of the backbone, on the student's views.
+
+    The backbone is the stepper's, with its compiled blocks if they are compiled. Views of one size
+    go through together.
+    """
     method: Any = parallel.unwrap(stepper.model)
     backbone = method.backbone
     parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.0, fused=stepper.execution.device.type == "cuda")
+    sizes = sorted({view.shape[-1] for view in batch.views[:views]})
+    inputs = stepper.execution.place_views(
+        [
+            torch.cat([view for view in batch.views[:views] if view.shape[-1] == size])
+            for size in sizes
+        ]
+    )
 
     def take_step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with stepper.execution.forward_context():
-            features = [backbone(view) for view in batch.views[:views]]
+            features = [backbone(images) for images in inputs]
         torch.autograd.backward(features, [torch.ones_like(feature) for feature in features])
         optimizer.step()
 
@@ -261,14 +253,15 @@ def measure(
         "backbone": build_backbone_step(stepper, batch),
         "bare": build_bare_step(stepper, batch, len(view_crops)),
     }
-    if name == "simclr_resnet50" and not compiled:
+    result["other_peers"] = peers.describe_other_peers()
+    if not compiled:
         try:
-            steps["lightly"] = build_lightly_step(
-                run.backbone.name, images, view_crops[0].size, device
-            )
+            steps["lightly"] = peers.build_lightly_step(run, images, device)
             steps["lightly"]()
         except ImportError:
             result["lightly"] = "not installed"
+        except LookupError as error:
+            result["lightly"] = str(error)
         except torch.OutOfMemoryError:
             steps.pop("lightly", None)
             result["lightly"] = f"out of memory at {images} images"
@@ -282,10 +275,11 @@ def measure(
     estimate = Estimate(
         replace(run, global_batch_size=images),
         Cluster(1, 1),
-        machine or hardware.MACHINES["H100"],
+        replace(machine or hardware.MACHINES["H100"], launch_seconds=0.0),
     )
     trace_of_step = estimate.micro_batch_traces.trace_for(images)
-    roofline = sum(estimate.machine.bound_seconds(trace_of_step))
+    bound = estimate.step_time(images)  # at full rates, because the machine's shares are 1
+    network = type(parallel.unwrap(stepper.model).backbone.model).__name__
     result |= {
         "ms": seconds["whole"] * 1e3,
         "ms_without_color": seconds["step"] * 1e3,
@@ -293,15 +287,22 @@ def measure(
         "images_per_second": images / seconds["whole"],
         "views_per_second": len(view_crops) * images / seconds["whole"],
         "loss_and_optimizer": 1 - seconds["backbone"] / seconds["step"],
+        "color_loss_and_optimizer": 1 - seconds["backbone"] / seconds["whole"],
         "bare_over_whole": seconds["bare"] / seconds["whole"],
         "of_790_tflops": float(trace_of_step.flops.sum()) / seconds["whole"] / PEAK_FLOPS,
-        "of_roofline": roofline / seconds["step"] if machine else None,
+        "gpu": machine.name if machine else None,
+        "network": network,
+        "of_roofline": (bound.total_seconds - bound.color_seconds) / seconds["step"]
+        if machine
+        else None,
+        "color_of_roofline": bound.color_seconds / seconds["color"] if machine else None,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
     if "lightly" in seconds:
         result["lightly"] = {
             "images_per_second": images / seconds["lightly"],
             "ours_over_theirs": seconds["lightly"] / seconds["step"],
+            "bare_over_theirs": seconds["bare"] / seconds["lightly"],
         }
     if trace is not None and device.type == "cuda":
         result["kernels"] = profile(take_whole_step, trace)
@@ -309,7 +310,12 @@ def measure(
 
 
 def profile(step: Callable[[], object], path: Path) -> list[str]:
-    """Profile five steps, write the table of kernels, and return its costliest lines."""
+    """Profile five steps, write the table of kernels and the trace, and return the costliest lines.
+
+    Args:
+        step: The step.
+        path: File of the table. The trace, for Perfetto or chrome://tracing, goes beside it.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(5):
@@ -317,6 +323,7 @@ def profile(step: Callable[[], object], path: Path) -> list[str]:
         torch.cuda.synchronize()
     averages = profiler.key_averages()
     path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path.with_suffix(".json.gz")))
     path.write_text(averages.table(sort_by="self_cuda_time_total", row_limit=60))
     on_gpu = [event for event in averages if event.self_device_time_total > 0]
     on_gpu.sort(key=lambda event: -event.self_device_time_total)
