@@ -5,6 +5,7 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,18 +27,21 @@ KINDS = {
     "_Gather.backward": "loss backward",
     "_GatherUnit.backward": "loss backward",
     "_Gather.forward": "gather",
+    "_ReduceSum.forward": "sum",
+    "_ReduceSum.backward": "sum",
 }
 
 
 class Traffic(TorchDispatchMode):
-    """Count the bytes that each rank of a ring sends, by kind.
+    """Count the collectives, and the bytes that each rank of a ring sends, by kind.
 
-    With W ranks, a gather or a reduce-scatter sends W - 1 shards and an all-reduce twice as many. A
-    shard is what one rank contributes to a gather, or receives from a reduction.
+    With W ranks in its group, a gather or a reduce-scatter sends W - 1 shards and an all-reduce
+    twice as many. A shard is what one rank contributes to a gather, or receives from a reduction.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.calls: Counter[str] = Counter()
         # Exact fractions, since a shard of an all-reduce need not be a whole number of bytes.
         self.sent: Counter[str] = Counter()
 
@@ -48,19 +52,28 @@ class Traffic(TorchDispatchMode):
             name = function.overloadpacket.__name__
             first = args[0][0] if isinstance(args[0], list) else args[0]
             second = args[1][0] if isinstance(args[1], list) else args[1]
-            world = process_group.world_size()
+            world = _group_size(function, args)
             tensor = {
                 "_allgather_base_": second,
                 "_reduce_scatter_base_": first,
                 "allreduce_": first,
             }[name]
             size = tensor.numel() * tensor.element_size()
-            self.sent[_find_collective_kind()] += (
+            kind = _find_collective_kind()
+            self.calls[kind] += 1
+            self.sent[kind] += (
                 Fraction(2 * (world - 1) * size, world)
                 if name == "allreduce_"
                 else (world - 1) * size
             )
         return function(*args, **(kwargs or {}))
+
+
+def _group_size(function: Any, args: Any) -> int:
+    """Return the number of ranks that take part in a collective."""
+    names = [argument.name for argument in function._schema.arguments]
+    size: int = dist.ProcessGroup.unbox(args[names.index("process_group")]).size()
+    return size
 
 
 def _find_collective_kind() -> str:
@@ -74,9 +87,16 @@ def _find_collective_kind() -> str:
 
 
 def predict_bytes(
-    method: Any, strategy: str, *, dim: int, rows: int, calls: int
+    method: Any,
+    strategy: str,
+    *,
+    dim: int,
+    rows: int,
+    calls: int,
+    itemsize: int = 8,
+    embedding_itemsize: int = 8,
 ) -> dict[str, Fraction | int]:
-    """Return the bytes by kind, as in the table of docs/scaling.md, in float64.
+    """Return the bytes by kind, as in the table of docs/scaling.md.
 
     Args:
         method: The method.
@@ -84,14 +104,16 @@ def predict_bytes(
         dim: Dimension of an embedding.
         rows: Images of this rank, in two views each.
         calls: Forward passes per step: 1 if the views are concatenated, 2 if not.
+        itemsize: Bytes per number. 8 is float64.
+        embedding_itemsize: Bytes per number of an embedding, 2 under autocast.
     """
-    world, size, views = process_group.world_size(), 8, 2
+    world, size, views = process_group.world_size(), itemsize, 2
     num_others, all_reduced = world - 1, Fraction(2 * (world - 1), world)
     teacher = getattr(method, "teacher", nn.Module())
     norms, teacher_norms = _count_norm_channels(method), _count_norm_channels(teacher)
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     sent = {
-        "gather": num_others * views * rows * dim * size,
+        "gather": num_others * views * rows * dim * embedding_itemsize,
         # Keys of a teacher carry no gradient.
         "loss backward": 0 if teacher_norms else num_others * views * rows * 3 * size,
         "batch norm forward": calls * num_others * sum(2 * c + 1 for c in norms) * size,

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from shared_memory import SHARED_MEMORY
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ssl_pretrain.losses import tiles_triton
 
-# Compute capability -> bytes of shared memory that one program may use (CUDA C++ Programming Guide,
-# "Technical Specifications per Compute Capability"): A100, RTX 4090 and L40S, H100 and H200.
-SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}
 KERNELS = {
     "log_sum_exp": (tiles_triton._log_sum_exp, {}),
     "weighted_sum, by row": (
