@@ -5,6 +5,7 @@ and the limits that the Triton kernels ask for are those of the GPU. Every opera
 as on a GPU, and nothing is computed.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -33,6 +34,9 @@ def pretend_cuda(capability: int = 90) -> Iterator[FakeTensorMode]:
         capability: Compute capability of the GPU: 80, 89 or 90, which is an H100.
     """
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # Triton kernels look at the addresses of tensors, which are 0.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for target, name, value in (
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),

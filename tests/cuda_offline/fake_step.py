@@ -36,8 +36,6 @@ from ssl_pretrain.views.color_parameters import draw_colors
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STEPS = [Progress(step, 1000, 10) for step in (500, 501)]
-
-
 CIFAR10 = sorted(path.stem for path in CONFIGS.glob("*_cifar10.yaml"))
 IMAGENET = sorted(path.stem for path in CONFIGS.glob("*_imagenet.yaml"))
 

@@ -15,23 +15,25 @@ if __name__ == "__main__":
     sys.path[:0] = [str(FOLDER), str(FOLDER.parent), str(FOLDER.parents[1])]
 
 import fake_step
+import pytest
+import torch
 from fake_ranks import NUM_RANKS, traffic_per_step
 from traffic import Traffic
 
 REMEDY = "if the change is meant, run python tests/cuda_offline/tables.py and commit the tables"
 PHASES = ["color", "forward", "targets", "loss", "backward", "optimizer", "other", "total"]
 KINDS = ["batch norm forward", "batch norm backward", "gather", "loss backward", "sum", "gradients"]
+TORCH = ".".join(torch.__version__.split(".")[:2])
 STEMS = [*fake_step.CIFAR10, *fake_step.IMAGENET]
 TITLES = {
-    "launches": """# Kernel launches per step
+    "launches": f"""# Kernel launches per step with torch {TORCH}
 
-One GPU, eager mode, bfloat16 autocast. The batch is one batch norm group, so that a
-norm runs once per call. `launches.py` says how operations are counted, and `tables.py` writes this
-file.
-`targets` is the teacher's forward pass. `other` is batch norm's snapshots, the watch for embeddings
-that are not finite, and `after_step`.
+One GPU, eager mode, bfloat16 autocast. The batch is one batch norm group, so that a norm runs once
+per call. `launches.py` says how operations are counted, and `tables.py` writes this file. `targets`
+is the teacher's forward pass. `other` is batch norm's snapshots, the watch for embeddings that are
+not finite, and `after_step`.
 """,
-    "collectives": f"""# Collectives per step
+    "collectives": f"""# Collectives per step with torch {TORCH}
 
 The collectives of one rank among {NUM_RANKS}, and the megabytes (10^6 bytes) that it sends over
 rings, with the shipped global batch. `tables.py` writes this file. No step waits for the GPU.
@@ -55,6 +57,13 @@ def format_traffic(traffic: Traffic) -> list[str]:
     pairs = [(traffic.calls[kind], traffic.sent[kind]) for kind in KINDS]
     pairs.append((traffic.calls.total(), sum(num_bytes for _, num_bytes in pairs)))
     return [f"{calls}: {float(sent) / 1e6:,.3f}" if calls else "" for calls, sent in pairs]
+
+
+def skip_unless_version(name: str) -> None:
+    """Skip a test if another version of torch wrote the table, whose operations may differ."""
+    version = (FOLDER / f"{name}.md").read_text("utf-8").split("\n")[0].rpartition(" ")[2]
+    if version != TORCH:
+        pytest.skip(f"{name}.md holds for torch {version}; this is {TORCH}")
 
 
 def read(name: str) -> dict[str, list[str]]:

@@ -20,8 +20,9 @@ COLOR_LIMITS = {"simclr_imagenet": 12, "dino_imagenet": 20}
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_launches_equal_those_of_the_table(stem):
+    tables.skip_unless_version("launches")
     counts = fake_step.launches_per_step(stem)
-    assert tables.read("launches")[stem] == tables.format_launches(counts), tables.REMEDY
+    assert tables.read("launches").get(stem) == tables.format_launches(counts), tables.REMEDY
 
 
 @pytest.mark.parametrize("stem", COLOR_LIMITS)

@@ -31,7 +31,8 @@ CONTRASTIVE = {
 @pytest.mark.parametrize("stem", STEMS)
 def test_a_step_never_waits_and_sends_the_bytes_of_the_table(stem):
     traffic = traffic_per_step(stem)  # raises an error if the host waits
-    assert tables.read("collectives")[stem] == tables.format_traffic(traffic), tables.REMEDY
+    tables.skip_unless_version("collectives")
+    assert tables.read("collectives").get(stem) == tables.format_traffic(traffic), tables.REMEDY
 
 
 @pytest.mark.parametrize(
