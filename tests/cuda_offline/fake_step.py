@@ -123,7 +123,6 @@ def apply_colors(run: RunConfig, num_images: int = 64) -> list[torch.Tensor]:
     colors = [draw_colors(crop, 0, 0, indices, view) for view, crop in enumerate(crops)]
     loader: Any = SimpleNamespace(
         reader=SimpleNamespace(views=run.views),
-        _draw_colors=lambda *_: colors,
         _view_dtype=Execution.resolve(run.parallel, DEVICE).view_dtype,
     )
-    return Loader._apply_colors(loader, pixels, 0, indices)
+    return Loader._apply_colors(loader, pixels, colors)

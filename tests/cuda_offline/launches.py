@@ -104,16 +104,22 @@ def _count_of_lists(name: str, function: Any, args: Any, out: Any) -> int:
         return _count_multi_tensor_launches(lists[0], 1) + 2
     if name in LISTS:
         lists = [tensors for tensors in args[: 1 + len(LISTS[name])] if tensors]
-    elif not _can_take_fast_path(lists):
+    elif not _can_take_fast_path(lists, may_convert=name == "_foreach_copy_"):
         return len(lists[0])
     return _count_multi_tensor_launches(lists[0], len(lists))
 
 
-def _can_take_fast_path(lists: list[Any]) -> bool:
+def _can_take_fast_path(lists: list[Any], may_convert: bool) -> bool:
+    """Return True if one kernel can handle a group of tensors.
+
+    Args:
+        lists: The arguments and results of the operation.
+        may_convert: True if each list may have a dtype of its own.
+    """
     return all(
         tensor.shape == first.shape
         and strides(tensor) == strides(first)
-        and tensor.dtype == lists[0][0].dtype
+        and tensor.dtype == (tensors if may_convert else lists[0])[0].dtype
         for tensors in lists
         for tensor, first in zip(tensors, lists[0])
     )
