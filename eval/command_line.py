@@ -16,7 +16,7 @@ from ssl_pretrain.eval import result_text, results, runs
 from ssl_pretrain.eval.frozen.evaluation_split import UnlabeledError
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema.argument_parser import ArgumentParser
-from ssl_pretrain.system import durable_files, program
+from ssl_pretrain.system import allocator, durable_files, program
 from ssl_pretrain.system.exit_status import (
     DISK_ERROR,
     NO_LABELS,
@@ -122,6 +122,7 @@ def _join_ranks(device: str) -> Iterator[str]:
             would use the GPUs.
     """
     if "RANK" not in os.environ:
+        allocator.keep_freed_memory()
         yield device
         return
     if device == "cpu" and torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:

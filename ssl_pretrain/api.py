@@ -26,7 +26,7 @@ from ssl_pretrain.eval.named_evaluations import Evaluation, evaluate
 from ssl_pretrain.monitoring import records
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.planning import run_settings
-from ssl_pretrain.system import output_streams, stop_signals, user_objects
+from ssl_pretrain.system import allocator, output_streams, stop_signals, user_objects
 from ssl_pretrain.train import train_and_report
 from ssl_pretrain.views.batch import upload
 
@@ -382,7 +382,7 @@ def _train(config: RunConfig) -> None:
 
 @contextmanager
 def _restored_torch_settings() -> Iterator[None]:
-    """Restore torch's number of threads and its determinism, which a run changes."""
+    """Restore what a run changes: torch's threads and determinism, and the memory allocator."""
     num_threads = torch.get_num_threads()
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
@@ -390,3 +390,4 @@ def _restored_torch_settings() -> Iterator[None]:
     finally:
         torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(is_deterministic)
+        allocator.release_freed_memory()

@@ -33,7 +33,7 @@ from ssl_pretrain.monitoring.online_knn import OnlineKNN
 from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.optim import optimizers, schedules
 from ssl_pretrain.parallel import compile_report, micro_batch, wrap
-from ssl_pretrain.parallel.execution import Execution
+from ssl_pretrain.parallel.execution import Execution, resolve_precision
 from ssl_pretrain.planning import hardware, recorder
 from ssl_pretrain.step import StepOutput, Stepper, build_stepper, check_accumulation
 from ssl_pretrain.system import durable_files
@@ -144,7 +144,12 @@ def build_training(
             run,
             TrainingState(method, stepper.optimizer),
             config.checkpoint,
-            RunFacts(num_steps, stepper.micro_batch_size, source.fingerprint),
+            RunFacts(
+                num_steps,
+                stepper.micro_batch_size,
+                source.fingerprint,
+                resolve_precision(config.parallel, device),
+            ),
             configuration.to_dict(config),
             data_loader.steps_per_epoch,
             lock.check,

@@ -56,6 +56,7 @@ class RunFacts:
     last_step: int  # optimizer steps of the whole run
     micro_batch_size: int  # images per forward pass on each rank
     data: str  # fingerprint of the training images
+    precision: str = "float32"  # of the computation, with `auto` replaced
     wandb_id: str | None = None  # kept when the run resumes, so that W&B shows one run
 
 
@@ -230,8 +231,11 @@ class Checkpoints:
         """Describe what must stay the same for a bit-for-bit resume."""
         parallel = self.config.get("parallel", {})
         modes = {key: parallel[key] for key in ("strategy", "compile") if key in parallel}
-        machine = manifests.describe_machine()
-        return machine | {"micro_batch_size": self.facts.micro_batch_size} | modes
+        facts = {
+            "micro_batch_size": self.facts.micro_batch_size,
+            "precision": self.facts.precision,
+        }
+        return manifests.describe_machine() | facts | modes
 
 
 def _crosses_multiple(step: int, interval: float) -> bool:

@@ -42,13 +42,17 @@ MAIN_PACKAGES = ("ssl_pretrain", "torch", "torchvision", "timm", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Describe the ranks, threads, torch and CPU, on which the bits of a result depend."""
-    return {
+    """Describe the ranks, threads, torch and processors, on which the bits of a result depend."""
+    machine = {
         "world_size": process_group.world_size(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cpu": _cpu_name(),
     }
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+        machine["cudnn"] = torch.backends.cudnn.version()
+    return machine
 
 
 def list_versions() -> dict[str, str]:

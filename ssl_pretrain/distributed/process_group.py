@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ssl_pretrain.distributed import cuda_settings
 from ssl_pretrain.distributed.heartbeat import Heartbeat
+from ssl_pretrain.system import allocator
 from ssl_pretrain.system.exit_status import LostProcessError
 from ssl_pretrain.system.platform_support import available_cores
 from ssl_pretrain.system.watchdog import watchdog
@@ -60,6 +61,8 @@ def start(
     device = torch.device("cuda", local_rank()) if has_cuda else torch.device("cpu")
     if has_cuda:
         cuda_settings.apply(device, deterministic)
+    else:
+        allocator.keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

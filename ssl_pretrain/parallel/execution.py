@@ -58,7 +58,9 @@ class ParallelConfig:
         unit="images",
     )
     precision: Literal["auto", "float32", "bfloat16", "float64"] = setting(
-        "auto", "Data type of the computation. auto: bfloat16 autocast on GPUs, float32 on CPU."
+        "auto",
+        "Data type of the computation. auto: bfloat16 autocast on GPUs, and on CPUs with bfloat16 "
+        "instructions (AVX-512 BF16 or AMX). float32 on other CPUs.",
     )
     channels_last: bool = setting(
         True,
@@ -100,8 +102,7 @@ class Execution:
     @classmethod
     def resolve(cls, config: ParallelConfig, device: torch.device) -> Self:
         """Return the execution that a configuration asks for on this device."""
-        auto_precision = "bfloat16" if device.type == "cuda" else "float32"
-        precision = auto_precision if config.precision == "auto" else config.precision
+        precision = resolve_precision(config, device)
         return cls(
             device,
             torch.float64 if precision == "float64" else torch.float32,
@@ -148,6 +149,25 @@ class Execution:
         if self.memory_format == torch.channels_last and not is_sharded:
             module = module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         return module
+
+
+def resolve_precision(config: ParallelConfig, device: torch.device) -> str:
+    """Return the precision that a configuration asks for on this device, with `auto` replaced."""
+    if config.precision != "auto":
+        return config.precision
+    is_fast = device.type == "cuda" or (device.type == "cpu" and cpu_has_bfloat16())
+    return "bfloat16" if is_fast else "float32"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Return True if this CPU has instructions for bfloat16 products and torch uses them.
+
+    The environment variable ATEN_CPU_CAPABILITY can limit torch to older instructions.
+    """
+    if not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX")):
+        return False
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def check(config: ParallelConfig) -> None:

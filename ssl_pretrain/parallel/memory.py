@@ -1,13 +1,12 @@
 """Measure the memory that a computation takes, and find the largest micro-batch that fits."""
 
-import ctypes
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.system import allocator
 
 # Fraction of free memory to use, because allocators fragment and other programs grow.
 USABLE_FRACTION = 0.85
@@ -41,8 +40,7 @@ def measure_peak_bytes(function: Callable[[], object], device: torch.device) -> 
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with suppress(OSError, AttributeError):  # the C library may not be glibc
-        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, so its reuse is counted
+    allocator.trim()  # so that the reuse of freed memory is counted
     before = _read_proc_bytes("/proc/self/status", "VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     function()

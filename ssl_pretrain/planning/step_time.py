@@ -20,6 +20,7 @@ from ssl_pretrain.optim import optimizers
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning import recorder
 from ssl_pretrain.planning.step_trace import HALFWAY
+from ssl_pretrain.system import allocator
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch
 
@@ -117,6 +118,8 @@ def measure_step(config: RunConfig, batch: Batch) -> float:
         batch: Views of a few images, in the run's shapes.
     """
     device = _device()
+    if device.type == "cpu":
+        allocator.keep_freed_memory()  # as in a run
     devices = [device] if device.type == "cuda" else []
     num_images = _num_images(config, device, len(batch))
     seconds: list[float] = []

@@ -47,3 +47,25 @@ def test_settings_that_exclude_each_other_are_refused(settings, message):
     with pytest.raises(ValueError) as error:
         execution.check(ParallelConfig(**settings))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("capability", "instructions", "precision"),
+    [
+        ("AVX512", "_is_avx512_bf16_supported", "bfloat16"),
+        ("AVX512", "_is_amx_tile_supported", "bfloat16"),
+        ("AVX512", None, "float32"),
+        ("AVX2", "_is_avx512_bf16_supported", "float32"),
+        ("DEFAULT", None, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_on_a_cpu_that_computes_it(
+    monkeypatch, capability, instructions, precision
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == instructions)
+    assert execution.resolve_precision(ParallelConfig(), CPU) == precision
+    assert Execution.resolve(ParallelConfig(), CPU).autocast == (precision == "bfloat16")
+    assert execution.resolve_precision(ParallelConfig(precision="float64"), CPU) == "float64"
+    assert execution.resolve_precision(ParallelConfig(), CUDA) == "bfloat16"
