@@ -102,6 +102,8 @@ def train(
     """
     local_batch_size = protocol.batch_size // process_group.world_size()
     batch_norm.convert(model, local_batch_size, protocol.batch_size)
+    if run.execution.autocast and run.device.type == "cpu":
+        cpu_convolutions.avoid_wrong_gradients(model)
     model.train()
     optimizer = build_optimizer(model, protocol)
     ema_model = ModelEmaV3(model, decay=ema_decay) if ema_decay else None

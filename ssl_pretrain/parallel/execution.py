@@ -7,6 +7,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from ssl_pretrain.parallel import cpu_convolutions
 from ssl_pretrain.schema import setting
 
 
@@ -148,6 +149,8 @@ class Execution:
         module = module.to(device=self.device, dtype=self.dtype)
         if self.memory_format == torch.channels_last and not is_sharded:
             module = module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        if self.autocast and self.device.type == "cpu":
+            cpu_convolutions.avoid_wrong_gradients(module)
         return module
 
 
