@@ -25,7 +25,7 @@ from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.eval.training_views import build_train_loader, build_train_view
 from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import schedules
-from ssl_pretrain.parallel import batch_norm
+from ssl_pretrain.parallel import batch_norm, cpu_convolutions
 
 SEED = 0
 HEAD_STD = 0.02  # standard deviation of initial classifier weights, as in DeiT and MAE
