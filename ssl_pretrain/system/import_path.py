@@ -3,9 +3,7 @@
 import os
 from pathlib import Path
 
-import ssl_pretrain
-
-PACKAGE = Path(ssl_pretrain.__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 IMPORT_ROOT = PACKAGE.parent  # the root of a clone, or site-packages
 
 
