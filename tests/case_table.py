@@ -111,7 +111,8 @@ CASES = {  # number: (fault, required behavior)
     ),
     22: (
         "One rank is slow.",
-        "`metrics.jsonl` names it with the seconds that the others waited. The bits are the same.",
+        "`metrics.jsonl` names it with the seconds that the others waited. If it is slow for long, "
+        "a line names its host and what it is slow in. The bits are the same.",
     ),
     23: (
         "One rank runs out of memory.",
