@@ -57,7 +57,24 @@ def test_micro_batches_on_one_rank_equal_as_many_ranks(tmp_path, drop_path):
 def test_micro_batches_on_one_rank_equal_as_many_ranks_in_float32(tmp_path, drop_path):
     path = tiny.write_config(tmp_path)
     overrides = ["parallel.bn_group_images=8", f"backbone.drop_path={drop_path}"]
+    overrides += ["parallel.precision=float32"]
     _assert_micro_batches_equal_ranks(path, overrides, 3, 8, num_steps=1, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_micro_batches_on_one_rank_equal_as_many_ranks_in_bfloat16(tmp_path, drop_path):
+    """The two differ by much less than either differs from float64."""
+    path = tiny.write_config(tmp_path)
+    overrides = ["parallel.bn_group_images=8", f"backbone.drop_path={drop_path}"]
+    in_bfloat16 = [*overrides, "parallel.precision=bfloat16"]
+    ranks = run_ranks(_take_steps, path, in_bfloat16, 1, world_size=3)[0][0]
+    rounded = _take_steps(path, [*in_bfloat16, "micro_batch_size=8"], 1)[0]
+    overrides += ["parallel.precision=float64", "micro_batch_size=8"]
+    exact = _take_steps(path, overrides, 1)[0]
+    for name, gradient in exact.items():
+        rounding = torch.linalg.vector_norm(rounded[name] - gradient)
+        difference = torch.linalg.vector_norm(rounded[name] - ranks[name])
+        assert difference <= 0.2 * rounding, name
 
 
 @pytest.mark.full

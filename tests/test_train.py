@@ -72,11 +72,18 @@ def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
 
 
 def test_ranks_end_with_the_weights_of_one_process_by_default(tmp_path):
-    """Take only two steps. In the third, rounding moves some activations across a ReLU's zero."""
+    """Take only two steps. In the third, rounding moves some activations across a ReLU's zero.
+
+    The precision is that of the CPU. Ranks may differ from one process by the rounding of bfloat16,
+    which is measured against float64.
+    """
     path = tiny.write_config(tmp_path)
     _, one_process = _train(path, [f"output={tmp_path / 'one'}"], stop_after=2)
+    settings = ["parallel.precision=float64", f"output={tmp_path / 'exact'}"]
+    _, exact = _train(path, settings, stop_after=2)
+    rounding = max(1e-4, largest_difference(one_process, exact))
     for _, weights in run_ranks(_train, path, [f"output={tmp_path / 'three'}"], 2, world_size=3):
-        assert largest_difference(weights, one_process) < 1e-4
+        assert largest_difference(weights, one_process) < rounding
 
 
 @pytest.mark.full
@@ -130,7 +137,7 @@ def test_the_comparison_notices_a_checkpoint_that_lacks_a_file(tmp_path, omitted
 
 
 @pytest.mark.parametrize(
-    ("precision", "steps", "tolerance"), [("auto", 1, 1e-4), ("float64", 3, 1e-9)]
+    ("precision", "steps", "tolerance"), [("float32", 1, 1e-4), ("float64", 3, 1e-9)]
 )
 def test_a_run_resumed_on_another_world_size_sees_the_same_batches(
     tmp_path, precision, steps, tolerance

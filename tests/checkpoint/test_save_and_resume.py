@@ -220,7 +220,7 @@ def test_checkpoints_are_due_at_intervals_and_at_the_end():
 
 def test_versions_and_machine_are_recorded(run):
     manifest = json.loads((run / "checkpoints" / "step_00000004" / "manifest.json").read_text())
-    keys = {"world_size", "threads", "torch", "cpu", "micro_batch_size"}
+    keys = {"world_size", "threads", "torch", "cpu", "micro_batch_size", "precision"}
     assert manifest["machine"].keys() == keys
     assert manifest["versions"]["torch"] in (
         torch.__version__,

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.promise
 
 NAMES = methods.names()
 FLOAT64 = {"steps": 2, "precision": "float64"}
-FLOAT32 = {"steps": 2}  # in the precision of a run on a CPU, float32
+FLOAT32 = {"steps": 2, "precision": "float32"}
 # Largest allowed error of several ranks, as a multiple of the rounding error of one process in
 # float32. For SwAV that rounding error is up to 1e-3 of a tensor's largest entry.
 ROUNDING = 5

@@ -18,6 +18,7 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.monitoring import linear_probe, weighted_knn
 from ssl_pretrain.monitoring.online_knn import OnlineConfig, OnlineKNN
 from ssl_pretrain.monitoring.records import Measurements
+from ssl_pretrain.parallel.execution import cpu_has_bfloat16
 from ssl_pretrain.train import train
 
 CPU = torch.device("cpu")
@@ -171,7 +172,10 @@ def test_a_run_has_the_same_weights_with_measurements_on_or_off(tmp_path):
     assert hashes[0] == hashes[1] and num_measured == [0, 7]
 
 
-@pytest.mark.parametrize(("precision", "uses_autocast"), [("bfloat16", True), ("auto", False)])
+@pytest.mark.parametrize(
+    ("precision", "uses_autocast"),
+    [("bfloat16", True), ("float32", False), ("auto", cpu_has_bfloat16())],
+)
 def test_a_measurement_has_the_precision_of_the_run(precision, uses_autocast, tmp_path):
     states = set()
 
