@@ -1,4 +1,9 @@
-"""Compile the loss kernels for GPUs that are absent, with the tools of Triton's wheel."""
+"""Compile the loss kernels for GPUs that are absent, with the tools of Triton's wheel.
+
+    PYTHONPATH=.:tests .venv/bin/python tests/losses/compiling.py
+
+prints the resources of the backward kernel, which docs/results/loss.md lists.
+"""
 
 import re
 import subprocess
@@ -95,3 +100,23 @@ def _stack_bytes(cubin: bytes) -> int:
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (stack,) = re.findall(r"STACK:(\d+)", output)
     return int(stack)
+
+
+def main() -> None:
+    """Print the shared memory and the stack of the backward kernel, by dimension and GPU."""
+    for gpu, capability, dim in (
+        ("H100", 90, 128),
+        ("H100", 90, 256),
+        ("A100", 80, 128),
+        ("RTX 4090", 89, 128),
+    ):
+        for dtype in ("fp32", "bf16"):
+            compiled = compile_kernel("weighted_sum, by both", dim, capability, dtype=dtype)
+            print(
+                f"{dim} dimensions, {gpu}, {dtype}: {compiled.shared_bytes:,} bytes of shared "
+                f"memory, {compiled.stack_bytes:,} bytes of stack per thread"
+            )
+
+
+if __name__ == "__main__":
+    main()
