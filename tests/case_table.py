@@ -106,13 +106,12 @@ CASES = {  # number: (fault, required behavior)
     21: (
         "A rank hangs, or is stopped by SIGSTOP.",
         "The run ends within `parallel.timeout_seconds` and prints stacks. The other ranks name "
-        "the rank, its host and its last operation. A short suspension does "
-        "no harm.",
+        "the rank, its host and its last operation. A short suspension does no harm.",
     ),
     22: (
         "One rank is slow.",
-        "`metrics.jsonl` names it with the seconds that the others waited. If it is slow for long, "
-        "a line names its host and what it is slow in. The bits are the same.",
+        "`metrics.jsonl` names it with the seconds that the others waited. If it stays slow, one "
+        "line names its host and the activity in which it loses time. The bits are the same.",
     ),
     23: (
         "One rank runs out of memory.",
