@@ -19,9 +19,12 @@ from ssl_pretrain.models import backbones, image_size_check, timm_networks
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.views import recipe
 
-# Sections of the configuration that an evaluation of a run or of external weights may override.
-RUN_SECTIONS = ("data", "evaluation")
-EXTERNAL_SECTIONS = ("backbone", "data", "views", "evaluation", "seed", "output")
+# Sections and single keys that an evaluation of a run or of external weights may override.
+RUN_SECTIONS = ("data", "evaluation", "parallel.precision")
+EXTERNAL_SECTIONS = (
+    *("backbone", "data", "views", "evaluation", "parallel.precision"),
+    *("seed", "output"),
+)
 
 
 @dataclass
@@ -85,8 +88,7 @@ def load_run(
         run: Folder of the run, a file of weights, or timm:<tag>. With weights, the overrides must
             set data.* and, unless the tag names the network, backbone.name.
         checkpoint_path: One of the run's checkpoints. Default: the newest intact one.
-        overrides: key=value settings of `data` and `evaluation`, such as data.root if the images
-            have moved.
+        overrides: key=value settings of `RUN_SECTIONS`, such as data.root if the images have moved.
         device: A torch device, or auto for cuda if it is available and cpu otherwise.
         is_evaluated: True to create the folder for the results of weights without a run.
 
@@ -214,7 +216,7 @@ def _check_overrides(overrides: list[str], sections: tuple[str, ...], weights: s
     """Raise ValueError for an override outside of these sections of the configuration."""
     for override in overrides:
         key, equals, _ = override.partition("=")
-        if not equals or key.split(".")[0] not in sections:
+        if not equals or not {key, key.split(".")[0]} & set(sections):
             raise ValueError(
                 f"{override!r}: an evaluation{f' of {weights}' if weights else ''} only accepts"
                 f" key=value settings of {', '.join(sections[:-1])} and {sections[-1]}, such as"

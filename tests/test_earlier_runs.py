@@ -50,7 +50,7 @@ def test_an_earlier_run_continues_to_its_end(run):
 
 
 def test_an_earlier_run_is_evaluated_to_the_same_accuracy(run):
-    knn.main([str(run)])
+    knn.main([str(run), "parallel.precision=float32"])
     rows = json.loads((run / "eval" / "knn.json").read_text())["rows"]
     accuracies = {row["features"]: row["metrics"] for row in rows}
     for features, metrics in EXPECTED["knn"].items():

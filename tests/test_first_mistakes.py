@@ -293,8 +293,8 @@ COMMANDS = {
         "the images in one folder per class (<class>/<file>), or list them in a CSV as path,label"
     ),
     "knn runs/mine k=5": (
-        "ssl_pretrain.eval.knn: 'k=5': an evaluation only accepts key=value settings of data and "
-        "evaluation, such as data.root=/new/place"
+        "ssl_pretrain.eval.knn: 'k=5': an evaluation only accepts key=value settings of data, "
+        "evaluation and parallel.precision, such as data.root=/new/place"
     ),
     "report photos": (
         "ssl_pretrain.eval.report: photos: no checkpoint found (looked for "

@@ -63,7 +63,10 @@ def _checkpoint_contexts(norms: list[Any], is_selective: bool) -> tuple[Context,
     if not is_selective:
         return nullcontext(), _freeze_statistics(norms, nullcontext())
     forward, recomputation = create_selective_checkpoint_contexts(_checkpoint_policy)
-    return forward, _freeze_statistics(norms, recomputation)
+    return (
+        _without_cached_casts(forward),
+        _freeze_statistics(norms, _without_cached_casts(recomputation)),
+    )
 
 
 def _checkpoint_policy(
@@ -71,6 +74,22 @@ def _checkpoint_policy(
 ) -> CheckpointPolicy:
     is_expensive = operation in _EXPENSIVE_OPERATIONS
     return CheckpointPolicy.MUST_SAVE if is_expensive else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _without_cached_casts(context: Context) -> Iterator[None]:
+    """Cast weights under autocast each time that a block uses them.
+
+    Autocast keeps the casts of weights for the next view, but not for the recomputation, which
+    would then have other operations than the forward pass. Selective recomputation refuses that.
+    """
+    is_enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with context:
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(is_enabled)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture
 def run(run_folder):
-    return runs.load_run(run_folder, device="cpu")
+    return runs.load_run(run_folder, overrides=["parallel.precision=float32"], device="cpu")
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_a_threshold_above_one_is_refused(run_folder):
 
 
 def test_accuracy_is_measured_on_the_corrupted_views(run_folder):
-    run = runs.load_run(run_folder, device="cpu")
+    run = runs.load_run(run_folder, overrides=["parallel.precision=float32"], device="cpu")
     result = robustness.evaluate(run, ["contrast", "pixelate"])
     rows = {row["features"]: row["metrics"] for row in result["rows"]}
     assert list(rows) == ["clean", "contrast", "pixelate", "pretrained"]

@@ -122,8 +122,8 @@ def test_only_data_and_evaluation_can_be_overridden(run_folder):
     run = runs.load_run(run_folder, overrides=["data.num_workers=1"], device="cpu")
     assert run.config.data.num_workers == 1
     assert error_of(run_folder, overrides=["epochs=3"]) == (
-        "'epochs=3': an evaluation only accepts key=value settings of data and evaluation, such as"
-        " data.root=/new/place"
+        "'epochs=3': an evaluation only accepts key=value settings of data, evaluation"
+        " and parallel.precision, such as data.root=/new/place"
     )
     message = error_of(run_folder, overrides=["data.rot=/x"])
     assert "data.rot: no such key. Did you mean 'root'?" in message
@@ -139,7 +139,7 @@ def test_the_random_backbone_is_the_one_the_trainer_began_with(run_folder):
 
 
 def test_recalibrated_batch_norm_has_the_statistics_of_the_training_images(run_folder):
-    run = runs.load_run(run_folder, device="cpu")
+    run = runs.load_run(run_folder, overrides=["parallel.precision=float32"], device="cpu")
     train, _ = evaluation_split.labeled_splits(run, "a test")
     # The input of the first batch norm is the output of this convolution.
     convolution = features.random_backbone(run).model.conv1[0]

@@ -8,12 +8,15 @@ import torch
 from networks import run
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["blocks", "selective"])
 @pytest.mark.parametrize("name", ["simclr", "moco_v3"])
-def test_recomputed_activations_change_no_bit(name, mode):
+def test_recomputed_activations_change_no_bit(name, mode, precision):
     backbone = {"drop_path": 0.3} if name == "moco_v3" else {}
     stored, recomputed = (
-        run(name, 2, backbone=backbone, activation_checkpointing=choice)["state"]
+        run(name, 2, backbone=backbone, precision=precision, activation_checkpointing=choice)[
+            "state"
+        ]
         for choice in ("none", mode)
     )
     assert all(torch.equal(recomputed[key], value) for key, value in stored.items())
