@@ -56,7 +56,7 @@ class RunFacts:
     last_step: int  # optimizer steps of the whole run
     micro_batch_size: int  # images per forward pass on each rank
     data: str  # fingerprint of the training images
-    precision: str = "float32"  # of the computation, with `auto` replaced
+    precision: str = "float32"  # data type of the computation, with `auto` replaced
     wandb_id: str | None = None  # kept when the run resumes, so that W&B shows one run
 
 
@@ -108,21 +108,21 @@ class Checkpoints:
         """
         self._check_lock()
         earlier_problem, problem = self._thread.wait(), None
-        waits = wait or not self.settings.asynchronous
+        waits_for_disk = wait or not self.settings.asynchronous
         path = folder.checkpoint_path(self.run, step)
         staging_name = f"{folder.STAGING_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
         if self.state.is_sharded:  # the ranks write into one folder
             staging_name = collectives.broadcast_object(staging_name)
         if self.state.is_sharded or process_group.is_main():
             # Without a copy, nothing may change until the tensors are on disk.
-            tensors_by_file = self.state.snapshot(copies_host=not waits)
+            tensors_by_file = self.state.snapshot(copies_host=not waits_for_disk)
             manifest = self._build_manifest(step)
 
             def write() -> None:
                 self._write_and_prune(path, path.with_name(staging_name), tensors_by_file, manifest)
 
             self._thread.start(write, step, path.parent)
-        if waits:
+        if waits_for_disk:
             problem = self._thread.wait()
         earlier_problem, problem = collectives.broadcast_object((earlier_problem, problem))
         if problem and wait:  # no later save would make up for it

@@ -127,10 +127,10 @@ class TrainingState:
 
 def _move_to_host(tensors: dict[str, Tensor], copies_host: bool) -> dict[str, Tensor]:
     """Return contiguous tensors in host memory, none of which share memory with each other."""
-    moved, storages = {}, set[int]()
+    host_tensors, storages = {}, set[int]()
     for key, value in tensors.items():
         storage = collectives.local_tensors([value])[0].untyped_storage().data_ptr()
-        copies = copies_host or storage in storages  # safetensors refuses tied tensors
-        moved[key] = value.detach().to("cpu", copy=copies).contiguous()
+        needs_copy = copies_host or storage in storages  # safetensors refuses tied tensors
+        host_tensors[key] = value.detach().to("cpu", copy=needs_copy).contiguous()
         storages.add(storage)
-    return moved
+    return host_tensors

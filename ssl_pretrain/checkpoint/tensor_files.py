@@ -121,7 +121,7 @@ def _write_own_shard(
     tensors = {name: tensor for file in tensors_by_file.values() for name, tensor in file.items()}
     writer = dcp.HuggingFaceStorageWriter(
         str(staging_folder),
-        fqn_to_index_mapping=_divide_into_files(tensors),  # that of rank 0 counts
+        fqn_to_index_mapping=_divide_into_files(tensors),  # torch uses the mapping of rank 0
         save_distributed=True,
     )
     try:

@@ -175,7 +175,9 @@ def explain_lost_ranks() -> Iterator[None]:
         is_from_backend = is_network_error or _BACKEND_NAME.search(text) is not None
         if process_group.world_size() == 1 or not (is_from_backend and _LOST_RANK.search(text)):
             raise
-        problem = "; ".join(filter(None, (text.splitlines()[0], watchdog.describe_others())))
+        problem, missing_ranks = text.splitlines()[0], watchdog.describe_missing_ranks()
+        if missing_ranks:
+            problem += f"; {missing_ranks}"
         raise LostRankError(
             f"{rank_and_host()}: another rank ended or did not answer within "
             f"{process_group.timeout_seconds():g} s (parallel.timeout_seconds) while "

@@ -49,7 +49,10 @@ class Beat:
 
     @property
     def progress(self) -> tuple[str, int]:
-        """What changes while a rank makes progress. A loop that waits changes its operation."""
+        """Values that only change while the rank makes progress.
+
+        The operation is left out, because it also changes in a loop that waits.
+        """
         return self.activity, self.num_collectives
 
 
@@ -71,7 +74,7 @@ class Heartbeat:
         self._answer_seconds = max(1.0, self._interval / 2)  # time limit of a request to the store
         self._store.set_timeout(timedelta(seconds=self._answer_seconds))
         self._timeout_seconds, self._training_thread = timeout_seconds, threading.get_ident()
-        self._text, self._is_closed = "", threading.Event()
+        self._description, self._is_closed = "", threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         # A thread that is inside the store's C++ code when Python exits would abort the process.
@@ -80,9 +83,9 @@ class Heartbeat:
     def describe_missing_ranks(self) -> str:
         """Return a clause that names the ranks that have not arrived, or "" if none is known.
 
-        It is known once this rank has waited for more than `BEATS_BEFORE_READING` beats.
+        They are known once this rank has waited for more than `BEATS_BEFORE_READING` beats.
         """
-        return self._text
+        return self._description
 
     def close(self) -> None:
         """End the thread. The last description stays available."""
@@ -100,18 +103,24 @@ class Heartbeat:
                 if beat != published:
                     self._store.set(str(self._rank), json.dumps(asdict(beat)))
                     published = beat
-                is_read = num_unchanged > BEATS_BEFORE_READING
-                self._text = describe_missing_ranks(self._read_beats()) if is_read else ""
+                waits_long = num_unchanged > BEATS_BEFORE_READING
+                self._description = format_missing_ranks(self._read_beats()) if waits_long else ""
             except RuntimeError:
-                # Rank 0 serves the store and may end first. What was read before stays valid.
-                if not self._text and not self._is_closed.is_set():
-                    self._text = "the store of the ranks, on rank 0's machine, does not answer"
+                # Rank 0 serves the store and may end first. The last description stays valid.
+                if not self._description and not self._is_closed.is_set():
+                    self._description = (
+                        "the store of the ranks, on rank 0's machine, does not answer"
+                    )
             self._is_closed.wait(self._interval)
 
     def _observe(self) -> Beat:
         frame = sys._current_frames().get(self._training_thread)
         return Beat(
-            self._rank, socket.gethostname(), watchdog.activity, _describe(frame), _count_begun()
+            self._rank,
+            socket.gethostname(),
+            watchdog.activity,
+            _describe_stack(frame),
+            _count_collectives(),
         )
 
     def _read_beats(self) -> list[Beat]:
@@ -119,7 +128,7 @@ class Heartbeat:
         return [Beat(**json.loads(value)) for value in self._store.multi_get(keys)]
 
 
-def describe_missing_ranks(beats: list[Beat]) -> str:
+def format_missing_ranks(beats: list[Beat]) -> str:
     """Return a clause that names the ranks that have begun fewer collectives than another one."""
     num_begun = max(beat.num_collectives for beat in beats)
     missing = [beat for beat in beats if beat.num_collectives < num_begun]
@@ -138,7 +147,7 @@ def describe_missing_ranks(beats: list[Beat]) -> str:
     return "; ".join(texts)
 
 
-def _count_begun() -> int:
+def _count_collectives() -> int:
     """Return the number of collectives that this rank has begun, over all of its groups."""
     num_begun = 0
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
@@ -148,7 +157,7 @@ def _count_begun() -> int:
     return num_begun
 
 
-def _describe(frame: FrameType | None) -> str:
+def _describe_stack(frame: FrameType | None) -> str:
     """Return the innermost function of a stack, and the innermost one of this package."""
     functions: list[str] = []
     while frame is not None:

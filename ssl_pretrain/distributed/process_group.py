@@ -79,7 +79,7 @@ def start(
         watchdog.activity = "preparing the run"
         store = dist.distributed_c10d._get_default_store()
         _heartbeat = Heartbeat(store, dist.get_rank(), dist.get_world_size(), timeout_seconds)
-        watchdog.describe_others = _heartbeat.describe_missing_ranks
+        watchdog.describe_missing_ranks = _heartbeat.describe_missing_ranks
     return device
 
 

@@ -39,22 +39,24 @@ def half_rows(*embeddings: Tensor) -> Tensor | None:
         return detached[0] if len(detached) == 1 else torch.cat(detached)
 
 
-def unit_rows(sent: Tensor) -> Tensor:
-    """Return embeddings of unit length, from those that `scaled_rows` accepts."""
-    return F.normalize(upcast(sent), dim=1) if sent.dtype in HALF_DTYPES else sent
+def unit_rows(embeddings: Tensor) -> Tensor:
+    """Return embeddings of unit length. Those that are not in half precision already have it."""
+    is_half = embeddings.dtype in HALF_DTYPES
+    return F.normalize(upcast(embeddings), dim=1) if is_half else embeddings
 
 
-def scaled_rows(sent: Tensor, scale: float | Tensor = 1.0) -> ScaledRows:
+def scaled_rows(embeddings: Tensor, scale: float | Tensor = 1.0) -> ScaledRows:
     """Return embeddings of unit length times `scale`, in the form that the kernels read.
 
     Args:
-        sent: Embeddings in half precision of any length, or else of unit length.
+        embeddings: Embeddings in half precision of any length, or else of unit length.
         scale: Number, or a tensor of shape (num_rows,) for embeddings in half precision.
     """
-    if sent.dtype not in HALF_DTYPES:
-        return ScaledRows(sent if isinstance(scale, float) and scale == 1 else sent * scale)
-    lengths = torch.linalg.vector_norm(sent, dim=1, dtype=torch.float32)
-    return ScaledRows(sent, scale / lengths.clamp(min=1e-12))  # the minimum of F.normalize
+    if embeddings.dtype not in HALF_DTYPES:
+        is_scaled = isinstance(scale, Tensor) or scale != 1
+        return ScaledRows(embeddings * scale if is_scaled else embeddings)
+    lengths = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float32)
+    return ScaledRows(embeddings, scale / lengths.clamp(min=1e-12))  # the minimum of F.normalize
 
 
 def scaled_pair(
@@ -83,6 +85,8 @@ def gather_unit(unit: Tensor, half: Tensor | None) -> tuple[Tensor, Tensor | Non
 
 
 class _GatherUnit(torch.autograd.Function):
+    """Gather embeddings in half precision, and pass gradients to the normalized embeddings."""
+
     @staticmethod
     def forward(ctx: Any, unit: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
         all_half = collectives.gather(half)

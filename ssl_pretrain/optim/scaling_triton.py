@@ -13,18 +13,20 @@ from torch import Tensor
 
 CHUNK = 4096  # elements per program
 _ALIGNMENT = 16  # bytes of the widest load
-_NUM_COLUMNS = tl.constexpr(4)  # of the table: address, address of the addend, length, tensor
+# Columns of the table: address, address of the addend, length, index of the tensor.
+_NUM_COLUMNS = tl.constexpr(4)
 
 
 def scale(tensors: list[Tensor], factors: Tensor) -> None:
     """Multiply each tensor in place by its factor. See `scaling.scale`."""
+    # The kernel takes pointers to addends and their factors, but does not read them.
     _launch(tensors, tensors, factors, factors, has_addend=False)
 
 
 def add_and_scale(
     tensors: list[Tensor], others: list[Tensor], other_factors: Tensor, factors: Tensor
 ) -> None:
-    """Set each tensor to (tensor + other_factor * other) * factor, in place."""
+    """Set each tensor to (tensor + other_factor * other) * factor. See `scaling`."""
     _launch(tensors, others, other_factors, factors, has_addend=True)
 
 
@@ -38,7 +40,7 @@ def _launch(
     addresses = tuple(tensor.data_ptr() for tensor in tensors)
     other_addresses = tuple(tensor.data_ptr() for tensor in others)
     sizes = tuple(tensor.numel() for tensor in tensors)
-    # Tensors without memory, as in a test with pretended devices, must not share a table.
+    # Tensors without memory all have address 0, so a cached table could be one of other tensors.
     build = build_table if all(addresses) else build_table.__wrapped__
     table = build(addresses, other_addresses, sizes, factors.device)
     if len(table):
@@ -69,16 +71,16 @@ def build_table(
         device: Device of the tensors.
     """
     counts = np.array([-(-size // CHUNK) for size in sizes], dtype=np.int64)
-    tensor = np.repeat(np.arange(len(sizes)), counts)
-    first_chunk = np.cumsum(counts) - counts
-    start = (np.arange(len(tensor)) - first_chunk[tensor]) * CHUNK
-    length = np.minimum(np.array(sizes, dtype=np.int64)[tensor] - start, CHUNK)
-    num_bytes = torch.float32.itemsize * start
+    tensor_indices = np.repeat(np.arange(len(sizes)), counts)
+    first_chunk = np.cumsum(counts) - counts  # first row of each tensor in the table
+    starts = (np.arange(len(tensor_indices)) - first_chunk[tensor_indices]) * CHUNK
+    lengths = np.minimum(np.array(sizes, dtype=np.int64)[tensor_indices] - starts, CHUNK)
+    byte_offsets = torch.float32.itemsize * starts
     columns = (
-        np.array(addresses, dtype=np.int64)[tensor] + num_bytes,
-        np.array(other_addresses, dtype=np.int64)[tensor] + num_bytes,
-        length,
-        tensor,
+        np.array(addresses, dtype=np.int64)[tensor_indices] + byte_offsets,
+        np.array(other_addresses, dtype=np.int64)[tensor_indices] + byte_offsets,
+        lengths,
+        tensor_indices,
     )
     table = torch.from_numpy(np.stack(columns, axis=1))
     # A copy from pinned memory does not block the host.

@@ -36,13 +36,12 @@ def compile_network(method: Method, device: torch.device, cuda_graphs: bool) -> 
     compile_report.observe()
     torch._inductor.config.fallback_random |= has_dropout(method)
     for module in method.modules():
-        if batch_norm.spans_ranks(module):  # its collectives run between two compiled graphs
+        if batch_norm.spans_ranks(module):  # collectives run between two compiled graphs
             module.forward = torch.compiler.disable(module.forward)
     compile_part = partial(torch.compile, dynamic=False)
     compile_block = partial(compile_part, mode="reduce-overhead" if cuda_graphs else None)
     blocks = [block for _, block in backbones.blocks(method)]
-    # Beyond this limit, dynamo silently leaves parts uncompiled. A ResNet's blocks have many
-    # shapes.
+    # Beyond this limit, dynamo silently leaves parts uncompiled. ResNet blocks have many shapes.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))
     for backbone in (module for module in method.modules() if isinstance(module, Backbone)):

@@ -1,4 +1,7 @@
-"""Report how long compilation took and how many graphs came from the compiler's cache."""
+"""Report how long compilation took and how many graphs came from the compiler's cache.
+
+Functions import torch's compiler when they are called, because loading it takes seconds.
+"""
 
 import sys
 import time
@@ -9,7 +12,7 @@ from ssl_pretrain.distributed import process_group
 
 @dataclass
 class _Compilation:
-    """Compilations of this process."""
+    """Time that this process has spent on compilation."""
 
     is_observed: bool = False
     start_time: float = 0.0
@@ -21,7 +24,7 @@ _compilation = _Compilation()
 
 
 def observe() -> None:
-    """Start to measure the time of compilations. A line is printed after the first ones."""
+    """Start measuring compilation time, from zero."""
     from torch._dynamo import callback
 
     if not _compilation.is_observed:

@@ -1,8 +1,8 @@
-"""Compute the convolutions that oneDNN gets wrong in bfloat16 in float32.
+"""Compute convolutions in float32 where oneDNN's bfloat16 gradients are wrong.
 
 In the backward pass of a bfloat16 convolution on a CPU, oneDNN leaves the gradients of some weights
-uninitialized: those that never meet a pixel, such as the corners of a 3 x 3 kernel that moves over
-an image of 1 x 1 pixels in steps of two, and more of them if the step exceeds the image. Seen with
+uninitialized. These weights never meet a pixel, such as the corners of a 3 x 3 kernel with stride 2
+on an image of 1 x 1 pixels. More weights are affected if the stride exceeds the image. Seen with
 torch 2.13 on a CPU with AVX-512 BF16. Images that small only occur in the last layers of a network
 for thumbnails, so float32 costs little.
 """
@@ -18,20 +18,21 @@ def avoid_wrong_gradients(module: nn.Module) -> None:
     """Make all 2d convolutions in `module` use float32 where bfloat16 gradients may be wrong."""
     for child in module.modules():
         if isinstance(child, nn.Conv2d) and not isinstance(child.forward, partial):
-            child.forward = partial(_forward, child, child.forward)  # type: ignore[method-assign]
+            child.forward = partial(_forward_checked, child, child.forward)  # type: ignore[method-assign]
 
 
-def _forward(convolution: nn.Conv2d, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    if not torch.is_autocast_enabled("cpu") or all(
-        _is_correct(*dimension)
-        for dimension in zip(
-            images.shape[-2:],
-            convolution.kernel_size,
-            convolution.stride,
-            _padding(convolution),
-            convolution.dilation,
-        )
-    ):
+def _forward_checked(
+    convolution: nn.Conv2d, forward: Callable[[Tensor], Tensor], images: Tensor
+) -> Tensor:
+    """Run the original forward pass, without autocast if its gradients would be wrong."""
+    axes = zip(
+        images.shape[-2:],
+        convolution.kernel_size,
+        convolution.stride,
+        _padding(convolution),
+        convolution.dilation,
+    )
+    if not torch.is_autocast_enabled("cpu") or all(_is_correct(*axis) for axis in axes):
         return forward(images)
     with torch.autocast("cpu", enabled=False):
         return forward(images.to(convolution.weight.dtype)).to(images.dtype)

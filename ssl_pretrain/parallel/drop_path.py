@@ -32,7 +32,7 @@ class DropPath(nn.Module):
         self.keep_prob = torch.tensor(1.0 - drop_prob, dtype=torch.float64, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply the images that are dropped, (batch, ...), by 0."""
+        """Multiply `x`, shape (batch, ...), by 0 for each dropped image, in training mode."""
         if not self.training:
             return x
         shape = [x.shape[0]] + [1] * (x.ndim - 1)
@@ -67,9 +67,9 @@ def _draw_on_device(
 ) -> Tensor:
     """Draw with two kernels and without reading the probability. 1 / keep_prob is rounded once."""
     precise_dtype = torch.promote_types(dtype, torch.float32)
-    kept = torch.empty(shape, dtype=precise_dtype, device=keep_prob.device).bernoulli_(keep_prob)
+    mask = torch.empty(shape, dtype=precise_dtype, device=keep_prob.device).bernoulli_(keep_prob)
     divisor = keep_prob if scale_by_keep else torch.ones_like(keep_prob)
-    return torch.div(kept, divisor, out=torch.empty(shape, dtype=dtype, device=keep_prob.device))
+    return torch.div(mask, divisor, out=torch.empty(shape, dtype=dtype, device=keep_prob.device))
 
 
 @draw_factors.register_fake
@@ -78,7 +78,7 @@ def _(keep_prob: Tensor, shape: Sequence[int], dtype: torch.dtype, scale_by_keep
 
 
 def share_code(blocks: Sequence[nn.Module], device: torch.device) -> None:
-    """Replace the drop paths of blocks such that blocks of one shape can share compiled code.
+    """Replace the drop paths of blocks, so that blocks of one shape can share compiled code.
 
     timm has an identity instead of a drop path where the rate is 0, as in a ViT's first block. It
     becomes a drop path with a rate of 0 if other blocks of the stack have a drop path there. A drop
@@ -88,11 +88,11 @@ def share_code(blocks: Sequence[nn.Module], device: torch.device) -> None:
         blocks: The blocks of one network.
         device: Device of the images.
     """
-    places: dict[str, list[nn.Module]] = {}
+    modules_by_name: dict[str, list[nn.Module]] = {}
     for block in blocks:
         for name, child in block.named_modules():
-            places.setdefault(name, []).append(child)
-    for name, modules in places.items():
+            modules_by_name.setdefault(name, []).append(child)
+    for name, modules in modules_by_name.items():
         if not any(isinstance(module, timm.layers.DropPath) for module in modules):
             continue
         is_used = any(getattr(module, "drop_prob", 0.0) for module in modules)
@@ -102,6 +102,7 @@ def share_code(blocks: Sequence[nn.Module], device: torch.device) -> None:
 
 
 def _replace(block: nn.Module, name: str, device: torch.device, is_used: bool) -> None:
+    """Replace one drop path or identity of a block. Other layers stay as they are."""
     module: Any = block.get_submodule(name)
     if not isinstance(module, timm.layers.DropPath | nn.Identity):
         return

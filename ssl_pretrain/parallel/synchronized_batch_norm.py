@@ -52,8 +52,7 @@ class PortableSynchronizedNorm(torch.autograd.Function):
         )
         local_sums = torch.stack([sum_grad, sum_product])
         mean_grad, mean_product = (collectives.reduce_sum(local_sums, ctx.group) / total).unbind()
-        # Write scale * (grad - mean_grad - normalized * mean_product) as an affine map of x and
-        # grad.
+        # scale * (grad - mean_grad - normalized * mean_product) is affine in x and in grad.
         scale = inverse_std if weight is None else inverse_std * weight
         slope = -scale * inverse_std * mean_product
         offset = -scale * mean_grad - slope * mean

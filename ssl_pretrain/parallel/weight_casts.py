@@ -31,8 +31,8 @@ def cast_once_per_step(module: nn.Module) -> None:
             _wrap_forward(teacher)
 
 
-def copy_bytes(module: nn.Module) -> int:
-    """Return the bytes of the copies that the teachers in a module keep."""
+def count_copy_bytes(module: nn.Module) -> int:
+    """Return the bytes of the bfloat16 copies that the teachers in a module keep."""
     return sum(
         torch.bfloat16.itemsize * owner.get_parameter(name).numel()
         for teacher in module.modules()
@@ -42,20 +42,20 @@ def copy_bytes(module: nn.Module) -> int:
 
 
 def castable_weights(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return owners and names of the float32 parameters that only autocast would read.
+    """Return the owners and names of the float32 parameters that only autocast would read.
 
     Networks that are not timm's are left out. They may turn autocast off for some of their layers.
     """
     if isinstance(module, Backbone) and not type(module.model).__module__.startswith("timm."):
         return []
-    weights = [
-        (module, name)
-        for name in ("weight", "bias")
-        if type(module) in CAST_MODULES
-        and (parameter := module._parameters.get(name)) is not None
-        and parameter.dtype == torch.float32
-    ]
-    return weights + [weight for child in module.children() for weight in castable_weights(child)]
+    weights: list[tuple[nn.Module, str]] = []
+    if type(module) in CAST_MODULES:
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in ("weight", "bias") and parameter.dtype == torch.float32:
+                weights.append((module, name))
+    for child in module.children():
+        weights += castable_weights(child)
+    return weights
 
 
 def _wrap_forward(teacher: Teacher) -> None:
@@ -81,17 +81,17 @@ class _Copies:
     """bfloat16 copies of the weights of a module that autocast rounds."""
 
     def __init__(self, module: nn.Module):
-        self.places = castable_weights(module)
-        self.weights = [cast(nn.Parameter, owner._parameters[name]) for owner, name in self.places]
+        self.owners_and_names = castable_weights(module)
+        self.weights = [
+            cast(nn.Parameter, owner._parameters[name]) for owner, name in self.owners_and_names
+        ]
         self.copies: list[nn.Parameter] = []
         self.versions: list[int] = []
 
     @torch.no_grad()
     def update(self) -> None:
-        """Copy the weights if they have changed, in one call, which takes a few launches on CUDA.
-
-        Each tensor counts the operations that change it.
-        """
+        """Copy the weights if they have changed. On CUDA the copies take a few launches."""
+        # Every operation that changes a tensor in place increases its version.
         versions = [weight._version for weight in self.weights]
         if versions == self.versions:
             return
@@ -113,5 +113,5 @@ class _Copies:
             self._assign(self.weights)
 
     def _assign(self, parameters: list[nn.Parameter]) -> None:
-        for (owner, name), parameter in zip(self.places, parameters):
+        for (owner, name), parameter in zip(self.owners_and_names, parameters):
             owner._parameters[name] = parameter

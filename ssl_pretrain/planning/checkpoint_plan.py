@@ -9,7 +9,8 @@ from ssl_pretrain.config import RunConfig
 from ssl_pretrain.parallel.memory import GIB
 from ssl_pretrain.planning.communication import Cluster
 
-NUM_FILE_COPIES = 2  # of one file of shards, while it is being written (checkpoint.tensor_files)
+# Copies in memory of a file of shards that is being written. See checkpoint.tensor_files.
+NUM_FILE_COPIES = 2
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class CheckpointPlan:
 
     @property
     def host_bytes(self) -> float:
-        """Most memory that a save takes on the host of a rank that saves.
+        """Peak host memory of a save, per rank that writes.
 
-        It lasts until the checkpoint is on the disk.
+        It is freed when the checkpoint is on the disk.
         """
         if self.num_shards == 1:  # full tensors are written without another copy
             return self.disk_bytes

@@ -153,10 +153,8 @@ class Estimate:
         teacher_bytes = sum(
             self._bytes(p) for name, p in method.named_parameters() if name.startswith("teacher.")
         )
-        if self.execution.autocast and self.num_shards == 1:
-            teacher_copy_bytes = weight_casts.copy_bytes(method)
-        else:
-            teacher_copy_bytes = 0
+        keeps_copies = self.execution.autocast and self.num_shards == 1
+        copy_bytes = weight_casts.count_copy_bytes(method) if keeps_copies else 0
         # FSDP gathers the next unit before it frees the current one.
         sizes = sorted(unit.num_weights for unit in self.units)
         num_gathered = sum(sizes[-2:]) if self.num_shards > 1 else 0
@@ -167,7 +165,7 @@ class Estimate:
             "DDP buckets": self.gradient_bytes if is_replicated else 0.0,
             "gathered weights": num_gathered * itemsize,
             "optimizer": self.optimizer_trace_and_bytes[1] / self.num_shards,
-            "teacher": teacher_bytes / self.num_shards + teacher_copy_bytes,
+            "teacher": teacher_bytes / self.num_shards + copy_bytes,
             "buffers": sum(self._bytes(buffer) for buffer in method.buffers()),
             "views": values_per_image * self.local_batch_size * (itemsize + NUM_UPLOADED_BATCHES),
             "peak of the step": self.peak_bytes(micro_batch_size),

@@ -50,7 +50,7 @@ def describe(run: RunConfig, world_size: int) -> list[str]:
 
 
 def _kinds_of_work(estimate: Estimate) -> list[tuple[str, bool]]:
-    """Return the kinds of work whose shares of the roofline the times need, and if compiled."""
+    """Return the network's class and `COLOR`, each with True if that work is compiled."""
     network = getattr(estimate.method.backbone, "model", estimate.method.backbone)
     is_compiled = estimate.run.parallel.compile
     return [(type(network).__name__, is_compiled), (measured_shares.COLOR, False)]

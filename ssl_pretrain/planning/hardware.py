@@ -27,8 +27,8 @@ class Machine:
     memory_bandwidth: float
     intra_node_bandwidth: float  # from one GPU to the others of its node
     inter_node_bandwidth: float  # from one node to the others
-    roofline_share: float = 1.0  # measured share that training steps reach, or 1 if there is none
-    color_share: float = 1.0  # the same for color augmentation, which memory bounds
+    roofline_share: float = 1.0  # measured share that training steps reach, 1 if unknown
+    color_share: float = 1.0  # measured share of the bandwidth that color reaches, 1 if unknown
     launch_seconds: float = 7e-6  # time that the host takes per eager operation
     latency_seconds: float = 7e-6  # time that a collective takes per level of a tree of ranks
     decoded_per_core: float = 0.0  # images that a core decodes per second, 0 to ignore the loader

@@ -56,7 +56,7 @@ def describe_share(gpu: str, network: str, compiled: bool) -> str:
             f"share of the roofline: {entry.share:.0%}, measured on {gpu} for {kind} "
             f"({entry.source})"
         )
-    times = "the times are lower bounds"
+    meaning = "the times are lower bounds"
     if compiled:
-        times = "the times are the roofline of the step without compilation"
-    return f"share of the roofline: not measured on {gpu} for {kind}; {times}"
+        meaning = "the times are the roofline of the step without compilation"
+    return f"share of the roofline: not measured on {gpu} for {kind}; {meaning}"

@@ -168,17 +168,20 @@ def trace_optimizer(
 def coloring_bytes_per_image(run: RunConfig, itemsize: int) -> float:
     """Return the bytes that the kernels of `color_triton` move for all views of an image.
 
-    Two kernels read the uint8 pixels. The views are written once. Two more kernels blur, each from
-    one float32 buffer, which the kernel before has written.
+    Two kernels read the uint8 pixels, and the views are written once. To blur a view, two more
+    kernels each read a float32 buffer, which the kernel before them has written.
 
     Args:
         run: Configuration of the run.
         itemsize: Bytes per value of the views.
     """
-    return sum(
-        3 * crop.size**2 * (2 + itemsize + 2 * crop.blur * 2 * torch.float32.itemsize)
-        for crop in recipe.crop_per_view(run.views)
-    )
+    num_bytes = 0.0
+    for crop in recipe.crop_per_view(run.views):
+        read_bytes = 2 * torch.uint8.itemsize
+        blur_bytes = 2 * 2 * torch.float32.itemsize  # two buffers, each written and read
+        num_values = 3 * crop.size**2
+        num_bytes += num_values * (read_bytes + itemsize + crop.blur * blur_bytes)
+    return num_bytes
 
 
 def trace_backbone(name: str, size: int, num_images: int, *, bfloat16: bool) -> Trace:

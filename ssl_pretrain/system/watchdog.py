@@ -27,8 +27,8 @@ class Watchdog:
 
     Attributes:
         activity: Name of the current activity for messages.
-        describe_others: Function that names the ranks that do not answer, or returns "". It must
-            not wait.
+        describe_missing_ranks: Function that returns a clause about the ranks that do not answer,
+            or "". It must not wait.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Watchdog:
         self.activity = "preparing the run"
         self._seconds_by_activity: dict[str, float] = {}
         self._activity_start = time.monotonic()
-        self.describe_others: Callable[[], str] = str
+        self.describe_missing_ranks: Callable[[], str] = lambda: ""
 
     def arm(
         self,
@@ -89,6 +89,7 @@ class Watchdog:
         return seconds
 
     def _count_activity(self) -> None:
+        """Add the time since the last call to the current activity. The lock must be held."""
         now, name = time.monotonic(), self.activity.rstrip("0123456789 ")
         total = self._seconds_by_activity.get(name, 0.0) + now - self._activity_start
         self._seconds_by_activity[name], self._activity_start = total, now
@@ -129,10 +130,11 @@ class Watchdog:
         live_line.erase_shown()
         with suppress(ValueError, OSError):
             faulthandler.dump_traceback(file=2, all_threads=True)
+        missing_ranks = self.describe_missing_ranks()
+        advice = f"{missing_ranks}; {self._remedy}" if missing_ranks else self._remedy
         message = (
             f"error: {rank_and_host()}: no sign of life for {self._limit_seconds:g} s "
-            f"(parallel.timeout_seconds) while {self.activity}: "
-            f"{'; '.join(filter(None, (self.describe_others(), self._remedy)))}\n"
+            f"(parallel.timeout_seconds) while {self.activity}: {advice}\n"
         )
         live_line.write_to_stderr(message)
         os._exit(self._status)

@@ -13,7 +13,7 @@ from conftest import _context
 from ranks import free_port
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.distributed.heartbeat import Beat, describe_missing_ranks
+from ssl_pretrain.distributed.heartbeat import Beat, format_missing_ranks
 from ssl_pretrain.system.watchdog import watchdog
 
 HOST = socket.gethostname()
@@ -97,13 +97,13 @@ def build_beats(*counts: int) -> list[Beat]:
 
 
 def test_only_some_of_many_missing_ranks_are_listed():
-    text = describe_missing_ranks(build_beats(3, *[2] * 6))
+    text = format_missing_ranks(build_beats(3, *[2] * 6))
     assert re.findall(r"rank (\d) on node\1", text) == ["1", "2", "3", "4"]
     assert text.endswith("; 2 more ranks have not arrived")
 
 
 def test_if_all_ranks_have_arrived_a_connection_is_named_instead():
-    assert describe_missing_ranks(build_beats(7, 7)) == (
+    assert format_missing_ranks(build_beats(7, 7)) == (
         "all ranks have begun collective operation 7, so a device or a connection between them "
         "does not answer"
     )
