@@ -6,10 +6,9 @@ embeddings are float64, even under autocast. Only the fused kernels read embeddi
 precision.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses import similarity
 from ssl_pretrain.losses.backend import Backend, backend_for
 from ssl_pretrain.losses.half_precision import ScaledRows, scaled_rows, unit_rows
+from ssl_pretrain.losses.logit_tiles import Tile, iterate_logits
 
 # Up to this logit, no maximum is subtracted, because exp(40) and a sum of 2**30 such terms are
 # normal float32 numbers.
@@ -91,10 +91,9 @@ def symmetric_log_sum_exp(
         `labels`.
     """
     backend = backend or backend_for(z)
+    sent = z.detach() if half is None else half  # the tensor that ranks send to each other
     with torch.autocast(z.device.type, enabled=False):
-        return _SymmetricLogSumExp.apply(
-            z, z.detach() if half is None else half, scale, tuple(excluded_offsets), labels, backend
-        )
+        return _SymmetricLogSumExp.apply(z, sent, scale, tuple(excluded_offsets), labels, backend)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -109,14 +108,16 @@ class _LogSumExp(torch.autograd.Function):
         excluded_offsets: tuple[int, ...],
         backend: Backend,
     ) -> Tensor:
-        rows = half or (ScaledRows(anchors), ScaledRows(candidates))
+        anchor_rows, candidate_rows = half or (ScaledRows(anchors), ScaledRows(candidates))
         lse = backend.run_fused(
-            rows[0].rows,
-            lambda kernels: kernels.log_sum_exp(*rows, local_start, excluded_offsets),
+            anchor_rows.rows,
+            lambda kernels: kernels.log_sum_exp(
+                anchor_rows, candidate_rows, local_start, excluded_offsets
+            ),
         )
         if lse is None:
             sums = _RunningSums(anchors, exp_is_safe)
-            for tile, logits in _logits(
+            for tile, logits in iterate_logits(
                 anchors, candidates, local_start, excluded_offsets, backend
             ):
                 sums.add_to_rows(tile, logits)
@@ -138,7 +139,7 @@ class _LogSumExp(torch.autograd.Function):
         anchors_grad = torch.zeros_like(anchors) if ctx.needs_input_grad[0] else None
         candidates_grad = torch.zeros_like(candidates) if ctx.needs_input_grad[1] else None
         with torch.autocast(anchors.device.type, enabled=False):
-            for tile, logits in _logits(
+            for tile, logits in iterate_logits(
                 anchors, candidates, local_start, excluded_offsets, backend
             ):
                 weights = logits.sub_(lse[tile.rows, None]).exp_().mul_(grad[tile.rows, None])
@@ -170,7 +171,7 @@ class _SymmetricLogSumExp(torch.autograd.Function):
         )
         if lse is None:
             sums, all_z = _RunningSums(z, exp_is_safe), unit_rows(all_sent)
-            for tile, logits in _logits(
+            for tile, logits in iterate_logits(
                 z * scale, all_z, local_start, excluded_offsets, backend, skip_mirrors=exp_is_safe
             ):
                 sums.add_to_rows(tile, logits)
@@ -222,23 +223,17 @@ def _fused_gradients(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | Non
     if half:
         anchor_rows, candidate_rows = ScaledRows(*half[:2]), ScaledRows(*half[2:])
     local_start, excluded_offsets, _ = ctx.arguments
-    exclusion_arguments = {"local_start": local_start, "excluded_offsets": excluded_offsets}
-    return (
-        kernels.weighted_sum(
-            anchor_rows, candidate_rows, **exclusion_arguments, anchor_terms=(lse, grad)
-        )
-        if ctx.needs_input_grad[0]
-        else None,
-        kernels.weighted_sum(
-            candidate_rows,
-            anchor_rows,
-            **exclusion_arguments,
-            candidate_terms=(lse, grad),
-            swapped=True,
-        )
-        if ctx.needs_input_grad[1]
-        else None,
+    weighted_sum = partial(
+        kernels.weighted_sum, local_start=local_start, excluded_offsets=excluded_offsets
     )
+    anchors_grad = candidates_grad = None
+    if ctx.needs_input_grad[0]:
+        anchors_grad = weighted_sum(anchor_rows, candidate_rows, anchor_terms=(lse, grad))
+    if ctx.needs_input_grad[1]:
+        candidates_grad = weighted_sum(
+            candidate_rows, anchor_rows, candidate_terms=(lse, grad), swapped=True
+        )
+    return anchors_grad, candidates_grad
 
 
 def _tiled_gradient(
@@ -248,7 +243,7 @@ def _tiled_gradient(
     scale, local_start, excluded_offsets, exp_is_safe, backend = arguments
     total = torch.zeros_like(z)
     coefficients = all_grad * torch.exp(-all_lse) if exp_is_safe else None
-    for tile, logits in _logits(
+    for tile, logits in iterate_logits(
         z * scale, all_z, local_start, excluded_offsets, backend, skip_mirrors=exp_is_safe
     ):
         rows = slice(local_start + tile.rows.start, local_start + tile.rows.stop)
@@ -277,7 +272,7 @@ class _RunningSums:
         self.sum = like.new_zeros(rows)
         self.maximum = None if exp_is_safe else like.new_full((rows,), smallest)
 
-    def add_to_rows(self, tile: _Tile, logits: Tensor) -> None:
+    def add_to_rows(self, tile: Tile, logits: Tensor) -> None:
         """Add a tile to the sums of its rows, and overwrite `logits` with exponentials."""
         if self.maximum is None:
             self.sum[tile.rows] += logits.exp_().sum(1)
@@ -292,68 +287,3 @@ class _RunningSums:
     def log(self) -> Tensor:
         """Return the logarithm of each sum, shape (rows,)."""
         return self.sum.log() if self.maximum is None else self.sum.log() + self.maximum
-
-
-class _Tile(NamedTuple):
-    rows: slice  # anchors of this rank
-    columns: slice  # candidates of all ranks
-    is_local: bool  # True if the candidates belong to this rank
-    # Rows of the mirror, the tile with the transposed logits. None if there is no such tile.
-    mirror_rows: slice | None
-
-
-def _logits(
-    anchors: Tensor,
-    candidates: Tensor,
-    local_start: int,
-    excluded_offsets: tuple[int, ...],
-    backend: Backend,
-    skip_mirrors: bool = False,
-) -> Iterator[tuple[_Tile, Tensor]]:
-    """Yield every tile with its logits, which are -inf for excluded pairs.
-
-    All tiles share one buffer, which the next tile overwrites.
-
-    Args:
-        anchors: As in `log_sum_exp`.
-        candidates: As in `log_sum_exp`.
-        local_start: As in `log_sum_exp`.
-        excluded_offsets: As in `log_sum_exp`.
-        backend: Backend, which sets the tile size.
-        skip_mirrors: Skip tiles below the diagonal, whose mirrors above it have the same logits.
-    """
-    height = backend.tile_rows
-    # With square tiles, the diagonal only crosses tiles that start on it.
-    width = height if skip_mirrors else backend.tile_columns
-    buffer = anchors.new_empty(min(height, len(anchors)) * min(width, len(candidates)))
-    for tile in _tiles(len(anchors), len(candidates), local_start, height, width):
-        mirror_rows = tile.mirror_rows
-        if skip_mirrors and mirror_rows is not None and mirror_rows.start < tile.rows.start:
-            continue
-        tile_anchors, tile_candidates = anchors[tile.rows], candidates[tile.columns]
-        logits = buffer[: len(tile_anchors) * len(tile_candidates)].view(len(tile_anchors), -1)
-        torch.mm(tile_anchors, tile_candidates.T, out=logits)
-        for offset in excluded_offsets if tile.is_local else ():
-            diagonal = local_start + tile.rows.start + offset - tile.columns.start
-            logits.diagonal(diagonal).fill_(float("-inf"))
-        yield tile, logits
-
-
-def _tiles(
-    num_rows: int, num_columns: int, local_start: int, height: int, width: int
-) -> Iterator[_Tile]:
-    """Yield tiles that cover every pair once. No tile mixes columns of this rank and of others."""
-    local_stop = local_start + num_rows
-    bounds = (
-        (0, local_start, False),
-        (local_start, min(local_stop, num_columns), True),
-        (local_stop, num_columns, False),
-    )
-    for row in range(0, num_rows, height):
-        rows = slice(row, min(row + height, num_rows))
-        for start, stop, is_local in bounds:
-            for column in range(start, stop, width):
-                end = min(column + width, stop)
-                has_mirror = is_local and column != local_start + row
-                mirror_rows = slice(column - local_start, end - local_start) if has_mirror else None
-                yield _Tile(rows, slice(column, end), is_local, mirror_rows)

@@ -91,11 +91,13 @@ def draw_shard(name: str, tensor: Tensor) -> Tensor:
     return shards[rank] if rank < len(shards) else numbers[:0]
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor, or the tensor itself if it is not sharded."""
     return collectives.local_tensors([tensor])[0]
 
 
 def run_rank(rank: int, options: argparse.Namespace, port: int, is_resumed: bool) -> None:
+    """Save or resume as one rank. Rank 0 stores the largest results of all ranks."""
     num_ranks = options.resume_ranks if is_resumed else options.ranks
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
@@ -111,14 +113,19 @@ def run_rank(rank: int, options: argparse.Namespace, port: int, is_resumed: bool
     gathered = collectives.gather_objects(results)
     if rank == 0:
         largest = {key: max(result[key] for result in gathered) for key in results}
-        torch.save(largest, Path(options.folder) / f"results_{is_resumed}.pt")
+        torch.save(largest, results_path(Path(options.folder), is_resumed))
     process_group.stop()
 
 
+def results_path(folder: Path, is_resumed: bool) -> Path:
+    """Return the file of the results of the save or of the resume."""
+    return folder / ("resume_results.pt" if is_resumed else "save_results.pt")
+
+
 def save(checkpoints: Checkpoints, stepper: Stepper) -> dict[str, float]:
-    """Fill weights and momentum, and measure the save. It waits, so it needs no copy in memory."""
+    """Fill weights and momentum, and measure the save, which waits and thus needs no copy."""
     for name, tensor in iterate_tensors(stepper):
-        local(tensor).copy_(draw_shard(name, tensor))
+        local_shard(tensor).copy_(draw_shard(name, tensor))
     collectives.barrier()
     start = time.perf_counter()
     added = memory.measure_peak_bytes(lambda: checkpoints.save(1), CPU)
@@ -137,15 +144,15 @@ def resume(checkpoints: Checkpoints, stepper: Stepper) -> dict[str, float]:
 
     added = memory.measure_peak_bytes(restore, CPU)
     seconds = time.perf_counter() - start
-    num_equal = num_values = 0
+    num_tensors = num_values = 0
     for name, tensor in iterate_tensors(stepper):
-        assert torch.equal(local(tensor), draw_shard(name, tensor)), f"{name} differs"
-        num_equal, num_values = num_equal + 1, num_values + tensor.numel()
+        assert torch.equal(local_shard(tensor), draw_shard(name, tensor)), f"{name} differs"
+        num_tensors, num_values = num_tensors + 1, num_values + tensor.numel()
     assert step == 1
     return {
         "resume_seconds": seconds,
         "resume_added_bytes": added,
-        "num_tensors": num_equal,
+        "num_tensors": num_tensors,
         "num_values": num_values,
     }
 
@@ -165,6 +172,7 @@ def time_plain_write(folder: Path, num_bytes: int = 2**30) -> float:
 
 
 def main() -> None:
+    """Save on some ranks, resume on others, and print the measurements."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -180,11 +188,29 @@ def main() -> None:
         mp.spawn(run_rank, (options, free_port(), False), nprocs=options.ranks)
         num_bytes = sum(file.stat().st_size for file in newest_checkpoint(folder).iterdir())
         mp.spawn(run_rank, (options, free_port(), True), nprocs=options.resume_ranks)
-        results = [torch.load(folder / f"results_{resumed}.pt") for resumed in (False, True)]
+        results = [torch.load(results_path(folder, is_resumed)) for is_resumed in (False, True)]
         plain_rate = time_plain_write(folder)
     finally:
         shutil.rmtree(folder)
-    saved, resumed = results
+    print_results(options, *results, num_bytes, plain_rate)
+
+
+def print_results(
+    options: argparse.Namespace,
+    saved: dict[str, float],
+    resumed: dict[str, float],
+    num_bytes: int,
+    plain_rate: float,
+) -> None:
+    """Print the measurements of both runs, and their ratios to a plain write and to a shard.
+
+    Args:
+        options: Options of the command line.
+        saved: Results of the ranks that saved.
+        resumed: Results of the ranks that resumed.
+        num_bytes: Size of the checkpoint.
+        plain_rate: Bytes per second of one plain file.
+    """
     print(versions("timm", "safetensors"))
     print(
         f"{options.backbone}: {resumed['num_values']:,} weights and momenta in "
@@ -195,7 +221,7 @@ def main() -> None:
         if name.startswith("num_"):
             continue
         text = format_mib(value) if name.endswith("_bytes") else f"{value:,.1f}"
-        print(f"{name:26s} {text}, the most of any rank")
+        print(f"{name:26s} {text}, largest of all ranks")
     print(f"one plain file: {plain_rate / 1e9:.2f} GB/s")
     ratios = {
         "save_over_plain_write": saved["save_seconds"] / (num_bytes / plain_rate),

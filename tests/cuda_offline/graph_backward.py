@@ -19,7 +19,7 @@ from fused_optimizers import strides
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
+Edge = tuple[Any, int]  # a node of the graph, and the index of one of its outputs
 _num_walks = 0
 callbacks: list[Callable[[], None]] = []  # called after `backward`, as DDP's hooks are
 
@@ -50,7 +50,7 @@ def grad(
     outputs: Tensor, inputs: Sequence[Tensor], *, allow_unused: bool = False
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients with respect to `inputs`, like `torch.autograd.grad`."""
-    edges = [_edge(tensor) for tensor in (inputs if not isinstance(inputs, Tensor) else [inputs])]
+    edges = [_edge(x) for x in ([inputs] if isinstance(inputs, Tensor) else inputs)]
     captured = _walk([outputs], [None], edges)
     gradients = tuple(captured.get(edge) for edge in edges)
     assert allow_unused or None not in gradients, "an input is not used by the outputs"
@@ -140,8 +140,8 @@ def _apply(node: Any, values: dict[int, Tensor]) -> Sequence[Tensor | None]:
     results = node.apply(*gradients)
     results = results if isinstance(results, tuple) else (results,)
     # A Function returns one gradient per argument. Only tensors that need one have a target.
-    needed = iter([r for r, needs_grad in zip(results, node.needs_input_grad) if needs_grad])
-    return [None if target is None else next(needed) for target, _ in node.next_functions]
+    input_gradients = (r for r, needs_grad in zip(results, node.needs_input_grad) if needs_grad)
+    return [None if target is None else next(input_gradients) for target, _ in node.next_functions]
 
 
 def _accumulate(node: Any, gradient: Any) -> None:

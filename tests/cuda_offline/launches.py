@@ -59,6 +59,7 @@ class CountLaunches(TorchDispatchMode):
         self.phase = "other"
 
     def add(self, operation: str, num_launches: int) -> None:
+        """Add launches of an operation to the current phase."""
         if num_launches:
             self.counts[self.phase] += num_launches
             self.operations[f"{self.phase}: {operation}"] += num_launches
@@ -83,7 +84,7 @@ def count_kernels(function: Any, args: Any, kwargs: Any, out: Any) -> int:
     if name in NO_LAUNCH or _is_view(function):
         return 0
     if name.startswith(("_foreach_", "_fused_")):
-        return _count_of_lists(name, function, args, out)
+        return _count_list_launches(name, args, out)
     return KERNELS[name](args) if name in KERNELS else 1
 
 
@@ -94,13 +95,15 @@ def _is_view(function: Any) -> bool:
     return not schema.is_mutable and any(aliases)
 
 
-def _count_of_lists(name: str, function: Any, args: Any, out: Any) -> int:
+def _count_list_launches(name: str, args: Any, out: Any) -> int:
+    """Return the launches of an operation on lists of tensors."""
     lists = [
         value
         for value in (*args, out)
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor)
     ]
-    if name == "_foreach_norm":  # the norms of blocks, then of tensors; their memory is zeroed
+    if name == "_foreach_norm":
+        # Two more kernels zero the memory of the blocks' norms and reduce them to one per tensor.
         return _count_multi_tensor_launches(lists[0], 1) + 2
     if name in LISTS:
         lists = [tensors for tensors in args[: 1 + len(LISTS[name])] if tensors]
@@ -126,6 +129,7 @@ def _can_take_fast_path(lists: list[Any], may_convert: bool) -> bool:
 
 
 def _count_multi_tensor_launches(tensors: Any, num_lists: int) -> int:
+    """Return the launches of `multi_tensor_apply`, which starts one when a limit is reached."""
     launches = num_tensors = num_blocks = 0
     for tensor in tensors:
         num_tensors += 1
