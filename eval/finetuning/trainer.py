@@ -25,7 +25,7 @@ from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.eval.training_views import build_train_loader, build_train_view
 from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import schedules
-from ssl_pretrain.parallel import batch_norm, cpu_convolutions
+from ssl_pretrain.parallel import batch_norm
 
 SEED = 0
 HEAD_STD = 0.02  # standard deviation of initial classifier weights, as in DeiT and MAE
@@ -102,8 +102,7 @@ def train(
     """
     local_batch_size = protocol.batch_size // process_group.world_size()
     batch_norm.convert(model, local_batch_size, protocol.batch_size)
-    if run.execution.autocast and run.device.type == "cpu":
-        cpu_convolutions.avoid_wrong_gradients(model)
+    run.execution.correct_convolutions(model)
     model.train()
     optimizer = build_optimizer(model, protocol)
     ema_model = ModelEmaV3(model, decay=ema_decay) if ema_decay else None

@@ -9,8 +9,8 @@ import torch
 Request = TypeVar("Request")
 Draws = TypeVar("Draws")
 
-# On a CPU the thread would take its time from the network's computation.
-AHEAD_ON = ("cuda",)
+# Types of devices. On a CPU the thread would take its time from the network's computation.
+THREADED_DEVICES = ("cuda",)
 
 
 def draw_ahead(
@@ -27,7 +27,7 @@ def draw_ahead(
         requests: The requests, which may be endless. One is taken ahead.
         device: Device of the batches.
     """
-    if device.type not in AHEAD_ON:
+    if device.type not in THREADED_DEVICES:
         yield from ((request, draw(request)) for request in requests)
         return
     previous: tuple[Request, Future[Draws]] | None = None

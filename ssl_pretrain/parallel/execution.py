@@ -149,9 +149,13 @@ class Execution:
         module = module.to(device=self.device, dtype=self.dtype)
         if self.memory_format == torch.channels_last and not is_sharded:
             module = module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.correct_convolutions(module)
+        return module
+
+    def correct_convolutions(self, module: nn.Module) -> None:
+        """Make convolutions use float32 on a CPU where their bfloat16 gradients would be wrong."""
         if self.autocast and self.device.type == "cpu":
             cpu_convolutions.avoid_wrong_gradients(module)
-        return module
 
 
 def resolve_precision(config: ParallelConfig, device: torch.device) -> str:

@@ -26,7 +26,7 @@ PACKAGE = Path(ssl_pretrain.__file__).parent
 TESTS = Path(__file__).parents[1]
 # Where Triton's interpreter compares the values of a module's kernels with those of plain code.
 INTERPRETED = {
-    "ssl_pretrain.losses.tiles_triton": "losses/test_tiles_triton.py",
+    "ssl_pretrain.losses.tile_kernels_triton": "losses/test_tiles_triton.py",
     "ssl_pretrain.optim.scaling_triton": "optim/test_scaling.py",
     "ssl_pretrain.views.color_triton": "views/test_color_triton.py",
 }
@@ -112,5 +112,7 @@ def test_blocks_that_do_not_fit_are_found(monkeypatch):
         fake_step.take_step(
             *fake_step.build(fake_step.load("moco_v3_cifar10", "parallel.precision=float32"))
         )
-    with pytest.raises(AssertionError, match=r"_log_sum_exp takes .* of 232448 bytes on sm_90"):
+    with pytest.raises(
+        AssertionError, match=r"log_sum_exp_kernel takes .* of 232448 bytes on sm_90"
+    ):
         check_limit(shared, 90)

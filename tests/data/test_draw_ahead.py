@@ -23,7 +23,7 @@ VIEWS = ViewsConfig(
 
 @pytest.fixture
 def ahead_on_cpu(monkeypatch):
-    monkeypatch.setattr(module, "AHEAD_ON", ("cpu",))
+    monkeypatch.setattr(module, "THREADED_DEVICES", ("cpu",))
 
 
 @pytest.mark.parametrize("kind", ["device", "folder"])
@@ -31,7 +31,7 @@ def ahead_on_cpu(monkeypatch):
 def test_batches_have_the_same_bits_in_the_same_order(kind, first_step, monkeypatch):
     source = open_source(DataConfig("digits"), "val")
     expected = digests(build_loader(source, VIEWS, kind, global_batch_size=120), first_step, 6)
-    monkeypatch.setattr(module, "AHEAD_ON", ("cpu",))
+    monkeypatch.setattr(module, "THREADED_DEVICES", ("cpu",))
     ahead = digests(build_loader(source, VIEWS, kind, global_batch_size=120), first_step, 6)
     assert ahead == expected and len(set(ahead)) == 6
 
@@ -54,7 +54,7 @@ def test_the_next_request_is_drawn_while_the_current_one_is_used(ahead_on_cpu):
 
 @pytest.mark.parametrize("devices", [(), ("cpu",)])
 def test_an_error_is_raised_when_its_request_is_due(devices, monkeypatch):
-    monkeypatch.setattr(module, "AHEAD_ON", devices)
+    monkeypatch.setattr(module, "THREADED_DEVICES", devices)
     draws = draw_ahead(lambda request: 6 // (2 - request), range(4), CPU)
     assert [next(draws), next(draws)] == [(0, 3), (1, 6)]
     with pytest.raises(ZeroDivisionError):

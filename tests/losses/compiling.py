@@ -17,19 +17,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ssl_pretrain.losses import tiles_triton
+from ssl_pretrain.losses.tile_kernels_triton import log_sum_exp_kernel, weighted_sum_kernel
 
 KERNELS = {
-    "log_sum_exp": (tiles_triton._log_sum_exp, {}),
+    "log_sum_exp": (log_sum_exp_kernel, {}),
     "weighted_sum, by row": (
-        tiles_triton._weighted_sum,
+        weighted_sum_kernel,
         {"HAS_ROW_TERMS": True, "HAS_COLUMN_TERMS": False},
     ),
     "weighted_sum, by column": (
-        tiles_triton._weighted_sum,
+        weighted_sum_kernel,
         {"HAS_ROW_TERMS": False, "HAS_COLUMN_TERMS": True},
     ),
     "weighted_sum, by both": (
-        tiles_triton._weighted_sum,
+        weighted_sum_kernel,
         {"HAS_ROW_TERMS": True, "HAS_COLUMN_TERMS": True},
     ),
 }
