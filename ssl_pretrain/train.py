@@ -20,7 +20,7 @@ from ssl_pretrain.checkpoint import checkpoints, folder, rank_agreement
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import workers
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.distributed.straggler import Straggler
+from ssl_pretrain.distributed.straggler import StragglerMonitor
 from ssl_pretrain.monitoring.collapse import CollapseError
 from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.parallel import memory
@@ -95,11 +95,12 @@ def _train(
     config: RunConfig, device: torch.device, stop_after: int | None, preempt_at: int | None
 ) -> Outcome:
     with build_training(config, device, stop_after, preempt_at) as training:
-        step, straggler = training.num_steps_done, Straggler(config.log.every_steps)
+        step = training.num_steps_done
+        straggler_monitor = StragglerMonitor(config.log.every_steps)
         for progress, batch in training.steps():
             step = progress.step + 1  # records and checkpoints count from 1
             learning_rates = training.set_learning_rates(progress)
-            slowest_rank = Measurements(straggler.measure(step))
+            slowest_rank = Measurements(straggler_monitor.measure(step))
             output = training.stepper(progress, batch)
             measurements = training.measure(step, output) | slowest_rank
             training.logger.log_step(step, output.logs, learning_rates, measurements)

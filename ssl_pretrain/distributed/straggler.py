@@ -13,8 +13,8 @@ NUM_IN_A_ROW = 5  # measurements with the same slowest rank before it is reporte
 
 
 @dataclass
-class Straggler:
-    """Meter of the time that all ranks wait for the slowest one between steps.
+class StragglerMonitor:
+    """Monitor of the time that all ranks wait for the slowest one between steps.
 
     Between steps a rank spends its time on images, CPU work and logging. Within a step all ranks
     wait for each other in every collective.

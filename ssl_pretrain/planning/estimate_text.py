@@ -11,7 +11,8 @@ from ssl_pretrain.planning.checkpoint_plan import CheckpointPlan
 from ssl_pretrain.planning.communication import Cluster
 from ssl_pretrain.planning.estimate import Estimate, StepTime
 
-AT_LEAST, AT_MOST = "at least ", "at most "  # before times that are lower bounds
+# Prefixes of times that are lower bounds, and of rates that are then upper bounds.
+AT_LEAST, AT_MOST = "at least ", "at most "
 NUM_IMAGENET_IMAGES = 1_281_167  # training images of ImageNet-1k
 
 

@@ -8,19 +8,19 @@ import time
 from conftest import run_ranks
 
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.distributed.straggler import Straggler
+from ssl_pretrain.distributed.straggler import StragglerMonitor
 from ssl_pretrain.system.watchdog import watchdog
 
 
 def take_steps(num_steps, seconds_late):
-    straggler, records, stderr = Straggler(every_steps=1), [], io.StringIO()
+    monitor, records, stderr = StragglerMonitor(every_steps=1), [], io.StringIO()
     with contextlib.redirect_stderr(stderr):
         for step in range(1, num_steps + 1):
             watchdog.arm(100.0, f"waiting for the images of step {step}", "")
             time.sleep(0.1 + seconds_late * (process_group.rank() == 2))
             watchdog.arm(100.0, f"training step {step}", "")
             time.sleep(0.1)
-            records.append(straggler.measure(step))
+            records.append(monitor.measure(step))
     watchdog.disarm()
     return records, stderr.getvalue()
 
@@ -48,11 +48,11 @@ def test_fewer_measurements_name_no_rank():
 
 
 def test_only_every_nth_step_is_measured_and_one_rank_never():
-    assert Straggler(every_steps=1).measure(1) == {}
+    assert StragglerMonitor(every_steps=1).measure(1) == {}
     results = run_ranks(measure_every_other_step, world_size=2)
     assert results == [[False, True, False, True]] * 2
 
 
 def measure_every_other_step():
-    straggler = Straggler(every_steps=2)
-    return ["straggler" in straggler.measure(step) for step in (1, 2, 3, 4)]
+    monitor = StragglerMonitor(every_steps=2)
+    return ["straggler" in monitor.measure(step) for step in (1, 2, 3, 4)]
