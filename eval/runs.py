@@ -22,8 +22,13 @@ from ssl_pretrain.views import recipe
 # Sections and single keys that an evaluation of a run or of external weights may override.
 RUN_SECTIONS = ("data", "evaluation", "parallel.precision")
 EXTERNAL_SECTIONS = (
-    *("backbone", "data", "views", "evaluation", "parallel.precision"),
-    *("seed", "output"),
+    "backbone",
+    "data",
+    "views",
+    "evaluation",
+    "parallel.precision",
+    "seed",
+    "output",
 )
 
 

@@ -63,10 +63,8 @@ def _checkpoint_contexts(norms: list[Any], is_selective: bool) -> tuple[Context,
     if not is_selective:
         return nullcontext(), _freeze_statistics(norms, nullcontext())
     forward, recomputation = create_selective_checkpoint_contexts(_checkpoint_policy)
-    return (
-        _without_cached_casts(forward),
-        _freeze_statistics(norms, _without_cached_casts(recomputation)),
-    )
+    recomputation = _freeze_statistics(norms, _without_cached_casts(recomputation))
+    return _without_cached_casts(forward), recomputation
 
 
 def _checkpoint_policy(

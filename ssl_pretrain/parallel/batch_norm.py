@@ -96,7 +96,10 @@ class GroupBatchNorm(nn.Module):
             views = slices[index::num_groups]
             y = F.batch_norm(
                 views[0] if len(views) == 1 else torch.cat(views),
-                *(means[index], variances[index], self.weight, self.bias),
+                means[index],
+                variances[index],
+                self.weight,
+                self.bias,
                 training=True,
                 momentum=self.momentum,
                 eps=self.eps,
