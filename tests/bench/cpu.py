@@ -1,13 +1,13 @@
-"""Compare training on a CPU with the settings of before and with lightly's own loop.
+"""Compare training on a CPU with the earlier settings and with lightly's own loop.
 
 PYTHONPATH=. .venv/bin/python tests/bench/cpu.py --data cifar10.zip [--rounds 9]
 
 Each candidate is a process of its own that trains from the images of CIFAR-10, with the loader, on
 two cores. It takes one segment of steps when its turn comes, so all candidates share the same slow
-and fast minutes of the machine. "Before" is float32, with glibc's default of returning freed memory
-to the system, and for the CIFAR-10 preset two ranks of one thread. lightly's loop is the one of its
-SimCLR example, with the same network, batch and views, in float32. Install lightly for it, or leave
-it out with --without-lightly.
+and fast minutes of the machine. The earlier settings are float32, with glibc's default of returning
+freed memory to the system, and, for the CIFAR-10 preset, two ranks of one thread. lightly's loop is
+that of its SimCLR example, with the same network, batch and views, in float32. Install lightly for
+it, or leave it out with --without-lightly.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from measure import format_mib, versions
 ROOT = Path(__file__).resolve().parents[2]
 NUM_CORES = 2
 NUM_LIGHTLY_IMAGES = 10_000  # images that are unpacked for lightly's folder
-BEFORE = ("parallel.precision=float32",)
+FLOAT32, TWO_THREADS = "parallel.precision=float32", "parallel.threads=2"
 QUIET = (
     "epochs=1000",
     "checkpoint.every_epochs=0",
@@ -55,21 +55,36 @@ class Candidate:
     name: str
     overrides: tuple[str, ...] = ()
     config: str = "configs/simclr_cifar10_cpu.yaml"
-    ranks: int = 1
+    num_ranks: int = 1
     keeps_memory: bool = True
-    lightly_workers: int = -1  # -1: our trainer
-    steps: int = 8  # per segment
-    seconds: list[float] = field(default_factory=list)
+    lightly_workers: int | None = None  # None for our trainer
+    batch_size: int = 256
+    num_steps: int = 8  # per segment
+    segment_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+
+    @property
+    def is_lightly(self) -> bool:
+        """True if lightly's loop trains."""
+        return self.lightly_workers is not None
+
+    def describe(self) -> str:
+        """Return the median and the range of the speed, and the peak memory."""
+        num_images = self.batch_size * self.num_steps
+        speeds = sorted(num_images / seconds for seconds in self.segment_seconds)
+        return (
+            f"{statistics.median(speeds):,.0f} images/s ({speeds[0]:,.0f} to {speeds[-1]:,.0f}), "
+            f"peak memory {format_mib(self.peak_bytes)}"
+        )
 
 
 SCENARIOS = {
     "resnet_96px": [
-        Candidate("before", (*IMAGES_96, *BEFORE, "parallel.threads=2"), keeps_memory=False),
-        Candidate("shipped", (*IMAGES_96, "parallel.threads=2")),
+        Candidate("earlier", (*IMAGES_96, FLOAT32, TWO_THREADS), batch_size=64, keeps_memory=False),
+        Candidate("shipped", (*IMAGES_96, TWO_THREADS), batch_size=64),
     ],
     "cifar10": [
-        Candidate("before", (*BEFORE, "parallel.threads=1"), ranks=2, keeps_memory=False),
+        Candidate("earlier", (FLOAT32, "parallel.threads=1"), num_ranks=2, keeps_memory=False),
         Candidate("shipped"),
         Candidate("lightly, no workers", lightly_workers=0),
         Candidate("lightly, 2 workers", lightly_workers=2),
@@ -80,21 +95,21 @@ SCENARIOS = {
 class GatedLoader:
     """Loader that waits for the parent's word before each segment of steps."""
 
-    def __init__(self, loader: Any, connection: Connection | None, steps: int):
-        self.loader, self.connection, self.steps = loader, connection, steps
+    def __init__(self, loader: Any, connection: Connection | None, num_steps: int):
+        self.loader, self.connection, self.num_steps = loader, connection, num_steps
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
 
     def iterate_from(self, step: int) -> Iterator[Any]:
-        yield from gate(self.loader.iterate_from(step), self.connection, self.steps)
+        yield from gate(self.loader.iterate_from(step), self.connection, self.num_steps)
 
 
-def gate(batches: Iterator[Any], connection: Connection | None, steps: int) -> Iterator[Any]:
-    """Yield batches. After every `steps` of them, report the seconds and wait for the next turn."""
+def gate(batches: Iterator[Any], connection: Connection | None, num_steps: int) -> Iterator[Any]:
+    """Yield batches. After each segment, report its seconds and wait for the next turn."""
     start = time.perf_counter()
     for number, batch in enumerate(batches):
-        if number % steps == 0 and connection is not None:
+        if number % num_steps == 0 and connection is not None:
             connection.send(time.perf_counter() - start)
             connection.recv()
             start = time.perf_counter()
@@ -116,7 +131,7 @@ def train_ours(candidate: Candidate, data: str, output: str, connection: Connect
     @contextmanager
     def build_gated_loader(*arguments: Any, **keywords: Any) -> Iterator[Any]:
         with build_loader(*arguments, **keywords) as loader:
-            yield GatedLoader(loader, connection, candidate.steps)
+            yield GatedLoader(loader, connection, candidate.num_steps)
 
     build.build_loader = build_gated_loader
     overrides = [f"data.root={data}", *QUIET, *candidate.overrides, f"output={output}"]
@@ -156,8 +171,8 @@ def train_lightly(candidate: Candidate, folder: str, connection: Connection) -> 
         batch_size=settings.global_batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=candidate.lightly_workers,
-        persistent_workers=candidate.lightly_workers > 0,
+        num_workers=candidate.lightly_workers or 0,
+        persistent_workers=bool(candidate.lightly_workers),
     )
     backbone = backbones.build(settings.backbone, crop.size)
     hidden_dim, output_dim = settings.method.projector_dims
@@ -170,7 +185,7 @@ def train_lightly(candidate: Candidate, folder: str, connection: Connection) -> 
         while True:
             yield from loader
 
-    for batch in gate(endless(), connection, candidate.steps):
+    for batch in gate(endless(), connection, candidate.num_steps):
         x0, x1 = batch[0]
         loss = criterion(model(x0), model(x1))
         loss.backward()
@@ -182,7 +197,7 @@ def run_child(description: str, address: str, data: str) -> None:
     """Train as the parent has described, and connect to it on rank 0."""
     candidate = Candidate(**json.loads(description))
     connection = Client(address) if os.environ.get("RANK", "0") == "0" else None
-    if candidate.lightly_workers >= 0:
+    if candidate.is_lightly:
         assert connection is not None
         train_lightly(candidate, data, connection)
     else:
@@ -195,8 +210,13 @@ class Child:
     def __init__(self, candidate: Candidate, data: str, folder: Path):
         self.candidate, address = candidate, str(folder / f"{candidate.name}.socket")
         launcher = [sys.executable]
-        if candidate.ranks > 1:
-            launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(candidate.ranks)]
+        if candidate.num_ranks > 1:
+            launcher += [
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                str(candidate.num_ranks),
+            ]
         arguments = ["--child", json.dumps(asdict(candidate)), "--address", address]
         path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         log = folder / f"{candidate.name}.log"
@@ -246,13 +266,13 @@ def measure(candidates: list[Candidate], data: str, images: str, rounds: int) ->
         children: list[Child] = []
         try:
             for candidate in candidates:
-                source = images if candidate.lightly_workers >= 0 else data
+                source = images if candidate.is_lightly else data
                 children.append(Child(candidate, source, Path(name)))
             for number in range(rounds + 1):
                 for child in children:
                     seconds = child.take_segment()
                     if number:
-                        child.candidate.seconds.append(seconds)
+                        child.candidate.segment_seconds.append(seconds)
         finally:
             for child in children:
                 child.end()
@@ -266,13 +286,31 @@ def unpack_images(archive: Path, folder: Path) -> None:
         file.extractall(folder, names[:: max(1, len(names) // NUM_LIGHTLY_IMAGES)])
 
 
-def ratio(slow: Candidate, fast: Candidate, scale: float = 1.0) -> float:
+def compare(slow: Candidate, fast: Candidate) -> float:
     """Return the median over the rounds of the ratio of two candidates' times per step."""
-    pairs = zip(slow.seconds, fast.seconds)
-    return scale * statistics.median(a / slow.steps / (b / fast.steps) for a, b in pairs)
+    pairs = zip(slow.segment_seconds, fast.segment_seconds)
+    return statistics.median(a / slow.num_steps / (b / fast.num_steps) for a, b in pairs)
 
 
-def main() -> None:
+def measure_scenarios(data: str, images: str, rounds: int, with_lightly: bool) -> dict[str, float]:
+    """Measure all scenarios, print their speeds, and return the ratios by name."""
+    ratios = {}
+    for scenario, candidates in SCENARIOS.items():
+        candidates = [one for one in candidates if with_lightly or not one.is_lightly]
+        measure(candidates, data, images, rounds)
+        for candidate in candidates:
+            print(f"{scenario}, {candidate.name}: {candidate.describe()}", flush=True)
+        earlier, shipped, *peers = candidates
+        ratios[scenario] = compare(earlier, shipped)
+        ratios[f"{scenario}_peak_memory"] = shipped.peak_bytes / earlier.peak_bytes
+        if peers:
+            fastest = min(peers, key=lambda peer: statistics.median(peer.segment_seconds))
+            ratios[f"{scenario}_vs_lightly"] = compare(fastest, shipped)
+    return ratios
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the options. The last two are for the processes of candidates."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -282,39 +320,23 @@ def main() -> None:
     parser.add_argument("--without-lightly", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = build_parser().parse_args()
     if options.child:
         run_child(options.child, options.address, str(options.data))
         return
-    with tempfile.TemporaryDirectory() as images:
-        if not options.without_lightly:
-            unpack_images(options.data, Path(images))
-        torch.set_num_threads(NUM_CORES)
-        print(versions("timm", *([] if options.without_lightly else ["lightly"])))
-        ratios = {}
-        for scenario, candidates in SCENARIOS.items():
-            if options.without_lightly:
-                candidates = [c for c in candidates if c.lightly_workers < 0]
-            measure(candidates, str(options.data), f"{images}/train", options.rounds)
-            for candidate in candidates:
-                print(f"{scenario}, {candidate.name}: {describe(candidate, scenario)}")
-            before, shipped, *peers = candidates
-            ratios[scenario] = ratio(before, shipped)
-            ratios[f"{scenario}_peak_memory"] = shipped.peak_bytes / before.peak_bytes
-            if peers:
-                peer = min(peers, key=lambda peer: statistics.median(peer.seconds))
-                ratios[f"{scenario}_vs_lightly"] = ratio(peer, shipped)
+    with_lightly = not options.without_lightly
+    torch.set_num_threads(NUM_CORES)
+    print(versions("timm", *(["lightly"] if with_lightly else [])))
+    with tempfile.TemporaryDirectory() as folder:
+        if with_lightly:
+            unpack_images(options.data, Path(folder))
+        images = f"{folder}/train"
+        ratios = measure_scenarios(str(options.data), images, options.rounds, with_lightly)
     print("ratios:", *(f"{name}={value:.2f}" for name, value in ratios.items()))
-
-
-def describe(candidate: Candidate, scenario: str) -> str:
-    """Return the median and the range of the speed, and the peak memory."""
-    batch = 64 if scenario == "resnet_96px" else 256
-    speeds = sorted(batch * candidate.steps / seconds for seconds in candidate.seconds)
-    return (
-        f"{statistics.median(speeds):,.0f} images/s ({speeds[0]:,.0f} to {speeds[-1]:,.0f}), "
-        f"peak memory {format_mib(candidate.peak_bytes)}"
-    )
 
 
 if __name__ == "__main__":
