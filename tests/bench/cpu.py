@@ -226,7 +226,6 @@ class Child:
                 env=os.environ | {"PYTHONPATH": path},
                 stdout=subprocess.DEVNULL,
                 stderr=log.open("w"),
-                start_new_session=True,
             )
             self.connection = listener.accept()
         try:
@@ -241,18 +240,21 @@ class Child:
 
     def end(self) -> None:
         """Record the peak memory of all processes, and end them."""
-        pids = [path.name for path in Path("/proc").iterdir() if path.name.isdecimal()]
+        pids = [self.process.pid, *find_descendants(self.process.pid)]
+        self.candidate.peak_bytes = sum(read_peak_bytes(pid) for pid in pids)
         for pid in pids:
-            try:
-                if os.getsid(int(pid)) == self.process.pid:
-                    self.candidate.peak_bytes += read_peak_bytes(pid)
-            except (OSError, StopIteration):
-                continue
-        os.killpg(self.process.pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
-def read_peak_bytes(pid: str) -> int:
+def find_descendants(pid: int) -> list[int]:
+    """Return the processes that a process has started, directly or not."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    children = [int(child) for child in path.read_text().split()]
+    return children + [grandchild for child in children for grandchild in find_descendants(child)]
+
+
+def read_peak_bytes(pid: int) -> int:
     """Return the peak of the resident memory of a process that trains, else 0."""
     if b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes():
         return 0  # the launcher of the ranks
