@@ -20,6 +20,7 @@ from ssl_pretrain.parallel import batch_norm, memory
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.step import Stepper
+from ssl_pretrain.system import allocator
 
 pytestmark = pytest.mark.promise
 
@@ -213,6 +214,8 @@ def test_a_peak_counts_the_memory_held_at_once():
         for _ in range(2):
             torch.ones(2**26)  # 256 MiB
 
+    # A process that keeps freed memory may take new memory for a second block.
+    allocator.release_freed_memory()
     assert 250 * 2**20 < memory.measure_peak_bytes(allocate_one_after_another, CPU) < 300 * 2**20
 
 

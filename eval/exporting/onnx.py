@@ -116,7 +116,7 @@ def open_session(path: Path) -> ImageEmbedder:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def embed(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
+        return torch.from_numpy(session.run(None, {"images": images.contiguous().cpu().numpy()})[0])
 
     return embed
 
@@ -170,7 +170,7 @@ class _CalibrationReader:
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         images = next(self.batches, None)
-        return None if images is None else {"images": images.contiguous().numpy()}
+        return None if images is None else {"images": images.contiguous().cpu().numpy()}
 
 
 def median_milliseconds(embedders: dict[str, ImageEmbedder], images: Tensor) -> dict[str, float]:
