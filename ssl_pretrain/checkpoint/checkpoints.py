@@ -93,9 +93,10 @@ class Checkpoints:
         return step == self.facts.last_step or at_interval
 
     def save(self, step: int, wait: bool = True) -> None:
-        """Copy the state to host memory, write the checkpoint of a step, and prune older ones.
+        """Write the checkpoint of a step, and prune older ones.
 
-        An asynchronous save is written by a thread while training continues.
+        An asynchronous save copies the state to host memory, and a thread writes it while training
+        continues.
 
         Args:
             step: Optimizer steps done.

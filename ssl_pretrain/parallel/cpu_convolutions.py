@@ -18,7 +18,8 @@ def avoid_wrong_gradients(module: nn.Module) -> None:
     """Make all 2d convolutions in `module` use float32 where bfloat16 gradients may be wrong."""
     for child in module.modules():
         if isinstance(child, nn.Conv2d) and not isinstance(child.forward, partial):
-            child.forward = partial(_forward_checked, child, child.forward)  # type: ignore[method-assign]
+            forward = partial(_forward_checked, child, child.forward)
+            child.forward = forward  # type: ignore[method-assign]
 
 
 def _forward_checked(

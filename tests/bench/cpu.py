@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from measure import format_mib, versions
 
+from ssl_pretrain.system.import_path import child_environment
+
 ROOT = Path(__file__).resolve().parents[2]
 NUM_CORES = 2
 NUM_LIGHTLY_IMAGES = 10_000  # images that are unpacked for lightly's folder
@@ -218,12 +220,11 @@ class Child:
                 str(candidate.num_ranks),
             ]
         arguments = ["--child", json.dumps(asdict(candidate)), "--address", address]
-        path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         log = folder / f"{candidate.name}.log"
         with Listener(address) as listener:
             self.process = subprocess.Popen(
                 [*launcher, __file__, *arguments, "--data", data],
-                env=os.environ | {"PYTHONPATH": path},
+                env=child_environment(),
                 stdout=subprocess.DEVNULL,
                 stderr=log.open("w"),
             )

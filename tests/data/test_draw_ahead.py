@@ -37,17 +37,17 @@ def test_batches_have_the_same_bits_in_the_same_order(kind, first_step, monkeypa
 
 
 def test_the_next_request_is_drawn_while_the_current_one_is_used(ahead_on_cpu):
-    drawn = [threading.Event() for _ in range(5)]
+    events = [threading.Event() for _ in range(5)]
 
     def draw(request):
-        drawn[request].set()
+        events[request].set()
         return threading.current_thread().name
 
     draws = draw_ahead(draw, itertools.count(), CPU)
     request, thread_name = next(draws)
     assert request == 0 and thread_name.startswith("draw_ahead")
-    assert drawn[1].wait(10) and not drawn[2].is_set()
-    assert next(draws)[0] == 1 and drawn[2].wait(10) and not drawn[3].is_set()
+    assert events[1].wait(10) and not events[2].is_set()
+    assert next(draws)[0] == 1 and events[2].wait(10) and not events[3].is_set()
     draws.close()
     assert not any(thread.name.startswith("draw_ahead") for thread in threading.enumerate())
 

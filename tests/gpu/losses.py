@@ -44,7 +44,7 @@ def plain_image_text(z_a: Tensor, z_b: Tensor) -> Tensor:
 
 def build_public_losses() -> dict[str, Loss | str]:
     """Return the public losses by name, or "not installed" in their place."""
-    found: dict[str, Loss | str] = {
+    losses: dict[str, Loss | str] = {
         "open_clip ClipLoss": "not installed",
         "Inf-CL": "not installed",
     }
@@ -52,7 +52,7 @@ def build_public_losses() -> dict[str, Loss | str]:
         from open_clip.loss import ClipLoss
 
         criterion = ClipLoss()
-        found["open_clip ClipLoss"] = lambda z_a, z_b: criterion(
+        losses["open_clip ClipLoss"] = lambda z_a, z_b: criterion(
             F.normalize(z_a, dim=1), F.normalize(z_b, dim=1), SCALE
         )
     except ImportError:
@@ -65,10 +65,10 @@ def build_public_losses() -> dict[str, Loss | str]:
             scale = torch.tensor(SCALE, device=a.device)
             return (cal_inf_loss(a, b, scale=scale) + cal_inf_loss(b, a, scale=scale)) / 2
 
-        found["Inf-CL"] = inf_cl
+        losses["Inf-CL"] = inf_cl
     except ImportError:
         pass
-    return found
+    return losses
 
 
 def measure(size: tuple[int, int], device: torch.device, repeats: int) -> dict[str, Any]:

@@ -27,9 +27,9 @@ def run_rank(rank: int, port: int, backend: str) -> None:
     dist.init_process_group(backend, rank=rank, world_size=2, timeout=TIMEOUT)
     x = torch.full((1024,), float(rank + 1), device=device)
     dist.all_reduce(x)
-    parts = [torch.empty_like(x) for _ in range(2)]
-    dist.all_gather(parts, x)
-    assert x.tolist() == [3.0] * 1024 and all(torch.equal(part, x) for part in parts)
+    gathered = [torch.empty_like(x) for _ in range(2)]
+    dist.all_gather(gathered, x)
+    assert x.tolist() == [3.0] * 1024 and all(torch.equal(tensor, x) for tensor in gathered)
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""What saves launches, memory or compilation on a GPU has the same results as without it."""
+"""Savings of launches, memory and compilation on a GPU do not change results."""
 
 import subprocess
 import sys

@@ -1,15 +1,12 @@
 """The fused kernels without a GPU, run by Triton's interpreter in a separate process."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import kernels
 import numpy as np
 import pytest
 import torch
+import triton_interpreter
 
 from ssl_pretrain.losses import tiles
 from ssl_pretrain.losses.backend import BACKENDS, backend_for
@@ -17,7 +14,6 @@ from ssl_pretrain.losses.backend import BACKENDS, backend_for
 pytestmark = pytest.mark.promise
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")
-ROOT = Path(__file__).parents[2]
 
 
 def _parse_release(module):
@@ -29,17 +25,12 @@ def _parse_release(module):
     reason=f"the interpreter of Triton {triton.__version__} does not work with numpy 2.5",
 )
 def test_the_kernels_equal_the_tiles():
-    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, "tests/losses/kernels.py", "cpu"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = [line.split("  ", 1) for line in result.stdout.splitlines()]
-    errors = {name.partition(":")[0]: float(error) for error, name in lines}
+    lines = triton_interpreter.run_script("tests/losses/kernels.py", "cpu")
+    errors = {name.partition(":")[0]: error for error, name in lines}
     num_half_cases = sum(map(len, kernels.HALF_CASES.values())) + len(kernels.HALF_LOSSES)
     assert len(errors) == len(kernels.CASES) + 2 * num_half_cases
     for name, error in errors.items():
-        assert error < kernels.largest_allowed_error(name), result.stdout
+        assert error < kernels.largest_allowed_error(name), lines
 
 
 def test_the_kernels_only_support_cuda_and_up_to_32_bits():

@@ -1,36 +1,17 @@
 """Without a GPU, the scaling kernel is interpreted, and compiled for each architecture."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import triton_interpreter
 
 from ssl_pretrain.optim import scaling
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_kernel_equals_torchs_operations():
     pytest.importorskip("triton", reason="no Triton for this platform")
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
-    result = subprocess.run(
-        [sys.executable, "tests/optim/interpreted_scaling.py"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = [line.split("  ") for line in result.stdout.splitlines()]
+    lines = triton_interpreter.run_script("tests/optim/interpreted_scaling.py")
     assert len(lines) == 12
-    assert [line for line in lines if float(line[0]) != 0.0] == []
+    assert [line for line in lines if line[0] != 0.0] == []
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])

@@ -115,11 +115,11 @@ def test_the_drawing_for_cuda_has_timms_values_and_rate():
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(20_000, 1, dtype=dtype)
         keep_prob = torch.tensor(0.7, dtype=torch.float64)
-        drawn = drop_path._draw_on_device(keep_prob, [20_000, 1], dtype, True)
+        factors = drop_path._draw_on_device(keep_prob, [20_000, 1], dtype, True)
         expected = timm.layers.drop_path(x, 0.3, training=True)
-        assert drawn.dtype == dtype
-        assert torch.equal(drawn.unique(), expected.unique())
-        assert (drawn > 0).float().mean().item() == pytest.approx(0.7, abs=0.02)
+        assert factors.dtype == dtype
+        assert torch.equal(factors.unique(), expected.unique())
+        assert (factors > 0).float().mean().item() == pytest.approx(0.7, abs=0.02)
 
 
 def _train_traced(name, settings):

@@ -1,15 +1,13 @@
 """The line and the metric about compilation."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from ssl_pretrain.parallel import compile_report
+from ssl_pretrain.system.import_path import child_environment
 
-ROOT = Path(__file__).parents[2]
 CODE = """
 import torch
 from ssl_pretrain.parallel import compile_report
@@ -52,10 +50,7 @@ def test_nothing_is_reported_without_compilation():
 
 @pytest.mark.full
 def test_a_second_process_loads_all_graphs_from_the_cache(tmp_path):
-    environment = os.environ | {
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
+    environment = child_environment() | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     shares = []
     for _ in range(2):  # the folder is not the default, so there is no remedy
         result = subprocess.run(

@@ -20,7 +20,7 @@ from ssl_pretrain.parallel.synchronized_batch_norm import CUDASynchronizedNorm
 pytestmark = pytest.mark.promise
 
 CHANNELS = 3
-ROWS = [4, 1, 3]  # of each rank; different numbers show that each count meets its own mean
+ROWS = [4, 1, 3]  # rows per rank; different numbers show that each count meets its own mean
 WAITS = {"nonzero", "_local_scalar_dense", "index", "index_put_", "masked_select", "is_nonzero"}
 
 

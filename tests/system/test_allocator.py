@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not allocator.keep_freed_memory(), reason="needs glibc"
 )
 MIB = 2**20
-SIZES_MIB = (40, 10, 60, 25)  # of the tensors of a step; glibc returns all of them by default
+SIZES_MIB = (40, 10, 60, 25)  # tensors of a step; by default glibc returns their memory
 PROGRAM = f"""
 import resource, sys
 import torch

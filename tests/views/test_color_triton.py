@@ -1,14 +1,11 @@
 """Without a GPU, the color kernels are interpreted, and compiled for each architecture."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import triton_interpreter
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 import interpreted
@@ -20,7 +17,6 @@ from ssl_pretrain.views import color_triton
 from ssl_pretrain.views.color_parameters import draw_colors
 from ssl_pretrain.views.recipe import Crop
 
-ROOT = Path(__file__).parents[2]
 SWITCHES = [False, True]
 # The kernel, its constants with the authors' functions switched on or off, and its number of warps.
 KERNELS = {
@@ -53,26 +49,12 @@ TYPES = {
 
 
 def test_the_kernels_compute_the_same_colors_as_a_cpu():
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
-    result = subprocess.run(
-        [sys.executable, "tests/views/interpreted.py"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    differences = {
-        line.split("  ", 1)[1]: float(line.split()[0]) for line in result.stdout.splitlines()
-    }
+    lines = triton_interpreter.run_script("tests/views/interpreted.py")
+    differences = {name: difference for difference, name in lines}
     assert set(differences) == set(interpreted.CASES)
     # One gray level is 1 / 255 / 0.2 = 0.02 of a normalized view. The kernels sum in a different
     # order, which changes the last digits.
-    assert max(differences.values()) < 2e-5, result.stdout
+    assert max(differences.values()) < 2e-5, differences
 
 
 @pytest.mark.parametrize("use_authors_functions", SWITCHES)
