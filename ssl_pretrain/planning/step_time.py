@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,7 +22,7 @@ from ssl_pretrain.planning import recorder
 from ssl_pretrain.planning.step_trace import HALFWAY
 from ssl_pretrain.system import allocator
 from ssl_pretrain.views import recipe
-from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views.batch import Batch, concatenate
 
 READ_BATCH_SIZE = 16
 NUM_READ_BATCHES = 4  # the first one warms up
@@ -96,7 +96,7 @@ def measure_reading(config: RunConfig, source: Source) -> Reading:
     seconds = [min(times[warm_up:]) for times in (worker_seconds, color_seconds)]
     worker, color = collectives.broadcast_object(seconds)
     return Reading(
-        _concatenate(batches),
+        concatenate(batches),
         worker / num_images,
         color / num_images,
         0 if source.explain_no_workers() else min(config.data.num_workers, num_cores),
@@ -157,8 +157,8 @@ class _Trial:
     def seconds(self, batch: Batch, num_images: int) -> float:
         """Take a step with the first images of a batch, and return its time."""
         method, optim_config, rows = self.method, self.config.optim, slice(num_images)
-        views = self.execution.place_views([view[rows] for view in batch.views])
-        batch = Batch(views, batch.labels[rows], batch.indices[rows])
+        batch = batch.rows(rows)
+        batch = replace(batch, views=self.execution.place_views(batch.views))
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         with self.execution.forward_context():
@@ -183,14 +183,6 @@ def _num_images(config: RunConfig, device: torch.device, num_read: int) -> int:
     while 2 * num_images <= most and config.global_batch_size % (2 * num_images) == 0:
         num_images *= 2
     return num_images
-
-
-def _concatenate(batches: list[Batch]) -> Batch:
-    return Batch(
-        [torch.cat(views) for views in zip(*(batch.views for batch in batches))],
-        torch.cat([batch.labels for batch in batches]),
-        torch.cat([batch.indices for batch in batches]),
-    )
 
 
 def _device() -> torch.device:

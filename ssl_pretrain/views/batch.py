@@ -1,11 +1,46 @@
-"""The batch of views that a method takes, and copies of tensors to a device."""
+"""The batch of views that a method takes, its masks, and copies of tensors to a device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import builtins
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MaskSet:
+    """Masks of one view of each image: sets of patches that a method names, such as "visible".
+
+    A patch is numbered row by row. The configuration fixes the number of indices per mask, so that
+    compiled code sees a single shape. A smaller mask is filled up with padding.
+
+    Attributes:
+        name: What the method calls the patches: "visible", "masked", "context" or "targets".
+        view: Index of the view in `Batch.views`.
+        indices: Numbers of the patches, int64 (B, masks per image, patches per mask).
+        valid: False for padding, whose index is 0, bool of the same shape.
+    """
+
+    name: str
+    view: int
+    indices: Tensor
+    valid: Tensor
+
+    def as_grid(self, num_patches: int, k: int = 0) -> Tensor:
+        """Return True for the patches of mask `k`, bool (B, num_patches).
+
+        Args:
+            num_patches: Patches of the view.
+            k: Index of the mask, for views with several masks per image.
+        """
+        indices, valid = self.indices[:, k], self.valid[:, k]
+        # Padding is written to one more column, which is then dropped.
+        columns = torch.where(valid, indices, num_patches)
+        grid = torch.zeros(len(indices), num_patches + 1, dtype=torch.bool, device=indices.device)
+        return grid.scatter_(1, columns, valid)[:, :num_patches]
 
 
 @dataclass(frozen=True)
@@ -18,14 +53,20 @@ class Batch:
         labels: int64 (B,), -1 for an image without a label.
         indices: int64 (B,), indices of the images in the source. An unreadable image keeps its
             index, but has the pixels and the label of its replacement.
+        masks: The masks of all views whose crop has `mask.kind`, in the order of the views.
     """
 
     views: list[Tensor]
     labels: Tensor
     indices: Tensor
+    masks: tuple[MaskSet, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def masks_named(self, name: str) -> list[MaskSet]:
+        """Return the masks with this name, one set per view that has them."""
+        return [masks for masks in self.masks if masks.name == name]
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device."""
@@ -33,6 +74,10 @@ class Batch:
             [view.to(device) for view in self.views],
             self.labels.to(device),
             self.indices.to(device),
+            tuple(
+                replace(masks, indices=masks.indices.to(device), valid=masks.valid.to(device))
+                for masks in self.masks
+            ),
         )
 
     def slice(self, index: int, num_slices: int) -> Batch:
@@ -46,8 +91,36 @@ class Batch:
                 f"a batch of {len(self)} images does not divide into {num_slices} equal slices"
             )
         size = len(self) // num_slices
-        rows = slice(index * size, (index + 1) * size)
-        return Batch([view[rows] for view in self.views], self.labels[rows], self.indices[rows])
+        return self.rows(builtins.slice(index * size, (index + 1) * size))
+
+    def rows(self, rows: builtins.slice) -> Batch:
+        """Return some of the images, with their masks."""
+        return Batch(
+            [view[rows] for view in self.views],
+            self.labels[rows],
+            self.indices[rows],
+            tuple(
+                replace(masks, indices=masks.indices[rows], valid=masks.valid[rows])
+                for masks in self.masks
+            ),
+        )
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Return one batch of the images of all batches, which have the same views and masks."""
+    return Batch(
+        [torch.cat(views) for views in zip(*(batch.views for batch in batches))],
+        torch.cat([batch.labels for batch in batches]),
+        torch.cat([batch.indices for batch in batches]),
+        tuple(
+            replace(
+                sets[0],
+                indices=torch.cat([masks.indices for masks in sets]),
+                valid=torch.cat([masks.valid for masks in sets]),
+            )
+            for sets in zip(*(batch.masks for batch in batches))
+        ),
+    )
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
