@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ssl_pretrain.models import image_size_check, published_weights, timm_networks
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.timm_networks import BackboneConfig
+from ssl_pretrain.models.transformer import TransformerBlocks
 
 REMEDY = "set backbone.name, backbone.stem and backbone.args as in the run that trained them"
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.compile, FSDP1
@@ -111,16 +112,27 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the names and modules of the repeated blocks of every backbone in `module`.
+    """Return the names and modules of the repeated blocks of every network in `module`.
 
-    They are in `blocks` of a ViT, in `layer1` to `layer4` of a ResNet, and in `stages` of other
-    timm networks. Each block is sharded, compiled or recomputed as a unit. Some networks have none.
+    They are in `blocks` of a ViT, in `layer1` to `layer4` of a ResNet, in `stages` of other timm
+    networks, and in the `TransformerBlocks` of predictors and decoders. Each block is sharded,
+    compiled or recomputed as a unit. Some networks have none.
     """
     return [
-        (f"{name}.model.{key}.{block_name}".lstrip("."), block)
-        for name, backbone in module.named_modules()
-        if isinstance(backbone, Backbone)
-        for key, stack in backbone.model.named_children()
+        (f"{name}.{block_name}".lstrip("."), block)
+        for name, network in module.named_modules()
+        for block_name, block in _own_blocks(network)
+    ]
+
+
+def _own_blocks(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    if isinstance(network, TransformerBlocks):
+        return list(network.named_children())
+    if not isinstance(network, Backbone):
+        return []
+    return [
+        (f"model.{key}.{block_name}", block)
+        for key, stack in network.model.named_children()
         if key.rstrip("0123456789") in ("blocks", "layer", "stages")
         for block_name, block in stack.named_children()
     ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ssl_pretrain.models import backbones, components
+from ssl_pretrain.models.transformer import TransformerBlocks
 from ssl_pretrain.parallel import batch_norm
 from ssl_pretrain.parallel.execution import ParallelConfig
 from ssl_pretrain.planning.hardware import Machine
@@ -144,6 +145,13 @@ def divide_into_units(method: nn.Module, num_calls: dict[str, int], num_shards: 
     rest = _count_weights(method, num_shards)
     result = []
     for name, network in method.named_modules():
+        if isinstance(network, TransformerBlocks):  # a predictor or decoder after the student
+            rest = _difference(rest, _count_weights(network, num_shards))
+            num_network_calls = num_calls.get("backbone", 1)
+            result += [
+                Unit(*_count_weights(block, num_shards), num_network_calls, True, True, False)
+                for _, block in backbones.blocks(network)
+            ]
         if not isinstance(network, components.Backbone):
             continue
         rest_of_network = _count_weights(network, num_shards)
