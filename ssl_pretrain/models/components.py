@@ -1,13 +1,16 @@
 """Components shared by the methods: backbones, MLPs, teachers and queues."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives
+from ssl_pretrain.models import tokens
 from ssl_pretrain.models.timm_networks import timm
+from ssl_pretrain.models.tokens import Tokens
 from ssl_pretrain.optim import schedules
 
 
@@ -22,6 +25,74 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the pooled features of the images."""
         return self.model(images)
+
+    def tokens(
+        self,
+        images: Tensor,
+        *,
+        masked: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        kept: Tensor | None = None,
+        valid: Tensor | None = None,
+        layers: Sequence[int] = (),
+        normalize: bool = True,
+    ) -> Tokens:
+        """Return one vector per patch, and the class token and registers.
+
+        Networks without patches give the positions of their last feature map instead. Their
+        feature maps are neither normalized nor masked.
+
+        Args:
+            images: Images of shape (B, 3, height, width).
+            masked: Patches that `mask_token` replaces before positions are added, bool (B, N).
+                Patches are numbered row by row.
+            mask_token: The method's vector for masked patches, (D,).
+            kept: Numbers of the patches that go through the blocks, int64 (B, L). The others are
+                dropped after positions are added.
+            valid: False for padding among `kept`, which no token attends to, bool (B, L).
+            layers: Numbers of blocks whose outputs are also returned, from the end if negative.
+            normalize: Apply the network's final norm to all outputs. Networks that normalize after
+                pooling apply that norm.
+
+        Raises:
+            ValueError: If the network has no such tokens, or the masks do not fit its patches.
+        """
+        return tokens.compute(
+            self.model,
+            self.embed_patches,
+            images,
+            masked=masked,
+            mask_token=mask_token,
+            kept=kept,
+            valid=valid,
+            layers=layers,
+            normalize=normalize,
+        )
+
+    def embed_patches(
+        self, images: Tensor, masked: Tensor | None, mask_token: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the input of a vision transformer's blocks, and its rotary angles or None."""
+        return tokens.embed_patches(self.model, images, masked, mask_token)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of class tokens and registers."""
+        return tokens.num_prefix_tokens(self.model)
+
+    @property
+    def token_dim(self) -> int:
+        """Width of the tokens."""
+        return tokens.token_dim(self.model)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels. For feature maps this is the stride."""
+        return tokens.patch_size(self.model)
+
+    def grid(self, image_size: int) -> tuple[int, int]:
+        """Return the number of rows and columns of patches in images of `image_size` pixels."""
+        return tokens.grid(self.model, image_size)
 
 
 def mlp(
@@ -80,7 +151,8 @@ class Teacher(nn.Module):
 
     The parameters are a moving average of the student's. The buffers are the teacher's own, because
     the authors of BYOL, DINO and MoCo run the teacher's batch norm in training mode on its own
-    features. Dropout and drop path are off, even if the student uses them.
+    features. Dropout, drop path and the random coordinates of rotary positions are off, even if the
+    student uses them.
 
     The average is kept in float32 if the student's parameters have half precision, which would
     round the small updates of a high momentum away. Such a teacher is applied under autocast.
@@ -101,6 +173,7 @@ class Teacher(nn.Module):
                 module.drop_prob = 0.0
             elif isinstance(module, nn.Dropout):
                 module.p = 0.0
+            tokens.disable_position_augmentation(module)
 
     @torch.no_grad()
     def forward(self, views: Tensor) -> Tensor:

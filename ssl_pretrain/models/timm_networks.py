@@ -206,6 +206,12 @@ def pretrained_cfg(name: str) -> Any:
     return timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
 
 
+def architecture(model: nn.Module) -> str:
+    """Return the name under which timm builds a network, or the class of another network."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return config.get("architecture") or type(model).__name__
+
+
 def _check_name(name: str) -> None:
     network, dot, tag = name.partition(".")
     if dot and timm.is_model(network):

@@ -5,10 +5,10 @@ per weight. It only keeps the results for weights that are trained. A teacher's 
 cast again for every view and every micro-batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,22 +59,29 @@ def castable_weights(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _wrap_forward(teacher: Teacher) -> None:
-    forward, copies = teacher.forward, _Copies(teacher)
+    """Make `forward` of the teacher and `tokens` of its backbones use copies of the weights."""
+    copies = _Copies(teacher)
 
-    @wraps(forward)
-    def forward_with_copies(views: Tensor) -> Tensor:
-        device_type = views.device.type
-        uses_bfloat16 = (
-            torch.is_autocast_enabled(device_type)
-            and torch.get_autocast_dtype(device_type) == torch.bfloat16
-        )
-        if not uses_bfloat16:
-            return forward(views)
-        copies.update()
-        with copies.in_place_of_weights():
-            return forward(views)
+    def with_copies(function: Callable[..., Any]) -> Any:
+        @wraps(function)
+        def call(views: Tensor, *arguments: Any, **options: Any) -> Any:
+            device_type = views.device.type
+            uses_bfloat16 = (
+                torch.is_autocast_enabled(device_type)
+                and torch.get_autocast_dtype(device_type) == torch.bfloat16
+            )
+            if not uses_bfloat16:
+                return function(views, *arguments, **options)
+            copies.update()
+            with copies.in_place_of_weights():
+                return function(views, *arguments, **options)
 
-    teacher.forward = forward_with_copies  # type: ignore[method-assign]
+        return call
+
+    teacher.forward = with_copies(teacher.forward)  # type: ignore[method-assign]
+    for backbone in teacher.children():
+        if isinstance(backbone, Backbone):
+            backbone.tokens = with_copies(backbone.tokens)  # type: ignore[method-assign]
 
 
 class _Copies:

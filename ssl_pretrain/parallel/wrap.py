@@ -159,6 +159,8 @@ def _shard(method: nn.Module, config: ParallelConfig, execution: Execution) -> N
     # would be the teacher, which has no backward pass.
     sharded.set_modules_to_backward_prefetch([networks[0]])
     register_fsdp_forward_method(method, "targets")
+    for network in networks:
+        register_fsdp_forward_method(network, "tokens")
     # A view of a forward output is unsafe only if it is changed in place, and `loss` is pure.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 

@@ -1,0 +1,109 @@
+"""Tokens of networks without a transformer's tokens: the positions of their feature maps."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain.models.timm_networks import architecture
+
+
+def compute(model: Any, images: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Return the last feature map and those of `layers`, each (B, rows * columns, channels).
+
+    They are not normalized. A ResNet has no final norm, and a ConvNeXt has one for pooled features.
+
+    Args:
+        model: A timm network that computes feature maps.
+        images: Images of shape (B, 3, height, width).
+        layers: Numbers of maps in the order of `forward_intermediates`, from the end if negative.
+
+    Raises:
+        ValueError: If the network has no feature map, or not those of `layers`.
+    """
+    if not layers:
+        return _flatten(_last_map(model, images)), []
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(
+            f"backbone.name: {architecture(model)} gives no intermediate feature maps; choose a "
+            "network with timm's forward_intermediates, such as resnet50"
+        )
+    last, maps = model.forward_intermediates(images)
+    for layer in layers:
+        if not -len(maps) <= layer < len(maps):
+            raise ValueError(
+                f"layer {layer} does not exist: {architecture(model)} has {len(maps)} feature "
+                f"maps, numbered 0 to {len(maps) - 1}, or -{len(maps)} to -1"
+            )
+    last = _channels_first(model, last)
+    # forward_intermediates gives channels first, whatever the network uses.
+    return _flatten(last), [_flatten(maps[layer]) for layer in layers]
+
+
+def measure(model: nn.Module, image_size: int) -> tuple[int, int, int]:
+    """Return the channels, rows and columns of the last feature map, from a run on meta tensors."""
+    state = {
+        name: torch.empty_like(tensor, device="meta")
+        for tensors in (model.named_parameters(), model.named_buffers())
+        for name, tensor in tensors
+    }
+    images = torch.empty(2, 3, image_size, image_size, device="meta", dtype=_dtype(state))
+    wrapper = _LastMap(model)
+    state = {f"model.{name}": tensor for name, tensor in state.items()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluation_mode(model):
+        shape = torch.func.functional_call(wrapper, state, images).shape
+    return int(shape[1]), int(shape[2]), int(shape[3])
+
+
+class _LastMap(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _last_map(self.model, images)
+
+
+def _last_map(model: Any, images: Tensor) -> Tensor:
+    """Return the last feature map, channels first."""
+    features = model.forward_features(images) if hasattr(model, "forward_features") else None
+    if not isinstance(features, Tensor) or features.ndim != 4:
+        shape = f" of shape {tuple(features.shape)}" if isinstance(features, Tensor) else ""
+        reason = (
+            "has no forward_features"
+            if features is None
+            else f"gives features{shape} instead of a map (B, channels, rows, columns)"
+        )
+        raise ValueError(
+            f"backbone.name: {architecture(model)} {reason}, so this method cannot use it; choose "
+            "a vision transformer (vit_*, deit*, eva02*), or a network such as resnet50 or "
+            "convnext_tiny"
+        )
+    return _channels_first(model, features)
+
+
+def _channels_first(model: Any, features: Tensor) -> Tensor:
+    is_channels_last = str(getattr(model, "output_fmt", "NCHW")) == "NHWC"
+    return features.permute(0, 3, 1, 2) if is_channels_last else features
+
+
+def _flatten(features: Tensor) -> Tensor:
+    return features.flatten(2).transpose(1, 2)
+
+
+def _dtype(state: dict[str, Tensor]) -> torch.dtype:
+    return next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Turn off whatever depends on other ranks or on random numbers."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
