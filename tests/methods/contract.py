@@ -1,7 +1,13 @@
 """Train methods on seeded images with a network of 700 weights and batch norm, for their tests.
 
-A method's test file defines METHOD (arguments of its Config for small networks), OPTIM (the kind of
-optimizer that its authors use) and VIEWS (sizes of the views, if they are not the usual ones).
+A method's test file defines METHOD (arguments of its Config for small networks) and OPTIM (the kind
+of optimizer that its authors use). If they differ from the usual, it also defines
+
+    VIEWS       sizes of the views
+    BACKBONE    function without arguments that returns a small Backbone, such as a ViT
+    MASKS       function of the number of images and the step that returns a tuple of MaskSets
+    HAS_PAIR    False if the method has no two embeddings of an image to compare
+
 `test_contract.py` runs every method that `methods.names()` lists.
 
     PYTHONPATH=. python tests/methods/contract.py byol      rewrites tests/golden/byol.txt
@@ -60,8 +66,10 @@ def import_test_file(name: str) -> Any:
 def build(name: str, **overrides: Any) -> Any:
     """Build the method on the small network in float64, always with the same weights."""
     torch.manual_seed(0)
-    config = methods.find(name).Config(**{**import_test_file(name).METHOD, **overrides})
-    return config.build(Backbone(Network())).double()
+    test_file = import_test_file(name)
+    config = methods.find(name).Config(**{**test_file.METHOD, **overrides})
+    backbone = test_file.BACKBONE() if hasattr(test_file, "BACKBONE") else Backbone(Network())
+    return config.build(backbone).double()
 
 
 def random_batch(name: str, step: int = 0, rows: int = ROWS) -> Batch:
@@ -76,8 +84,10 @@ def random_batch(name: str, step: int = 0, rows: int = ROWS) -> Batch:
 
     labels = torch.arange(rows) % 3
     colors = noise(1) + labels.view(-1, 1, 1, 1)
-    views = [colors + noise(size) for size in getattr(import_test_file(name), "VIEWS", (8, 8))]
-    return Batch(views, labels, torch.arange(rows) + step * rows)
+    test_file = import_test_file(name)
+    views = [colors + noise(size) for size in getattr(test_file, "VIEWS", (8, 8))]
+    masks = test_file.MASKS(rows, step) if hasattr(test_file, "MASKS") else ()
+    return Batch(views, labels, torch.arange(rows) + step * rows, masks)
 
 
 def train(

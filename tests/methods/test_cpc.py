@@ -11,6 +11,7 @@ from ssl_pretrain.losses.patch_prediction import orient
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 VIEWS = (20,)
+HAS_PAIR = False
 METHOD = {
     "patch_size": 8,
     "stride": 4,
