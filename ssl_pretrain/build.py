@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_pretrain import accumulation, rng
 from ssl_pretrain import config as configuration
-from ssl_pretrain import rng
 from ssl_pretrain.checkpoint import initial_weights, rank_agreement
 from ssl_pretrain.checkpoint.checkpoints import Checkpoints, RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
@@ -35,7 +35,7 @@ from ssl_pretrain.optim import optimizers, schedules
 from ssl_pretrain.parallel import compile_report, micro_batch, wrap
 from ssl_pretrain.parallel.execution import Execution, resolve_precision
 from ssl_pretrain.planning import hardware, recorder
-from ssl_pretrain.step import StepOutput, Stepper, build_stepper, check_accumulation
+from ssl_pretrain.step import StepOutput, Stepper, build_stepper
 from ssl_pretrain.system import durable_files
 from ssl_pretrain.views import color, crops, recipe
 from ssl_pretrain.views.batch import Batch, upload
@@ -268,7 +268,7 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
             f"({estimate})"
         )
     if num_images < local_batch_size:
-        check_accumulation(method, config.parallel)
+        accumulation.check(method, config.parallel)
     return num_images
 
 

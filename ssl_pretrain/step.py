@@ -3,7 +3,7 @@
 The gradient is the same in both cases.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain import rng
+from ssl_pretrain import accumulation, rng
+from ssl_pretrain.accumulation import StatisticsAverage
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method
 from ssl_pretrain.optim import optimizers, schedules
@@ -120,17 +121,18 @@ class Stepper:
         """Compute the gradient of the global batch's loss with respect to the parameters."""
         if self.num_micro_batches == 1:
             return self._backward_whole_batch(batch, step)
-        check_accumulation(self.method, self.parallel_config)
-        accumulation = self.parallel_config.accumulation
-        if accumulation == "auto":
-            accumulation = "two_passes" if self.method.couples == "embeddings" else "one_pass"
-        if accumulation == "two_passes":
-            return self._backward_in_two_passes(batch, step)
-        return self._backward_in_one_pass(batch, step)
+        match accumulation.choose_way(self.method, self.parallel_config):
+            case "two_passes":
+                return self._backward_in_two_passes(batch, step)
+            case "targets_first":
+                return self._backward_with_targets_first(batch, step)
+            case "one_pass":
+                return self._backward_in_one_pass(batch, step)
 
     def _backward_whole_batch(self, batch: Batch, step: int) -> StepOutput:
         self._seed(step, 0)
         embeddings, targets = self._embed(batch), self._targets(batch)
+        targets = self.method.couple_targets(targets)
         output = self.method.loss(embeddings, targets)
         output.loss.backward()
         return _build_output(self.method, embeddings, targets, output)
@@ -142,7 +144,7 @@ class Stepper:
         the mean of the micro-batches' losses.
         """
         method, outputs = self.method, []
-        update_statistics = _build_statistics_updater(method, self.num_micro_batches)
+        statistics = StatisticsAverage(method, self.num_micro_batches)
         for k, micro_batch in enumerate(self._micro_batches(batch)):
             self._seed(step, k)
             with self._no_sync_before_last(k):
@@ -150,15 +152,46 @@ class Stepper:
                 targets = self._targets(micro_batch)
                 output = method.loss(embeddings, targets)
                 (output.loss / self.num_micro_batches).backward()
-            update_statistics(k)  # after backward, which checks that the buffers are unchanged
+            statistics.update(k)  # after backward, which checks that the buffers are unchanged
             outputs.append(_build_output(method, embeddings, targets, output))
         return StepOutput(
-            concatenate_micro_batches([output.embeddings for output in outputs]),
-            concatenate_micro_batches([output.targets for output in outputs]),
-            {
-                name: torch.stack([output.logs[name] for output in outputs]).mean()
-                for name in outputs[0].logs
-            },
+            accumulation.concatenate([output.embeddings for output in outputs]),
+            accumulation.concatenate([output.targets for output in outputs]),
+            accumulation.mean_of_logs([output.logs for output in outputs]),
+        )
+
+    def _backward_with_targets_first(self, batch: Batch, step: int) -> StepOutput:
+        """Couple the targets of all micro-batches, then add up the gradients of the micro-batches.
+
+        Given the coupled targets, the loss is a mean over images. Embeddings that the loss compares
+        all the same are embedded once before without a graph. Each micro-batch then replaces its
+        own rows by rows with a graph.
+        """
+        method, outputs = self.method, []
+        micro_batches = self._micro_batches(batch)
+        compared, targets = self._embed_without_graph(micro_batches, step, method.compared)
+        final_statistics = [buffer.clone() for buffer in batch_norm.statistics(method)]
+        statistics = StatisticsAverage(method, self.num_micro_batches)
+        coupled = method.couple_targets(accumulation.concatenate(targets))
+        parts = accumulation.split(coupled, targets)
+        replay_error = accumulation.ReplayError()
+        for k, micro_batch in enumerate(micro_batches):
+            self._seed(step, k)
+            with self._no_sync_before_last(k):
+                embeddings = self._embed(micro_batch)
+                replay_error.add(embeddings, compared[k])
+                whole = accumulation.insert_rows(embeddings, compared, k)
+                output = method.loss(whole, parts[k])
+                (output.loss / self.num_micro_batches).backward()
+            statistics.update(k)
+            outputs.append(_build_output(method, embeddings, parts[k], output))
+        if method.compared:  # the first pass has updated the student's statistics already
+            batch_norm.copy_to_statistics(method, final_statistics)
+        logs = accumulation.mean_of_logs([output.logs for output in outputs])
+        return StepOutput(
+            accumulation.concatenate([output.embeddings for output in outputs]),
+            method.without_transient({}, coupled)[1],
+            logs | replay_error.logs(),
         )
 
     def _backward_in_two_passes(self, batch: Batch, step: int) -> StepOutput:
@@ -170,46 +203,47 @@ class Stepper:
         """
         method = self.method
         micro_batches = self._micro_batches(batch)
-        embeddings, targets = self._embed_without_graph(micro_batches, step)
-        statistics = [buffer.clone() for buffer in batch_norm.statistics(method)]
+        parts, target_parts = self._embed_without_graph(micro_batches, step)
+        final_statistics = [buffer.clone() for buffer in batch_norm.statistics(method)]
+        embeddings = accumulation.as_leaves(accumulation.concatenate(parts))
+        targets = method.couple_targets(accumulation.concatenate(target_parts))
         output = method.loss(embeddings, targets)
-        gradients = _gradients(output.loss, embeddings)
-        replay_error = output.loss.new_zeros(())  # largest difference between the two passes
-        num_rows = len(batch) // self.num_micro_batches
+        gradients = accumulation.split(_gradients(output.loss, embeddings), parts)
+        replay_error = accumulation.ReplayError()
         for k, micro_batch in enumerate(micro_batches):
             self._seed(step, k)
-            rows = slice(k * num_rows, (k + 1) * num_rows)
             with self._no_sync_before_last(k):
                 replayed = self._embed(micro_batch)
                 torch.autograd.backward(
-                    [replayed[name] for name in gradients],
-                    [g[rows].to(replayed[name].dtype) for name, g in gradients.items()],
+                    [replayed[name] for name in gradients[k]],
+                    [g.to(replayed[name].dtype) for name, g in gradients[k].items()],
                 )
-            for name in gradients:
-                difference = (replayed[name].detach() - embeddings[name].detach()[rows]).abs().max()
-                replay_error = torch.maximum(replay_error, difference.to(replay_error.dtype))
-        with torch.no_grad():  # undo the second pass's update of the statistics
-            for buffer, value in zip(batch_norm.statistics(method), statistics):
-                buffer.copy_(value)
-        output.logs["replay_error"] = replay_error
+            replay_error.add(replayed, {name: parts[k][name] for name in gradients[k]})
+        batch_norm.copy_to_statistics(method, final_statistics)  # undo the second pass's update
+        output.logs.update(replay_error.logs())
         return _build_output(method, embeddings, targets, output)
 
     def _embed_without_graph(
-        self, micro_batches: Sequence[Batch], step: int
-    ) -> tuple[Embeddings, Embeddings]:
-        """Return the embeddings of all micro-batches, as leaves of a graph, and the targets."""
-        update_statistics = _build_statistics_updater(self.method, self.num_micro_batches)
+        self, micro_batches: Sequence[Batch], step: int, names: Collection[str] | None = None
+    ) -> tuple[list[Embeddings], list[Embeddings]]:
+        """Return the embeddings and the targets of each micro-batch, without a graph.
+
+        Args:
+            micro_batches: This rank's micro-batches.
+            step: Index of the step.
+            names: Names of the embeddings to return, by default all. If it is empty, the student
+                does not embed anything.
+        """
+        statistics = StatisticsAverage(self.method, self.num_micro_batches)
         embeddings, targets = [], []
         with torch.no_grad():
             for k, micro_batch in enumerate(micro_batches):
                 self._seed(step, k)
-                embeddings.append(self._embed(micro_batch))
+                z = {} if names is not None and not names else self._embed(micro_batch)
+                embeddings.append({name: z[name] for name in (z if names is None else names)})
                 targets.append(self._targets(micro_batch))
-                update_statistics(k)  # both the student's and the teacher's
-        leaves = {
-            name: z.requires_grad_() for name, z in concatenate_micro_batches(embeddings).items()
-        }
-        return leaves, concatenate_micro_batches(targets)
+                statistics.update(k)  # both the student's and the teacher's
+        return embeddings, targets
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         return [batch.slice(k, self.num_micro_batches) for k in range(self.num_micro_batches)]
@@ -280,31 +314,6 @@ def build_stepper(
     )
 
 
-def check_accumulation(method: Method, config: ParallelConfig) -> None:
-    """Refuse micro-batches that would change the loss.
-
-    Raises:
-        ValueError: If the loss couples the targets of different images, or if it compares images
-            and `parallel.accumulation` is `one_pass`.
-    """
-    if method.couples == "targets":
-        raise ValueError(
-            f"micro_batch_size: {method.config.name} cannot be trained in micro-batches, because "
-            "its loss couples the targets of different images; set micro_batch_size=0"
-        )
-    if config.accumulation == "one_pass" and method.couples == "embeddings":
-        raise ValueError(
-            f"parallel.accumulation: one_pass does not train {method.config.name}: this loss "
-            "compares images across the whole batch. Summing the losses of micro-batches would "
-            "drop the pairs between them. Set auto or two_passes, which keep all pairs"
-        )
-
-
-def concatenate_micro_batches(outputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate the rows of all micro-batches under each name."""
-    return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
-
-
 def _gradients(loss: Tensor, embeddings: Embeddings) -> Embeddings:
     """Return the gradient with respect to each embedding that the loss uses.
 
@@ -325,23 +334,3 @@ def _build_output(
             for name, value in {"loss": loss_output.loss, **loss_output.logs}.items()
         },
     )
-
-
-def _build_statistics_updater(method: Method, num_micro_batches: int) -> Callable[[int], None]:
-    """Return a function that averages batch norm's statistics, to be called after each micro-batch.
-
-    Every micro-batch starts from the same running statistics. The last call sets them to the mean
-    of the values that the micro-batches have produced.
-    """
-    buffers = batch_norm.statistics(method)
-    initial_values = [buffer.clone() for buffer in buffers]
-    totals = [torch.zeros_like(buffer) for buffer in buffers]
-
-    @torch.no_grad()
-    def update(k: int) -> None:
-        for buffer, initial, total in zip(buffers, initial_values, totals):
-            total += buffer
-            is_last = k == num_micro_batches - 1
-            buffer.copy_(total / num_micro_batches if is_last else initial)
-
-    return update

@@ -23,6 +23,7 @@ other work in tiles, so no matrix of all pairs is stored, except for `triplet`, 
 Hyperparameters have a default where their paper has a single value.
 """
 
+from ssl_pretrain.losses.balanced_targets import sinkhorn_offsets
 from ssl_pretrain.losses.clustering import sinkhorn, swav
 from ssl_pretrain.losses.contrastive import (
     image_text,
@@ -58,6 +59,7 @@ __all__ = [
     "pairwise",
     "simsiam",
     "sinkhorn",
+    "sinkhorn_offsets",
     "supervised_contrastive",
     "swav",
     "triplet",

@@ -38,9 +38,15 @@ class Method(nn.Module):
     Each subclass has its own file. Methods never import each other.
 
     Attributes:
-        couples: Kind of tensors through which the loss depends on several images at once, such
-            as "embeddings" for a contrastive loss. It decides how the step splits a batch that
-            does not fit in memory. "nothing" means that the loss is a mean over images.
+        couples: Kind of tensors through which the loss depends on several images at once. It
+            decides how the step splits a batch that does not fit in memory. "nothing" means that
+            the loss is a mean over images. "embeddings" means that it compares the student's
+            embeddings of all images, as a contrastive loss does. "targets" means that it is a mean
+            over images once `couple` has seen the targets of all images, as with Sinkhorn-Knopp
+            over a teacher's outputs.
+        compared: Names of embeddings that `loss` also compares between images if `couples` is
+            "targets", such as the class tokens of KoLeo. They should be small, since all of the
+            batch's are kept.
         transient: Names of embeddings and targets that are dropped between `loss` and
             `after_step`, because they are too large to keep for every micro-batch.
         needs_labels: True if the data set must have labels.
@@ -51,6 +57,7 @@ class Method(nn.Module):
     """
 
     couples: Literal["nothing", "targets", "embeddings"] = "nothing"
+    compared: tuple[str, ...] = ()
     transient: tuple[str, ...] = ()
     needs_labels: bool = False
     evaluated_module: str = "backbone"
@@ -76,6 +83,28 @@ class Method(nn.Module):
         This is called once per micro-batch.
         """
         return {}
+
+    @torch.no_grad()
+    def couple(self, targets: Embeddings) -> Embeddings:
+        """Return what the loss needs from the targets of all images, if `couples` is "targets".
+
+        This is called once per step. The result reaches `loss` and `after_step` whole, as
+        `targets["coupled"]`. Targets that are kept until then should be narrow, such as a head's
+        bottleneck instead of its logits.
+
+        Args:
+            targets: Targets of this rank's images, in all micro-batches.
+        """
+        raise NotImplementedError(
+            f"{self.config.name}: couples is 'targets', so the method must define `couple`"
+        )
+
+    def couple_targets(self, targets: Embeddings) -> Embeddings:
+        """Return the targets together with the result of `couple`, if the method has one."""
+        if self.couples != "targets":
+            return targets
+        coupled: Any = self.couple(targets)
+        return {**targets, "coupled": coupled}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return this rank's loss and its logs, without changing any state or argument."""

@@ -187,6 +187,13 @@ def restore_statistics(module: nn.Module, snapshot: Tensor | None, condition: Te
         copy_to_buffers(torch.where(condition, snapshot, current), buffers)
 
 
+@torch.no_grad()
+def copy_to_statistics(module: nn.Module, values: list[Tensor]) -> None:
+    """Copy values to the buffers that `statistics` returns, in its order."""
+    for buffer, value in zip(statistics(module), values):
+        buffer.copy_(value)
+
+
 def copy_to_buffers(vector: Tensor, buffers: list[Tensor]) -> None:
     """Copy consecutive slices of a vector to the buffers."""
     slices = vector.split([buffer.numel() for buffer in buffers])

@@ -77,7 +77,8 @@ class ParallelConfig:
     accumulation: Literal["auto", "one_pass", "two_passes"] = setting(
         "auto",
         "How micro-batches are accumulated. auto: two passes if the loss compares images of the "
-        "batch with each other, else one.",
+        "batch with each other, else one. If the loss combines the targets of the whole batch, "
+        "all targets are computed before that pass.",
     )
     deterministic: bool = setting(
         False, "Make runs on a GPU reproducible bit for bit, which is slower.", on_resume="free"

@@ -158,7 +158,8 @@ def _shard(method: nn.Module, config: ParallelConfig, execution: Execution) -> N
     # By default the root's backward pass prefetches the weights of the module that ran last. That
     # would be the teacher, which has no backward pass.
     sharded.set_modules_to_backward_prefetch([networks[0]])
-    register_fsdp_forward_method(method, "targets")
+    for name in ("targets", "couple"):
+        register_fsdp_forward_method(method, name)
     for network in networks:
         register_fsdp_forward_method(network, "tokens")
     # A view of a forward output is unsafe only if it is changed in place, and `loss` is pure.

@@ -198,7 +198,8 @@ class Estimate:
     def takes_two_passes(self, micro_batch_size: int) -> bool:
         """Return True if each micro-batch is embedded twice."""
         accumulation = self.run.parallel.accumulation
-        is_coupled = accumulation == "auto" and self.method.couples == "embeddings"
+        compares_embeddings = self.method.couples == "embeddings" or bool(self.method.compared)
+        is_coupled = accumulation == "auto" and compares_embeddings
         is_split = micro_batch_size < self.local_batch_size
         return is_split and (accumulation == "two_passes" or is_coupled)
 

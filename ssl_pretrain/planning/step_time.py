@@ -163,6 +163,7 @@ class _Trial:
         self.optimizer.zero_grad(set_to_none=True)
         with self.execution.forward_context():
             embeddings, targets = method(batch), method.targets(batch)
+        targets = method.couple_targets(targets)
         method.loss(embeddings, targets).loss.backward()
         optimizers.step_if_finite(self.optimizer, optim_config.clip_norm, optim_config.clip_by)
         method.after_step(HALFWAY, *method.without_transient(embeddings, targets))

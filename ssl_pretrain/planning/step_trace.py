@@ -126,7 +126,7 @@ def trace_loss(method: Method, execution: Execution, specs: OutputSpecs, num_ran
     def differentiate(inputs: tuple[Tensors, Tensors], begin_phase: BeginPhase) -> None:
         embeddings, targets = inputs
         leaves = [z for z in embeddings.values() if z.requires_grad]
-        loss, _ = network.loss(embeddings, targets)
+        loss, _ = network.loss(embeddings, network.couple_targets(targets))
         torch.autograd.grad(loss, leaves, allow_unused=True)
 
     tiles = replace(BACKENDS["cuda"], fused=False)  # operations inside a kernel are not traced
@@ -147,7 +147,8 @@ def trace_optimizer(
         _allocate_gradients(network)
         optim.step_if_finite(optimizer)  # the first step allocates the state
         _allocate_gradients(network)
-        return optimizer, _empty(specs.embeddings), _empty(specs.targets)
+        targets = network.couple_targets(_empty(specs.targets))
+        return optimizer, _empty(specs.embeddings), targets
 
     def step(
         inputs: tuple[torch.optim.Optimizer, Tensors, Tensors], begin_phase: BeginPhase

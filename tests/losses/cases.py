@@ -93,6 +93,14 @@ CASES: dict[str, Callable[[Tensors], Tensor]] = {
     "pairwise labels": lambda x: losses.pairwise(x["z_a"], x["z_b"], x["labels"], margin=3.0),
     "simsiam": _predicted(losses.simsiam),
     "simsiam collapsing": _predicted(losses.simsiam, stop_gradient=False),
+    "sinkhorn_offsets": lambda x: (
+        (
+            losses.sinkhorn_offsets(x["teacher_logits"][:, 0], x["center"].diag(), temperature=0.1)
+            * x["student_logits"][:, 0]
+        )
+        .sum(1)
+        .mean()
+    ),
     # Its mean over ranks is a mean over images, as for the losses.
     "sinkhorn": lambda x: (losses.sinkhorn(x["scores"][:, 0]) * x["scores"][:, 1]).sum(1).mean(),
     "supervised_contrastive": lambda x: losses.supervised_contrastive(
