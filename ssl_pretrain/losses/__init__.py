@@ -30,6 +30,7 @@ from ssl_pretrain.losses.contrastive import (
     info_nce,
     nt_xent,
     supervised_contrastive,
+    temperature_free,
 )
 from ssl_pretrain.losses.distillation import byol, dino, negative_cosine, simsiam
 from ssl_pretrain.losses.metric_learning import n_pair, pairwise, triplet
@@ -62,6 +63,7 @@ __all__ = [
     "sinkhorn_offsets",
     "supervised_contrastive",
     "swav",
+    "temperature_free",
     "triplet",
     "vicreg",
 ]

@@ -15,6 +15,7 @@ from ssl_pretrain.losses.arguments import (
     unit_embeddings,
 )
 from ssl_pretrain.losses.half_precision import gather_unit, half_rows, scaled_pair
+from ssl_pretrain.losses.log_odds import log_odds
 from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.losses.tiles import log_sum_exp, symmetric_log_sum_exp
 
@@ -109,6 +110,58 @@ def info_nce(
     check_queue("info_nce", queue, keys.shape[1])
     negatives = log_sum_exp(anchors, queue.to(queries.dtype), logit_bound=bound)
     return (torch.logaddexp(negatives, positive) - positive).mean()
+
+
+def plain_temperature_free(z_a: Tensor, z_b: Tensor) -> Tensor:
+    """Temperature-free loss of one process. `temperature_free` computes the same loss in tiles.
+
+    Args:
+        z_a: Embeddings of the first view, shape (batch, dim). Normalized inside.
+        z_b: Embeddings of the second view, same shape.
+
+    Returns:
+        Scalar mean over the 2 * batch anchors, in nats.
+    """
+    z = F.normalize(torch.cat([z_a, z_b]), dim=1)
+    diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    # The diagonal is excluded. A cosine of 0 there keeps its gradient finite.
+    logits = 2 * torch.atanh((z @ z.T).masked_fill(diagonal, 0.0))
+    positive = torch.arange(len(z), device=z.device).roll(len(z_a))
+    return F.cross_entropy(logits.masked_fill(diagonal, float("-inf")), positive)
+
+
+def temperature_free(z_a: Tensor, z_b: Tensor) -> Tensor:
+    """NT-Xent with log-odds of the cosine similarities as logits, over the global batch.
+
+    Implements the loss of Kim and Kim, 2025 (arXiv:2501.17683). The logit of a pair with cosine c
+    is log((1 + c) / (1 - c)) = 2 artanh(c) instead of c / temperature. It covers all real numbers,
+    and its slope is 2 at c = 0 and rises without bound towards c = 1 and c = -1.
+
+    Cosines are clamped to 1 - 1e-6 in magnitude, where the logit is 14.5. Pairs beyond have no
+    gradient: their embeddings are equal to float32's precision.
+
+    Args:
+        z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
+        z_b: Embeddings of the second view, same shape. Row i is the same image as ``z_a[i]``.
+
+    Returns:
+        Scalar mean over this rank's 2 * local_batch anchors, in nats. The mean over ranks is the
+        global loss.
+
+    Raises:
+        ValueError: If the shapes differ or are not 2-D, or the global batch is a single image.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> z_a, z_b = torch.randn(2, 8, 16)
+        >>> temperature_free(z_a, z_b)
+        tensor(2.58...)
+    """
+    half = half_rows(z_a, z_b)
+    z_a, z_b = unit_embeddings("temperature_free", 1.0, z_a=z_a, z_b=z_b)
+    check_two_images("temperature_free", z_a)
+    lse, _ = symmetric_log_sum_exp(torch.cat([z_a, z_b]), scale=1.0, half=half, uses_log_odds=True)
+    return lse.mean() - log_odds((z_a * z_b).sum(1)).mean()
 
 
 def supervised_contrastive(

@@ -17,6 +17,7 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses import similarity
 from ssl_pretrain.losses.backend import Backend, backend_for
 from ssl_pretrain.losses.half_precision import ScaledRows, scaled_rows, unit_rows
+from ssl_pretrain.losses.log_odds import log_odds, log_odds_slope
 from ssl_pretrain.losses.logit_tiles import Tile, iterate_logits
 
 # Up to this logit, no maximum is subtracted, because exp(40) and a sum of 2**30 such terms are
@@ -67,6 +68,7 @@ def symmetric_log_sum_exp(
     excluded_offsets: Sequence[int] = (0,),
     labels: Tensor | None = None,
     half: Tensor | None = None,
+    uses_log_odds: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the log-sum-exp of each embedding's similarities to the embeddings of all ranks.
@@ -83,6 +85,8 @@ def symmetric_log_sum_exp(
         labels: Labels of the rows, shape (rows,), for the means over positives.
         half: The embeddings in half precision that `z` was normalized from, if there are any. Ranks
             send them instead of `z`, and the fused kernels read them.
+        uses_log_odds: Replace each similarity by its log-odds, see `log_odds`. The scale must be 1
+            and the fused kernels are not used.
         backend: Implementation of the sums. The default suits the device.
 
     Returns:
@@ -91,9 +95,16 @@ def symmetric_log_sum_exp(
         `labels`.
     """
     backend = backend or backend_for(z)
+    if uses_log_odds:
+        assert scale == 1 and labels is None, "log-odds have neither a scale nor positive means"
+        # Log-odds take a few temporary tiles, so the tiles of large GPUs are quartered.
+        height, width = (min(4096, n) for n in (backend.tile_rows, backend.tile_columns))
+        backend = Backend(height, width, fused=False)
     sent = z.detach() if half is None else half  # the tensor that ranks send to each other
     with torch.autocast(z.device.type, enabled=False):
-        return _SymmetricLogSumExp.apply(z, sent, scale, tuple(excluded_offsets), labels, backend)
+        return _SymmetricLogSumExp.apply(
+            z, sent, scale, tuple(excluded_offsets), labels, uses_log_odds, backend
+        )
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -159,6 +170,7 @@ class _SymmetricLogSumExp(torch.autograd.Function):
         scale: float,
         excluded_offsets: tuple[int, ...],
         labels: Tensor | None,
+        uses_log_odds: bool,
         backend: Backend,
     ) -> tuple[Tensor, Tensor]:
         all_sent, local_start = collectives.gather(sent), process_group.rank() * len(z)
@@ -174,6 +186,8 @@ class _SymmetricLogSumExp(torch.autograd.Function):
             for tile, logits in iterate_logits(
                 z * scale, all_z, local_start, excluded_offsets, backend, skip_mirrors=exp_is_safe
             ):
+                if uses_log_odds:
+                    logits = log_odds(logits)
                 sums.add_to_rows(tile, logits)
                 if exp_is_safe and tile.mirror_rows is not None:
                     sums.sum[tile.mirror_rows] += logits.sum(0)
@@ -185,13 +199,13 @@ class _SymmetricLogSumExp(torch.autograd.Function):
                 z, unit_rows(all_sent), classes, local_start, scale
             )
         ctx.save_for_backward(z, sent, all_sent, lse, classes)
-        ctx.arguments = scale, local_start, excluded_offsets, exp_is_safe, backend
+        ctx.arguments = scale, local_start, excluded_offsets, exp_is_safe, uses_log_odds, backend
         return lse, positive_means
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, positives_grad: Tensor) -> Any:
         z, sent, all_sent, lse, classes = ctx.saved_tensors
-        scale, local_start, excluded_offsets, _, backend = ctx.arguments
+        scale, local_start, excluded_offsets, _, _, backend = ctx.arguments
         with torch.autocast(z.device.type, enabled=False):
             all_lse, all_grad, all_positives_grad = collectives.gather(
                 torch.stack([lse, grad, positives_grad], dim=1)
@@ -213,7 +227,7 @@ class _SymmetricLogSumExp(torch.autograd.Function):
                 total += similarity.mean_positive_logits_gradient(
                     z, unit_rows(all_sent), classes, local_start, all_positives_grad
                 )
-        return total * scale, None, None, None, None, None
+        return total * scale, None, None, None, None, None, None
 
 
 def _fused_gradients(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -239,8 +253,11 @@ def _fused_gradients(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | Non
 def _tiled_gradient(
     arguments: Any, z: Tensor, all_z: Tensor, all_lse: Tensor, all_grad: Tensor
 ) -> Tensor:
-    """Return sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j for this rank's rows i."""
-    scale, local_start, excluded_offsets, exp_is_safe, backend = arguments
+    """Return sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j for this rank's rows i.
+
+    If s_ij is a function of the similarity, its derivative multiplies each term.
+    """
+    scale, local_start, excluded_offsets, exp_is_safe, uses_log_odds, backend = arguments
     total = torch.zeros_like(z)
     coefficients = all_grad * torch.exp(-all_lse) if exp_is_safe else None
     for tile, logits in iterate_logits(
@@ -248,11 +265,16 @@ def _tiled_gradient(
     ):
         rows = slice(local_start + tile.rows.start, local_start + tile.rows.stop)
         columns = tile.columns
+        slope = log_odds_slope(logits) if uses_log_odds else None
+        if uses_log_odds:
+            logits = log_odds(logits)
         if coefficients is not None:
             weights = logits.exp_().mul_(coefficients[rows, None] + coefficients[None, columns])
         else:
             weights = (logits - all_lse[rows, None]).exp_().mul_(all_grad[rows, None])
             weights += logits.sub_(all_lse[None, columns]).exp_().mul_(all_grad[None, columns])
+        if slope is not None:
+            weights.mul_(slope)
         total[tile.rows].addmm_(weights, all_z[columns])
         if exp_is_safe and tile.mirror_rows is not None:
             total[tile.mirror_rows].addmm_(weights.T, z[tile.rows])

@@ -108,6 +108,7 @@ CASES: dict[str, Callable[[Tensors], Tensor]] = {
     ),
     "swav": lambda x: losses.swav(x["scores"]),
     "swav with queue": lambda x: losses.swav(x["scores"], queue_scores=x["queue_scores"]),
+    "temperature_free": _pair(losses.temperature_free),
     "triplet": _pair(losses.triplet),
     "triplet labels": lambda x: losses.triplet(x["z_a"], x["z_b"], x["labels"]),
     "vicreg": _pair(losses.vicreg),

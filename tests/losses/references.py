@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 NAMES = (
     "nt_xent",
+    "temperature_free",
     "info_nce",
     "info_nce_queue",
     "supervised_contrastive",
@@ -38,6 +39,9 @@ def slow_loss(name, z_a, z_b, labels, queue, temperature):
         denominator = sum(torch.exp(s) for s in others)
         if name == "nt_xent":
             losses.append(torch.log(denominator) - positive)
+        elif name == "temperature_free":
+            odds = [(1 + s * temperature) / (1 - s * temperature) for s in (*others, positive)]
+            losses.append(torch.log(sum(odds[:-1])) - torch.log(odds[-1]))
         elif name == "supervised_contrastive":
             positives = [k for k in range(2 * n) if k != i and labels[k % n] == labels[i % n]]
             ratios = [torch.exp(similarity[i][k]) / denominator for k in positives]

@@ -15,6 +15,7 @@ GRIDS = {"predictions": torch.zeros(4, 2, 1, 3, 5, 5), "targets": torch.zeros(4,
 
 WRONG_SHAPES = [
     ("nt_xent", {"temperature": 0.1}),
+    ("temperature_free", {}),
     ("decoupled", {"temperature": 0.1}),
     ("debiased", {"temperature": 0.1, "tau_plus": 0.1}),
     ("hard_negative", {"temperature": 0.1, "tau_plus": 0.1, "beta": 1.0}),
@@ -28,6 +29,7 @@ WRONG_SHAPES = [
 ]
 SINGLE_IMAGES = [
     ("nt_xent", {"temperature": 0.1}, "negative"),
+    ("temperature_free", {}, "negative"),
     ("decoupled", {"temperature": 0.1}, "negative"),
     ("debiased", {"temperature": 0.1, "tau_plus": 0.1}, "negative"),
     ("supervised_contrastive", {"temperature": 0.1, "labels": torch.zeros(1).long()}, "negative"),

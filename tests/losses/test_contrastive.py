@@ -49,6 +49,8 @@ def product_loss(name, z_a, z_b, labels, queue, temperature):
         return info_nce(z_a, z_b, temperature=temperature, queue=queue)
     if name == "supervised_contrastive":
         return supervised_contrastive(z_a, z_b, labels, temperature=temperature)
+    if name == "temperature_free":
+        return losses.temperature_free(z_a, z_b)
     if name == "decoupled_weighted":
         return decoupled(z_a, z_b, temperature=temperature, sigma=SIGMA)
     if name == "debiased":

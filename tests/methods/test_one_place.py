@@ -76,6 +76,7 @@ LOSSES = {
         / m.config.base_temperature
     ),
     "swav": lambda m, z, t: losses.swav(z["scores"], temperature=m.config.temperature),
+    "temperature_free": lambda m, z, t: 2 * _views(losses.temperature_free, z),
     "triplet": lambda m, z, t: _views(
         losses.triplet, z, labels=t["groups"], margin=m.config.margin
     ),

@@ -292,6 +292,7 @@ def test_a_description_names_the_authors_functions():
 SIMCLR_METHODS = [
     "simclr",
     "decoupled",
+    "temperature_free",
     "debiased",
     "hard_negative",
     "supcon",
