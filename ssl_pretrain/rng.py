@@ -40,6 +40,10 @@ class Purpose(IntEnum):
     REPLACEMENT = 12
     BLOCK_ORDER = 13
     CORRUPTION = 14
+    MASK_PATCHES = 15
+    MASK_BLOCKS = 16
+    MASK_SIZES = 17
+    MASK_ORDER = 18
 
 
 @njit(cache=True, nogil=True)

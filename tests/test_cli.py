@@ -87,7 +87,8 @@ def test_help_lists_completion_and_typos_need_no_torch():
         assert actual_status == status, f"{line}: {output}"
         assert text in output, line
     train_help = results[list(expected).index("train --help")][1]
-    sections = [key for key, entry in key_reference.keys().items() if entry["type"] == SECTION]
+    entries = key_reference.keys().items()
+    sections = [key for key, entry in entries if entry["type"] == SECTION and "." not in key]
     assert not [section for section in sections if f"\n{section} " not in train_help]
 
 

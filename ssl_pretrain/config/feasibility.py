@@ -13,7 +13,7 @@ from ssl_pretrain.monitoring import log_config
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel import execution
 from ssl_pretrain.schema.config_file import ConfigError
-from ssl_pretrain.views import recipe
+from ssl_pretrain.views import masks, recipe
 from ssl_pretrain.views.batch import Batch
 
 
@@ -115,8 +115,9 @@ def _try_method(config: RunConfig) -> None:
         with torch.device("meta"):
             zeros = torch.zeros(num_images, dtype=torch.int64)  # in place of indices and labels
             images = [torch.zeros(num_images, 3, size, size) for size in sizes]
+            batch = Batch(images, zeros, zeros, masks.blank(config.views, num_images, "meta"))
             try:
-                _check_embeddings(config, method(Batch(images, zeros, zeros)), num_images)
+                _check_embeddings(config, method(batch), num_images)
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
                 if not timm_networks.is_meta_limitation(error):
                     raise _explain_forward_error(config, error, sizes) from None

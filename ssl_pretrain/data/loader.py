@@ -28,8 +28,8 @@ from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.data.source_report import check_value_range, layout_lines
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.views import color, crops, recipe
-from ssl_pretrain.views.batch import Batch, upload
+from ssl_pretrain.views import color, crops, masks, recipe
+from ssl_pretrain.views.batch import Batch, MaskSet, upload
 from ssl_pretrain.views.color_parameters import ColorParameters, describe_view, draw_colors
 from ssl_pretrain.views.recipe import ViewsConfig
 
@@ -150,7 +150,7 @@ class Loader:
     def _batches(self, first_step: int, chunks: Iterator[Chunk]) -> Iterator[Batch]:
         device = self.reader.device
         steps = draw_ahead(self._draw, itertools.count(first_step), device)
-        for step, (indices, colors) in steps:
+        for step, (indices, colors, mask_sets) in steps:
             if step == first_step or step % self.steps_per_epoch == 0:
                 self._replacements.begin_pass()
             num_chunks = -(-len(indices) // self.reader.chunk_size)
@@ -164,7 +164,12 @@ class Loader:
             views = self._apply_colors(pixels, colors)
             labels = torch.from_numpy(np.concatenate([chunk.labels for chunk in device_chunks]))
             index_tensor = torch.from_numpy(indices.copy())
-            yield Batch(views, upload(labels, device), upload(index_tensor, device))
+            yield Batch(
+                views,
+                upload(labels, device),
+                upload(index_tensor, device),
+                tuple(mask_set.upload(device) for mask_set in mask_sets),
+            )
 
     def _upload(self, chunk: Chunk) -> Chunk:
         """Count a chunk, raise its error if it has one, and copy it to the device."""
@@ -183,10 +188,19 @@ class Loader:
         chunk.pixels.record_stream(current)
         return chunk
 
-    def _draw(self, step: int) -> tuple[np.ndarray, list[ColorParameters]]:
-        """Return the indices and the color parameters of a step's batch."""
-        indices = self.indices(step)
-        return indices, self._draw_colors(step, indices)
+    def _draw(self, step: int) -> tuple[np.ndarray, list[ColorParameters], tuple[MaskSet, ...]]:
+        """Return the indices, the color parameters and the masks of a step's batch."""
+        plan, indices = self.reader.plan, self.indices(step)
+        mask_sets = masks.draw(
+            self.reader.views,
+            seed=plan.seed,
+            epoch=plan.epoch(step),
+            step=step,
+            indices=indices,
+            first_slot=plan.rank * plan.local_batch_size,
+            global_batch_size=plan.global_batch_size,
+        )
+        return indices, self._draw_colors(step, indices), mask_sets
 
     def _apply_colors(self, pixels: list[Tensor], colors: list[ColorParameters]) -> list[Tensor]:
         config = self.reader.views

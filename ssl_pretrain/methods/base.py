@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
-from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views import mask_recipe
+from ssl_pretrain.views.batch import Batch, MaskSet
 
 Embeddings = dict[str, Tensor]
 
@@ -170,6 +171,24 @@ class Method(nn.Module):
                 f"got {len(views)} ({sizes} pixels); set views.crops.*.count"
             )
         return views[0], views[1]
+
+    def masks(self, batch: Batch, name: str) -> list[MaskSet]:
+        """Return the masks that the method needs, one set per view that has them.
+
+        Args:
+            batch: This rank's images.
+            name: "visible", "masked", "context" or "targets".
+
+        Raises:
+            ValueError: If no view has such masks.
+        """
+        if not (masks := batch.masks_named(name)):
+            kinds = " or ".join(mask_recipe.KINDS_BY_SET[name])
+            raise ValueError(
+                f"{self.config.name}: needs the masks {name!r}, which no view has; "
+                f"set views.crops.*.mask.kind to {kinds}"
+            )
+        return masks
 
 
 @dataclass

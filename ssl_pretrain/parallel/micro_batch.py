@@ -9,20 +9,21 @@ from ssl_pretrain.methods.base import Method
 from ssl_pretrain.parallel import activation_checkpointing, batch_norm, memory
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig, bn_group_images
 from ssl_pretrain.parallel.wrap import shards_weights, warm_up
-from ssl_pretrain.views import recipe
+from ssl_pretrain.views import masks, recipe
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import ViewsConfig
 
 
 def blank_batch(views: ViewsConfig, num_images: int, execution: Execution) -> Batch:
-    """Return a batch of black images in the run's shapes and formats, all of class 0."""
+    """Return black images of class 0, and masks, in the run's shapes and formats."""
     zeros = partial(torch.zeros, num_images, device=execution.device)
     images = [
         zeros(3, crop.size, crop.size, dtype=execution.view_dtype)
         for crop in recipe.crop_per_view(views)
     ]
     indices = zeros(dtype=torch.int64)
-    return Batch(execution.place_views(images), indices, indices)
+    mask_sets = masks.blank(views, num_images, execution.device)
+    return Batch(execution.place_views(images), indices, indices, mask_sets)
 
 
 def find_micro_batch_size(

@@ -19,7 +19,7 @@ from ssl_pretrain.parallel.activation_checkpointing import recompute_activations
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning.recorder import BeginPhase, make_fake, record_trace
 from ssl_pretrain.planning.trace import LinearTrace, TensorSpec, Trace
-from ssl_pretrain.views import recipe
+from ssl_pretrain.views import masks, recipe
 from ssl_pretrain.views.batch import Batch
 
 HALFWAY = Progress(500, 1000, 10)  # progress at the traced step
@@ -91,7 +91,8 @@ def _trace_images(
             for crop in recipe.crop_per_view(run.views)
         ]
         zeros = torch.zeros(num_images, dtype=torch.int64)
-        return network, Batch(views, labels=zeros, indices=zeros)
+        mask_sets = masks.blank(run.views, num_images, "cpu")
+        return network, Batch(views, labels=zeros, indices=zeros, masks=mask_sets)
 
     def embed(inputs: tuple[Method, Batch], begin_phase: BeginPhase) -> OutputSpecs:
         network, batch = inputs

@@ -21,6 +21,7 @@ from ssl_pretrain.schema.settings import (
     setting,
 )
 from ssl_pretrain.schema.typed_values import build, declared_type, parse_override
+from ssl_pretrain.schema.value_checks import check_choices, check_range
 from ssl_pretrain.schema.yaml_tree import Scalar, flatten, merge, nest, parse_yaml, value_at
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "Scalar",
     "build",
     "check",
+    "check_choices",
+    "check_range",
     "declared_type",
     "field_metadata",
     "field_types",

@@ -42,6 +42,11 @@ class MaskSet:
         grid = torch.zeros(len(indices), num_patches + 1, dtype=torch.bool, device=indices.device)
         return grid.scatter_(1, columns, valid)[:, :num_patches]
 
+    def upload(self, device: torch.device | str) -> MaskSet:
+        """Return the masks on a device, without waiting for the copies."""
+        indices, valid = upload(self.indices, device), upload(self.valid, device)
+        return replace(self, indices=indices, valid=valid)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -11,10 +11,12 @@ hsv, contrast_mean: channel, blur_border: zero, antialias: false and a crop_samp
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 from ssl_pretrain import schema
 from ssl_pretrain.schema import DIMENSIONLESS, setting
+from ssl_pretrain.views import mask_recipe
+from ssl_pretrain.views.mask_recipe import Mask
 
 Interpolation = Literal["bilinear", "bicubic"]
 CropSampler = Literal["torchvision", "tensorflow", "clipped"]
@@ -98,6 +100,7 @@ class Crop:
         maximum=1,
         unit=DIMENSIONLESS,
     )
+    mask: Mask = setting(Mask(), "Masks of the view's patches, for methods that need them.")
 
 
 @dataclass
@@ -143,29 +146,17 @@ def check(views: ViewsConfig) -> None:
 
 
 def _check_crop(key: str, crop: Crop) -> None:
-    for name, kind in schema.field_types(Crop).items():
-        value, choices = getattr(crop, name), get_args(kind)
-        if get_origin(kind) is Literal and value not in choices:
-            raise ValueError(
-                f"{key}.{name}: {value!r} is not known; choose one of: {', '.join(choices)}"
-            )
-    _check_range(f"{key}.scale", crop.scale, highest=1.0)
-    _check_range(f"{key}.ratio", crop.ratio)
-    _check_range(f"{key}.blur_sigma", crop.blur_sigma)
+    schema.check_choices(crop, key)
+    schema.check_range(f"{key}.scale", crop.scale, highest=1.0)
+    schema.check_range(f"{key}.ratio", crop.ratio)
+    schema.check_range(f"{key}.blur_sigma", crop.blur_sigma)
     if crop.jitter and not (crop.brightness or crop.contrast or crop.saturation or crop.hue):
         raise ValueError(
             f"{key}.jitter: {crop.jitter} changes nothing, as brightness, contrast, saturation and "
             "hue are all 0; set one of them, or jitter to 0"
         )
     _check_blur(key, crop)
-
-
-def _check_range(key: str, values: list[float], highest: float = float("inf")) -> None:
-    if len(values) != 2 or not 0 < values[0] <= values[1] <= highest:
-        bound = f" <= {highest:g}" if highest < float("inf") else ""
-        raise ValueError(
-            f"{key}: {values} is not a range; give [low, high] with 0 < low <= high{bound}"
-        )
+    mask_recipe.check(f"{key}.mask", crop.mask, crop.size)
 
 
 def _check_blur(key: str, crop: Crop) -> None:

@@ -33,7 +33,8 @@ def build_loader(
 def digest(batch: Batch) -> str:
     """Return one digest of all tensors of a batch on the CPU."""
     sha256 = hashlib.sha256()
-    for tensor in (*batch.views, batch.labels, batch.indices):
+    mask_tensors = [tensor for masks in batch.masks for tensor in (masks.indices, masks.valid)]
+    for tensor in (*batch.views, batch.labels, batch.indices, *mask_tensors):
         sha256.update(str((tensor.dtype, tuple(tensor.shape))).encode())
         sha256.update(tensor.contiguous().numpy().tobytes())
     return sha256.hexdigest()

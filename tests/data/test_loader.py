@@ -27,8 +27,9 @@ from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.loader import Loader, build
 from ssl_pretrain.data.readers import read_images
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.views import crops
-from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views import crops, masks
+from ssl_pretrain.views.batch import Batch, concatenate
+from ssl_pretrain.views.mask_recipe import Mask
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 # PyTorch warns on machines with few cores.
@@ -46,6 +47,7 @@ VIEWS = ViewsConfig(
             hue=0.1,
             grayscale=0.2,
             blur=0.5,
+            mask=Mask("blocks", patch_size=3),
         ),
         "local": Crop(count=1, size=6, scale=[0.1, 0.4], solarize=0.5),
     },
@@ -114,6 +116,27 @@ def test_views_are_the_crops_of_the_recipe(source):
             )
 
 
+def test_a_batch_has_the_masks_of_its_step(source):
+    batch = next(make_loader(source, rank=1, world_size=2).iterate_from(6))  # epoch 1
+    expected = masks.draw(
+        VIEWS,
+        seed=3,
+        epoch=1,
+        step=6,
+        indices=batch.indices.numpy(),
+        first_slot=6,
+        global_batch_size=12,
+    )
+    assert [(mask_set.name, mask_set.view) for mask_set in batch.masks] == [
+        ("masked", 0),
+        ("masked", 1),
+    ]
+    assert any(mask_set.valid.any() for mask_set in batch.masks)
+    for mask_set, other in zip(batch.masks, expected, strict=True):
+        assert torch.equal(mask_set.indices, other.indices)
+        assert torch.equal(mask_set.valid, other.valid)
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_workers_change_nothing(num_workers, source, expected):
     assert digests(make_loader(source, num_workers), 0, 10) == expected
@@ -140,12 +163,7 @@ def test_ranks_make_up_the_global_batch(world_size, source, expected):
     ]
     for step in range(5):
         local_batches = [next(iterator) for iterator in iterators]
-        global_batch = Batch(
-            [torch.cat(views) for views in zip(*(batch.views for batch in local_batches))],
-            torch.cat([batch.labels for batch in local_batches]),
-            torch.cat([batch.indices for batch in local_batches]),
-        )
-        assert digest(global_batch) == expected[step]
+        assert digest(concatenate(local_batches)) == expected[step]
 
 
 @pytest.mark.parametrize("first", [1, 4, 6])

@@ -1,0 +1,271 @@
+"""Recipe of the masks of a view, as set in `views.crops.NAME.mask`, and the shapes that follow.
+
+A view is a square grid of patches, numbered row by row. The kinds of masks follow official code:
+
+- random, for MAE (arXiv:2111.06377): single patches at random.
+- blocks, for iBOT (arXiv:2111.07832) and DINOv2 (arXiv:2304.07193): rectangles that may overlap,
+  until a share of the patches is masked. The rectangles were introduced by BEiT (arXiv:2106.08254).
+- multiblock, for I-JEPA (arXiv:2301.08243): several target blocks, and a context block without
+  the patches of the targets.
+- inverse_block, for CAPI (arXiv:2502.08769): all patches outside of one rectangle.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ssl_pretrain import schema
+from ssl_pretrain.schema import DIMENSIONLESS, setting
+
+BLOCKS_ASPECT = [0.3, 1 / 0.3]  # of iBOT and DINOv2
+MULTIBLOCK_ASPECT = [0.75, 1.5]  # of I-JEPA's targets
+INVERSE_BLOCK_ASPECT = [0.5, 2.0]  # of CAPI
+# Kinds of masks that contain each set.
+KINDS_BY_SET = {
+    "visible": ("random", "inverse_block"),
+    "masked": ("blocks",),
+    "context": ("multiblock",),
+    "targets": ("multiblock",),
+}
+SCANNED_SIZES = 2**16  # random numbers for which the size of a block is computed in advance
+
+
+@dataclass
+class Mask:
+    """Masks of the patches of each view of a kind."""
+
+    kind: Literal["none", "random", "blocks", "multiblock", "inverse_block"] = setting(
+        "none",
+        "How the masks are drawn. random: single patches (MAE). "
+        "blocks: rectangles that cover a share of the patches (iBOT, DINOv2). "
+        "multiblock: a context and several targets (I-JEPA). "
+        "inverse_block: all patches outside of one rectangle (CAPI).",
+    )
+    patch_size: int = setting(
+        16, "Side of a patch, as in the backbone.", minimum=1, maximum=10_000, unit="pixels"
+    )
+    ratio: float = setting(
+        0.75,
+        "random and inverse_block: share of the patches that are masked.",
+        above=0,
+        below=1,
+        unit=DIMENSIONLESS,
+    )
+    ratio_range: list[float] = setting(
+        [0.1, 0.5],
+        "blocks: [low, high] of the share of the patches that are masked.",
+        unit=DIMENSIONLESS,
+    )
+    probability: float = setting(
+        0.5, "blocks: share of the views that have a mask.", above=0, maximum=1, unit=DIMENSIONLESS
+    )
+    block_sampler: Literal["dinov2", "dinov3", "ibot"] = setting(
+        "dinov2",
+        "blocks: how the masked shares are drawn. dinov2: they are spread evenly over the global "
+        "batch. dinov3: likewise, and single patches are added until the share is exact. "
+        "ibot: independently for each view.",
+    )
+    min_patches: int = setting(
+        4,
+        "blocks: smallest area from which the size of a block is drawn. "
+        "0 means (patches per side // 3) squared, as in iBOT.",
+        unit="patches",
+    )
+    aspect: list[float] = setting(
+        [],
+        "Every kind but random: [low, high] of the height / width of a block, or of a target. "
+        "Empty means the authors' range: [0.3, 3.33] for blocks, [0.75, 1.5] for multiblock, "
+        "[0.5, 2] for inverse_block.",
+        unit=DIMENSIONLESS,
+    )
+    num_targets: int = setting(
+        4, "multiblock: targets per view.", minimum=1, maximum=100, unit="targets"
+    )
+    target_scale: list[float] = setting(
+        [0.15, 0.2], "multiblock: [low, high] of a target's share of the area.", unit=DIMENSIONLESS
+    )
+    context_scale: list[float] = setting(
+        [0.85, 1.0],
+        "multiblock: [low, high] of the context's share of the area, before the targets are "
+        "taken out.",
+        unit=DIMENSIONLESS,
+    )
+    min_keep: int = setting(
+        10, "multiblock: targets and contexts have more patches than this.", unit="patches"
+    )
+    context_patches: int = setting(
+        0,
+        "multiblock: patches of a context that the student sees. A larger context is trimmed, and "
+        "a smaller one is padded. 0 means a quarter of the view's patches, rounded down.",
+        unit="patches",
+    )
+    context_trim: Literal["first", "random"] = setting(
+        "first",
+        "multiblock: which patches of a larger context remain. "
+        "first: the first ones, row by row, as in I-JEPA. random: any.",
+    )
+    roll: bool = setting(
+        True, "inverse_block: shift the mask by a random offset, around the borders of the view."
+    )
+
+
+class MaskShape(NamedTuple):
+    """Name and shape of one of the sets of masks of a view."""
+
+    name: str
+    masks_per_image: int
+    max_patches: int  # largest number of patches of a mask
+
+
+class BlockSizes(NamedTuple):
+    """Heights and widths of blocks in patches, int64 arrays of the same shape."""
+
+    heights: np.ndarray
+    widths: np.ndarray
+
+
+def grid_side(mask: Mask, size: int) -> int:
+    """Return the patches along one side of a view of `size` pixels."""
+    return size // mask.patch_size
+
+
+def shapes(mask: Mask, size: int) -> tuple[MaskShape, ...]:
+    """Return the sets of masks of a view of `size` pixels."""
+    side = grid_side(mask, size)
+    if mask.kind in ("random", "inverse_block"):
+        return (MaskShape("visible", 1, num_visible(mask, side)),)
+    if mask.kind == "blocks":
+        return (MaskShape("masked", 1, int(side**2 * mask.ratio_range[1])),)
+    if mask.kind == "multiblock":
+        target_areas = _all_areas(side, tuple(mask.target_scale), tuple(aspect_range(mask)))
+        return (
+            MaskShape("context", 1, mask.context_patches or max(1, side**2 // 4)),
+            MaskShape("targets", mask.num_targets, target_areas[1]),
+        )
+    return ()
+
+
+def num_visible(mask: Mask, side: int) -> int:
+    """Return the number of patches that stay visible, rounded as by the authors."""
+    if mask.kind == "random":
+        return int(side**2 * (1 - mask.ratio))
+    return side**2 - int(side**2 * mask.ratio)
+
+
+def aspect_range(mask: Mask) -> list[float]:
+    """Return `mask.aspect`, or the authors' range if it is empty."""
+    if mask.aspect:
+        return mask.aspect
+    ranges = {"blocks": BLOCKS_ASPECT, "multiblock": MULTIBLOCK_ASPECT}
+    return ranges.get(mask.kind, INVERSE_BLOCK_ASPECT)
+
+
+def min_block_area(mask: Mask, side: int) -> int:
+    """Return the smallest area from which the size of a block is drawn."""
+    return mask.min_patches or (side // 3) ** 2
+
+
+def target_sizes(mask: Mask, side: int, uniforms: np.ndarray) -> BlockSizes:
+    """Return the sizes of the targets of I-JEPA for random numbers in [0, 1)."""
+    return _block_sizes(side, tuple(mask.target_scale), tuple(aspect_range(mask)), uniforms)
+
+
+def context_sizes(mask: Mask, side: int, uniforms: np.ndarray) -> BlockSizes:
+    """Return the sizes of the context blocks of I-JEPA for random numbers in [0, 1)."""
+    return _block_sizes(side, tuple(mask.context_scale), (1.0, 1.0), uniforms)
+
+
+def _block_sizes(
+    side: int, scale: tuple[float, ...], aspect: tuple[float, ...], uniforms: np.ndarray
+) -> BlockSizes:
+    """Return sizes of blocks. One number gives both area and aspect ratio, as in I-JEPA's code.
+
+    A block is at least one patch smaller than the view, in both directions.
+    """
+    areas = np.floor(side**2 * (scale[0] + uniforms * (scale[1] - scale[0])))
+    ratios = aspect[0] + uniforms * (aspect[1] - aspect[0])
+    heights = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
+    widths = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
+    return BlockSizes(np.minimum(heights, side - 1), np.minimum(widths, side - 1))
+
+
+@lru_cache(maxsize=64)
+def _all_areas(side: int, scale: tuple[float, ...], aspect: tuple[float, ...]) -> tuple[int, int]:
+    """Return the smallest and the largest area of a block, in patches."""
+    heights, widths = _block_sizes(side, scale, aspect, np.linspace(0, 1, SCANNED_SIZES + 1))
+    areas = heights * widths
+    return int(areas.min()), int(areas.max())
+
+
+def check(key: str, mask: Mask, size: int) -> None:
+    """Raise ValueError unless the masks can be drawn for a view of `size` pixels.
+
+    Args:
+        key: Dotted key of the mask, such as views.crops.global.mask.
+        mask: The recipe.
+        size: Height and width of the view.
+    """
+    schema.check_choices(mask, key)
+    if mask.kind == "none":
+        return
+    if size % mask.patch_size:
+        raise ValueError(
+            f"{key}.patch_size: {mask.patch_size} does not divide the view's {size} pixels; give "
+            "the backbone's patch size, and views.crops.*.size as a multiple of it"
+        )
+    if mask.aspect:
+        schema.check_range(f"{key}.aspect", mask.aspect)
+    side = grid_side(mask, size)
+    if mask.kind in ("random", "inverse_block"):
+        _check_ratio(key, mask, side)
+    if mask.kind == "blocks":
+        _check_blocks(key, mask, side)
+    if mask.kind == "multiblock":
+        _check_multiblock(key, mask, side)
+
+
+def _check_ratio(key: str, mask: Mask, side: int) -> None:
+    count = num_visible(mask, side)
+    if not 0 < count < side**2:
+        raise ValueError(
+            f"{key}.ratio: {mask.ratio:g} leaves {count} of the view's {side**2} patches visible; "
+            "give a ratio that masks some patches and leaves others, or smaller patches"
+        )
+    low, high = aspect_range(mask)
+    max_aspect = side**2 / count  # a wider block of this area would not fit
+    if mask.kind == "inverse_block" and (low > max_aspect or high < 1 / max_aspect):
+        raise ValueError(
+            f"{key}.aspect: {mask.aspect} has no block of {count} patches that fits in a view of "
+            f"{side} x {side} patches; give a range that contains 1"
+        )
+
+
+def _check_blocks(key: str, mask: Mask, side: int) -> None:
+    schema.check_range(f"{key}.ratio_range", mask.ratio_range, highest=1.0)
+    if shapes(mask, side * mask.patch_size)[0].max_patches < 1:
+        raise ValueError(
+            f"{key}.ratio_range: {mask.ratio_range} masks none of the view's {side**2} patches; "
+            "give a higher range, or smaller patches"
+        )
+
+
+def _check_multiblock(key: str, mask: Mask, side: int) -> None:
+    schema.check_range(f"{key}.target_scale", mask.target_scale, highest=1.0)
+    schema.check_range(f"{key}.context_scale", mask.context_scale, highest=1.0)
+    targets = _all_areas(side, tuple(mask.target_scale), tuple(aspect_range(mask)))
+    contexts = _all_areas(side, tuple(mask.context_scale), (1.0, 1.0))
+    for name, (smallest, _) in (("target", targets), ("context", contexts)):
+        if smallest <= mask.min_keep:
+            remedy = f"give at most {smallest - 1}, or " if smallest else "give "
+            raise ValueError(
+                f"{key}.min_keep: {mask.min_keep} patches are not less than a {name} of {smallest} "
+                f"patches, the smallest in a view of {side} x {side} patches; {remedy}"
+                f"a larger {key}.{name}_scale"
+            )
+    if mask.context_patches > contexts[1]:
+        raise ValueError(
+            f"{key}.context_patches: {mask.context_patches} is more than the {contexts[1]} patches "
+            f"of the largest context; give at most {contexts[1]}, or 0 for a quarter of the view"
+        )

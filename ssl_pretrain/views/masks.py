@@ -1,0 +1,193 @@
+"""Draw the masks of a batch, as pure functions of the seed and the position in the run.
+
+The places of a mask depend on (seed, epoch, image, view). What belongs to a whole step, such as the
+sizes of I-JEPA's blocks and the masked shares of DINOv2, depends on (seed, epoch, step) and on the
+position in the global batch. Ranks, workers and micro-batches do not change a mask.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ssl_pretrain import rng
+from ssl_pretrain.rng import Purpose
+from ssl_pretrain.views import mask_kernels, mask_recipe
+from ssl_pretrain.views.batch import MaskSet
+from ssl_pretrain.views.mask_recipe import Mask
+from ssl_pretrain.views.recipe import Crop, ViewsConfig
+
+
+@dataclass(frozen=True)
+class Position:
+    """A rank's images, and the step of the run in which they are used."""
+
+    seed: int
+    epoch: int
+    step: int
+    indices: np.ndarray  # of the images in the data set, int64 (local_batch,)
+    first_slot: int  # position of the first image in the global batch
+    global_batch_size: int
+
+
+def draw(
+    views: ViewsConfig,
+    *,
+    seed: int,
+    epoch: int,
+    step: int,
+    indices: np.ndarray,
+    first_slot: int,
+    global_batch_size: int,
+) -> tuple[MaskSet, ...]:
+    """Draw the masks of some images of a step, on the CPU.
+
+    Args:
+        views: Recipe of the views and of their masks.
+        seed: Seed of the run.
+        epoch: Number of passes over the data before this one.
+        step: Number of the step in the run.
+        indices: Indices of the images in the data set, int64 (n,).
+        first_slot: Position of the first image in the global batch of the step. The others follow.
+        global_batch_size: Images of the step, over all ranks.
+
+    Returns:
+        The masks of every view that has any, in the order of the views.
+    """
+    position = Position(seed, epoch, step, indices, first_slot, global_batch_size)
+    return tuple(
+        _build_set(shape, view, grids)
+        for view, first_view, crop in _masked_views(views)
+        for shape, grids in zip(
+            mask_recipe.shapes(crop.mask, crop.size),
+            _draw_grids(crop, view, first_view, position),
+            strict=True,
+        )
+    )
+
+
+def blank(views: ViewsConfig, num_images: int, device: torch.device | str) -> tuple[MaskSet, ...]:
+    """Return masks of the first patches, in the shapes and formats of the run's masks."""
+    return tuple(
+        MaskSet(
+            shape.name,
+            view,
+            torch.arange(shape.max_patches, device=device).repeat(
+                num_images, shape.masks_per_image, 1
+            ),
+            torch.ones(
+                (num_images, shape.masks_per_image, shape.max_patches),
+                dtype=torch.bool,
+                device=device,
+            ),
+        )
+        for view, _, crop in _masked_views(views)
+        for shape in mask_recipe.shapes(crop.mask, crop.size)
+    )
+
+
+def _masked_views(views: ViewsConfig) -> Iterator[tuple[int, int, Crop]]:
+    """Yield each view with masks, the first view of its kind, and its recipe."""
+    first_view = 0
+    for crop in views.crops.values():
+        if crop.mask.kind != "none":
+            for view in range(first_view, first_view + crop.count):
+                yield view, first_view, crop
+        first_view += crop.count
+
+
+def _build_set(shape: mask_recipe.MaskShape, view: int, grids: np.ndarray) -> MaskSet:
+    numbers, valid = mask_kernels.list_patches(grids, shape.max_patches)
+    return MaskSet(shape.name, view, torch.from_numpy(numbers), torch.from_numpy(valid))
+
+
+def _draw_grids(
+    crop: Crop, view: int, first_view: int, position: Position
+) -> tuple[np.ndarray, ...]:
+    """Draw the sets of masks of a view, each as bool (images, masks per image, patches)."""
+    mask, side = crop.mask, mask_recipe.grid_side(crop.mask, crop.size)
+    key = (position.seed, position.epoch, position.indices, view)
+    if mask.kind == "random":
+        count = mask_recipe.num_visible(mask, side)
+        return (mask_kernels.draw_patches(*key, side**2, count),)
+    if mask.kind == "inverse_block":
+        count, aspect = mask_recipe.num_visible(mask, side), _pair(mask_recipe.aspect_range(mask))
+        return (mask_kernels.draw_inverse_blocks(*key, side, count, aspect, mask.roll),)
+    if mask.kind == "multiblock":
+        return _draw_multiblock(mask, side, view, position)
+    if mask.block_sampler == "ibot":
+        budgets = _independent_budgets(mask, side, view, position)
+        max_area = float(side**2)
+    else:
+        budgets = _spread_budgets(crop, side, view, first_view, position)
+        max_area = float(side // 2 * side)  # half of the view, rounded as by the authors
+    limits = (float(mask_recipe.min_block_area(mask, side)), max_area)
+    aspect, is_exact = _pair(mask_recipe.aspect_range(mask)), mask.block_sampler == "dinov3"
+    return (mask_kernels.draw_blocks(*key, side, budgets, limits, aspect, is_exact),)
+
+
+def _draw_multiblock(
+    mask: Mask, side: int, view: int, position: Position
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw I-JEPA's contexts and targets. All images of the step have blocks of the same sizes."""
+    uniforms = rng.uniform(
+        position.seed, position.epoch, position.step, view, Purpose.MASK_SIZES, 2
+    )
+    target = mask_recipe.target_sizes(mask, side, uniforms[:, 0])
+    context = mask_recipe.context_sizes(mask, side, uniforms[:, 1])
+    key = (position.seed, position.epoch, position.indices, view, side)
+    targets = mask_kernels.draw_targets(*key, mask.num_targets, target.heights[0], target.widths[0])
+    max_patches = mask_recipe.shapes(mask, side * mask.patch_size)[0].max_patches
+    contexts = mask_kernels.draw_contexts(
+        *key,
+        targets,
+        context.heights[0],
+        context.widths[0],
+        (mask.min_keep, max_patches),
+        mask.context_trim == "random",
+    )
+    return contexts, targets
+
+
+def _independent_budgets(mask: Mask, side: int, view: int, position: Position) -> np.ndarray:
+    """Return the patches to mask in each image of this view, drawn for each one, as in iBOT."""
+    uniforms = rng.uniform(
+        position.seed, position.epoch, position.indices, view, Purpose.MASK_SIZES, 2
+    )
+    low, high = mask.ratio_range
+    budgets = side**2 * (low + (high - low) * uniforms[:, 1])
+    return np.where(uniforms[:, 0] < mask.probability, budgets, 0.0)
+
+
+def _spread_budgets(
+    crop: Crop, side: int, view: int, first_view: int, position: Position
+) -> np.ndarray:
+    """Return the patches to mask in each image of this view, spread over the batch as in DINOv2.
+
+    A share of all views of the global batch is masked. The range of ratios is divided into as many
+    parts of equal length. Each masked view draws its ratio from a part of its own. Which view gets
+    which part is random.
+    """
+    mask, num_views = crop.mask, crop.count * position.global_batch_size
+    num_masked = int(num_views * mask.probability)
+    key = (position.seed, position.epoch, position.step, first_view)
+    part_of_view = np.empty(num_views, np.int64)
+    order = rng.uniform(*key, Purpose.MASK_ORDER, num_views)[0].argsort(kind="stable")
+    part_of_view[order] = np.arange(num_views)
+    start = (view - first_view) * position.global_batch_size + position.first_slot
+    parts = part_of_view[start : start + len(position.indices)]
+    if mask.block_sampler == "dinov3":
+        offsets: np.ndarray | float = 1.0  # the upper end of the part
+    else:
+        offsets = rng.uniform(*key, Purpose.MASK_SIZES, num_masked + 1)[0][
+            np.minimum(parts, num_masked)
+        ]
+    low, high = mask.ratio_range
+    ratios = low + (high - low) * (parts + offsets) / max(num_masked, 1)
+    budgets = np.floor(side**2 * np.minimum(ratios, high))
+    return np.where(parts < num_masked, budgets, 0.0)
+
+
+def _pair(values: list[float]) -> tuple[float, float]:
+    return float(values[0]), float(values[1])
