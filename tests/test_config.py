@@ -16,6 +16,7 @@ from ssl_pretrain.config import ConfigError, check, load
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.planning import run_settings
 from ssl_pretrain.system import program
+from ssl_pretrain.views.mask_recipe import Mask
 from ssl_pretrain.views.recipe import Crop
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -193,6 +194,18 @@ def test_the_authors_initial_weights_do_not_replace_loaded_ones(name):
     )
 
 
+def test_masks_have_the_patches_of_the_backbone(path):
+    overrides = ["backbone.name=vit_tiny_patch16_224", "backbone.stem=imagenet"]
+    overrides += ["views.crops.global.size=96", "views.crops.global.mask.kind=random"]
+    assert error_of(path, *overrides, "views.crops.global.mask.patch_size=8") == (
+        "views.crops.global.mask.patch_size: 8 is not the patch size of backbone.name "
+        "vit_tiny_patch16_224; give 16"
+    )
+    check(load(path, overrides), 1)
+    run = load(path, [*overrides, "views.crops.global.mask.kind=none"])
+    assert run.views.crops["global"].mask == Mask()
+
+
 def test_values_have_the_declared_types(path):
     path.write_text(tiny.YAML.replace("base_lr: 4.0", "base_lr: 1e-3"))  # text in YAML 1.1
     run = load(path, ["optim.weight_decay=1e-6", "views.crops.global.size=32"])
@@ -220,7 +233,7 @@ def walk_config_classes(kind):
 
 
 def test_every_setting_has_help_and_a_resume_policy():
-    kinds = {*walk_config_classes(config.RunConfig), Crop}
+    kinds = {*walk_config_classes(config.RunConfig), *walk_config_classes(Crop)}
     kinds |= {methods.find(name).Config for name in methods.names()}
     for kind in kinds:
         for field in fields(kind):
@@ -342,7 +355,7 @@ def test_a_crop_option_that_the_saving_version_lacked_was_at_its_default(path):
     run = load(path)
     saved = config.to_dict(run)
     for crop in saved["views"]["crops"].values():
-        del crop["crop_sampler"], crop["antialias"]
+        del crop["crop_sampler"], crop["antialias"], crop["mask"]
     config.check_resume_config(saved, run, CHECKPOINT)
     key = f"views.crops.{next(iter(saved['views']['crops']))}.antialias"
     with pytest.raises(ConfigError, match=f"{key} was True and is now False"):

@@ -107,6 +107,7 @@ def _try_method(config: RunConfig) -> None:
     num_images = min(2, group_size)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         method = build_method_on_meta(dataclasses.replace(config, backbone=backbone))
+        _check_patch_sizes(config, method)
         if method.couples != "nothing" and config.global_batch_size < 2:
             raise ValueError(
                 f"global_batch_size: {config.global_batch_size} leaves {config.method.name} "
@@ -121,6 +122,19 @@ def _try_method(config: RunConfig) -> None:
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
                 if not timm_networks.is_meta_limitation(error):
                     raise _explain_forward_error(config, error, sizes) from None
+
+
+def _check_patch_sizes(config: RunConfig, method: Method) -> None:
+    """Raise ValueError unless masks have the patches of the backbone."""
+    for name, crop in config.views.crops.items():
+        if crop.mask.kind == "none":
+            continue
+        patch_size = method.backbone.patch_size
+        if crop.mask.patch_size != patch_size:
+            raise ValueError(
+                f"views.crops.{name}.mask.patch_size: {crop.mask.patch_size} is not the patch size "
+                f"of backbone.name {config.backbone.name}; give {patch_size}"
+            )
 
 
 def _check_embeddings(config: RunConfig, embeddings: object, num_images: int) -> None:

@@ -1,12 +1,16 @@
 """Masks follow their recipe, and do not depend on ranks, workers or the other images."""
 
 import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from ssl_pretrain.methods.base import Method
 from ssl_pretrain.views import masks, recipe
+from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.mask_recipe import Mask
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
@@ -338,3 +342,16 @@ def test_views_without_masks_have_none():
     views = ViewsConfig({"global": Crop()})
     assert masks.blank(views, 2, "cpu") == ()
     assert draw(Mask()) == ()
+
+
+def test_a_method_without_its_masks_names_the_key():
+    method = Method(SimpleNamespace(name="mae"), nn.Identity())
+    numbers = torch.arange(12)
+    batch = Batch([torch.zeros(12, 3, 224, 224)] * 2, numbers, numbers, draw(RECIPES["dinov2"]))
+    assert [mask_set.view for mask_set in method.masks(batch, "masked")] == [0, 1]
+    with pytest.raises(ValueError) as error:
+        method.masks(batch, "visible")
+    assert str(error.value) == (
+        "mae: needs the masks 'visible', which no view has; "
+        "set views.crops.*.mask.kind to random or inverse_block"
+    )
