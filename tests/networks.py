@@ -3,6 +3,7 @@
 Keys of `parallel` have their defaults unless a test sets them.
 """
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,12 @@ CASES: dict[str, Any] = {  # backbone, settings of the method and the optimizer,
         {**ADAMW, "clip_norm": 0.3, "clip_by": "tensor"},
         (16, 16, 8),
     ),
+    "several_networks": (
+        BackboneConfig(name="test_vit", args={"depth": 2, "patch_size": 4}),
+        {},
+        ADAMW,
+        (16,),
+    ),
 }
 
 
@@ -78,7 +85,8 @@ def build_case(
     network, method_settings, optim_settings, sizes = CASES[name]
     torch.manual_seed(0)
     network = backbones.build(BackboneConfig(**{**vars(network), **(backbone or {})}), SIZE)
-    method: Any = methods.find(name).Config(**method_settings).build(network)
+    module = methods.find(name) if name in methods.names() else importlib.import_module(name)
+    method: Any = module.Config(**method_settings).build(network)
     config = ParallelConfig(**settings)
     world_size = process_group.world_size()
     micro_batch_size = rows // world_size // num_micro_batches
