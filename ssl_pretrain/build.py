@@ -160,7 +160,7 @@ def build_training(
         write_config(config)
         if num_steps_done:
             process_group.print_once(f"resumed {run} after step {num_steps_done}")
-        for warning in optimizers.warmup_warnings(config.optim, config.epochs):
+        for warning in optimizers.schedule_warnings(config.optim, config.epochs):
             process_group.print_once(warning, file=sys.stderr)
         logger = stack.enter_context(
             build_logger(config, checkpoints, data_loader, device, num_steps_done)

@@ -15,6 +15,7 @@ from ssl_pretrain import accumulation, rng
 from ssl_pretrain.accumulation import StatisticsAverage
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method
+from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.optim import optimizers, schedules
 from ssl_pretrain.parallel import batch_norm, wrap
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig
@@ -66,12 +67,14 @@ class Stepper:
         method = self.method
         batch = replace(batch, views=self.execution.place_views(batch.views))
         statistics_before = batch_norm.snapshot_statistics(method)
+        is_frozen = optimizers.freezes_backbone(self.optim_config, progress)
+        frozen_statistics = batch_norm.clone_statistics(_backbones(method)) if is_frozen else []
         self.optimizer.zero_grad(set_to_none=True)
         if self.parallel_config.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # earlier outputs may be overwritten
         embeddings, targets, logs = self._backward(batch, progress.step)
         self._record_nonfinite_embeddings(embeddings, progress.step)
-        frozen_prefixes = tuple(method.frozen(progress))
+        frozen_prefixes = (*method.frozen(progress), *(["backbone."] if is_frozen else []))
         gradient_norm, skipped = optimizers.step_if_finite(
             self.optimizer,
             self.optim_config.clip_norm,
@@ -80,6 +83,8 @@ class Stepper:
         )
         wrap.average_statistics(self.model, self.parallel_config, self.global_batch_size)
         batch_norm.restore_statistics(method, statistics_before, skipped > 0)
+        for buffer, value in frozen_statistics:
+            buffer.copy_(value)
         method.step_taken = 1 - skipped
         method.after_step(progress, embeddings, targets)
         logs |= {"gradient_norm": gradient_norm, "skipped_steps": skipped}
@@ -312,6 +317,11 @@ def build_stepper(
         optim_config,
         execution,
     )
+
+
+def _backbones(method: Method) -> list[nn.Module]:
+    """Return the backbones of the student and its teachers."""
+    return [module for module in method.modules() if isinstance(module, Backbone)]
 
 
 def _gradients(loss: Tensor, embeddings: Embeddings) -> Embeddings:

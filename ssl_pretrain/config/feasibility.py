@@ -113,6 +113,7 @@ def _try_method(config: RunConfig) -> None:
                 f"global_batch_size: {config.global_batch_size} leaves {config.method.name} "
                 "no other image to compare with; give 2 or more"
             )
+        optim.parameter_groups(config.optim, method)
         with torch.device("meta"):
             zeros = torch.zeros(num_images, dtype=torch.int64)  # in place of indices and labels
             images = [torch.zeros(num_images, 3, size, size) for size in sizes]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.distributed import collectives
-from ssl_pretrain.optim import scaling, schedules
+from ssl_pretrain.optim import lr_multipliers, scaling, schedules
 from ssl_pretrain.optim.momentum_sgd import LARC, LARS, SGD
 from ssl_pretrain.schema import DIMENSIONLESS, setting
 
@@ -51,6 +51,30 @@ class OptimConfig:
     constant_lr_names: list[str] = setting(
         [],
         "Prefixes of parameter names whose learning rate stays at its peak (SimSiam: predictor).",
+    )
+    lr_multipliers: dict[str, float] = setting(
+        {},
+        "Multipliers of the learning rate, by the name of a module or a parameter, such as "
+        "{backbone: 0.1, predictor: 10}. The longest name counts. With 0 the parameters never "
+        "move. Combined with layer_decay and the other ratios by multiplication.",
+    )
+    layer_decay: float = setting(
+        1.0,
+        "Learning rate of each block of the backbone, relative to the block after it (DINOv2: "
+        "0.9). Block i of n has layer_decay ** (n + 1 - i). Patch embedding, positions and tokens "
+        "are block 0. The norm after the blocks and the heads have the full rate.",
+        above=0,
+        maximum=1,
+        unit=DIMENSIONLESS,
+    )
+    patch_embed_lr_ratio: float = setting(
+        1.0, "Learning rate of the patch embedding, relative to the others (DINOv2: 0.2)."
+    )
+    freeze_backbone_epochs: float = setting(
+        0.0,
+        "Epochs in which only the heads are trained, for backbones with loaded weights. The "
+        "statistics of the backbone's batch norm do not change either. Gradients of the backbone "
+        "count toward the clipped norm.",
     )
     weight_decay: float = setting(1e-4, "Weight decay.", unit=DIMENSIONLESS)
     final_weight_decay: float | None = setting(
@@ -108,19 +132,32 @@ def check(config: OptimConfig) -> None:
             "optim.milestones: [] leaves optim.schedule=milestones nothing to do; "
             "give epochs, such as [120, 160]"
         )
+    for name, multiplier in config.lr_multipliers.items():
+        if not 0 <= multiplier < math.inf:
+            raise ValueError(
+                f"optim.lr_multipliers.{name}: {multiplier:g} is out of range; give a finite "
+                "number >= 0"
+            )
 
 
-def warmup_warnings(config: OptimConfig, epochs: int) -> list[str]:
-    """Return a line of warning if the warm-up takes the whole run, else no line.
+def schedule_warnings(config: OptimConfig, epochs: int) -> list[str]:
+    """Return a line of warning for each phase that takes the whole run.
 
     Such a run is not refused, because people try a preset out with `epochs=1`.
     """
-    if config.warmup_epochs == 0 or config.warmup_epochs < epochs:
-        return []
+    phases = {
+        "warmup_epochs": (config.warmup_epochs, "the learning rate only rises", "warm-up"),
+        "freeze_backbone_epochs": (
+            config.freeze_backbone_epochs,
+            "the backbone never changes",
+            "phase",
+        ),
+    }
     return [
-        f"warning: optim.warmup_epochs: {config.warmup_epochs:g} takes the whole run of epochs: "
-        f"{epochs}, so the learning rate only rises; give a shorter warm-up, such as "
-        f"optim.warmup_epochs={epochs / 10:g}"
+        f"warning: optim.{key}: {phase_epochs:g} takes the whole run of epochs: "
+        f"{epochs}, so {effect}; give a shorter {name}, such as optim.{key}={epochs / 10:g}"
+        for key, (phase_epochs, effect, name) in phases.items()
+        if phase_epochs and phase_epochs >= epochs
     ]
 
 
@@ -135,10 +172,11 @@ def parameter_groups(config: OptimConfig, module: nn.Module) -> list[dict[str, A
 
     The groups are `adapted` and `excluded`. Excluded parameters have no weight decay and are not
     adapted by LARS. If `constant_lr_names` is set, there are also `constant adapted` and
-    `constant excluded`.
+    `constant excluded`. Each is divided further by the multipliers of the learning rate.
 
     Raises:
-        ValueError: If no parameter's name starts with one of `constant_lr_names`.
+        ValueError: If no parameter's name starts with one of `constant_lr_names`, or a multiplier
+            does not suit the module.
     """
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     for prefix in config.constant_lr_names:
@@ -147,21 +185,29 @@ def parameter_groups(config: OptimConfig, module: nn.Module) -> list[dict[str, A
                 f"optim.constant_lr_names: no trained parameter's name starts with {prefix!r}; "
                 "give a prefix such as predictor, or leave it out"
             )
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {
-        (constant, excluded): {
+    multipliers = lr_multipliers.compute(
+        module,
+        by_prefix=config.lr_multipliers,
+        layer_decay=config.layer_decay,
+        patch_embed_lr_ratio=config.patch_embed_lr_ratio,
+    )
+    groups: dict[tuple[bool, bool, float], dict[str, Any]] = {
+        (constant, excluded, multiplier): {
             "group": ("constant " if constant else "") + ("excluded" if excluded else "adapted"),
             "names": [],
             "params": [],
             "weight_decay": 0.0 if excluded else config.weight_decay,
             "adapt": not excluded,
             "constant": constant,
+            "lr_multiplier": multiplier,
         }
         for constant in ((False, True) if config.constant_lr_names else (False,))
         for excluded in (False, True)
+        for multiplier in dict.fromkeys(multipliers.values())  # in the order of the parameters
     }
     for name, parameter in trained:
         constant = name.startswith(tuple(config.constant_lr_names))
-        group = groups[constant, _is_excluded(config, name, parameter)]
+        group = groups[constant, _is_excluded(config, name, parameter), multipliers[name]]
         group["names"].append(name)
         group["params"].append(parameter)
     return list(groups.values())
@@ -232,9 +278,15 @@ def set_rates(
     step_rates = rates(config, progress, epochs, global_batch_size)
     for group in optimizer.param_groups:
         lr = scaled_lr(config, global_batch_size) if group["constant"] else step_rates["lr"]
-        group["lr"] = lr * (1.0 if group["adapt"] else config.excluded_lr_ratio)
+        ratio = 1.0 if group["adapt"] else config.excluded_lr_ratio
+        group["lr"] = lr * ratio * group["lr_multiplier"]
         group["weight_decay"] = step_rates["weight_decay"] if group["adapt"] else 0.0
     return step_rates
+
+
+def freezes_backbone(config: OptimConfig, progress: schedules.Progress) -> bool:
+    """Return True if only the heads are trained in this step."""
+    return progress.step < config.freeze_backbone_epochs * progress.steps_per_epoch
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Batch norm over fixed groups of the global batch, on any device."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -162,6 +163,11 @@ def statistics(module: nn.Module) -> list[Tensor]:
     """Return the running statistics and batch counters of every batch norm in `module`."""
     norms = (child for child in module.modules() if is_batch_norm(child))
     return [buffer for norm in norms for _, buffer in norm.named_buffers(recurse=False)]
+
+
+def clone_statistics(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """Return the statistics and counters of the modules' batch norms, each with a copy."""
+    return [(buffer, buffer.clone()) for module in modules for buffer in statistics(module)]
 
 
 def _means_and_variances(module: nn.Module) -> list[Tensor]:

@@ -64,12 +64,14 @@ def _describe_optimizer(run: RunConfig) -> list[str]:
     decay = f"weight decay {settings.weight_decay:g}"
     if settings.final_weight_decay is not None:
         decay += f" to {settings.final_weight_decay:g}"
+    frozen = f"backbone: frozen in the first {settings.freeze_backbone_epochs:g} epochs"
     return [
         f"learning rate: {lr:.6g} ({scaling}), reached after {settings.warmup_epochs:g} epochs, "
         f"{schedule}",
-        *optim.warmup_warnings(settings, run.epochs),
+        *optim.schedule_warnings(settings, run.epochs),
         f"optimizer: {settings.name}, {decay}, "
         f"momentum {settings.momentum:g} ({settings.momentum_convention})",
+        *([frozen] if settings.freeze_backbone_epochs else []),
     ]
 
 
@@ -82,12 +84,12 @@ def _describe_parameters(run: RunConfig, method: Method) -> list[str]:
         names = group["names"]
         if not names:
             continue
-        rate = 1.0 if group["adapt"] else run.optim.excluded_lr_ratio
+        rate = group["lr_multiplier"] * (1 if group["adapt"] else run.optim.excluded_lr_ratio)
         size = sum(parameter.numel() for parameter in group["params"])
         lines.append(
             f"  group {group['group']}: {len(names)} tensors, {size:,} numbers, "
             f"weight decay {group['weight_decay']:g}"
-            + (f", learning rate times {rate:g}" if rate != 1 else "")
+            + (f", learning rate times {rate:.6g}" if rate != 1 else "")
             + (", constant learning rate" if group["constant"] else "")
         )
         if len(names) > MAX_NAMES:
