@@ -77,7 +77,7 @@ class Training:
         for step, batch in zip(range(self.num_steps_done, self.end_step), batches):
             self.lock.check()
             describe = partial(self.loader.describe_views, step, image_grids.NUM_IMAGES)
-            self.logger.save_views(step + 1, batch.views, views.mean, views.std, describe)
+            self.logger.save_views(step + 1, batch, views, describe)
             yield schedules.Progress(step, self.num_steps, self.loader.steps_per_epoch), batch
 
     def set_learning_rates(self, progress: schedules.Progress) -> dict[str, float]:

@@ -107,23 +107,29 @@ class Loader:
         return self.reader.plan.indices(step)
 
     def describe_views(self, step: int, num_images: int) -> list[list[str]]:
-        """Describe the views of this rank's first images in a step, one list per image."""
+        """Describe the views of this rank's first images in a step, one list per image.
+
+        The description of a view's masks follows that of the view.
+        """
         plan, view_crops = self.reader.plan, recipe.crop_per_view(self.reader.views)
         indices, epoch = self.indices(step)[:num_images], plan.epoch(step)
-        colors = self._draw_colors(step, indices)
-        texts = []
+        colors, mask_sets = self._draw_colors(step, indices), self._draw_masks(step, indices)
+        rows = []
         for row, index in enumerate(indices.tolist()):
             try:
-                height, width = self.source.read(index).shape[:2]
+                size = self.source.read(index).shape[:2]
             except UnreadableImage:
-                texts.append(["another image instead of an unreadable one"] * len(view_crops))
-                continue
-            boxes = [
-                crops.draw_box(crop, plan.seed, epoch, index, view, height, width)
-                for view, crop in enumerate(view_crops)
-            ]
-            texts.append([describe_view(*view, row) for view in zip(view_crops, boxes, colors)])
-        return texts
+                size = None
+            texts = []
+            for view, crop in enumerate(view_crops):
+                if size is None:
+                    texts.append("another image instead of an unreadable one")
+                else:
+                    box = crops.draw_box(crop, plan.seed, epoch, index, view, *size)
+                    texts.append(describe_view(crop, box, colors[view], row))
+                texts += masks.describe(mask_sets, view, row, crop)
+            rows.append(texts)
+        return rows
 
     def count_replaced(self, step: int, every_steps: int, last_step: int) -> dict[str, int]:
         """Count the replaced images of all ranks, and raise an error if there are too many.
@@ -190,17 +196,8 @@ class Loader:
 
     def _draw(self, step: int) -> tuple[np.ndarray, list[ColorParameters], tuple[MaskSet, ...]]:
         """Return the indices, the color parameters and the masks of a step's batch."""
-        plan, indices = self.reader.plan, self.indices(step)
-        mask_sets = masks.draw(
-            self.reader.views,
-            seed=plan.seed,
-            epoch=plan.epoch(step),
-            step=step,
-            indices=indices,
-            first_slot=plan.rank * plan.local_batch_size,
-            global_batch_size=plan.global_batch_size,
-        )
-        return indices, self._draw_colors(step, indices), mask_sets
+        indices = self.indices(step)
+        return indices, self._draw_colors(step, indices), self._draw_masks(step, indices)
 
     def _apply_colors(self, pixels: list[Tensor], colors: list[ColorParameters]) -> list[Tensor]:
         config = self.reader.views
@@ -219,6 +216,19 @@ class Loader:
             draw_colors(crop, plan.seed, plan.epoch(step), indices, view)
             for view, crop in enumerate(view_crops)
         ]
+
+    def _draw_masks(self, step: int, indices: np.ndarray) -> tuple[MaskSet, ...]:
+        """Draw the masks of this rank's first images in a step."""
+        plan = self.reader.plan
+        return masks.draw(
+            self.reader.views,
+            seed=plan.seed,
+            epoch=plan.epoch(step),
+            step=step,
+            indices=indices,
+            first_slot=plan.rank * plan.local_batch_size,
+            global_batch_size=plan.global_batch_size,
+        )
 
 
 def build(

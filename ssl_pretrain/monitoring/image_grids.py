@@ -1,5 +1,6 @@
-"""Draw the pictures that a run saves. They show views, and queries with their nearest neighbors."""
+"""Draw the pictures that a run saves: views and their masks, and queries with their neighbors."""
 
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -7,31 +8,76 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
 
+from ssl_pretrain.views import recipe
+from ssl_pretrain.views.batch import Batch, MaskSet
+from ssl_pretrain.views.recipe import ViewsConfig
+
 NUM_IMAGES = 8  # rows of a grid of views
 BORDER = 3  # width in pixels of the frame around a neighbor
 GREEN, RED = (0.18, 0.56, 0.36), (0.78, 0.27, 0.24)
+BLUE, ORANGE = (0.20, 0.45, 0.80), (0.93, 0.56, 0.14)
+GRAY = 0.5  # color of patches that the student does not see
+CONTRAST_OF_HIDDEN = 0.15  # contrast of the image in these patches
+TINT = 0.4  # weight of the color of a target
 
 
-def view_grid(views: list[Tensor], mean: list[float], std: list[float]) -> Tensor:
-    """Draw the views of the first images, one row per image.
+def view_grid(batch: Batch, config: ViewsConfig) -> Tensor:
+    """Draw the views of the first images, one row per image, each with its masks on its right.
 
     Args:
-        views: Normalized views, each (batch, 3, size, size).
-        mean: Channel means that the normalization subtracted.
-        std: Channel standard deviations by which the normalization divided.
+        batch: Normalized views and their masks.
+        config: Recipe of the views.
 
     Returns:
         Picture (3, height, width) in [0, 1].
     """
-    size = max(view.shape[-1] for view in views)
-    offset, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    size = max(view.shape[-1] for view in batch.views)
+    offset, scale = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
     columns = []
-    for view in views:
-        pixels = view[:NUM_IMAGES].float().cpu() * scale + offset
-        height, width = view.shape[-2:]
-        columns.append(F.pad(pixels, (0, size - width, 0, size - height), value=1.0))
-    images = torch.stack(columns, dim=1).flatten(0, 1)
-    return make_grid(images, nrow=len(views), padding=2, pad_value=1.0).clamp(0, 1)
+    for number, (view, crop) in enumerate(zip(batch.views, recipe.crop_per_view(config))):
+        pixels = (view[:NUM_IMAGES].float().cpu() * scale + offset).clamp(0, 1)
+        columns.append(pixels)
+        if mask_sets := [masks for masks in batch.masks if masks.view == number]:
+            columns.append(_draw_masks(pixels, mask_sets, crop.mask.patch_size))
+    padded = [
+        F.pad(column, (0, size - column.shape[-1], 0, size - column.shape[-2]), value=1.0)
+        for column in columns
+    ]
+    images = torch.stack(padded, dim=1).flatten(0, 1)
+    return make_grid(images, nrow=len(columns), padding=2, pad_value=1.0)
+
+
+def _draw_masks(views: Tensor, mask_sets: list[MaskSet], patch_size: int) -> Tensor:
+    """Gray out the patches that the student does not see. Tint and frame each target in a color.
+
+    Args:
+        views: Views of the first images in [0, 1], (num_images, 3, size, size).
+        mask_sets: Masks of these views.
+        patch_size: Pixels per side of a patch.
+    """
+    picture, side = views, views.shape[-1] // patch_size
+    frames = []
+    for masks in mask_sets:
+        for k, rgb in zip(range(masks.indices.shape[1]), cycle((BLUE, ORANGE, GREEN, RED))):
+            grid = masks.as_grid(side**2, k)[: len(views)].cpu().view(-1, 1, side, side)
+            area = grid.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+            if masks.name == "targets":
+                color = torch.tensor(rgb).view(3, 1, 1)
+                picture = torch.where(area, views + TINT * (color - views), picture)
+                frames.append((_frame(area, max(1, patch_size // 8)), color))
+            else:
+                hidden = area if masks.name == "masked" else ~area
+                faint = GRAY + CONTRAST_OF_HIDDEN * (views - GRAY)
+                picture = torch.where(hidden, faint, picture)
+    for frame, color in frames:  # after all targets, because they overlap
+        picture = torch.where(frame, color, picture)
+    return picture
+
+
+def _frame(area: Tensor, width: int) -> Tensor:
+    """Return True for the pixels of an area that are near its border, (n, 1, height, width)."""
+    outside = F.pad((~area).float(), (width, width, width, width), value=1.0)
+    return area & (F.max_pool2d(outside, 2 * width + 1, stride=1) > 0)
 
 
 def neighbor_grid(queries: Tensor, neighbors: Tensor, same_class: Tensor) -> Tensor:

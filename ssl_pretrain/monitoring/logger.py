@@ -26,6 +26,8 @@ from ssl_pretrain.monitoring.log_config import LogConfig
 from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.monitoring.trackers import Tracker
 from ssl_pretrain.system import durable_files
+from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views.recipe import ViewsConfig
 
 T = TypeVar("T")
 NEIGHBORS_CAPTION = (
@@ -145,19 +147,17 @@ class Logger:
     def save_views(
         self,
         step: int,
-        views: list[Tensor],
-        mean: list[float],
-        std: list[float],
+        batch: Batch,
+        views: ViewsConfig,
         describe_views: Callable[[], list[list[str]]] = list,
     ) -> None:
         """Save views.png and views.json at the first step of the run.
 
         Args:
             step: Optimizer steps done, including this one.
-            views: Views of this batch as the network sees them.
-            mean: Channel means that the normalization subtracted.
-            std: Channel standard deviations that the normalization divided by.
-            describe_views: Function that returns the augmentations of each image's views as text.
+            batch: The views as the network sees them, and their masks.
+            views: Recipe of the views.
+            describe_views: Function that returns a text per picture in the row of each image.
         """
         if step > 1 or not process_group.is_main():
             return
@@ -165,11 +165,11 @@ class Logger:
         text = json.dumps(descriptions, indent=1) + "\n"
         self._writer.try_write(path, partial(durable_files.replace, path, text))
         caption = "\n".join(
-            f"image {row + 1}, view {view + 1}: {description}"
+            f"image {row + 1}, column {column + 1}: {description}"
             for row, texts in enumerate(descriptions)
-            for view, description in enumerate(texts)
+            for column, description in enumerate(texts)
         )
-        grid = image_grids.view_grid(views, mean, std)
+        grid = image_grids.view_grid(batch, views)
         self._save_picture(grid, self.run / "views.png", metric_names.VIEWS_PICTURE, caption, step)
 
     def raise_alert(self, title: str, text: str, tag: str = "") -> None:

@@ -5,7 +5,7 @@ sizes of I-JEPA's blocks and the masked shares of DINOv2, depends on (seed, epoc
 position in the global batch. Ranks, workers and micro-batches do not change a mask.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +85,26 @@ def blank(views: ViewsConfig, num_images: int, device: torch.device | str) -> tu
         for view, _, crop in _masked_views(views)
         for shape in mask_recipe.shapes(crop.mask, crop.size)
     )
+
+
+def describe(mask_sets: Sequence[MaskSet], view: int, row: int, crop: Crop) -> list[str]:
+    """Describe the masks of a view of one image. Return an empty list if the view has none.
+
+    Args:
+        mask_sets: Masks of all views.
+        view: Index of the view.
+        row: Row of the image in the masks.
+        crop: Recipe of the view.
+    """
+    counts = [
+        f"{masks.name} {', '.join(map(str, masks.valid[row].sum(1).tolist()))}"
+        for masks in mask_sets
+        if masks.view == view
+    ]
+    if not counts:
+        return []
+    num_patches = mask_recipe.grid_side(crop.mask, crop.size) ** 2
+    return [f"masks of view {view + 1}: {', '.join(counts)} of {num_patches} patches"]
 
 
 def _masked_views(views: ViewsConfig) -> Iterator[tuple[int, int, Crop]]:

@@ -137,6 +137,17 @@ def test_a_batch_has_the_masks_of_its_step(source):
         assert torch.equal(mask_set.valid, other.valid)
 
 
+def test_the_description_of_masks_follows_that_of_their_view(source):
+    batches = make_loader(source)
+    batch = next(batches.iterate_from(0))
+    for row, texts in enumerate(batches.describe_views(0, 3)):
+        assert len(texts) == 5  # two views with masks and a local view
+        for view in range(2):
+            assert " pixels at (" in texts[2 * view]
+            count = int(batch.masks[view].valid[row].sum())
+            assert texts[2 * view + 1] == f"masks of view {view + 1}: masked {count} of 16 patches"
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_workers_change_nothing(num_workers, source, expected):
     assert digests(make_loader(source, num_workers), 0, 10) == expected

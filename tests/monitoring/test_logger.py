@@ -12,6 +12,7 @@ import tiny
 import torch
 from conftest import run_ranks
 from PIL import Image
+from saved_views import save_views
 
 from ssl_pretrain import config, train
 from ssl_pretrain.distributed import process_group
@@ -104,7 +105,7 @@ def test_views_are_saved_as_a_grid_with_descriptions(tmp_path):
     views = [torch.rand(10, 3, 16, 16), torch.rand(10, 3, 8, 8)]
     descriptions = [["10x10 pixels at (0, 0), flipped", "gray"]] * 8
     with build_logger(tmp_path) as logger:
-        logger.save_views(1, views, [0.5] * 3, [0.25] * 3, lambda: descriptions)
+        save_views(logger, views, lambda: descriptions)
     with Image.open(tmp_path / "views.png") as image:
         assert image.size == (2 * 18 + 2, 8 * 18 + 2)  # 8 images, 2 views, 2 pixels of padding
     assert json.loads((tmp_path / "views.json").read_text()) == descriptions
@@ -222,7 +223,7 @@ def test_pictures_that_cannot_be_written_are_reported_and_left_out(tmp_path, cap
     (tmp_path / "views.png").mkdir()
     views = [torch.rand(8, 3, 16, 16)]
     with build_logger(tmp_path, on_failure="warn") as logger:
-        logger.save_views(1, views, [0.5] * 3, [0.25] * 3, lambda: [["flipped"]] * 8)
+        save_views(logger, views, lambda: [["flipped"]] * 8)
         log_steps(logger, 1, 2)
     message = f"warning: {tmp_path / 'views.png'} could not be written: Is a directory."
     assert message in capsys.readouterr().out

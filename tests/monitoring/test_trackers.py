@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from saved_views import save_views
 
 from ssl_pretrain import config
 from ssl_pretrain.monitoring import metric_names
@@ -29,7 +30,7 @@ def run_steps(run, num_steps_done, last_step, knn_step=None, **settings):
         global_batch_size=8,
         config={"seed": 0},
     ) as logger:
-        logger.save_views(1, [torch.rand(8, 3, 16, 16)], [0.5] * 3, [0.25] * 3, lambda: [["a"]] * 8)
+        save_views(logger, [torch.rand(8, 3, 16, 16)], lambda: [["a"]] * 8)
         for step in range(num_steps_done + 1, last_step + 1):
             measurements = None
             if step == knn_step:

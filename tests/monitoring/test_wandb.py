@@ -116,7 +116,7 @@ def test_pictures_curves_and_evaluations_are_logged_at_their_step(resumed_run):
     _, files = resumed_run
     rows = {row["_step"]: row for file in files for row in wandb_file.history(file)}
     views = rows[1]["Pictures/views"]
-    assert views["_type"] == "image-file" and "image 1, view 1:" in views["caption"]
+    assert views["_type"] == "image-file" and "image 1, column 1:" in views["caption"]
     assert (files[0].parent / "files" / views["path"]).stat().st_size > 1000
     assert rows[3]["Pictures/neighbors"]["_type"] == "image-file"
     assert rows[2]["Collapse/deviations"]["_type"] == "histogram"
