@@ -21,7 +21,9 @@ BACKBONE_PARAMETERS = {
     "resnet50 imagenet": 23_508_032,
     "resnet50 small": 23_500_352,
     "resnet18 small": 11_168_832,
+    "vit_huge_patch14_224 imagenet": 630_762_240,
     "vit_small_patch16_224 imagenet": 21_665_664,
+    "vit_tiny_patch16_224 imagenet": 1_204_352,  # narrow and shallow (ijepa_cifar10)
     "test_resnet imagenet": 372_688,
     "test_resnet no_pool": 372_688,
 }
@@ -57,9 +59,12 @@ def reduce_recipe(path, folder):
     values = config.to_dict(config.load(path))
     for crop in values["views"]["crops"].values():
         crop |= {"size": 16 if crop["size"] == 96 else 32, "blur_kernel": 3}
+        crop["mask"] |= {"patch_size": 4, "min_keep": 5, "context_patches": 0}  # 8 x 8 patches
     values["method"] |= methods.find(values["method"]["name"]).SMALL_CONFIG
     if values["backbone"]["name"].startswith("vit"):
-        values["backbone"] |= {"name": "test_vit", "args": {}}
+        kept = ("class_token", "global_pool", "fc_norm")
+        args = {key: value for key, value in values["backbone"]["args"].items() if key in kept}
+        values["backbone"] |= {"name": "test_vit", "args": {"patch_size": 4, **args}}
     else:
         values["backbone"]["name"] = "test_resnet"
     values["data"] |= {

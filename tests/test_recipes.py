@@ -59,6 +59,7 @@ def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Pa
     - Network: timm's smallest ResNet, or a ViT of 2 blocks and 24 dimensions, with the recipe's
       arguments. No layer of a head is wider than 32.
     - Image size: global views have 32 pixels at most, others 16. Patches shrink by the same factor.
+      Views with masks have 8 x 8 patches.
     - Batch: 24 images, 3 steps per epoch. Batch norm groups smaller than the batch have 8 images.
     - Queue: 48 embeddings. Online k-NN: at most 20 neighbors.
     - Warm-up, queue, frozen prototypes and the like start or end after at most 2 epochs or steps,
@@ -74,8 +75,11 @@ def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Pa
     if data["source"] != "digits":
         data |= {"source": "folder", "root": str(tiny.write_images(folder / "images")), "subset": 0}
     data |= {"cache_dir": str(folder / "cache"), "num_workers": 0}
+    masks = [crop["mask"] for crop in values["views"]["crops"].values() if "mask" in crop]
+    for mask in masks:
+        mask |= {"patch_size": 4, "min_keep": 5, "context_patches": 0}
     if backbone["name"].startswith("vit"):
-        size = {"depth": 2, "embed_dim": 24, "patch_size": 8}
+        size = {"depth": 2, "embed_dim": 24, "patch_size": 4 if masks else 8}
         backbone |= {"name": "test_vit", "args": {"num_heads": 6} | backbone.get("args", {}) | size}
     else:
         backbone["name"] = "test_resnet"
@@ -91,6 +95,8 @@ def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Pa
             method[name] = _clip(method[name], 2)
         elif name in ("patch_size", "stride"):
             method[name] //= shrink
+        elif name == "predictor_heads":
+            method[name] = 4
     if method.get("queue_size"):
         method["queue_size"] = 48
     parallel = values.setdefault("parallel", {})

@@ -33,6 +33,7 @@ from ssl_pretrain.losses.contrastive import (
     temperature_free,
 )
 from ssl_pretrain.losses.distillation import byol, dino, negative_cosine, simsiam
+from ssl_pretrain.losses.latent_prediction import ijepa
 from ssl_pretrain.losses.metric_learning import n_pair, pairwise, triplet
 from ssl_pretrain.losses.negatives import debiased, decoupled, hard_negative
 from ssl_pretrain.losses.patch_prediction import cpc
@@ -49,6 +50,7 @@ __all__ = [
     "decoupled",
     "dino",
     "hard_negative",
+    "ijepa",
     "image_text",
     "info_nce",
     "moco",

@@ -78,14 +78,16 @@ def suggest(
     result, recipe_name = _load_recipe(method, size)
     _describe_data(result, config, statistics)
     _adapt_views(result, size, size_reason, statistics, config)
-    _adapt_backbone(result, backbone, on_cpu)
+    needs_patches = bool(_masked_crops(result))
+    _adapt_backbone(result, backbone, on_cpu and not needs_patches)
+    _adapt_patches(result)
     _adapt_batch(result, num_images, on_cpu)
     settings = settings or {}
     result.replace(settings)  # the time depends on them
     if configuration.build_method_on_meta(result.build()).needs_labels:
         require_labels(source, f"method {method}")
     max_seconds = max_seconds or (CPU_SECONDS if on_cpu else math.inf)
-    if on_cpu and backbone is None:
+    if on_cpu and backbone is None and not needs_patches:
         seconds = run_length.choose_cpu_network(result, source, epochs, max_seconds)
     else:
         seconds = run_length.measure(result, source)
@@ -188,6 +190,8 @@ def _adapt_views(
         scaled_size = max(8, round(crop["size"] * size / recipe_size / 8) * 8)
         if scaled_size != crop["size"]:
             reason = size_reason if crop["size"] == recipe_size else "scaled like the first views"
+            if name in _masked_crops(result):
+                _scale_patches(result, f"{key}.mask.patch_size", crop, scaled_size)
             result.set(f"{key}.size", scaled_size, reason)
             crop.pop("blur_kernel", None)  # the default is a tenth of the size
         if config.source == "digits":
@@ -198,10 +202,18 @@ def _adapt_views(
                     result.set(f"{key}.{color}", 0.0, "the images are gray")
 
 
-def _adapt_backbone(result: Suggestion, backbone: str | None, on_cpu: bool) -> None:
-    """Set the network that the caller wants, or one that suits a CPU."""
+def _scale_patches(result: Suggestion, key: str, crop: Mapping[str, Any], scaled_size: int) -> None:
+    """Set the largest patches of which a scaled view has as many as the recipe's view."""
+    num_patches = crop["size"] // crop["mask"]["patch_size"]
+    divisors = [side for side in range(1, scaled_size + 1) if scaled_size % side == 0]
+    patch_size = max(side for side in divisors if scaled_size // side >= num_patches)
+    result.set(key, patch_size, f"{scaled_size // patch_size} patches per side")
+
+
+def _adapt_backbone(result: Suggestion, backbone: str | None, replace: bool) -> None:
+    """Set the network that the caller wants, or replace the recipe's by one that suits a CPU."""
     recipe_name = result.get("backbone.name", "resnet50")
-    if backbone is None and not on_cpu:
+    if backbone is None and not replace:
         return
     name = backbone or run_length.CPU_NETWORKS[0][0]
     result.set("backbone.name", name, "as given" if backbone else "small enough for a CPU")
@@ -219,6 +231,25 @@ def _adapt_backbone(result: Suggestion, backbone: str | None, on_cpu: bool) -> N
         section.pop("drop_path", None)
         result.tree["method"].pop("vit_starts", None)
         result.tree["method"].pop("freeze_patch_embed", None)
+
+
+def _masked_crops(result: Suggestion) -> dict[str, dict[str, Any]]:
+    """Return the crops whose patches are masked, which needs a network with patches."""
+    crops = result.tree["views"]["crops"]
+    return {
+        name: crop
+        for name, crop in crops.items()
+        if crop.get("mask", {}).get("kind", "none") != "none"
+    }
+
+
+def _adapt_patches(result: Suggestion) -> None:
+    """Give the network the patches of the masks."""
+    for crop in _masked_crops(result).values():
+        name = result.get("backbone.name")
+        if not custom_network.is_custom(name):
+            reason = "as in the masks"
+            result.set("backbone.args.patch_size", crop["mask"]["patch_size"], reason)
 
 
 def _adapt_batch(result: Suggestion, num_images: int, on_cpu: bool) -> None:

@@ -1,10 +1,11 @@
 """Pretend that this machine has a GPU, on which tensors have a shape but no memory.
 
-Tensors on `DEVICE` are fake tensors. Autocast, the choice of cuDNN's batch norm, flash attention
+Tensors on `DEVICE` are fake tensors. Autocast, the choice of cuDNN's batch norm, fused attention
 and the limits that the Triton kernels ask for are those of the GPU. Every operation is dispatched
 as on a GPU, and nothing is computed.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,7 +50,7 @@ def pretend_cuda(capability: int = 90) -> Iterator[FakeTensorMode]:
             (torch.cuda.Stream, "synchronize", _refuse_to_wait),
             (torch.cuda.Event, "synchronize", _refuse_to_wait),
             (nn.Module, "_apply", _Converter()),
-            (F, "scaled_dot_product_attention", _flash_attention),
+            (F, "scaled_dot_product_attention", _fused_attention),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(_fake_triton_driver(capability))
@@ -102,7 +103,7 @@ class _Converter:
         return self._converted[id(tensor)][1]
 
 
-def _flash_attention(
+def _fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -113,17 +114,32 @@ def _flash_attention(
 ) -> Tensor:
     """Return the output of the kernel that PyTorch chooses on a GPU for bfloat16.
 
-    Without a driver, PyTorch would choose plain matrix products.
+    It is flash attention, or memory-efficient attention if there is a mask. Without a driver,
+    PyTorch would choose plain matrix products.
     """
     if query.device.type != DEVICE.type:
         return _ORIGINAL_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    assert attn_mask is None, "flash attention takes no mask"
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
+    if attn_mask is not None:
+        bias = _attention_bias(attn_mask, query, key)
+        needs_gradient = any(x.requires_grad for x in (query, key, value))
+        masked_output: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, needs_gradient, dropout_p, is_causal, scale=scale
+        )[0]
+        return masked_output
     output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, dropout_p, is_causal, scale=scale
     )[0]
     return output
+
+
+def _attention_bias(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Return a boolean mask as the kernel takes it: added, and with rows of aligned length."""
+    bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
+    length = bias.shape[-1]
+    bias = F.pad(bias, (0, -length % 16))[..., :length]
+    return bias.expand(*query.shape[:2], query.shape[2], key.shape[2])
 
 
 @contextmanager

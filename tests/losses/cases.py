@@ -32,6 +32,9 @@ def random_tensors() -> Tensors:
         "predictions": noise(ROWS, 2, 2, 3, 4, 4),
         "targets": noise(ROWS, 3, 4, 4),
         "logit_scale": noise(1).exp().repeat(ROWS),
+        "predicted_patches": noise(ROWS, 2, 3, 5),
+        "patches": noise(ROWS, 2, 3, 5),
+        "valid": torch.arange(ROWS * 6).view(ROWS, 2, 3) % 4 > 0,
     }
 
 
@@ -77,6 +80,10 @@ CASES: dict[str, Callable[[Tensors], Tensor]] = {
     "decoupled weighted": _pair(losses.decoupled, temperature=0.2, sigma=0.5),
     "dino": lambda x: losses.dino(x["student_logits"], x["teacher_logits"], x["center"]),
     "hard_negative": _pair(losses.hard_negative, temperature=0.5, tau_plus=0.1, beta=1.0),
+    "ijepa": lambda x: losses.ijepa(x["predicted_patches"], x["patches"]),
+    "ijepa with padding": lambda x: losses.ijepa(
+        x["predicted_patches"], x["patches"], valid=x["valid"]
+    ),
     "image_text": lambda x: losses.image_text(x["z_a"], x["z_b"], x["logit_scale"]),
     "info_nce": _pair(losses.info_nce, temperature=0.2),
     "moco": lambda x: losses.moco(x["p_a"], x["z_b"], x["queue"], temperature=0.2),

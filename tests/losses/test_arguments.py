@@ -63,6 +63,21 @@ OTHERS = [
         "the queue must be (queue_size, 3), got (5, 2)",
     ),
     (
+        "ijepa",
+        {"predictions": torch.zeros(4, 2, 3, 5), "targets": torch.zeros(4, 2, 3, 6)},
+        "predictions and targets must both be (local_batch, blocks, patches, dim), got "
+        "(4, 2, 3, 5) and (4, 2, 3, 6)",
+    ),
+    (
+        "ijepa",
+        {
+            "predictions": torch.zeros(4, 2, 3, 5),
+            "targets": torch.zeros(4, 2, 3, 5),
+            "valid": torch.ones(4, 2, dtype=torch.bool),
+        },
+        "valid must be (4, 2, 3), got (4, 2)",
+    ),
+    (
         "moco",
         {"queries": Z, "keys": Z, "temperature": 0.1, "queue": NARROW_QUEUE},
         "the queue must be (queue_size, 3), got (5, 2)",

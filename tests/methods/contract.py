@@ -273,6 +273,7 @@ def write_golden(name: str, losses: list[float]) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))  # test files import conftest
     torch.set_num_threads(1)
     for name in sys.argv[1:]:
         write_golden(name, train(name, 10, precision="float64")["losses"])

@@ -46,6 +46,7 @@ LOSSES = {
         tau_plus=m.config.tau_plus,
         beta=m.config.beta,
     ),
+    "ijepa": lambda m, z, t: losses.ijepa(z["patches"], t["patches"], valid=t["valid"]),
     "moco": lambda m, z, t: losses.moco(
         z["queries"], t["keys"], m.queue.rows, temperature=m.config.temperature
     ),
