@@ -32,6 +32,7 @@ WIDTHS = (
     "dim",
     "bottleneck_dim",
     "predictor_dim",
+    "decoder_dim",
     "context_dim",
     "num_prototypes",
 )

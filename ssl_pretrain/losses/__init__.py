@@ -38,6 +38,7 @@ from ssl_pretrain.losses.metric_learning import n_pair, pairwise, triplet
 from ssl_pretrain.losses.negatives import debiased, decoupled, hard_negative
 from ssl_pretrain.losses.patch_prediction import cpc
 from ssl_pretrain.losses.queues import moco, moco_v3, nnclr
+from ssl_pretrain.losses.reconstruction import mae
 from ssl_pretrain.losses.redundancy import barlow_twins, vicreg
 from ssl_pretrain.losses.uniformity import align_uniform
 
@@ -53,6 +54,7 @@ __all__ = [
     "ijepa",
     "image_text",
     "info_nce",
+    "mae",
     "moco",
     "moco_v3",
     "n_pair",

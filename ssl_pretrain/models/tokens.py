@@ -41,6 +41,16 @@ def is_transformer(model: nn.Module) -> bool:
     return isinstance(model, timm.models.VisionTransformer | timm.models.eva.Eva)
 
 
+def check_maskable(model: nn.Module) -> None:
+    """Raise ValueError unless patches of the network can be masked and dropped."""
+    if not is_transformer(model):
+        raise ValueError(
+            f"backbone.name: {architecture(model)} has no patches that can be masked or left out; "
+            "choose a vision transformer, such as vit_small_patch16_224 (also deit*, eva02* and "
+            "vit_*_dinov3)"
+        )
+
+
 def grid(model: Any, image_size: int) -> tuple[int, int]:
     """Return the number of rows and columns of patches in images of `image_size` pixels."""
     if is_transformer(model):
@@ -103,13 +113,9 @@ def compute(
     """
     assert (masked is None) == (mask_token is None), "`masked` and `mask_token` go together"
     assert valid is None or kept is not None, "`valid` marks padding among `kept`"
+    if masked is not None or kept is not None:
+        check_maskable(model)
     if not is_transformer(model):
-        if masked is not None or kept is not None:
-            raise ValueError(
-                f"backbone.name: {architecture(model)} computes a feature map, whose positions "
-                "cannot be masked or left out; choose a vision transformer, such as "
-                "vit_small_patch16_224 (also deit*, eva02* and vit_*_dinov3)"
-            )
         last, maps = feature_maps.compute(model, images, layers)
         return Tokens(*_split(last, 0), [Tokens(*_split(tokens, 0)) for tokens in maps])
     _check_patch_dropout(model)

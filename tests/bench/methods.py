@@ -6,6 +6,7 @@ The network and the heads are those of the CPU preset. DINO and SwAV also get on
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from measure import (
@@ -17,30 +18,35 @@ from measure import (
     versions,
 )
 
-from ssl_pretrain import methods
-from ssl_pretrain.models.backbones import build
-from ssl_pretrain.models.timm_networks import BackboneConfig
+from ssl_pretrain import config, methods
+from ssl_pretrain.launch import study
+from ssl_pretrain.models import backbones
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import ParallelConfig
+from ssl_pretrain.views import masks, recipe
 from ssl_pretrain.views.batch import Batch
+
+PRESET = Path(__file__).parents[2] / "configs/methods_cifar10_cpu.yaml"
 
 
 def build_step(name: str, options: argparse.Namespace, device: torch.device):
     torch.manual_seed(0)
-    module = methods.find(name)
-    args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
-    backbone = build(BackboneConfig(name=options.backbone, stem="no_pool", args=args), options.size)
-    method = module.Config(**module.SMALL_CONFIG).build(backbone)
+    overrides = study.small_model_overrides([f"method.name={name}"])
+    run = config.load(PRESET, [*overrides, f"views.crops.global.size={options.size}"])
+    if run.backbone.name == "test_resnet":
+        run.backbone.name = options.backbone  # methods with masks keep their ViT
+    method = run.method.build(backbones.build(run.backbone, options.size))
     generator = torch.Generator().manual_seed(0)
     views = [
         torch.randn(options.images, 3, options.size, options.size, generator=generator)
-        for _ in range(1 if name == "cpc" else 2)
+        for _ in recipe.crop_per_view(run.views)
     ]
-    settings = ParallelConfig(bn_group_images=32 if name == "moco" else "global")
+    settings = ParallelConfig(bn_group_images=run.parallel.bn_group_images)
     batch = Batch(
         [view.to(device) for view in views],
         torch.arange(options.images, device=device) % 10,
         torch.arange(options.images, device=device),
+        masks.blank(run.views, options.images, device),
     )
     stepper = build_stepper_halfway(
         method,

@@ -20,9 +20,13 @@ VIEWS = {
     "swav": [SIZE, SIZE, 16, 16],
     "cpc": [SIZE],
     "ijepa": [SIZE],
+    "mae": [SIZE],
 }
-VITS = {"ijepa": BackboneConfig(name="test_vit", args={"patch_size": 4, "depth": 2})}
-MASKS = {"ijepa": Mask(kind="multiblock", patch_size=4, min_keep=5)}
+VIT = BackboneConfig(name="test_vit", args={"patch_size": 4, "depth": 2})
+MASKS = {  # of the methods that need a ViT
+    "ijepa": Mask(kind="multiblock", patch_size=4, min_keep=5),
+    "mae": Mask(kind="random", patch_size=4),
+}
 
 
 def build_method(name: str) -> tuple[nn.Module, Batch]:
@@ -31,7 +35,7 @@ def build_method(name: str) -> tuple[nn.Module, Batch]:
     sizes = VIEWS.get(name, [SIZE, SIZE])
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
     network = BackboneConfig(name="test_resnet", stem="no_pool", args=args)
-    backbone = backbones.build(VITS.get(name, network), SIZE)
+    backbone = backbones.build(VIT if name in MASKS else network, SIZE)
     views = [torch.randn(NUM_IMAGES, 3, size, size) for size in sizes]
     labels = torch.arange(NUM_IMAGES)
     method = module.Config(**module.SMALL_CONFIG).build(backbone)

@@ -16,7 +16,10 @@ from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.step import Stepper, build_stepper
+from ssl_pretrain.views import masks
 from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views.mask_recipe import Mask
+from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 HALFWAY = Progress(50, 100, 1)
 FIRST_STEP, SECOND_STEP = Progress(10, 100, 10), Progress(11, 100, 10)
@@ -24,7 +27,18 @@ FIRST_STEP, SECOND_STEP = Progress(10, 100, 10), Progress(11, 100, 10)
 pytestmark = NEEDS_CUDA
 
 NUM_IMAGES, SIZE = 16, 32
-VIEWS = {"dino": [SIZE, SIZE, 16, 16], "swav": [SIZE, SIZE, 16, 16], "cpc": [SIZE]}
+VIEWS = {
+    "dino": [SIZE, SIZE, 16, 16],
+    "swav": [SIZE, SIZE, 16, 16],
+    "cpc": [SIZE],
+    "ijepa": [SIZE],
+    "mae": [SIZE],
+}
+VIT = BackboneConfig(name="test_vit", args={"patch_size": 4, "depth": 2})
+MASKS = {  # of the methods that need a ViT
+    "ijepa": Mask(kind="multiblock", patch_size=4, min_keep=5),
+    "mae": Mask(kind="random", patch_size=4),
+}
 OPTIM = {
     "lars": OptimConfig(name="lars"),
     "adamw": OptimConfig(name="adamw", base_lr=1e-3, clip_norm=3.0),
@@ -37,19 +51,21 @@ def build_method(name: str, backbone: str = "test_resnet") -> Method:
     torch.manual_seed(0)
     module = methods.find(name)
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
-    network = backbones.build(BackboneConfig(name=backbone, stem="no_pool", args=args), SIZE)
+    resnet = BackboneConfig(name=backbone, stem="no_pool", args=args)
+    network = backbones.build(VIT if name in MASKS else resnet, SIZE)
     return module.Config(**module.SMALL_CONFIG).build(network)
 
 
 def random_batch(name: str, device: torch.device, num_images: int = NUM_IMAGES) -> Batch:
     """Return seeded noise in the views that the method takes."""
     generator = torch.Generator().manual_seed(1)
-    views = [
-        torch.randn(num_images, 3, size, size, generator=generator)
-        for size in VIEWS.get(name, [SIZE, SIZE])
-    ]
+    sizes = VIEWS.get(name, [SIZE, SIZE])
+    views = [torch.randn(num_images, 3, size, size, generator=generator) for size in sizes]
     labels = torch.arange(num_images) % 4
-    return Batch(views, labels, torch.arange(num_images)).to(device)
+    mask = MASKS.get(name, Mask())
+    crops = {str(view): Crop(count=1, size=size, mask=mask) for view, size in enumerate(sizes)}
+    mask_sets = masks.blank(ViewsConfig(crops=crops), num_images, "cpu")
+    return Batch(views, labels, torch.arange(num_images), mask_sets).to(device)
 
 
 def build_test_stepper(

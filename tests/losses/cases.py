@@ -31,6 +31,9 @@ def random_tensors() -> Tensors:
         "queue_scores": noise(ROWS, 2, 6).tanh(),
         "predictions": noise(ROWS, 2, 2, 3, 4, 4),
         "targets": noise(ROWS, 3, 4, 4),
+        "images": noise(ROWS, 3, 6, 4),
+        "pixels": noise(ROWS, 6, 12),
+        "masked": (torch.arange(ROWS)[:, None] + torch.arange(6)) % 6 < 4,
         "logit_scale": noise(1).exp().repeat(ROWS),
         "predicted_patches": noise(ROWS, 2, 3, 5),
         "patches": noise(ROWS, 2, 3, 5),
@@ -86,6 +89,10 @@ CASES: dict[str, Callable[[Tensors], Tensor]] = {
     ),
     "image_text": lambda x: losses.image_text(x["z_a"], x["z_b"], x["logit_scale"]),
     "info_nce": _pair(losses.info_nce, temperature=0.2),
+    "mae": lambda x: losses.mae(x["pixels"], x["images"], x["masked"]),
+    "mae without normalization": lambda x: losses.mae(
+        x["pixels"], x["images"], x["masked"], normalize=False
+    ),
     "moco": lambda x: losses.moco(x["p_a"], x["z_b"], x["queue"], temperature=0.2),
     "moco without queue": lambda x: losses.moco(x["p_a"], x["z_b"], None, temperature=0.2),
     "moco_v3": _predicted(losses.moco_v3, temperature=0.2),

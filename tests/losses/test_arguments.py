@@ -12,6 +12,11 @@ VIEWS = {"p_a": Z, "p_b": Z, "z_a": Z, "z_b": Z}
 NARROW_QUEUE = torch.ones(5, 2)
 LOGITS = {"student_logits": torch.zeros(4, 3, 7), "teacher_logits": torch.zeros(4, 2, 7)}
 GRIDS = {"predictions": torch.zeros(4, 2, 1, 3, 5, 5), "targets": torch.zeros(4, 3, 5, 5)}
+PIXELS = {
+    "predictions": torch.zeros(2, 6, 12),
+    "images": torch.zeros(2, 3, 4, 6),
+    "masked": torch.zeros(2, 6, dtype=torch.bool),
+}
 
 WRONG_SHAPES = [
     ("nt_xent", {"temperature": 0.1}),
@@ -204,6 +209,28 @@ OTHERS = [
         "rows_ahead must be from 1 to 4 on a grid of 5 x 5 patches, got [5]",
     ),
     ("cpc", GRIDS | {"rows_ahead": [1], "scale": 0}, "scale must be > 0, got 0"),
+    (
+        "mae",
+        PIXELS | {"images": torch.zeros(2, 1, 4, 6)},
+        "images must be (local_batch, 3, height, width), got (2, 1, 4, 6)",
+    ),
+    (
+        "mae",
+        PIXELS | {"predictions": torch.zeros(2, 4, 12)},
+        "predictions must be (local_batch, patches, 3 * patch_size**2) for images of shape "
+        "(2, 3, 4, 6), got (2, 4, 12)",
+    ),
+    (
+        "mae",
+        PIXELS | {"images": torch.zeros(2, 3, 4, 7)},
+        "predictions must be (local_batch, patches, 3 * patch_size**2) for images of shape "
+        "(2, 3, 4, 7), got (2, 6, 12)",
+    ),
+    (
+        "mae",
+        PIXELS | {"masked": torch.zeros(2, 7, dtype=torch.bool)},
+        "masked must be (2, 6), got (2, 7)",
+    ),
 ]
 
 

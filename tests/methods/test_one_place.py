@@ -47,6 +47,9 @@ LOSSES = {
         beta=m.config.beta,
     ),
     "ijepa": lambda m, z, t: losses.ijepa(z["patches"], t["patches"], valid=t["valid"]),
+    "mae": lambda m, z, t: losses.mae(
+        z["predictions"], t["images"], t["masked"], normalize=m.config.normalize_pixels
+    ),
     "moco": lambda m, z, t: losses.moco(
         z["queries"], t["keys"], m.queue.rows, temperature=m.config.temperature
     ),

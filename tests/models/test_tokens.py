@@ -297,9 +297,9 @@ VIT = BackboneConfig(name="test_vit", args=SMALL)
         (
             BackboneConfig(name="test_resnet"),
             {"kept": torch.zeros(2, 3, dtype=torch.int64)},
-            "backbone.name: test_resnet computes a feature map, whose positions cannot be masked "
-            "or left out; choose a vision transformer, such as vit_small_patch16_224 (also deit*, "
-            "eva02* and vit_*_dinov3)",
+            "backbone.name: test_resnet has no patches that can be masked or left out; choose a "
+            "vision transformer, such as vit_small_patch16_224 (also deit*, eva02* and "
+            "vit_*_dinov3)",
         ),
         (
             BackboneConfig(name="test_vit_relpos"),
