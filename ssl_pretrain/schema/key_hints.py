@@ -77,6 +77,7 @@ KEYS_BY_FOREIGN_NAME = {  # names that other libraries use for the same setting
     "color_jitter": "views.crops.<name>.jitter",
     "num_crops": "views.crops.<name>.count",
     "num_views": "views.crops.<name>.count",
+    "mask_ratio": "views.crops.<name>.mask.ratio",
     "log_interval": "log.every_steps",
     "log_every": "log.every_steps",
     "wandb_project": "log.project",
