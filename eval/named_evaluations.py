@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl_pretrain.eval import corruptions, finetune, knn, results, retrieval, robustness, semi
+from ssl_pretrain.eval import (
+    attentive,
+    corruptions,
+    finetune,
+    knn,
+    results,
+    retrieval,
+    robustness,
+    semi,
+)
 from ssl_pretrain.eval import spectrum as spectrum_module
 from ssl_pretrain.eval.finetuning.selection import FinetuningOptions
 from ssl_pretrain.eval.frozen import cached_linear, published_linear
@@ -120,6 +129,7 @@ def corrupted_images(
 EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "knn": knn.evaluate,
     "linear": linear,
+    "attentive": attentive.evaluate,
     "semi": few_label_fine_tuning,
     "finetune": fine_tuning,
     "retrieval": retrieval.evaluate,

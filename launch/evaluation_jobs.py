@@ -14,7 +14,7 @@ from ssl_pretrain.launch import dashboard, held_checkpoints, local, slurm, slurm
 from ssl_pretrain.system.exit_status import NO_LABELS, STOPPED
 
 EVALUATIONS = (
-    *("knn", "linear", "spectrum", "retrieval", "robustness"),
+    *("knn", "linear", "attentive", "spectrum", "retrieval", "robustness"),
     *("semi", "finetune", "export", "report"),
 )
 HELD_FOLDER = ".held"  # folder in RUN/eval with links to the checkpoints that are being evaluated

@@ -271,7 +271,7 @@ COMMANDS = {
     ),
     "pretrain my.yaml evaluation.at_end=[knnn]": (
         "error: evaluation.at_end: 'knnn' is not an evaluation; choose among: knn, linear, "
-        "spectrum, retrieval, robustness, semi, finetune, export, report"
+        "attentive, spectrum, retrieval, robustness, semi, finetune, export, report"
     ),
     "plan my.yaml plan.gpu=H900": (
         "error: my.yaml: plan.gpu: 'H900' is not known; choose one of: '', H100, H200, A100, L40S"
@@ -574,8 +574,8 @@ CALLS = {
     ),
     'Run("runs/mine").evaluate("knnn")': (
         lambda: ssl_pretrain.Run("runs/mine").evaluate("knnn"),
-        "evaluate: 'knnn' is not an evaluation; choose one of: knn, linear, semi, finetune, "
-        "retrieval, robustness, spectrum",
+        "evaluate: 'knnn' is not an evaluation; choose one of: knn, linear, attentive, semi, "
+        "finetune, retrieval, robustness, spectrum",
     ),
 }
 

@@ -32,7 +32,7 @@ VIT_SMALL_DIM = 384  # token width of a ViT-S
 # hold out a tenth of their images.
 MAX_HELD_OUT = 10_000
 # The result file's description of each value of --select.
-SELECTIONS = {
+SELECTIONS: dict[str, str] = {
     "held-out": "by accuracy on {num_held_out:,} held-out training images, which the final heads"
     " are not trained on",
     "published": "no selection; the published setting is trained on all training images",

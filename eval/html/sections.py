@@ -23,6 +23,8 @@ TITLES = {
     "knn_train_grid": "k-NN of held-out training images, every k and temperature",
     "linear": "Linear",
     "linear_grid": "Linear, every setting tried",
+    "attentive": "Attentive probe",
+    "attentive_grid": "Attentive probe, every setting tried",
     "semi": "Few labels, whole network",
     "spectrum": "Spectrum",
     "retrieval": "Retrieval",

@@ -216,6 +216,7 @@ def test_every_evaluation_accepts_weights_of_a_network_that_is_neither_resnet_no
     commands = [
         ["eval.semi", *shared_arguments, *data_arguments, "--percent", "50", "--epochs", "1"],
         ["eval.finetune", *shared_arguments, *data_arguments, "--epochs", "1"],
+        ["eval.attentive", *shared_arguments, *data_arguments, "--epochs", "1"],
         ["eval.retrieval", *shared_arguments, *data_arguments],
         ["eval.robustness", *shared_arguments, *data_arguments, "--corruptions", "gaussian_noise"],
         ["eval.attention", shared_arguments[0], image_path, *shared_arguments[1:]],

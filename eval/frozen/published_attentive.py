@@ -1,0 +1,184 @@
+"""Attentive probes by published protocols, which compute new tokens in every step."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.eval import results, strong_views
+from ssl_pretrain.eval.attentive_protocols import (
+    AttentiveOptions,
+    AttentiveProtocol,
+    describe_attentive_training,
+)
+from ssl_pretrain.eval.frozen import features, linear_heads, patch_tokens
+from ssl_pretrain.eval.frozen.attentive_probes import ProbeShape, widest_heads
+from ssl_pretrain.eval.frozen.evaluation_split import (
+    EvaluationSplit,
+    describe_splits,
+    hold_out,
+    labeled_splits,
+)
+from ssl_pretrain.eval.frozen.probe_training import ProbeGrid
+from ssl_pretrain.eval.frozen.published_linear import SELECTIONS
+from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.eval.training_views import (
+    build_train_loader,
+    build_train_view,
+    describe_train_view,
+)
+from ssl_pretrain.views.recipe import Crop
+
+
+class ProbedTokens:
+    """A frozen network and its probes. Their results are one row of the table."""
+
+    def __init__(self, name: str, backbone: nn.Module, shape: ProbeShape):
+        self.name, self.backbone, self.shape = name, backbone, shape
+        self.token_function = patch_tokens.patch_tokens(backbone)
+        self.grid: ProbeGrid | None = None  # built when the number of steps is known
+
+
+def evaluate(
+    run: Run, options: AttentiveOptions, rows: Sequence[str] = ("pretrained",)
+) -> dict[str, Any]:
+    """Measure the accuracy in percent by a published protocol and save it.
+
+    The result is saved to RUN/eval/attentive_<protocol>.json, and the accuracies of all settings
+    to RUN/eval/attentive_<protocol>_grid.json.
+
+    Args:
+        run: Run to evaluate.
+        options: The protocol and any changes to it.
+        rows: Networks to evaluate: "random", "pretrained" or both.
+
+    Returns:
+        The content of the result file.
+
+    Raises:
+        ValueError: If the images have no labels, an option does not fit them, or `rows` includes
+            "raw".
+    """
+    start = time.monotonic()
+    if "raw" in rows:
+        raise ValueError(
+            "--rows raw: the published protocols only evaluate networks; leave it out or give"
+            " --protocol cached"
+        )
+    published = options.published_protocol
+    evaluation = replace(run.config.evaluation, interpolation=published.test_interpolation)
+    run = replace(run, config=replace(run.config, evaluation=evaluation))
+    train, test = labeled_splits(run, "the attentive evaluation")
+    source, selection_split = train.source, test
+    train_rows, held_out_rows = hold_out(len(train))
+    selection = options.choose_selection(len(options.adapt_protocol(len(train)).settings))
+    if selection == "held-out":
+        source, selection_split = source.take(train_rows), train.subset(held_out_rows)
+    protocol = options.adapt_protocol(len(source))
+    networks = [
+        ProbedTokens(name, backbone, _build_shape(backbone, protocol, len(train.classes)))
+        for name, backbone in features.networks(run, train, rows)
+    ]
+    view = build_train_view(run, protocol.interpolation)
+    train_probes(networks, run, source, view, protocol)
+    table, grid_table = [], []
+    for network in networks:
+        row, grid_rows = _measure(network, selection, selection_split, test)
+        results.print_progress(row.summary())
+        table.append(row)
+        grid_table += grid_rows
+    num_heads = networks[-1].shape.num_heads
+    entries = {
+        **describe_splits(run, train, test, has_random_row="random" in rows),
+        "feature": patch_tokens.describe_tokens(run),
+        "source": published.source,
+        "classifier": describe_attentive_training(protocol, published, num_heads, len(source)),
+        "views": describe_train_view(view)
+        + (", AutoAugment, a rectangle erased with probability 0.25" if protocol.augmented else ""),
+        "selection": SELECTIONS[selection].format(num_held_out=len(held_out_rows)),
+    }
+    grid_entries = entries | {
+        "accuracy": "one per learning rate (lr) and weight decay (wd), all trained in the same pass"
+    }
+    suffix = "_test_selected" if selection == "test" else ""
+    name, seconds = f"attentive_{options.protocol_name}{suffix}", time.monotonic() - start
+    results.save(run.path, f"{name}_grid", grid_entries, grid_table, run.provenance(), seconds)
+    table = results.with_better_random_row(table)
+    return results.save(run.path, name, entries, table, run.provenance(), seconds)
+
+
+def _build_shape(backbone: Any, protocol: AttentiveProtocol, num_classes: int) -> ProbeShape:
+    dim = backbone.token_dim
+    num_heads = protocol.num_heads
+    if protocol.kind == "jepa" and not num_heads:
+        blocks = getattr(backbone.model, "blocks", None)
+        num_heads = getattr(blocks[0].attn, "num_heads", 0) if blocks is not None else 0
+    if not num_heads or dim % num_heads:
+        num_heads = widest_heads(dim)
+    return ProbeShape(protocol.kind, dim, num_classes, num_heads, protocol.num_blocks)
+
+
+def train_probes(
+    networks: list[ProbedTokens],
+    run: Run,
+    source: Source,
+    view: Crop,
+    protocol: AttentiveProtocol,
+) -> None:
+    """Train the probes of all networks on the same batches."""
+    augment = None
+    if protocol.augmented:
+        augment = partial(strong_views.auto_augment, mean=tuple(run.config.views.mean))
+    with build_train_loader(run, source, view, protocol.batch_size, augment) as loader:
+        steps_per_epoch = loader.steps_per_epoch
+        num_steps = protocol.num_steps or protocol.epochs * steps_per_epoch
+        for network in networks:
+            like = torch.empty(0, device=run.device)
+            network.grid = ProbeGrid(network.shape, protocol.settings, protocol, num_steps, like)
+        for step, batch in zip(range(num_steps), loader.iterate_from(0)):
+            views = batch.views[0].contiguous(memory_format=torch.channels_last)
+            if protocol.augmented:
+                strong_views.erase(views, step // steps_per_epoch, batch.indices)
+            for network in networks:
+                tokens = features.compute(run, network.token_function, views)
+                assert network.grid is not None
+                network.grid.step(tokens, batch.labels, step, protocol.batch_size)
+            if (step + 1) % max(1, num_steps // 10) == 0:
+                results.print_progress(f"step {step + 1:,} of {num_steps:,}")
+
+
+def _measure(
+    network: ProbedTokens,
+    selection: str,
+    selection_split: EvaluationSplit,
+    test: EvaluationSplit,
+) -> tuple[results.Row, list[results.Row]]:
+    """Return the network's row of the table and its rows of the grid of all settings."""
+    grid = network.grid
+    assert grid is not None, "the probes were not trained"
+    names = [setting.name for setting in grid.settings]
+    accuracies, losses = grid.score_split(test, network.token_function)
+    percentages = [100 * accuracy for accuracy in accuracies]
+    row = results.Row(network.name, {})
+    grid_rows = [results.Row(f"{network.name}, test images", dict(zip(names, percentages)))]
+    if selection == "published":
+        row.metrics["published setting"] = percentages[0]
+        row.notes["published setting"] = names[0]
+        return row, grid_rows
+    column = "chosen on the test images"
+    if selection == "held-out":
+        column = "chosen on held-out images"
+        accuracies, losses = grid.score_split(selection_split, network.token_function)
+        held_out = {name: 100 * value for name, value in zip(names, accuracies)}
+        grid_rows.insert(0, results.Row(f"{network.name}, held-out images", held_out))
+    best = linear_heads.best_setting(accuracies, losses)
+    lrs = {setting.lr for setting in grid.settings}
+    is_at_edge = len(lrs) > 1 and grid.settings[best].lr in (min(lrs), max(lrs))
+    row.metrics[column] = percentages[best]
+    row.notes[column] = names[best] + (", at the edge of the grid" if is_at_edge else "")
+    return row, grid_rows
