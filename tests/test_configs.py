@@ -116,6 +116,7 @@ LEARNING_RATES = {
     "barlow_twins_imagenet": 1.6,
     "byol_imagenet": 4.8,
     "dino_imagenet": 1e-3,
+    "ijepa_imagenet": 1e-3,
     "mae_imagenet": 2.4e-3,
     "moco_cifar10": 0.06,
     "moco_imagenet": 0.03,
@@ -145,6 +146,8 @@ def test_schedules_reach_the_authors_absolute_numbers():
         return optim.rates(run.optim, progress, run.epochs, run.global_batch_size)
 
     assert rates("dino_imagenet", 1) == pytest.approx({"lr": 1e-6, "weight_decay": 0.4})
+    assert rates("ijepa_imagenet", 0) == pytest.approx({"lr": 2e-4, "weight_decay": 0.04})
+    assert rates("ijepa_imagenet", 1) == pytest.approx({"lr": 1e-6, "weight_decay": 0.4})
     for stem, fraction, expected in (
         ("swav_imagenet", 0, 0.3),
         ("swav_imagenet", 1, 0.0048),

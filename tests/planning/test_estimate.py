@@ -11,6 +11,7 @@ from test_configs import REPRESENTATIVES, reduce_recipe
 from ssl_pretrain import config, schema
 from ssl_pretrain.build import build_method
 from ssl_pretrain.distributed import process_group
+from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel.memory import GIB, USABLE_FRACTION
 from ssl_pretrain.planning import communication, hardware, plan
@@ -167,6 +168,18 @@ def test_sharded_weights_send_the_predicted_bytes(run, ranks):
     reduced_bytes = sum(m.bytes_sent for m in backward if m.collective == "reduce_scatter")
     assert gathered_bytes == pytest.approx(float(expected["weights"]))
     assert reduced_bytes == pytest.approx(float(expected["gradients"]))
+
+
+def test_the_blocks_of_a_predictor_are_units_of_the_student(tmp_path):
+    path = next(path for path in REPRESENTATIVES if path.stem == "ijepa_imagenet")
+    method = build_method(reduce_recipe(path, tmp_path))
+    units = communication.divide_into_units(method, {"backbone": 2, "teacher.backbone": 1}, 1)
+    assert sum(unit.num_weights for unit in units) == backbones.count_parameters(method)
+    blocks = [unit for unit in units if unit.is_block]
+    predictor_blocks = [unit for unit in blocks if unit.num_weights == blocks[6].num_weights]
+    assert len(blocks) == 6 + 3 + 6 and len(predictor_blocks) == 3
+    assert all(unit.is_student and unit.num_calls == 2 for unit in predictor_blocks)
+    assert all(unit.num_trained == unit.num_weights for unit in predictor_blocks)
 
 
 def test_shards_divide_memory_and_cost_communication(run):
