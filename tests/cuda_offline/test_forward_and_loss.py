@@ -5,6 +5,7 @@ optimizer step, batch norm's snapshots and `after_step`.
 """
 
 import fake_step
+import numpy as np
 import pytest
 import torch
 from fake_cuda import DEVICE, pretend_cuda
@@ -12,6 +13,9 @@ from host_waits import HostWaitError, MixedDeviceError, RefuseHostWaits
 
 from ssl_pretrain import methods
 from ssl_pretrain.step import Stepper
+from ssl_pretrain.views import masks
+from ssl_pretrain.views.mask_recipe import Mask
+from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 # Methods have the same losses on CIFAR-10 as on ImageNet, with smaller networks.
 STEMS = fake_step.quick_and_full(
@@ -53,6 +57,17 @@ def test_a_step_in_two_micro_batches_never_waits(stem, monkeypatch):
     assert {value.device for value in output.logs.values()} == {DEVICE}
     takes_two = stepper.method.couples == "embeddings"
     assert passes == ["_backward_in_two_passes" if takes_two else "_backward_in_one_pass"]
+
+
+def test_masks_reach_the_gpu_and_become_grids_without_a_wait():
+    views = ViewsConfig({"global": Crop(count=1, mask=Mask("multiblock"))})
+    position = {"seed": 0, "epoch": 0, "step": 0, "first_slot": 0, "global_batch_size": 4}
+    mask_sets = masks.draw(views, indices=np.arange(4), **position)
+    with pretend_cuda(), RefuseHostWaits():
+        blank = masks.blank(views, 4, DEVICE)
+        for mask_set in (*blank, *(mask_set.upload(DEVICE) for mask_set in mask_sets)):
+            grid = mask_set.as_grid(196)
+            assert (grid.device, grid.shape) == (DEVICE, (4, 196))
 
 
 def add_cpu_tensor(z):

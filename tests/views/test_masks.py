@@ -14,6 +14,8 @@ from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.mask_recipe import Mask
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
+pytestmark = pytest.mark.promise
+
 SIDE = 14  # patches of 224 pixels
 RECIPES = {
     "random": Mask("random"),
