@@ -44,6 +44,7 @@ class Purpose(IntEnum):
     MASK_BLOCKS = 16
     MASK_SIZES = 17
     MASK_ORDER = 18
+    SLICES = 19
 
 
 @njit(cache=True, nogil=True)

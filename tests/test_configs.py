@@ -24,6 +24,8 @@ BACKBONE_PARAMETERS = {
     "vit_huge_patch14_224 imagenet": 630_762_240,
     "vit_small_patch16_224 imagenet": 21_665_664,
     "vit_large_patch16_224 imagenet": 303_301_632,
+    "vit_small_patch8_224 imagenet": 21_467_520,  # at 128 pixels
+    "vit_large_patch14_224 imagenet": 303_178_752,
     "test_resnet imagenet": 372_688,
     "test_resnet no_pool": 372_688,
 }
@@ -61,7 +63,7 @@ def reduce_recipe(path, folder):
     """Return the recipe with tiny images, a tiny backbone and its method's small heads."""
     values = config.to_dict(config.load(path))
     for crop in values["views"]["crops"].values():
-        crop |= {"size": 16 if crop["size"] == 96 else 32, "blur_kernel": 3}
+        crop |= {"size": 16 if crop["size"] in (96, 98) else 32, "blur_kernel": 3}
         crop["mask"] |= {"patch_size": 4, "min_keep": 5, "context_patches": 0}  # 8 x 8 patches
     values["method"] |= methods.find(values["method"]["name"]).SMALL_CONFIG
     if values["backbone"]["name"].startswith("vit"):
@@ -118,6 +120,8 @@ LEARNING_RATES = {
     "dino_imagenet": 1e-3,
     "ijepa_imagenet": 1e-3,
     "mae_imagenet": 2.4e-3,
+    "lejepa_imagenet": 5e-4,
+    "lejepa_imagenette": 2e-3,
     "moco_cifar10": 0.06,
     "moco_imagenet": 0.03,
     "moco_v3_imagenet": 9.6,

@@ -36,6 +36,7 @@ from ssl_pretrain.losses.distillation import byol, dino, negative_cosine, simsia
 from ssl_pretrain.losses.latent_prediction import ijepa
 from ssl_pretrain.losses.metric_learning import n_pair, pairwise, triplet
 from ssl_pretrain.losses.negatives import debiased, decoupled, hard_negative
+from ssl_pretrain.losses.normality import lejepa, sigreg
 from ssl_pretrain.losses.patch_prediction import cpc
 from ssl_pretrain.losses.queues import moco, moco_v3, nnclr
 from ssl_pretrain.losses.reconstruction import mae
@@ -54,6 +55,7 @@ __all__ = [
     "ijepa",
     "image_text",
     "info_nce",
+    "lejepa",
     "mae",
     "moco",
     "moco_v3",
@@ -62,6 +64,7 @@ __all__ = [
     "nnclr",
     "nt_xent",
     "pairwise",
+    "sigreg",
     "simsiam",
     "sinkhorn",
     "sinkhorn_offsets",

@@ -31,6 +31,7 @@ class Monitored(NamedTuple):
     pair: tuple[Tensor, Tensor] | None = None  # embeddings of two views of the same images
     assignments: Tensor | None = None  # index of each image's prototype, (local_batch,)
     num_prototypes: int = 0
+    target_is_gaussian: bool = False  # the loss makes the embeddings standard normal
 
 
 class Method(nn.Module):

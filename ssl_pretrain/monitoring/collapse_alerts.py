@@ -101,6 +101,22 @@ RULES = (
         ),
     ),
     Rule(
+        "not Gaussian",
+        "gaussianity",
+        low_threshold=0.3,
+        drop_fraction=0.6,
+        is_guarded=False,
+        symptom=(
+            "the embeddings are far from a standard normal distribution. They shrink to a point, "
+            "lie in a few directions, or grow without limit"
+        ),
+        remedies=(
+            "Known remedies: a larger method.sigreg_weight, because SIGReg's statistic is "
+            "proportional to global_batch_size and a smaller batch weakens it, more slices "
+            "(method.num_slices), or a lower optim.base_lr"
+        ),
+    ),
+    Rule(
         "dead prototypes",
         "prototype_entropy",
         low_threshold=0.3,

@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.losses import characteristic, normality
+from ssl_pretrain.losses.random_slices import random_slices
 from ssl_pretrain.methods.base import Monitored
 
 EPSILON = 1e-7  # added to each share of the spectrum, as in RankMe
 FIRST_EIGENVALUE, LAST_EIGENVALUE = 5, 100  # range of the power-law fit, counted from 1
+NUM_SLICES = 256  # random directions in which the distribution of the embeddings is measured
 MAX_CURVE_POINTS = 64  # largest number of points per curve in plots.jsonl
 
 Scalars = dict[str, Tensor]
@@ -45,6 +48,8 @@ def measure(
 
     z, finite = _zero_unless_finite(gather(monitored.embeddings.flatten(1)))
     scalars, curves = _embedding_metrics(z)
+    if monitored.target_is_gaussian:
+        scalars["gaussianity"] = gaussianity(z)
     if monitored.pair is not None:
         (z_a, finite_a), (z_b, finite_b) = (
             _zero_unless_finite(gather(view)) for view in monitored.pair
@@ -109,6 +114,24 @@ def _zero_unless_finite(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows, or zeros if any value is not finite, and whether all values are finite."""
     finite = torch.isfinite(rows).all()
     return torch.where(finite, rows, torch.zeros_like(rows)), finite
+
+
+def gaussianity(z: Tensor) -> Tensor:
+    """Return 1 minus the statistic of SIGReg relative to that of a collapsed batch.
+
+    It is near 1 for standard normal embeddings, 0 if all embeddings are 0, and negative if all are
+    at another point or very far apart. The slices are always the same.
+
+    Args:
+        z: Embeddings of all ranks, (num_rows, dim).
+    """
+    slices = random_slices(z.shape[1], NUM_SLICES, seed=0, step=0, device=z.device, dtype=z.dtype)
+
+    def error(z: Tensor) -> Tensor:
+        sums = characteristic.characteristic_sums(z[:, None], slices)
+        return normality.integral(sums / len(z)).mean()
+
+    return 1 - error(z) / error(torch.zeros_like(z[:1]))
 
 
 def singular_values(z: Tensor) -> Tensor:

@@ -98,6 +98,11 @@ METRICS = {
         "evenness of prototypes",
         "entropy of the assignments over its maximum; at 0 one prototype has all images",
     ),
+    "gaussianity": MetricInfo(
+        COLLAPSE,
+        "closeness to a normal distribution",
+        "1 minus SIGReg's statistic over that of a collapsed batch; 1 is standard normal",
+    ),
     "feature_rank_centered": MetricInfo(
         COLLAPSE, "effective rank of the features", "the backbone's output, centered"
     ),

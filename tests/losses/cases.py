@@ -38,6 +38,7 @@ def random_tensors() -> Tensors:
         "predicted_patches": noise(ROWS, 2, 3, 5),
         "patches": noise(ROWS, 2, 3, 5),
         "valid": torch.arange(ROWS * 6).view(ROWS, 2, 3) % 4 > 0,
+        "views": noise(ROWS, 4, 6),
     }
 
 
@@ -89,6 +90,7 @@ CASES: dict[str, Callable[[Tensors], Tensor]] = {
     ),
     "image_text": lambda x: losses.image_text(x["z_a"], x["z_b"], x["logit_scale"]),
     "info_nce": _pair(losses.info_nce, temperature=0.2),
+    "lejepa": lambda x: losses.lejepa(x["views"], step=3, num_slices=20),
     "mae": lambda x: losses.mae(x["pixels"], x["images"], x["masked"]),
     "mae without normalization": lambda x: losses.mae(
         x["pixels"], x["images"], x["masked"], normalize=False
@@ -105,6 +107,8 @@ CASES: dict[str, Callable[[Tensors], Tensor]] = {
     "nt_xent": _pair(losses.nt_xent, temperature=0.2),
     "pairwise": _pair(losses.pairwise, margin=3.0),
     "pairwise labels": lambda x: losses.pairwise(x["z_a"], x["z_b"], x["labels"], margin=3.0),
+    "sigreg": lambda x: losses.sigreg(x["z_a"], step=torch.tensor(3), num_slices=20),
+    "sigreg of views": lambda x: losses.sigreg(x["views"], step=3, seed=1, num_slices=20),
     "simsiam": _predicted(losses.simsiam),
     "simsiam collapsing": _predicted(losses.simsiam, stop_gradient=False),
     "sinkhorn_offsets": lambda x: (

@@ -183,6 +183,32 @@ OTHERS = [
         {"scores": Z, "num_iterations": 0},
         "num_iterations must be > 0, got 0",
     ),
+    (
+        "sigreg",
+        {"z": Z[0], "step": 0},
+        "z must be (local_batch, dim) or (local_batch, views, dim), got (3,)",
+    ),
+    ("sigreg", {"z": Z, "step": 0, "num_slices": 0}, "num_slices must be at least 1, got 0"),
+    (
+        "lejepa",
+        {"z": torch.zeros(4, 1, 7), "step": 0},
+        "z must be (local_batch, views, dim) with at least 2 views, got (4, 1, 7)",
+    ),
+    (
+        "lejepa",
+        {"z": torch.zeros(4, 3, 7), "step": 0, "num_global_views": 4},
+        "num_global_views must be from 1 to 3, got 4",
+    ),
+    (
+        "lejepa",
+        {"z": torch.zeros(4, 3, 7), "step": 0, "num_slices": 0},
+        "num_slices must be at least 1, got 0",
+    ),
+    (
+        "lejepa",
+        {"z": torch.zeros(4, 3, 7), "step": 0, "sigreg_weight": 1.5},
+        "sigreg_weight must be in [0, 1], got 1.5",
+    ),
     ("triplet", PAIR | {"margin": -0.1}, "margin must be >= 0, got -0.1"),
     ("triplet", PAIR | {"labels": Z}, "labels must be (4,), one per image, got (4, 3)"),
     ("pairwise", PAIR | {"margin": -0.1}, "margin must be >= 0, got -0.1"),

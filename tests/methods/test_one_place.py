@@ -47,6 +47,14 @@ LOSSES = {
         beta=m.config.beta,
     ),
     "ijepa": lambda m, z, t: losses.ijepa(z["patches"], t["patches"], valid=t["valid"]),
+    "lejepa": lambda m, z, t: losses.lejepa(
+        z["z"],
+        step=m.slice_step,
+        seed=m.slice_seed,
+        num_global_views=m.config.num_global_views,
+        num_slices=m.config.num_slices,
+        sigreg_weight=m.config.sigreg_weight,
+    ),
     "mae": lambda m, z, t: losses.mae(
         z["predictions"], t["images"], t["masked"], normalize=m.config.normalize_pixels
     ),

@@ -41,6 +41,22 @@ def test_a_collapsed_batch_shows_in_every_metric():
     assert metrics["prototype_usage"] == pytest.approx(1 / NUM_ROWS)
 
 
+def test_gaussianity_separates_normal_embeddings_from_collapsed_ones():
+    z = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+
+    def gaussianity(z):
+        monitored = Monitored(z, target_is_gaussian=True)
+        return collapse_metrics.measure(monitored)[0]["gaussianity"].item()
+
+    assert gaussianity(z) == pytest.approx(1, abs=0.02)
+    assert gaussianity(torch.zeros_like(z)) == pytest.approx(0, abs=1e-6)
+    assert gaussianity(0.05 * z) < 0.02  # shrunk
+    assert gaussianity(20 * z) < -2  # grown
+    assert gaussianity(z * torch.eye(16)[0]) < 0.25  # one direction left
+    assert gaussianity(z[:1].expand(512, 16)) < -0.5  # one point that is not 0
+    assert "gaussianity" not in measure(z)
+
+
 def test_metrics_of_non_finite_embeddings_are_nan():
     metrics = measure(torch.full((4, 3), float("inf")))
     assert metrics and all(math.isnan(value) for value in metrics.values())

@@ -46,6 +46,14 @@ def test_a_run_may_begin_in_a_bad_state_for_a_limited_time():
     assert raise_alerts("embedding_std", [0.05] * 40) == [(20, "collapse")]  # step 1,000
 
 
+def test_a_collapse_to_a_point_raises_the_alert_of_methods_that_aim_at_a_normal_distribution():
+    """The values are those of embeddings with a deviation of 1, and of 0.3, 0.2 and 0.1."""
+    values = [0.997, 0.994, 0.294, 0.143, 0.038]
+    assert raise_alerts("gaussianity", values, positive_chance=0.1) == [(3, "not Gaussian")]
+    fresh_network = [0.463, 0.626, 0.872, 0.95, 0.96, 0.955]  # deviations of 0.4, 0.5, 0.7, ...
+    assert raise_alerts("gaussianity", fresh_network, positive_chance=0.1) == []
+
+
 def test_an_alert_names_the_metric_its_value_and_its_best_value():
     history = AlertHistory([{"step": 2, "embedding_std": 0.4}])
     (alert,) = history.update(4, {"embedding_std": 0.05})
