@@ -1,7 +1,7 @@
 """I-JEPA (Assran et al., CVPR 2023, arXiv:2301.08243).
 
-The student sees the context patches of an image. From them a predictor tells the teacher's features
-of four target blocks, each by itself. Networks, loss and order of updates follow
+The student sees the context patches of an image. From their features a predictor predicts the
+teacher's features of four target blocks, each by itself. Networks, loss and order of updates follow
 facebookresearch/ijepa at 52c1ae95 (src/train.py, src/helper.py, src/models/vision_transformer.py).
 
 The features of all target patches are transient, so only the mean features of each image are kept.
@@ -25,10 +25,10 @@ from ssl_pretrain.methods.base import (
     check_vit_starts,
 )
 from ssl_pretrain.models.components import Backbone, Teacher
-from ssl_pretrain.models.timm_networks import architecture
-from ssl_pretrain.models.tokens import is_transformer
+from ssl_pretrain.models.tokens import check_maskable
 from ssl_pretrain.models.transformer import (
     TransformerBlocks,
+    check_width,
     fix_positions,
     sine_cosine_positions,
 )
@@ -57,7 +57,9 @@ class Config(MethodConfig):
     """Configuration of I-JEPA."""
 
     name: str = "ijepa"
-    predictor_dim: int = setting(384, "Width of the predictor.")
+    predictor_dim: int = setting(
+        384, "Width of the predictor, a multiple of 4 and of its attention heads."
+    )
     predictor_depth: int = setting(12, "Number of blocks of the predictor.", unit="blocks")
     predictor_heads: int = setting(
         0, "Attention heads of the predictor. 0: as many as the backbone has.", unit="heads"
@@ -86,7 +88,7 @@ class Predictor(nn.Module):
     Args:
         token_dim: Width of the backbone's tokens.
         grid: Rows and columns of patches.
-        config: Width, depth and heads, where 0 heads are not allowed.
+        config: Width and depth.
         num_heads: Attention heads of each block.
     """
 
@@ -137,15 +139,12 @@ class IJEPA(Method):
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         vit: Any = backbone.model
-        if not is_transformer(vit):
-            raise ValueError(
-                f"backbone.name: {architecture(vit)} has no patches to leave out, as ijepa needs; "
-                "choose a vision transformer, such as vit_small_patch16_224"
-            )
+        check_maskable(vit)
         if config.vit_starts == "authors":
             initialize_layers(vit)
             fix_positions(vit)
         num_heads = config.predictor_heads or vit.blocks[0].attn.num_heads
+        check_width("method.predictor_dim", config.predictor_dim, num_heads)
         grid = vit.patch_embed.grid_size
         self.predictor = Predictor(backbone.token_dim, grid, config, num_heads)
         self.teacher = Teacher(backbone=backbone)

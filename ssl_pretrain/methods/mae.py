@@ -27,6 +27,7 @@ from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.tokens import check_maskable
 from ssl_pretrain.models.transformer import (
     TransformerBlocks,
+    check_width,
     fix_positions,
     sine_cosine_positions,
 )
@@ -123,6 +124,7 @@ class MAE(Method):
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         check_maskable(backbone.model)
+        check_width("method.decoder_dim", config.decoder_dim, config.decoder_heads)
         if config.vit_starts == "authors":
             initialize_as_authors(backbone.model)
         self.decoder = Decoder(backbone, config)

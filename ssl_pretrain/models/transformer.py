@@ -3,13 +3,14 @@
 I-JEPA's predictor and MAE's decoder are such networks.
 """
 
+import math
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain.models.timm_networks import timm
+from ssl_pretrain.models.timm_networks import architecture, timm
 
 
 class TransformerBlocks(nn.ModuleList):
@@ -43,6 +44,16 @@ class TransformerBlocks(nn.ModuleList):
         return tokens
 
 
+def check_width(key: str, dim: int, num_heads: int) -> None:
+    """Raise ValueError, naming the key, unless positions and attention heads divide a width."""
+    multiple = math.lcm(4, num_heads)
+    if dim % multiple:
+        raise ValueError(
+            f"{key}: {dim} must be a multiple of 4, for the positions, and of the {num_heads} "
+            f"attention heads; give a multiple of {multiple}"
+        )
+
+
 def sine_cosine_positions(height: int, width: int, dim: int) -> Tensor:
     """Return the positions of a grid of patches, row by row, shape (height * width, dim).
 
@@ -67,7 +78,16 @@ def sine_cosine_positions(height: int, width: int, dim: int) -> Tensor:
 
 @torch.no_grad()
 def fix_positions(vit: Any) -> None:
-    """Give a timm ViT fixed positions of sines and cosines. Those of prefix tokens are zero."""
+    """Give a timm ViT fixed positions of sines and cosines. Those of prefix tokens are zero.
+
+    Raises:
+        ValueError: If the network adds no positions to its patches.
+    """
+    if vit.pos_embed is None:
+        raise ValueError(
+            f"method.vit_starts: authors fixes the positions of the patches, but "
+            f"{architecture(vit)} adds none; set method.vit_starts=as_built"
+        )
     height, width = vit.patch_embed.grid_size
     positions = sine_cosine_positions(height, width, vit.embed_dim)
     vit.pos_embed.zero_()

@@ -266,8 +266,8 @@ def test_two_views_missing_masks_and_networks_without_patches_are_refused():
     with pytest.raises(ValueError) as error:
         Config(**METHOD).build(Backbone(contract.Network()))
     assert str(error.value) == (
-        "backbone.name: Network has no patches to leave out, as ijepa needs; "
-        "choose a vision transformer, such as vit_small_patch16_224"
+        "backbone.name: Network has no patches that can be masked or left out; choose a vision "
+        "transformer, such as vit_small_patch16_224 (also deit*, eva02* and vit_*_dinov3)"
     )
 
 

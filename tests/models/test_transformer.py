@@ -11,6 +11,7 @@ from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.timm_networks import BackboneConfig, timm
 from ssl_pretrain.models.transformer import (
     TransformerBlocks,
+    check_width,
     fix_positions,
     sine_cosine_positions,
 )
@@ -45,6 +46,22 @@ def test_fixed_positions_are_not_trained_and_leave_the_class_token_alone(args):
     num_prefix = vit.num_prefix_tokens
     assert torch.equal(vit.pos_embed[0, num_prefix:], sine_cosine_positions(4, 4, vit.embed_dim))
     assert not vit.pos_embed[0, :num_prefix].any()
+
+
+def test_networks_without_positions_and_widths_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError) as error:
+        fix_positions(timm.create_model("vit_small_patch16_dinov3", depth=1))
+    assert str(error.value) == (
+        "method.vit_starts: authors fixes the positions of the patches, but "
+        "vit_small_patch16_dinov3 adds none; set method.vit_starts=as_built"
+    )
+    check_width("method.predictor_dim", 24, 6)
+    with pytest.raises(ValueError) as error:
+        check_width("method.predictor_dim", 20, 6)
+    assert str(error.value) == (
+        "method.predictor_dim: 20 must be a multiple of 4, for the positions, and of the 6 "
+        "attention heads; give a multiple of 12"
+    )
 
 
 def test_padding_is_not_attended_to():
