@@ -67,6 +67,7 @@ def test_help_lists_completion_and_typos_need_no_torch():
         "help optim.clip_by": (0, "optim.clip_by (whole | tensor, default whole)"),
         "help knn": (0, "usage: ssl-pretrain knn"),
         "list methods": (0, "arXiv:2002.05709"),
+        "list optimizers lion": (0, "timm:lion"),
         "list configs": (0, "simclr_cifar10"),
         "completion bash": (0, "complete -o default"),
         "__complete train simclr_cifar10 optim.b": (0, "optim.base_lr="),

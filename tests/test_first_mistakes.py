@@ -177,7 +177,8 @@ COMMANDS = {
     ),
     "train my.yaml optim.name=Adam": (
         "error: my.yaml: optim.name: 'Adam' is not known; choose one of: lars, larc, adamw, adam, "
-        "sgd"
+        "sgd, lamb, adan, timm:lion, timm:muon, torch:adadelta, torch:adamax, torch:nadam, "
+        "torch:radam, torch:rmsprop"
     ),
     "train my.yaml parallel.precision=fp16": (
         "error: my.yaml: parallel.precision: 'fp16' is not known; choose one of: auto, float32, "

@@ -1,8 +1,9 @@
-"""The lists of methods, configurations and backbones that `ssl-pretrain list` prints."""
+"""The lists of names that `ssl-pretrain list` prints."""
 
 from collections.abc import Callable
 from fnmatch import fnmatch
 
+from ssl_pretrain.optim import optimizer_list
 from ssl_pretrain.schema import key_reference, presets
 from ssl_pretrain.schema.key_text import format_rows
 from ssl_pretrain.system import program
@@ -51,8 +52,15 @@ def _list_backbones(pattern: str) -> str:
     return "\n".join(timm.list_models(pattern))
 
 
+def _list_optimizers(pattern: str) -> str:
+    return format_rows(
+        {name: text for name, text in optimizer_list.summaries().items() if fnmatch(name, pattern)}
+    )
+
+
 LISTS: dict[str, Callable[[str], str]] = {
     "methods": _list_methods,
     "configs": _list_configs,
     "backbones": _list_backbones,
+    "optimizers": _list_optimizers,
 }

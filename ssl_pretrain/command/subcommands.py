@@ -56,7 +56,7 @@ GROUPS: dict[str, dict[str, Subcommand]] = {
     },
 }
 LOOK_UP = {
-    "list": "list methods, configs or backbones",
+    "list": "list methods, configs, backbones or optimizers",
     "help": "explain a key, a section or a sub-command",
     "completion": "print the completion script of bash, zsh or fish",
 }

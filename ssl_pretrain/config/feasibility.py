@@ -30,6 +30,7 @@ def check(config: RunConfig, world_size: int) -> None:
         execution.bn_group_images(config.parallel, config.global_batch_size)
         execution.check(config.parallel)
         optim.check(config.optim)
+        optim.check_sharding(config.optim, config.parallel.strategy)
         log_config.check(config.log)
         sizes = {f"views.crops.{name}.size": crop.size for name, crop in config.views.crops.items()}
         if config.evaluation.image_size:

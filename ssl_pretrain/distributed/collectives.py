@@ -108,10 +108,16 @@ def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def tensor_norms(*lists: Sequence[Tensor]) -> list[Tensor]:
-    """Return the 2-norms of the tensors in each list, with one collective if they are sharded."""
+def tensor_norms(*lists: Sequence[Tensor], sharded_as: Tensor | None = None) -> list[Tensor]:
+    """Return the 2-norms of the tensors in each list, with one collective if they are sharded.
+
+    Args:
+        lists: Sharded or whole tensors.
+        sharded_as: Tensor whose sharding the tensors have, if they are plain tensors with this
+            rank's shards.
+    """
     local_norms = [torch.stack(torch._foreach_norm(local_tensors(tensors))) for tensors in lists]
-    first = lists[0][0]
+    first = lists[0][0] if sharded_as is None else sharded_as
     if not isinstance(first, DTensor):
         return local_norms
     dims = [dim for dim, placement in enumerate(first.placements) if placement.is_shard()]

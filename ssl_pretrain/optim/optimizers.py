@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.distributed import collectives
-from ssl_pretrain.optim import lr_multipliers, scaling, schedules
+from ssl_pretrain.optim import library, lr_multipliers, optimizer_list, scaling, schedules
+from ssl_pretrain.optim.large_batch_adam import LAMB, Adan
 from ssl_pretrain.optim.momentum_sgd import LARC, LARS, SGD
 from ssl_pretrain.schema import DIMENSIONLESS, setting
 
@@ -18,7 +19,30 @@ from ssl_pretrain.schema import DIMENSIONLESS, setting
 class OptimConfig:
     """Settings of the optimizer and its schedule. `--plan` prints the scaled learning rate."""
 
-    name: Literal["lars", "larc", "adamw", "adam", "sgd"] = setting("lars", "Optimizer.")
+    name: Literal[
+        "lars",
+        "larc",
+        "adamw",
+        "adam",
+        "sgd",
+        "lamb",
+        "adan",
+        "timm:lion",
+        "timm:muon",
+        "torch:adadelta",
+        "torch:adamax",
+        "torch:nadam",
+        "torch:radam",
+        "torch:rmsprop",
+    ] = setting(
+        "lars",
+        "Optimizer. timm: and torch: are the classes of these libraries, with arguments from args.",
+    )
+    args: dict[str, Any] = setting(
+        {},
+        "Arguments of an optimizer of timm or torch, such as betas. "
+        "Without them the library's defaults hold.",
+    )
     base_lr: float = setting(
         0.3, "Learning rate before it is scaled with the batch size.", unit=DIMENSIONLESS
     )
@@ -57,6 +81,7 @@ class OptimConfig:
         "Multipliers of the learning rate, by the name of a module or a parameter, such as "
         "{backbone: 0.1, predictor: 10}. The longest name counts. With 0 the parameters never "
         "move. Combined with layer_decay and the other ratios by multiplication.",
+        unit=DIMENSIONLESS,
     )
     layer_decay: float = setting(
         1.0,
@@ -97,11 +122,14 @@ class OptimConfig:
         False, "Limit each tensor's rate to lr, with larc only (solo-learn: true, SwAV: false)."
     )
     betas: list[float] = setting(
-        [0.9, 0.999], "Decay rates of the moments of adamw and adam.", below=1, unit=DIMENSIONLESS
+        [0.9, 0.999],
+        "Decay rates of the moments of adamw, adam, lamb and adan (three for adan).",
+        below=1,
+        unit=DIMENSIONLESS,
     )
     eps: float = setting(
         1e-8,
-        "Number added to the root of the second moment of adamw and adam.",
+        "Number added to the root of the second moment of adamw, adam, lamb and adan.",
         above=0,
         unit=DIMENSIONLESS,
     )
@@ -122,10 +150,18 @@ class OptimConfig:
 
 def check(config: OptimConfig) -> None:
     """Raise ValueError, naming the key, if a value makes no sense."""
-    if len(config.betas) != 2:
+    num_betas, example = (3, "[0.98, 0.92, 0.99]") if config.name == "adan" else (2, "[0.9, 0.999]")
+    if len(config.betas) != num_betas:
         raise ValueError(
             f"optim.betas: {config.betas} has {len(config.betas)} numbers; "
-            "give 2, such as [0.9, 0.999]"
+            f"give {num_betas}, such as {example}"
+        )
+    if config.name in optimizer_list.ENTRIES:
+        library.check_args(config.name, config.args)
+    elif config.args:
+        raise ValueError(
+            f"optim.args: {config.args} is for optimizers of timm and torch, not for "
+            f"{config.name}; leave it out"
         )
     if config.schedule == "milestones" and not config.milestones:
         raise ValueError(
@@ -138,6 +174,23 @@ def check(config: OptimConfig) -> None:
                 f"optim.lr_multipliers.{name}: {multiplier:g} is out of range; give a finite "
                 "number >= 0"
             )
+
+
+def check_sharding(config: OptimConfig, strategy: str) -> None:
+    """Raise ValueError if the optimizer cannot update each rank's shards independently."""
+    entry = optimizer_list.ENTRIES.get(config.name)
+    if strategy == "ddp" or entry is None:
+        return
+    if entry.needs_whole_tensors:
+        raise ValueError(
+            f"optim.name: {config.name} needs whole tensors, which parallel.strategy={strategy} "
+            "divides among the ranks; set parallel.strategy=ddp, or another optimizer"
+        )
+    if config.args.get("caution"):
+        raise ValueError(
+            f"optim.args.caution: true needs whole tensors, which parallel.strategy={strategy} "
+            "divides among the ranks; leave it out, or set parallel.strategy=ddp"
+        )
 
 
 def schedule_warnings(config: OptimConfig, epochs: int) -> list[str]:
@@ -229,6 +282,12 @@ def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
         return LARC(groups, clip=config.larc_clip, **adaptive_options)
     if config.name == "sgd":
         return SGD(groups, momentum=config.momentum, nesterov=config.nesterov)
+    if config.name == "lamb":
+        return LAMB(groups, betas=config.betas, eps=config.eps)
+    if config.name == "adan":
+        return Adan(groups, betas=config.betas, eps=config.eps)
+    if config.name in optimizer_list.ENTRIES:
+        return library.LibraryOptimizer(groups, config.name, config.args)
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     betas = config.betas[0], config.betas[1]
     return adam(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)

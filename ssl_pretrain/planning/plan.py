@@ -9,6 +9,7 @@ from ssl_pretrain.data import order, sources
 from ssl_pretrain.data.source_report import layout_lines
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
+from ssl_pretrain.optim import optimizer_list
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel.execution import bn_group_images
 from ssl_pretrain.planning import estimate_text
@@ -69,10 +70,18 @@ def _describe_optimizer(run: RunConfig) -> list[str]:
         f"learning rate: {lr:.6g} ({scaling}), reached after {settings.warmup_epochs:g} epochs, "
         f"{schedule}",
         *optim.schedule_warnings(settings, run.epochs),
-        f"optimizer: {settings.name}, {decay}, "
-        f"momentum {settings.momentum:g} ({settings.momentum_convention})",
+        f"optimizer: {settings.name}, {decay}, {_describe_hyperparameters(settings)}",
         *([frozen] if settings.freeze_backbone_epochs else []),
     ]
+
+
+def _describe_hyperparameters(settings: optim.OptimConfig) -> str:
+    if settings.name in ("lars", "larc", "sgd"):
+        return f"momentum {settings.momentum:g} ({settings.momentum_convention})"
+    if settings.name in optimizer_list.ENTRIES:
+        arguments = ", ".join(f"{name} {value}" for name, value in settings.args.items())
+        return arguments or "the library's other defaults"
+    return f"betas {', '.join(f'{beta:g}' for beta in settings.betas)}, eps {settings.eps:g}"
 
 
 def _describe_parameters(run: RunConfig, method: Method) -> list[str]:

@@ -24,8 +24,18 @@ from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
 
 CASES = ["simclr", "dino"]  # a ResNet and a ViT
-MOMENTS = {"adam": {"exp_avg", "exp_avg_sq"}, "adamw": {"exp_avg", "exp_avg_sq"}}
-OPTIMIZERS = ["sgd", "lars", "larc", "adamw", "adam"]
+ADAM_MOMENTS = {"exp_avg", "exp_avg_sq"}
+MOMENTS = {
+    **dict.fromkeys(("adam", "adamw", "lamb", "torch:nadam", "torch:radam"), ADAM_MOMENTS),
+    "adan": ADAM_MOMENTS | {"exp_avg_diff", "previous_gradient"},
+    "timm:lion": {"exp_avg"},
+    "torch:adadelta": {"square_avg", "acc_delta"},
+    "torch:adamax": {"exp_avg", "exp_inf"},
+    "torch:rmsprop": {"square_avg"},
+}
+NAMED = [name for name in MOMENTS if not name.startswith("adam")]
+OPTIMIZERS = ["sgd", "lars", "larc", "adamw", "adam", *NAMED]
+ADAN = {"name": "adan", "betas": [0.98, 0.92, 0.99]}
 SETTINGS = {"base_lr": 0.02, "lr_scaling": "none", "warmup_epochs": 1, "weight_decay": 0.1}
 
 
@@ -40,7 +50,7 @@ def check_states(optimizer: torch.optim.Optimizer, name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("case", CASES)
 def test_states_have_the_strides_of_their_parameters(case, name, tmp_path):
-    optimizer = SETTINGS | {"name": name}
+    optimizer = SETTINGS | (ADAN if name == "adan" else {"name": name})
     stepper, sizes = networks.build_case(case, optimizer=optimizer)
     assert not stepper.optimizer.state
     # DINO's last layer has no gradient in the first epoch, which is steps 0 and 1.

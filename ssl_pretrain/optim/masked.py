@@ -1,0 +1,114 @@
+"""Base of optimizers whose step can be undone on the device."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_pretrain.distributed import collectives
+
+CHUNK_ELEMENTS = 2**25  # elements of the parameters that are copied at a time, 128 MiB in float32
+
+State = dict[str, Tensor]
+
+
+class MaskedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose steps change nothing if `found_inf` is 1, by the protocol of `SGD`.
+
+    Subclasses update copies of the weights and of the state. The copies replace the originals
+    unless the step is masked, so the host does not wait for `found_inf`. A few parameters are
+    updated at a time, which bounds the memory for the copies.
+
+    Each rank updates its own shards of sharded parameters.
+
+    Args:
+        params: Parameters, or groups of them.
+        initial_values: Values of a parameter's state before its first step, by key. Others are 0.
+        defaults: Options of the groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        initial_values: Mapping[str, float] | None = None,
+        **defaults: Any,
+    ):
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+        self._initial_values = initial_values or {}
+        super().__init__(params, {"lr": 0.0, "weight_decay": 0.0} | defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, unless `found_inf` is 1."""
+        for group in self.param_groups:
+            for params in _chunks([p for p in group["params"] if p.grad is not None]):
+                self._step_chunk(group, params)
+
+    def update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        states: list[State],
+    ) -> None:
+        """Update copies of weights and states in place.
+
+        Args:
+            group: Options of the parameters' group.
+            params: The parameters, which may be sharded and must not be changed.
+            weights: Copies of the parameters, or of this rank's shards.
+            gradients: Gradients of the weights.
+            states: Copies of the states, empty before the first step.
+        """
+        raise NotImplementedError
+
+    def _step_chunk(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        originals = collectives.local_tensors(params)
+        weights = _copy(originals)
+        gradients = collectives.local_tensors(p.grad for p in params if p.grad is not None)
+        states = [self._copy_state(p) for p in params]
+        self.update(group, params, weights, gradients, states)
+        for p, original, weight, state in zip(params, originals, weights, states):
+            self._replace(original, weight)
+            for key, value in state.items():
+                self._replace(self._original_state(p, original, key, value), value)
+
+    def _copy_state(self, parameter: Tensor) -> State:
+        values = collectives.local_tensors(self.state[parameter].values())
+        return dict(zip(self.state[parameter], _copy(values)))
+
+    def _original_state(self, parameter: Tensor, weight: Tensor, key: str, value: Tensor) -> Tensor:
+        """Return this rank's shard of an entry of the state, and add the entry if it is missing."""
+        if key not in self.state[parameter]:
+            like = parameter.detach() if value.shape == weight.shape else value
+            initial_value = self._initial_values.get(key, 0.0)
+            self.state[parameter][key] = torch.full_like(like, initial_value, dtype=value.dtype)
+        (original,) = collectives.local_tensors([self.state[parameter][key]])
+        return original
+
+    def _replace(self, original: Tensor, value: Tensor) -> None:
+        """Copy the value to the original, unless the step is masked."""
+        if self.found_inf is None:
+            original.copy_(value)
+        else:
+            torch.where(self.found_inf > 0, original, value, out=original)
+
+
+def _copy(tensors: list[Tensor]) -> list[Tensor]:
+    """Copy tensors, all in one kernel. Multiplication by 1 preserves every bit of a number."""
+    return list(torch._foreach_mul(tensors, 1)) if tensors else []
+
+
+def _chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Divide parameters into lists of limited size. The division is the same on every rank."""
+    chunk: list[Tensor] = []
+    for parameter in params:
+        if chunk and sum(p.numel() for p in (*chunk, parameter)) > CHUNK_ELEMENTS:
+            yield chunk
+            chunk = []
+        chunk.append(parameter)
+    if chunk:
+        yield chunk
