@@ -8,13 +8,14 @@ from conftest import run_ranks
 from torch import nn
 
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.methods import mae
 from ssl_pretrain.methods.base import LossOutput, Method, MethodConfig
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.components import Teacher
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.parallel import compilation, wrap
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig
-from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views.batch import Batch, MaskSet
 
 CPU, SIZE, ROWS = torch.device("cpu"), 16, 4
 SMALL = {"depth": 2, "patch_size": 4, "embed_dim": 16, "num_heads": 2}
@@ -52,9 +53,13 @@ class Distillation(Method):
         return LossOutput(total + embeddings["visible"].square().mean(), {})
 
 
-def build(name="test_vit", **arguments):
+def build(name="test_vit"):
+    """Return MAE, or `Distillation` on a network with this name."""
     torch.manual_seed(0)
-    config = BackboneConfig(name=name, args={**SMALL, **arguments})
+    if name == "mae":
+        backbone = backbones.build(BackboneConfig(name="test_vit", args=SMALL), SIZE)
+        return mae.Config(decoder_dim=12, decoder_depth=2, decoder_heads=2).build(backbone)
+    config = BackboneConfig(name=name, args=SMALL)
     method = Distillation(MethodConfig("distillation"), backbones.build(config, SIZE))
     for parameter in method.teacher.parameters():
         parameter.data *= 1.1
@@ -63,11 +68,13 @@ def build(name="test_vit", **arguments):
 
 def random_batch():
     views = torch.randn(ROWS, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    return Batch([views], torch.zeros(ROWS), torch.arange(ROWS))
+    visible = (torch.arange(ROWS)[:, None, None] + torch.tensor([[0, 5, 7, 11]])) % 16
+    masks = MaskSet("visible", 0, visible, torch.ones_like(visible, dtype=torch.bool))
+    return Batch([views], torch.zeros(ROWS), torch.arange(ROWS), (masks,))
 
 
 def compute_gradients(name="test_vit", **settings):
-    """Return the gradients of the global batch's loss, and the teacher's outputs on this rank."""
+    """Return the gradients of the global batch's loss, and the targets of this rank's images."""
     config = ParallelConfig(**{"precision": "float32", **settings})
     execution, method = Execution.resolve(config, CPU), build(name)
     batch = random_batch().slice(process_group.rank(), process_group.world_size())
@@ -89,30 +96,34 @@ def compute_gradients(name="test_vit", **settings):
         for key, parameter in method.named_parameters()
         if parameter.grad is not None
     }
-    return gradients, targets["teacher"]
+    return gradients, targets
+
+
+NAMES = ["test_vit", "vit_small_patch16_dinov3", "mae"]
 
 
 def _compute_both_strategies():
-    return [
-        compute_gradients(name, strategy=strategy)
-        for name in ("test_vit", "vit_small_patch16_dinov3")
-        for strategy in ("ddp", "fsdp")
-    ]
+    return {
+        name: [compute_gradients(name, strategy=strategy) for strategy in ("ddp", "fsdp")]
+        for name in NAMES
+    }
 
 
 def test_sharded_tokens_have_the_gradients_of_replicated_ones():
-    alone = [compute_gradients(name)[0] for name in ("test_vit", "vit_small_patch16_dinov3")]
+    alone = {name: compute_gradients(name)[0] for name in NAMES}
     for rank in run_ranks(_compute_both_strategies, world_size=2):
-        for expected, (ddp, sharded) in zip(alone, (rank[:2], rank[2:])):
-            assert torch.equal(sharded[1], ddp[1])  # the teacher's tokens
-            assert "mask_token" in expected and len(expected) > 20
-            for gradients, _ in (ddp, sharded):
+        for name, expected in alone.items():
+            assert any("mask_token" in key for key in expected) and len(expected) > 20
+            (ddp, replicated_targets), (sharded, sharded_targets) = rank[name]
+            for key, value in sharded_targets.items():  # such as the teacher's tokens
+                assert torch.equal(value, replicated_targets[key])
+            for gradients in (ddp, sharded):
                 assert gradients.keys() == expected.keys()
                 for key, value in gradients.items():
                     torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "vit_small_patch16_dinov3"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "settings",
     [
