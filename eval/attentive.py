@@ -8,6 +8,7 @@ from ssl_pretrain.eval.attentive_protocols import ATTENTIVE_PROTOCOLS, CACHED, A
 from ssl_pretrain.eval.frozen import (
     cached_attentive,
     features,
+    patch_tokens,
     published_attentive,
     published_linear,
 )
@@ -69,6 +70,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": POSITIVE_INT,
         "help": "images per step on all ranks (default: the protocol's; capi has 128 per rank)",
     },
+    "--feature": {
+        "type": patch_tokens.sequence_name,
+        "default": patch_tokens.PATCHES,
+        "metavar": "NAME",
+        "help": (
+            "tokens to attend to: patches of the last layer (default), prefix (class token and"
+            " registers) or last<n> (patches of the last n layers, concatenated)"
+        ),
+    },
     "--select": {
         "choices": list(published_linear.SELECTIONS),
         "help": (
@@ -99,6 +109,7 @@ def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         weight_decays=options.weight_decays,
         batch_size=options.batch_size,
         selection=options.select,
+        feature=options.feature,
     )
 
 
@@ -112,6 +123,7 @@ def evaluate(
     weight_decays: list[float] | None = None,
     batch_size: int | None = None,
     selection: str | None = None,
+    feature: str = patch_tokens.PATCHES,
 ) -> dict[str, Any]:
     """Train attentive probes on frozen patch tokens, cached or by a published protocol.
 
@@ -124,6 +136,7 @@ def evaluate(
         weight_decays: Weight decays to try. Default: the protocol's.
         batch_size: Images per step on all ranks. Default: the protocol's.
         selection: "held-out", "published" or "test", for the published protocols.
+        feature: Tokens to attend to, see `patch_tokens.TokenSequence`.
 
     Returns:
         The content of the result file.
@@ -137,7 +150,7 @@ def evaluate(
             f"evaluate: attentive has no protocol {protocol!r}; choose one of: cached,"
             f" {', '.join(ATTENTIVE_PROTOCOLS)}"
         )
-    options = AttentiveOptions(protocol, lrs, weight_decays, epochs, batch_size, selection)
+    options = AttentiveOptions(protocol, lrs, weight_decays, epochs, batch_size, selection, feature)
     arguments = {"rows": rows} if rows else {}  # each protocol has its default
     if protocol != "cached":
         return published_attentive.evaluate(run, options, **arguments)

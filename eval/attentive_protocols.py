@@ -11,6 +11,7 @@ from torch import Tensor
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval.frozen.attentive_probes import Kind
 from ssl_pretrain.eval.protocols import fitting_batch_size
+from ssl_pretrain.eval.results import ACCURACY
 from ssl_pretrain.views.recipe import Interpolation
 
 
@@ -151,6 +152,17 @@ class AttentiveOptions:
     epochs: int | None = None
     batch_size: int | None = None
     selection: str | None = None  # "held-out", "published" or "test"
+    feature: str = "patches"  # name of the tokens, see `patch_tokens.TokenSequence`
+
+    @property
+    def suffix(self) -> str:
+        """End of the result's name for other tokens than patches."""
+        return "" if self.feature == "patches" else f"_{self.feature}"
+
+    @property
+    def measure(self) -> str:
+        """Name of the numbers, with the name of the tokens unless they are patches."""
+        return ACCURACY if self.feature == "patches" else f"{self.feature}, {ACCURACY}"
 
     @property
     def published_protocol(self) -> AttentiveProtocol:

@@ -126,7 +126,7 @@ def _evaluations(runs: dict[str, Path]) -> list[list[str]]:
     )
     return [
         [
-            f"{sections.TITLES.get(name, name)}, {column}",
+            f"{sections.evaluation_title(name)}, {column}",
             *(
                 _format_pretrained(evaluations.get(name, {}), column)
                 for evaluations in newest_results

@@ -11,6 +11,8 @@ RUN/eval/knn_grid.json has the accuracies for k of 10, 20, 100 and 200 and tempe
     python -m ssl_pretrain.eval.knn runs/demo --k 200 --temperature 0.1
     # the test images also shifted by 1 and 2 pixels
     python -m ssl_pretrain.eval.knn runs/demo --shifts 1 2
+    # the mean patch token of a vision transformer instead of its pooled output
+    python -m ssl_pretrain.eval.knn runs/demo --feature patch_mean
     # queries from held-out training images, to choose k
     python -m ssl_pretrain.eval.knn runs/demo --split train
     # the images have moved
@@ -26,7 +28,7 @@ from typing import Any
 
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import command_line, results
-from ssl_pretrain.eval.frozen import features, knn_search
+from ssl_pretrain.eval.frozen import features, knn_search, named_features
 from ssl_pretrain.eval.frozen.evaluation_split import (
     EvaluationSplit,
     describe_splits,
@@ -77,6 +79,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": features.ROWS,
         "help": "features to evaluate (default: all three)",
     },
+    **named_features.OPTION,
 }
 
 
@@ -93,6 +96,7 @@ def main(arguments: list[str]) -> None:
             options.split,
             options.backend,
             options.rows,
+            options.feature,
         ),
     )
 
@@ -105,6 +109,7 @@ def evaluate(
     query_split: str = "val",
     backend: str = "auto",
     rows: Sequence[str] = features.ROWS,
+    feature: str = named_features.POOLED,
 ) -> dict[str, Any]:
     """Measure the accuracy in percent of each row's features and save it to RUN/eval/knn.json.
 
@@ -117,13 +122,14 @@ def evaluate(
         query_split: "val" for the test images, "train" for held-out training images.
         backend: "faiss", "torch" or "auto".
         rows: Names of the features to evaluate, from `features.ROWS`.
+        feature: Name of the networks' feature, see `named_features`.
 
     Returns:
         The content of the result file.
 
     Raises:
-        ValueError: If the images have no labels, k exceeds the number of training images, or the
-            search does not fit in memory.
+        ValueError: If the images have no labels, k exceeds the number of training images, the
+            backbone does not have the feature, or the search does not fit in memory.
     """
     start = time.monotonic()
     k = run.config.evaluation.k if k is None else k
@@ -131,13 +137,13 @@ def evaluate(
     backend = knn_search.choose_backend(backend)
     train, test = labeled_splits(run, "k-NN", query_split)
     weighted_knn.check_arguments(k, temperature, len(train))
-    check_memory(run, train, test, rows)
+    check_memory(run, train, test, rows, feature)
     if shift_distances is None:
         shift_distances = features.default_shift_distances(test)
     grid_ks = [grid_k for grid_k in GRID_KS if grid_k <= len(train)]
     vote_settings = [(k, temperature), *itertools.product(grid_ks, GRID_TEMPERATURES)]
     table, grid = [], []
-    for representation in features.representations(run, train, rows):
+    for representation in features.representations(run, train, rows, feature):
         row, grid_row = _measure(
             representation, train, test, vote_settings, shift_distances, backend
         )
@@ -146,13 +152,15 @@ def evaluate(
         grid.append(grid_row)
     seconds = time.monotonic() - start
     name = "knn" if query_split == "val" else "knn_train"
-    protocol = describe_splits(run, train, test, query_split, "random" in rows)
+    name += results.suffix_of_feature(feature)
+    measure = results.measure_of_feature(results.ACCURACY, feature)
+    protocol = describe_splits(run, train, test, query_split, "random" in rows, feature)
     protocol["normalization"] = NORMALIZATION
 
     def save(stem: str, entries: dict[str, Any], table_rows: list[results.Row]) -> dict[str, Any]:
         table_rows = results.with_better_random_row(table_rows)
         return results.save(
-            run.path, stem, protocol | entries, table_rows, run.provenance(), seconds
+            run.path, stem, protocol | entries, table_rows, run.provenance(), seconds, measure
         )
 
     save(f"{name}_grid", _describe_grid(len(train)), grid)
@@ -211,14 +219,18 @@ def _describe_shifts(test: EvaluationSplit, shift_distances: list[int]) -> str:
 
 
 def check_memory(
-    run: Run, train: EvaluationSplit, test: EvaluationSplit, rows: Sequence[str]
+    run: Run,
+    train: EvaluationSplit,
+    test: EvaluationSplit,
+    rows: Sequence[str],
+    feature: str = named_features.POOLED,
 ) -> None:
     """Print how much memory the search takes and how much is free.
 
     Raises:
         ValueError: If the search does not fit in memory.
     """
-    feature_dim: Any = run.backbone.feature_dim
+    feature_dim = named_features.Feature(run.backbone, feature).feature_dim
     raw_dim = 3 * min(run.image_size, features.RAW_SIZE) ** 2
     dim = max(raw_dim if row == "raw" else feature_dim for row in rows)
     view_bytes = train.cache_bytes + test.cache_bytes if run.device.type == "cpu" else 0

@@ -4,7 +4,12 @@ import argparse
 from typing import Any
 
 from ssl_pretrain.eval import command_line
-from ssl_pretrain.eval.frozen import cached_linear, features, published_linear
+from ssl_pretrain.eval.frozen import (
+    cached_linear,
+    features,
+    named_features,
+    published_linear,
+)
 from ssl_pretrain.eval.protocols import LINEAR_PROTOCOLS, LinearOptions
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import NON_NEGATIVE_FLOAT, POSITIVE_FLOAT, POSITIVE_INT
@@ -77,10 +82,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "published protocols: images per step on all ranks (default: the published number)",
     },
     "--feature": {
-        "choices": ["pooled", "last4", "cls_mean"],
+        **named_features.OPTION["--feature"],
+        "default": None,
         "help": (
-            "published protocols: the pooled output, the class tokens of a ViT's last four blocks,"
-            " or the class token and the mean patch token (default: that of the protocol)"
+            "pooled, or of the tokens: prefix (class token and registers), patch_mean, cls_mean"
+            " (class token and mean patch) or last<n> (class tokens of the last n layers)"
+            " (default: that of the protocol, pooled for cached)"
         ),
     },
     "--select": {
@@ -104,14 +111,18 @@ def main(arguments: list[str]) -> None:
 def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     arguments = {"rows": options.rows} if options.rows else {}  # each protocol has its default
     if options.protocol == "cached":
-        _refuse_options(options, "lrs", "weight_decays", "batch_size", "feature")
+        _refuse_options(options, "lrs", "weight_decays", "batch_size")
         if options.select != "held-out":
             raise ValueError(
                 f"--select {options.select}: --protocol cached selects on held-out training images;"
                 " leave it out or give a published --protocol"
             )
         return cached_linear.evaluate(
-            run, options.epochs or 50, options.labels_per_class, **arguments
+            run,
+            options.epochs or 50,
+            options.labels_per_class,
+            feature=options.feature or named_features.POOLED,
+            **arguments,
         )
     _refuse_options(options, "labels_per_class")
     linear_options = LinearOptions(

@@ -18,7 +18,7 @@ from ssl_pretrain.eval import (
 )
 from ssl_pretrain.eval import spectrum as spectrum_module
 from ssl_pretrain.eval.finetuning.selection import FinetuningOptions
-from ssl_pretrain.eval.frozen import cached_linear, published_linear
+from ssl_pretrain.eval.frozen import cached_linear, named_features, published_linear
 from ssl_pretrain.eval.runs import Run
 
 
@@ -86,17 +86,19 @@ def linear(
     epochs: int | None = None,
     labels_per_class: Sequence[int] = (),
     rows: Sequence[str] | None = None,
+    feature: str | None = None,
 ) -> dict[str, Any]:
     """Train linear classifiers on frozen features, cached or by a published protocol."""
-    arguments = {"rows": rows} if rows else {}  # each protocol has its default
+    arguments: dict[str, Any] = {"rows": rows} if rows else {}  # each protocol has its default
     if protocol == "cached":
+        arguments["feature"] = feature or named_features.POOLED
         return cached_linear.evaluate(run, epochs or 50, labels_per_class, **arguments)
     if labels_per_class:
         raise ValueError(
             f"evaluate: linear with protocol {protocol!r} does not take labels_per_class; leave it "
             "out"
         )
-    options = published_linear.LinearOptions(protocol_name=protocol, epochs=epochs)
+    options = published_linear.LinearOptions(protocol_name=protocol, epochs=epochs, feature=feature)
     return published_linear.evaluate(run, options, **arguments)
 
 

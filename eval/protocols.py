@@ -115,7 +115,7 @@ class LinearOptions:
     weight_decays: list[float] | None = None
     epochs: int | None = None
     batch_size: int | None = None
-    feature: str | None = None  # "pooled", "last4" or "cls_mean"
+    feature: str | None = None  # name of a feature, see named_features
     selection: str = "held-out"  # or "published" or "test"
 
     @property

@@ -48,9 +48,11 @@ def summary_table(evaluations: list[dict[str, Any]]) -> str:
         is_percentage = result.get("measure", results.ACCURACY).endswith("%")
         if not is_percentage or result["name"].endswith("_grid"):
             continue
-        title = EVALUATION_TITLES.get(result["name"], result["name"].replace("_", ", "))
+        base, feature = results.split_name(result["name"])
+        title = EVALUATION_TITLES.get(base, base.replace("_", ", "))
+        title += f", {feature}" if feature else ""
         columns = results.column_names(result)
-        for column in columns[: NUM_SUMMARY_COLUMNS.get(result["name"])]:
+        for column in columns[: NUM_SUMMARY_COLUMNS.get(base)]:
             is_whole_name = len(columns) == 1 and column in ("clean", "all labels", "all")
             name = title if is_whole_name else f"{title}, {column}"
             rows.append([name, *_format_numbers(result, column)])

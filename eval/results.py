@@ -1,6 +1,7 @@
 """Write and read the result files of evaluations, RUN/eval/<name>.json, and show them as text."""
 
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -14,6 +15,8 @@ from ssl_pretrain.system import durable_files
 BETTER_RANDOM = "random (better of two)"  # name of the baseline's row
 ACCURACY = "accuracy, %"
 MAX_WIDTH = 80  # columns of a terminal
+# End of a result's name if the evaluation took another feature than the pooled one.
+FEATURE_SUFFIX = re.compile(r"_(prefix|patch_mean|cls_mean|last\d+)(?=_grid$|_test_selected|$)")
 
 
 @dataclass
@@ -30,6 +33,22 @@ class Row:
         return f"{self.features}: " + ", ".join(
             f"{column} {value:.1f} %" for column, value in self.metrics.items()
         )
+
+
+def measure_of_feature(measure: str, feature: str) -> str:
+    """Return the name of the numbers, with the name of the feature unless it is the pooled one."""
+    return measure if feature == "pooled" else f"{feature}, {measure}"
+
+
+def suffix_of_feature(feature: str) -> str:
+    """Return the end of the result's name. It is empty for the pooled feature."""
+    return "" if feature == "pooled" else f"_{feature}"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return a result's name without its feature, and the feature or ""."""
+    match = FEATURE_SUFFIX.search(name)
+    return (FEATURE_SUFFIX.sub("", name), match[1]) if match else (name, "")
 
 
 def with_better_random_row(rows: list[Row]) -> list[Row]:

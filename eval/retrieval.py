@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.eval import command_line, results
-from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen import features, named_features
 from ssl_pretrain.eval.frozen.evaluation_split import (
     EvaluationSplit,
     describe_splits,
@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "COSINE",
         "help": "smallest cosine similarity of a listed pair (default: 0.995)",
     },
+    **named_features.OPTION,
 }
 
 # Cosine similarity, and the positions a < b of two images among all training and test images.
@@ -54,29 +55,33 @@ def main(arguments: list[str]) -> None:
     command_line.evaluate_and_print(
         command_line.build_parser("ssl_pretrain.eval.retrieval", __doc__, OPTIONS),
         arguments,
-        lambda run, options: evaluate(run, options.duplicates),
+        lambda run, options: evaluate(run, options.duplicates, options.feature),
     )
 
 
-def evaluate(run: Run, min_cosine: float = 0.995) -> dict[str, Any]:
+def evaluate(
+    run: Run, min_cosine: float = 0.995, feature: str = named_features.POOLED
+) -> dict[str, Any]:
     """Measure mAP and recall in percent and save them to RUN/eval/retrieval.json.
 
     Args:
         run: Run to evaluate.
         min_cosine: Smallest cosine similarity of a pair that is listed as near-duplicates.
+        feature: Name of the networks' feature, see `named_features`.
 
     Returns:
         The content of the result file.
 
     Raises:
-        ValueError: If the images have no labels, or `min_cosine` is not in (0, 1].
+        ValueError: If the images have no labels, the backbone does not have the feature, or
+            `min_cosine` is not in (0, 1].
     """
     start = time.monotonic()
     if not 0 < min_cosine <= 1:
         raise ValueError(f"--duplicates: {min_cosine} is not in (0, 1]; give one such as 0.995")
     train, test = labeled_splits(run, "the retrieval evaluation")
     rows: list[results.Row] = []
-    for representation in features.representations(run, train):
+    for representation in features.representations(run, train, feature=feature):
         bank, bank_labels = representation.embed(train)
         queries, labels = representation.embed(test)
         mean = bank.mean(dim=0) if representation.needs_centering else 0.0
@@ -86,7 +91,7 @@ def evaluate(run: Run, min_cosine: float = 0.995) -> dict[str, Any]:
     pairs, num_pairs = find_near_duplicates(torch.cat([bank, queries]), min_cosine)
     path = write_pairs(run, train, test, pairs)
     protocol = {
-        **describe_splits(run, train, test),
+        **describe_splits(run, train, test, feature=feature),
         "normalization": NORMALIZATION,
         "ranking": "each test image ranks all training images; ties in the order of the data set",
         "near duplicates": f"{num_pairs} pairs at cosine {min_cosine:g} or more among training and"
@@ -94,7 +99,13 @@ def evaluate(run: Run, min_cosine: float = 0.995) -> dict[str, Any]:
     }
     seconds, rows = time.monotonic() - start, results.with_better_random_row(rows)
     result = results.save(
-        run.path, "retrieval", protocol, rows, run.provenance(), seconds, measure="%"
+        run.path,
+        f"retrieval{results.suffix_of_feature(feature)}",
+        protocol,
+        rows,
+        run.provenance(),
+        seconds,
+        measure=results.measure_of_feature("%", feature),
     )
     with path.open(newline="") as file:
         for similarity, a, b in list(csv.reader(file))[1 : 1 + NUM_PRINTED_PAIRS]:

@@ -21,7 +21,7 @@ from ssl_pretrain import config, rng
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.eval import command_line, results
-from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen import features, named_features
 from ssl_pretrain.eval.frozen.evaluation_split import BATCH_SIZE, EvaluationSplit
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.models import backbones
@@ -33,21 +33,26 @@ MAX_IMAGES = 10000  # training images to embed
 def main(arguments: list[str]) -> None:
     """Run the command-line interface."""
     command_line.evaluate_and_print(
-        command_line.build_parser("ssl_pretrain.eval.spectrum", __doc__, {}),
+        command_line.build_parser("ssl_pretrain.eval.spectrum", __doc__, named_features.OPTION),
         arguments,
-        lambda run, _: evaluate(run),
+        lambda run, options: evaluate(run, options.feature),
     )
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> dict[str, Any]:
+def evaluate(run: Run, feature: str = named_features.POOLED) -> dict[str, Any]:
     """Measure the random and the pretrained network and save RUN/eval/spectrum.json.
+
+    Args:
+        run: Run to evaluate.
+        feature: Name of the backbone's feature, see `named_features`. The projector's input is
+            always the pooled one.
 
     Returns:
         The content of the result file.
 
     Raises:
-        ValueError: If the method has no projector.
+        ValueError: If the method has no projector, or the backbone does not have the feature.
     """
     start = time.monotonic()
     source = open_source(run.config.data, "train")
@@ -58,13 +63,17 @@ def evaluate(run: Run) -> dict[str, Any]:
         pooled_features, _ = features.extract(backbone, split)
         embeddings = torch.cat([projector(batch) for batch in pooled_features.split(BATCH_SIZE)])
         metrics = spectrum_metrics("embeddings", embeddings)
-        metrics |= spectrum_metrics("features", pooled_features)
+        values = pooled_features
+        if feature != named_features.POOLED:
+            values, _ = features.extract(named_features.Feature(backbone, feature), split)
+        metrics |= spectrum_metrics("features", values)
         rows.append(results.Row(name, metrics))
+    origin = "output of the backbone" if feature == named_features.POOLED else feature
     protocol = {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name};"
         " the random network has its initial weights",
         "embeddings": f"output of the projector, {embeddings.shape[1]} dimensions; features:"
-        f" output of the backbone, {pooled_features.shape[1]} dimensions",
+        f" {origin}, {values.shape[1]} dimensions",
         "precision": run.describe_precision(),
         "mode": "evaluation mode, in which batch norm uses its running statistics",
         "normalization": "vectors scaled to length 1, then centered",
@@ -75,12 +84,12 @@ def evaluate(run: Run) -> dict[str, Any]:
     }
     return results.save(
         run.path,
-        "spectrum",
+        f"spectrum{results.suffix_of_feature(feature)}",
         protocol,
         rows,
         run.provenance(),
         time.monotonic() - start,
-        measure="spectrum",
+        measure=results.measure_of_feature("spectrum", feature),
     )
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,17 +47,18 @@ def evaluate(
     """
     start, rows = time.monotonic(), tuple(rows)
     train, test = labeled_splits(run, "the attentive evaluation")
-    patch_tokens.check_memory(run, len(train), len(test), rows)
+    patch_tokens.check_memory(run, len(train), len(test), rows, options.feature)
     protocol = options.adapt_protocol(len(train))
+    sequence = patch_tokens.TokenSequence(run.backbone, options.feature)
     table, grid = [], []
-    for name, embed in patch_tokens.embedders(run, train, rows):
+    for name, embed in patch_tokens.embedders(run, train, rows, options.feature):
         row, grid_row, num_heads = _measure(name, embed, train, test, protocol)
         results.print_progress(row.summary())
         table.append(row)
         grid.append(grid_row)
     entries = {
         **describe_splits(run, train, test, has_random_row="random" in rows),
-        "feature": patch_tokens.describe_tokens(run),
+        "feature": sequence.describe(run.image_size),
         "source": protocol.source,
         "normalization": "every number of a token is scaled to mean 0 and standard deviation 1 over"
         " all tokens of the training images",
@@ -71,9 +73,10 @@ def evaluate(
         " decay (wd)"
     }
     seconds = time.monotonic() - start
-    results.save(run.path, "attentive_grid", grid_entries, grid, run.provenance(), seconds)
-    table = results.with_better_random_row(table)
-    return results.save(run.path, "attentive", entries, table, run.provenance(), seconds)
+    name = f"attentive{options.suffix}"
+    save = partial(results.save, run.path, measure=options.measure)
+    save(f"{name}_grid", grid_entries, grid, run.provenance(), seconds)
+    return save(name, entries, results.with_better_random_row(table), run.provenance(), seconds)
 
 
 def _measure(

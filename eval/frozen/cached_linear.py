@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from ssl_pretrain import rng
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import results
-from ssl_pretrain.eval.frozen import features, few_labels, linear_heads
+from ssl_pretrain.eval.frozen import features, few_labels, linear_heads, named_features
 from ssl_pretrain.eval.frozen.evaluation_split import (
     EvaluationSplit,
     describe_splits,
@@ -44,6 +45,7 @@ def evaluate(
     epochs: int = 50,
     labels_per_class: Sequence[int] = (),
     rows: Sequence[str] = features.ROWS,
+    feature: str = named_features.POOLED,
 ) -> dict[str, Any]:
     """Measure the accuracy in percent of each row's features and save it to RUN/eval/linear.json.
 
@@ -52,12 +54,14 @@ def evaluate(
         epochs: Passes over the training images.
         labels_per_class: Numbers of labels per class that are evaluated in addition to all labels.
         rows: Names of the features to evaluate, from `features.ROWS`.
+        feature: Name of the networks' feature, see `named_features`.
 
     Returns:
         The content of the result file.
 
     Raises:
-        ValueError: If the images have no labels, or a class has too few labels.
+        ValueError: If the images have no labels, a class has too few labels, or the backbone does
+            not have the feature.
     """
     start = time.monotonic()
     train, test = labeled_splits(run, "the linear evaluation")
@@ -66,12 +70,12 @@ def evaluate(
         for number in labels_per_class
     }
     table, grid = [], []
-    for representation in features.representations(run, train, rows):
+    for representation in features.representations(run, train, rows, feature):
         table_row, grid_row = _measure(representation, train, test, epochs, subsets_by_column)
         results.print_progress(table_row.summary())
         table.append(table_row)
         grid.append(grid_row)
-    protocol = describe_splits(run, train, test, has_random_row="random" in rows)
+    protocol = describe_splits(run, train, test, has_random_row="random" in rows, feature=feature)
     protocol |= {key: text.format(epochs=epochs) for key, text in PROTOCOL.items()}
     if subsets_by_column:
         protocol["few labels"] = few_labels.PROTOCOL
@@ -80,9 +84,11 @@ def evaluate(
         " decay (wd)"
     }
     seconds = time.monotonic() - start
-    results.save(run.path, "linear_grid", grid_protocol, grid, run.provenance(), seconds)
-    table = results.with_better_random_row(table)
-    return results.save(run.path, "linear", protocol, table, run.provenance(), seconds)
+    name = f"linear{results.suffix_of_feature(feature)}"
+    measure = results.measure_of_feature(results.ACCURACY, feature)
+    save = partial(results.save, run.path, measure=measure)
+    save(f"{name}_grid", grid_protocol, grid, run.provenance(), seconds)
+    return save(name, protocol, results.with_better_random_row(table), run.provenance(), seconds)
 
 
 def _measure(

@@ -16,6 +16,7 @@ from ssl_pretrain.data.image_source import NoSuchSplit, Source, require_labels
 from ssl_pretrain.data.source_report import layout_lines
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.eval.frozen.named_features import POOLED, Feature
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.views import crops
 
@@ -205,6 +206,7 @@ def describe_splits(
     test: EvaluationSplit,
     query_split: str = "val",
     has_random_row: bool = True,
+    feature: str = POOLED,
 ) -> dict[str, Any]:
     """Return the protocol entries that all evaluations of a run share.
 
@@ -214,6 +216,7 @@ def describe_splits(
         test: Test images, or held-out training images.
         query_split: Origin of the test images, as in `labeled_splits`.
         has_random_row: Whether the table has a row for the random backbone.
+        feature: Name of the feature, see `named_features`.
     """
     evaluation, size = run.config.evaluation, run.image_size
     kind = "held-out training images" if query_split == "train" else "test images"
@@ -224,7 +227,7 @@ def describe_splits(
     return {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name}",
         **(random_entry if has_random_row else {}),
-        "feature": f"pooled output of the backbone, {run.backbone.feature_dim} numbers",
+        "feature": str(Feature(run.backbone, feature)),
         "precision": run.describe_precision(),
         "transform": f"shorter side to {round(size / evaluation.crop_ratio)}, central"
         f" {size}x{size}, {evaluation.interpolation}, nothing random",

@@ -16,6 +16,7 @@ from ssl_pretrain import rng
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, rank_rows
+from ssl_pretrain.eval.frozen.named_features import POOLED, network_of_feature
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.models import backbones
 from ssl_pretrain.views import color
@@ -41,13 +42,24 @@ class Representation:
 
 
 def representations(
-    run: Run, train: EvaluationSplit, rows: Sequence[str] = ROWS
+    run: Run, train: EvaluationSplit, rows: Sequence[str] = ROWS, feature: str = POOLED
 ) -> Iterator[Representation]:
-    """Yield the representation of each row, raw pixels first."""
+    """Yield the representation of each row, raw pixels first.
+
+    Args:
+        run: Run to evaluate.
+        train: Training images.
+        rows: Names of the rows, from `ROWS`.
+        feature: Name of the networks' feature, see `named_features`.
+
+    Raises:
+        ValueError: If the backbone does not have the feature.
+    """
+    network_of_feature(run.backbone, feature)  # refuses before anything is computed
     if "raw" in rows:
         yield Representation("raw pixels", raw_pixels, needs_centering=True)
     for name, backbone in networks(run, train, rows):
-        yield Representation(name, partial(extract, backbone))
+        yield Representation(name, partial(extract, network_of_feature(backbone, feature)))
 
 
 def networks(

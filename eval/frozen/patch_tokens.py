@@ -1,5 +1,7 @@
 """Tokens of frozen networks and of raw pixels, for the attentive probe."""
 
+import argparse
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,23 +14,79 @@ from ssl_pretrain.eval import results
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.models.timm_networks import architecture
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.views.batch import upload
 
+PATCHES = "patches"
+NAME = re.compile(r"patches|prefix|last[1-9]\d*")
+ADVICE = "give patches, prefix or last<n>, such as last4"
 TokenFunction = Callable[[Tensor], Tensor]  # normalized images to tokens (batch, tokens, dim)
 
 
-def patch_tokens(backbone: nn.Module) -> TokenFunction:
-    """Return the function that computes a backbone's patch tokens after its final norm."""
-    network: Any = backbone
-    return lambda images: network.tokens(images).patches
+class TokenSequence:
+    """The tokens of a backbone that a probe attends to, as a function of normalized images.
+
+    Args:
+        backbone: Network that computes the tokens.
+        name: "patches" is the patch tokens of the last layer. "prefix" is its class token and
+            registers. "last<n>" is the patch tokens of the last n layers, those of a patch
+            concatenated. All are tokens after the final norm, if the network has one.
+
+    Raises:
+        ValueError: If there is no such sequence or the backbone does not have it.
+    """
+
+    def __init__(self, backbone: nn.Module, name: str = PATCHES):
+        if not NAME.fullmatch(name):
+            raise ValueError(f"--feature {name}: a probe attends to several tokens; {ADVICE}")
+        network: Any = backbone
+        self._network, self.name = network, name
+        self.num_layers = int(name.removeprefix("last")) if name.startswith("last") else 1
+        self.dim: int = self.num_layers * network.token_dim
+        blocks = getattr(network.model, "blocks", ())
+        if name.startswith("last") and self.num_layers > len(blocks):
+            raise ValueError(
+                f"--feature {name}: {architecture(network.model)} has {len(blocks)} layers of"
+                f" patches; give {f'at most last{len(blocks)}' if blocks else 'patches'}"
+            )
+        if name == "prefix" and not network.num_prefix_tokens:
+            raise ValueError(
+                f"--feature prefix: {type(network.model).__name__} has no class token and no"
+                " registers; give patches"
+            )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return tokens (batch, tokens, dim) of images (batch, channels, height, width)."""
+        if self.num_layers > 1:
+            tokens = self._network.tokens(images, layers=range(-self.num_layers, 0))
+            return torch.cat([layer.patches for layer in tokens.intermediate], dim=2)
+        tokens = self._network.tokens(images)
+        return tokens.prefix if self.name == "prefix" else tokens.patches
+
+    def count(self, image_size: int) -> int:
+        """Return the number of tokens of an image with sides of `image_size` pixels."""
+        if self.name == "prefix":
+            return int(self._network.num_prefix_tokens)
+        rows, columns = self._network.grid(image_size)
+        return int(rows * columns)
+
+    def describe(self, image_size: int) -> str:
+        """Describe the tokens, as an entry of the saved protocol."""
+        rows, columns = self._network.grid(image_size)
+        kind = f"{rows} x {columns} patch tokens of the last layer"
+        if self.name == "prefix":
+            kind = f"{self.count(image_size)} class token and registers of the last layer"
+        elif self.num_layers > 1:
+            kind = f"{rows} x {columns} patch tokens of the last {self.num_layers} layers"
+        return f"{kind} after the final norm, if the network has one, {self.dim} numbers each"
 
 
-def num_patch_tokens(run: Run) -> int:
-    """Return the number of patch tokens of an evaluation view."""
-    backbone: Any = run.backbone
-    rows, columns = backbone.grid(run.image_size)
-    return int(rows * columns)
+def sequence_name(text: str) -> str:
+    """Return `text` if it names a sequence of tokens. This is a type of command-line options."""
+    if not NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a sequence of tokens; {ADVICE}")
+    return text
 
 
 def _pixel_patch_side(run: Run) -> int:
@@ -38,16 +96,6 @@ def _pixel_patch_side(run: Run) -> int:
     """
     backbone: Any = run.backbone
     return max(1, run.image_size // int(backbone.grid(run.image_size)[0]))
-
-
-def describe_tokens(run: Run) -> str:
-    """Describe the tokens, as an entry of the saved protocol."""
-    backbone: Any = run.backbone
-    rows, columns = backbone.grid(run.image_size)
-    return (
-        f"{rows} x {columns} patch tokens of the last layer after the final norm, if the network"
-        f" has one, {backbone.token_dim} numbers each"
-    )
 
 
 def pixel_patches(
@@ -63,27 +111,29 @@ def pixel_patches(
 
 
 def embedders(
-    run: Run, train: EvaluationSplit, rows: tuple[str, ...]
+    run: Run, train: EvaluationSplit, rows: tuple[str, ...], feature: str = PATCHES
 ) -> list[tuple[str, features.SplitEmbedder]]:
     """Return the name and the token embedder of each row of the table, raw pixels first."""
     found: list[tuple[str, features.SplitEmbedder]] = []
     if "raw" in rows:
         found.append(("raw pixels", partial(pixel_patches, run)))
     for name, backbone in features.networks(run, train, rows):
-        found.append((name, partial(features.extract, patch_tokens(backbone))))
+        found.append((name, partial(features.extract, TokenSequence(backbone, feature))))
     return found
 
 
-def check_memory(run: Run, num_train: int, num_test: int, rows: tuple[str, ...]) -> None:
+def check_memory(
+    run: Run, num_train: int, num_test: int, rows: tuple[str, ...], feature: str = PATCHES
+) -> None:
     """Print how much memory the tokens take and how much is free.
 
     Raises:
-        ValueError: If they do not fit.
+        ValueError: If they do not fit, or the backbone does not have them.
     """
-    backbone: Any = run.backbone
+    sequence = TokenSequence(run.backbone, feature)
     raw_dim = 3 * _pixel_patch_side(run) ** 2
-    dim = max(raw_dim if row == "raw" else backbone.token_dim for row in rows)
-    num_tokens = num_patch_tokens(run)
+    dim = max(raw_dim if row == "raw" else sequence.dim for row in rows)
+    num_tokens = sequence.count(run.image_size)
     # The batches of a split are concatenated, so the larger split is in memory twice.
     num_images = num_train + num_test + max(num_train, num_test)
     num_ranks = process_group.local_world_size() if run.device.type == "cpu" else 1

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.eval import results, strong_views
@@ -38,9 +37,8 @@ from ssl_pretrain.views.recipe import Crop
 class ProbedTokens:
     """A frozen network and its probes. Their results are one row of the table."""
 
-    def __init__(self, name: str, backbone: nn.Module, shape: ProbeShape):
-        self.name, self.backbone, self.shape = name, backbone, shape
-        self.token_function = patch_tokens.patch_tokens(backbone)
+    def __init__(self, name: str, token_function: patch_tokens.TokenSequence, shape: ProbeShape):
+        self.name, self.token_function, self.shape = name, token_function, shape
         self.grid: ProbeGrid | None = None  # built when the number of steps is known
 
 
@@ -80,10 +78,12 @@ def evaluate(
     if selection == "held-out":
         source, selection_split = source.take(train_rows), train.subset(held_out_rows)
     protocol = options.adapt_protocol(len(source))
-    networks = [
-        ProbedTokens(name, backbone, _build_shape(backbone, protocol, len(train.classes)))
-        for name, backbone in features.networks(run, train, rows)
-    ]
+    patch_tokens.TokenSequence(run.backbone, options.feature)  # refuses before any work
+    networks = []
+    for name, backbone in features.networks(run, train, rows):
+        sequence = patch_tokens.TokenSequence(backbone, options.feature)
+        shape = build_shape(backbone, sequence.dim, protocol, len(train.classes))
+        networks.append(ProbedTokens(name, sequence, shape))
     view = build_train_view(run, protocol.interpolation)
     train_probes(networks, run, source, view, protocol)
     table, grid_table = [], []
@@ -95,7 +95,7 @@ def evaluate(
     num_heads = networks[-1].shape.num_heads
     entries = {
         **describe_splits(run, train, test, has_random_row="random" in rows),
-        "feature": patch_tokens.describe_tokens(run),
+        "feature": networks[-1].token_function.describe(run.image_size),
         "source": published.source,
         "classifier": describe_attentive_training(protocol, published, num_heads, len(source)),
         "views": describe_train_view(view)
@@ -106,14 +106,20 @@ def evaluate(
         "accuracy": "one per learning rate (lr) and weight decay (wd), all trained in the same pass"
     }
     suffix = "_test_selected" if selection == "test" else ""
-    name, seconds = f"attentive_{options.protocol_name}{suffix}", time.monotonic() - start
-    results.save(run.path, f"{name}_grid", grid_entries, grid_table, run.provenance(), seconds)
-    table = results.with_better_random_row(table)
-    return results.save(run.path, name, entries, table, run.provenance(), seconds)
+    name = f"attentive_{options.protocol_name}{options.suffix}{suffix}"
+    seconds = time.monotonic() - start
+    save = partial(results.save, run.path, measure=options.measure)
+    save(f"{name}_grid", grid_entries, grid_table, run.provenance(), seconds)
+    return save(name, entries, results.with_better_random_row(table), run.provenance(), seconds)
 
 
-def _build_shape(backbone: Any, protocol: AttentiveProtocol, num_classes: int) -> ProbeShape:
-    dim = backbone.token_dim
+def build_shape(
+    backbone: Any, dim: int, protocol: AttentiveProtocol, num_classes: int
+) -> ProbeShape:
+    """Return the architecture of the protocol's probes for tokens of width `dim`.
+
+    If the protocol's number of heads does not divide the width, heads are at least 64 wide.
+    """
     num_heads = protocol.num_heads
     if protocol.kind == "jepa" and not num_heads:
         blocks = getattr(backbone.model, "blocks", None)

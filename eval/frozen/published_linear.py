@@ -7,17 +7,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.eval import results
-from ssl_pretrain.eval.frozen import features, linear_heads
+from ssl_pretrain.eval.frozen import features, linear_heads, named_features
 from ssl_pretrain.eval.frozen.evaluation_split import (
     EvaluationSplit,
     describe_splits,
     hold_out,
     labeled_splits,
 )
+from ssl_pretrain.eval.frozen.named_features import Feature
 from ssl_pretrain.eval.protocols import LinearOptions, LinearProtocol, describe_linear_training
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.eval.training_views import (
@@ -27,7 +28,6 @@ from ssl_pretrain.eval.training_views import (
 )
 from ssl_pretrain.views.recipe import Crop
 
-VIT_SMALL_DIM = 384  # token width of a ViT-S
 # BYOL holds out this many images (Grill et al., NeurIPS 2020, arXiv:2006.07733). Smaller data sets
 # hold out a tenth of their images.
 MAX_HELD_OUT = 10_000
@@ -39,62 +39,6 @@ SELECTIONS: dict[str, str] = {
     "test": "ON THE TEST IMAGES, as in DINO's convention; this is an upper bound and not comparable"
     " with other selections",
 }
-
-
-class Feature:
-    """The feature of a backbone that the linear heads classify.
-
-    Args:
-        backbone: Network that computes the feature.
-        name: "pooled" is the backbone's own output. "last4" is the class tokens of the last four
-            blocks after the final norm, as DINO uses for ViT-S. "cls_mean" is the last block's
-            class token and the mean of its patch tokens, as DINO uses for ViT-B.
-
-    Raises:
-        ValueError: If the feature needs a class token and the backbone has none.
-    """
-
-    def __init__(self, backbone: nn.Module, name: str):
-        self.backbone, self.name = backbone, name
-        model: Any = backbone.model
-        if name != "pooled" and not getattr(model, "num_prefix_tokens", None):
-            raise ValueError(
-                f"--feature {name}: {type(model).__name__} has no class token; "
-                "give --feature pooled"
-            )
-        self.num_blocks = min(4, len(model.blocks)) if name == "last4" else 1
-        num_vectors = {"pooled": 1, "last4": self.num_blocks, "cls_mean": 2}[name]
-        backbone_dim: Any = backbone.feature_dim
-        self.feature_dim: int = num_vectors * backbone_dim
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return features (batch, feature_dim) of images (batch, channels, height, width)."""
-        if self.name == "pooled":
-            return self.backbone(images)
-        model: Any = self.backbone.model
-        blocks = model.get_intermediate_layers(
-            images, self.num_blocks, return_prefix_tokens=True, norm=True
-        )
-        tokens = [prefix[:, 0] for _, prefix in blocks]
-        if self.name == "cls_mean":
-            tokens.append(blocks[-1][0].mean(dim=1))
-        return torch.cat(tokens, dim=1)
-
-    def __str__(self) -> str:
-        description = {
-            "pooled": "pooled output of the backbone",
-            "last4": f"class tokens of the last {self.num_blocks} blocks",
-            "cls_mean": "class token and mean patch token of the last block",
-        }[self.name]
-        return f"{description}, {self.feature_dim} numbers"
-
-
-def dino_feature_name(backbone: nn.Module) -> str:
-    """Return the name of the feature that DINO's README uses for this kind of backbone."""
-    model: Any = backbone.model
-    if not getattr(model, "num_prefix_tokens", None):
-        return "pooled"
-    return "last4" if model.embed_dim <= VIT_SMALL_DIM else "cls_mean"
 
 
 class ProbedNetwork:
@@ -183,11 +127,14 @@ def evaluate(
     if options.selection == "held-out":
         source, selection_split = source.take(train_rows), train.subset(held_out_rows)
     protocol, grid = options.adapt_protocol(len(source)), options.grid()
-    default_feature = dino_feature_name(run.backbone) if protocol.uses_dino_feature else "pooled"
+    default_feature = named_features.POOLED
+    if protocol.uses_dino_feature:
+        default_feature = named_features.dino_feature_name(run.backbone)
+    feature = options.feature or default_feature
     networks = [
         ProbedNetwork(
             name,
-            Feature(backbone, options.feature or default_feature),
+            Feature(backbone, feature),
             grid,
             protocol,
             len(train.classes),
@@ -204,8 +151,7 @@ def evaluate(
         table.append(row)
         grid_table += grid_rows
     entries = {
-        **describe_splits(run, train, test, has_random_row="random" in rows),
-        "feature": str(networks[-1].feature),
+        **describe_splits(run, train, test, has_random_row="random" in rows, feature=feature),
         "source": published_protocol.source,
         "classifier": describe_linear_training(protocol, published_protocol, len(source)),
         "views": describe_train_view(view),
@@ -215,11 +161,14 @@ def evaluate(
         "accuracy": "one per learning rate (lr, at a batch of 256) and weight decay (wd), all"
         " trained in the same pass"
     }
-    suffix = "_test_selected" if options.selection == "test" else ""
+    suffix = "" if feature == default_feature else f"_{feature}"
+    suffix += "_test_selected" if options.selection == "test" else ""
     name, seconds = f"linear_{options.protocol_name}{suffix}", time.monotonic() - start
-    results.save(run.path, f"{name}_grid", grid_entries, grid_table, run.provenance(), seconds)
+    measure = results.measure_of_feature(results.ACCURACY, feature)
+    save = partial(results.save, run.path, measure=measure)
+    save(f"{name}_grid", grid_entries, grid_table, run.provenance(), seconds)
     table = results.with_better_random_row(table)
-    return results.save(run.path, name, entries, table, run.provenance(), seconds)
+    return save(name, entries, table, run.provenance(), seconds)
 
 
 @torch.no_grad()

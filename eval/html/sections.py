@@ -47,6 +47,12 @@ class View:
     description: str  # the random choices that produced it
 
 
+def evaluation_title(name: str) -> str:
+    """Return the title of a result on a page."""
+    base, feature = results.split_name(name)
+    return TITLES.get(base, base) + (f", {feature}" if feature else "")
+
+
 def run_variables(run_path: Path, metrics: list[Record], view_size: int) -> dict[str, Any]:
     """Return the template variables that every page about a single run needs."""
     return {
@@ -149,7 +155,7 @@ def evaluation_variables(result: Record) -> Record:
     """Return the template variables of one evaluation: its table and its protocol."""
     columns, selected = results.column_names(result), results.selected_hyperparameters(result)
     return {
-        "title": TITLES.get(result["name"], result["name"]),
+        "title": evaluation_title(result["name"]),
         "measure": result.get("measure", results.ACCURACY),
         "columns": columns,
         "rows": [
@@ -185,7 +191,7 @@ def draw_evaluation_figures(run_path: Path) -> list[page.Figure]:
                     for column, value in row["metrics"].items():
                         series.setdefault(column, []).append((step, value))
         if len(steps) > 1:
-            title = TITLES.get(name, name)
+            title = evaluation_title(name)
             measure = steps[max(steps)].get("measure", results.ACCURACY)
             chart = charts.line_chart(series, title, "step", has_markers=True)
             legend = series_legend(list(series))

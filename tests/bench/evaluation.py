@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from ssl_pretrain.eval import protocols
 from ssl_pretrain.eval.frozen.knn_search import KnnClassifier
 from ssl_pretrain.eval.frozen.linear_heads import LinearHeads
-from ssl_pretrain.eval.frozen.published_linear import Feature, ProbedNetwork
+from ssl_pretrain.eval.frozen.named_features import Feature
+from ssl_pretrain.eval.frozen.published_linear import ProbedNetwork
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.parallel import memory

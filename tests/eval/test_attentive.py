@@ -18,7 +18,12 @@ from ssl_pretrain.eval.attentive_protocols import (
     AttentiveProtocol,
     ProbeSetting,
 )
-from ssl_pretrain.eval.frozen import cached_attentive, evaluation_split, published_attentive
+from ssl_pretrain.eval.frozen import (
+    cached_attentive,
+    evaluation_split,
+    patch_tokens,
+    published_attentive,
+)
 from ssl_pretrain.eval.frozen.attentive_probes import AttentiveProbes, ProbeShape, widest_heads
 from ssl_pretrain.eval.frozen.probe_training import ProbeGrid
 from ssl_pretrain.parallel import memory
@@ -237,8 +242,9 @@ def train_and_score(path, name):
     options = AttentiveOptions(name, epochs=1, batch_size=24, lrs=[1e-3], weight_decays=[0.1])
     train, test = evaluation_split.labeled_splits(run, "a test")
     protocol = options.adapt_protocol(len(train))
-    shape = published_attentive._build_shape(run.backbone, protocol, 10)
-    network = published_attentive.ProbedTokens("pretrained", run.backbone, shape)
+    sequence = patch_tokens.TokenSequence(run.backbone)
+    shape = published_attentive.build_shape(run.backbone, sequence.dim, protocol, 10)
+    network = published_attentive.ProbedTokens("pretrained", sequence, shape)
     view = training_views.build_train_view(run, protocol.interpolation)
     published_attentive.train_probes([network], run, train.source, view, protocol)
     accuracies, _ = network.grid.score_split(test, network.token_function)

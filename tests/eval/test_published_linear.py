@@ -11,9 +11,15 @@ from torch.nn import functional as F
 from untrained_run import make_run
 
 from ssl_pretrain.eval import linear, protocols, runs, training_views
-from ssl_pretrain.eval.frozen import evaluation_split, linear_heads, published_linear
+from ssl_pretrain.eval.frozen import (
+    evaluation_split,
+    linear_heads,
+    named_features,
+    published_linear,
+)
 from ssl_pretrain.eval.frozen.linear_heads import FeatureNorm, LinearHeads
-from ssl_pretrain.eval.frozen.published_linear import Feature, ProbedNetwork
+from ssl_pretrain.eval.frozen.named_features import Feature
+from ssl_pretrain.eval.frozen.published_linear import ProbedNetwork
 from ssl_pretrain.eval.protocols import LinearOptions
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
@@ -258,9 +264,9 @@ def test_class_tokens_of_the_last_blocks_equal_those_that_hooks_record():
 
 def test_dinos_feature_depends_on_the_width_of_the_backbone():
     narrow = backbones.build(BackboneConfig("test_vit"), 32)
-    assert published_linear.dino_feature_name(narrow) == "last4"
+    assert named_features.dino_feature_name(narrow) == "last4"
     wide = backbones.build_on_meta(BackboneConfig("vit_base_patch16_224"), 224)
-    assert published_linear.dino_feature_name(wide) == "cls_mean"
+    assert named_features.dino_feature_name(wide) == "cls_mean"
     assert Feature(wide, "cls_mean").feature_dim == 1536
 
 
