@@ -34,7 +34,6 @@ SMALL_CONFIG = {
     "embedding_dim": 128,
     "projector_dims": [512, 512, 32],
     "num_slices": 256,
-    "sigreg_weight": 0.02,
 }
 
 

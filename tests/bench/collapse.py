@@ -48,6 +48,7 @@ COLLAPSING = {
     "byol_without_predictor": ["method.name=byol", "method.without_predictor=true"],
     "simsiam_without_stop_gradient": ["method.name=simsiam", "method.without_stop_gradient=true"],
     "vicreg_without_variance": ["method.name=vicreg", "method.variance_weight=0"],
+    "lejepa_without_sigreg": ["method.name=lejepa", "method.sigreg_weight=0"],
 }
 COLLAPSING["vicreg_invariance_alone"] = [
     *COLLAPSING["vicreg_without_variance"],
@@ -95,8 +96,8 @@ class MonitorWithOracle(CollapseMonitor):
         classifier = KNeighborsClassifier(20).fit(
             unit_features[:NUM_TRAIN], self.labels[:NUM_TRAIN]
         )
-        name = next(name for name in ("z_a", "queries", "p_a") if name in embeddings)
-        z = embeddings[name].double().numpy()
+        name = next(name for name in ("z_a", "queries", "p_a", "z") if name in embeddings)
+        z = (embeddings["z"][:, 0] if name == "z" else embeddings[name]).double().numpy()
         return {
             "knn": classifier.score(unit_features[NUM_TRAIN:], self.labels[NUM_TRAIN:]),
             "rank": effective_rank(z),
