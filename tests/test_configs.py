@@ -66,6 +66,7 @@ def reduce_recipe(path, folder):
         crop |= {"size": 16 if crop["size"] in (96, 98) else 32, "blur_kernel": 3}
         crop["mask"] |= {"patch_size": 4, "min_keep": 5, "context_patches": 0}  # 8 x 8 patches
     values["method"] |= methods.find(values["method"]["name"]).SMALL_CONFIG
+    values["backbone"]["init"] = "random"  # nothing is downloaded
     if values["backbone"]["name"].startswith("vit"):
         kept = ("class_token", "global_pool", "fc_norm")
         args = {key: value for key, value in values["backbone"]["args"].items() if key in kept}
@@ -117,6 +118,7 @@ def test_the_flagship_has_the_papers_batch_size_and_learning_rate():
 LEARNING_RATES = {
     "barlow_twins_imagenet": 1.6,
     "byol_imagenet": 4.8,
+    "dino_continued_imagenet": 1e-4,
     "dino_imagenet": 1e-3,
     "ijepa_imagenet": 1e-3,
     "mae_imagenet": 2.4e-3,

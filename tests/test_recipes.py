@@ -61,6 +61,7 @@ def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Pa
       arguments. No layer of a head is wider than 32.
     - Image size: global views have 32 pixels at most, others 16. Patches shrink by the same factor.
       Views with masks have 8 x 8 patches.
+    - Weights: random.
     - Batch: 24 images, 3 steps per epoch. Batch norm groups smaller than the batch have 8 images.
     - Queue: 48 embeddings. Online k-NN: at most 20 neighbors.
     - Warm-up, queue, frozen prototypes and the like start or end after at most 2 epochs or steps,
@@ -79,6 +80,7 @@ def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Pa
     masks = [crop["mask"] for crop in values["views"]["crops"].values() if "mask" in crop]
     for mask in masks:
         mask |= {"patch_size": 4, "min_keep": 5, "context_patches": 0}
+    backbone["init"] = "random"  # nothing is downloaded
     if backbone["name"].startswith("vit"):
         size = {"depth": 2, "embed_dim": 24, "patch_size": 4 if masks else 8}
         backbone |= {"name": "test_vit", "args": {"num_heads": 6} | backbone.get("args", {}) | size}

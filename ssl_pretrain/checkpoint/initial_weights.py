@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import MANIFEST_FILE
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
-from ssl_pretrain.models import backbones, weights_file
+from ssl_pretrain.models import backbones, timm_networks, weights_file
 from ssl_pretrain.models.timm_networks import BackboneConfig
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -23,8 +23,10 @@ def initialize(backbone: nn.Module, config: BackboneConfig) -> list[str]:
         ValueError: If the weights cannot be read or do not fit this backbone.
     """
     weights, notes = read_initial_weights(config.init, config.init_key)
-    if weights is None:
-        return []
+    if weights is None:  # loaded by timm, or random
+        if config.init == "random":
+            return []
+        return timm_networks.describe_pretrained(config, backbone.get_submodule("model"))
     return notes + backbones.load_strict(
         backbone, weights, f"backbone.init: {config.init!r}", config.init_prefix
     )

@@ -1,6 +1,7 @@
 """Backbones: timm networks that return one vector per image."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,12 @@ def build(config: BackboneConfig, image_size: int) -> Backbone:
 
 
 def build_on_meta(config: BackboneConfig, image_size: int) -> Backbone:
-    """Build a backbone on the meta device, to count its parameters and operations."""
+    """Build a backbone on the meta device, to count its parameters and operations.
+
+    Nothing is downloaded, because its weights have no values.
+    """
+    if config.init.startswith("timm:"):
+        config = replace(config, init="random")
     return timm_networks.create_on_meta(lambda: build(config, image_size)).to("meta")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ssl_pretrain.models import custom_network
 from ssl_pretrain.models.timm_networks import (
     BackboneConfig,
+    check_tag,
     create,
     create_on_meta,
     is_meta_limitation,
@@ -40,11 +41,7 @@ def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
             f"backbone.{weights_key}: {getattr(config, weights_key)!r} selects weights in a file, "
             f"but backbone.init is {config.init!r}; leave it empty, or give a file there"
         )
-    if config.init == "timm:":
-        raise ValueError(
-            "backbone.init: 'timm:' names no weights; "
-            f"give a tag of timm.list_pretrained({config.name + '*'!r})"
-        )
+    check_tag(config)
     for key, size in sizes.items():
         try:
             measure_feature_dim(config, next(iter(sizes.values())), size)

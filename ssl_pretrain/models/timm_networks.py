@@ -189,6 +189,40 @@ def _shrink_stem(model: nn.Module, name: str, unit_stride: bool) -> None:
                 layer.stride = (1, 1)
 
 
+def check_tag(config: BackboneConfig) -> None:
+    """Raise ValueError if `backbone.init` is `timm:<tag>` and timm has no such weights."""
+    tag = config.init.removeprefix("timm:") if config.init.startswith("timm:") else None
+    if tag is None or custom_network.is_custom(config.name) or not timm.is_model(config.name):
+        return  # the network itself is checked when it is built
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{config.name}.*")]
+    if tag not in tags:
+        raise ValueError(
+            f"backbone.init: {config.init!r} names no weights of {config.name}; give "
+            f"{', '.join(f'timm:{known}' for known in tags) or 'random, as timm has none'}"
+        )
+
+
+def describe_pretrained(config: BackboneConfig, model: nn.Module) -> list[str]:
+    """Return notes on what timm has converted in the weights of `timm:<tag>`."""
+    weights = timm.models.get_pretrained_cfg(f"{config.name}.{config.init.removeprefix('timm:')}")
+    embedding: Any = getattr(model, "patch_embed", None)
+    if weights is None or not hasattr(embedding, "grid_size"):
+        return []
+    original = create_on_meta(lambda: timm.create_model(config.name, num_classes=0)).patch_embed
+    size, patch_size = weights.input_size[-1], original.patch_size[0]
+    notes = []
+    if getattr(model, "pos_embed", None) is not None:
+        grid = size // patch_size
+        if (grid, grid) != tuple(embedding.grid_size):
+            new_grid = " x ".join(map(str, embedding.grid_size))
+            notes.append(f"positions resampled from {grid} x {grid} to {new_grid} patches")
+    if embedding.patch_size[0] != patch_size:
+        notes.append(
+            f"patch embedding resampled from {patch_size} to {embedding.patch_size[0]} pixels"
+        )
+    return notes
+
+
 def native_size(name: str) -> int:
     """Return the image size that the network was designed for."""
     return int(pretrained_cfg(name).input_size[-1])

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 
@@ -174,12 +175,58 @@ def test_a_folder_of_files_is_refused(tmp_path):
     )
 
 
-def test_a_tag_without_a_name_is_refused():
+@pytest.mark.parametrize(
+    ("name", "init", "message"),
+    [
+        (
+            "test_resnet",
+            "timm:",
+            "backbone.init: 'timm:' names no weights of test_resnet; give timm:r160_in1k",
+        ),
+        (
+            "vit_small_patch8_224",
+            "timm:dinosaur",
+            "backbone.init: 'timm:dinosaur' names no weights of vit_small_patch8_224; give "
+            "timm:dino",
+        ),
+        (
+            "vit_small_patch32_384",
+            "timm:dino",
+            "backbone.init: 'timm:dino' names no weights of vit_small_patch32_384; give "
+            "timm:augreg_in21k_ft_in1k",
+        ),
+    ],
+)
+def test_a_tag_that_timm_lacks_is_refused(name, init, message):
     with pytest.raises(ValueError) as error:
-        image_size_check.check(
-            BackboneConfig(name="test_resnet", init="timm:"), {"views.crops": 32}
-        )
-    assert str(error.value) == (
-        "backbone.init: 'timm:' names no weights; "
-        "give a tag of timm.list_pretrained('test_resnet*')"
-    )
+        image_size_check.check(BackboneConfig(name=name, init=init), {"views.crops": 224})
+    assert str(error.value) == message
+
+
+def test_what_timm_resamples_in_its_own_weights_is_named():
+    def notes(size, **args):
+        config = BackboneConfig(name="vit_small_patch16_224", init="timm:dino", args=args)
+        return initialize(backbones.build_on_meta(config, size), config)  # downloads nothing
+
+    assert notes(224) == []
+    assert notes(96) == ["positions resampled from 14 x 14 to 6 x 6 patches"]
+    assert notes(96, patch_size=8) == [
+        "positions resampled from 14 x 14 to 12 x 12 patches",
+        "patch embedding resampled from 16 to 8 pixels",
+    ]
+    assert notes(112, patch_size=8) == ["patch embedding resampled from 16 to 8 pixels"]
+
+
+def test_positions_and_patches_of_other_sizes_are_resampled_by_timm():
+    source = backbones.build(BackboneConfig(name="test_vit"), 160)
+    config = BackboneConfig(name="test_vit", args={"patch_size": 8})
+    backbone = backbones.build(config, 48)
+    notes = backbones.load_strict(backbone, source.state_dict(), "runs/a")
+    assert notes == [
+        "pos_embed resampled from (1, 101, 64) to (1, 37, 64)",
+        "patch_embed.proj.weight resampled from (64, 3, 16, 16) to (64, 3, 8, 8)",
+    ]
+    positions = resample_abs_pos_embed(source.model.pos_embed, (6, 6), (10, 10))
+    assert torch.equal(backbone.model.pos_embed, positions)
+    patches = resample_patch_embed(source.model.patch_embed.proj.weight.detach(), [8, 8])
+    torch.testing.assert_close(backbone.model.patch_embed.proj.weight.detach(), patches)
