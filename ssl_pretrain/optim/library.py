@@ -80,6 +80,11 @@ def argument_names(name: str) -> set[str]:
     return names - {"self", "params"}
 
 
+def can_be_traced(name: str) -> bool:
+    """Return True if a step needs no values, so that it runs on tensors without memory."""
+    return name not in ENTRIES or "capturable" not in argument_names(name)
+
+
 def check_args(name: str, args: Mapping[str, Any]) -> None:
     """Check the arguments of an optimizer of timm or torch.
 

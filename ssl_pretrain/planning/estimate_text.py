@@ -5,14 +5,17 @@ from dataclasses import replace
 from ssl_pretrain import config
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import order, sources
+from ssl_pretrain.optim import library
 from ssl_pretrain.parallel.memory import GIB, USABLE_FRACTION
 from ssl_pretrain.planning import checkpoint_plan, hardware, measured_shares
 from ssl_pretrain.planning.checkpoint_plan import CheckpointPlan
 from ssl_pretrain.planning.communication import Cluster
 from ssl_pretrain.planning.estimate import Estimate, StepTime
+from ssl_pretrain.planning.step_trace import STAND_IN
 
 # Prefixes of times that are lower bounds, and of rates that are then upper bounds.
 AT_LEAST, AT_MOST = "at least ", "at most "
+AS_STAND_IN = f"is estimated as {STAND_IN}, because its operations depend on values"
 NUM_IMAGENET_IMAGES = 1_281_167  # training images of ImageNet-1k
 
 
@@ -32,13 +35,14 @@ def describe(run: RunConfig, world_size: int) -> list[str]:
     micro_batch_size = (
         config.configured_micro_batch_size(run, world_size) or largest or estimate.local_batch_size
     )
-    step = estimate.step_time(micro_batch_size)
+    step, optimizer = estimate.step_time(micro_batch_size), run.optim.name
     nodes = f", {cluster.num_nodes} nodes of {gpus_per_node}" if cluster.num_nodes > 1 else ""
     embedded_twice = ", each embedded twice" if estimate.takes_two_passes(micro_batch_size) else ""
     size = f"{largest:,} {reason}" if largest else f"none, because {reason}"
     lines = [
         f"# on {cluster.num_ranks} x {gpu}{nodes}: rates from data sheets",
         *_describe_memory(estimate, micro_batch_size),
+        *([] if library.can_be_traced(optimizer) else [f"optimizer: {optimizer} {AS_STAND_IN}"]),
         f"largest micro-batch: {size}",
         f"micro-batches per rank: {estimate.local_batch_size // micro_batch_size}{embedded_twice}",
         *(measured_shares.describe_share(gpu, *kind) for kind in kinds),

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ssl_pretrain.losses.backend import BACKENDS, use_backend
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones, components
 from ssl_pretrain.models.timm_networks import BackboneConfig
+from ssl_pretrain.optim import library
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.activation_checkpointing import recompute_activations
@@ -22,6 +24,7 @@ from ssl_pretrain.planning.trace import LinearTrace, TensorSpec, Trace
 from ssl_pretrain.views import masks, recipe
 from ssl_pretrain.views.batch import Batch
 
+STAND_IN: Literal["lamb"] = "lamb"  # optimizer that is traced in place of some others
 HALFWAY = Progress(500, 1000, 10)  # progress at the traced step
 
 Tensors = dict[str, Tensor]
@@ -138,8 +141,14 @@ def trace_loss(method: Method, execution: Execution, specs: OutputSpecs, num_ran
 def trace_optimizer(
     run: RunConfig, method: Method, execution: Execution, specs: OutputSpecs, num_ranks: int
 ) -> tuple[Trace, int]:
-    """Trace the optimizer's step and the updates after it. Also return the bytes of its state."""
+    """Trace the optimizer's step and the updates after it. Also return the bytes of its state.
+
+    LAMB, which has two moments as well, stands in for optimizers whose step needs values.
+    """
     network = copy.deepcopy(method)
+    if not library.can_be_traced(run.optim.name):
+        stand_in = replace(run.optim, name=STAND_IN, args={}, betas=[0.9, 0.999])
+        run = replace(run, optim=stand_in)
 
     def prepare() -> tuple[torch.optim.Optimizer, Tensors, Tensors]:
         make_fake(network, execution.dtype, execution.memory_format)

@@ -17,6 +17,7 @@ from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.planning import plan
 
 pytestmark = pytest.mark.promise
 
@@ -332,3 +333,26 @@ def test_optimizers_that_need_whole_tensors_are_refused_for_shards(overrides, me
     with pytest.raises(configuration.ConfigError) as error:
         configuration.check(config, 1)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "moments", "note"),
+    [
+        ("timm:lion", 1, []),
+        ("lamb", 2, []),
+        (
+            "torch:nadam",
+            2,
+            [
+                "optimizer: torch:nadam is estimated as lamb, because its operations depend on "
+                "values"
+            ],
+        ),
+    ],
+)
+def test_the_plan_estimates_the_moments(name, moments, note):
+    overrides = ["plan.gpu=H100", "backbone.name=resnet50", f"optim.name={name}"]
+    lines = plan.describe(configuration.load("simclr_digits", overrides)).splitlines()
+    assert [line for line in lines if "is estimated as" in line] == note
+    sizes = {line.split()[-1]: float(line.split()[0]) for line in lines if " GiB  " in line}
+    assert sizes["optimizer"] == pytest.approx(moments * sizes["parameters"], abs=0.002)
