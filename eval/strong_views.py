@@ -52,7 +52,7 @@ def erase(views: Tensor, epoch: int, indices: Tensor) -> Tensor:
         The views.
     """
     erasing = RandomErasing(ERASING, mode="pixel", device=views.device.type)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([views.device] if views.is_cuda else []):
         for view, index in zip(views, indices.tolist()):
             _seed(ERASE_SEED, epoch, index)
             erasing(view)
