@@ -230,6 +230,7 @@ def describe_attentive_training(
     if (protocol.num_steps, protocol.epochs) != (published.num_steps, published.epochs):
         unit = "steps" if published.num_steps else "epochs"
         length += f" (published: {published.num_steps or published.epochs} {unit})"
+    warmup = protocol.settings[-1].warmup
     entries = [
         f"{blocks}{parts} with {num_heads} heads, linear layer",
         f"AdamW with betas {protocol.betas[0]:g} and {protocol.betas[1]:g}",
@@ -238,10 +239,13 @@ def describe_attentive_training(
         else "",
         batch,
         length,
-        "cosine to 0 by steps"
-        + (", warm-up in the first tenth" if protocol.settings[-1].warmup == 0.1 else "")
-        + (", warm-up in the first quarter" if protocol.settings[-1].warmup == 0.25 else ""),
-        f"weight decay of {'all weights' if protocol.decayed == 'all' else protocol.decayed}",
+        "cosine to 0 by steps",
+        f"warm-up over the first {warmup:.0%} of the steps" if warmup else "",
+        {
+            "all": "weight decay on all weights",
+            "not biases": "weight decay not on biases",
+            "matrices": "weight decay on matrices only",
+        }[protocol.decayed],
         f"gradients clipped to a norm of {protocol.clip_norm:g}" if protocol.clip_norm else "",
     ]
     return ", ".join(filter(None, entries))

@@ -59,14 +59,14 @@ class ProbeGrid:
     @torch.no_grad()
     def outcomes(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Return per image whether each probe is correct, and its cross entropy, (n, 2P)."""
-        columns = [[], []]  # type: list[list[Tensor]]
+        correct, losses = list[Tensor](), list[Tensor]()
         for _, optimizer in self._groups:
             logits = optimizer.probes.logits(tokens)
             targets = labels.expand(len(logits), -1)
-            columns[0].append(logits.argmax(2) == targets)
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            columns[1].append(losses.view(targets.shape))
-        return torch.cat([part.float() for column in columns for part in column]).T
+            correct.append((logits.argmax(2) == targets).float())
+            values = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            losses.append(values.float().view(targets.shape))
+        return torch.cat([*correct, *losses]).T
 
     def score_tokens(self, tokens: Tensor, labels: Tensor) -> tuple[list[float], list[float]]:
         """Return each probe's accuracy in [0, 1] and mean cross entropy on tokens."""
