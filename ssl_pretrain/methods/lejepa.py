@@ -47,7 +47,10 @@ class Config(MethodConfig):
     )
     projector_dims: list[int] = setting([2048, 2048, 512], "Widths of the projector's layers.")
     num_global_views: int = setting(
-        2, "Number of views, from the first, whose mean embedding all views predict.", minimum=1
+        2,
+        "Number of views, from the first, whose mean embedding all views predict.",
+        minimum=1,
+        unit="views",
     )
     sigreg_weight: float = setting(
         0.05, "Weight lambda of SIGReg. The prediction term has 1 - lambda.", maximum=1
