@@ -42,11 +42,13 @@ class LibraryOptimizer(MaskedOptimizer):
         self._name, entry = name, ENTRIES[name]
         super().__init__(params, entry.initial_values, adapt=True)
         device = self.param_groups[0]["params"][0].device
-        is_capturable = "capturable" in argument_names(name)
-        # The step count is then on the device, where a masked step can be undone.
-        device_args = {"capturable": device.type == "cuda"} if is_capturable else {}
+        # On a GPU the step counts are tensors there, so that a masked step can be undone, and one
+        # kernel of torch updates many tensors. timm's do by default.
+        on_gpu = ("capturable", "foreach") if name.startswith("torch:") else ("capturable",)
+        known = argument_names(name) if device.type == "cuda" else set()
+        arguments = {key: True for key in on_gpu if key in known} | dict(args)
         placeholder = nn.Parameter(torch.zeros((), device=device))
-        self._optimizer = entry.optimizer_class([placeholder], **device_args, **args)
+        self._optimizer = entry.optimizer_class([placeholder], **arguments)
 
     def update(
         self,

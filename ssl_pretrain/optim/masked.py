@@ -69,16 +69,21 @@ class MaskedOptimizer(torch.optim.Optimizer):
         originals = collectives.local_tensors(params)
         weights = _copy(originals)
         gradients = collectives.local_tensors(p.grad for p in params if p.grad is not None)
-        states = [self._copy_state(p) for p in params]
+        states = self._copy_states(params)
         self.update(group, params, weights, gradients, states)
-        for p, original, weight, state in zip(params, originals, weights, states):
-            self._replace(original, weight)
-            for key, value in state.items():
-                self._replace(self._original_state(p, original, key, value), value)
+        values = list(weights)
+        for p, weight, state in zip(params, weights, states):
+            originals += [self._original_state(p, weight, *entry) for entry in state.items()]
+            values += state.values()
+        self._replace(originals, values)
 
-    def _copy_state(self, parameter: Tensor) -> State:
-        values = collectives.local_tensors(self.state[parameter].values())
-        return dict(zip(self.state[parameter], _copy(values)))
+    def _copy_states(self, params: list[Tensor]) -> list[State]:
+        entries = [(p, key) for p in params for key in self.state[p]]
+        copies = _copy(collectives.local_tensors(self.state[p][key] for p, key in entries))
+        states: dict[Tensor, State] = {p: {} for p in params}
+        for (p, key), value in zip(entries, copies):
+            states[p][key] = value
+        return list(states.values())
 
     def _original_state(self, parameter: Tensor, weight: Tensor, key: str, value: Tensor) -> Tensor:
         """Return this rank's shard of an entry of the state, and add the entry if it is missing."""
@@ -89,12 +94,22 @@ class MaskedOptimizer(torch.optim.Optimizer):
         (original,) = collectives.local_tensors([self.state[parameter][key]])
         return original
 
-    def _replace(self, original: Tensor, value: Tensor) -> None:
-        """Copy the value to the original, unless the step is masked."""
+    def _replace(self, originals: list[Tensor], values: list[Tensor]) -> None:
+        """Copy the values to the originals, unless the step is masked."""
         if self.found_inf is None:
-            original.copy_(value)
-        else:
-            torch.where(self.found_inf > 0, original, value, out=original)
+            torch._foreach_copy_(originals, values)
+            return
+        is_masked, scalars = self.found_inf > 0, []
+        for original, value in zip(originals, values):
+            if value.ndim:
+                torch.where(is_masked, original, value, out=original)
+            else:
+                scalars.append((original, value))
+        for dtype in {original.dtype for original, _ in scalars}:  # all counts in a few kernels
+            pairs = [(old, new) for old, new in scalars if old.dtype == dtype]
+            old, new = (torch.stack(tensors) for tensors in zip(*pairs))
+            results = torch.where(is_masked, old, new).unbind()
+            torch._foreach_copy_([original for original, _ in pairs], list(results))
 
 
 def _copy(tensors: list[Tensor]) -> list[Tensor]:
