@@ -18,7 +18,7 @@ from ssl_pretrain.schema import NON_NEGATIVE_FLOAT, POSITIVE_FLOAT, POSITIVE_INT
 HELP = f"""Accuracy of attentive probes on frozen patch tokens.
 
 A probe is one query that attends to the patch tokens of an image, and a linear layer. It measures
-what the patches of a network hold, which the pooled features may not show.
+information in the patch tokens that the pooled features may not have.
 
 --protocol cached, the default: the tokens of each image are computed once and kept in memory.
 {len(CACHED.settings)} probes, one per learning rate and weight decay, are trained together on nine
@@ -35,7 +35,7 @@ accuracy of every setting is saved next to it, in a file that ends in _grid.json
     python -m ssl_pretrain.eval.attentive runs/dino
     python -m ssl_pretrain.eval.attentive runs/dino --protocol capi --epochs 10
     torchrun --nproc-per-node 8 -m ssl_pretrain.eval.attentive runs/imagenet --protocol vjepa
-    # use images that were moved after training
+    # evaluate on images that have moved since training
     python -m ssl_pretrain.eval.attentive runs/dino data.root=/new/place"""
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -82,9 +82,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--select": {
         "choices": list(published_linear.SELECTIONS),
         "help": (
-            "published protocols: select on held-out training images (default for several"
-            " settings), train the only setting on all images (default for one), or select on the"
-            " test images"
+            "published protocols. held-out: select on held-out training images (default for several"
+            " settings), published: train the only setting on all images (default for one), or"
+            " test: select on the test images"
         ),
     },
 }

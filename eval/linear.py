@@ -36,7 +36,7 @@ accuracy of every setting is saved next to it, in a file that ends in _grid.json
     torchrun --nproc-per-node 8 -m ssl_pretrain.eval.linear runs/imagenet --protocol moco
     # select on the test images, which is DINO's convention
     python -m ssl_pretrain.eval.linear runs/imagenet --protocol dino --select test
-    # use images that were moved after training
+    # evaluate on images that have moved since training
     python -m ssl_pretrain.eval.linear runs/demo data.root=/new/place"""
 
 

@@ -1,4 +1,4 @@
-"""What a step in micro-batches shares: the way it takes, slices, and batch norm's statistics."""
+"""Helpers for steps in micro-batches: choice of the algorithm, row slices and batch norm."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -14,7 +14,9 @@ Way = Literal["one_pass", "targets_first", "two_passes"]
 
 
 def choose_way(method: Method, config: ParallelConfig) -> Way:
-    """Return how the gradient of a batch in micro-batches is computed.
+    """Return the algorithm that computes the gradient of a batch in micro-batches.
+
+    `Stepper` has one method per algorithm.
 
     Raises:
         ValueError: If the configured way would change the loss.
@@ -31,11 +33,11 @@ def choose_way(method: Method, config: ParallelConfig) -> Way:
 
 
 def check(method: Method, config: ParallelConfig) -> None:
-    """Refuse micro-batches that would change the loss.
+    """Raise ValueError if micro-batches would change the loss.
 
     Raises:
-        ValueError: If `parallel.accumulation` is `one_pass`, although the loss combines embeddings
-            or targets of different images.
+        ValueError: If `parallel.accumulation` is `one_pass`, but the loss combines embeddings or
+            targets of different images.
     """
     if config.accumulation != "one_pass" or method.couples == "nothing":
         return
@@ -62,8 +64,9 @@ def split(whole: Embeddings, parts: Sequence[Embeddings]) -> list[Embeddings]:
     """Undo `concatenate`, with views of the tensors of `whole`.
 
     Args:
-        whole: Tensors of all micro-batches. Names that the parts lack are shared by all parts.
-        parts: The parts whose numbers of rows the result has.
+        whole: Tensors of all micro-batches. A tensor whose name is in no part is not divided, and
+            every part of the result gets it whole.
+        parts: The tensors that `concatenate` got. They give the number of rows of each part.
     """
     shared = {name: value for name, value in whole.items() if name not in parts[0]}
     rows = {
@@ -75,20 +78,22 @@ def split(whole: Embeddings, parts: Sequence[Embeddings]) -> list[Embeddings]:
 
 
 def as_leaves(embeddings: Embeddings) -> Embeddings:
-    """Return the embeddings as leaves of a new graph."""
+    """Make the tensors, which have no graph, leaves whose gradient can be taken."""
     return {name: z.requires_grad_() for name, z in embeddings.items()}
 
 
 def insert_rows(embeddings: Embeddings, compared: Sequence[Embeddings], k: int) -> Embeddings:
-    """Complete embeddings of micro-batch k to those of all micro-batches, where these are known.
+    """Put the rows of micro-batch k among those of all micro-batches, under the compared names.
 
-    The gradient of the inserted rows is multiplied by the number of micro-batches. The step divides
-    the loss by this number, which is right for a mean over images. But each micro-batch's loss
-    contains the whole comparison, of which only its own rows pass the gradient on.
+    Other embeddings are returned unchanged.
+
+    The gradient of the rows of micro-batch k is multiplied by the number of micro-batches. The step
+    divides each loss by this number, which is right for a mean over images. But a comparison is
+    whole in every micro-batch's loss, and only the rows of that micro-batch receive its gradient.
 
     Args:
         embeddings: Embeddings of micro-batch k, with a graph.
-        compared: Embeddings of each micro-batch that the loss compares, without a graph.
+        compared: For each micro-batch, the embeddings that the loss compares, without a graph.
         k: Index of the micro-batch.
     """
     completed = dict(embeddings)
@@ -96,7 +101,7 @@ def insert_rows(embeddings: Embeddings, compared: Sequence[Embeddings], k: int) 
         rows = [part[name] for part in compared]
         z = embeddings[name]
         if z.requires_grad:
-            z = z.view_as(z)  # a hook on the embedding itself would stay on it
+            z = z.view_as(z)  # so that the hook is not on the embedding itself
             z.register_hook(lambda gradient: gradient * len(compared))
         rows[k] = z
         completed[name] = torch.cat(rows)

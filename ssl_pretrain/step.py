@@ -168,9 +168,9 @@ class Stepper:
     def _backward_with_targets_first(self, batch: Batch, step: int) -> StepOutput:
         """Couple the targets of all micro-batches, then add up the gradients of the micro-batches.
 
-        Given the coupled targets, the loss is a mean over images. Embeddings that the loss compares
-        all the same are embedded once before without a graph. Each micro-batch then replaces its
-        own rows by rows with a graph.
+        Given the coupled targets, the loss is a mean over images, except for terms that compare the
+        embeddings named in `Method.compared`. A first pass computes these without a graph. In the
+        second pass, each micro-batch replaces its own rows by rows with a graph.
         """
         method, outputs = self.method, []
         micro_batches = self._micro_batches(batch)
@@ -190,7 +190,7 @@ class Stepper:
                 (output.loss / self.num_micro_batches).backward()
             statistics.update(k)
             outputs.append(_build_output(method, embeddings, parts[k], output))
-        if method.compared:  # the first pass has updated the student's statistics already
+        if method.compared:  # undo the second update of the student's
             batch_norm.copy_to_statistics(method, final_statistics)
         logs = accumulation.mean_of_logs([output.logs for output in outputs])
         return StepOutput(
@@ -236,8 +236,8 @@ class Stepper:
         Args:
             micro_batches: This rank's micro-batches.
             step: Index of the step.
-            names: Names of the embeddings to return, by default all. If it is empty, the student
-                does not embed anything.
+            names: Names of the embeddings to return, by default all. If there are none, the
+                student's forward pass is skipped.
         """
         statistics = StatisticsAverage(self.method, self.num_micro_batches)
         embeddings, targets = [], []
@@ -261,7 +261,7 @@ class Stepper:
     def _seed(self, step: int, k: int) -> None:
         """Seed dropout and drop path by the position of micro-batch k in the global batch.
 
-        K micro-batches on one rank then draw the same numbers as K ranks.
+        K micro-batches on one rank then use the same random numbers as K ranks.
         """
         slice_index = process_group.rank() * self.num_micro_batches + k
         torch.manual_seed(rng.derive_seed(self.seed, step, slice_index))

@@ -1,12 +1,13 @@
 """Attentive probes: one query attends to the tokens of an image, and a linear layer classifies it.
 
-Several probes are trained on the same tokens, each with its own learning rate and weight decay. A
-single query makes keys and values unnecessary, because the attention of head h to token x is
-(query_h W_key) x, and the sum of its values is W_value applied to the sum of the tokens. So the
-cost of a probe is that of a few vectors per head, and many of them fit into one matrix product.
+Several probes are trained on the same tokens, each with its own learning rate and weight decay.
+With a single query, the keys and values of the tokens need not be computed. The attention logit of
+head h for token x is (query_h W_key) x, and the attended value is W_value applied to the weighted
+sum of the tokens. A probe then only costs one vector per head, and one matrix product can serve
+many probes.
 
-The bias of the keys is left out. It adds the same number to the attention of all tokens, which
-softmax ignores.
+The bias of the keys is left out. It adds the same number to the logits of all tokens, which the
+softmax cancels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from ssl_pretrain import rng
 from ssl_pretrain.distributed import collectives
 
-INIT_STD = 0.02  # of weights and queries, as in the code of CAPI, V-JEPA and V-JEPA 2
+INIT_STD = 0.02  # for weights and queries, as in the code of CAPI, V-JEPA and V-JEPA 2
 ADAM_EPS = 1e-8
 Kind = Literal["capi", "jepa"]
 
@@ -49,13 +50,13 @@ class AttentiveProbes:
     """Probes of one shape with equal initial weights.
 
     Args:
-        shape: Architecture. Probes with blocks of self-attention cannot share work, so there must
-            be one probe only.
+        shape: Architecture. Blocks of self-attention change the tokens, so probes with such blocks
+            cannot share work, and `num_probes` must be 1.
         num_probes: Number of probes.
         like: Tensor with the tokens' dtype and device.
 
     Attributes:
-        weights: Weights by name. Each has one entry per probe in front.
+        weights: Weights by name. The first dimension of each is the probe.
     """
 
     def __init__(self, shape: ProbeShape, num_probes: int, like: Tensor):
@@ -75,7 +76,7 @@ class AttentiveProbes:
             x = self._attend(weights["query"], tokens)
         else:
             query = weights["query"]
-            tokens = F.layer_norm(tokens, tokens.shape[-1:])  # scale and shift differ by probe
+            tokens = F.layer_norm(tokens, tokens.shape[-1:])  # scale and shift: per probe
             x = query[:, None] + self._attend(
                 self._linear("q", query[:, None])[:, 0],
                 tokens,
@@ -221,7 +222,7 @@ class ProbeOptimizer:
         weights = self.probes.weights
         logits = self.probes.logits(tokens).flatten(0, 1)
         targets = labels.repeat(self.probes.num_probes)
-        # The probes share no weights, so the gradient of the sum has the gradient of each.
+        # The probes share no weights, so the gradient of the sum contains each probe's own.
         loss = F.cross_entropy(logits, targets, reduction="sum") / global_batch_size
         gradients = torch.autograd.grad(loss, list(weights.values()))
         with torch.no_grad():
@@ -269,7 +270,7 @@ def _per_probe(values: Tensor, like: Tensor) -> Tensor:
 
 
 def widest_heads(dim: int, head_dim: int = 64) -> int:
-    """Return the largest number of heads of at least `head_dim` that divides `dim`, or 1."""
+    """Return the largest number of heads that divides `dim` into at least `head_dim`, or 1."""
     return next(
         (heads for heads in range(dim // head_dim, 0, -1) if dim % heads == 0),
         1,

@@ -1,4 +1,4 @@
-"""Attentive probes on tokens that are computed once, with selected hyperparameters."""
+"""Attentive probes on tokens that are computed once. Held-out images select the setting."""
 
 import time
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ def _measure(
     test: EvaluationSplit,
     protocol: AttentiveProtocol,
 ) -> tuple[results.Row, results.Row, int]:
-    """Return the row of the table, the row of the grid of all settings, and the number of heads."""
+    """Return the result row, the accuracies of all settings, and the number of heads."""
     tokens, labels = features.embed_split(embed, train)
     test_tokens, test_labels = features.embed_split(embed, test)
     standardize_in_place(tokens, test_tokens)
@@ -114,9 +114,9 @@ def _measure(
 
 
 def standardize_in_place(train_tokens: Tensor, test_tokens: Tensor) -> None:
-    """Scale every number of the training tokens to mean 0 and standard deviation 1.
+    """Scale each of the training tokens' `dim` numbers to mean 0 and standard deviation 1.
 
-    The test tokens are scaled in the same way. A constant number becomes 0.
+    The test tokens are scaled with the same constants. A number that is constant becomes 0.
     """
     std, mean = torch.std_mean(train_tokens, dim=(0, 1), correction=0)
     is_constant = std <= 1e-6 * std.max().clamp(min=1e-30)
@@ -135,7 +135,7 @@ def train_probes(
 ) -> ProbeGrid:
     """Train one probe per setting on the images `rows`, all on the same batches.
 
-    Every rank has all tokens and trains on its rows of every batch.
+    Every rank has the tokens of all images and trains on its own images of every batch.
     """
     batch_size = min(protocol.batch_size, len(rows))
     steps_per_epoch = len(rows) // batch_size

@@ -1,12 +1,12 @@
 """Features of a backbone by name: its pooled output, or parts of its tokens.
 
-- "pooled" is the backbone's own output, which every evaluation takes by default.
+- "pooled" is the backbone's own output, the default of every evaluation.
 - "prefix" is the class token and the registers of the last layer, concatenated.
 - "patch_mean" is the mean of the patches of the last layer, or of a feature map's positions.
 - "cls_mean" is the class token and the mean of the patches, as DINO uses for ViT-B.
 - "last<n>" is the class tokens of the last n layers, as DINO uses for ViT-S with n = 4.
 
-Tokens are those after the network's final norm.
+All tokens are after the network's final norm.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def check_name(name: str) -> None:
 
 
 def feature_name(text: str) -> str:
-    """Return `text` if it is the name of a feature. This is a type of command-line options."""
+    """Return `text` if it is the name of a feature. Used as the `type` of an argparse option."""
     if not NAME.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a feature; {ADVICE}")
     return text

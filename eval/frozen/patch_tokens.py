@@ -30,8 +30,8 @@ class TokenSequence:
     Args:
         backbone: Network that computes the tokens.
         name: "patches" is the patch tokens of the last layer. "prefix" is its class token and
-            registers. "last<n>" is the patch tokens of the last n layers, those of a patch
-            concatenated. All are tokens after the final norm, if the network has one.
+            registers. "last<n>" concatenates each patch's tokens of the last n layers. All tokens
+            are after the final norm, if the network has one.
 
     Raises:
         ValueError: If there is no such sequence or the backbone does not have it.
@@ -83,16 +83,16 @@ class TokenSequence:
 
 
 def sequence_name(text: str) -> str:
-    """Return `text` if it names a sequence of tokens. This is a type of command-line options."""
+    """Return `text` if it names a sequence of tokens. Used as the `type` of an argparse option."""
     if not NAME.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a sequence of tokens; {ADVICE}")
     return text
 
 
 def _pixel_patch_side(run: Run) -> int:
-    """Return the side of the pixel patches, which are about as many as the tokens.
+    """Return the side of the pixel patches. There are about as many of them as patch tokens.
 
-    Positions of feature maps may be further apart than the image is wide.
+    The backbone's `patch_size` would not do, because it can be larger than a small image.
     """
     backbone: Any = run.backbone
     return max(1, run.image_size // int(backbone.grid(run.image_size)[0]))
@@ -101,7 +101,7 @@ def _pixel_patch_side(run: Run) -> int:
 def pixel_patches(
     run: Run, split: EvaluationSplit, offset: features.Offset = (0, 0)
 ) -> tuple[Tensor, Tensor]:
-    """Return the pixels of each patch in [0, 1], (n, patches, 3 * side * side), and the labels."""
+    """Return pixels in [0, 1] by patch, (n, patches, 3 * side * side), and the labels."""
     side, batches = _pixel_patch_side(run), []
     for images, labels in split.batches():
         pixels = upload(features.shift(images, *offset), run.device).float().div_(255)
@@ -128,13 +128,13 @@ def check_memory(
     """Print how much memory the tokens take and how much is free.
 
     Raises:
-        ValueError: If they do not fit, or the backbone does not have them.
+        ValueError: If the tokens do not fit, or the backbone does not have them.
     """
     sequence = TokenSequence(run.backbone, feature)
     raw_dim = 3 * _pixel_patch_side(run) ** 2
     dim = max(raw_dim if row == "raw" else sequence.dim for row in rows)
     num_tokens = sequence.count(run.image_size)
-    # The batches of a split are concatenated, so the larger split is in memory twice.
+    # Concatenating the batches of a split copies them, so the larger split is in memory twice.
     num_images = num_train + num_test + max(num_train, num_test)
     num_ranks = process_group.local_world_size() if run.device.type == "cpu" else 1
     needed_bytes = num_ranks * num_images * num_tokens * dim * torch.finfo(torch.float32).bits // 8

@@ -13,7 +13,7 @@ from ssl_pretrain.eval.frozen.attentive_probes import AttentiveProbes, ProbeOpti
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.frozen.patch_tokens import TokenFunction
 
-MAX_SUMS = 2**28  # attended sums in memory at a time, one of `dim` numbers per image and head
+MAX_SUMS = 2**28  # numbers in memory for attended sums, `dim` per probe, image and head
 
 
 class ProbeGrid:
@@ -58,7 +58,7 @@ class ProbeGrid:
 
     @torch.no_grad()
     def outcomes(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Return per image whether each probe is correct, and its cross entropy, (n, 2P)."""
+        """Return each probe's correctness, then each one's cross entropy, by image, (n, 2P)."""
         correct, losses = list[Tensor](), list[Tensor]()
         for _, optimizer in self._groups:
             logits = optimizer.probes.logits(tokens)

@@ -1,4 +1,4 @@
-"""Attentive probes by published protocols, which compute new tokens in every step."""
+"""Attentive probes by published protocols, which embed new random views in every step."""
 
 import time
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def evaluate(
     if selection == "held-out":
         source, selection_split = source.take(train_rows), train.subset(held_out_rows)
     protocol = options.adapt_protocol(len(source))
-    patch_tokens.TokenSequence(run.backbone, options.feature)  # refuses before any work
+    patch_tokens.TokenSequence(run.backbone, options.feature)  # raises before any work
     networks = []
     for name, backbone in features.networks(run, train, rows):
         sequence = patch_tokens.TokenSequence(backbone, options.feature)
@@ -118,7 +118,8 @@ def build_shape(
 ) -> ProbeShape:
     """Return the architecture of the protocol's probes for tokens of width `dim`.
 
-    If the protocol's number of heads does not divide the width, heads are at least 64 wide.
+    If the protocol gives no number of heads, or one that does not divide the width, heads are at
+    least 64 wide.
     """
     num_heads = protocol.num_heads
     if protocol.kind == "jepa" and not num_heads:
@@ -164,7 +165,7 @@ def _measure(
     selection_split: EvaluationSplit,
     test: EvaluationSplit,
 ) -> tuple[results.Row, list[results.Row]]:
-    """Return the network's row of the table and its rows of the grid of all settings."""
+    """Return the network's result row, and rows with the accuracies of all settings."""
     grid = network.grid
     assert grid is not None, "the probes were not trained"
     names = [setting.name for setting in grid.settings]

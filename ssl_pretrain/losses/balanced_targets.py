@@ -1,8 +1,8 @@
 """Sinkhorn-Knopp over a teacher's outputs of the global batch, without keeping any logits.
 
-The assignments that Sinkhorn-Knopp computes are a softmax of the logits plus one number per
-prototype. Only these numbers depend on other images. They are computed from the embeddings before
-the prototypes, which are narrow. The logits are computed tile by tile and dropped.
+The assignments of Sinkhorn-Knopp are a softmax of the logits plus one offset per prototype. Only
+these offsets depend on other images. They are computed from the inputs of the prototype layer,
+which are narrow. The logits are computed tile by tile and dropped.
 """
 
 import torch
@@ -25,7 +25,7 @@ def sinkhorn_offsets(
     temperature: float,
     num_iterations: int = 3,
 ) -> Tensor:
-    """Return what Sinkhorn-Knopp over all ranks adds to the logits of each prototype.
+    """Return the offset that Sinkhorn-Knopp over all ranks adds to the logits of each prototype.
 
     The assignments of a row are `softmax(embeddings @ prototypes.T / temperature + offsets)`. They
     equal those of DINOv2 (Oquab et al., TMLR 2024, arXiv:2304.07193, section 4) and of equation 3
@@ -33,7 +33,8 @@ def sinkhorn_offsets(
     iteration subtracts from each offset the logarithm of the prototype's share. The first one
     uses exponentials that are not normalized, as these algorithms do.
 
-    Memory does not depend on the number of rows. No maximum has to be subtracted from the logits.
+    The extra memory does not depend on the number of rows. All sums are computed as logarithms, so
+    large logits do not overflow.
 
     Args:
         embeddings: Inputs of the last layer, shape (rows, dim). Ranks may have different numbers of
@@ -75,7 +76,7 @@ def sinkhorn_offsets(
             shares = _log_shares(
                 embeddings, prototypes, valid, offsets, temperature, normalized=iteration > 0
             )
-            offsets = offsets - shares.masked_fill(shares.isneginf(), 0.0)  # no row counts
+            offsets = offsets - shares.masked_fill(shares.isneginf(), 0.0)  # no valid row
     return offsets
 
 
@@ -90,7 +91,8 @@ def _log_shares(
 ) -> Tensor:
     """Return the logarithm of each prototype's sum over the valid rows of all ranks.
 
-    The sum is over the assignments if they are `normalized`, else over their exponentials.
+    If `normalized`, a row's terms are its assignments, which sum to 1. Otherwise they are the
+    exponentials of its logits.
     """
     total = offsets.new_full((len(prototypes),), -torch.inf)
     rows_per_tile = max(1, MAX_LOGITS // len(prototypes))

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 NUM_POINTS = 17  # points t in [0, LAST_POINT]
 LAST_POINT = 3.0
-# Numbers per tensor of a tile. Two to four such tensors exist at a time, 64 MiB each in float32.
+# Largest number of elements of a tile, 64 MiB in float32. Two to four tiles exist at a time.
 TILE_NUMBERS = 1 << 24
 
 
@@ -21,8 +21,8 @@ def points(like: Tensor) -> Tensor:
 def characteristic_sums(z: Tensor, slices: Tensor) -> Tensor:
     """Sum cos(t x) and sin(t x) over this rank's images, for each projection x = z @ slices.
 
-    The (local_batch, views, num_slices, points) products exist only in tiles of some slices. The
-    backward pass computes them again.
+    The products t * x, of shape (local_batch, views, num_slices, points), are only computed for a
+    few slices at a time. The backward pass computes them again.
 
     Args:
         z: Embeddings, float32 or float64, shape (local_batch, views, dim).
@@ -64,8 +64,8 @@ class _CharacteristicSums(torch.autograd.Function):
 
 
 def _tiles(z: Tensor, slices: Tensor) -> Iterator[slice]:
-    """Yield ranges of slices whose tensors have at most `TILE_NUMBERS` numbers."""
-    num_views, num_slices = z.shape[0] * z.shape[1], slices.shape[1]
-    width = max(1, TILE_NUMBERS // (num_views * NUM_POINTS))
+    """Yield ranges of slices whose tiles have at most `TILE_NUMBERS` elements, or one slice."""
+    num_embeddings, num_slices = z.shape[0] * z.shape[1], slices.shape[1]
+    width = max(1, TILE_NUMBERS // (num_embeddings * NUM_POINTS))
     for start in range(0, num_slices, width):
         yield slice(start, min(start + width, num_slices))

@@ -36,7 +36,7 @@ def sigreg(
         z: Embeddings, shape (local_batch, dim) or (local_batch, views, dim). Not normalized. Views
             are measured separately.
         step: Number of optimizer steps before this one, the same on all ranks. Every step has
-            other slices. It may be a tensor on the device.
+            new slices. It may be a tensor on the device.
         seed: Seed of the slices, the same on all ranks. It may be a tensor on the device.
         num_slices: Number of slices. The authors use 1,024, and 256 for small data sets.
 
@@ -44,7 +44,7 @@ def sigreg(
         Scalar mean over slices and views (dimensionless), the same on all ranks.
 
     Raises:
-        ValueError: If ``z`` has another number of dimensions, or there are no slices.
+        ValueError: If ``z`` is not 2- or 3-dimensional, or there are no slices.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -87,8 +87,8 @@ def lejepa(
 
     Implements the objective of Balestriero and LeCun, 2025 (arXiv:2511.08544): lambda * SIGReg +
     (1 - lambda) * prediction. The prediction term is the mean squared distance of the embeddings
-    of all views to the mean embedding of the image's global views, also divided by the dimension.
-    Gradients flow through both sides of it.
+    of all views to the mean embedding of the image's global views, divided by the dimension.
+    Gradients flow through both the views and the mean.
 
     Args:
         z: Embeddings of all views, global ones first, shape (local_batch, views, dim).
@@ -103,8 +103,8 @@ def lejepa(
         Scalar loss (dimensionless). The mean over ranks is the global loss.
 
     Raises:
-        ValueError: If ``z`` has not these three dimensions or less than two views, or another
-            argument is out of its range.
+        ValueError: If ``z`` is not 3-dimensional or has fewer than two views, or another argument
+            is out of range.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -171,7 +171,8 @@ def integral(means: Tensor) -> Tensor:
         Shape (...), the statistic of Epps and Pulley divided by the number of images.
     """
     t = points(means)
-    phi = (-t.square() / 2).exp()  # of the standard normal distribution, and the integral's window
+    # Both the characteristic function of the standard normal distribution and the weight.
+    phi = (-t.square() / 2).exp()
     cosines, sines = means
     error = (cosines - phi).square() + sines.square()
     spacing = LAST_POINT / (NUM_POINTS - 1)

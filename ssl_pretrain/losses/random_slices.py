@@ -1,4 +1,4 @@
-"""Random unit vectors of a step, drawn on the device of the embeddings.
+"""Draw the random unit vectors of a step on the device of the embeddings.
 
 The vectors are a pure function of a seed and a step, so all ranks and a resumed run draw the same.
 Seed and step may be tensors on the device, and the host does not wait for their values. The
@@ -52,7 +52,10 @@ def _uniform(
     purpose: Purpose,
     device: torch.device | str,
 ) -> Tensor:
-    """Return `rng.uniform(seed, epoch, range(rows), 0, purpose, columns)` on a device, float64."""
+    """Return `rng.uniform(seed, epoch, range(rows), 0, purpose, columns)` on a device, float64.
+
+    `random_slices` passes the step as `epoch`.
+    """
     num_rows, num_columns = shape
     state = torch.zeros((), dtype=torch.int64, device=device)
     state = _absorb(_absorb(state, seed), epoch)

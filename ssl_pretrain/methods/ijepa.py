@@ -1,8 +1,9 @@
 """I-JEPA (Assran et al., CVPR 2023, arXiv:2301.08243).
 
-The student sees the context patches of an image. From their features a predictor predicts the
-teacher's features of four target blocks, each by itself. Networks, loss and order of updates follow
-facebookresearch/ijepa at 52c1ae95 (src/train.py, src/helper.py, src/models/vision_transformer.py).
+The student sees the context patches of an image. From their features, a predictor predicts the
+teacher's features of four target blocks, one block at a time. Networks, loss and order of updates
+follow facebookresearch/ijepa at 52c1ae95 (src/train.py, src/helper.py,
+src/models/vision_transformer.py).
 
 The features of all target patches are transient, so only the mean features of each image are kept.
 """
@@ -64,9 +65,7 @@ class Config(MethodConfig):
     predictor_heads: int = setting(
         0, "Attention heads of the predictor. 0: as many as the backbone has.", unit="heads"
     )
-    momentum: float = setting(
-        0.996, "Momentum of the teacher at step 0. It rises to 1 along a straight line."
-    )
+    momentum: float = setting(0.996, "Momentum of the teacher at step 0. It rises linearly to 1.")
     vit_starts: Literal["as_built", "authors"] = setting(
         "as_built",
         "Initial weights of a ViT. as_built: those of the backbone. authors: the authors' "
@@ -88,7 +87,7 @@ class Predictor(nn.Module):
     Args:
         token_dim: Width of the backbone's tokens.
         grid: Rows and columns of patches.
-        config: Width and depth.
+        config: Width and depth. Its number of heads is not used.
         num_heads: Attention heads of each block.
     """
 
@@ -98,7 +97,7 @@ class Predictor(nn.Module):
         super().__init__()
         dim = config.predictor_dim
         self.embed = nn.Linear(token_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))  # decayed, as it is no vector
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))  # has weight decay, as ndim > 1
         self.blocks = TransformerBlocks(dim, config.predictor_depth, num_heads)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.project = nn.Linear(dim, token_dim)
@@ -111,8 +110,9 @@ class Predictor(nn.Module):
 
         Args:
             patches: Features of the context patches, shape (local_batch, patches, token_dim).
-            context: Their places, one mask per image.
-            targets: Places to predict, several masks per image. Blocks do not see each other.
+            context: Indices of the context patches, one mask per image.
+            targets: Indices of the patches to predict, one mask per block. Blocks do not attend to
+                each other.
 
         Returns:
             Shape (local_batch, blocks, patches per block, token_dim).
@@ -187,7 +187,7 @@ class IJEPA(Method):
         }
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the smooth L1 distance between predictions and targets, a mean over images."""
+        """Return the smooth L1 distance between predictions and targets, averaged over images."""
         loss = latent_prediction.ijepa(
             embeddings["patches"], targets["patches"], valid=targets["valid"]
         )
@@ -195,7 +195,7 @@ class IJEPA(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Update the teacher, whose momentum rises along a straight line."""
+        """Update the teacher, whose momentum rises linearly to 1."""
         momentum = schedules.linear(progress.fraction, start=self.config.momentum, final=1.0)
         self.teacher.update(self, momentum, self.step_taken)
 
@@ -207,7 +207,7 @@ class IJEPA(Method):
         """Return the single view, its context and its targets.
 
         Raises:
-            ValueError: If there are several views, or the view has no such masks.
+            ValueError: If there are several views, or the view has no context and targets.
         """
         if len(batch.views) != 1:
             raise ValueError(

@@ -48,7 +48,7 @@ class Config(MethodConfig):
     projector_dims: list[int] = setting([2048, 2048, 512], "Widths of the projector's layers.")
     num_global_views: int = setting(
         2,
-        "Number of views, from the first, whose mean embedding all views predict.",
+        "Number of global views, which come first. All views predict the mean of these.",
         minimum=1,
         unit="views",
     )
@@ -89,8 +89,8 @@ class LeJEPA(Method):
         width = config.embedding_dim or backbone.feature_dim
         self.embedding: nn.Module = nn.Identity()
         if config.embedding_dim:
-            # The authors use timm's classifier layer, which starts like this. Its bias is left out,
-            # because the projector's batch norm cancels it.
+            # The authors use timm's classifier layer, which has this initialization. Its bias is
+            # left out, because the projector's batch norm cancels it.
             self.embedding = nn.Linear(backbone.feature_dim, width, bias=False)
             nn.init.trunc_normal_(self.embedding.weight, std=0.02)
         self.projector = mlp(width, *config.projector_dims)
@@ -117,7 +117,7 @@ class LeJEPA(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Set the step from which the slices of the next step are drawn."""
+        """Advance the step that determines the slices."""
         self.slice_step.fill_(progress.step + 1)
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:

@@ -1,7 +1,7 @@
 """MAE (He et al., CVPR 2022, arXiv:2111.06377).
 
-The backbone sees a random quarter of the patches. A small decoder sees its output and a mask token
-in place of each other patch, and predicts the pixels of these. Networks, initialization and loss
+The backbone sees a random quarter of the patches. A small decoder sees their features, and a mask
+token in place of each masked patch, whose pixels it predicts. Networks, initialization and loss
 follow facebookresearch/mae at efb2a806 (models_mae.py).
 
 Predictions and images are transient, so only the mean features of each image are kept.
@@ -56,7 +56,7 @@ class Config(MethodConfig):
     decoder_depth: int = setting(8, "Number of blocks of the decoder.", unit="blocks")
     decoder_heads: int = setting(16, "Attention heads of the decoder.", unit="heads")
     normalize_pixels: bool = setting(
-        True, "Predict pixels minus their patch's mean, divided by their standard deviation."
+        True, "Predict each patch's pixels scaled to mean 0 and standard deviation 1."
     )
     vit_starts: Literal["as_built", "authors"] = setting(
         "as_built",
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
         super().__init__()
         dim, vit = config.decoder_dim, backbone.model
         self.embed = nn.Linear(backbone.token_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))  # decayed, as it is no vector
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))  # has weight decay, as ndim > 1
         self.blocks = TransformerBlocks(dim, config.decoder_depth, config.decoder_heads)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.project = nn.Linear(dim, 3 * backbone.patch_size**2)
@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         Args:
             prefix: Features of the class token and registers, which have no position here.
             patches: Features of the visible patches, shape (B, visible patches, token_dim).
-            visible: Their places, int64 (B, visible patches).
+            visible: Indices of the visible patches, int64 (B, visible patches).
         """
         num_prefix_tokens = prefix.shape[1]
         z = self.embed(torch.cat([prefix, patches], dim=1))
@@ -117,7 +117,7 @@ class Decoder(nn.Module):
 
 
 class MAE(Method):
-    """Backbone of visible patches, and a decoder that reconstructs the pixels of the others."""
+    """Backbone that sees the visible patches, and a decoder that predicts the masked ones."""
 
     transient = ("predictions", "images")  # hundreds of thousands of numbers per image
 
@@ -137,7 +137,7 @@ class MAE(Method):
             and `predictions`, shape (local_batch, patches, 3 * patch_size**2).
         """
         view, masks = self.view_and_mask(batch)
-        visible = masks.indices[:, 0]  # as many in every image, so there is no padding
+        visible = masks.indices[:, 0]  # the same number per image, so no padding
         tokens = self.backbone.tokens(view, kept=visible)
         return {
             "z": upcast(tokens.patches.detach()).mean(1),
@@ -152,7 +152,7 @@ class MAE(Method):
         return {"images": view, "masked": ~visible}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the squared error of the masked patches' pixels, a mean over images."""
+        """Return the mean squared error of the masked patches' pixels."""
         loss = reconstruction.mae(
             embeddings["predictions"],
             targets["images"],

@@ -2,8 +2,8 @@
 
 This is SimCLR with the log-odds of a cosine similarity, log((1 + c) / (1 - c)) = 2 artanh(c), in
 place of the cosine divided by a temperature. The views, the projector and the sum over both
-directions are SimCLR's. The clamp of cosines near 1 and -1 is this project's, see
-`losses.temperature_free`.
+directions are SimCLR's. The clamp of cosines near 1 and -1 is an addition of this project, which
+`losses.temperature_free` explains.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Tokens of networks without a transformer's tokens: the positions of their feature maps."""
+"""Tokens of networks that output feature maps, such as a ResNet. Each position is a token."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,15 +13,16 @@ from ssl_pretrain.models.timm_networks import architecture
 def compute(model: Any, images: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """Return the last feature map and those of `layers`, each (B, rows * columns, channels).
 
-    They are not normalized. A ResNet has no final norm, and a ConvNeXt has one for pooled features.
+    They are not normalized. A ResNet has no final norm, and a ConvNeXt's is for pooled features.
 
     Args:
         model: A timm network that computes feature maps.
         images: Images of shape (B, 3, height, width).
-        layers: Numbers of maps in the order of `forward_intermediates`, from the end if negative.
+        layers: Indices of maps in the order of `forward_intermediates`. Negative ones count from
+            the end.
 
     Raises:
-        ValueError: If the network has no feature map, or not those of `layers`.
+        ValueError: If the network outputs no feature map, or a layer does not exist.
     """
     if not layers:
         return _flatten(_last_map(model, images)), []
@@ -38,12 +39,15 @@ def compute(model: Any, images: Tensor, layers: Sequence[int]) -> tuple[Tensor, 
                 f"maps, numbered 0 to {len(maps) - 1}, or -{len(maps)} to -1"
             )
     last = _channels_first(model, last)
-    # forward_intermediates gives channels first, whatever the network uses.
+    # The maps are channels first in every network.
     return _flatten(last), [_flatten(maps[layer]) for layer in layers]
 
 
 def measure(model: nn.Module, image_size: int) -> tuple[int, int, int]:
-    """Return the channels, rows and columns of the last feature map, from a run on meta tensors."""
+    """Return the channels, rows and columns of the last feature map.
+
+    The network runs on meta tensors, so nothing is computed.
+    """
     state = {
         name: torch.empty_like(tensor, device="meta")
         for tensors in (model.named_parameters(), model.named_buffers())
@@ -99,7 +103,7 @@ def _dtype(state: dict[str, Tensor]) -> torch.dtype:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turn off whatever depends on other ranks or on random numbers."""
+    """Turn off what depends on other ranks or on random numbers, such as batch norm and dropout."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,7 +1,7 @@
 """Token outputs of a backbone: one vector per patch, with masked or dropped patches.
 
-timm's own modules compute patches, positions, rotary angles, blocks and norms. A forward pass is
-the one of timm's `forward_features`, which the pooled features come from, except that patches can
+timm's own modules compute patches, positions, rotary angles, blocks and norms. The forward pass
+equals timm's `forward_features`, from which pooled features are computed. In addition, patches can
 be replaced by a mask token before positions are added, or dropped afterwards.
 """
 
@@ -28,7 +28,7 @@ class Tokens:
     Attributes:
         prefix: Class token and then registers, (B, P, D). P may be 0.
         patches: The patches row by row, or in the order of `kept`, (B, L, D).
-        intermediate: The same of the layers that were asked for, in that order.
+        intermediate: Tokens of the requested layers, in the order of the request.
     """
 
     prefix: Tensor
@@ -109,7 +109,7 @@ def compute(
 ) -> Tokens:
     """Compute the tokens of a timm network. `Backbone.tokens` describes arguments and errors.
 
-    `embed` is the network's `embed_patches`, or its compiled form.
+    `embed` is `embed_patches` for this network, or a compiled form of it.
     """
     assert (masked is None) == (mask_token is None), "`masked` and `mask_token` go together"
     assert valid is None or kept is not None, "`valid` marks padding among `kept`"
@@ -144,8 +144,8 @@ def embed_patches(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the input of a vision transformer's blocks, and its rotary angles if it has any.
 
-    Compilation replaces these functions on the instances, because the pooled features need them as
-    one. The functions of the classes are the original ones.
+    Compilation for pooled features replaces `forward` and `_pos_embed` on the instances. The
+    functions are therefore taken from the classes, which keep the original ones.
     """
     x = type(model.patch_embed).forward(model.patch_embed, images)
     if masked is not None and mask_token is not None:
@@ -163,7 +163,7 @@ def embed_patches(
 
 
 def _keep(model: Any, x: Tensor, rope: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the prefix and the patches `kept` of each image, and the rotary angles of these."""
+    """Return each image's prefix and `kept` patches, and the rotary angles of these patches."""
     prefix, patches = _split(x, model.num_prefix_tokens)
     patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
     if rope is not None:
@@ -174,15 +174,15 @@ def _keep(model: Any, x: Tensor, rope: Tensor | None, kept: Tensor) -> tuple[Ten
 
 
 def _attention_mask(valid: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Return a mask with which no token attends to padding, bool (B, 1, 1, tokens)."""
+    """Return an attention mask that hides padding from every token, bool (B, 1, 1, tokens)."""
     attended = F.pad(valid, (num_prefix_tokens, 0), value=True)
-    # Without a token to attend to, the softmax would be NaN. The output is padding in any case.
+    # A softmax over no tokens would be NaN. All outputs of such an image are padding anyway.
     is_empty = ~attended.any(1, keepdim=True)
     return (attended | is_empty)[:, None, None, :]
 
 
 def _final_norm(model: Any) -> nn.Module:
-    """Return the norm of the tokens, or of the pooled tokens if timm moved it there."""
+    """Return the norm of the tokens. With average pooling, timm applies it to the mean instead."""
     return model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
 
 

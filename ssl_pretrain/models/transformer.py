@@ -1,4 +1,4 @@
-"""Transformer blocks and fixed positions of networks that methods put after a ViT.
+"""Transformer blocks and fixed positions for the networks that a method puts after a ViT.
 
 I-JEPA's predictor and MAE's decoder are such networks.
 """
@@ -14,7 +14,7 @@ from ssl_pretrain.models.timm_networks import architecture, timm
 
 
 class TransformerBlocks(nn.ModuleList):
-    """timm's ViT blocks in a row, outside of a backbone.
+    """A sequence of timm's ViT blocks, outside of a backbone.
 
     As in a backbone, each block is sharded, compiled or recomputed as a unit.
 
@@ -45,7 +45,7 @@ class TransformerBlocks(nn.ModuleList):
 
 
 def check_width(key: str, dim: int, num_heads: int) -> None:
-    """Raise ValueError, naming the key, unless positions and attention heads divide a width."""
+    """Raise ValueError, naming the key, unless a width is a multiple of 4 and of `num_heads`."""
     multiple = math.lcm(4, num_heads)
     if dim % multiple:
         raise ValueError(
@@ -57,8 +57,8 @@ def check_width(key: str, dim: int, num_heads: int) -> None:
 def sine_cosine_positions(height: int, width: int, dim: int) -> Tensor:
     """Return the positions of a grid of patches, row by row, shape (height * width, dim).
 
-    They are the sine and cosine of the column, then of the row, at dim / 4 wavelengths, as in the
-    code of MAE and I-JEPA.
+    A position consists of sines and cosines of the column, then of the row, each at dim / 4
+    wavelengths, as in the code of MAE and I-JEPA.
 
     Raises:
         ValueError: If the width is not a multiple of 4.
@@ -78,7 +78,7 @@ def sine_cosine_positions(height: int, width: int, dim: int) -> Tensor:
 
 @torch.no_grad()
 def fix_positions(vit: Any) -> None:
-    """Give a timm ViT fixed positions of sines and cosines. Those of prefix tokens are zero.
+    """Replace a timm ViT's positions by fixed sines and cosines, and zeros for prefix tokens.
 
     Raises:
         ValueError: If the network adds no positions to its patches.

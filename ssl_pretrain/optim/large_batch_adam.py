@@ -1,7 +1,7 @@
 """LAMB and Adan, whose bias corrections are computed on the device.
 
-timm's implementations count the steps in Python, so that a step that is masked on the device would
-count as well.
+timm's implementations count the steps in Python, so they would also count a step that is masked on
+the device.
 """
 
 from collections.abc import Iterable, Sequence
@@ -89,7 +89,7 @@ class Adan(MaskedOptimizer):
         means, differences, squares, previous = (_moments(states, key, weights) for key in keys)
         steps = _count_steps(states, weights[0])
         change = list(torch._foreach_sub(gradients, previous))
-        scaling.scale(change, (steps > 1).to(weights[0].dtype))  # there is none in the first step
+        scaling.scale(change, (steps > 1).to(weights[0].dtype))  # 0 in the first step
         torch._foreach_copy_(previous, gradients)
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_lerp_(differences, change, 1 - beta2)
@@ -105,7 +105,7 @@ class Adan(MaskedOptimizer):
 
 
 def _moments(states: list[State], key: str, weights: list[Tensor]) -> list[Tensor]:
-    """Return an entry of every state. Missing ones are added as zeros."""
+    """Return the tensor `key` of every state. Missing ones are added as zeros."""
     for state, weight in zip(states, weights):
         if key not in state:
             state[key] = torch.zeros_like(weight)
@@ -123,7 +123,7 @@ def _count_steps(states: list[State], example: Tensor) -> Tensor:
 
 
 def _roots(squares: list[Tensor], steps: Tensor, beta: float, eps: float) -> list[Tensor]:
-    """Return sqrt(square) + eps, where the bias of the square is corrected."""
+    """Return sqrt(square / (1 - beta**step)) + eps for every parameter."""
     roots = list(torch._foreach_sqrt(squares))
     scaling.scale(roots, (1 - beta**steps).rsqrt().to(roots[0].dtype))
     torch._foreach_add_(roots, eps)
@@ -133,7 +133,7 @@ def _roots(squares: list[Tensor], steps: Tensor, beta: float, eps: float) -> lis
 def _corrected_ratios(
     moments: list[Tensor], roots: list[Tensor], steps: Tensor, beta: float
 ) -> list[Tensor]:
-    """Return moment / root, where the bias of the moment is corrected."""
+    """Return moment / (1 - beta**step) / root for every parameter."""
     ratios = list(torch._foreach_div(moments, roots))
     scaling.scale(ratios, (1 - beta**steps).reciprocal().to(ratios[0].dtype))
     return ratios

@@ -1,10 +1,9 @@
-"""Optimizers of timm and torch, under the masked step of this project.
+"""Optimizers of timm and torch with the masked step of this project.
 
-Accepted are those that keep everything they change between steps in tensors, whose values before a
-parameter's first step are known. A masked step can then be undone on the device. Others count
-their steps in Python (timm's lamb, adan, mars, madgrad), copy a count to the device (timm's
-nadamw), decide on the host which step is the first (adopt), or need the loss a second time
-(adahessian, lbfgs).
+An optimizer is supported if its whole state is in tensors, whose values before the first step are
+known. A masked step can then be undone on the device. Other optimizers count their steps in Python
+(timm's lamb, adan, mars, madgrad), copy a count to the device (timm's nadamw), decide on the host
+which step is the first (adopt), or compute the loss or gradients a second time (adahessian, lbfgs).
 """
 
 import inspect
@@ -42,8 +41,8 @@ class LibraryOptimizer(MaskedOptimizer):
         self._name, entry = name, ENTRIES[name]
         super().__init__(params, entry.initial_values, adapt=True)
         device = self.param_groups[0]["params"][0].device
-        # On a GPU the step counts are tensors there, so that a masked step can be undone, and one
-        # kernel of torch updates many tensors. timm's do by default.
+        # On a GPU, capturable keeps the step counts there, so that a masked step can be undone.
+        # foreach updates many tensors per kernel launch, which is timm's default.
         on_gpu = ("capturable", "foreach") if name.startswith("torch:") else ("capturable",)
         known = argument_names(name) if device.type == "cuda" else set()
         arguments = {key: True for key in on_gpu if key in known} | dict(args)
@@ -72,7 +71,7 @@ class LibraryOptimizer(MaskedOptimizer):
         self._optimizer.step()
         for state in states:
             for key in [key for key, value in state.items() if not isinstance(value, Tensor)]:
-                del state[key]  # Muon's choice for the parameter, which it makes anew
+                del state[key]  # Muon's choice of algorithm, made again in every step
         self._optimizer.state.clear()
 
 
@@ -83,7 +82,7 @@ def argument_names(name: str) -> set[str]:
 
 
 def can_be_traced(name: str) -> bool:
-    """Return True if a step needs no values, so that it runs on tensors without memory."""
+    """Return True if a step runs on meta tensors, because it never reads a value on the host."""
     return name not in ENTRIES or "capturable" not in argument_names(name)
 
 

@@ -1,4 +1,4 @@
-"""Multipliers of the learning rate, by name, by depth in the backbone, and of patch embeddings."""
+"""Learning rate multipliers by name, by depth in the backbone, and for the patch embedding."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 MASK_TOKEN = "mask_token"  # name of a method's own mask token
-UNMATCHED = "?"  # a name that no network uses, to find the group of parameters after the blocks
+UNMATCHED = "?"  # name of no parameter; timm puts it into the group after the blocks
 
 
 def compute(
@@ -21,13 +21,13 @@ def compute(
 
     Args:
         module: A method, or any network.
-        by_prefix: The multipliers of `optim.lr_multipliers`. The longest prefix of a name counts.
+        by_prefix: The multipliers of `optim.lr_multipliers`. The longest matching prefix applies.
         layer_decay: Factor from each block of the backbone to the one before it.
         patch_embed_lr_ratio: Multiplier of the patch embedding.
 
     Raises:
-        ValueError: If a prefix is not part of any name, or the module has no blocks to count or no
-            patch embedding.
+        ValueError: If a prefix matches no parameter, or a setting needs blocks or a patch embedding
+            that the module does not have.
     """
     multipliers = {name: 1.0 for name, p in module.named_parameters() if p.requires_grad}
     if layer_decay != 1:
@@ -66,7 +66,7 @@ def layers_to_the_end(module: nn.Module, layer_decay: float) -> dict[str, int]:
         trained_layers = {name: i for name, i in trained_layers.items() if name in trained}
         if trained_layers and last > 1:
             exponents |= {name: last - layer for name, layer in trained_layers.items()}
-            if MASK_TOKEN in trained:  # the method's, which stands in for patches of the backbone
+            if MASK_TOKEN in trained:  # replaces the output of the patch embedding
                 exponents[MASK_TOKEN] = last
     if not exponents:
         raise ValueError(
@@ -78,7 +78,7 @@ def layers_to_the_end(module: nn.Module, layer_decay: float) -> dict[str, int]:
 
 
 def _timm_networks(module: nn.Module) -> list[tuple[str, Any]]:
-    """Return the networks of timm in a module with their prefixes, without networks inside them."""
+    """Return the outermost timm networks in a module, each with the prefix of its parameters."""
     networks: list[tuple[str, Any]] = []
     for name, child in module.named_modules():
         prefix = f"{name}." if name else ""
@@ -112,7 +112,7 @@ def _starts_with(name: str, prefix: str) -> bool:
 
 
 def _check_prefixes(prefixes: Iterable[str], names: Iterable[str]) -> None:
-    """Raise ValueError if a prefix is not part of any name. The message suggests similar ones."""
+    """Raise ValueError if a prefix matches no name. The message suggests similar prefixes."""
     parts = [name.split(".") for name in names]
     known = {".".join(words[:depth]) for words in parts for depth in range(1, len(words) + 1)}
     for prefix in prefixes:

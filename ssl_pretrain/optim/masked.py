@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssl_pretrain.distributed import collectives
 
-CHUNK_ELEMENTS = 2**25  # elements of the parameters that are copied at a time, 128 MiB in float32
+CHUNK_ELEMENTS = 2**25  # elements that are updated at a time, 128 MiB in float32
 
 State = dict[str, Tensor]
 
@@ -24,7 +24,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     Args:
         params: Parameters, or groups of them.
-        initial_values: Values of a parameter's state before its first step, by key. Others are 0.
+        initial_values: Initial values of the state by key, if they are not 0.
         defaults: Options of the groups.
     """
 
@@ -105,7 +105,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 torch.where(is_masked, original, value, out=original)
             else:
                 scalars.append((original, value))
-        for dtype in {original.dtype for original, _ in scalars}:  # all counts in a few kernels
+        for dtype in {original.dtype for original, _ in scalars}:  # one kernel for all step counts
             pairs = [(old, new) for old, new in scalars if old.dtype == dtype]
             old, new = (torch.stack(tensors) for tensors in zip(*pairs))
             results = torch.where(is_masked, old, new).unbind()

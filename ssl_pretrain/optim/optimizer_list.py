@@ -1,4 +1,4 @@
-"""The optimizers by name. Importing this does not import torch."""
+"""The optimizers by name. Importing this module does not import torch."""
 
 import importlib
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ class Entry:
     Attributes:
         module: Module that has the class.
         class_name: Name of the class.
-        summary: Idea and paper.
-        num_moments: Largest number of tensors in the state of a parameter that have its shape.
+        summary: One line with the idea and the paper.
+        num_moments: Largest number of tensors of a parameter's shape in its state.
         needs_whole_tensors: True if shards of a tensor cannot be updated independently.
-        initial_values: Values before a parameter's first step that are not 0.
+        initial_values: Initial values of the state by key, if they are not 0.
     """
 
     module: str
@@ -69,7 +69,7 @@ SUMMARIES = {
 
 
 def summaries() -> dict[str, str]:
-    """Return a line on each optimizer by name, with its memory and whether it takes shards."""
+    """Return one line per optimizer name, with its memory and whether it supports sharding."""
     entries = {name: (*summary, False) for name, summary in SUMMARIES.items()} | {
         name: (entry.summary, entry.num_moments, entry.needs_whole_tensors)
         for name, entry in ENTRIES.items()

@@ -36,12 +36,13 @@ class OptimConfig:
         "torch:rmsprop",
     ] = setting(
         "lars",
-        "Optimizer. timm: and torch: are the classes of these libraries, with arguments from args.",
+        "Optimizer. Names with timm: or torch: are classes of that library. args has their "
+        "arguments.",
     )
     args: dict[str, Any] = setting(
         {},
         "Arguments of an optimizer of timm or torch, such as betas. "
-        "Without them the library's defaults hold.",
+        "Arguments that are left out have the library's defaults.",
     )
     base_lr: float = setting(
         0.3, "Learning rate before it is scaled with the batch size.", unit=DIMENSIONLESS
@@ -79,15 +80,15 @@ class OptimConfig:
     lr_multipliers: dict[str, float] = setting(
         {},
         "Multipliers of the learning rate, by the name of a module or a parameter, such as "
-        "{backbone: 0.1, predictor: 10}. The longest name counts. With 0 the parameters never "
-        "move. Combined with layer_decay and the other ratios by multiplication.",
+        "{backbone: 0.1, predictor: 10}. The longest matching name applies. With 0 the parameters "
+        "never change. Multiplied with layer_decay and the other ratios.",
         unit=DIMENSIONLESS,
     )
     layer_decay: float = setting(
         1.0,
         "Learning rate of each block of the backbone, relative to the block after it (DINOv2: "
         "0.9). Block i of n has layer_decay ** (n + 1 - i). Patch embedding, positions and tokens "
-        "are block 0. The norm after the blocks and the heads have the full rate.",
+        "are block 0. The final norm and the heads have the full rate.",
         above=0,
         maximum=1,
         unit=DIMENSIONLESS,
@@ -196,7 +197,7 @@ def check_sharding(config: OptimConfig, strategy: str) -> None:
 def schedule_warnings(config: OptimConfig, epochs: int) -> list[str]:
     """Return a line of warning for each phase that takes the whole run.
 
-    Such a run is not refused, because people try a preset out with `epochs=1`.
+    Such a run is allowed, because people try out a preset with `epochs=1`.
     """
     phases = {
         "warmup_epochs": (config.warmup_epochs, "the learning rate only rises", "warm-up"),

@@ -19,7 +19,7 @@ _PATCHES, _BLOCKS = int(Purpose.MASK_PATCHES), int(Purpose.MASK_BLOCKS)
 
 @njit(nogil=True, cache=True)
 def draw_patches(seed, epoch, indices, view, num_patches, count):
-    """Draw single patches, each set of `count` patches with the same probability."""
+    """Draw `count` different patches per image. All sets of patches are equally likely."""
     masks = np.zeros((len(indices), 1, num_patches), np.bool_)
     allowed = np.ones(num_patches, np.bool_)
     for row in range(len(indices)):
@@ -63,7 +63,10 @@ def draw_blocks(seed, epoch, indices, view, side, budgets, limits, aspect, is_to
 
 @njit(nogil=True, cache=True)
 def draw_targets(seed, epoch, indices, view, side, num_targets, height, width):
-    """Draw the places of I-JEPA's targets. As in the authors' code, none is in the last row."""
+    """Draw the places of I-JEPA's targets.
+
+    As in the authors' code, none covers the last row or the last column of the view.
+    """
     masks = np.zeros((len(indices), num_targets, side * side), np.bool_)
     for row in range(len(indices)):
         key = (seed, epoch, indices[row], view)
@@ -115,8 +118,8 @@ def draw_contexts(seed, epoch, indices, view, side, targets, height, width, limi
 def draw_inverse_blocks(seed, epoch, indices, view, side, count, aspect, is_rolled):
     """Draw blocks of exactly `count` visible patches, as CAPI does.
 
-    The last patches of the block are cut off, row by row. If the masks are rolled, the block may
-    continue at the opposite border of the view.
+    If a rectangle has more patches, the end of its last row is left out. If `is_rolled`, the block
+    may wrap around at the borders of the view.
     """
     low = math.log(max(aspect[0], count / side**2))
     high = math.log(min(aspect[1], side**2 / count))
@@ -139,9 +142,9 @@ def draw_inverse_blocks(seed, epoch, indices, view, side, count, aspect, is_roll
 
 @njit(nogil=True, cache=True)
 def list_patches(masks, length):
-    """Return the numbers of the first `length` patches of each mask, and True for each of them.
+    """Return the indices of the first `length` patches of each mask, and True for each of them.
 
-    Shorter masks are filled up with 0 and False. Both arrays are (images, masks, length).
+    Shorter masks are padded with 0 and False. Both arrays are (images, masks, length).
     """
     num_images, num_masks, num_patches = masks.shape
     numbers = np.zeros((num_images, num_masks, length), np.int64)
@@ -159,7 +162,7 @@ def list_patches(masks, length):
 
 @njit(nogil=True, cache=True)
 def _add_patches(mask, allowed, key, count):
-    """Add `count` of the allowed patches, by the first steps of a Fisher-Yates shuffle."""
+    """Mask `count` of the allowed patches, by the first steps of a Fisher-Yates shuffle."""
     patches = np.flatnonzero(allowed)
     seed, epoch, index, view = key
     for i in range(count):
@@ -193,7 +196,7 @@ def _add_block(mask, key, attempt, side, min_area, max_area, aspect):
 
 @njit(nogil=True, cache=True)
 def _place(key, number, num_tops, num_lefts):
-    """Return the upper left corner of a block of I-JEPA."""
+    """Return the top row and the left column of block `number` of I-JEPA."""
     u_top, u_left = _uniforms(key, number, 2)
     return int(u_top * num_tops), int(u_left * num_lefts)
 

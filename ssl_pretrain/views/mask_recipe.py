@@ -19,17 +19,17 @@ import numpy as np
 from ssl_pretrain import schema
 from ssl_pretrain.schema import DIMENSIONLESS, setting
 
-BLOCKS_ASPECT = [0.3, 1 / 0.3]  # of iBOT and DINOv2
-MULTIBLOCK_ASPECT = [0.75, 1.5]  # of I-JEPA's targets
-INVERSE_BLOCK_ASPECT = [0.5, 2.0]  # of CAPI
-# Kinds of masks that contain each set.
+BLOCKS_ASPECT = [0.3, 1 / 0.3]  # iBOT and DINOv2
+MULTIBLOCK_ASPECT = [0.75, 1.5]  # targets of I-JEPA
+INVERSE_BLOCK_ASPECT = [0.5, 2.0]  # CAPI
+# For each name of a mask set, the kinds of masks that have it.
 KINDS_BY_SET = {
     "visible": ("random", "inverse_block"),
     "masked": ("blocks",),
     "context": ("multiblock",),
     "targets": ("multiblock",),
 }
-SCANNED_SIZES = 2**16  # random numbers for which the size of a block is computed in advance
+SCANNED_SIZES = 2**16  # random numbers that are tried to find the range of block areas
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Mask:
         "first: the first ones, row by row, as in I-JEPA. random: any.",
     )
     roll: bool = setting(
-        True, "inverse_block: shift the mask by a random offset, around the borders of the view."
+        True, "inverse_block: shift the mask by a random offset, wrapping around at the borders."
     )
 
 
@@ -148,7 +148,7 @@ def shapes(mask: Mask, size: int) -> tuple[MaskShape, ...]:
 
 
 def num_visible(mask: Mask, side: int) -> int:
-    """Return the number of patches that stay visible, rounded as by the authors."""
+    """Return the number of patches that stay visible, rounded as in the authors' code."""
     if mask.kind == "random":
         return int(side**2 * (1 - mask.ratio))
     return side**2 - int(side**2 * mask.ratio)
@@ -168,19 +168,19 @@ def min_block_area(mask: Mask, side: int) -> int:
 
 
 def target_sizes(mask: Mask, side: int, uniforms: np.ndarray) -> BlockSizes:
-    """Return the sizes of the targets of I-JEPA for random numbers in [0, 1)."""
+    """Return the sizes of I-JEPA's targets, one for each random number in [0, 1)."""
     return _block_sizes(side, tuple(mask.target_scale), tuple(aspect_range(mask)), uniforms)
 
 
 def context_sizes(mask: Mask, side: int, uniforms: np.ndarray) -> BlockSizes:
-    """Return the sizes of the context blocks of I-JEPA for random numbers in [0, 1)."""
+    """Return the sizes of I-JEPA's context blocks, one for each random number in [0, 1)."""
     return _block_sizes(side, tuple(mask.context_scale), (1.0, 1.0), uniforms)
 
 
 def _block_sizes(
     side: int, scale: tuple[float, ...], aspect: tuple[float, ...], uniforms: np.ndarray
 ) -> BlockSizes:
-    """Return sizes of blocks. One number gives both area and aspect ratio, as in I-JEPA's code.
+    """Return sizes of blocks. One random number determines area and aspect ratio, as in I-JEPA.
 
     A block is at least one patch smaller than the view, in both directions.
     """
@@ -234,7 +234,7 @@ def _check_ratio(key: str, mask: Mask, side: int) -> None:
             "give a ratio that masks some patches and leaves others, or smaller patches"
         )
     low, high = aspect_range(mask)
-    max_aspect = side**2 / count  # a wider block of this area would not fit
+    max_aspect = side**2 / count  # a longer block of this area would not fit
     if mask.kind == "inverse_block" and (low > max_aspect or high < 1 / max_aspect):
         raise ValueError(
             f"{key}.aspect: {mask.aspect} has no block of {count} patches that fits in a view of "

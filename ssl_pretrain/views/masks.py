@@ -1,8 +1,8 @@
 """Draw the masks of a batch, as pure functions of the seed and the position in the run.
 
-The places of a mask depend on (seed, epoch, image, view). What belongs to a whole step, such as the
-sizes of I-JEPA's blocks and the masked shares of DINOv2, depends on (seed, epoch, step) and on the
-position in the global batch. Ranks, workers and micro-batches do not change a mask.
+The patches of a mask depend on (seed, epoch, image, view). The sizes of I-JEPA's blocks and the
+masked shares of DINOv2 belong to a whole step. They depend on (seed, epoch, step) and on the
+position in the global batch. The numbers of ranks, workers and micro-batches do not change a mask.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ class Position:
     seed: int
     epoch: int
     step: int
-    indices: np.ndarray  # of the images in the data set, int64 (local_batch,)
+    indices: np.ndarray  # indices of the images in the data set, int64 (local_batch,)
     first_slot: int  # position of the first image in the global batch
     global_batch_size: int
 
@@ -41,13 +41,13 @@ def draw(
     first_slot: int,
     global_batch_size: int,
 ) -> tuple[MaskSet, ...]:
-    """Draw the masks of some images of a step, on the CPU.
+    """Draw the masks of consecutive images of a global batch, on the CPU.
 
     Args:
         views: Recipe of the views and of their masks.
         seed: Seed of the run.
         epoch: Number of passes over the data before this one.
-        step: Number of the step in the run.
+        step: Number of steps of the run before this one.
         indices: Indices of the images in the data set, int64 (n,).
         first_slot: Position of the first image in the global batch of the step. The others follow.
         global_batch_size: Images of the step, over all ranks.
@@ -108,7 +108,7 @@ def describe(mask_sets: Sequence[MaskSet], view: int, row: int, crop: Crop) -> l
 
 
 def _masked_views(views: ViewsConfig) -> Iterator[tuple[int, int, Crop]]:
-    """Yield each view with masks, the first view of its kind, and its recipe."""
+    """Yield the index of each view with masks, the first index of its crop, and the crop."""
     first_view = 0
     for crop in views.crops.values():
         if crop.mask.kind != "none":
@@ -141,7 +141,7 @@ def _draw_grids(
         max_area = float(side**2)
     else:
         budgets = _spread_budgets(crop, side, view, first_view, position)
-        max_area = float(side // 2 * side)  # half of the view, rounded as by the authors
+        max_area = float(side // 2 * side)  # half of the view, rounded as in the authors' code
     limits = (float(mask_recipe.min_block_area(mask, side)), max_area)
     aspect, is_exact = _pair(mask_recipe.aspect_range(mask)), mask.block_sampler == "dinov3"
     return (mask_kernels.draw_blocks(*key, side, budgets, limits, aspect, is_exact),)
@@ -171,7 +171,7 @@ def _draw_multiblock(
 
 
 def _independent_budgets(mask: Mask, side: int, view: int, position: Position) -> np.ndarray:
-    """Return the patches to mask in each image of this view, drawn for each one, as in iBOT."""
+    """Return the number of patches to mask in each image, drawn independently as in iBOT."""
     uniforms = rng.uniform(
         position.seed, position.epoch, position.indices, view, Purpose.MASK_SIZES, 2
     )
@@ -183,11 +183,11 @@ def _independent_budgets(mask: Mask, side: int, view: int, position: Position) -
 def _spread_budgets(
     crop: Crop, side: int, view: int, first_view: int, position: Position
 ) -> np.ndarray:
-    """Return the patches to mask in each image of this view, spread over the batch as in DINOv2.
+    """Return the number of patches to mask in each image, spread over the batch as in DINOv2.
 
-    A share of all views of the global batch is masked. The range of ratios is divided into as many
-    parts of equal length. Each masked view draws its ratio from a part of its own. Which view gets
-    which part is random.
+    A share of all views of the global batch is masked. The range of ratios is divided into equal
+    intervals, one per masked view. Each masked view draws its ratio from its own interval. Which
+    view gets which interval is random.
     """
     mask, num_views = crop.mask, crop.count * position.global_batch_size
     num_masked = int(num_views * mask.probability)
@@ -198,7 +198,7 @@ def _spread_budgets(
     start = (view - first_view) * position.global_batch_size + position.first_slot
     parts = part_of_view[start : start + len(position.indices)]
     if mask.block_sampler == "dinov3":
-        offsets: np.ndarray | float = 1.0  # the upper end of the part
+        offsets: np.ndarray | float = 1.0  # the upper end of the interval
     else:
         offsets = rng.uniform(*key, Purpose.MASK_SIZES, num_masked + 1)[0][
             np.minimum(parts, num_masked)
