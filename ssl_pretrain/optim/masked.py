@@ -120,10 +120,12 @@ def _copy(tensors: list[Tensor]) -> list[Tensor]:
 def _chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """Divide parameters into lists of limited size. The division is the same on every rank."""
     chunk: list[Tensor] = []
+    size = 0
     for parameter in params:
-        if chunk and sum(p.numel() for p in (*chunk, parameter)) > CHUNK_ELEMENTS:
+        if chunk and size + parameter.numel() > CHUNK_ELEMENTS:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
         chunk.append(parameter)
+        size += parameter.numel()
     if chunk:
         yield chunk

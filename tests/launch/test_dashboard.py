@@ -39,7 +39,9 @@ def list_metrics(workspace):
 def test_every_panel_shows_a_metric_that_is_logged():
     z = torch.randn(16, 4)
     assignments = torch.zeros(16, dtype=torch.int64)
-    measurements, _ = collapse_metrics.measure(Monitored(z, (z, z), assignments, 5), features=z)
+    measurements, _ = collapse_metrics.measure(
+        Monitored(z, (z, z), assignments, 5, True), features=z
+    )
     logged_names = {metric_names.tracker_name(key) for key in LOGGED_METRICS | measurements.keys()}
     sections = list_metrics(dashboard.build_workspace("p", "e"))
     shown_names = {metric for metrics in sections.values() for metric in metrics}
