@@ -31,6 +31,7 @@ from ssl_pretrain.eval.training_views import (
     build_train_view,
     describe_train_view,
 )
+from ssl_pretrain.models.tokens import is_transformer
 from ssl_pretrain.views.recipe import Crop
 
 
@@ -118,16 +119,23 @@ def build_shape(
 ) -> ProbeShape:
     """Return the architecture of the protocol's probes for tokens of width `dim`.
 
-    If the protocol gives no number of heads, or one that does not divide the width, heads are at
-    least 64 wide.
+    The probes of V-JEPA have as many heads as a vision transformer's attention. If no number of
+    heads is known, or it does not divide the width, heads are at least 64 wide.
     """
     num_heads = protocol.num_heads
     if protocol.kind == "jepa" and not num_heads:
-        blocks = getattr(backbone.model, "blocks", None)
-        num_heads = getattr(blocks[0].attn, "num_heads", 0) if blocks is not None else 0
+        num_heads = _num_backbone_heads(backbone.model)
     if not num_heads or dim % num_heads:
         num_heads = widest_heads(dim)
     return ProbeShape(protocol.kind, dim, num_classes, num_heads, protocol.num_blocks)
+
+
+def _num_backbone_heads(model: Any) -> int:
+    """Return the heads of a vision transformer's attention, or 0 for other networks."""
+    if not is_transformer(model):  # the `blocks` of an EfficientNet are convolutions
+        return 0
+    # Blocks with parallel branches have no module `attn`.
+    return int(getattr(getattr(model.blocks[0], "attn", None), "num_heads", 0))
 
 
 def train_probes(
