@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.models.timm_networks import architecture
+from ssl_pretrain.models.tokens import has_unsupported_class_token, is_transformer
 
 POOLED = "pooled"
 NAME = re.compile(r"pooled|prefix|patch_mean|cls_mean|last[1-9]\d*")
@@ -50,6 +51,7 @@ class Feature:
     def _check_tokens(self) -> None:
         model = self._network.model
         kind, needs_class = type(model).__name__, self.name not in ("prefix", "patch_mean")
+        check_tokens_supported(model, self.name, "give --feature pooled")
         if needs_class and getattr(model, "cls_token", None) is None:
             raise ValueError(
                 f"--feature {self.name}: {kind} has no class token; give --feature pooled"
@@ -97,11 +99,20 @@ def network_of_feature(backbone: nn.Module, name: str) -> Any:
 def dino_feature_name(backbone: nn.Module) -> str:
     """Return the name of the feature that DINO's README uses for this kind of backbone."""
     model: Any = backbone.model
-    if not getattr(model, "num_prefix_tokens", None):
+    if not is_transformer(model) or model.cls_token is None:
         return POOLED
     if model.embed_dim > VIT_SMALL_DIM:
         return "cls_mean"
     return f"last{min(4, len(model.blocks))}"
+
+
+def check_tokens_supported(model: nn.Module, name: str, remedy: str) -> None:
+    """Raise ValueError if the network has a class token but its tokens cannot be computed."""
+    if has_unsupported_class_token(model):
+        raise ValueError(
+            f"--feature {name}: {architecture(model)} has tokens, but they can only be computed for"
+            f" timm's VisionTransformer and Eva classes (vit_*, deit*, eva02*); {remedy}"
+        )
 
 
 def check_name(name: str) -> None:

@@ -1,6 +1,7 @@
 """Tokens of frozen networks and of raw pixels, for the attentive probe."""
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import results
-from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen import features, named_features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.models.timm_networks import architecture
+from ssl_pretrain.models.tokens import is_transformer
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.views.batch import upload
 
@@ -44,11 +46,15 @@ class TokenSequence:
         self._network, self.name = network, name
         self.num_layers = int(name.removeprefix("last")) if name.startswith("last") else 1
         self.dim: int = self.num_layers * network.token_dim
-        blocks = getattr(network.model, "blocks", ())
-        if name.startswith("last") and self.num_layers > len(blocks):
+        named_features.check_tokens_supported(
+            network.model, name, "evaluate its pooled feature with ssl-pretrain linear or knn"
+        )
+        # The feature maps of a convolutional network's blocks differ in size.
+        depth = len(network.model.blocks) if is_transformer(network.model) else 0
+        if name.startswith("last") and self.num_layers > depth:
             raise ValueError(
-                f"--feature {name}: {architecture(network.model)} has {len(blocks)} layers of"
-                f" patches; give {f'at most last{len(blocks)}' if blocks else 'patches'}"
+                f"--feature {name}: {architecture(network.model)} has {depth} layers of"
+                f" patches; give {f'at most last{depth}' if depth else 'patches'}"
             )
         if name == "prefix" and not network.num_prefix_tokens:
             raise ValueError(
@@ -131,9 +137,13 @@ def check_memory(
         ValueError: If the tokens do not fit, or the backbone does not have them.
     """
     sequence = TokenSequence(run.backbone, feature)
-    raw_dim = 3 * _pixel_patch_side(run) ** 2
-    dim = max(raw_dim if row == "raw" else sequence.dim for row in rows)
-    num_tokens = sequence.count(run.image_size)
+    side = _pixel_patch_side(run)
+    raw_shape = ((run.image_size // side) ** 2, 3 * side**2)
+    shapes = [
+        raw_shape if row == "raw" else (sequence.count(run.image_size), sequence.dim)
+        for row in rows
+    ]
+    num_tokens, dim = max(shapes, key=math.prod)
     # Concatenating the batches of a split copies them, so the larger split is in memory twice.
     num_images = num_train + num_test + max(num_train, num_test)
     num_ranks = process_group.local_world_size() if run.device.type == "cpu" else 1

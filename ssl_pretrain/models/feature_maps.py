@@ -38,7 +38,7 @@ def compute(model: Any, images: Tensor, layers: Sequence[int]) -> tuple[Tensor, 
                 f"layer {layer} does not exist: {architecture(model)} has {len(maps)} feature "
                 f"maps, numbered 0 to {len(maps) - 1}, or -{len(maps)} to -1"
             )
-    last = _channels_first(model, last)
+    last = _checked_map(model, last)
     # The maps are channels first in every network.
     return _flatten(last), [_flatten(maps[layer]) for layer in layers]
 
@@ -73,6 +73,14 @@ class _LastMap(nn.Module):
 def _last_map(model: Any, images: Tensor) -> Tensor:
     """Return the last feature map, channels first."""
     features = model.forward_features(images) if hasattr(model, "forward_features") else None
+    return _checked_map(model, features)
+
+
+def _checked_map(model: Any, features: Any) -> Tensor:
+    """Return the output of a network channels first, or raise ValueError if it is not a map.
+
+    A vision transformer outputs tokens (B, N, D), which would pass for a transposed map.
+    """
     if not isinstance(features, Tensor) or features.ndim != 4:
         shape = f" of shape {tuple(features.shape)}" if isinstance(features, Tensor) else ""
         reason = (

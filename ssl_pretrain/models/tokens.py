@@ -41,6 +41,11 @@ def is_transformer(model: nn.Module) -> bool:
     return isinstance(model, timm.models.VisionTransformer | timm.models.eva.Eva)
 
 
+def has_unsupported_class_token(model: nn.Module) -> bool:
+    """Return True if the network has a class token but `compute` cannot return it, as in BEiT."""
+    return not is_transformer(model) and getattr(model, "cls_token", None) is not None
+
+
 def check_maskable(model: nn.Module) -> None:
     """Raise ValueError unless patches of the network can be masked and dropped."""
     if not is_transformer(model):

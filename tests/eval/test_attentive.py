@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ from ssl_pretrain.eval.frozen import (
 )
 from ssl_pretrain.eval.frozen.attentive_probes import AttentiveProbes, ProbeShape, widest_heads
 from ssl_pretrain.eval.frozen.probe_training import ProbeGrid
+from ssl_pretrain.models import backbones
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.parallel import memory
 
 DIM, CLASSES, HEADS, TOKENS = 12, 3, 3, 7
@@ -226,6 +229,23 @@ def test_heads_are_at_least_64_wide_and_divide_the_tokens():
     assert [widest_heads(dim) for dim in (1024, 192, 588, 48, 65)] == [16, 3, 7, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("config", "num_heads"),
+    [
+        (BackboneConfig("efficientnet_b0"), 20),  # 1,280 channels, so by width
+        (BackboneConfig("test_resnet"), None),
+        (BackboneConfig("deit_tiny_patch16_224"), 3),
+        (BackboneConfig("vit_small_patch16_18x2_224", args={"depth": 1}), 6),  # parallel branches
+        (BackboneConfig("deit_tiny_patch16_224", args={"num_heads": 6}), 6),
+    ],
+)
+def test_the_heads_of_v_jepas_probe_are_the_backbones_or_by_width(config, num_heads):
+    backbone = backbones.build_on_meta(config, 32)
+    dim = patch_tokens.TokenSequence(backbone).dim
+    shape = published_attentive.build_shape(backbone, dim, ATTENTIVE_PROTOCOLS["vjepa"], CLASSES)
+    assert shape.num_heads == (num_heads or widest_heads(dim))
+
+
 def train_cached(num_images):
     tokens, labels = random_tokens(num_images)
     protocol = AttentiveOptions(epochs=2, batch_size=31).adapt_protocol(num_images)
@@ -353,6 +373,24 @@ def test_tokens_that_do_not_fit_in_memory_are_refused(run_folder, monkeypatch):
         " free. Give --protocol capi, which computes them anew in every step, or fewer images"
         " (data.subset=N)"
     )
+
+
+def test_memory_is_checked_for_the_largest_row(run_folder, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**10)
+    run = load(run_folder)
+    config, side = BackboneConfig("test_vit", args={"patch_size": 4}), 4
+    run = replace(run, backbone=backbones.build(config, run.image_size))
+    num_patches = (run.image_size // side) ** 2
+    assert num_patches > 1
+    assert num_patches * 3 * side**2 > run.backbone.token_dim > 3 * side**2
+    expected = {
+        ("raw", "pretrained"): f"{num_patches} tokens of {3 * side**2} numbers",
+        ("pretrained",): f"1 tokens of {run.backbone.token_dim} numbers",
+    }
+    for rows, tokens in expected.items():
+        with pytest.raises(ValueError) as error:
+            patch_tokens.check_memory(run, 200, 500, rows, "prefix")
+        assert str(error.value).startswith(f"--protocol cached: {tokens} for 200 training")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
 
 VIT = BackboneConfig("test_vit")
+BEIT = BackboneConfig("beit_base_patch16_224", args={"depth": 2, "embed_dim": 48, "num_heads": 3})
+CAIT = BackboneConfig("cait_xxs24_224", args={"depth": 2})
 REGISTERS = BackboneConfig("test_vit", args={"reg_tokens": 2})
 
 
@@ -188,6 +190,46 @@ def test_a_feature_that_the_backbone_lacks_is_refused(config, name, message):
         Feature(backbone, name)
     depth = len(getattr(backbone.model, "blocks", ()))
     assert str(error.value) == message.format(depth=depth)
+
+
+@pytest.mark.parametrize("name", ["prefix", "patch_mean", "cls_mean", "last1"])
+@pytest.mark.parametrize("config", [BEIT, CAIT])
+def test_tokens_of_other_transformers_are_refused_before_any_batch(config, name):
+    with pytest.raises(ValueError) as error:
+        Feature(backbones.build_on_meta(config, 32), name)
+    assert str(error.value) == (
+        f"--feature {name}: {config.name} has tokens, but they can only be computed for timm's"
+        " VisionTransformer and Eva classes (vit_*, deit*, eva02*); give --feature pooled"
+    )
+
+
+@pytest.mark.parametrize("name", ["patches", "prefix", "last2"])
+def test_a_probe_refuses_tokens_of_other_transformers(name):
+    with pytest.raises(ValueError) as error:
+        TokenSequence(backbones.build_on_meta(BEIT, 32), name)
+    assert str(error.value) == (
+        f"--feature {name}: beit_base_patch16_224 has tokens, but they can only be computed for"
+        " timm's VisionTransformer and Eva classes (vit_*, deit*, eva02*); evaluate its pooled"
+        " feature with ssl-pretrain linear or knn"
+    )
+
+
+@pytest.mark.parametrize("config", [BEIT, CAIT, BackboneConfig("efficientnet_b0")])
+def test_dinos_feature_is_pooled_unless_class_tokens_can_be_computed(config):
+    backbone = backbones.build_on_meta(config, 32)
+    name = named_features.dino_feature_name(backbone)
+    assert name == "pooled"
+    assert Feature(backbone, name).feature_dim == backbone.feature_dim
+
+
+def test_blocks_of_convolutions_are_not_layers_of_patches():
+    backbone = backbones.build_on_meta(BackboneConfig("efficientnet_b0"), 32)
+    for name in ("last1", "last2"):
+        with pytest.raises(ValueError) as error:
+            TokenSequence(backbone, name)
+        assert str(error.value) == (
+            f"--feature {name}: efficientnet_b0 has 0 layers of patches; give patches"
+        )
 
 
 @pytest.mark.parametrize("module", [knn, linear, retrieval, spectrum_module])

@@ -309,6 +309,13 @@ VIT = BackboneConfig(name="test_vit", args=SMALL)
             "transformer (vit_*, deit*, eva02*), or a network such as resnet50 or convnext_tiny",
         ),
         (
+            BackboneConfig(name="test_vit_relpos"),
+            {"layers": (-1,)},
+            "backbone.name: test_vit_relpos gives features of shape (2, 9, 96) instead of a map "
+            "(B, channels, rows, columns), so this method cannot use it; choose a vision "
+            "transformer (vit_*, deit*, eva02*), or a network such as resnet50 or convnext_tiny",
+        ),
+        (
             VIT,
             {"masked": torch.zeros(2, 9, dtype=torch.bool), "mask_token": torch.zeros(48)},
             "masks of 9 patches per image do not fit the 36 patches of test_vit in 48 x 48 "
