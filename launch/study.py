@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from ssl_pretrain import config as configuration
@@ -21,6 +22,7 @@ class Variant:
 
     name: str = "???"
     set: list[str] = field(default_factory=list)  # overrides, applied after those of the study
+    base: str = ""  # configuration to use instead of the study's
 
 
 @dataclass
@@ -47,8 +49,9 @@ class PlannedRun:
     """One variant of a study with one seed."""
 
     variant: str
+    base: str  # the configuration that `overrides` apply to
     config: configuration.RunConfig
-    overrides: list[str]  # overrides of the base configuration that yield `config`
+    overrides: list[str]
 
     def is_evaluated(self) -> bool:
         """Return True if every evaluation of the run has a result."""
@@ -92,15 +95,17 @@ def plan_runs(
     Args:
         study: The study.
         path: YAML of the study. Its name is part of the default output folder.
-        base: Base configuration to use instead of the study's.
+        base: Base configuration to use instead of those of the study and its variants.
         overrides: key=value settings for all runs. seed=0,1,2 plans three runs per variant.
     """
-    base = base or study.base
     shared_settings = dict(override.partition("=")[::2] for override in overrides)
     seeds = shared_settings.pop("seed", "0").split(",")
-    folder = shared_settings.pop("output", f"runs/{Path(path).stem}_{Path(base).stem}")
+    has_own_bases = base is None and any(variant.base for variant in study.runs)
+    base_name = "" if has_own_bases else f"_{Path(base or study.base).stem}"
+    folder = shared_settings.pop("output", f"runs/{Path(path).stem}{base_name}")
     runs = []
     for variant in study.runs:
+        variant_base = base or variant.base or study.base
         slug = re.sub(r"[^a-z0-9.]+", "_", variant.name.lower()).strip("_")
         settings = [*study.set, *variant.set]
         small_model = small_model_overrides(settings) if study.small_heads else []
@@ -113,9 +118,9 @@ def plan_runs(
                 f"output={folder}/{slug}_{seed}",
                 f"evaluation.at_end=[{','.join(study.evaluation_names())}]",
             ]
-            config = configuration.load(base, run_overrides)
+            config = configuration.load(variant_base, run_overrides)
             config, run_overrides = with_group(config, run_overrides)
-            runs.append(PlannedRun(variant.name, config, run_overrides))
+            runs.append(PlannedRun(variant.name, variant_base, config, run_overrides))
     return runs
 
 
@@ -144,23 +149,31 @@ def small_model_overrides(overrides: Sequence[str]) -> list[str]:
     return [f"{prefix}{names[-1]}", *small_config, *getattr(method, "PRESET_OVERRIDES", [])]
 
 
-def run_all(runs: Sequence[PlannedRun], base: str) -> int:
+def run_all(runs: Sequence[PlannedRun]) -> int:
     """Pretrain and evaluate the runs without results, and return the exit status.
 
-    Raw pixels and the random backbone are the same in all variants, so `linear` evaluates them only
-    once per seed.
+    Raw pixels and the random backbone are the same in all variants of one base configuration, so
+    `linear` evaluates them only once per seed.
     """
+    base_by_output = {run.config.output: run.base for run in runs}
 
     def evaluation_args_for(config: configuration.RunConfig) -> dict[str, list[str]]:
         has_references = any(
             run.is_evaluated() and study_table.has_reference_rows(run.config)
             for run in runs
-            if run.config.seed == config.seed
+            if run.config.seed == config.seed and run.base == base_by_output[config.output]
         )
         return {"linear": ["--rows", "pretrained"]} if has_references else {}
 
-    remaining = [(run.config, run.overrides) for run in runs if not run.is_evaluated()]
-    return pretrain.pretrain_series(remaining, base, evaluation_args_for)
+    remaining = [run for run in runs if not run.is_evaluated()]
+    exit_status = 0
+    for base, group in groupby(remaining, key=lambda run: run.base):
+        pairs = [(run.config, run.overrides) for run in group]
+        status = pretrain.pretrain_series(pairs, base, evaluation_args_for)
+        if status == STOPPED:
+            return STOPPED
+        exit_status = exit_status or status
+    return exit_status
 
 
 def run_and_compare(study: Study, options: argparse.Namespace) -> int:
@@ -183,7 +196,7 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(run.config.output for run in runs))
         return 0
-    status = 0 if options.table_only else run_all(runs, options.base or study.base)
+    status = 0 if options.table_only else run_all(runs)
     if status == STOPPED:
         return status
     folder = Path(runs[0].config.output).parent

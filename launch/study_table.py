@@ -35,10 +35,10 @@ class RunResults:
         values = [record[metric] for record in self.records if metric in record]
         return float(values[-1]) if values else float("nan")
 
-    def gain_over_random(self) -> float:
-        """Return the gain in k-NN accuracy over the better random backbone, in points."""
-        rows = self.tables["knn"]
-        return rows["pretrained"]["clean"] - rows[results.BETTER_RANDOM]["clean"]
+    def gain_over_random(self, evaluation: str, metric: str) -> float:
+        """Return the gain in accuracy over the better random backbone, in points."""
+        rows = self.tables[evaluation]
+        return rows["pretrained"][metric] - rows[results.BETTER_RANDOM][metric]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,14 @@ class Column:
         if self.compute is not None:
             return self.compute(run)
         return run.tables[self.evaluation]["pretrained"][self.metric]
+
+
+def _gain_column(evaluation: str, metric: str) -> Column:
+    return Column(
+        "gain in test accuracy over the better random backbone, in percentage points",
+        evaluation,
+        compute=lambda run: run.gain_over_random(evaluation, metric),
+    )
 
 
 DEFAULT_COLUMNS = {
@@ -85,11 +93,15 @@ DEFAULT_COLUMNS = {
 }
 COLUMNS = DEFAULT_COLUMNS | {
     "k-NN, %": Column("test accuracy of weighted k-NN on frozen features", "knn", "clean"),
-    "k-NN above random": Column(
-        "gain in test accuracy over the better of two random backbones, in percentage points",
-        "knn",
-        compute=RunResults.gain_over_random,
+    "k-NN above random": _gain_column("knn", "clean"),
+    "linear above random": _gain_column("linear", "all labels"),
+    "attentive, %": Column(
+        "test accuracy of one attention query and a linear classifier on frozen patch tokens, with "
+        "the learning rate chosen on held-out training images",
+        "attentive",
+        "all labels",
     ),
+    "attentive above random": _gain_column("attentive", "all labels"),
     "RankMe": Column(
         "effective rank of the embeddings at the end of training",
         "",
@@ -163,16 +175,32 @@ def write(
 
 def describe(comparison: Comparison) -> str:
     """Describe the runs, the columns and the reference rows in one paragraph."""
-    config = comparison.runs[0][1]
-    subset = f"{config.data.subset:,} images of " if config.data.subset else ""
+    variants_by_settings: dict[str, list[str]] = {}
+    for variant in comparison.numbers_by_variant:
+        config = next(config for name, config in comparison.runs if name == variant)
+        variants_by_settings.setdefault(_describe_settings(config), []).append(variant)
+    shared = max(variants_by_settings, key=lambda text: len(variants_by_settings[text]))
+    has_shared = len(variants_by_settings) == 1 or len(variants_by_settings[shared]) > 1
     sentences = [
-        f"{config.backbone.name}, {subset}{config.data.source}, batch {config.global_batch_size}, "
-        f"{config.epochs} epochs, {config.optim.name}.",
+        f"{shared}." if has_shared else "",
+        *(
+            f"{', '.join(variants)}: {text}."
+            for text, variants in variants_by_settings.items()
+            if not has_shared or text != shared
+        ),
         *(f"{name}: {COLUMNS[name].help}." for name in comparison.columns),
-        _reference_sentence(comparison),
+        _reference_sentence(comparison) if has_shared else "",
         "± is the standard deviation over seeds.",
     ]
     return " ".join(filter(None, sentences))
+
+
+def _describe_settings(config: RunConfig) -> str:
+    subset = f"{config.data.subset:,} images of " if config.data.subset else ""
+    return (
+        f"{config.backbone.name}, {subset}{config.data.source}, batch {config.global_batch_size}, "
+        f"{config.epochs} epochs, {config.optim.name}"
+    )
 
 
 def _reference_sentence(comparison: Comparison) -> str:

@@ -13,7 +13,9 @@ from ssl_pretrain.eval import results
 from ssl_pretrain.launch import study, study_table, sweep
 
 ROOT = Path(__file__).parents[2]
-STUDIES = {path.stem: path for path in sorted((ROOT / "configs/sweeps").glob("*.yaml"))}
+LEARNING = ROOT / "configs/sweeps/learning.yaml"  # its variants have base configurations
+PATHS = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
+STUDIES = {path.stem: path for path in PATHS if path != LEARNING}
 BASES = ["configs/methods_digits.yaml", "configs/methods_cifar10_cpu.yaml"]
 CHECKPOINT = {"checkpoint": "step_00000007", "step": 7, "network": "student"}
 
@@ -40,6 +42,59 @@ def test_every_run_is_a_valid_configuration_with_its_own_folder(name, base):
         small = methods.find(run.config.method.name).SMALL_CONFIG
         for key in small.keys() - {"temperature", "momentum"}:
             assert getattr(run.config.method, key) == small[key]
+
+
+def test_variants_may_have_base_configurations_of_their_own(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    definition = study.load(LEARNING)
+    runs = study.plan_runs(definition, LEARNING, None, ["seed=0,1"])
+    assert [run.config.method.name for run in runs[::2]] == [
+        "lejepa",
+        "mae",
+        "ijepa",
+        "temperature_free",
+    ]
+    assert runs[2].config.output == "runs/learning/mae_0"
+    assert runs[-1].config.method.projector_dims == [256, 128]  # a small head
+    for run in runs:
+        config.check(run.config, 1)
+        assert config.load(run.base, run.overrides) == run.config
+    every_base = study.plan_runs(definition, LEARNING, "configs/mae_cifar10.yaml", [])
+    assert {run.config.backbone.name for run in every_base} == {"vit_tiny_patch16_224"}
+
+
+def test_reference_rows_are_shared_within_one_base_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    definition = study.load(LEARNING)
+    runs = study.plan_runs(definition, LEARNING, None, [f"output={tmp_path}"])
+    calls = []
+
+    def pretrain_and_evaluate(config, base, _overrides, options):
+        calls.append((Path(base).stem, options))
+        save_results(Path(config.output), 90, 30)
+        return 0
+
+    monkeypatch.setattr(study.pretrain, "pretrain_and_evaluate", pretrain_and_evaluate)
+    assert study.run_all(runs) == 0
+    bases = ["lejepa_cifar10_cpu", "mae_cifar10", "ijepa_cifar10", "methods_cifar10_cpu"]
+    assert calls == [(base, {}) for base in bases]
+
+
+def test_variants_with_different_recipes_are_described_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    definition = study.load(LEARNING)
+    runs = study.plan_runs(definition, LEARNING, None, [f"output={tmp_path}"])[1:3]
+    for run in runs:
+        save_results(Path(run.config.output), 90, 30)
+    comparison = study_table.Comparison(
+        definition.title, ["linear, %"], [(run.variant, run.config) for run in runs]
+    )
+    text = study_table.describe(comparison)
+    assert text.startswith(
+        "MAE: vit_tiny_patch16_224, cifar10, batch 128, 5 epochs, adamw. "
+        "I-JEPA: vit_tiny_patch16_224, cifar10, batch 64, 14 epochs, adamw. linear, %: "
+    )
+    assert "raw pixels reach" not in text
 
 
 def test_the_runs_of_a_study_are_one_group_in_wandb_unless_they_have_one():
@@ -164,9 +219,9 @@ def test_rows_that_all_variants_share_are_evaluated_once_per_seed(tmp_path, monk
 
     monkeypatch.setattr(study.pretrain, "pretrain_and_evaluate", pretrain_and_evaluate)
     pretrained_only = {"linear": ["--rows", "pretrained"]}
-    assert study.run_all(runs[:3], "base.yaml") == 0
+    assert study.run_all(runs[:3]) == 0
     assert calls == [(0, {}), (1, {}), (0, pretrained_only)]
-    study.run_all(runs, "base.yaml")
+    study.run_all(runs)
     assert calls[3:] == [(1, pretrained_only)]
 
 
