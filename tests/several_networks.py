@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, Teacher
 from ssl_pretrain.models.transformer import TransformerBlocks
@@ -66,10 +67,12 @@ class SeveralNetworks(Method):
         }
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        z = {name: upcast(value) for name, value in embeddings.items()}
+        q = {name: upcast(value) for name, value in targets.items()}
         losses = {
-            "prediction": F.smooth_l1_loss(embeddings["predictions"], targets["patches"]),
-            "gram": F.mse_loss(gram(embeddings["patches"]), gram(targets["older"])),
-            "reconstruction": F.mse_loss(embeddings["pixels"], targets["pixels"]),
+            "prediction": F.smooth_l1_loss(z["predictions"], q["patches"]),
+            "gram": F.mse_loss(gram(z["patches"]), gram(q["older"])),
+            "reconstruction": F.mse_loss(z["pixels"], q["pixels"]),
         }
         return LossOutput(torch.stack([*losses.values()]).sum(), losses)
 
