@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from ssl_pretrain.models import feature_maps
 from ssl_pretrain.models.timm_networks import architecture, timm
@@ -34,6 +35,11 @@ class Tokens:
     prefix: Tensor
     patches: Tensor
     intermediate: list[Tokens] = field(default_factory=list)
+
+
+# FSDP finds the tensors whose backward pass needs the weights again in trees. torch 2.11 does not
+# look into dataclasses that are not registered.
+pytree.register_dataclass(Tokens)
 
 
 def is_transformer(model: nn.Module) -> bool:
