@@ -7,13 +7,10 @@ ssnl/align_uniform).
 
 from dataclasses import dataclass
 
-import torch
-
 from ssl_pretrain.losses import uniformity
-from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
+from ssl_pretrain.methods.base import Embeddings, JointPairs, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import DIMENSIONLESS, setting
-from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {"projector_dims": [256, 128]}
 
@@ -38,19 +35,12 @@ class Config(MethodConfig):
         return AlignUniform(self, backbone)
 
 
-class AlignUniform(Method):
+class AlignUniform(JointPairs):
     """Alignment of the views of an image, and uniformity of all images on the unit sphere."""
-
-    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, *config.projector_dims, batch_norm=False)
-
-    def forward(self, batch: Batch) -> Embeddings:
-        """Return the embeddings of both views from one forward pass, each (local_batch, dim)."""
-        z_a, z_b = self.projector(self.backbone(torch.cat(self.two_views(batch)))).chunk(2)
-        return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the weighted sum of the alignment and uniformity losses, and log both."""

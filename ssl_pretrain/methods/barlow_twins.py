@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.losses import redundancy
-from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, SeparatePairs
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import DIMENSIONLESS, setting
-from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {"projector_dims": [512, 512, 512]}
 
@@ -45,19 +44,12 @@ class Config(MethodConfig):
         return BarlowTwins(self, backbone)
 
 
-class BarlowTwins(Method):
+class BarlowTwins(SeparatePairs):
     """Redundancy reduction by the cross-correlation between the embeddings of two views."""
-
-    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, *config.projector_dims, last_bias=False)
-
-    def forward(self, batch: Batch) -> Embeddings:
-        """Return the projector's embeddings of both views, each (local_batch, dim)."""
-        z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
-        return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the invariance plus the weighted redundancy term, and log both."""

@@ -173,6 +173,19 @@ class Method(nn.Module):
             )
         return views[0], views[1]
 
+    def single_view(self, batch: Batch) -> Tensor:
+        """Return the only view of a batch.
+
+        Raises:
+            ValueError: If there are several views.
+        """
+        if len(batch.views) != 1:
+            raise ValueError(
+                f"{self.config.name}: takes 1 view, got {len(batch.views)}; "
+                "set views.crops to one crop with count 1"
+            )
+        return batch.views[0]
+
     def masks(self, batch: Batch, name: str) -> list[MaskSet]:
         """Return the masks that the method needs, one set per view that has them.
 
@@ -206,23 +219,46 @@ class MethodConfig:
         raise NotImplementedError(f"{type(self).__module__}: Config must override `build`")
 
 
-class GroupedPairs(Method):
-    """A method whose loss compares all embeddings of two views and pulls groups of images together.
+class SeparatePairs(Method):
+    """A method that compares the embeddings of two views, each from a forward pass of its own.
 
-    A group is one image, or with `pairs: labels` all images of one label.
+    Batch norm sees one view at a time. Subclasses set the projector.
     """
 
     couples = "embeddings"
-
-    def __init__(self, config: Any, backbone: Backbone):
-        super().__init__(config, backbone)
-        self.needs_labels = config.pairs == "labels"
-        self.projector = mlp(backbone.feature_dim, *config.projector_dims)
+    projector: nn.Module
 
     def forward(self, batch: Batch) -> Embeddings:
         """Return the projector's embeddings of both views, each (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         return {"z_a": z_a, "z_b": z_b}
+
+
+class JointPairs(Method):
+    """A method that compares the embeddings of two views, both from the same forward pass.
+
+    Batch norm sees both views. Subclasses set the projector.
+    """
+
+    couples = "embeddings"
+    projector: nn.Module
+
+    def forward(self, batch: Batch) -> Embeddings:
+        """Return the embeddings of both views from one forward pass, each (local_batch, dim)."""
+        z_a, z_b = self.projector(self.backbone(torch.cat(self.two_views(batch)))).chunk(2)
+        return {"z_a": z_a, "z_b": z_b}
+
+
+class GroupedPairs(SeparatePairs):
+    """A method whose loss compares all embeddings of two views and pulls groups of images together.
+
+    A group is one image, or with `pairs: labels` all images of one label.
+    """
+
+    def __init__(self, config: Any, backbone: Backbone):
+        super().__init__(config, backbone)
+        self.needs_labels = config.pairs == "labels"
+        self.projector = mlp(backbone.feature_dim, *config.projector_dims)
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
@@ -240,6 +276,21 @@ def forward_by_size(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]
         group = list(same_size)
         outputs += network(torch.cat(group)).chunk(len(group))
     return outputs
+
+
+@dataclass
+class FixedPositionsConfig(MethodConfig):
+    """Fields of methods whose authors train ViTs with fixed positional embeddings."""
+
+    vit_starts: Literal["as_built", "authors"] = setting(
+        "as_built",
+        "Initial weights of a ViT. as_built: those of the backbone. authors: the authors' "
+        "initialization with fixed positional embeddings, which requires backbone.init=random.",
+    )
+
+    def check(self, run: Any, world_size: int) -> None:
+        """Raise ValueError if the authors' initialization would replace loaded weights."""
+        check_vit_starts(self.vit_starts, run)
 
 
 def check_vit_starts(vit_starts: str, run: Any) -> None:

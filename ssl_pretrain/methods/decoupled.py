@@ -8,13 +8,10 @@ in lightly.
 
 from dataclasses import dataclass
 
-import torch
-
 from ssl_pretrain.losses import negatives, similarity
-from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
-from ssl_pretrain.models.components import Backbone, mlp
+from ssl_pretrain.methods.base import Embeddings, JointPairs, LossOutput, Method, MethodConfig
+from ssl_pretrain.models.components import Backbone, simclr_projector
 from ssl_pretrain.schema import DIMENSIONLESS, setting
-from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {"projector_dims": [256, 128]}
 
@@ -37,25 +34,12 @@ class Config(MethodConfig):
         return Decoupled(self, backbone)
 
 
-class Decoupled(Method):
+class Decoupled(JointPairs):
     """SimCLR without the positive in the denominator of the loss."""
-
-    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
-        self.projector = mlp(
-            backbone.feature_dim,
-            *config.projector_dims,
-            last_batch_norm=True,
-            last_shift=False,
-            init_std=0.01,
-        )
-
-    def forward(self, batch: Batch) -> Embeddings:
-        """Return the embeddings of both views from one forward pass, each (local_batch, dim)."""
-        z_a, z_b = self.projector(self.backbone(torch.cat(self.two_views(batch)))).chunk(2)
-        return {"z_a": z_a, "z_b": z_b}
+        self.projector = simclr_projector(backbone.feature_dim, *config.projector_dims)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the DCL loss, or DCLW if `sigma` is set, summed over both directions.

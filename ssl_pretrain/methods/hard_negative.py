@@ -8,10 +8,9 @@ debiased contrastive loss.
 from dataclasses import dataclass
 
 from ssl_pretrain.losses import negatives, similarity
-from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, SeparatePairs
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import DIMENSIONLESS, setting
-from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {"projector_dims": [256, 128]}
 
@@ -33,19 +32,12 @@ class Config(MethodConfig):
         return HardNegative(self, backbone)
 
 
-class HardNegative(Method):
+class HardNegative(SeparatePairs):
     """Debiased contrastive learning in which close negatives get larger weights."""
-
-    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, *config.projector_dims)
-
-    def forward(self, batch: Batch) -> Embeddings:
-        """Return the projector's embeddings of both views, each (local_batch, dim)."""
-        z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
-        return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the hard-negative loss, and log the mean cosine similarity of positive pairs."""

@@ -9,7 +9,7 @@ The features of all target patches are transient, so only the mean features of e
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,10 @@ from ssl_pretrain.losses import latent_prediction
 from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.methods.base import (
     Embeddings,
+    FixedPositionsConfig,
     LossOutput,
     Method,
-    MethodConfig,
     Monitored,
-    check_vit_starts,
 )
 from ssl_pretrain.models.components import Backbone, Teacher
 from ssl_pretrain.models.tokens import check_maskable
@@ -54,7 +53,7 @@ PRESET_OVERRIDES = [
 
 
 @dataclass
-class Config(MethodConfig):
+class Config(FixedPositionsConfig):
     """Configuration of I-JEPA."""
 
     name: str = "ijepa"
@@ -66,15 +65,6 @@ class Config(MethodConfig):
         0, "Attention heads of the predictor. 0: as many as the backbone has.", unit="heads"
     )
     momentum: float = setting(0.996, "Momentum of the teacher at step 0. It rises linearly to 1.")
-    vit_starts: Literal["as_built", "authors"] = setting(
-        "as_built",
-        "Initial weights of a ViT. as_built: those of the backbone. authors: the authors' "
-        "initialization with fixed positional embeddings, which requires backbone.init=random.",
-    )
-
-    def check(self, run: Any, world_size: int) -> None:
-        """Raise ValueError if the authors' initialization would replace loaded weights."""
-        check_vit_starts(self.vit_starts, run)
 
     def build(self, backbone: Backbone) -> Method:
         """Build I-JEPA on top of a backbone."""
@@ -209,12 +199,11 @@ class IJEPA(Method):
         Raises:
             ValueError: If there are several views, or the view has no context and targets.
         """
-        if len(batch.views) != 1:
-            raise ValueError(
-                f"ijepa: takes 1 view, got {len(batch.views)}; "
-                "set views.crops to one crop with count 1"
-            )
-        return batch.views[0], self.masks(batch, "context")[0], self.masks(batch, "targets")[0]
+        return (
+            self.single_view(batch),
+            self.masks(batch, "context")[0],
+            self.masks(batch, "targets")[0],
+        )
 
 
 def initialize_layers(module: nn.Module) -> None:

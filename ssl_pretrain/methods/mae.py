@@ -8,7 +8,7 @@ Predictions and images are transient, so only the mean features of each image ar
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,10 @@ from ssl_pretrain.losses import reconstruction
 from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.methods.base import (
     Embeddings,
+    FixedPositionsConfig,
     LossOutput,
     Method,
-    MethodConfig,
     Monitored,
-    check_vit_starts,
 )
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.tokens import check_maskable
@@ -48,7 +47,7 @@ PRESET_OVERRIDES = [
 
 
 @dataclass
-class Config(MethodConfig):
+class Config(FixedPositionsConfig):
     """Configuration of MAE."""
 
     name: str = "mae"
@@ -58,15 +57,6 @@ class Config(MethodConfig):
     normalize_pixels: bool = setting(
         True, "Predict each patch's pixels scaled to mean 0 and standard deviation 1."
     )
-    vit_starts: Literal["as_built", "authors"] = setting(
-        "as_built",
-        "Initial weights of a ViT. as_built: those of the backbone. authors: the authors' "
-        "initialization with fixed positional embeddings, which requires backbone.init=random.",
-    )
-
-    def check(self, run: Any, world_size: int) -> None:
-        """Raise ValueError if the authors' initialization would replace loaded weights."""
-        check_vit_starts(self.vit_starts, run)
 
     def build(self, backbone: Backbone) -> Method:
         """Build MAE on top of a backbone."""
@@ -171,12 +161,7 @@ class MAE(Method):
         Raises:
             ValueError: If there are several views, or the view has no mask.
         """
-        if len(batch.views) != 1:
-            raise ValueError(
-                f"mae: takes 1 view, got {len(batch.views)}; "
-                "set views.crops to one crop with count 1"
-            )
-        return batch.views[0], self.masks(batch, "visible")[0]
+        return self.single_view(batch), self.masks(batch, "visible")[0]
 
 
 def initialize_as_authors(vit: Any) -> None:

@@ -7,14 +7,12 @@ projector, its initialization and the sum over both directions follow google-res
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ssl_pretrain.losses import contrastive, similarity
-from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
-from ssl_pretrain.models.components import Backbone, mlp
+from ssl_pretrain.methods.base import Embeddings, JointPairs, LossOutput, Method, MethodConfig
+from ssl_pretrain.models.components import Backbone, simclr_projector
 from ssl_pretrain.schema import setting
-from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {"projector_dims": [256, 128], "temperature": 0.2}
 
@@ -35,26 +33,13 @@ class Config(MethodConfig):
         return SimCLR(self, backbone)
 
 
-class SimCLR(Method):
+class SimCLR(JointPairs):
     """Contrastive learning of two views against the other images of the global batch."""
-
-    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
-        # Batch norm follows every linear layer, so none has a bias. The last norm has no shift.
         dims = [] if config.without_projector else config.projector_dims
-        self.projector = (
-            mlp(backbone.feature_dim, *dims, last_batch_norm=True, last_shift=False, init_std=0.01)
-            if dims
-            else nn.Identity()
-        )
-
-    def forward(self, batch: Batch) -> Embeddings:
-        """Return the embeddings of both views from one forward pass, each (local_batch, dim)."""
-        # Batch norm sees both views, as in the authors' code.
-        z_a, z_b = self.projector(self.backbone(torch.cat(self.two_views(batch)))).chunk(2)
-        return {"z_a": z_a, "z_b": z_b}
+        self.projector = simclr_projector(backbone.feature_dim, *dims) if dims else nn.Identity()
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the NT-Xent loss summed over both directions, and log their mean."""

@@ -8,10 +8,9 @@ and the covariance term is summed over them. Both are computed over the global b
 from dataclasses import dataclass
 
 from ssl_pretrain.losses import redundancy
-from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, SeparatePairs
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import setting
-from ssl_pretrain.views.batch import Batch
 
 SMALL_CONFIG = {"projector_dims": [512, 512, 512]}
 
@@ -31,21 +30,14 @@ class Config(MethodConfig):
         return VICReg(self, backbone)
 
 
-class VICReg(Method):
+class VICReg(SeparatePairs):
     """Variance, invariance and covariance regularization of two views' embeddings."""
-
-    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(
             backbone.feature_dim, *config.projector_dims, hidden_bias=True, last_bias=False
         )
-
-    def forward(self, batch: Batch) -> Embeddings:
-        """Return the projector's embeddings of both views, each (local_batch, dim)."""
-        z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
-        return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the weighted sum of the three terms, and log each term."""

@@ -146,6 +146,14 @@ def mlp(
     return nn.Sequential(*layers)
 
 
+def simclr_projector(in_dim: int, *dims: int) -> nn.Sequential:
+    """Build SimCLR's projector, (rows, in_dim) -> (rows, dims[-1]).
+
+    Batch norm follows every linear layer, so none has a bias. The last norm has no shift.
+    """
+    return mlp(in_dim, *dims, last_batch_norm=True, last_shift=False, init_std=0.01)
+
+
 class Teacher(nn.Module):
     """Copies of a student's modules, applied in order and not trained by gradients.
 
