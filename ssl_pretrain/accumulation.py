@@ -55,26 +55,29 @@ def check(method: Method, config: ParallelConfig) -> None:
     )
 
 
-def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
+def concatenate(outputs: Sequence[Embeddings]) -> Embeddings:
     """Concatenate the rows of all micro-batches under each name."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 
 
-def split(whole: Embeddings, parts: Sequence[Embeddings]) -> list[Embeddings]:
+def split(whole: Embeddings, outputs: Sequence[Embeddings]) -> list[Embeddings]:
     """Undo `concatenate`, with views of the tensors of `whole`.
 
     Args:
-        whole: Tensors of all micro-batches. A tensor whose name is in no part is not divided, and
-            every part of the result gets it whole.
-        parts: The tensors that `concatenate` got. They give the number of rows of each part.
+        whole: Tensors of all micro-batches. A tensor whose name is in no output is not divided, and
+            every micro-batch gets it whole.
+        outputs: The tensors that `concatenate` got. They give the number of rows of each
+            micro-batch.
     """
-    shared = {name: value for name, value in whole.items() if name not in parts[0]}
-    rows = {
-        name: value.split([len(part[name]) for part in parts])
+    tensors_by_name: dict[str, Sequence[Tensor]] = {
+        name: value.split([len(output[name]) for output in outputs])
+        if name in outputs[0]
+        else [value] * len(outputs)
         for name, value in whole.items()
-        if name in parts[0]
     }
-    return [{**{name: rows[name][k] for name in rows}, **shared} for k in range(len(parts))]
+    return [
+        {name: tensors[k] for name, tensors in tensors_by_name.items()} for k in range(len(outputs))
+    ]
 
 
 def as_leaves(embeddings: Embeddings) -> Embeddings:
@@ -98,7 +101,7 @@ def insert_rows(embeddings: Embeddings, compared: Sequence[Embeddings], k: int) 
     """
     completed = dict(embeddings)
     for name in compared[k]:
-        rows = [part[name] for part in compared]
+        rows = [output[name] for output in compared]
         z = embeddings[name]
         if z.requires_grad:
             z = z.view_as(z)  # so that the hook is not on the embedding itself

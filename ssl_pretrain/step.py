@@ -15,7 +15,7 @@ from ssl_pretrain import accumulation, rng
 from ssl_pretrain.accumulation import StatisticsAverage
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method
-from ssl_pretrain.models.components import Backbone
+from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import optimizers, schedules
 from ssl_pretrain.parallel import batch_norm, wrap
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig
@@ -68,7 +68,9 @@ class Stepper:
         batch = replace(batch, views=self.execution.place_views(batch.views))
         statistics_before = batch_norm.snapshot_statistics(method)
         is_frozen = optimizers.freezes_backbone(self.optim_config, progress)
-        frozen_statistics = batch_norm.clone_statistics(_backbones(method)) if is_frozen else []
+        frozen_statistics = (
+            batch_norm.clone_statistics(backbones.networks(method)) if is_frozen else []
+        )
         self.optimizer.zero_grad(set_to_none=True)
         if self.parallel_config.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # earlier outputs may be overwritten
@@ -83,8 +85,7 @@ class Stepper:
         )
         wrap.average_statistics(self.model, self.parallel_config, self.global_batch_size)
         batch_norm.restore_statistics(method, statistics_before, skipped > 0)
-        for buffer, value in frozen_statistics:
-            buffer.copy_(value)
+        batch_norm.restore_clones(frozen_statistics)
         method.step_taken = 1 - skipped
         method.after_step(progress, embeddings, targets)
         logs |= {"gradient_norm": gradient_norm, "skipped_steps": skipped}
@@ -174,11 +175,12 @@ class Stepper:
         """
         method, outputs = self.method, []
         micro_batches = self._micro_batches(batch)
-        compared, targets = self._embed_without_graph(micro_batches, step, method.compared)
-        final_statistics = [buffer.clone() for buffer in batch_norm.statistics(method)]
+        compared, uncoupled = self._embed_without_graph(micro_batches, step, method.compared)
+        # With `compared`, the second pass updates the student's statistics a second time.
+        final_statistics = batch_norm.clone_statistics([method] if method.compared else [])
         statistics = StatisticsAverage(method, self.num_micro_batches)
-        coupled = method.couple_targets(accumulation.concatenate(targets))
-        parts = accumulation.split(coupled, targets)
+        coupled = method.couple_targets(accumulation.concatenate(uncoupled))
+        targets = accumulation.split(coupled, uncoupled)
         replay_error = accumulation.ReplayError()
         for k, micro_batch in enumerate(micro_batches):
             self._seed(step, k)
@@ -186,12 +188,11 @@ class Stepper:
                 embeddings = self._embed(micro_batch)
                 replay_error.add(embeddings, compared[k])
                 whole = accumulation.insert_rows(embeddings, compared, k)
-                output = method.loss(whole, parts[k])
+                output = method.loss(whole, targets[k])
                 (output.loss / self.num_micro_batches).backward()
             statistics.update(k)
-            outputs.append(_build_output(method, embeddings, parts[k], output))
-        if method.compared:  # undo the second update of the student's
-            batch_norm.copy_to_statistics(method, final_statistics)
+            outputs.append(_build_output(method, embeddings, targets[k], output))
+        batch_norm.restore_clones(final_statistics)
         logs = accumulation.mean_of_logs([output.logs for output in outputs])
         return StepOutput(
             accumulation.concatenate([output.embeddings for output in outputs]),
@@ -208,12 +209,12 @@ class Stepper:
         """
         method = self.method
         micro_batches = self._micro_batches(batch)
-        parts, target_parts = self._embed_without_graph(micro_batches, step)
-        final_statistics = [buffer.clone() for buffer in batch_norm.statistics(method)]
-        embeddings = accumulation.as_leaves(accumulation.concatenate(parts))
-        targets = method.couple_targets(accumulation.concatenate(target_parts))
+        first_pass, uncoupled = self._embed_without_graph(micro_batches, step)
+        final_statistics = batch_norm.clone_statistics([method])
+        embeddings = accumulation.as_leaves(accumulation.concatenate(first_pass))
+        targets = method.couple_targets(accumulation.concatenate(uncoupled))
         output = method.loss(embeddings, targets)
-        gradients = accumulation.split(_gradients(output.loss, embeddings), parts)
+        gradients = accumulation.split(_gradients(output.loss, embeddings), first_pass)
         replay_error = accumulation.ReplayError()
         for k, micro_batch in enumerate(micro_batches):
             self._seed(step, k)
@@ -223,8 +224,8 @@ class Stepper:
                     [replayed[name] for name in gradients[k]],
                     [g.to(replayed[name].dtype) for name, g in gradients[k].items()],
                 )
-            replay_error.add(replayed, {name: parts[k][name] for name in gradients[k]})
-        batch_norm.copy_to_statistics(method, final_statistics)  # undo the second pass's update
+            replay_error.add(replayed, {name: first_pass[k][name] for name in gradients[k]})
+        batch_norm.restore_clones(final_statistics)  # undo the second pass's update
         output.logs.update(replay_error.logs())
         return _build_output(method, embeddings, targets, output)
 
@@ -317,11 +318,6 @@ def build_stepper(
         optim_config,
         execution,
     )
-
-
-def _backbones(method: Method) -> list[nn.Module]:
-    """Return the backbones of the student and its teachers."""
-    return [module for module in method.modules() if isinstance(module, Backbone)]
 
 
 def _gradients(loss: Tensor, embeddings: Embeddings) -> Embeddings:

@@ -117,6 +117,11 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         module.load_state_dict(weights, strict=True)
 
 
+def networks(module: nn.Module) -> list[Backbone]:
+    """Return every backbone in `module`, the student's and the teachers'."""
+    return [child for child in module.modules() if isinstance(child, Backbone)]
+
+
 def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the names and modules of the repeated blocks of every network in `module`.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_pretrain.distributed import collectives
 from ssl_pretrain.optim import scaling
-from ssl_pretrain.optim.masked import MaskedOptimizer, State
+from ssl_pretrain.optim.masked import Chunk, MaskedOptimizer, State
 
 
 class LAMB(MaskedOptimizer):
@@ -31,15 +31,9 @@ class LAMB(MaskedOptimizer):
     def __init__(self, params: Iterable[Any], *, betas: Sequence[float], eps: float):
         super().__init__(params, betas=tuple(betas), eps=eps, adapt=True)
 
-    def update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        states: list[State],
-    ) -> None:
+    def update(self, group: dict[str, Any], chunk: Chunk) -> None:
         """Update copies of weights and states in place."""
+        _, weights, gradients, states = chunk
         beta1, beta2 = group["betas"]
         means, squares = (_moments(states, key, weights) for key in ("exp_avg", "exp_avg_sq"))
         steps = _count_steps(states, weights[0])
@@ -52,7 +46,7 @@ class LAMB(MaskedOptimizer):
             torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
         factors = torch.full_like(steps, group["lr"], dtype=weights[0].dtype)
         if group["adapt"]:
-            norms = collectives.tensor_norms(weights, updates, sharded_as=params[0])
+            norms = collectives.tensor_norms(weights, updates, sharded_as=chunk.params[0])
             trust = norms[0] / norms[1]
             nonzero = (norms[0] > 0) & (norms[1] > 0)
             factors = factors * torch.where(nonzero, trust, torch.ones_like(trust))
@@ -75,15 +69,9 @@ class Adan(MaskedOptimizer):
     def __init__(self, params: Iterable[Any], *, betas: Sequence[float], eps: float):
         super().__init__(params, betas=tuple(betas), eps=eps)
 
-    def update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        states: list[State],
-    ) -> None:
+    def update(self, group: dict[str, Any], chunk: Chunk) -> None:
         """Update copies of weights and states in place."""
+        _, weights, gradients, states = chunk
         beta1, beta2, beta3 = group["betas"]
         keys = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_gradient")
         means, differences, squares, previous = (_moments(states, key, weights) for key in keys)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain.optim.masked import MaskedOptimizer, State
+from ssl_pretrain.optim.masked import Chunk, MaskedOptimizer
 from ssl_pretrain.optim.optimizer_list import ENTRIES
 
 # Arguments that follow from other settings, or that the masked step does not support.
@@ -23,8 +23,9 @@ RESERVED_ARGUMENTS = {
     "weight_decay": "set optim.weight_decay",
     "capturable": "it follows from the device",
     "corrected_weight_decay": "it needs the peak learning rate, which depends on the batch size",
-    **dict.fromkeys(("maximize", "differentiable", "fused"), "it is not supported"),
-    **dict.fromkeys(("adamw_lr", "verbose"), "it is not supported"),
+    **dict.fromkeys(
+        ("maximize", "differentiable", "fused", "adamw_lr", "verbose"), "it is not supported"
+    ),
 }
 
 
@@ -49,17 +50,10 @@ class LibraryOptimizer(MaskedOptimizer):
         placeholder = nn.Parameter(torch.zeros((), device=device))
         self._optimizer = entry.optimizer_class([placeholder], **arguments)
 
-    def update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        states: list[State],
-    ) -> None:
+    def update(self, group: dict[str, Any], chunk: Chunk) -> None:
         """Update copies of weights and states in place, with the optimizer of the library."""
-        parameters = [nn.Parameter(weight) for weight in weights]
-        for parameter, gradient in zip(parameters, gradients):
+        parameters = [nn.Parameter(weight) for weight in chunk.weights]
+        for parameter, gradient in zip(parameters, chunk.gradients):
             parameter.grad = gradient
         options = {key: group[key] for key in ("lr", "weight_decay")}
         if self._name == "timm:muon" and not group["adapt"]:
@@ -67,9 +61,9 @@ class LibraryOptimizer(MaskedOptimizer):
         options["params"] = parameters
         self._optimizer.param_groups = [self._optimizer.defaults | options]
         self._optimizer.state.clear()
-        self._optimizer.state.update(zip(parameters, states))
+        self._optimizer.state.update(zip(parameters, chunk.states))
         self._optimizer.step()
-        for state in states:
+        for state in chunk.states:
             for key in [key for key, value in state.items() if not isinstance(value, Tensor)]:
                 del state[key]  # Muon's choice of algorithm, made again in every step
         self._optimizer.state.clear()

@@ -1,7 +1,7 @@
 """Base of optimizers whose step can be undone on the device."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,15 @@ from ssl_pretrain.distributed import collectives
 CHUNK_ELEMENTS = 2**25  # elements that are updated at a time, 128 MiB in float32
 
 State = dict[str, Tensor]
+
+
+class Chunk(NamedTuple):
+    """Parameters that are updated together, and copies of what the update changes."""
+
+    params: list[Tensor]  # the parameters, which may be sharded and must not be changed
+    weights: list[Tensor]  # copies of the parameters, or of this rank's shards
+    gradients: list[Tensor]  # gradients of the weights
+    states: list[State]  # copies of the states, empty before the first step
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
@@ -46,22 +55,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
             for params in _chunks([p for p in group["params"] if p.grad is not None]):
                 self._step_chunk(group, params)
 
-    def update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        states: list[State],
-    ) -> None:
+    def update(self, group: dict[str, Any], chunk: Chunk) -> None:
         """Update copies of weights and states in place.
 
         Args:
             group: Options of the parameters' group.
-            params: The parameters, which may be sharded and must not be changed.
-            weights: Copies of the parameters, or of this rank's shards.
-            gradients: Gradients of the weights.
-            states: Copies of the states, empty before the first step.
+            chunk: The parameters and the copies.
         """
         raise NotImplementedError
 
@@ -70,7 +69,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         weights = _copy(originals)
         gradients = collectives.local_tensors(p.grad for p in params if p.grad is not None)
         states = self._copy_states(params)
-        self.update(group, params, weights, gradients, states)
+        self.update(group, Chunk(params, weights, gradients, states))
         values = list(weights)
         for p, weight, state in zip(params, weights, states):
             originals += [self._original_state(p, weight, *entry) for entry in state.items()]

@@ -170,6 +170,13 @@ def clone_statistics(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Tensor]
     return [(buffer, buffer.clone()) for module in modules for buffer in statistics(module)]
 
 
+@torch.no_grad()
+def restore_clones(clones: list[tuple[Tensor, Tensor]]) -> None:
+    """Restore what `clone_statistics` has returned."""
+    for buffer, value in clones:
+        buffer.copy_(value)
+
+
 def _means_and_variances(module: nn.Module) -> list[Tensor]:
     return [buffer for buffer in statistics(module) if buffer.is_floating_point()]
 
@@ -191,13 +198,6 @@ def restore_statistics(module: nn.Module, snapshot: Tensor | None, condition: Te
         buffers = _means_and_variances(module)
         current = torch.cat([buffer.flatten() for buffer in buffers])
         copy_to_buffers(torch.where(condition, snapshot, current), buffers)
-
-
-@torch.no_grad()
-def copy_to_statistics(module: nn.Module, values: list[Tensor]) -> None:
-    """Copy values to the buffers that `statistics` returns, in its order."""
-    for buffer, value in zip(statistics(module), values):
-        buffer.copy_(value)
 
 
 def copy_to_buffers(vector: Tensor, buffers: list[Tensor]) -> None:

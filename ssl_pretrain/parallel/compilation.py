@@ -44,11 +44,12 @@ def compile_network(method: Method, device: torch.device, cuda_graphs: bool) -> 
     # Beyond this limit, dynamo silently leaves parts uncompiled. ResNet blocks have many shapes.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))
-    for backbone in (module for module in method.modules() if isinstance(module, Backbone)):
+    for backbone in backbones.networks(method):
         drop_path.share_code([block for _, block in backbones.blocks(backbone)], device)
         _compile_stem(backbone.model, compile_part)
         if isinstance(backbone.model, timm.models.VisionTransformer):  # called by `tokens` alone
-            backbone.embed_patches = compile_part(backbone.embed_patches)  # type: ignore[method-assign]
+            embed_patches = compile_part(backbone.embed_patches)
+            backbone.embed_patches = embed_patches  # type: ignore[method-assign]
     for block in blocks:
         block.forward = compile_block(block.forward)
     for head in _heads(method):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Method
-from ssl_pretrain.models import backbones, components
+from ssl_pretrain.models import backbones
 from ssl_pretrain.parallel import activation_checkpointing, batch_norm, weight_casts
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig, bn_group_images, check
 
@@ -144,7 +144,7 @@ def _shard(method: nn.Module, config: ParallelConfig, execution: Execution) -> N
     for tensor in [*method.parameters(), *method.buffers()]:
         dist.broadcast(tensor.detach(), src=0)
     mesh = _build_mesh(config, execution.device.type)
-    networks = [module for module in method.modules() if isinstance(module, components.Backbone)]
+    networks = backbones.networks(method)
     for unit in [*(block for _, block in backbones.blocks(method)), *networks, method]:
         sharded: Any = fully_shard(
             unit,

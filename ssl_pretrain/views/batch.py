@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,10 +42,13 @@ class MaskSet:
         grid = torch.zeros(len(indices), num_patches + 1, dtype=torch.bool, device=indices.device)
         return grid.scatter_(1, columns, valid)[:, :num_patches]
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> MaskSet:
+        """Return the masks with a function applied to both tensors."""
+        return replace(self, indices=function(self.indices), valid=function(self.valid))
+
     def upload(self, device: torch.device | str) -> MaskSet:
         """Return the masks on a device, without waiting for the copies."""
-        indices, valid = upload(self.indices, device), upload(self.valid, device)
-        return replace(self, indices=indices, valid=valid)
+        return self.map(lambda tensor: upload(tensor, device))
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device."""
-        return Batch(
-            [view.to(device) for view in self.views],
-            self.labels.to(device),
-            self.indices.to(device),
-            tuple(
-                replace(masks, indices=masks.indices.to(device), valid=masks.valid.to(device))
-                for masks in self.masks
-            ),
-        )
+        return self._map(lambda tensor: tensor.to(device))
 
     def slice(self, index: int, num_slices: int) -> Batch:
         """Return slice `index` of `num_slices` slices of equal length, counted from 0.
@@ -100,14 +95,15 @@ class Batch:
 
     def rows(self, rows: builtins.slice) -> Batch:
         """Return some of the images, with their masks."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with a function applied to every tensor."""
         return Batch(
-            [view[rows] for view in self.views],
-            self.labels[rows],
-            self.indices[rows],
-            tuple(
-                replace(masks, indices=masks.indices[rows], valid=masks.valid[rows])
-                for masks in self.masks
-            ),
+            [function(view) for view in self.views],
+            function(self.labels),
+            function(self.indices),
+            tuple(masks.map(function) for masks in self.masks),
         )
 
 
