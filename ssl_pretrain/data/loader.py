@@ -222,12 +222,14 @@ class Loader:
         plan = self.reader.plan
         return masks.draw(
             self.reader.views,
-            seed=plan.seed,
-            epoch=plan.epoch(step),
-            step=step,
-            indices=indices,
-            first_slot=plan.rank * plan.local_batch_size,
-            global_batch_size=plan.global_batch_size,
+            masks.Position(
+                seed=plan.seed,
+                epoch=plan.epoch(step),
+                step=step,
+                indices=indices,
+                first_slot=plan.rank * plan.local_batch_size,
+                global_batch_size=plan.global_batch_size,
+            ),
         )
 
 

@@ -21,41 +21,35 @@ from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 @dataclass(frozen=True)
 class Position:
-    """A rank's images, and the step of the run in which they are used."""
+    """Consecutive images of a global batch, and the step of the run in which they are used.
 
-    seed: int
-    epoch: int
-    step: int
-    indices: np.ndarray  # indices of the images in the data set, int64 (local_batch,)
-    first_slot: int  # position of the first image in the global batch
-    global_batch_size: int
-
-
-def draw(
-    views: ViewsConfig,
-    *,
-    seed: int,
-    epoch: int,
-    step: int,
-    indices: np.ndarray,
-    first_slot: int,
-    global_batch_size: int,
-) -> tuple[MaskSet, ...]:
-    """Draw the masks of consecutive images of a global batch, on the CPU.
-
-    Args:
-        views: Recipe of the views and of their masks.
+    Attributes:
         seed: Seed of the run.
         epoch: Number of passes over the data before this one.
         step: Number of steps of the run before this one.
         indices: Indices of the images in the data set, int64 (n,).
-        first_slot: Position of the first image in the global batch of the step. The others follow.
+        first_slot: Position of the first image in the global batch of the step.
         global_batch_size: Images of the step, over all ranks.
+    """
+
+    seed: int
+    epoch: int
+    step: int
+    indices: np.ndarray
+    first_slot: int
+    global_batch_size: int
+
+
+def draw(views: ViewsConfig, position: Position) -> tuple[MaskSet, ...]:
+    """Draw the masks of images, on the CPU.
+
+    Args:
+        views: Recipe of the views and of their masks.
+        position: The images and their step.
 
     Returns:
         The masks of every view that has any, in the order of the views.
     """
-    position = Position(seed, epoch, step, indices, first_slot, global_batch_size)
     return tuple(
         _build_set(shape, view, grids)
         for view, first_view, crop in _masked_views(views)

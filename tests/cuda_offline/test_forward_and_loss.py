@@ -61,8 +61,8 @@ def test_a_step_in_two_micro_batches_never_waits(stem, monkeypatch):
 
 def test_masks_reach_the_gpu_and_become_grids_without_a_wait():
     views = ViewsConfig({"global": Crop(count=1, mask=Mask("multiblock"))})
-    position = {"seed": 0, "epoch": 0, "step": 0, "first_slot": 0, "global_batch_size": 4}
-    mask_sets = masks.draw(views, indices=np.arange(4), **position)
+    position = masks.Position(0, 0, 0, np.arange(4), first_slot=0, global_batch_size=4)
+    mask_sets = masks.draw(views, position)
     with pretend_cuda(), RefuseHostWaits():
         blank = masks.blank(views, 4, DEVICE)
         for mask_set in (*blank, *(mask_set.upload(DEVICE) for mask_set in mask_sets)):

@@ -120,12 +120,14 @@ def test_a_batch_has_the_masks_of_its_step(source):
     batch = next(make_loader(source, rank=1, world_size=2).iterate_from(6))  # epoch 1
     expected = masks.draw(
         VIEWS,
-        seed=3,
-        epoch=1,
-        step=6,
-        indices=batch.indices.numpy(),
-        first_slot=6,
-        global_batch_size=12,
+        masks.Position(
+            seed=3,
+            epoch=1,
+            step=6,
+            indices=batch.indices.numpy(),
+            first_slot=6,
+            global_batch_size=12,
+        ),
     )
     assert [(mask_set.name, mask_set.view) for mask_set in batch.masks] == [
         ("masked", 0),

@@ -121,12 +121,14 @@ def draw_ours(mask: Mask, side: int, count: int = 1, batch: int = BATCH) -> Grid
     for step in range(NUM_DRAWS // batch):
         mask_sets = masks.draw(
             views,
-            seed=0,
-            epoch=0,
-            step=step,
-            indices=np.arange(step * batch, (step + 1) * batch),
-            first_slot=0,
-            global_batch_size=batch,
+            masks.Position(
+                seed=0,
+                epoch=0,
+                step=step,
+                indices=np.arange(step * batch, (step + 1) * batch),
+                first_slot=0,
+                global_batch_size=batch,
+            ),
         )
         for mask_set in mask_sets:
             every_mask = [

@@ -37,12 +37,14 @@ def draw(mask, indices=None, *, count=2, size=224, seed=0, epoch=0, step=0, firs
     indices = np.arange(12) if indices is None else indices
     return masks.draw(
         build_views(mask, count, size),
-        seed=seed,
-        epoch=epoch,
-        step=step,
-        indices=indices,
-        first_slot=first,
-        global_batch_size=total or len(indices),
+        masks.Position(
+            seed=seed,
+            epoch=epoch,
+            step=step,
+            indices=indices,
+            first_slot=first,
+            global_batch_size=total or len(indices),
+        ),
     )
 
 
