@@ -9,8 +9,8 @@ from ssl_pretrain.eval.frozen import (
     cached_attentive,
     features,
     patch_tokens,
+    published,
     published_attentive,
-    published_linear,
 )
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import NON_NEGATIVE_FLOAT, POSITIVE_FLOAT, POSITIVE_INT
@@ -80,7 +80,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         ),
     },
     "--select": {
-        "choices": list(published_linear.SELECTIONS),
+        "choices": list(published.SELECTIONS),
         "help": (
             "published protocols. held-out: select on held-out training images (default for several"
             " settings), published: train the only setting on all images (default for one), or"

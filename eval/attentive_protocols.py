@@ -217,7 +217,7 @@ def describe_attentive_training(
 ) -> str:
     """Describe the probes and their training, as an entry of the saved protocol."""
     blocks = f"{protocol.num_blocks} blocks of self-attention, then " if protocol.num_blocks else ""
-    parts = "one query, attention" if protocol.kind == "capi" else "one query, norm, attention, MLP"
+    layers = "attention" if protocol.kind == "capi" else "norm, attention, MLP"
     batch = f"batch {protocol.batch_size}"
     published_batch = published.batch_size
     if published.batch_is_per_rank:
@@ -232,7 +232,7 @@ def describe_attentive_training(
         length += f" (published: {published.num_steps or published.epochs} {unit})"
     warmup = protocol.settings[-1].warmup
     entries = [
-        f"{blocks}{parts} with {num_heads} heads, linear layer",
+        f"{blocks}one query, {layers} with {num_heads} heads, linear layer",
         f"AdamW with betas {protocol.betas[0]:g} and {protocol.betas[1]:g}",
         f"learning rates times {protocol.batch_size / protocol.lr_batch_size:g} for this batch"
         if protocol.lr_batch_size

@@ -8,6 +8,7 @@ from ssl_pretrain.eval.frozen import (
     cached_linear,
     features,
     named_features,
+    published,
     published_linear,
 )
 from ssl_pretrain.eval.protocols import LINEAR_PROTOCOLS, LinearOptions
@@ -91,7 +92,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         ),
     },
     "--select": {
-        "choices": published_linear.SELECTIONS,
+        "choices": published.SELECTIONS,
         "default": "held-out",
         "help": (
             "published protocols: select on held-out training images (default), train on all images"

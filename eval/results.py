@@ -118,6 +118,34 @@ def save(
     return result
 
 
+def save_with_grid(
+    run_path: Path,
+    name: str,
+    table: tuple[dict[str, Any], list[Row]],
+    grid: tuple[dict[str, Any], list[Row]],
+    provenance: dict[str, Any],
+    seconds: float,
+    measure: str,
+) -> dict[str, Any]:
+    """Save a result, and the numbers of all settings as <name>_grid. Return the result's content.
+
+    The table gets the row of the better random backbone.
+
+    Args:
+        run_path: Folder of the run.
+        name: Name of the evaluation.
+        table: Protocol and rows of the result.
+        grid: Protocol and rows of all settings.
+        provenance: Checkpoint, step and network, from `Run.provenance`.
+        seconds: Duration of the evaluation.
+        measure: Name and unit of the numbers.
+    """
+    save(run_path, f"{name}_grid", *grid, provenance, seconds, measure)
+    protocol, rows = table
+    rows = with_better_random_row(rows)
+    return save(run_path, name, protocol, rows, provenance, seconds, measure)
+
+
 def load_newest(run_path: Path) -> list[dict[str, Any]]:
     """Read the newest result of each evaluation of a run, sorted by name."""
     return [json.loads(path.read_text()) for path in sorted((run_path / "eval").glob("*.json"))]

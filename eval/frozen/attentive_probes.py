@@ -260,8 +260,8 @@ class ProbeOptimizer:
 def _sum_over_ranks(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return the sums over ranks, sent as one tensor."""
     flat = collectives.reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    return [part.view_as(gradient) for part, gradient in zip(parts, gradients)]
+    slices = flat.split([gradient.numel() for gradient in gradients])
+    return [values.view_as(gradient) for values, gradient in zip(slices, gradients)]
 
 
 def _per_probe(values: Tensor, like: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ def _per_probe(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def widest_heads(dim: int, head_dim: int = 64) -> int:
+def max_num_heads(dim: int, head_dim: int = 64) -> int:
     """Return the largest number of heads that divides `dim` into at least `head_dim`, or 1."""
     return next(
         (heads for heads in range(dim // head_dim, 0, -1) if dim % heads == 0),

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ssl_pretrain.eval.attentive_protocols import (
     describe_attentive_training,
 )
 from ssl_pretrain.eval.frozen import features, linear_heads, patch_tokens
-from ssl_pretrain.eval.frozen.attentive_probes import ProbeShape, widest_heads
+from ssl_pretrain.eval.frozen.attentive_probes import ProbeShape, max_num_heads
 from ssl_pretrain.eval.frozen.evaluation_split import (
     EvaluationSplit,
     describe_splits,
@@ -72,11 +71,15 @@ def evaluate(
         "accuracy": "on the held-out tenth of the training images, by learning rate (lr) and weight"
         " decay (wd)"
     }
-    seconds = time.monotonic() - start
-    name = f"attentive{options.suffix}"
-    save = partial(results.save, run.path, measure=options.measure)
-    save(f"{name}_grid", grid_entries, grid, run.provenance(), seconds)
-    return save(name, entries, results.with_better_random_row(table), run.provenance(), seconds)
+    return results.save_with_grid(
+        run.path,
+        f"attentive{options.suffix}",
+        (entries, table),
+        (grid_entries, grid),
+        run.provenance(),
+        time.monotonic() - start,
+        options.measure,
+    )
 
 
 def _measure(
@@ -91,7 +94,7 @@ def _measure(
     test_tokens, test_labels = features.embed_split(embed, test)
     standardize_in_place(tokens, test_tokens)
     dim = tokens.shape[2]
-    shape = ProbeShape(protocol.kind, dim, len(train.classes), widest_heads(dim))
+    shape = ProbeShape(protocol.kind, dim, len(train.classes), max_num_heads(dim))
     train_rows, held_out_rows = (torch.from_numpy(rows) for rows in hold_out(len(tokens)))
     grid = train_probes(shape, tokens, labels, train_rows, protocol.settings, protocol)
     held_out = held_out_rows.to(tokens.device)
@@ -102,11 +105,9 @@ def _measure(
     probe = train_probes(shape, tokens, labels, all_rows, [setting], protocol)
     column = "all labels"
     row = results.Row(name, {column: 100 * probe.score_tokens(test_tokens, test_labels)[0][0]})
-    lrs = {entry.lr for entry in protocol.settings}
-    edge = ", at the edge of the grid" if setting.lr in (min(lrs), max(lrs)) else ""
+    edge = linear_heads.edge_note(setting.lr, [entry.lr for entry in protocol.settings])
     row.notes[column] = (
-        f"{setting.name}{edge if len(lrs) > 1 else ''} ({100 * accuracies[best]:.1f} % of held-out"
-        " training images)"
+        f"{setting.name}{edge} ({100 * accuracies[best]:.1f} % of held-out training images)"
     )
     percentages = [100 * accuracy for accuracy in accuracies]
     names = [entry.name for entry in protocol.settings]

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,12 +82,15 @@ def evaluate(
         "accuracy": "on the held-out tenth of the training images, by learning rate (lr) and weight"
         " decay (wd)"
     }
-    seconds = time.monotonic() - start
-    name = f"linear{results.suffix_of_feature(feature)}"
-    measure = results.measure_of_feature(results.ACCURACY, feature)
-    save = partial(results.save, run.path, measure=measure)
-    save(f"{name}_grid", grid_protocol, grid, run.provenance(), seconds)
-    return save(name, protocol, results.with_better_random_row(table), run.provenance(), seconds)
+    return results.save_with_grid(
+        run.path,
+        f"linear{results.suffix_of_feature(feature)}",
+        (protocol, table),
+        (grid_protocol, grid),
+        run.provenance(),
+        time.monotonic() - start,
+        results.measure_of_feature(results.ACCURACY, feature),
+    )
 
 
 def _measure(
@@ -139,9 +141,8 @@ class Selection:
     percentages: dict[str, float]  # held-out accuracy in percent, by name of the setting
 
     def __str__(self) -> str:
-        is_at_edge = self.lr in (LEARNING_RATES[0], LEARNING_RATES[-1])
         return (
-            f"learning rate {self.lr:g}{', at the edge of the grid' if is_at_edge else ''},"
+            f"learning rate {self.lr:g}{linear_heads.edge_note(self.lr, LEARNING_RATES)},"
             f" weight decay {self.weight_decay:g} ({100 * self.held_out_accuracy:.1f} % of held-out"
             " training images)"
         )

@@ -227,6 +227,12 @@ def best_setting(accuracies: Sequence[float], losses: Sequence[float]) -> int:
     return max(range(len(sort_keys)), key=sort_keys.__getitem__)
 
 
+def edge_note(lr: float, lrs: Sequence[float]) -> str:
+    """Return a note if a chosen learning rate is the smallest or largest of several, else ""."""
+    is_at_edge = len(set(lrs)) > 1 and lr in (min(lrs), max(lrs))
+    return ", at the edge of the grid" if is_at_edge else ""
+
+
 def setting_name(lr: float, weight_decay: float) -> str:
     """Return the name of a setting in the result tables."""
     return f"lr {lr:g}, wd {weight_decay:g}"

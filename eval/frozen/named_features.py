@@ -40,7 +40,7 @@ class Feature:
         check_name(name)
         network: Any = backbone
         self._network, self.name = network, name
-        self.num_layers = int(name.removeprefix("last")) if name.startswith("last") else 1
+        self.num_layers = num_layers(name)
         if name == POOLED:
             self.feature_dim: int = network.feature_dim
             return
@@ -89,6 +89,11 @@ class Feature:
             "cls_mean": "class token and mean patch token of the last block",
         }.get(self.name, f"class tokens of the last {self.num_layers} blocks")
         return f"{description}, {self.feature_dim} numbers"
+
+
+def num_layers(name: str) -> int:
+    """Return the number of layers of a feature, which is n for last<n> and else 1."""
+    return int(name.removeprefix("last")) if name.startswith("last") else 1
 
 
 def network_of_feature(backbone: nn.Module, name: str) -> Any:

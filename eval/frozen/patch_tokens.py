@@ -44,7 +44,7 @@ class TokenSequence:
             raise ValueError(f"--feature {name}: a probe attends to several tokens; {ADVICE}")
         network: Any = backbone
         self._network, self.name = network, name
-        self.num_layers = int(name.removeprefix("last")) if name.startswith("last") else 1
+        self.num_layers = named_features.num_layers(name)
         self.dim: int = self.num_layers * network.token_dim
         named_features.check_tokens_supported(
             network.model, name, "evaluate its pooled feature with ssl-pretrain linear or knn"
@@ -120,12 +120,13 @@ def embedders(
     run: Run, train: EvaluationSplit, rows: tuple[str, ...], feature: str = PATCHES
 ) -> list[tuple[str, features.SplitEmbedder]]:
     """Return the name and the token embedder of each row of the table, raw pixels first."""
-    found: list[tuple[str, features.SplitEmbedder]] = []
+    raw: list[tuple[str, features.SplitEmbedder]] = []
     if "raw" in rows:
-        found.append(("raw pixels", partial(pixel_patches, run)))
-    for name, backbone in features.networks(run, train, rows):
-        found.append((name, partial(features.extract, TokenSequence(backbone, feature))))
-    return found
+        raw = [("raw pixels", partial(pixel_patches, run))]
+    return raw + [
+        (name, partial(features.extract, TokenSequence(backbone, feature)))
+        for name, backbone in features.networks(run, train, rows)
+    ]
 
 
 def check_memory(

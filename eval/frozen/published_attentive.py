@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,16 +14,14 @@ from ssl_pretrain.eval.attentive_protocols import (
     AttentiveProtocol,
     describe_attentive_training,
 )
-from ssl_pretrain.eval.frozen import features, linear_heads, patch_tokens
-from ssl_pretrain.eval.frozen.attentive_probes import ProbeShape, widest_heads
+from ssl_pretrain.eval.frozen import features, patch_tokens, published
+from ssl_pretrain.eval.frozen.attentive_probes import ProbeShape, max_num_heads
 from ssl_pretrain.eval.frozen.evaluation_split import (
     EvaluationSplit,
     describe_splits,
     hold_out,
-    labeled_splits,
 )
 from ssl_pretrain.eval.frozen.probe_training import ProbeGrid
-from ssl_pretrain.eval.frozen.published_linear import SELECTIONS
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.eval.training_views import (
     build_train_loader,
@@ -41,6 +38,12 @@ class ProbedTokens:
     def __init__(self, name: str, token_function: patch_tokens.TokenSequence, shape: ProbeShape):
         self.name, self.token_function, self.shape = name, token_function, shape
         self.grid: ProbeGrid | None = None  # built when the number of steps is known
+
+    def scores(self, split: EvaluationSplit) -> published.Scores:
+        """Return the results of each probe on a split, the same on all ranks."""
+        assert self.grid is not None, "the probes were not trained"
+        accuracies, losses = self.grid.score_split(split, self.token_function)
+        return published.Scores(accuracies, losses, [100 * accuracy for accuracy in accuracies])
 
 
 def evaluate(
@@ -64,15 +67,10 @@ def evaluate(
             "raw".
     """
     start = time.monotonic()
-    if "raw" in rows:
-        raise ValueError(
-            "--rows raw: the published protocols only evaluate networks; leave it out or give"
-            " --protocol cached"
-        )
-    published = options.published_protocol
-    evaluation = replace(run.config.evaluation, interpolation=published.test_interpolation)
-    run = replace(run, config=replace(run.config, evaluation=evaluation))
-    train, test = labeled_splits(run, "the attentive evaluation")
+    published_protocol = options.published_protocol
+    run, train, test = published.open_splits(
+        run, rows, published_protocol.test_interpolation, "the attentive evaluation"
+    )
     source, selection_split = train.source, test
     train_rows, held_out_rows = hold_out(len(train))
     selection = options.choose_selection(len(options.adapt_protocol(len(train)).settings))
@@ -97,21 +95,27 @@ def evaluate(
     entries = {
         **describe_splits(run, train, test, has_random_row="random" in rows),
         "feature": networks[-1].token_function.describe(run.image_size),
-        "source": published.source,
-        "classifier": describe_attentive_training(protocol, published, num_heads, len(source)),
+        "source": published_protocol.source,
+        "classifier": describe_attentive_training(
+            protocol, published_protocol, num_heads, len(source)
+        ),
         "views": describe_train_view(view)
         + (", AutoAugment, a rectangle erased with probability 0.25" if protocol.augmented else ""),
-        "selection": SELECTIONS[selection].format(num_held_out=len(held_out_rows)),
+        "selection": published.SELECTIONS[selection].format(num_held_out=len(held_out_rows)),
     }
     grid_entries = entries | {
         "accuracy": "one per learning rate (lr) and weight decay (wd), all trained in the same pass"
     }
     suffix = "_test_selected" if selection == "test" else ""
-    name = f"attentive_{options.protocol_name}{options.suffix}{suffix}"
-    seconds = time.monotonic() - start
-    save = partial(results.save, run.path, measure=options.measure)
-    save(f"{name}_grid", grid_entries, grid_table, run.provenance(), seconds)
-    return save(name, entries, results.with_better_random_row(table), run.provenance(), seconds)
+    return results.save_with_grid(
+        run.path,
+        f"attentive_{options.protocol_name}{options.suffix}{suffix}",
+        (entries, table),
+        (grid_entries, grid_table),
+        run.provenance(),
+        time.monotonic() - start,
+        options.measure,
+    )
 
 
 def build_shape(
@@ -126,7 +130,7 @@ def build_shape(
     if protocol.kind == "jepa" and not num_heads:
         num_heads = _num_backbone_heads(backbone.model)
     if not num_heads or dim % num_heads:
-        num_heads = widest_heads(dim)
+        num_heads = max_num_heads(dim)
     return ProbeShape(protocol.kind, dim, num_classes, num_heads, protocol.num_blocks)
 
 
@@ -176,24 +180,16 @@ def _measure(
     """Return the network's result row, and rows with the accuracies of all settings."""
     grid = network.grid
     assert grid is not None, "the probes were not trained"
-    names = [setting.name for setting in grid.settings]
-    accuracies, losses = grid.score_split(test, network.token_function)
-    percentages = [100 * accuracy for accuracy in accuracies]
-    row = results.Row(network.name, {})
-    grid_rows = [results.Row(f"{network.name}, test images", dict(zip(names, percentages)))]
-    if selection == "published":
-        row.metrics["published setting"] = percentages[0]
-        row.notes["published setting"] = names[0]
-        return row, grid_rows
-    column = "chosen on the test images"
-    if selection == "held-out":
-        column = "chosen on held-out images"
-        accuracies, losses = grid.score_split(selection_split, network.token_function)
-        held_out = {name: 100 * value for name, value in zip(names, accuracies)}
-        grid_rows.insert(0, results.Row(f"{network.name}, held-out images", held_out))
-    best = linear_heads.best_setting(accuracies, losses)
-    lrs = {setting.lr for setting in grid.settings}
-    is_at_edge = len(lrs) > 1 and grid.settings[best].lr in (min(lrs), max(lrs))
-    row.metrics[column] = percentages[best]
-    row.notes[column] = names[best] + (", at the edge of the grid" if is_at_edge else "")
+    is_published = selection == "published"
+    row, grid_rows = published.build_rows(
+        network.name,
+        [setting.name for setting in grid.settings],
+        [setting.lr for setting in grid.settings],
+        network.scores(test),
+        selection=selection,
+        score_held_out=partial(network.scores, selection_split),
+        published=0 if is_published else None,
+    )
+    if is_published:
+        row.notes["published setting"] = grid.settings[0].name
     return row, grid_rows

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,12 +10,11 @@ from torch import Tensor
 
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.eval import results
-from ssl_pretrain.eval.frozen import features, linear_heads, named_features
+from ssl_pretrain.eval.frozen import features, linear_heads, named_features, published
 from ssl_pretrain.eval.frozen.evaluation_split import (
     EvaluationSplit,
     describe_splits,
     hold_out,
-    labeled_splits,
 )
 from ssl_pretrain.eval.frozen.named_features import Feature
 from ssl_pretrain.eval.protocols import LinearOptions, LinearProtocol, describe_linear_training
@@ -31,14 +29,6 @@ from ssl_pretrain.views.recipe import Crop
 # BYOL holds out this many images (Grill et al., NeurIPS 2020, arXiv:2006.07733). Smaller data sets
 # hold out a tenth of their images.
 MAX_HELD_OUT = 10_000
-# The result file's description of each value of --select.
-SELECTIONS: dict[str, str] = {
-    "held-out": "by accuracy on {num_held_out:,} held-out training images, which the final heads"
-    " are not trained on",
-    "published": "no selection; the published setting is trained on all training images",
-    "test": "ON THE TEST IMAGES, as in DINO's convention; this is an upper bound and not comparable"
-    " with other selections",
-}
 
 
 class ProbedNetwork:
@@ -113,15 +103,10 @@ def evaluate(
             "raw".
     """
     start = time.monotonic()
-    if "raw" in rows:
-        raise ValueError(
-            "--rows raw: the published protocols only evaluate networks; leave it out or give"
-            " --protocol cached"
-        )
     published_protocol = options.published_protocol
-    evaluation = replace(run.config.evaluation, interpolation=published_protocol.test_interpolation)
-    run = replace(run, config=replace(run.config, evaluation=evaluation))
-    train, test = labeled_splits(run, "the linear evaluation")
+    run, train, test = published.open_splits(
+        run, rows, published_protocol.test_interpolation, "the linear evaluation"
+    )
     source, selection_split = train.source, test
     train_rows, held_out_rows = hold_out(len(train), min(0.1, MAX_HELD_OUT / len(train)))
     if options.selection == "held-out":
@@ -155,7 +140,9 @@ def evaluate(
         "source": published_protocol.source,
         "classifier": describe_linear_training(protocol, published_protocol, len(source)),
         "views": describe_train_view(view),
-        "selection": SELECTIONS[options.selection].format(num_held_out=len(held_out_rows)),
+        "selection": published.SELECTIONS[options.selection].format(
+            num_held_out=len(held_out_rows)
+        ),
     }
     grid_entries = entries | {
         "accuracy": "one per learning rate (lr, at a batch of 256) and weight decay (wd), all"
@@ -163,12 +150,15 @@ def evaluate(
     }
     suffix = "" if feature == default_feature else f"_{feature}"
     suffix += "_test_selected" if options.selection == "test" else ""
-    name, seconds = f"linear_{options.protocol_name}{suffix}", time.monotonic() - start
-    measure = results.measure_of_feature(results.ACCURACY, feature)
-    save = partial(results.save, run.path, measure=measure)
-    save(f"{name}_grid", grid_entries, grid_table, run.provenance(), seconds)
-    table = results.with_better_random_row(table)
-    return save(name, entries, table, run.provenance(), seconds)
+    return results.save_with_grid(
+        run.path,
+        f"linear_{options.protocol_name}{suffix}",
+        (entries, table),
+        (grid_entries, grid_table),
+        run.provenance(),
+        time.monotonic() - start,
+        results.measure_of_feature(results.ACCURACY, feature),
+    )
 
 
 @torch.no_grad()
@@ -195,26 +185,19 @@ def _measure(
     test: EvaluationSplit,
 ) -> tuple[results.Row, list[results.Row]]:
     """Return the network's row of the table and its rows of the grid of all settings."""
+
+    def score(split: EvaluationSplit) -> published.Scores:
+        accuracies, losses = network.scores(split)
+        return published.Scores(accuracies.tolist(), losses.tolist(), (100 * accuracies).tolist())
+
     grid = network.grid
-    names = [linear_heads.setting_name(*setting) for setting in grid]
-    percentages = (100 * network.scores(test)[0]).tolist()
-    row = results.Row(network.name, {})
-    grid_rows = [results.Row(f"{network.name}, test images", dict(zip(names, percentages)))]
-    published_setting = options.published_protocol.base_lr, options.published_protocol.weight_decay
-    if published_setting in grid:
-        row.metrics["published setting"] = percentages[grid.index(published_setting)]
-    if options.selection == "published":
-        return row, grid_rows
-    accuracies, losses = network.scores(selection_split)
-    best = linear_heads.best_setting(accuracies.tolist(), losses.tolist())
-    column = "chosen on held-out images"
-    if options.selection == "test":
-        column = "chosen on the test images"
-    else:
-        held_out = dict(zip(names, (100 * accuracies).tolist()))
-        grid_rows.insert(0, results.Row(f"{network.name}, held-out images", held_out))
-    lrs = {lr for lr, _ in grid}
-    is_at_edge = len(lrs) > 1 and grid[best][0] in (min(lrs), max(lrs))
-    row.metrics[column] = percentages[best]
-    row.notes[column] = names[best] + (", at the edge of the grid" if is_at_edge else "")
-    return row, grid_rows
+    setting = options.published_protocol.base_lr, options.published_protocol.weight_decay
+    return published.build_rows(
+        network.name,
+        [linear_heads.setting_name(*setting) for setting in grid],
+        [lr for lr, _ in grid],
+        score(test),
+        selection=options.selection,
+        score_held_out=partial(score, selection_split),
+        published=grid.index(setting) if setting in grid else None,
+    )

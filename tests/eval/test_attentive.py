@@ -25,7 +25,7 @@ from ssl_pretrain.eval.frozen import (
     patch_tokens,
     published_attentive,
 )
-from ssl_pretrain.eval.frozen.attentive_probes import AttentiveProbes, ProbeShape, widest_heads
+from ssl_pretrain.eval.frozen.attentive_probes import AttentiveProbes, ProbeShape, max_num_heads
 from ssl_pretrain.eval.frozen.probe_training import ProbeGrid
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
@@ -226,7 +226,7 @@ def test_weights_without_decay_are_the_authors():
 
 
 def test_heads_are_at_least_64_wide_and_divide_the_tokens():
-    assert [widest_heads(dim) for dim in (1024, 192, 588, 48, 65)] == [16, 3, 7, 1, 1]
+    assert [max_num_heads(dim) for dim in (1024, 192, 588, 48, 65)] == [16, 3, 7, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_the_heads_of_v_jepas_probe_are_the_backbones_or_by_width(config, num_he
     backbone = backbones.build_on_meta(config, 32)
     dim = patch_tokens.TokenSequence(backbone).dim
     shape = published_attentive.build_shape(backbone, dim, ATTENTIVE_PROTOCOLS["vjepa"], CLASSES)
-    assert shape.num_heads == (num_heads or widest_heads(dim))
+    assert shape.num_heads == (num_heads or max_num_heads(dim))
 
 
 def train_cached(num_images):
