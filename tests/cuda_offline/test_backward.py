@@ -3,51 +3,18 @@
 import graph_backward
 import pytest
 import torch
+from small_methods import build_method, random_batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ssl_pretrain import methods
-from ssl_pretrain.models import backbones
-from ssl_pretrain.models.timm_networks import BackboneConfig
-from ssl_pretrain.views import masks
-from ssl_pretrain.views.batch import Batch
-from ssl_pretrain.views.mask_recipe import Mask
-from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
-NUM_IMAGES, SIZE = 8, 32
-VIEWS = {
-    "dino": [SIZE, SIZE, 16, 16],
-    "swav": [SIZE, SIZE, 16, 16],
-    "cpc": [SIZE],
-    "ijepa": [SIZE],
-    "mae": [SIZE],
-}
-VIT = BackboneConfig(name="test_vit", args={"patch_size": 4, "depth": 2})
-MASKS = {  # of the methods that need a ViT
-    "ijepa": Mask(kind="multiblock", patch_size=4, min_keep=5),
-    "mae": Mask(kind="random", patch_size=4),
-}
-
-
-def build_method(name: str) -> tuple[nn.Module, Batch]:
-    torch.manual_seed(0)
-    module = methods.find(name)
-    sizes = VIEWS.get(name, [SIZE, SIZE])
-    args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
-    network = BackboneConfig(name="test_resnet", stem="no_pool", args=args)
-    backbone = backbones.build(VIT if name in MASKS else network, SIZE)
-    views = [torch.randn(NUM_IMAGES, 3, size, size) for size in sizes]
-    labels = torch.arange(NUM_IMAGES)
-    method = module.Config(**module.SMALL_CONFIG).build(backbone)
-    mask = MASKS.get(name, Mask())
-    crops = {str(view): Crop(count=1, size=size, mask=mask) for view, size in enumerate(sizes)}
-    mask_sets = masks.blank(ViewsConfig(crops=crops), NUM_IMAGES, "cpu")
-    return method, Batch(views, labels % 4, labels, mask_sets)
+NUM_IMAGES = 8
 
 
 def gradients(name: str) -> dict[str, torch.Tensor]:
     """Return the gradients of two backward passes, which accumulate."""
-    method, batch = build_method(name)
+    method, batch = build_method(name), random_batch(name, NUM_IMAGES)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
             embeddings, targets = method(batch), method.targets(batch)

@@ -13,18 +13,14 @@ It prints one line with the largest relative difference. With `--ranks 2` both c
 
 import argparse
 import copy
-import io
 import os
 import sys
-import zipfile
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from PIL import Image
+from comparison import build_float64_stepper, read_images
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -35,8 +31,6 @@ from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.parallel.execution import Execution, ParallelConfig
-from ssl_pretrain.step import build_stepper
 from ssl_pretrain.views.batch import Batch, MaskSet
 
 SIZE, PATCH, NUM_IMAGES, NUM_STEPS, STEPS_PER_EPOCH, EPOCHS = 96, 8, 12, 3, 4, 5
@@ -61,19 +55,6 @@ RENAMED = (
     ("predictor.norm.", "predictor_norm."),
     ("predictor.project.", "predictor_proj."),
 )
-
-
-def read_images(count: int) -> Tensor:
-    """Return square, normalized images, float64 (count, 3, SIZE, SIZE)."""
-    images = []
-    with zipfile.ZipFile(Path(os.environ["SSL_PRETRAIN_DATA"]) / "imagenet_sample.zip") as archive:
-        names = sorted(name for name in archive.namelist() if name.lower().endswith("jpeg"))
-        for name in names[:: len(names) // count][:count]:
-            image = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
-            images.append(np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
-    pixels = torch.from_numpy(np.stack(images)).double().permute(0, 3, 1, 2) / 255
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
 def build_authors() -> tuple[Any, Any, Any]:
@@ -188,7 +169,7 @@ def take_authors_steps(images: Tensor, networks: tuple[Any, Any, Any]) -> dict[s
 
 def take_our_steps(images: Tensor, networks: tuple[Any, Any, Any]) -> tuple[Any, list[float]]:
     """Load the authors' weights, take NUM_STEPS steps with ours, and return the method."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank = dist.get_rank() if dist.is_initialized() else 0
     settings = BackboneConfig(
         name="vit_tiny_patch16_224",
         args={
@@ -218,16 +199,7 @@ def take_our_steps(images: Tensor, networks: tuple[Any, Any, Any]) -> tuple[Any,
         labels = torch.zeros(len(images), dtype=torch.int64)
         return Batch([images], labels, labels, tuple(masks))
 
-    parallel = ParallelConfig(precision="float64")
-    stepper = build_stepper(
-        method,
-        parallel,
-        OPTIM,
-        Execution.resolve(parallel, torch.device("cpu")),
-        micro_batch_size=len(images),
-        global_batch_size=world_size * len(images),
-        example=build_batch(0),
-    )
+    stepper = build_float64_stepper(method, OPTIM, build_batch(0))
     num_steps = STEPS_PER_EPOCH * EPOCHS
     losses = []
     for step in range(NUM_STEPS):
@@ -242,7 +214,7 @@ def take_our_steps(images: Tensor, networks: tuple[Any, Any, Any]) -> tuple[Any,
 def compare() -> str:
     """Take all steps on this rank and describe the largest difference of any weight."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    images = read_images(NUM_IMAGES).chunk(world_size)[rank]
+    images = read_images(NUM_IMAGES, SIZE).chunk(world_size)[rank]
     networks = build_authors()
     before = {
         name: net.state_dict() for name, net in zip(("encoder", "predictor", "teacher"), networks)

@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
+from comparison import build_float64_stepper
 from conftest import run_ranks
 
 from ssl_pretrain.distributed import process_group
@@ -48,8 +49,7 @@ from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.parallel.execution import Execution, ParallelConfig
-from ssl_pretrain.step import Stepper, build_stepper
+from ssl_pretrain.step import Stepper
 from ssl_pretrain.views.batch import Batch
 
 OFFICIAL = Path(os.environ["LEJEPA"])
@@ -80,18 +80,9 @@ def build_our_stepper(
     torch.manual_seed(0)
     method = config.build(backbones.build(backbone, size)).double()
     local_size = num_images // process_group.world_size()
-    settings = ParallelConfig(precision="float64", bn_group_images=local_size)
     blank = [torch.zeros(local_size, 3, size, size, dtype=torch.float64)] * 4
     indices = torch.arange(local_size)
-    return build_stepper(
-        method,
-        settings,
-        recipe,
-        Execution.resolve(settings, torch.device("cpu")),
-        micro_batch_size=local_size,
-        global_batch_size=num_images,
-        example=Batch(blank, indices, indices),
-    )
+    return build_float64_stepper(method, recipe, Batch(blank, indices, indices))
 
 
 def take_our_step(stepper: Stepper, step: int, views: list[torch.Tensor], epochs: int) -> None:
@@ -252,7 +243,7 @@ def compare_package() -> float:
     """Compare with their package on the ranks of this process's group."""
     sys.path.insert(0, str(OFFICIAL))
     package = importlib.import_module("lejepa")
-    torch.set_default_dtype(torch.float64)  # of their slices
+    torch.set_default_dtype(torch.float64)  # their slices have it
     recipe = OptimConfig(
         name="adamw",
         base_lr=0.0005,

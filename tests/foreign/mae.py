@@ -12,19 +12,16 @@ them since then is replaced here.
 """
 
 import copy
-import io
 import os
 import sys
-import zipfile
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from PIL import Image
+from comparison import build_float64_stepper, read_images
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
@@ -34,8 +31,6 @@ from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.parallel.execution import Execution, ParallelConfig
-from ssl_pretrain.step import build_stepper
 from ssl_pretrain.views.batch import Batch, MaskSet
 
 SIZE, PATCH, NUM_IMAGES, NUM_STEPS, STEPS_PER_EPOCH, EPOCHS = 96, 16, 12, 3, 4, 5
@@ -53,19 +48,6 @@ RENAMED = (  # beginnings of our names and of the authors'
     ("decoder.norm.", "decoder_norm."),
     ("decoder.project.", "decoder_pred."),
 )
-
-
-def read_images() -> Tensor:
-    """Return square, normalized images, float64 (NUM_IMAGES, 3, SIZE, SIZE)."""
-    images = []
-    with zipfile.ZipFile(Path(os.environ["SSL_PRETRAIN_DATA"]) / "imagenet_sample.zip") as archive:
-        names = sorted(name for name in archive.namelist() if name.lower().endswith("jpeg"))
-        for name in names[:: len(names) // NUM_IMAGES][:NUM_IMAGES]:
-            image = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
-            images.append(np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
-    pixels = torch.from_numpy(np.stack(images)).double().permute(0, 3, 1, 2) / 255
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
 def build_authors(normalize_pixels: bool) -> Any:
@@ -138,16 +120,7 @@ def take_our_steps(
         zeros = torch.zeros(NUM_IMAGES, dtype=torch.int64)
         return Batch([images], zeros, zeros, (mask_set,))
 
-    parallel = ParallelConfig(precision="float64")
-    stepper = build_stepper(
-        method,
-        parallel,
-        OPTIM,
-        Execution.resolve(parallel, torch.device("cpu")),
-        micro_batch_size=NUM_IMAGES,
-        global_batch_size=NUM_IMAGES,
-        example=build_batch(masks[0]),
-    )
+    stepper = build_float64_stepper(method, OPTIM, build_batch(masks[0]))
     losses = []
     for step, mask in enumerate(masks):
         progress = Progress(step, STEPS_PER_EPOCH * EPOCHS, STEPS_PER_EPOCH)
@@ -158,7 +131,7 @@ def take_our_steps(
 
 def compare(normalize_pixels: bool) -> str:
     """Take all steps and describe the largest difference of any weight."""
-    images, model = read_images(), build_authors(normalize_pixels)
+    images, model = read_images(NUM_IMAGES, SIZE), build_authors(normalize_pixels)
     start = copy.deepcopy(model.state_dict())
     their_losses, masks = take_authors_steps(model, images)
     method, losses = take_our_steps(start, images, masks, normalize_pixels)

@@ -6,66 +6,27 @@ from dataclasses import replace
 import pytest
 import torch
 from on_cuda import NEEDS_CUDA, cuda, forbid_synchronization  # noqa: F401
+from small_methods import build_method, random_batch
 
 from ssl_pretrain import methods
 from ssl_pretrain.methods.base import Method
-from ssl_pretrain.models import backbones
-from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.step import Stepper, build_stepper
-from ssl_pretrain.views import masks
-from ssl_pretrain.views.batch import Batch
-from ssl_pretrain.views.mask_recipe import Mask
-from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 HALFWAY = Progress(50, 100, 1)
 FIRST_STEP, SECOND_STEP = Progress(10, 100, 10), Progress(11, 100, 10)
 
 pytestmark = NEEDS_CUDA
 
-NUM_IMAGES, SIZE = 16, 32
-VIEWS = {
-    "dino": [SIZE, SIZE, 16, 16],
-    "swav": [SIZE, SIZE, 16, 16],
-    "cpc": [SIZE],
-    "ijepa": [SIZE],
-    "mae": [SIZE],
-}
-VIT = BackboneConfig(name="test_vit", args={"patch_size": 4, "depth": 2})
-MASKS = {  # of the methods that need a ViT
-    "ijepa": Mask(kind="multiblock", patch_size=4, min_keep=5),
-    "mae": Mask(kind="random", patch_size=4),
-}
+NUM_IMAGES = 16
 OPTIM = {
     "lars": OptimConfig(name="lars"),
     "adamw": OptimConfig(name="adamw", base_lr=1e-3, clip_norm=3.0),
     "sgd": OptimConfig(name="sgd"),
 }
-
-
-def build_method(name: str, backbone: str = "test_resnet") -> Method:
-    """Return a method with small heads and seeded weights."""
-    torch.manual_seed(0)
-    module = methods.find(name)
-    args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
-    resnet = BackboneConfig(name=backbone, stem="no_pool", args=args)
-    network = backbones.build(VIT if name in MASKS else resnet, SIZE)
-    return module.Config(**module.SMALL_CONFIG).build(network)
-
-
-def random_batch(name: str, device: torch.device, num_images: int = NUM_IMAGES) -> Batch:
-    """Return seeded noise in the views that the method takes."""
-    generator = torch.Generator().manual_seed(1)
-    sizes = VIEWS.get(name, [SIZE, SIZE])
-    views = [torch.randn(num_images, 3, size, size, generator=generator) for size in sizes]
-    labels = torch.arange(num_images) % 4
-    mask = MASKS.get(name, Mask())
-    crops = {str(view): Crop(count=1, size=size, mask=mask) for view, size in enumerate(sizes)}
-    mask_sets = masks.blank(ViewsConfig(crops=crops), num_images, "cpu")
-    return Batch(views, labels, torch.arange(num_images), mask_sets).to(device)
 
 
 def build_test_stepper(
@@ -75,7 +36,7 @@ def build_test_stepper(
     recipe: OptimConfig,
     num_images: int = NUM_IMAGES,
 ) -> Stepper:
-    example = random_batch(method.config.name, device, num_images)
+    example = random_batch(method.config.name, num_images).to(device)
     step = build_stepper(
         method,
         settings,
@@ -97,7 +58,7 @@ def test_a_step_never_blocks_the_host(name, num_micro_batches, cuda, forbid_sync
     step = build_test_stepper(
         method, cuda, settings, OPTIM["lars"], NUM_IMAGES // num_micro_batches
     )
-    batch = random_batch(name, cuda)
+    batch = random_batch(name, NUM_IMAGES).to(cuda)
     step(FIRST_STEP, batch)  # the first step may block, because it allocates and compiles
     with forbid_synchronization():
         logs = step(SECOND_STEP, batch).logs
@@ -140,9 +101,9 @@ def test_fused_adamw_equals_plain_adamw(cuda):
 def test_a_nonfinite_gradient_changes_nothing(cuda):
     method = build_method("simclr")
     step = build_test_stepper(method, cuda, ParallelConfig(), OPTIM["lars"])
-    step(FIRST_STEP, random_batch("simclr", cuda))
+    step(FIRST_STEP, random_batch("simclr", NUM_IMAGES).to(cuda))
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    batch = random_batch("simclr", cuda)
+    batch = random_batch("simclr", NUM_IMAGES).to(cuda)
     batch.views[0][0] = float("nan")
     logs = step(SECOND_STEP, batch).logs
     assert logs["skipped_steps"].item() == 1
@@ -159,11 +120,10 @@ def test_float32_losses_equal_those_of_a_cpu(name, cuda):
             step = build_test_stepper(
                 build_method(name), device, ParallelConfig(precision="float32"), OPTIM["lars"]
             )
+            batch = random_batch(name, NUM_IMAGES).to(device)
             losses.append(
                 [
-                    step(replace(FIRST_STEP, step=number), random_batch(name, device))
-                    .logs["loss"]
-                    .item()
+                    step(replace(FIRST_STEP, step=number), batch).logs["loss"].item()
                     for number in range(3)
                 ]
             )
@@ -177,7 +137,7 @@ def test_bfloat16_is_close_to_float32_and_weights_stay_float32(cuda):
     for precision in ("float32", "auto"):
         method = build_method("simclr")
         step = build_test_stepper(method, cuda, ParallelConfig(precision=precision), OPTIM["lars"])
-        embeddings, _, logs = step(FIRST_STEP, random_batch("simclr", cuda))
+        embeddings, _, logs = step(FIRST_STEP, random_batch("simclr", NUM_IMAGES).to(cuda))
         losses[precision] = logs["loss"].item()
         assert embeddings["z_a"].dtype == (torch.bfloat16 if precision == "auto" else torch.float32)
         assert all(

@@ -120,7 +120,7 @@ def test_the_weights_start_as_the_authors_do():
         assert token.std().item() == pytest.approx(0.02, rel=0.3)
     assert not vit.pos_embed.requires_grad
     assert vit.pos_embed[0, 0].abs().max() == 0
-    sines = [math.sin(5 / 1e4 ** (i / 32)) for i in range(3)]  # of column 5, which comes first
+    sines = [math.sin(5 / 1e4 ** (i / 32)) for i in range(3)]  # column 5 comes first
     assert vit.pos_embed[0, 1 + 8 * 2 + 5, :3].tolist() == pytest.approx(sines)
     trained = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
     assert "decoder.positions" not in method.state_dict() and "decoder.mask_token" in trained

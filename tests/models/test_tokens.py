@@ -120,7 +120,7 @@ def test_kept_patches_are_timms_patch_dropout_with_the_same_indices(case, monkey
     backbone.load_state_dict(dropping.state_dict())
     if case == "distilled":  # timm 1.0.31 would drop the distillation token like a patch
         dropping.model.patch_drop.num_prefix_tokens = backbone.num_prefix_tokens
-    views, kept = images(), random_patches(backbone, 3, 14)  # of 36
+    views, kept = images(), random_patches(backbone, 3, 14)  # 14 of the 36 patches
 
     def draw(*shape, device=None):
         order = torch.arange(float(shape[1])).expand(shape).clone() + 99
