@@ -55,6 +55,7 @@ def evaluate(run: Run, feature: str = named_features.POOLED) -> dict[str, Any]:
         ValueError: If the method has no projector, or the backbone does not have the feature.
     """
     start = time.monotonic()
+    named_features.network_of_feature(run.backbone, feature)  # refuses before anything is computed
     source = open_source(run.config.data, "train")
     split = EvaluationSplit(run, source).random_subset(MAX_IMAGES)
     rows = []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.models.timm_networks import architecture
-from ssl_pretrain.models.tokens import has_unsupported_class_token, is_transformer
+from ssl_pretrain.models.tokens import is_transformer
 
 POOLED = "pooled"
 NAME = re.compile(r"pooled|prefix|patch_mean|cls_mean|last[1-9]\d*")
@@ -51,7 +51,7 @@ class Feature:
     def _check_tokens(self) -> None:
         model = self._network.model
         kind, needs_class = type(model).__name__, self.name not in ("prefix", "patch_mean")
-        check_tokens_supported(model, self.name, "give --feature pooled")
+        check_tokens_supported(self._network, self.name, "give --feature pooled")
         if needs_class and getattr(model, "cls_token", None) is None:
             raise ValueError(
                 f"--feature {self.name}: {kind} has no class token; give --feature pooled"
@@ -111,13 +111,10 @@ def dino_feature_name(backbone: nn.Module) -> str:
     return f"last{min(4, len(model.blocks))}"
 
 
-def check_tokens_supported(model: nn.Module, name: str, remedy: str) -> None:
-    """Raise ValueError if the network has a class token but its tokens cannot be computed."""
-    if has_unsupported_class_token(model):
-        raise ValueError(
-            f"--feature {name}: {architecture(model)} has tokens, but they can only be computed for"
-            f" timm's VisionTransformer and Eva classes (vit_*, deit*, eva02*); {remedy}"
-        )
+def check_tokens_supported(backbone: Any, name: str, remedy: str) -> None:
+    """Raise ValueError unless the tokens or the feature map of the backbone can be computed."""
+    if problem := backbone.find_token_problem():
+        raise ValueError(f"--feature {name}: {problem}; {remedy}")
 
 
 def check_name(name: str) -> None:

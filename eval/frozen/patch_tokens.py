@@ -45,10 +45,10 @@ class TokenSequence:
         network: Any = backbone
         self._network, self.name = network, name
         self.num_layers = named_features.num_layers(name)
-        self.dim: int = self.num_layers * network.token_dim
         named_features.check_tokens_supported(
-            network.model, name, "evaluate its pooled feature with ssl-pretrain linear or knn"
+            network, name, "evaluate its pooled feature with ssl-pretrain linear or knn"
         )
+        self.dim: int = self.num_layers * network.token_dim
         # The feature maps of a convolutional network's blocks differ in size.
         depth = len(network.model.blocks) if is_transformer(network.model) else 0
         if name.startswith("last") and self.num_layers > depth:

@@ -15,11 +15,17 @@ from ssl_pretrain.optim import schedules
 
 
 class Backbone(nn.Module):
-    """A timm model that maps images (batch, 3, height, width) to features (batch, feature_dim)."""
+    """A timm model that maps images (batch, 3, height, width) to features (batch, feature_dim).
 
-    def __init__(self, model: nn.Module, feature_dim: int | None = None):
+    Args:
+        model: The network.
+        feature_dim: Width of the features. None for timm's `num_features`.
+        image_size: Side in pixels of the images that the network is built for.
+    """
+
+    def __init__(self, model: nn.Module, feature_dim: int | None = None, image_size: int = 224):
         super().__init__()
-        self.model = model
+        self.model, self.image_size = model, image_size
         self.feature_dim: int = feature_dim or model.num_features  # type: ignore[assignment]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -74,6 +80,10 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the input of a vision transformer's blocks, and its rotary angles or None."""
         return tokens.embed_patches(self.model, images, masked, mask_token)
+
+    def find_token_problem(self) -> str:
+        """Return why `tokens` is not possible for this network, or an empty string if it is."""
+        return tokens.find_problem(self.model, self.image_size)
 
     @property
     def num_prefix_tokens(self) -> int:

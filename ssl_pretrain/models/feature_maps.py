@@ -43,6 +43,30 @@ def compute(model: Any, images: Tensor, layers: Sequence[int]) -> tuple[Tensor, 
     return _flatten(last), [_flatten(maps[layer]) for layer in layers]
 
 
+def probe(model: Any, image_size: int) -> Any:
+    """Return the output before pooling for a black image, or None without `forward_features`."""
+    weight = next(model.parameters())
+    image = torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluation_mode(model):
+        return _features(model, image)
+
+
+def describe_problem(features: Any) -> str:
+    """Return why the output before pooling is no feature map, or an empty string if it is one.
+
+    A vision transformer outputs tokens (B, N, D), which would pass for a transposed map.
+    """
+    if features is None:
+        return "has no forward_features"
+    if not isinstance(features, Tensor):
+        kind = f"a {type(features).__name__}"
+    elif features.ndim != 4:
+        kind = f"features of shape {tuple(features.shape)}"
+    else:
+        return ""
+    return f"gives {kind} instead of a map (B, channels, rows, columns)"
+
+
 def measure(model: nn.Module, image_size: int) -> tuple[int, int, int]:
     """Return the channels, rows and columns of the last feature map.
 
@@ -72,24 +96,18 @@ class _LastMap(nn.Module):
 
 def _last_map(model: Any, images: Tensor) -> Tensor:
     """Return the last feature map, channels first."""
-    features = model.forward_features(images) if hasattr(model, "forward_features") else None
-    return _checked_map(model, features)
+    return _checked_map(model, _features(model, images))
+
+
+def _features(model: Any, images: Tensor) -> Any:
+    return model.forward_features(images) if hasattr(model, "forward_features") else None
 
 
 def _checked_map(model: Any, features: Any) -> Tensor:
-    """Return the output of a network channels first, or raise ValueError if it is not a map.
-
-    A vision transformer outputs tokens (B, N, D), which would pass for a transposed map.
-    """
-    if not isinstance(features, Tensor) or features.ndim != 4:
-        shape = f" of shape {tuple(features.shape)}" if isinstance(features, Tensor) else ""
-        reason = (
-            "has no forward_features"
-            if features is None
-            else f"gives features{shape} instead of a map (B, channels, rows, columns)"
-        )
+    """Return the output of a network channels first, or raise ValueError if it is not a map."""
+    if problem := describe_problem(features):
         raise ValueError(
-            f"backbone.name: {architecture(model)} {reason}, so this method cannot use it; choose "
+            f"backbone.name: {architecture(model)} {problem}, so this method cannot use it; choose "
             "a vision transformer (vit_*, deit*, eva02*), or a network such as resnet50 or "
             "convnext_tiny"
         )

@@ -47,9 +47,23 @@ def is_transformer(model: nn.Module) -> bool:
     return isinstance(model, timm.models.VisionTransformer | timm.models.eva.Eva)
 
 
-def has_unsupported_class_token(model: nn.Module) -> bool:
-    """Return True if the network has a class token but `compute` cannot return it, as in BEiT."""
-    return not is_transformer(model) and getattr(model, "cls_token", None) is not None
+def find_problem(model: nn.Module, image_size: int) -> str:
+    """Return why `compute` returns no tokens of this network, or an empty string if it does.
+
+    Networks such as BEiT, MLP-Mixer and Hiera output a sequence before pooling, but its class
+    tokens and its order are the network's own.
+    """
+    if is_transformer(model):
+        return ""
+    has_class_token = getattr(model, "cls_token", None) is not None
+    features = None if has_class_token else feature_maps.probe(model, image_size)
+    if has_class_token or (isinstance(features, Tensor) and features.ndim == 3):
+        return (
+            f"{architecture(model)} has tokens, but they can only be computed for timm's "
+            "VisionTransformer and Eva classes (vit_*, deit*, eva02*)"
+        )
+    problem = feature_maps.describe_problem(features)
+    return f"{architecture(model)} {problem}" if problem else ""
 
 
 def check_maskable(model: nn.Module) -> None:

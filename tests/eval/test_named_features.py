@@ -9,6 +9,7 @@ from untrained_run import make_run
 from ssl_pretrain.eval import attentive, knn, linear, result_text, results, retrieval, runs
 from ssl_pretrain.eval import spectrum as spectrum_module
 from ssl_pretrain.eval.frozen import named_features
+from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.frozen.named_features import Feature
 from ssl_pretrain.eval.frozen.patch_tokens import TokenSequence
 from ssl_pretrain.eval.html import sections
@@ -19,6 +20,7 @@ from ssl_pretrain.models.timm_networks import BackboneConfig
 VIT = BackboneConfig("test_vit")
 BEIT = BackboneConfig("beit_base_patch16_224", args={"depth": 2, "embed_dim": 48, "num_heads": 3})
 CAIT = BackboneConfig("cait_xxs24_224", args={"depth": 2})
+MIXER = BackboneConfig("gmixer_12_224")
 REGISTERS = BackboneConfig("test_vit", args={"reg_tokens": 2})
 
 
@@ -31,6 +33,13 @@ def run_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def resnet_folder(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / "resnet", "data.subset=200")
+
+
+@pytest.fixture(scope="module")
+def mixer_folder(tmp_path_factory):
+
+    folder = tmp_path_factory.mktemp("runs") / "mixer"
+    return make_run(folder, f"backbone.name={MIXER.name}", "data.subset=200")
 
 
 def load(path):
@@ -212,6 +221,64 @@ def test_a_probe_refuses_tokens_of_other_transformers(name):
         " timm's VisionTransformer and Eva classes (vit_*, deit*, eva02*); evaluate its pooled"
         " feature with ssl-pretrain linear or knn"
     )
+
+
+# A member of each family of timm whose output before pooling is a sequence without `cls_token`.
+SEQUENCES = [
+    BackboneConfig("coat_lite_tiny"),
+    BackboneConfig("efficientformer_l1"),
+    BackboneConfig("hiera_tiny_224"),
+    BackboneConfig("levit_128s"),
+    MIXER,
+    BackboneConfig("mvitv2_tiny"),
+    BackboneConfig("naflexvit_base_patch16_gap", args={"depth": 1}),
+    BackboneConfig("test_vit_relpos"),
+    BackboneConfig("twins_svt_small"),
+]
+SEQUENCE = (
+    "{} has tokens, but they can only be computed for timm's VisionTransformer and Eva classes"
+    " (vit_*, deit*, eva02*)"
+)
+
+
+@pytest.mark.parametrize("config", SEQUENCES, ids=lambda config: config.name)
+def test_sequences_of_other_networks_are_refused(config):
+    backbone = backbones.build_on_meta(config, 224)
+    assert backbone.find_token_problem() == SEQUENCE.format(config.name)
+
+
+@pytest.mark.parametrize("name", ["coat_tiny", "crossvit_9_240", "efficientvim_m1"])
+def test_networks_with_several_outputs_are_refused(name):
+    backbone = backbones.build_on_meta(BackboneConfig(name), 240 if "crossvit" in name else 224)
+    assert backbone.find_token_problem() == (
+        f"{name} gives a list instead of a map (B, channels, rows, columns)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "remedy"),
+    [
+        (knn, "--feature patch_mean", "give --feature pooled"),
+        (linear, "--feature patch_mean", "give --feature pooled"),
+        (linear, "--feature patch_mean --protocol moco", "give --feature pooled"),
+        (retrieval, "--feature patch_mean", "give --feature pooled"),
+        (spectrum_module, "--feature patch_mean", "give --feature pooled"),
+        (attentive, "", "evaluate its pooled feature with ssl-pretrain linear or knn"),
+        (
+            attentive,
+            "--protocol capi",
+            "evaluate its pooled feature with ssl-pretrain linear or knn",
+        ),
+    ],
+)
+def test_a_mixers_tokens_are_refused_before_any_image_is_read(
+    mixer_folder, module, options, remedy, monkeypatch
+):
+    monkeypatch.setattr(EvaluationSplit, "batches", lambda split: pytest.fail("reads images"))
+    with pytest.raises(ValueError) as error:
+        module.main([str(mixer_folder), "--device", "cpu", *options.split()])
+    feature = "patches" if module is attentive else "patch_mean"
+    assert str(error.value) == f"--feature {feature}: {SEQUENCE.format(MIXER.name)}; {remedy}"
 
 
 @pytest.mark.parametrize("config", [BEIT, CAIT, BackboneConfig("efficientnet_b0")])
