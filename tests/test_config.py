@@ -206,6 +206,17 @@ def test_masks_have_the_patches_of_the_backbone(path):
     assert run.views.crops["global"].mask == Mask()
 
 
+def test_a_batch_in_which_masks_hide_nothing_is_refused(path):
+    overrides = ["backbone.name=vit_tiny_patch16_224", "backbone.stem=imagenet"]
+    overrides += ["views.crops.global.size=96", "views.crops.global.mask.kind=blocks"]
+    overrides += ["views.crops.global.mask.probability=0.1", "parallel.bn_group_images=global"]
+    assert error_of(path, *overrides, "global_batch_size=4") == (
+        "global_batch_size: 4 with views.crops.global.mask.probability 0.1 masks 0.8 of a step's 8 "
+        "views, which is rounded down to none; give 5 or more, or a higher probability"
+    )
+    check(load(path, [*overrides, "global_batch_size=5"]), 1)
+
+
 def test_values_have_the_declared_types(path):
     path.write_text(tiny.YAML.replace("base_lr: 4.0", "base_lr: 1e-3"))  # text in YAML 1.1
     run = load(path, ["optim.weight_decay=1e-6", "views.crops.global.size=32"])

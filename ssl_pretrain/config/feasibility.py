@@ -26,6 +26,7 @@ def check(config: RunConfig, world_size: int) -> None:
     try:
         schema.check(config)
         recipe.check(config.views)
+        recipe.check_batch(config.views, config.global_batch_size)
         sources.check(config.data)
         execution.bn_group_images(config.parallel, config.global_batch_size)
         execution.check(config.parallel)

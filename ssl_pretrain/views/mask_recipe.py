@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ssl_pretrain import schema
 from ssl_pretrain.schema import DIMENSIONLESS, setting
 
 BLOCKS_ASPECT = [0.3, 1 / 0.3]  # iBOT and DINOv2
@@ -139,10 +138,10 @@ def shapes(mask: Mask, size: int) -> tuple[MaskShape, ...]:
     if mask.kind == "blocks":
         return (MaskShape("masked", 1, int(side**2 * mask.ratio_range[1])),)
     if mask.kind == "multiblock":
-        target_areas = _all_areas(side, tuple(mask.target_scale), tuple(aspect_range(mask)))
+        _, max_target = target_areas(mask, side)
         return (
             MaskShape("context", 1, mask.context_patches or max(1, side**2 // 4)),
-            MaskShape("targets", mask.num_targets, target_areas[1]),
+            MaskShape("targets", mask.num_targets, max_target),
         )
     return ()
 
@@ -167,6 +166,19 @@ def min_block_area(mask: Mask, side: int) -> int:
     return mask.min_patches or (side // 3) ** 2
 
 
+def max_block_area(mask: Mask, side: int) -> int:
+    """Return the largest area of a block of the kind "blocks".
+
+    For DINOv2 and DINOv3 it is half of the view, rounded as in the authors' code.
+    """
+    return side**2 if mask.block_sampler == "ibot" else side // 2 * side
+
+
+def num_masked_views(mask: Mask, num_views: int) -> int:
+    """Return how many of a step's views DINOv2 and DINOv3 mask."""
+    return int(num_views * mask.probability)
+
+
 def target_sizes(mask: Mask, side: int, uniforms: np.ndarray) -> BlockSizes:
     """Return the sizes of I-JEPA's targets, one for each random number in [0, 1)."""
     return _block_sizes(side, tuple(mask.target_scale), tuple(aspect_range(mask)), uniforms)
@@ -175,6 +187,16 @@ def target_sizes(mask: Mask, side: int, uniforms: np.ndarray) -> BlockSizes:
 def context_sizes(mask: Mask, side: int, uniforms: np.ndarray) -> BlockSizes:
     """Return the sizes of I-JEPA's context blocks, one for each random number in [0, 1)."""
     return _block_sizes(side, tuple(mask.context_scale), (1.0, 1.0), uniforms)
+
+
+def target_areas(mask: Mask, side: int) -> tuple[int, int]:
+    """Return the areas of I-JEPA's smallest and largest target, in patches."""
+    return _range_of_areas(side, tuple(mask.target_scale), tuple(aspect_range(mask)))
+
+
+def context_areas(mask: Mask, side: int) -> tuple[int, int]:
+    """Return the areas of I-JEPA's smallest and largest context block, in patches."""
+    return _range_of_areas(side, tuple(mask.context_scale), (1.0, 1.0))
 
 
 def _block_sizes(
@@ -192,80 +214,9 @@ def _block_sizes(
 
 
 @lru_cache(maxsize=64)
-def _all_areas(side: int, scale: tuple[float, ...], aspect: tuple[float, ...]) -> tuple[int, int]:
-    """Return the smallest and the largest area of a block, in patches."""
+def _range_of_areas(
+    side: int, scale: tuple[float, ...], aspect: tuple[float, ...]
+) -> tuple[int, int]:
     heights, widths = _block_sizes(side, scale, aspect, np.linspace(0, 1, SCANNED_SIZES + 1))
     areas = heights * widths
     return int(areas.min()), int(areas.max())
-
-
-def check(key: str, mask: Mask, size: int) -> None:
-    """Raise ValueError unless the masks can be drawn for a view of `size` pixels.
-
-    Args:
-        key: Dotted key of the mask, such as views.crops.global.mask.
-        mask: The recipe.
-        size: Height and width of the view.
-    """
-    schema.check_choices(mask, key)
-    if mask.kind == "none":
-        return
-    if size % mask.patch_size:
-        raise ValueError(
-            f"{key}.patch_size: {mask.patch_size} does not divide the view's {size} pixels; give "
-            "the backbone's patch size, and views.crops.*.size as a multiple of it"
-        )
-    if mask.aspect:
-        schema.check_range(f"{key}.aspect", mask.aspect)
-    side = grid_side(mask, size)
-    if mask.kind in ("random", "inverse_block"):
-        _check_ratio(key, mask, side)
-    if mask.kind == "blocks":
-        _check_blocks(key, mask, side)
-    if mask.kind == "multiblock":
-        _check_multiblock(key, mask, side)
-
-
-def _check_ratio(key: str, mask: Mask, side: int) -> None:
-    count = num_visible(mask, side)
-    if not 0 < count < side**2:
-        raise ValueError(
-            f"{key}.ratio: {mask.ratio:g} leaves {count} of the view's {side**2} patches visible; "
-            "give a ratio that masks some patches and leaves others, or smaller patches"
-        )
-    low, high = aspect_range(mask)
-    max_aspect = side**2 / count  # a longer block of this area would not fit
-    if mask.kind == "inverse_block" and (low > max_aspect or high < 1 / max_aspect):
-        raise ValueError(
-            f"{key}.aspect: {mask.aspect} has no block of {count} patches that fits in a view of "
-            f"{side} x {side} patches; give a range that contains 1"
-        )
-
-
-def _check_blocks(key: str, mask: Mask, side: int) -> None:
-    schema.check_range(f"{key}.ratio_range", mask.ratio_range, highest=1.0)
-    if shapes(mask, side * mask.patch_size)[0].max_patches < 1:
-        raise ValueError(
-            f"{key}.ratio_range: {mask.ratio_range} masks none of the view's {side**2} patches; "
-            "give a higher range, or smaller patches"
-        )
-
-
-def _check_multiblock(key: str, mask: Mask, side: int) -> None:
-    schema.check_range(f"{key}.target_scale", mask.target_scale, highest=1.0)
-    schema.check_range(f"{key}.context_scale", mask.context_scale, highest=1.0)
-    targets = _all_areas(side, tuple(mask.target_scale), tuple(aspect_range(mask)))
-    contexts = _all_areas(side, tuple(mask.context_scale), (1.0, 1.0))
-    for name, (smallest, _) in (("target", targets), ("context", contexts)):
-        if smallest <= mask.min_keep:
-            remedy = f"give at most {smallest - 1}, or " if smallest else "give "
-            raise ValueError(
-                f"{key}.min_keep: {mask.min_keep} patches are not less than a {name} of {smallest} "
-                f"patches, the smallest in a view of {side} x {side} patches; {remedy}"
-                f"a larger {key}.{name}_scale"
-            )
-    if mask.context_patches > contexts[1]:
-        raise ValueError(
-            f"{key}.context_patches: {mask.context_patches} is more than the {contexts[1]} patches "
-            f"of the largest context; give at most {contexts[1]}, or 0 for a quarter of the view"
-        )

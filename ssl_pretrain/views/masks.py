@@ -132,11 +132,12 @@ def _draw_grids(
         return _draw_multiblock(mask, side, view, position)
     if mask.block_sampler == "ibot":
         budgets = _independent_budgets(mask, side, view, position)
-        max_area = float(side**2)
     else:
         budgets = _spread_budgets(crop, side, view, first_view, position)
-        max_area = float(side // 2 * side)  # half of the view, rounded as in the authors' code
-    limits = (float(mask_recipe.min_block_area(mask, side)), max_area)
+    limits = (
+        float(mask_recipe.min_block_area(mask, side)),
+        float(mask_recipe.max_block_area(mask, side)),
+    )
     aspect, is_exact = _pair(mask_recipe.aspect_range(mask)), mask.block_sampler == "dinov3"
     return (mask_kernels.draw_blocks(*key, side, budgets, limits, aspect, is_exact),)
 
@@ -184,7 +185,7 @@ def _spread_budgets(
     view gets which interval is random.
     """
     mask, num_views = crop.mask, crop.count * position.global_batch_size
-    num_masked = int(num_views * mask.probability)
+    num_masked = mask_recipe.num_masked_views(mask, num_views)
     key = (position.seed, position.epoch, position.step, first_view)
     part_of_view = np.empty(num_views, np.int64)
     order = rng.uniform(*key, Purpose.MASK_ORDER, num_views)[0].argsort(kind="stable")

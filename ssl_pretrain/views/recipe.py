@@ -15,7 +15,7 @@ from typing import Literal
 
 from ssl_pretrain import schema
 from ssl_pretrain.schema import DIMENSIONLESS, setting
-from ssl_pretrain.views import mask_recipe
+from ssl_pretrain.views import mask_checks
 from ssl_pretrain.views.mask_recipe import Mask
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -145,6 +145,14 @@ def check(views: ViewsConfig) -> None:
             )
 
 
+def check_batch(views: ViewsConfig, global_batch_size: int) -> None:
+    """Raise ValueError if the batch is so small that masks hide nothing."""
+    for name, crop in views.crops.items():
+        mask_checks.check_batch(
+            f"views.crops.{name}.mask", crop.mask, crop.count, global_batch_size
+        )
+
+
 def _check_crop(key: str, crop: Crop) -> None:
     schema.check_choices(crop, key)
     schema.check_range(f"{key}.scale", crop.scale, highest=1.0)
@@ -156,7 +164,7 @@ def _check_crop(key: str, crop: Crop) -> None:
             "hue are all 0; set one of them, or jitter to 0"
         )
     _check_blur(key, crop)
-    mask_recipe.check(f"{key}.mask", crop.mask, crop.size)
+    mask_checks.check(f"{key}.mask", crop.mask, crop.size)
 
 
 def _check_blur(key: str, crop: Crop) -> None:

@@ -299,6 +299,43 @@ def test_the_visible_patches_of_capi_are_one_block():
             "smaller patches",
         ),
         (
+            Mask("blocks", ratio_range=[0.01, 0.0625]),  # a share below 1 of 16 patches
+            64,
+            "ratio_range: [0.01, 0.0625] masks none of the view's 16 patches; give a higher range, "
+            "or smaller patches",
+        ),
+        (
+            Mask("blocks", ratio_range=[1.0, 1.0], block_sampler="dinov3"),
+            16,
+            "patch_size: 16 makes a view of 1 x 1 patches, in which no block fits; give smaller "
+            "patches",
+        ),
+        (
+            Mask("blocks"),
+            32,
+            "min_patches: 4 is more than 1, the area of the largest block in a view of 2 x 2 "
+            "patches; give 1, or a higher views.crops.global.mask.ratio_range",
+        ),
+        (
+            Mask("blocks", min_patches=150),
+            224,
+            "min_patches: 150 is more than 97, the area of the largest block in a view of 14 x 14 "
+            "patches; give 1 to 97, or a higher views.crops.global.mask.ratio_range",
+        ),
+        (
+            Mask("blocks", block_sampler="ibot", min_patches=0, ratio_range=[0.05, 0.05]),
+            224,
+            "min_patches: 0 stands for 16, which is more than 9, the area of the largest block in "
+            "a view of 14 x 14 patches; give 1 to 9, or a higher "
+            "views.crops.global.mask.ratio_range",
+        ),
+        (
+            Mask("blocks", block_sampler="ibot", aspect=[10.0, 20.0]),
+            64,
+            "aspect: [10, 20] has no block of 4 to 7 patches that fits in a view of 4 x 4 patches; "
+            "give a range that contains 1, or smaller patches",
+        ),
+        (
             Mask("multiblock"),
             96,
             "min_keep: 10 patches are not less than a target of 4 patches, the smallest in a view "
@@ -340,6 +377,33 @@ def test_bad_masks_are_refused_with_key_value_and_remedy(mask, size, message):
     with pytest.raises(ValueError) as error:
         recipe.check(views)
     assert str(error.value) == f"views.crops.global.mask.{message}"
+
+
+@pytest.mark.parametrize(
+    ("mask", "views_per_image", "batch", "problem"),
+    [
+        (Mask("blocks"), 1, 1, "probability 0.5 masks 0.5 of a step's 1 views"),
+        (
+            Mask("blocks", probability=0.03, block_sampler="dinov3"),
+            2,
+            16,
+            "probability 0.03 masks 0.96 of a step's 32 views",
+        ),
+    ],
+)
+def test_a_batch_without_any_masked_view_is_refused(mask, views_per_image, batch, problem):
+    views = build_views(mask, views_per_image)
+    with pytest.raises(ValueError) as error:
+        recipe.check_batch(views, batch)
+    assert str(error.value) == (
+        f"global_batch_size: {batch} with views.crops.global.mask.{problem}, which is rounded down "
+        f"to none; give {batch + 1} or more, or a higher probability"
+    )
+    for size, is_masked in ((batch, False), (batch + 1, True)):
+        grids = draw_grids(mask, size, count=views_per_image)
+        assert bool(np.concatenate(grids).any()) == is_masked
+    recipe.check_batch(views, batch + 1)
+    recipe.check_batch(build_views(Mask("blocks", block_sampler="ibot"), views_per_image), 1)
 
 
 def test_views_without_masks_have_none():
