@@ -38,6 +38,8 @@ class Config(MethodConfig):
 class AlignUniform(JointPairs):
     """Alignment of the views of an image, and uniformity of all images on the unit sphere."""
 
+    negatives = "images"
+
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, *config.projector_dims, batch_norm=False)

@@ -49,6 +49,11 @@ class Method(nn.Module):
         compared: Names of embeddings that `loss` also compares between images if `couples` is
             "targets", such as the class tokens of KoLeo. They should be small, since all of the
             batch's are kept.
+        negatives: What an anchor is pushed away from, for the plan of a run. "embeddings" means all
+            other embeddings of both views, "images" means one embedding of every other image, and
+            "mined" means one embedding per positive pair. If the method needs labels, they are of
+            other classes. "patches" means the other patches of all images, and "queue" means
+            `config.queue_size` past embeddings.
         transient: Names of embeddings and targets that are dropped between `loss` and
             `after_step`, because they are too large to keep for every micro-batch.
         needs_labels: True if the data set must have labels.
@@ -60,6 +65,7 @@ class Method(nn.Module):
 
     couples: Literal["nothing", "targets", "embeddings"] = "nothing"
     compared: tuple[str, ...] = ()
+    negatives: Literal["none", "embeddings", "images", "mined", "patches", "queue"] = "none"
     transient: tuple[str, ...] = ()
     needs_labels: bool = False
     evaluated_module: str = "backbone"

@@ -103,6 +103,7 @@ class CPC(Method):
     """Contrastive prediction of rows of patches from the rows before them."""
 
     couples = "embeddings"
+    negatives = "patches"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)

@@ -33,6 +33,8 @@ class Config(MethodConfig):
 class Debiased(SeparatePairs):
     """SimCLR with the debiased contrastive loss."""
 
+    negatives = "embeddings"
+
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, *config.projector_dims)

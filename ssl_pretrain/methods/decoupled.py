@@ -37,6 +37,8 @@ class Config(MethodConfig):
 class Decoupled(JointPairs):
     """SimCLR without the positive in the denominator of the loss."""
 
+    negatives = "embeddings"
+
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = simclr_projector(backbone.feature_dim, *config.projector_dims)

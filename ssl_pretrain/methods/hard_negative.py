@@ -35,6 +35,8 @@ class Config(MethodConfig):
 class HardNegative(SeparatePairs):
     """Debiased contrastive learning in which close negatives get larger weights."""
 
+    negatives = "embeddings"
+
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, *config.projector_dims)

@@ -82,6 +82,7 @@ class MoCo(Method):
             None if config.without_queue else Queue(config.queue_size, config.projector_dims[-1])
         )
         self.couples = "embeddings" if config.without_queue else "nothing"
+        self.negatives = "images" if config.without_queue else "queue"
 
     def forward(self, batch: Batch) -> Embeddings:
         """Return the queries: student embeddings of the first view, (local_batch, dim)."""

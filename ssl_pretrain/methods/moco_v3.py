@@ -70,6 +70,7 @@ class MoCoV3(Method):
     """Contrastive learning of predictions against a teacher's keys of the global batch."""
 
     couples = "embeddings"
+    negatives = "images"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)

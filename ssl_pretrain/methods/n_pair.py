@@ -38,6 +38,8 @@ class Config(MethodConfig):
 class NPair(GroupedPairs):
     """N-pair loss on inner products, with a penalty on the length of the embeddings."""
 
+    negatives = "images"
+
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the N-pair loss plus the weighted penalty on squared lengths, and log both."""
         terms = n_pair_terms(  # the first term is equation 7

@@ -52,6 +52,7 @@ class NNCLR(Method):
     """Contrastive learning whose positives are nearest neighbors in a queue."""
 
     couples = "embeddings"
+    negatives = "images"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)

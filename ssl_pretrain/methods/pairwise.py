@@ -39,6 +39,8 @@ class Config(MethodConfig):
 class Pairwise(GroupedPairs):
     """Contrastive loss with a margin over all pairs of embeddings in the global batch."""
 
+    negatives = "embeddings"
+
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the average of the mean losses of positive and negative pairs, and log both."""
         terms = pairwise_terms(  # equation 4

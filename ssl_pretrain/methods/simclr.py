@@ -36,6 +36,8 @@ class Config(MethodConfig):
 class SimCLR(JointPairs):
     """Contrastive learning of two views against the other images of the global batch."""
 
+    negatives = "embeddings"
+
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         dims = [] if config.without_projector else config.projector_dims

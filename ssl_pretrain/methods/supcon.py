@@ -47,6 +47,7 @@ class SupCon(Method):
     """Contrastive learning in which all images of a class are positives of each other."""
 
     couples = "embeddings"
+    negatives = "embeddings"
     needs_labels = True
 
     def __init__(self, config: Config, backbone: Backbone):

@@ -31,6 +31,8 @@ class Config(MethodConfig):
 class TemperatureFree(JointPairs):
     """SimCLR whose logits are the log-odds of the cosine similarities."""
 
+    negatives = "embeddings"
+
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = simclr_projector(backbone.feature_dim, *config.projector_dims)

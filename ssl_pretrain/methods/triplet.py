@@ -37,6 +37,8 @@ class Config(MethodConfig):
 class Triplet(GroupedPairs):
     """Triplet loss with semi-hard negatives mined from the global batch."""
 
+    negatives = "mined"
+
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the mean triplet loss of positive pairs, and log the fraction of nonzero terms."""
         terms = triplet_terms(  # equation 3

@@ -125,10 +125,6 @@ def _describe_steps(run: RunConfig) -> list[str]:
 
 def _describe_batch(run: RunConfig, method: Method, world_size: int) -> list[str]:
     views, batch = recipe.crop_per_view(run.views), run.global_batch_size
-    rows = len(views) * batch
-    negatives = "none, because the loss does not compare images"
-    if method.couples != "nothing":
-        negatives = f"{rows - 2:,}, every other embedding of the batch"
     local_batch_size = batch // world_size
     micro_batch_size = config.configured_micro_batch_size(run, world_size)
     if micro_batch_size is None:
@@ -139,9 +135,38 @@ def _describe_batch(run: RunConfig, method: Method, world_size: int) -> list[str
         micro_batches = f"micro-batches of {micro_batch_size:,}"
     return [
         f"views per image: {', '.join(f'{view.size} px' for view in views)}",
-        f"embeddings per loss: {rows:,} ({len(views)} views x {batch:,} images); "
-        f"negatives per anchor: {negatives}",
+        _describe_loss(method, len(views), batch),
         f"batch norm over {bn_group_images(run.parallel, batch):,} images; each rank's share of "
         f"{local_batch_size:,} images in {micro_batches}, "
         f"on {world_size} rank{'s' * (world_size > 1)}",
     ]
+
+
+def _describe_loss(method: Method, num_views: int, batch: int) -> str:
+    """Describe over how many embeddings the loss is computed, and the negatives if it has any."""
+    views = f"{num_views} view{'s' * (num_views > 1)}"
+    line = f"embeddings per loss: {num_views * batch:,} ({views} x {batch:,} images)"
+    if method.negatives == "patches":
+        line = f"embeddings per loss: the patches of {batch:,} images"
+    elif method.couples != "embeddings":
+        line = f"loss: the mean of one term per image, over {batch:,} images"
+    negatives = _describe_negatives(method, batch)
+    return f"{line}; negatives per anchor: {negatives}" if negatives else line
+
+
+def _describe_negatives(method: Method, batch: int) -> str:
+    """Describe the negatives of an anchor in a global batch, or return an empty string for none."""
+    if method.needs_labels:
+        return {
+            "embeddings": "every embedding of another class",
+            "images": "every image of another class",
+            "mined": "1 per positive pair, chosen from other classes",
+        }.get(method.negatives, "")
+    others = f"{2 * batch - 2:,}"
+    return {
+        "embeddings": f"{others}, every other embedding of the batch",
+        "images": f"{batch - 1:,}, every other image of the batch",
+        "mined": f"1 per positive pair, chosen among {others}",
+        "patches": "every other patch of the batch",
+        "queue": f"{getattr(method.config, 'queue_size', 0):,}, the embeddings in the queue",
+    }.get(method.negatives, "")
