@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods, schema
-from ssl_pretrain.launch import local, pretrain, slurm, study_table
+from ssl_pretrain.launch import local, pretrain, slurm, study_curves, study_table
 from ssl_pretrain.system import program
 from ssl_pretrain.system.exit_status import STOPPED, USER_ERROR
 
@@ -36,6 +36,7 @@ class Study:
     every_method: bool = False  # add one variant per method
     columns: list[str] = field(default_factory=lambda: list(study_table.DEFAULT_COLUMNS))
     plot_against: str = ""  # numeric key on the x-axis; if empty, a bar is drawn per variant
+    curves: bool = False  # also plot the k-NN accuracy during training
     runs: list[Variant] = field(default_factory=list)
 
     def evaluation_names(self) -> list[str]:
@@ -210,13 +211,21 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
         return USER_ERROR if options.table_only else 1
     missing_variants = list(dict.fromkeys(run.variant for run in runs if not run.is_evaluated()))
     table = options.table or folder / f"{Path(path).stem}.md"
+    comparison = study_table.Comparison(
+        study.title, study.columns, evaluated_runs, study.plot_against
+    )
+    plots = [study_table.draw_plot(comparison, table.with_suffix(".png"))]
+    if study.curves:
+        curves = table.with_name(f"{table.stem}_curves.png")
+        plots.append(study_curves.draw(comparison, curves))
     study_table.write(
-        study_table.Comparison(study.title, study.columns, evaluated_runs, study.plot_against),
+        comparison,
         missing_variants,
         _portable_command(path, options.base, options.overrides),
         table,
+        plots,
     )
-    print(f"wrote {table} and {table.with_suffix('.png').name}")
+    print(f"wrote {table} and {' and '.join(plot.name for plot in plots)}")
     return status
 
 

@@ -65,6 +65,14 @@ def _gain_column(evaluation: str, metric: str) -> Column:
     )
 
 
+def _random_column(classifier: str, evaluation: str, metric: str) -> Column:
+    return Column(
+        f"test accuracy of {classifier} on features of the better random backbone",
+        evaluation,
+        compute=lambda run: run.tables[evaluation][results.BETTER_RANDOM][metric],
+    )
+
+
 DEFAULT_COLUMNS = {
     "linear, %": Column(
         "test accuracy of a linear classifier on frozen features, with the learning rate chosen "
@@ -93,7 +101,9 @@ DEFAULT_COLUMNS = {
 }
 COLUMNS = DEFAULT_COLUMNS | {
     "k-NN, %": Column("test accuracy of weighted k-NN on frozen features", "knn", "clean"),
+    "random k-NN, %": _random_column("k-NN", "knn", "clean"),
     "k-NN above random": _gain_column("knn", "clean"),
+    "random linear, %": _random_column("a linear classifier", "linear", "all labels"),
     "linear above random": _gain_column("linear", "all labels"),
     "attentive, %": Column(
         "test accuracy of one attention query and a linear classifier on frozen patch tokens, with "
@@ -144,20 +154,22 @@ def has_reference_rows(config: RunConfig) -> bool:
 
 
 def write(
-    comparison: Comparison, missing_variants: Sequence[str], command: str, path: Path
+    comparison: Comparison,
+    missing_variants: Sequence[str],
+    command: str,
+    path: Path,
+    plots: Sequence[Path],
 ) -> None:
-    """Write the table as a Markdown file, and the plot as a PNG file with the same base name.
+    """Write the table as a Markdown file that shows the plots.
 
     Args:
         comparison: One or more finished runs.
         missing_variants: Variants with unfinished runs, listed below the table.
         command: The study's command, shown above the table.
         path: Path of the Markdown file.
+        plots: Images in the same folder.
     """
     assert comparison.runs, "a table needs a finished run"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plot = path.with_suffix(".png")
-    draw_plot(comparison, plot)
     rows = [
         [variant, len(runs), *(_format_cell(runs, column) for column in comparison.columns)]
         for variant, runs in comparison.numbers_by_variant.items()
@@ -168,7 +180,7 @@ def write(
         describe(comparison),
         markdown.table(["run", "seeds", *comparison.columns], rows),
         *([f"Not run: {', '.join(missing_variants)}."] if missing_variants else []),
-        f"![{comparison.title}]({plot.name})",
+        *(f"![{comparison.title}]({plot.name})" for plot in plots),
     ]
     path.write_text("\n\n".join(blocks) + "\n")
 
@@ -224,8 +236,12 @@ def _format_cell(runs: Sequence[dict[str, float]], column: str) -> str:
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def draw_plot(comparison: Comparison, path: Path) -> None:
-    """Plot the first two columns, as curves over `plot_against` or as one bar per variant."""
+def draw_plot(comparison: Comparison, path: Path) -> Path:
+    """Plot the first two columns, as curves over `plot_against` or as one bar per variant.
+
+    Returns:
+        The path of the PNG file.
+    """
     from matplotlib.figure import Figure
 
     height = max(3.4, 0.25 * len(comparison.numbers_by_variant))  # inches
@@ -242,7 +258,9 @@ def draw_plot(comparison: Comparison, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     if not comparison.plot_against:
         panels[0].invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+    return path
 
 
 def _draw_curve(panel: Any, comparison: Comparison, column: str, color: str) -> None:

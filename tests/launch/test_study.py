@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ssl_pretrain import config, methods
 from ssl_pretrain.eval import results
-from ssl_pretrain.launch import study, study_table, sweep
+from ssl_pretrain.launch import study, study_curves, study_table, sweep
 
 ROOT = Path(__file__).parents[2]
 LEARNING = ROOT / "configs/sweeps/learning.yaml"  # its variants have base configurations
@@ -148,7 +149,7 @@ def save_results(run: Path, accuracy: float, spectrum: float) -> None:
     }
     results.save(run, "spectrum", {}, [results.Row("pretrained", numbers)], CHECKPOINT, 1.0)
     records = [
-        {"step": step, "time": 60.0 * step, "rankme": spectrum, "knn": 0.1 * step}
+        {"step": step, "epoch": step, "time": 60.0 * step, "rankme": spectrum, "knn": 0.1 * step}
         for step in (1, 2, 3)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -178,6 +179,38 @@ def test_the_table_has_means_over_seeds_and_names_missing_runs(name, tmp_path, m
         assert plot.width > 900
         num_colors = len(set(plot.convert("RGB").reduce(8).getdata()))
     assert num_colors > 20  # the plot is not empty
+
+
+def test_a_study_with_curves_draws_one_panel_per_variant(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = ["seed=0,1", f"output={tmp_path / 'runs'}"]
+    runs = study.plan_runs(study.load(LEARNING), LEARNING, None, arguments)
+    for run in runs[:-2]:
+        save_results(Path(run.config.output), 90, 30)
+    table = tmp_path / "table.md"
+    assert sweep.main([str(LEARNING), *arguments, "--table", str(table), "--table-only"]) == 0
+    assert "](table_curves.png)" in table.read_text()
+    row = next(line for line in table.read_text().splitlines() if line.startswith("| MAE |"))
+    assert row == (
+        "| MAE | 2 | 90.0 ± 0.0 | 80.0 ± 0.0 | 10.0 ± 0.0 | 90.0 ± 0.0 | 80.0 ± 0.0 | 10.0 ± 0.0 "
+        "| 2.0 ± 0.0 |"
+    )
+    figures = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_args, **_options: figures.append(figure)
+    )
+    comparison = study_table.Comparison(
+        "", ["k-NN, %"], [(run.variant, run.config) for run in runs[:-2]]
+    )
+    study_curves.draw(comparison, tmp_path / "curves.png")
+    panels = [panel for panel in figures[0].axes if panel.get_title()]
+    assert [panel.get_title() for panel in panels] == ["LeJEPA", "MAE", "I-JEPA"]
+    curve, end, random = panels[0].lines[:3]
+    assert curve.get_xydata().tolist() == [[1, 10], [2, 20], [3, pytest.approx(30)]]
+    assert end.get_xydata().tolist() == [[3, 90]]
+    assert random.get_ydata() == [80, 80]
+    assert len(panels[0].lines) == 6  # two seeds
+    assert len(figures[0].legends[0].get_texts()) == 3
 
 
 def test_the_columns_of_the_methods_study_show_the_saved_results(tmp_path):
