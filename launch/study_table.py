@@ -65,11 +65,11 @@ def _gain_column(evaluation: str, metric: str) -> Column:
     )
 
 
-def _random_column(classifier: str, evaluation: str, metric: str) -> Column:
+def _knn_column(help: str, row: str) -> Column:
     return Column(
-        f"test accuracy of {classifier} on features of the better random backbone",
-        evaluation,
-        compute=lambda run: run.tables[evaluation][results.BETTER_RANDOM][metric],
+        f"test accuracy of weighted k-NN on {help}",
+        "knn",
+        compute=lambda run: run.tables["knn"][row]["clean"],
     )
 
 
@@ -101,9 +101,11 @@ DEFAULT_COLUMNS = {
 }
 COLUMNS = DEFAULT_COLUMNS | {
     "k-NN, %": Column("test accuracy of weighted k-NN on frozen features", "knn", "clean"),
-    "random k-NN, %": _random_column("k-NN", "knn", "clean"),
+    "raw pixels, %": _knn_column("raw pixels", RAW_PIXELS),
+    "random backbone, %": _knn_column(
+        "features of the better random backbone", results.BETTER_RANDOM
+    ),
     "k-NN above random": _gain_column("knn", "clean"),
-    "random linear, %": _random_column("a linear classifier", "linear", "all labels"),
     "linear above random": _gain_column("linear", "all labels"),
     "attentive, %": Column(
         "test accuracy of one attention query and a linear classifier on frozen patch tokens, with "
