@@ -254,4 +254,6 @@ def rand_augment(
 @lru_cache(maxsize=4)
 def _build_policy(name: str, mean: tuple[float, ...], size: int) -> Any:
     fill = tuple(min(255, round(255 * value)) for value in mean)
-    return rand_augment_transform(name, {"translate_const": int(size * 0.45), "img_mean": fill})
+    options = {"translate_const": int(size * 0.45), "img_mean": fill}
+    # DeiT and MAE rotate, shear and shift with the interpolation of their crops.
+    return rand_augment_transform(name, options | {"interpolation": Image.Resampling.BICUBIC})

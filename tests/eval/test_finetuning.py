@@ -9,6 +9,9 @@ import pytest
 import timm
 import torch
 from conftest import run_ranks
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import RandAugment
 from torch import nn
 from torch.nn import functional as F
 from untrained_run import make_run
@@ -152,6 +155,22 @@ def test_randaugment_depends_only_on_the_epoch_and_the_image():
     assert torch.equal(first, repeated)
     assert (first.dtype, first.shape) == (torch.uint8, view.shape)
     assert not torch.equal(first, other_epoch) or not torch.equal(first, other_image)
+
+
+def test_randaugment_equals_the_one_that_the_authors_build():
+    policy, mean = "rand-m9-mstd0.5-inc1", (0.485, 0.456, 0.406)
+    # DeiT and MAE pass these arguments to timm.
+    pipeline = create_transform(
+        32, is_training=True, auto_augment=policy, interpolation="bicubic", mean=mean
+    )
+    authors_augment = next(t for t in pipeline.transforms if isinstance(t, RandAugment))
+    view = (random_images(3, 32, 32) * 255).to(torch.uint8)
+    image = Image.fromarray(view.permute(1, 2, 0).numpy())
+    for index in range(40):
+        ours = trainer.rand_augment(view, 0, index, policy=policy, mean=mean)
+        trainer._seed_python_and_numpy(rng.derive_seed(trainer.SEED, 0, index))
+        expected = torch.from_numpy(np.array(authors_augment(image))).permute(2, 0, 1)
+        assert torch.equal(ours, expected)
 
 
 def test_the_moving_average_is_returned(run, train_split):
