@@ -1,15 +1,19 @@
-"""Published protocols of linear evaluation and fine-tuning, with the source of every number."""
+"""Published protocols of linear evaluation, with the source of every number."""
 
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.eval.frozen.linear_heads import Init
+from ssl_pretrain.eval.frozen.linear_heads import BN_EPS, HeadOptimizer, Init
+from ssl_pretrain.eval.frozen.named_features import VitFeature
+from ssl_pretrain.optim import schedules
 from ssl_pretrain.views.recipe import CropSampler, Interpolation
 
 LR_FACTORS = (1.0, 0.1, 0.3, 3.0, 10.0)  # multiples of the published learning rate to try
+# MAE warms up for 10 epochs, and its shortest published training has 50. A shorter training warms
+# up for the same share of its epochs, so that the learning rate also falls.
+MAX_WARMUP_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
@@ -26,16 +30,19 @@ class LinearProtocol:
     weight_decay: float  # applied to weights and biases
     nesterov: bool = False
     momentum: float = 0.9
+    optimizer: HeadOptimizer = "sgd"  # see LinearHeads
+    trust_coefficient: float = 0.001  # only used by LARC and LARS
+    warmup_epochs: float = 0.0  # linear warm-up from 0, only before a cosine
     # The learning rate is divided by 10 after each of these epochs. Without milestones, the rate
     # follows a cosine.
     milestones: tuple[int, ...] = ()
     lr_changes_every_step: bool = False  # otherwise, the rate only changes between epochs
     init: Init = "normal"  # distribution of the initial weights, see LinearHeads
     init_std: float = 0.01  # standard deviation of normal initial weights; biases start at 0
-    # Features pass through a batch norm whose trained scale and shift are not decayed.
-    normalizes_features: bool = False
-    larc_coefficient: float = 0.0  # trust coefficient; 0 means plain SGD
-    uses_dino_feature: bool = False  # for a ViT, DINO's feature instead of the pooled output
+    normalizes_features: bool = False  # features pass through a batch norm
+    norm_is_affine: bool = True  # the norm has a trained scale and shift, which are not decayed
+    norm_eps: float = BN_EPS
+    vit_feature: VitFeature = "pooled"  # feature of a ViT with a class token, else pooled
     # Cropping and resizing of the training views, and resizing of the test views
     crop_sampler: CropSampler = "torchvision"
     interpolation: Interpolation = "bilinear"
@@ -48,7 +55,9 @@ class LinearProtocol:
             epoch = math.floor(epoch)
         if self.milestones:
             return 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
-        return (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        return schedules.warmup_cosine(
+            epoch / self.epochs, warmup_fraction=self.warmup_epochs / self.epochs
+        )
 
 
 LINEAR_PROTOCOLS = {
@@ -64,7 +73,7 @@ LINEAR_PROTOCOLS = {
     ),
     "dino": LinearProtocol(
         "DINO, eval_linear.py: facebookresearch/dino at 04c0ad95",
-        base_lr=0.001, batch_size=1024, epochs=100, weight_decay=0.0, uses_dino_feature=True,
+        base_lr=0.001, batch_size=1024, epochs=100, weight_decay=0.0, vit_feature="dino",
         test_interpolation="bicubic",
     ),
     "swav": LinearProtocol(
@@ -77,7 +86,7 @@ LINEAR_PROTOCOLS = {
     ),
     "simsiam": LinearProtocol(
         "SimSiam, main_lincls.py --lars: facebookresearch/simsiam at a7bc1772",
-        base_lr=0.1, batch_size=4096, epochs=90, weight_decay=0.0, larc_coefficient=0.001,
+        base_lr=0.1, batch_size=4096, epochs=90, weight_decay=0.0, optimizer="larc",
     ),
     "moco_v3": LinearProtocol(
         "MoCo v3, main_lincls.py, ResNet-50: facebookresearch/moco-v3 at c349e6e2",
@@ -93,6 +102,13 @@ LINEAR_PROTOCOLS = {
         base_lr=0.2, batch_size=4096, epochs=80, weight_decay=0.0, nesterov=True,
         lr_changes_every_step=True, init="truncated", crop_sampler="clipped",
         interpolation="bicubic", antialias=False, test_interpolation="bicubic",
+    ),
+    "mae": LinearProtocol(
+        "MAE, main_linprobe.py and the command of FINETUNE.md: facebookresearch/mae at efb2a806",
+        base_lr=0.1, batch_size=16384, epochs=90, weight_decay=0.0, optimizer="lars",
+        warmup_epochs=10, lr_changes_every_step=True, normalizes_features=True,
+        norm_is_affine=False, norm_eps=1e-6, vit_feature="class_token", crop_sampler="clipped",
+        interpolation="bicubic", test_interpolation="bicubic",
     ),
     "vissl": LinearProtocol(
         "VISSL, eval_resnet_8gpu_transfer_in1k_linear.yaml: facebookresearch/vissl at b6e26383; its"
@@ -126,7 +142,8 @@ class LinearOptions:
     def adapt_protocol(self, num_images: int) -> LinearProtocol:
         """Return the protocol with the changes and a batch size that fits the images.
 
-        Milestones are scaled with the number of epochs.
+        Milestones are scaled with the number of epochs. The warm-up is at most
+        `MAX_WARMUP_FRACTION` of it.
 
         Raises:
             ValueError: If there are no epochs, or the batch size does not fit the images.
@@ -146,7 +163,11 @@ class LinearOptions:
             for epoch in published_protocol.milestones
         )
         return replace(
-            published_protocol, epochs=epochs, batch_size=batch_size, milestones=milestones
+            published_protocol,
+            epochs=epochs,
+            batch_size=batch_size,
+            milestones=milestones,
+            warmup_epochs=min(published_protocol.warmup_epochs, MAX_WARMUP_FRACTION * epochs),
         )
 
     def grid(self) -> list[tuple[float, float]]:
@@ -175,17 +196,22 @@ def describe_linear_training(
     schedule = f"cosine to 0 by {'steps' if protocol.lr_changes_every_step else 'epochs'}"
     if protocol.milestones:
         schedule = f"a tenth of the rate after {', '.join(map(str, protocol.milestones))} epochs"
+    if protocol.warmup_epochs:
+        schedule = f"warm-up {protocol.warmup_epochs:g} epochs, {schedule}"
     batch, epochs = f"batch {protocol.batch_size}", f"{protocol.epochs} epochs"
     if protocol.batch_size != published_protocol.batch_size:
         batch += f" (published: {published_protocol.batch_size}, {num_images:,} images)"
     if protocol.epochs != published_protocol.epochs:
         epochs += f" (published: {published_protocol.epochs})"
     normal = f"from normal weights with standard deviation {protocol.init_std:g}"
+    norm = ("with trained" if protocol.norm_is_affine else "without") + " scale and shift"
     entries = [
         f"SGD with {'Nesterov ' if protocol.nesterov else ''}momentum {protocol.momentum:g}",
-        f"LARC with coefficient {protocol.larc_coefficient:g}, without clipping"
-        if protocol.larc_coefficient
-        else "",
+        {
+            "sgd": "",
+            "larc": f"LARC with coefficient {protocol.trust_coefficient:g}, without clipping",
+            "lars": f"LARS with coefficient {protocol.trust_coefficient:g}, not on biases",
+        }[protocol.optimizer],
         f"published learning rate {protocol.base_lr:g} at a batch of 256, times"
         f" {protocol.batch_size / 256:g} for this batch",
         batch,
@@ -197,67 +223,9 @@ def describe_linear_training(
             "truncated": "from Haiku's default weights",
             "normal": normal if protocol.init_std else "from zero",
         }[protocol.init],
-        "features through a batch norm with trained scale and shift"
-        if protocol.normalizes_features
-        else "",
+        f"features through a batch norm {norm}" if protocol.normalizes_features else "",
     ]
     return ", ".join(filter(None, entries))
-
-
-@dataclass(frozen=True)
-class FinetuningProtocol:
-    """Training of the backbone and a classifier together from the pretrained weights."""
-
-    source: str
-    optimizer: Literal["sgd", "adamw"]  # SGD uses a Nesterov momentum of 0.9
-    base_lr: float  # learning rate at a batch of `lr_batch_size`
-    lr_batch_size: int
-    batch_size: int
-    epochs: float = 0.0  # unused if `num_steps` is set
-    num_steps: int = 0
-    warmup_epochs: float = 0.0
-    warmup_lr: float = 0.0  # learning rate at the start of the warm-up
-    min_lr: float = 0.0  # learning rate at the end of the cosine
-    weight_decay: float = 0.0
-    decays_norms_and_biases: bool = True
-    layer_decay: float = 1.0  # ratio of a block's learning rate to the next block's
-    mixup: float = 0.0  # parameter of the beta distribution
-    cutmix: float = 0.0  # parameter of the beta distribution
-    smoothing: float = 0.0  # label smoothing
-    erasing: float = 0.0  # probability of erasing a rectangle
-    randaugment: str = ""  # timm's name for a policy
-    drop_path: float = 0.0  # rate of stochastic depth
-    head_starts_at_zero: bool = False
-    # The momentum of batch norm is at most 10 / steps_per_epoch, as in SimCLR.
-    limits_batch_norm_momentum: bool = False
-    interpolation: Interpolation = "bicubic"
-
-
-SEMI_EPOCHS = {1: 60, 10: 30}  # epochs by percentage of labels (SimCLR, appendix B.5)
-
-FINETUNING_PROTOCOLS = {
-    "semi": FinetuningProtocol(
-        "SimCLR (arXiv:2002.05709), appendix B.5: no regularization, no warm-up, 60 epochs for 1 %"
-        " and 30 for 10 % of the labels",
-        "sgd", base_lr=0.05, lr_batch_size=256, batch_size=4096, epochs=60,
-        head_starts_at_zero=True,
-    ),
-    "simclr": FinetuningProtocol(
-        "SimCLR (arXiv:2002.05709), appendix B.8.1: 20,000 steps; select the learning rate from"
-        " --lrs of 1e-4 to 0.1 and the weight decay from --weight-decays of 0 and 1e-6 to 1e-3,"
-        " both logarithmic",
-        "sgd", base_lr=0.05, lr_batch_size=256, batch_size=256, num_steps=20_000,
-        head_starts_at_zero=True, limits_batch_norm_momentum=True,
-    ),
-    "deit": FinetuningProtocol(
-        "DeiT (arXiv:2012.12877), table 9 and main.py: facebookresearch/deit at 0282d2a1; epochs as"
-        " MoCo v3 fine-tunes with it; without repeated augmentation",
-        "adamw", base_lr=5e-4, lr_batch_size=512, batch_size=1024, epochs=150, warmup_epochs=5,
-        warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.05, decays_norms_and_biases=False, mixup=0.8,
-        cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment="rand-m9-mstd0.5-inc1",
-        drop_path=0.1,
-    ),
-}  # fmt: skip
 
 
 def fitting_batch_size(

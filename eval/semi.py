@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_pretrain.eval import command_line, protocols
+from ssl_pretrain.eval import command_line, finetuning_protocols
 from ssl_pretrain.eval.finetuning import selection
 from ssl_pretrain.eval.frozen import few_labels
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits
@@ -96,11 +96,11 @@ def evaluate(
             for percent in percentages
         }
         origin = f"training images, the same number per class, drawn with seed {subset_seed}"
-    published_protocol = protocols.FINETUNING_PROTOCOLS["semi"]
+    published_protocol = finetuning_protocols.FINETUNING_PROTOCOLS["semi"]
     protocol_entries, columns = {"source": published_protocol.source}, {}
     for name, rows in subsets.items():
         published_percentage = 1 if len(rows) < 0.05 * len(train) else 10
-        epochs = protocols.SEMI_EPOCHS[published_percentage]
+        epochs = finetuning_protocols.SEMI_EPOCHS[published_percentage]
         protocol = selection.adapt_protocol(
             replace(published_protocol, epochs=epochs), options, len(rows)
         )

@@ -18,9 +18,10 @@ from ssl_pretrain.data import order
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.finetuning import trainer
+from ssl_pretrain.eval.finetuning_protocols import FinetuningProtocol
 from ssl_pretrain.eval.frozen import features, linear_heads
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, describe_splits, hold_out
-from ssl_pretrain.eval.protocols import FinetuningProtocol, fitting_batch_size
+from ssl_pretrain.eval.protocols import fitting_batch_size
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import (
     FRACTION,
@@ -195,10 +196,11 @@ def evaluate_columns(
                 row.notes[title] = note
             results.print_progress(f"{row.features}: {title} {row.metrics[title]:.1f} %")
         table.append(row)
+    pools_patches = any(column.protocol.pools_patches for column in columns.values())
     protocol = {
         **describe_splits(run, train, test, has_random_row=False),
-        "feature": "none: the whole network is trained, with a linear classifier on its pooled"
-        " output",
+        "feature": "none: the whole network is trained, with a linear classifier on "
+        + ("its mean patch token, after a new norm" if pools_patches else "its pooled output"),
         **protocol_entries,
         **{
             f"training, {title}": describe_training(column, options)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ssl_pretrain import rng
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.eval.finetuning_protocols import FinetuningProtocol
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
-from ssl_pretrain.eval.protocols import FinetuningProtocol
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.eval.training_views import build_train_loader, build_train_view
 from ssl_pretrain.models import backbones
@@ -28,7 +28,6 @@ from ssl_pretrain.optim import schedules
 from ssl_pretrain.parallel import batch_norm
 
 SEED = 0
-HEAD_STD = 0.02  # standard deviation of initial classifier weights, as in DeiT and MAE
 
 
 def build_network(
@@ -44,14 +43,27 @@ def build_network(
     backbone_copy = backbones.build(config, run.view_size)
     backbones.load_strict(backbone_copy, backbone.state_dict(), "the backbone to fine-tune")
     model: Any = backbone_copy.model
+    if protocol.pools_patches:
+        pool_patches(model)
     model.reset_classifier(num_classes)
     head = model.get_classifier()
     nn.init.zeros_(head.bias)
-    if protocol.head_starts_at_zero:
-        nn.init.zeros_(head.weight)
-    else:
-        nn.init.trunc_normal_(head.weight, std=HEAD_STD)
+    # DeiT and MAE truncate this distribution at -2 and 2, which is at least 100 standard deviations
+    # away and cuts off nothing.
+    nn.init.normal_(head.weight, std=protocol.head_std)
     return prepare_for_evaluation(model, run.device)
+
+
+def pool_patches(model: nn.Module) -> None:
+    """Change a ViT to normalize the mean of its patch tokens with a new norm, as MAE does.
+
+    The pretrained norm, which is applied to the tokens before they are pooled, is removed.
+    """
+    network: Any = model
+    norm = network.fc_norm if isinstance(network.norm, nn.Identity) else network.norm
+    norm.reset_parameters()
+    network.norm, network.fc_norm = nn.Identity(), norm
+    network.reset_classifier(0, global_pool="avg")
 
 
 def build_optimizer(model: nn.Module, protocol: FinetuningProtocol) -> torch.optim.Optimizer:

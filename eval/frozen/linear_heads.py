@@ -14,10 +14,11 @@ BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 LARC_EPS = 1e-8  # as in apex
 MAX_LOGITS = 2**24  # largest number of logits in memory at a time; 64 MiB in float32
 Init = Literal["normal", "uniform", "truncated"]
+HeadOptimizer = Literal["sgd", "larc", "lars"]
 
 
 class LinearHeads:
-    """Linear layers that SGD trains on the same batches, with one matrix product for all of them.
+    """Linear layers trained by SGD on the same batches, with one matrix product for all of them.
 
     Each layer equals one that torch.optim.SGD trains alone. Each rank passes its rows of the global
     batch, and all ranks have the same weights.
@@ -26,7 +27,8 @@ class LinearHeads:
         dim: Number of features.
         num_classes: Number of classes.
         lrs: Learning rate of each head.
-        weight_decays: Weight decay of each head, which also applies to its biases.
+        weight_decays: Weight decay of each head, which also applies to its biases, except with
+            LARS.
         like: Tensor with the features' dtype and device.
         nesterov: Use Nesterov momentum.
         momentum: SGD's momentum.
@@ -36,9 +38,11 @@ class LinearHeads:
         init_std: Standard deviation of normal initial weights. With 0, these weights are zero.
         affine: Train a scale and shift of the features per head, without weight decay, like those
             of a batch norm before the linear layer.
-        larc_coefficient: Coefficient of LARC without clipping, which scales a gradient's norm to
-            this fraction of its weights' norm, separately for weights and biases. 0 selects plain
-            SGD.
+        optimizer: "sgd" is plain SGD. "larc" is SGD with apex's LARC without clipping, which scales
+            a gradient's norm to a fraction of its weights' norm, separately for weights and biases.
+            "lars" is LARS of MoCo v3 and MAE, which scales the decayed gradient of the weights in
+            the same way, and neither scales nor decays biases.
+        trust_coefficient: That fraction.
     """
 
     def __init__(
@@ -54,11 +58,12 @@ class LinearHeads:
         init: Init = "normal",
         init_std: float = 0.0,
         affine: bool = False,
-        larc_coefficient: float = 0.0,
+        optimizer: HeadOptimizer = "sgd",
+        trust_coefficient: float = 0.001,
     ):
         num_heads = len(lrs)
         self.momentum, self.nesterov = momentum, nesterov
-        self.larc_coefficient = larc_coefficient
+        self.optimizer, self.trust_coefficient = optimizer, trust_coefficient
         self.lrs, self.weight_decays = (
             like.new_tensor(values).view(1, num_heads, 1) for values in (lrs, weight_decays)
         )
@@ -107,9 +112,11 @@ class LinearHeads:
         if self._affine is not None:
             affine_gradient = self._backpropagate(self._affine, global_gradient)
             self._descend(self._affine, self._affine_velocity, affine_gradient, lr_factor)
-        if self.larc_coefficient:
-            self._scale_and_decay(global_gradient[:-1], self._weights[:-1])
-            self._scale_and_decay(global_gradient[-1:], self._weights[-1:])
+        if self.optimizer == "larc":
+            self._apply_larc(global_gradient[:-1], self._weights[:-1])
+            self._apply_larc(global_gradient[-1:], self._weights[-1:])
+        elif self.optimizer == "lars":
+            self._apply_lars(global_gradient[:-1], self._weights[:-1])
         else:
             global_gradient.addcmul_(self._weights, self.weight_decays)
         self._descend(self._weights, self._velocity, global_gradient, lr_factor)
@@ -128,16 +135,21 @@ class LinearHeads:
         gradient[:-1].mul_(scale).addcmul_(shift, bias_gradient)
         return affine_gradient
 
-    def _scale_and_decay(self, gradient: Tensor, weights: Tensor) -> None:
+    def _apply_larc(self, gradient: Tensor, weights: Tensor) -> None:
         """Apply apex's LARC to the gradient in place, unless it or the weights are zero."""
-        weight_norm, gradient_norm = (
-            torch.linalg.vector_norm(values, dim=(0, 2), keepdim=True)
-            for values in (weights, gradient)
-        )
+        weight_norm, gradient_norm = head_norms(weights), head_norms(gradient)
         update_norm = gradient_norm + weight_norm * self.weight_decays
-        scale = self.larc_coefficient * weight_norm / (update_norm + LARC_EPS)
+        scale = self.trust_coefficient * weight_norm / (update_norm + LARC_EPS)
         is_scaled = (weight_norm > 0) & (gradient_norm > 0)
         gradient.addcmul_(weights, self.weight_decays * is_scaled)
+        gradient.mul_(torch.where(is_scaled, scale, 1.0))
+
+    def _apply_lars(self, gradient: Tensor, weights: Tensor) -> None:
+        """Decay and scale the gradient in place. Zero gradients or weights are not scaled."""
+        gradient.addcmul_(weights, self.weight_decays)
+        weight_norm, update_norm = head_norms(weights), head_norms(gradient)
+        is_scaled = (weight_norm > 0) & (update_norm > 0)
+        scale = self.trust_coefficient * weight_norm / update_norm
         gradient.mul_(torch.where(is_scaled, scale, 1.0))
 
     def _descend(
@@ -146,6 +158,11 @@ class LinearHeads:
         velocity.mul_(self.momentum).add_(gradient)
         step = gradient.add_(velocity, alpha=self.momentum) if self.nesterov else velocity
         weights.addcmul_(step, self.lrs, value=-lr_factor)
+
+
+def head_norms(values: Tensor) -> Tensor:
+    """Return the Euclidean norm of each head's values, (1, heads, 1), of (rows, heads, classes)."""
+    return torch.linalg.vector_norm(values, dim=(0, 2), keepdim=True)
 
 
 def initial_weights(dim: int, num_classes: int, init: Init, init_std: float) -> Tensor:
@@ -175,7 +192,8 @@ class FeatureNorm:
     head has its own.
     """
 
-    def __init__(self, dim: int, like: Tensor):
+    def __init__(self, dim: int, like: Tensor, eps: float = BN_EPS):
+        self.eps = eps
         self.mean, self.variance = like.new_zeros(dim), like.new_ones(dim)
 
     def normalize_batch(self, features: Tensor) -> Tensor:
@@ -185,11 +203,11 @@ class FeatureNorm:
         variance = collectives.reduce_sum((features - mean).square().sum(dim=0)) / count
         self.mean.lerp_(mean, BN_MOMENTUM)
         self.variance.lerp_(variance * count / max(1, count - 1), BN_MOMENTUM)
-        return (features - mean) / (variance + BN_EPS).sqrt()
+        return (features - mean) / (variance + self.eps).sqrt()
 
     def __call__(self, features: Tensor) -> Tensor:
         """Normalize features (n, dim) by the running mean and variance."""
-        return (features - self.mean) / (self.variance + BN_EPS).sqrt()
+        return (features - self.mean) / (self.variance + self.eps).sqrt()
 
 
 def logits(weights: Tensor, features: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ All tokens are after the network's final norm.
 
 import argparse
 import re
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ POOLED = "pooled"
 NAME = re.compile(r"pooled|prefix|patch_mean|cls_mean|last[1-9]\d*")
 ADVICE = "give pooled, prefix, patch_mean, cls_mean or last<n>, such as last4"
 VIT_SMALL_DIM = 384  # token width of a ViT-S
+VitFeature = Literal["pooled", "dino", "class_token"]
 
 
 class Feature:
@@ -87,6 +88,7 @@ class Feature:
             "prefix": "class token and registers of the last layer",
             "patch_mean": "mean patch token of the last layer",
             "cls_mean": "class token and mean patch token of the last block",
+            "last1": "class token of the last block",
         }.get(self.name, f"class tokens of the last {self.num_layers} blocks")
         return f"{description}, {self.feature_dim} numbers"
 
@@ -101,11 +103,19 @@ def network_of_feature(backbone: nn.Module, name: str) -> Any:
     return backbone if name == POOLED else Feature(backbone, name)
 
 
-def dino_feature_name(backbone: nn.Module) -> str:
-    """Return the name of the feature that DINO's README uses for this kind of backbone."""
+def published_feature_name(vit_feature: VitFeature, backbone: nn.Module) -> str:
+    """Return the name of the feature that a published linear protocol reads.
+
+    Args:
+        vit_feature: Feature of a ViT with a class token. "dino" is the one of DINO's README, which
+            depends on the network's size. Other networks have their pooled output.
+        backbone: Network to evaluate.
+    """
     model: Any = backbone.model
-    if not is_transformer(model) or model.cls_token is None:
+    if vit_feature == "pooled" or not is_transformer(model) or model.cls_token is None:
         return POOLED
+    if vit_feature == "class_token":
+        return POOLED if model.global_pool == "token" else "last1"
     if model.embed_dim > VIT_SMALL_DIM:
         return "cls_mean"
     return f"last{min(4, len(model.blocks))}"

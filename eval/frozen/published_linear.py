@@ -64,10 +64,13 @@ class ProbedNetwork:
             momentum=protocol.momentum,
             init=protocol.init,
             init_std=protocol.init_std,
-            affine=protocol.normalizes_features,
-            larc_coefficient=protocol.larc_coefficient,
+            affine=protocol.normalizes_features and protocol.norm_is_affine,
+            optimizer=protocol.optimizer,
+            trust_coefficient=protocol.trust_coefficient,
         )
-        self.norm = linear_heads.FeatureNorm(dim, like) if protocol.normalizes_features else None
+        self.norm = None
+        if protocol.normalizes_features:
+            self.norm = linear_heads.FeatureNorm(dim, like, protocol.norm_eps)
 
     def step(self, values: Tensor, labels: Tensor, lr_factor: float) -> None:
         """Train the heads on features, with their learning rates multiplied by `lr_factor`."""
@@ -112,9 +115,7 @@ def evaluate(
     if options.selection == "held-out":
         source, selection_split = source.take(train_rows), train.subset(held_out_rows)
     protocol, grid = options.adapt_protocol(len(source)), options.grid()
-    default_feature = named_features.POOLED
-    if protocol.uses_dino_feature:
-        default_feature = named_features.dino_feature_name(run.backbone)
+    default_feature = named_features.published_feature_name(protocol.vit_feature, run.backbone)
     feature = options.feature or default_feature
     networks = [
         ProbedNetwork(

@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from untrained_run import make_run
 
 from ssl_pretrain import rng
-from ssl_pretrain.eval import finetune, protocols, runs, semi, training_views
+from ssl_pretrain.eval import finetune, runs, semi, training_views
 from ssl_pretrain.eval.finetuning import selection, trainer
 from ssl_pretrain.eval.finetuning.selection import FinetuningOptions
+from ssl_pretrain.eval.finetuning_protocols import FINETUNING_PROTOCOLS
 from ssl_pretrain.eval.frozen import evaluation_split
 
-SEMI, DEIT = protocols.FINETUNING_PROTOCOLS["semi"], protocols.FINETUNING_PROTOCOLS["deit"]
+SEMI, DEIT = FINETUNING_PROTOCOLS["semi"], FINETUNING_PROTOCOLS["deit"]
 CPU = torch.device("cpu")
 
 

@@ -284,7 +284,7 @@ def test_a_mixers_tokens_are_refused_before_any_image_is_read(
 @pytest.mark.parametrize("config", [BEIT, CAIT, BackboneConfig("efficientnet_b0")])
 def test_dinos_feature_is_pooled_unless_class_tokens_can_be_computed(config):
     backbone = backbones.build_on_meta(config, 32)
-    name = named_features.dino_feature_name(backbone)
+    name = named_features.published_feature_name("dino", backbone)
     assert name == "pooled"
     assert Feature(backbone, name).feature_dim == backbone.feature_dim
 

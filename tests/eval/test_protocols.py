@@ -23,15 +23,18 @@ def test_linear_protocols_have_the_published_numbers():
         "moco_v3": (0.1, 1024, 90, 0.0, False, ()),
         "moco_v3_vit": (3.0, 1024, 90, 0.0, False, ()),
         "byol": (0.2, 4096, 80, 0.0, True, ()),
+        "mae": (0.1, 16384, 90, 0.0, False, ()),
     }
-    tensorflow_samplers = {"simclr": "tensorflow", "byol": "clipped"}
+    samplers = {"simclr": "tensorflow", "byol": "clipped", "mae": "clipped"}
     initial_distributions = {"vissl": "uniform", "byol": "truncated"}
     for name, protocol in protocols.LINEAR_PROTOCOLS.items():
-        assert protocol.larc_coefficient == (0.001 if name == "simsiam" else 0.0)
-        assert protocol.normalizes_features == (name == "vissl")
+        assert protocol.optimizer == {"simsiam": "larc", "mae": "lars"}.get(name, "sgd")
+        assert protocol.trust_coefficient == 0.001
+        assert protocol.normalizes_features == (name in ("vissl", "mae"))
+        assert protocol.warmup_epochs == (10 if name == "mae" else 0)
         assert protocol.init == initial_distributions.get(name, "normal")
-        assert protocol.crop_sampler == tensorflow_samplers.get(name, "torchvision")
-        assert protocol.antialias == (name not in tensorflow_samplers)
+        assert protocol.crop_sampler == samplers.get(name, "torchvision")
+        assert protocol.antialias == (name not in ("simclr", "byol"))
 
 
 def test_learning_rates_follow_the_published_schedules():

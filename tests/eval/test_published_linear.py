@@ -42,29 +42,37 @@ def read_result(path, name):
 
 def train_with_torch(protocol, batches, lr, weight_decay, initial_weights):
     layer = nn.Linear(5, 3).double()
-    norm = nn.BatchNorm1d(5).double() if protocol.normalizes_features else nn.Identity()
+    norm = nn.Identity()
+    if protocol.normalizes_features:
+        norm = nn.BatchNorm1d(5, eps=protocol.norm_eps, affine=protocol.norm_is_affine).double()
     with torch.no_grad():
         layer.weight.copy_(initial_weights[:-1].T)
         layer.bias.copy_(initial_weights[-1])
-    sgd_decay = 0.0 if protocol.larc_coefficient else weight_decay
+    sgd_decay = weight_decay if protocol.optimizer == "sgd" else 0.0
     groups = [{"params": list(layer.parameters()), "weight_decay": sgd_decay}]
-    if protocol.normalizes_features:  # VISSL's regularize_bn is false
+    if list(norm.parameters()):  # VISSL's regularize_bn is false
         groups.append({"params": list(norm.parameters()), "weight_decay": 0.0})
     optimizer = torch.optim.SGD(groups, lr, momentum=protocol.momentum, nesterov=protocol.nesterov)
     if protocol.milestones:
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(protocol.milestones))
+    elif protocol.warmup_epochs:
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: mae_lr(step / STEPS_PER_EPOCH, protocol)
+        )
     else:
         length = protocol.epochs * (STEPS_PER_EPOCH if protocol.lr_changes_every_step else 1)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length)
     for step, (values, labels) in enumerate(batches):
         optimizer.zero_grad()
         F.cross_entropy(layer(norm(values)), labels).backward()
-        if protocol.larc_coefficient:
-            apply_larc(layer, protocol.larc_coefficient, weight_decay)
+        if protocol.optimizer == "larc":
+            apply_larc(layer, protocol.trust_coefficient, weight_decay)
+        if protocol.optimizer == "lars":
+            apply_lars(layer.weight, protocol.trust_coefficient, weight_decay)
         optimizer.step()
         if protocol.lr_changes_every_step or (step + 1) % STEPS_PER_EPOCH == 0:
             schedule.step()
-    if protocol.normalizes_features:
+    if list(norm.parameters()):
         # Fold scale and shift into the layer, as `LinearHeads.weights` does.
         with torch.no_grad():
             layer.bias += layer.weight @ norm.bias
@@ -82,6 +90,22 @@ def apply_larc(layer, larc_coefficient, weight_decay):
             parameter.grad *= larc_coefficient * norm / (gradient_norm + norm * weight_decay + 1e-8)
 
 
+@torch.no_grad()
+def apply_lars(weight, trust_coefficient, weight_decay):
+    """Change the gradient as LARS in facebookresearch/mae does. It leaves biases as they are."""
+    weight.grad += weight_decay * weight
+    if weight.norm() > 0 and weight.grad.norm() > 0:
+        weight.grad *= trust_coefficient * weight.norm() / weight.grad.norm()
+
+
+def mae_lr(epoch, protocol):
+    """Return the factor of the learning rate in facebookresearch/mae, where min_lr is 0."""
+    warmup, epochs = protocol.warmup_epochs, protocol.epochs
+    if epoch < warmup:
+        return epoch / warmup
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
 @pytest.mark.parametrize("name", protocols.LINEAR_PROTOCOLS)
 def test_a_protocol_equals_torchs_optimizer_and_schedule(name):
     protocol = LinearOptions(name, epochs=7, batch_size=16).adapt_protocol(1000)
@@ -93,8 +117,8 @@ def test_a_protocol_equals_torchs_optimizer_and_schedule(name):
         )
         for _ in range(7 * STEPS_PER_EPOCH)
     ]
-    # LARC scales a step to 1 / 1,000 of the weights' norm, which small rates would hide.
-    lrs = [lr * (300 if protocol.larc_coefficient else 1) for lr in (0.03, 0.3, 0.3)]
+    # LARC and LARS scale a step to 1 / 1,000 of the weights' norm, which small rates would hide.
+    lrs = [lr * (1 if protocol.optimizer == "sgd" else 300) for lr in (0.03, 0.3, 0.3)]
     decays = [0.0, protocol.weight_decay, 0.1]
     heads = LinearHeads(
         5,
@@ -105,10 +129,13 @@ def test_a_protocol_equals_torchs_optimizer_and_schedule(name):
         nesterov=protocol.nesterov,
         init=protocol.init,
         init_std=protocol.init_std,
-        affine=protocol.normalizes_features,
-        larc_coefficient=protocol.larc_coefficient,
+        affine=protocol.normalizes_features and protocol.norm_is_affine,
+        optimizer=protocol.optimizer,
+        trust_coefficient=protocol.trust_coefficient,
     )
-    norm = FeatureNorm(5, batches[0][0]) if protocol.normalizes_features else None
+    norm = None
+    if protocol.normalizes_features:
+        norm = FeatureNorm(5, batches[0][0], protocol.norm_eps)
     initial_weights = heads.weights[:, 0].clone()
     for step, (values, labels) in enumerate(batches):
         values = norm.normalize_batch(values) if norm else values
@@ -116,7 +143,9 @@ def test_a_protocol_equals_torchs_optimizer_and_schedule(name):
     for head, lr, decay in zip(heads.weights.transpose(0, 1), lrs, decays):
         expected, torch_norm = train_with_torch(protocol, batches, lr, decay, initial_weights)
         torch.testing.assert_close(head, expected)
-        if norm:
+        if norm and not protocol.norm_is_affine:
+            torch.testing.assert_close(norm(batches[0][0]), torch_norm.eval()(batches[0][0]))
+        elif norm:
             scale, shift = torch_norm.weight.detach(), torch_norm.bias.detach()
             assert (scale - 1).abs().max() > 0.01  # scale and shift are trained
             assert shift.abs().max() > 0.01
@@ -264,9 +293,9 @@ def test_class_tokens_of_the_last_blocks_equal_those_that_hooks_record():
 
 def test_dinos_feature_depends_on_the_width_of_the_backbone():
     narrow = backbones.build(BackboneConfig("test_vit"), 32)
-    assert named_features.dino_feature_name(narrow) == "last4"
+    assert named_features.published_feature_name("dino", narrow) == "last4"
     wide = backbones.build_on_meta(BackboneConfig("vit_base_patch16_224"), 224)
-    assert named_features.dino_feature_name(wide) == "cls_mean"
+    assert named_features.published_feature_name("dino", wide) == "cls_mean"
     assert Feature(wide, "cls_mean").feature_dim == 1536
 
 
