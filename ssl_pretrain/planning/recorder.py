@@ -105,8 +105,11 @@ class Recorder(TorchDispatchMode):
             return out
         name = function._overloadpacket.__name__
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        for tensor in inputs:  # a view of a weight shares memory that was there before
+            self._track(tensor.untyped_storage(), num_bytes=0)
         for tensor in outputs:
-            self._count_until_freed(tensor)
+            storage = tensor.untyped_storage()
+            self._track(storage, storage.nbytes())
         if function.namespace == "c10d":
             # The first argument of a reduce-scatter is its result, one rank's shard.
             tensors = [args[1]] if name == "_reduce_scatter_base_" else _tensors(args[0])
@@ -122,13 +125,12 @@ class Recorder(TorchDispatchMode):
         self.operations.append((flops, bytes_moved, self._bytes_held, kind, without_tensor_cores))
         return out
 
-    def _count_until_freed(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor in `_bytes_held` until it is freed."""
-        storage = tensor.untyped_storage()
+    def _track(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
+        """Count a storage as `num_bytes` in `_bytes_held` until it is freed, if it is new."""
         key = storage._cdata
         if key not in self._storage_bytes:
-            self._storage_bytes[key] = storage.nbytes()
-            self._bytes_held += storage.nbytes()
+            self._storage_bytes[key] = num_bytes
+            self._bytes_held += num_bytes
             weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:

@@ -208,7 +208,9 @@ def trace_backbone(name: str, size: int, num_images: int, *, bfloat16: bool) -> 
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             features = backbone(views)
         begin_phase("backward")
-        features.float().mean().backward()
+        loss = features.float().mean()
+        del features  # a class token would keep the memory of all tokens
+        loss.backward()
 
     return record_trace(prepare, step)[0]
 
