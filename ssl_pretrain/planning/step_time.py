@@ -25,7 +25,7 @@ from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch, concatenate
 
 READ_BATCH_SIZE = 16
-NUM_READ_BATCHES = 4  # the first one warms up
+NUM_READ_BATCHES = 4  # the first one warms up, and may wait for code to be compiled
 MIN_IMAGES, MAX_IMAGES = 4, 64  # images per measured step
 MAX_CPU_FLOPS = 1.5e11  # operations of a measured step, about two seconds of a core
 MIN_STEPS, MAX_STEPS = 3, 5
@@ -88,7 +88,8 @@ def measure_reading(config: RunConfig, source: Source) -> Reading:
             worker_seconds.append(loader.reading_seconds - sum(worker_seconds))
             total = time.perf_counter() - start
             color_seconds.append(total - loader.reading_seconds - sum(color_seconds))
-            is_late = collectives.broadcast_object(total > MAX_SECONDS)
+            measured_seconds = sum(worker_seconds[1:]) + sum(color_seconds[1:])
+            is_late = collectives.broadcast_object(measured_seconds > MAX_SECONDS)
             if is_late or len(batches) == NUM_READ_BATCHES:
                 break
     num_cores = process_group.cores_per_rank()

@@ -16,8 +16,8 @@ from ssl_pretrain import methods, schema
 from ssl_pretrain.data.image_source import Source, require_labels
 from ssl_pretrain.data.source_report import ImageStatistics, measure_images
 from ssl_pretrain.data.sources import DataConfig
-from ssl_pretrain.models import custom_network, timm_networks
-from ssl_pretrain.planning import run_length
+from ssl_pretrain.models import custom_network
+from ssl_pretrain.planning import recommended_weights, run_length
 from ssl_pretrain.planning.suggested_settings import Suggestion
 from ssl_pretrain.schema import config_file, presets
 from ssl_pretrain.system.user_objects import OBJECT_PREFIX
@@ -31,7 +31,6 @@ MAX_SMALL_SIZE = 64  # largest view for which CIFAR-10's recipe is the base, and
 MAX_UPSCALING = 1.15  # largest ratio of the view to the median of the shorter sides
 CPU_SECONDS = 900.0  # expected length of a run on a CPU
 MAX_CPU_BATCH = 256
-MIN_IMAGES_FROM_SCRATCH = 2000  # for fewer photos, published weights are recommended
 
 
 def suggest(
@@ -99,7 +98,7 @@ def suggest(
     run_length.choose_epochs(result, num_images, seconds, epochs, max_seconds)
     result.set("evaluation", {"crop_ratio": 1.0, "k": min(20, num_images // 4)})
     if size >= MAX_SMALL_SIZE and not _is_gray(statistics):
-        _recommend_weights(result, num_images)
+        recommended_weights.recommend(result, num_images)
     result.replace(settings)
     result.reasons["method.name"] = f"the other settings are those of {recipe_name}"
     configuration.check(result.build(), world_size=1)
@@ -272,21 +271,3 @@ def _adapt_batch(result: Suggestion, num_images: int, on_cpu: bool) -> None:
         size = result.tree["views"]["crops"]["global"]["size"]
         result.set("method.patch_size", size // 4, "a quarter of the view")
         result.set("method.stride", size // 8, "half of a patch")
-
-
-def _recommend_weights(result: Suggestion, num_images: int) -> None:
-    """Name published weights of the network if there are few photos and the weights fit it."""
-    name = result.get("backbone.name", "resnet50")
-    if num_images >= MIN_IMAGES_FROM_SCRATCH or custom_network.is_custom(name):
-        return
-    published = timm_networks.pretrained_cfg(name)
-    if not published.has_weights or result.get("method.vit_starts", "as_built") != "as_built":
-        return
-    weights = f"backbone.init=timm:{published.tag}"
-    if result.get("backbone.stem") == "small":
-        weights += " backbone.stem=no_pool"
-    reason = (
-        f"with fewer than {MIN_IMAGES_FROM_SCRATCH:,} photos, published weights usually serve "
-        f"better: {weights}"
-    )
-    result.set("backbone.init", "random", reason)

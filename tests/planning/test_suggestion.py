@@ -233,6 +233,22 @@ def test_published_weights_are_recommended_for_few_photos(shape, network, advice
         assert timm.is_model_pretrained(f"{result.get('backbone.name')}.{tag}")
 
 
+def test_weights_are_only_recommended_if_they_fit_the_network(monkeypatch):
+    """The recipe of I-JEPA for small images has a narrow ViT without a class token."""
+    fix_step_time(1e-4, monkeypatch)
+    pixels = RNG.integers(0, 256, (20, 80, 80, 3)).astype(np.uint8)
+    source = open_object(pixels)
+    with user_objects.provide({"data": {"train": source, "val": None}.get}):
+        data_config = DataConfig(source="object:data")
+        for name, is_recommended in (("ijepa", False), ("simclr", True)):
+            reasons = suggestion.suggest(data_config, source, method=name).reasons
+            assert ("backbone.init" in reasons) == is_recommended
+        result = suggestion.suggest(
+            data_config, source, method="simclr", backbone="vit_tiny_patch16_224"
+        )
+        assert "timm:augreg_in21k_ft_in1k" in result.reasons["backbone.init"]
+
+
 def test_few_large_photos_are_decoded(monkeypatch):
     num_read = Counter()
 
@@ -249,6 +265,28 @@ def test_few_large_photos_are_decoded(monkeypatch):
         num_read.clear()
         suggestion.suggest(DataConfig(source="object:data"), source, backbone="test_resnet")
     assert 32 <= num_read["images"] <= 150
+
+
+def test_the_time_to_compile_code_is_not_taken_for_that_of_reading(monkeypatch):
+    data_config = DataConfig(source="digits")
+    source = open_source(data_config, "train")
+    config = suggestion.suggest(data_config, source, backbone="test_resnet", epochs=1).build()
+    clock = 0.0
+
+    class SlowStart(step_time.Loader):
+        def iterate_from(self, step):
+            nonlocal clock
+            for number, batch in enumerate(super().iterate_from(step)):
+                seconds = 30.0 if number == 0 else 0.25
+                clock += seconds
+                self.reading_seconds = clock
+                yield batch
+
+    monkeypatch.setattr(step_time, "Loader", SlowStart)
+    monkeypatch.setattr(step_time.time, "perf_counter", lambda: clock)
+    reading = step_time.measure_reading(config, source)
+    assert reading.worker_seconds == pytest.approx(0.25 / 16)
+    assert len(reading.batch) == 4 * 16
 
 
 def test_the_measured_time_includes_the_optimizer_and_no_slow_steps(monkeypatch):
