@@ -44,11 +44,19 @@ def compute(model: Any, images: Tensor, layers: Sequence[int]) -> tuple[Tensor, 
 
 
 def probe(model: Any, image_size: int) -> Any:
-    """Return the output before pooling for a black image, or None without `forward_features`."""
-    weight = next(model.parameters())
-    image = torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluation_mode(model):
-        return _features(model, image)
+    """Return the output before pooling for black images, or None without `forward_features`.
+
+    The network runs on meta tensors if it can, so that usually nothing is computed.
+    """
+    if not hasattr(model, "forward_features"):
+        return None
+    try:
+        return _forward_on_meta(_Features(model), image_size)
+    except Exception:  # meta tensors can fail in any way, and then the real ones decide
+        weight = next(model.parameters())
+        image = torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluation_mode(model):
+            return _features(model, image)
 
 
 def describe_problem(features: Any) -> str:
@@ -72,26 +80,34 @@ def measure(model: nn.Module, image_size: int) -> tuple[int, int, int]:
 
     The network runs on meta tensors, so nothing is computed.
     """
-    state = {
-        name: torch.empty_like(tensor, device="meta")
-        for tensors in (model.named_parameters(), model.named_buffers())
-        for name, tensor in tensors
-    }
-    images = torch.empty(2, 3, image_size, image_size, device="meta", dtype=_dtype(state))
-    wrapper = _LastMap(model)
-    state = {f"model.{name}": tensor for name, tensor in state.items()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluation_mode(model):
-        shape = torch.func.functional_call(wrapper, state, images).shape
+    shape = _forward_on_meta(_LastMap(model), image_size).shape
     return int(shape[1]), int(shape[2]), int(shape[3])
 
 
-class _LastMap(nn.Module):
+class _Features(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
+    def forward(self, images: Tensor) -> Any:
+        return _features(self.model, images)
+
+
+class _LastMap(_Features):
     def forward(self, images: Tensor) -> Tensor:
         return _last_map(self.model, images)
+
+
+def _forward_on_meta(module: nn.Module, image_size: int) -> Any:
+    """Return the output of a module for two images, computed with meta copies of its weights."""
+    state = {
+        name: torch.empty_like(tensor, device="meta")
+        for tensors in (module.named_parameters(), module.named_buffers())
+        for name, tensor in tensors
+    }
+    images = torch.empty(2, 3, image_size, image_size, device="meta", dtype=_dtype(state))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluation_mode(module):
+        return torch.func.functional_call(module, state, images)
 
 
 def _last_map(model: Any, images: Tensor) -> Tensor:
