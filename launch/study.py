@@ -214,10 +214,12 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
     comparison = study_table.Comparison(
         study.title, study.columns, evaluated_runs, study.plot_against
     )
-    plots = [study_table.draw_plot(comparison, table.with_suffix(".png"))]
+    table.parent.mkdir(parents=True, exist_ok=True)
+    plots = [table.with_suffix(".png")]
+    study_table.draw_plot(comparison, plots[0])
     if study.curves:
-        curves = table.with_name(f"{table.stem}_curves.png")
-        plots.append(study_curves.draw(comparison, curves))
+        plots.append(table.with_name(f"{table.stem}_curves.png"))
+        study_curves.draw(comparison, plots[1])
     study_table.write(
         comparison,
         missing_variants,

@@ -10,26 +10,20 @@ PANELS_PER_ROW = 2
 PANEL_SIZE = (4.4, 2.8)  # inches
 
 
-def draw(comparison: Comparison, path: Path) -> Path:
+def draw(comparison: Comparison, path: Path) -> None:
     """Draw the k-NN accuracy during training, and that on test images at the end.
 
     During training, held-out training images are classified. At the end, test images are, by the
     pretrained and by the random backbone of each run.
-
-    Returns:
-        The path of the PNG file.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    runs_by_variant: dict[str, list[RunResults]] = {}
-    for variant, config in comparison.runs:
-        runs_by_variant.setdefault(variant, []).append(RunResults(Path(config.output)))
-    num_rows = -(-len(runs_by_variant) // PANELS_PER_ROW)
+    num_rows = -(-len(comparison.results_by_variant) // PANELS_PER_ROW)
     width, height = PANEL_SIZE
     figure = Figure(figsize=(PANELS_PER_ROW * width, num_rows * height), layout="constrained")
     panels = iter(figure.subplots(num_rows, PANELS_PER_ROW, sharey=True, squeeze=False).flat)
-    for variant, runs in runs_by_variant.items():
+    for variant, runs in comparison.results_by_variant.items():
         panel = next(panels)
         for run in runs:
             _draw_run(panel, run, is_first=run is runs[0])
@@ -43,7 +37,6 @@ def draw(comparison: Comparison, path: Path) -> Path:
         panel.set_axis_off()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=130)
-    return path
 
 
 def _draw_run(panel: Any, run: RunResults, is_first: bool) -> None:

@@ -140,12 +140,14 @@ class Comparison:
     plot_against: str = ""  # numeric key on the x-axis, or empty for one bar per variant
 
     def __post_init__(self) -> None:
+        self.results_by_variant: dict[str, list[RunResults]] = {}
         self.numbers: list[dict[str, float]] = []  # numbers of each run, by column
         self.numbers_by_variant: dict[
             str, list[dict[str, float]]
         ] = {}  # the same, grouped by variant
         for variant, config in self.runs:
             run = RunResults(Path(config.output))
+            self.results_by_variant.setdefault(variant, []).append(run)
             self.numbers.append({name: COLUMNS[name].value(run) for name in self.columns})
             self.numbers_by_variant.setdefault(variant, []).append(self.numbers[-1])
 
@@ -238,12 +240,8 @@ def _format_cell(runs: Sequence[dict[str, float]], column: str) -> str:
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def draw_plot(comparison: Comparison, path: Path) -> Path:
-    """Plot the first two columns, as curves over `plot_against` or as one bar per variant.
-
-    Returns:
-        The path of the PNG file.
-    """
+def draw_plot(comparison: Comparison, path: Path) -> None:
+    """Plot the first two columns, as curves over `plot_against` or as one bar per variant."""
     from matplotlib.figure import Figure
 
     height = max(3.4, 0.25 * len(comparison.numbers_by_variant))  # inches
@@ -260,9 +258,7 @@ def draw_plot(comparison: Comparison, path: Path) -> Path:
         panel.spines[["top", "right"]].set_visible(False)
     if not comparison.plot_against:
         panels[0].invert_yaxis()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    return path
 
 
 def _draw_curve(panel: Any, comparison: Comparison, column: str, color: str) -> None:

@@ -187,21 +187,21 @@ def _spread_budgets(
     mask, num_views = crop.mask, crop.count * position.global_batch_size
     num_masked = mask_recipe.num_masked_views(mask, num_views)
     key = (position.seed, position.epoch, position.step, first_view)
-    part_of_view = np.empty(num_views, np.int64)
+    interval_of_view = np.empty(num_views, np.int64)
     order = rng.uniform(*key, Purpose.MASK_ORDER, num_views)[0].argsort(kind="stable")
-    part_of_view[order] = np.arange(num_views)
+    interval_of_view[order] = np.arange(num_views)
     start = (view - first_view) * position.global_batch_size + position.first_slot
-    parts = part_of_view[start : start + len(position.indices)]
+    intervals = interval_of_view[start : start + len(position.indices)]
     if mask.block_sampler == "dinov3":
         offsets: np.ndarray | float = 1.0  # the upper end of the interval
     else:
         offsets = rng.uniform(*key, Purpose.MASK_SIZES, num_masked + 1)[0][
-            np.minimum(parts, num_masked)
+            np.minimum(intervals, num_masked)
         ]
     low, high = mask.ratio_range
-    ratios = low + (high - low) * (parts + offsets) / max(num_masked, 1)
+    ratios = low + (high - low) * (intervals + offsets) / max(num_masked, 1)
     budgets = np.floor(side**2 * np.minimum(ratios, high))
-    return np.where(parts < num_masked, budgets, 0.0)
+    return np.where(intervals < num_masked, budgets, 0.0)
 
 
 def _pair(values: list[float]) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from comparison import largest_difference, relative_difference
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -177,14 +178,6 @@ def read_definitions(path: Path, *names: str, **namespace: Any) -> dict[str, Any
     return namespace
 
 
-def largest_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """Return the largest difference in a tensor, relative to the tensor's largest entry."""
-    return max(
-        ((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()).item()
-        for name in theirs
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("protocol", choices=AUTHORS)
@@ -216,8 +209,8 @@ def main() -> None:
     their_gradients = authors.rename(
         {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
     )
-    print(f"logits: {largest_difference({'': logits}, {'': their_logits}):.1e}")
-    gradient_error = largest_difference(
+    print(f"logits: {relative_difference(logits, their_logits):.1e}")
+    gradient_error, _ = largest_difference(
         {name: gradient[0] for name, gradient in zip(probes.weights, gradients)}, their_gradients
     )
     print(f"gradients: {gradient_error:.1e}")
@@ -236,7 +229,7 @@ def main() -> None:
         probe_optimizer.step(tokens[step], labels[step], [lr], [weight_decay], NUM_IMAGES)
     ours = {name: value.detach()[0] for name, value in probes.weights.items()}
     theirs = {name: value.detach() for name, value in authors.rename(named).items()}
-    print(f"weights after {NUM_STEPS} steps: {largest_difference(ours, theirs):.1e}")
+    print(f"weights after {NUM_STEPS} steps: {largest_difference(ours, theirs)[0]:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What the comparisons with official code share: real images, and a stepper of ours in float64."""
+"""Real images, our stepper in float64 and differences, for the comparisons with official code."""
 
 import io
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,19 @@ def read_images(count: int, size: int) -> Tensor:
             images.append(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))
     pixels = torch.from_numpy(np.stack(images)).double().permute(0, 3, 1, 2) / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference, relative to the largest entry of `theirs`."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def largest_difference(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+) -> tuple[float, str]:
+    """Return the largest `relative_difference` of a tensor, and the name of the tensor."""
+    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+    return max((relative_difference(ours[name], theirs[name]), name) for name in ours)
 
 
 def build_float64_stepper(method: Method, recipe: OptimConfig, example: Batch) -> Stepper:

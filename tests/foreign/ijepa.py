@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from comparison import build_float64_stepper, read_images
+from comparison import build_float64_stepper, read_images, relative_difference
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -228,8 +228,7 @@ def compare() -> str:
     for name, value in state.items():
         network, key = rename(name)
         expected, start = theirs[network].state_dict()[key], before[network][key]
-        scale = expected.abs().max()
-        worst = max(worst, (((value - expected).abs().max() / scale).item(), name))
+        worst = max(worst, (relative_difference(value, expected), name))
         update = (expected - start).abs().max() / start.abs().max().clamp(min=1e-3)
         largest_update = max(largest_update, update.item())
     # On several ranks our loss is this rank's, and the authors' is the mean.

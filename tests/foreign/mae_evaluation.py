@@ -20,7 +20,8 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from comparison import largest_difference, relative_difference
+from torch import nn
 from torch.nn import functional as F
 
 from ssl_pretrain.eval.finetuning import trainer
@@ -38,11 +39,6 @@ class GivenFeature(nn.Identity):
     feature_dim = DIM
 
 
-def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Return the largest difference, relative to the largest entry."""
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 def compare_linear() -> str:
     """Train a head with batch norm and LARS, and describe the differences of its weights."""
     from util.lars import LARS
@@ -50,7 +46,7 @@ def compare_linear() -> str:
 
     protocol = LinearOptions("mae", epochs=EPOCHS, batch_size=BATCH).adapt_protocol(1000)
     grid = [(100.0, 0.05)]  # a rate that moves the weights within a few steps
-    network = ProbedNetwork("", GivenFeature(), grid, protocol, CLASSES, torch.device("cpu"))  # type: ignore[arg-type]
+    network = ProbedNetwork("", GivenFeature(), grid, protocol, CLASSES, torch.device("cpu"))
     start = network.heads.weights[:, 0].clone()
     layer = nn.Linear(DIM, CLASSES)
     with torch.no_grad():
@@ -134,14 +130,11 @@ def compare_fine_tuning() -> list[str]:
             used.zero_grad()
             F.cross_entropy(result, targets).backward()
             used.step()
-    state, their_state = ours.state_dict(), theirs.state_dict()
-    assert state.keys() == their_state.keys()
-    errors = {name: relative_difference(state[name], their_state[name]) for name in state}
-    worst = max(errors, key=errors.__getitem__)
+    weight_error, worst = largest_difference(ours.state_dict(), theirs.state_dict())
     return [
         f"fine-tuning, {NUM_STEPS} steps, {len(rates)} parameters: learning rates and decays "
         f"{rate_error:.1e} (absolute), logits {logit_error:.1e}",
-        f"weights {errors[worst]:.1e} ({worst})",
+        f"weights {weight_error:.1e} ({worst})",
     ]
 
 
