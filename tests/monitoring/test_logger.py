@@ -215,7 +215,7 @@ def test_a_slow_disk_does_not_delay_the_steps(tmp_path, monkeypatch):
     with build_logger(tmp_path, every_steps=1) as logger:
         start = time.monotonic()
         log_steps(logger, *range(1, 10))
-        assert time.monotonic() - start < 9 * 0.5
+        assert time.monotonic() - start < 1
     assert [record["step"] for record in read_records(tmp_path)] == list(range(1, 10))
 
 
