@@ -27,7 +27,7 @@ class LinearProtocol:
     base_lr: float  # learning rate at a batch of 256
     batch_size: int
     epochs: int
-    weight_decay: float  # applied to weights and biases
+    weight_decay: float  # also of biases, except with LARS
     nesterov: bool = False
     momentum: float = 0.9
     optimizer: HeadOptimizer = "sgd"  # see LinearHeads

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain.eval import results
-from ssl_pretrain.launch.study_table import Comparison, RunResults
+from ssl_pretrain.launch.study_table import BLUE, RED, Comparison, RunResults
 
 PANELS_PER_ROW = 2
 PANEL_SIZE = (4.4, 2.8)  # inches
@@ -45,10 +45,9 @@ def _draw_run(panel: Any, run: RunResults, is_first: bool) -> None:
     labels = ["held-out training images", "test images", "test images, random backbone"]
     if not is_first:
         labels = [""] * len(labels)
-    blue, red = "#1f5fa8", "#c8443c"
-    panel.plot(list(points), list(points.values()), color=blue, linewidth=1.2, label=labels[0])
+    panel.plot(list(points), list(points.values()), color=BLUE, linewidth=1.2, label=labels[0])
     table = run.tables["knn"]
     last_epoch = max(points)
     pretrained, random = (table[row]["clean"] for row in ("pretrained", results.BETTER_RANDOM))
-    panel.plot([last_epoch], [pretrained], "o", color=blue, markersize=5, label=labels[1])
-    panel.axhline(random, color=red, linestyle="--", linewidth=1, label=labels[2])
+    panel.plot([last_epoch], [pretrained], "o", color=BLUE, markersize=5, label=labels[1])
+    panel.axhline(random, color=RED, linestyle="--", linewidth=1, label=labels[2])

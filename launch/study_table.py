@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ssl_pretrain.monitoring import records
 from ssl_pretrain.system import markdown
 
 RAW_PIXELS = "raw pixels"  # name of a reference row, which is the same for all variants
+BLUE, RED = "#1f5fa8", "#c8443c"
 
 
 class RunResults:
@@ -48,13 +50,14 @@ class Column:
     help: str
     evaluation: str  # evaluation that reports the number, or empty for training records
     metric: str = ""  # column of that evaluation
-    compute: Callable[[RunResults], float] | None = None  # replaces the lookup of `metric`
+    row: str = "pretrained"  # row of that evaluation
+    compute: Callable[[RunResults], float] | None = None  # replaces the lookup
 
     def value(self, run: RunResults) -> float:
         """Return the column's number for a run."""
         if self.compute is not None:
             return self.compute(run)
-        return run.tables[self.evaluation]["pretrained"][self.metric]
+        return run.tables[self.evaluation][self.row][self.metric]
 
 
 def _gain_column(evaluation: str, metric: str) -> Column:
@@ -62,14 +65,6 @@ def _gain_column(evaluation: str, metric: str) -> Column:
         "gain in test accuracy over the better random backbone, in percentage points",
         evaluation,
         compute=lambda run: run.gain_over_random(evaluation, metric),
-    )
-
-
-def _knn_column(help: str, row: str) -> Column:
-    return Column(
-        f"test accuracy of weighted k-NN on {help}",
-        "knn",
-        compute=lambda run: run.tables["knn"][row]["clean"],
     )
 
 
@@ -101,9 +96,14 @@ DEFAULT_COLUMNS = {
 }
 COLUMNS = DEFAULT_COLUMNS | {
     "k-NN, %": Column("test accuracy of weighted k-NN on frozen features", "knn", "clean"),
-    "raw pixels, %": _knn_column("raw pixels", RAW_PIXELS),
-    "random backbone, %": _knn_column(
-        "features of the better random backbone", results.BETTER_RANDOM
+    "raw pixels, %": Column(
+        "test accuracy of weighted k-NN on raw pixels", "knn", "clean", row=RAW_PIXELS
+    ),
+    "random backbone, %": Column(
+        "test accuracy of weighted k-NN on features of the better random backbone",
+        "knn",
+        "clean",
+        row=results.BETTER_RANDOM,
     ),
     "k-NN above random": _gain_column("knn", "clean"),
     "linear above random": _gain_column("linear", "all labels"),
@@ -141,10 +141,9 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.results_by_variant: dict[str, list[RunResults]] = {}
-        self.numbers: list[dict[str, float]] = []  # numbers of each run, by column
-        self.numbers_by_variant: dict[
-            str, list[dict[str, float]]
-        ] = {}  # the same, grouped by variant
+        # Numbers of each run by column, and the same grouped by variant
+        self.numbers: list[dict[str, float]] = []
+        self.numbers_by_variant: dict[str, list[dict[str, float]]] = {}
         for variant, config in self.runs:
             run = RunResults(Path(config.output))
             self.results_by_variant.setdefault(variant, []).append(run)
@@ -223,8 +222,8 @@ def _reference_sentence(comparison: Comparison) -> str:
     """Return a sentence about the reference rows, or "" if no run has evaluated them."""
     name = comparison.columns[0]
     column = COLUMNS[name]
-    for _, config in comparison.runs:
-        table = RunResults(Path(config.output)).tables.get(column.evaluation, {})
+    for run in chain.from_iterable(comparison.results_by_variant.values()):
+        table = run.tables.get(column.evaluation, {})
         if {RAW_PIXELS, results.BETTER_RANDOM} <= table.keys():
             return (
                 f"{name}: raw pixels reach {table[RAW_PIXELS][column.metric]:.1f}, "
@@ -248,7 +247,7 @@ def draw_plot(comparison: Comparison, path: Path) -> None:
     figure = Figure(figsize=(9, height), layout="constrained")
     columns = comparison.columns[:2]
     panels = figure.subplots(1, len(columns), sharey=not comparison.plot_against, squeeze=False)[0]
-    for panel, column, color in zip(panels, columns, ("#1f5fa8", "#c8443c")):
+    for panel, column, color in zip(panels, columns, (BLUE, RED)):
         if comparison.plot_against:
             _draw_curve(panel, comparison, column, color)
         else:

@@ -42,7 +42,7 @@ class LinearHeads:
             a gradient's norm to a fraction of its weights' norm, separately for weights and biases.
             "lars" is LARS of MoCo v3 and MAE, which scales the decayed gradient of the weights in
             the same way, and neither scales nor decays biases.
-        trust_coefficient: That fraction.
+        trust_coefficient: That fraction, for LARC and LARS.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class LinearHeads:
 
     def _apply_larc(self, gradient: Tensor, weights: Tensor) -> None:
         """Apply apex's LARC to the gradient in place, unless it or the weights are zero."""
-        weight_norm, gradient_norm = head_norms(weights), head_norms(gradient)
+        weight_norm, gradient_norm = _head_norms(weights), _head_norms(gradient)
         update_norm = gradient_norm + weight_norm * self.weight_decays
         scale = self.trust_coefficient * weight_norm / (update_norm + LARC_EPS)
         is_scaled = (weight_norm > 0) & (gradient_norm > 0)
@@ -147,7 +147,7 @@ class LinearHeads:
     def _apply_lars(self, gradient: Tensor, weights: Tensor) -> None:
         """Decay and scale the gradient in place. Zero gradients or weights are not scaled."""
         gradient.addcmul_(weights, self.weight_decays)
-        weight_norm, update_norm = head_norms(weights), head_norms(gradient)
+        weight_norm, update_norm = _head_norms(weights), _head_norms(gradient)
         is_scaled = (weight_norm > 0) & (update_norm > 0)
         scale = self.trust_coefficient * weight_norm / update_norm
         gradient.mul_(torch.where(is_scaled, scale, 1.0))
@@ -160,7 +160,7 @@ class LinearHeads:
         weights.addcmul_(step, self.lrs, value=-lr_factor)
 
 
-def head_norms(values: Tensor) -> Tensor:
+def _head_norms(values: Tensor) -> Tensor:
     """Return the Euclidean norm of each head's values, (1, heads, 1), of (rows, heads, classes)."""
     return torch.linalg.vector_norm(values, dim=(0, 2), keepdim=True)
 

@@ -19,7 +19,8 @@ def recommend(result: Suggestion, num_images: int) -> None:
     published = timm_networks.pretrained_cfg(name)
     if not published.has_weights or result.get("method.vit_starts", "as_built") != "as_built":
         return
-    if not _have_equal_shapes(name, result.get("backbone.args", {})):
+    args = result.get("backbone.args", {})
+    if args and not _has_equal_shapes(name, args):
         return
     weights = f"backbone.init=timm:{published.tag}"
     if result.get("backbone.stem") == "small":
@@ -31,7 +32,7 @@ def recommend(result: Suggestion, num_images: int) -> None:
     result.set("backbone.init", "random", reason)
 
 
-def _have_equal_shapes(name: str, args: Mapping[str, Any]) -> bool:
+def _has_equal_shapes(name: str, args: Mapping[str, Any]) -> bool:
     """Return True if a network with these arguments has the tensors of timm's own.
 
     Patch embeddings and positions may differ, because timm resamples them.

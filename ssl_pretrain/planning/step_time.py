@@ -111,8 +111,8 @@ def measure_step(config: RunConfig, batch: Batch) -> float:
 
     A few images go through the network, and the optimizer and the teacher are updated. A small step
     warms up, and the fastest of the others counts, because other programs can only slow a step
-    down. The ranks call this together, because losses have
-    collectives. The exchange of gradients between ranks is left out.
+    down. The ranks call this together, because losses have collectives. The exchange of gradients
+    between ranks is left out.
 
     Args:
         config: Configuration of the run.

@@ -14,7 +14,7 @@ from timm.data import create_transform
 from timm.data.auto_augment import RandAugment
 from torch import nn
 from torch.nn import functional as F
-from untrained_run import make_run
+from untrained_run import load_in_float32, make_run
 
 from ssl_pretrain import rng
 from ssl_pretrain.eval import finetune, runs, semi, training_views
@@ -34,7 +34,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture
 def run(run_folder):
-    return runs.load_run(run_folder, overrides=["parallel.precision=float32"], device="cpu")
+    return load_in_float32(run_folder)
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from mae_schedule import mae_lr
 from torch import nn
-from untrained_run import make_run
+from untrained_run import load_in_float32, make_run
 
-from ssl_pretrain.eval import finetune, linear, runs
+from ssl_pretrain.eval import finetune, linear
 from ssl_pretrain.eval.finetuning import trainer
 from ssl_pretrain.eval.finetuning_protocols import FINETUNING_PROTOCOLS, choose_protocol
 from ssl_pretrain.eval.frozen import named_features
@@ -38,15 +39,7 @@ def resnet_folder(tmp_path_factory):
 
 @pytest.fixture
 def vit_run(vit_folder):
-    return runs.load_run(vit_folder, overrides=["parallel.precision=float32"], device="cpu")
-
-
-def authors_lr(epoch, *, lr, min_lr, warmup_epochs, epochs):
-    """Return the learning rate of util/lr_sched.py in facebookresearch/mae."""
-    if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
-    angle = math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(angle))
+    return load_in_float32(vit_folder)
 
 
 def train_head_in_loops(batches, weight, bias, lrs, weight_decay):
@@ -115,10 +108,9 @@ def test_heads_equal_the_authors_batch_norm_lars_and_warm_up(weight_decay):
         network.step(values[step], labels[step], protocol.lr_factor(step / STEPS_PER_EPOCH))
     for head, (base_lr, _) in zip(network.heads.weights.transpose(0, 1), grid):
         lrs = [
-            authors_lr(
+            mae_lr(
                 step / STEPS_PER_EPOCH,
                 lr=base_lr * BATCH / 256,
-                min_lr=0.0,
                 warmup_epochs=protocol.warmup_epochs,
                 epochs=EPOCHS,
             )
@@ -135,7 +127,7 @@ def test_heads_equal_the_authors_batch_norm_lars_and_warm_up(weight_decay):
 def test_the_rate_of_the_heads_follows_the_authors_schedule():
     protocol = LINEAR_PROTOCOLS["mae"]
     for epoch in (0, 0.25, 9.9, 10, 10.1, 50, 89.99):
-        expected = authors_lr(epoch, lr=1.0, min_lr=0.0, warmup_epochs=10, epochs=90)
+        expected = mae_lr(epoch, warmup_epochs=10, epochs=90)
         assert protocol.lr_factor(epoch) == pytest.approx(expected, rel=1e-12)
 
 
@@ -150,7 +142,7 @@ def test_the_rates_of_fine_tuning_follow_the_authors_schedule():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0)
     for epoch in (0, 0.25, 4.9, 5, 5.1, 50, 99.99):
         lr = trainer.set_learning_rates(optimizer, MAE_VIT_B, epoch / 100, 100)
-        expected = authors_lr(epoch, lr=5e-4 * 4, min_lr=1e-6, warmup_epochs=5, epochs=100)
+        expected = mae_lr(epoch, lr=5e-4 * 4, min_lr=1e-6, warmup_epochs=5, epochs=100)
         assert lr == pytest.approx(expected, rel=1e-12)
 
 

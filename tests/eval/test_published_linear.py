@@ -2,10 +2,12 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from conftest import run_ranks
+from mae_schedule import mae_lr
 from torch import nn
 from torch.nn import functional as F
 from untrained_run import make_run
@@ -56,8 +58,9 @@ def train_with_torch(protocol, batches, lr, weight_decay, initial_weights):
     if protocol.milestones:
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(protocol.milestones))
     elif protocol.warmup_epochs:
+        factor = partial(mae_lr, warmup_epochs=protocol.warmup_epochs, epochs=protocol.epochs)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: mae_lr(step / STEPS_PER_EPOCH, protocol)
+            optimizer, lambda step: factor(step / STEPS_PER_EPOCH)
         )
     else:
         length = protocol.epochs * (STEPS_PER_EPOCH if protocol.lr_changes_every_step else 1)
@@ -96,14 +99,6 @@ def apply_lars(weight, trust_coefficient, weight_decay):
     weight.grad += weight_decay * weight
     if weight.norm() > 0 and weight.grad.norm() > 0:
         weight.grad *= trust_coefficient * weight.norm() / weight.grad.norm()
-
-
-def mae_lr(epoch, protocol):
-    """Return the factor of the learning rate in facebookresearch/mae, where min_lr is 0."""
-    warmup, epochs = protocol.warmup_epochs, protocol.epochs
-    if epoch < warmup:
-        return epoch / warmup
-    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
 @pytest.mark.parametrize("name", protocols.LINEAR_PROTOCOLS)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from untrained_run import make_run, write_images
+from untrained_run import load_in_float32, make_run, write_images
 
 from ssl_pretrain.eval import corruptions, retrieval, robustness, runs
 from ssl_pretrain.eval.frozen import evaluation_split, features
@@ -93,7 +93,7 @@ def test_a_threshold_above_one_is_refused(run_folder):
 
 
 def test_accuracy_is_measured_on_the_corrupted_views(run_folder):
-    run = runs.load_run(run_folder, overrides=["parallel.precision=float32"], device="cpu")
+    run = load_in_float32(run_folder)
     result = robustness.evaluate(run, ["contrast", "pixelate"])
     rows = {row["features"]: row["metrics"] for row in result["rows"]}
     assert list(rows) == ["clean", "contrast", "pixelate", "pretrained"]

@@ -5,7 +5,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from untrained_run import checkpoint_of, edit_manifest, make_run, renew_manifest, write_images
+from untrained_run import (
+    checkpoint_of,
+    edit_manifest,
+    load_in_float32,
+    make_run,
+    renew_manifest,
+    write_images,
+)
 
 from ssl_pretrain.build import build_method
 from ssl_pretrain.checkpoint.folder import list_checkpoints
@@ -139,7 +146,7 @@ def test_the_random_backbone_is_the_one_the_trainer_began_with(run_folder):
 
 
 def test_recalibrated_batch_norm_has_the_statistics_of_the_training_images(run_folder):
-    run = runs.load_run(run_folder, overrides=["parallel.precision=float32"], device="cpu")
+    run = load_in_float32(run_folder)
     train, _ = evaluation_split.labeled_splits(run, "a test")
     # The input of the first batch norm is the output of this convolution.
     convolution = features.random_backbone(run).model.conv1[0]

@@ -12,6 +12,7 @@ from ssl_pretrain.checkpoint.checkpoints import Checkpoints, RunFacts
 from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.checkpoint.manifest import MANIFEST_FILE, describe_files, to_json
 from ssl_pretrain.checkpoint.state import TrainingState
+from ssl_pretrain.eval.runs import Run, load_run
 from ssl_pretrain.optim import optimizers as optim
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -36,6 +37,11 @@ def make_run(folder: Path, *overrides: str, step: int = 7, weights_seed: int = 1
     ).save(step)
     (folder / "config.yaml").write_text(config.to_yaml(run_config))
     return folder
+
+
+def load_in_float32(folder: Path) -> Run:
+    """Load a run to evaluate it on the CPU in float32, for comparisons with small tolerances."""
+    return load_run(folder, overrides=["parallel.precision=float32"], device="cpu")
 
 
 def checkpoint_of(run: Path) -> Path:
