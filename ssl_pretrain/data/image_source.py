@@ -77,6 +77,9 @@ class Source(ABC):
         is worth trying.
         """
 
+    def prefetch(self, first: int, count: int) -> None:  # noqa: B027
+        """Ask the system to read consecutive images into memory, without waiting for it."""
+
     def explain_no_workers(self) -> str:
         """Return why no worker process can read these images, or an empty string if one can."""
         return ""

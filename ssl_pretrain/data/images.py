@@ -91,7 +91,6 @@ def decode(
     content: bytes,
     name: str,
     value_range: pixel_formats.ValueRange | None = None,
-    jpeg_only: bool = False,
 ) -> np.ndarray:
     """Return writable RGB pixels by the rules above, uint8 (height, width, 3), in any memory order.
 
@@ -99,7 +98,6 @@ def decode(
         content: Bytes of the file.
         name: Name of the file, for messages.
         value_range: Value of `data.range`, for images with more than 8 bits per value.
-        jpeg_only: Refuse every format except JPEG.
 
     Raises:
         UnreadableImage: If the file is damaged, truncated or refused. The message names it.
@@ -109,8 +107,6 @@ def decode(
         _check_size(width, height, name)
         if width and (pixels := _decode_plain_jpeg(content)) is not None:
             return pixels
-    elif content and jpeg_only:
-        raise UnreadableImage(f"{name}: not a JPEG")
     with _open(content, name) as image:
         pixel_formats.check_bands(image)
         has_16_bits = pixel_formats.has_16_bits(image)

@@ -13,9 +13,10 @@ from torch import Tensor
 from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.chunks import ChunkPool, ChunkRequest, CropDataset
 from ssl_pretrain.data.device_cache import DeviceCache
-from ssl_pretrain.data.image_source import Source
-from ssl_pretrain.data.native import decode
+from ssl_pretrain.data.image_source import EncodedSource, Source
+from ssl_pretrain.data.native import ffcv
 from ssl_pretrain.data.native.threads import ThreadPool
+from ssl_pretrain.data.native.view_makers import DecodedImages, FFCVImages, Images
 from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.data.shared_memory import Transfer, plan_transfer
@@ -39,7 +40,8 @@ class ReaderKind(StrEnum):
     """Ways to read images. The values are those of `data.loader` and `data.cache`."""
 
     PROCESSES = "folder"
-    THREADS = "ffcv"
+    THREADS = "threads"
+    FFCV = "ffcv"
     DEVICE_CACHE = "device"
 
 
@@ -102,9 +104,14 @@ def build_reader(
     pool: ChunkPool
     if kind is ReaderKind.DEVICE_CACHE:
         pool = DeviceCache(source, view_crops, plan, device)
-    elif kind is ReaderKind.THREADS:
-        assert isinstance(source, Beton), "threads only read .beton files"
-        pool = ThreadPool(source, view_crops, plan, num_workers, NUM_BATCHES_AHEAD, device)
+    elif kind in (ReaderKind.THREADS, ReaderKind.FFCV):
+        images: Images
+        if kind is ReaderKind.FFCV:
+            assert isinstance(source, Beton), "FFCV only reads .beton files"
+            images = FFCVImages(source, view_crops, plan.local_batch_size, plan.seed)
+        else:
+            images = DecodedImages(source, view_crops, plan.local_batch_size, plan.seed)
+        pool = ThreadPool(source, images, view_crops, plan, num_workers, NUM_BATCHES_AHEAD, device)
     else:
         if num_workers:
             chunk_size = min(MAX_CHUNK_SIZE, max(MIN_CHUNK_SIZE, -(-chunk_size // num_workers)))
@@ -127,29 +134,33 @@ def choose_reader_kind(data: DataConfig, source: Source) -> tuple[ReaderKind, st
     """Return the way to read this source, and the reason.
 
     Raises:
-        ValueError: If `data.loader` is ffcv, and FFCV or a .beton is missing.
+        ValueError: If `data.loader` cannot read this source, or FFCV is missing.
     """
     if data.cache == "device":
         return ReaderKind.DEVICE_CACHE, "data.cache asks for all images on the device"
     if data.loader == "folder":
         return ReaderKind.PROCESSES, "data.loader is set to folder"
-    if not isinstance(source, Beton):
-        remedy = "python -m ssl_pretrain.data.beton write creates one"
-        if data.loader == "ffcv":
+    if data.loader == "ffcv":
+        if not isinstance(source, Beton):
             raise ValueError(
                 f"data.loader: ffcv only reads .beton files, and {source.full_path} is not one; "
-                f"{remedy}, or set data.loader=folder"
+                "python -m ssl_pretrain.data.beton write creates one, or set data.loader=auto"
             )
-        reason = f"{source.full_path} is not a .beton; {remedy}, which is read faster"
-        return ReaderKind.PROCESSES, reason
-    try:
-        decode.load_library()
-    except ValueError as error:
-        if data.loader == "ffcv":
-            raise
-        reason = str(error).removeprefix("data.loader: ")
-        return ReaderKind.PROCESSES, f"FFCV cannot read this .beton ({reason})"
-    return ReaderKind.THREADS, f"{source.full_path} is a .beton, and FFCV is installed"
+        ffcv.load_library()
+        return ReaderKind.FFCV, "data.loader is set to ffcv"
+    if data.loader == "threads":
+        if not isinstance(source, EncodedSource):
+            raise ValueError(
+                f"data.loader: threads only read image files and .beton files, and "
+                f"{source.full_path} is neither; set data.loader=auto"
+            )
+        return ReaderKind.THREADS, "data.loader is set to threads"
+    if isinstance(source, Beton):
+        return ReaderKind.THREADS, f"{source.full_path} is a .beton"
+    return ReaderKind.PROCESSES, (
+        f"{source.full_path} is not a .beton; python -m ssl_pretrain.data.beton write creates one, "
+        "which is read faster"
+    )
 
 
 def _cut_crops(

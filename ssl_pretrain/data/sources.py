@@ -15,7 +15,6 @@ and supervised methods need labels.
     source: package.module:function                  images of a Python object: function(split)
 """
 
-import importlib.util
 import math
 import os
 from dataclasses import dataclass
@@ -77,15 +76,16 @@ class DataConfig:
     )
     num_workers: int = setting(
         4,
-        "Threads (ffcv) or processes (folder) per rank that decode and crop. "
+        "Threads (threads, ffcv) or processes (folder) per rank that decode and crop. "
         "0 means one thread, or no extra process.",
         on_resume="free",
         unit="threads or processes",
     )
-    loader: Literal["auto", "ffcv", "folder"] = setting(
+    loader: Literal["auto", "threads", "ffcv", "folder"] = setting(
         "auto",
-        "Decoder of the images. auto: ffcv for a .beton if FFCV is installed. "
-        "The run prints its choice and the reason.",
+        "How images are read. threads: decode and crop in threads. ffcv: the same for a .beton, "
+        "with FFCV's decoder. folder: in worker processes. auto: threads for a .beton, else "
+        "folder. The run prints its choice and the reason.",
         on_resume="free",
     )
     cache: Literal["none", "device"] = setting(
@@ -307,7 +307,7 @@ def _beton_path(config: DataConfig, split: SplitName) -> Path | None:
 def _prefers_beton(loader: str, root: Path, name: str) -> bool:
     """Return True if the .beton of a split is preferred to a folder of its images.
 
-    If both exist, `data.loader` decides. With `auto`, the folder is preferred if FFCV is missing.
+    If both exist, the folder is only read with `data.loader=folder`.
 
     Args:
         loader: The setting `data.loader`.
@@ -319,8 +319,7 @@ def _prefers_beton(loader: str, root: Path, name: str) -> bool:
     split = split_of(name)
     names = [path.name for path in root.iterdir() if path.is_dir()]
     has_folder = name in names or any(split_of(other) == split for other in names if split)
-    chooses_ffcv = loader == "auto" and importlib.util.find_spec("ffcv") is not None
-    return not has_folder or loader == "ffcv" or chooses_ffcv
+    return not has_folder or loader != "folder"
 
 
 def _choose_subset(source: Source, num_images: int) -> Source:

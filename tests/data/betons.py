@@ -11,11 +11,11 @@ from ssl_pretrain.data.beton import beton_writer
 from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.beton.encoder import EncodingSettings
 from ssl_pretrain.data.image_source import Source
-from ssl_pretrain.data.native import decode
+from ssl_pretrain.data.native import ffcv
 from ssl_pretrain.data.sources import DataConfig, open_source
 
 try:
-    decode.load_library()
+    ffcv.load_library()
     problem = ""
 except ValueError as error:
     problem = str(error)

@@ -461,31 +461,23 @@ class TestErrorMessages:
 
 
 class TestBetonBesideFolders:
-    """A .beton is read instead of a folder if FFCV is installed or nothing else exists."""
+    """A .beton is read instead of a folder, unless data.loader is folder."""
 
     @pytest.fixture
     def root(self, tmp_path, monkeypatch):
         monkeypatch.setattr(beton_file, "read", lambda path: path)
         monkeypatch.setattr(sources, "Beton", lambda path: path)
         monkeypatch.setattr(sources, "_choose_subset", lambda source, size: source)
-        monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: self.ffcv)
         root = write_images(tmp_path / "data", "train/a/1.png", "train/b/2.png", "val/a/3.png")
         for name in ("train.beton", "val-00000-of-00002.beton", "val-00001-of-00002.beton"):
             (root / name).touch()
         return root
 
-    ffcv: object = object()  # the package, or None if it is absent
-
-    def test_a_beton_beside_a_folder_is_read_if_ffcv_is_installed(self, root, open_split):
+    def test_a_beton_beside_a_folder_is_read_by_threads(self, root, open_split):
         assert open_split(root) == root / "train.beton"
         assert open_split(root, "val") == root / "val-00000-of-00002.beton"
         assert open_split(root, loader="ffcv") == root / "train.beton"
         assert paths_of(open_split(root, loader="folder")) == ["a/1.png", "b/2.png"]
-        self.__class__.ffcv = None
-        try:
-            assert paths_of(open_split(root)) == ["a/1.png", "b/2.png"]
-        finally:
-            self.__class__.ffcv = object()
 
     def test_a_beton_without_a_folder_is_always_read(self, root, open_split):
         train, val = root / "train.beton", root / "val-00000-of-00002.beton"

@@ -1,4 +1,4 @@
-"""The compiled threads yield the same bytes as worker processes, without FFCV's bugs."""
+"""Threads yield the same bytes as worker processes, without FFCV's bugs, with either decoder."""
 
 import gc
 import itertools
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,20 +23,33 @@ from omegaconf import OmegaConf
 
 from ssl_pretrain.data import order
 from ssl_pretrain.data.beton.beton_source import Beton
+from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.loader import Loader, build
-from ssl_pretrain.data.native import decode, threads
+from ssl_pretrain.data.named_datasets import Digits
+from ssl_pretrain.data.native import ffcv, threads, views
 from ssl_pretrain.data.readers import choose_reader_kind
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
-pytestmark = [needs_ffcv, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 JITTER = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 GLOBAL = Crop(count=2, size=24, grayscale=0.2, blur=0.5, **JITTER)
 LOCAL = Crop(count=2, size=10, scale=[0.1, 0.4], interpolation="bicubic", solarize=0.5)
 VIEWS = ViewsConfig(crops={"global": GLOBAL, "local": LOCAL})
 ROOT = Path(__file__).parents[2]
+
+
+settings = {"kind": "threads"}  # the kind of reader that `make_loader` builds
+
+
+@pytest.fixture(
+    autouse=True, scope="module", params=["threads", pytest.param("ffcv", marks=needs_ffcv)]
+)
+def kind(request) -> str:
+    settings["kind"] = request.param
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +62,8 @@ def small_beton(tmp_path) -> Beton:
     return write_beton(tmp_path / "data", n=24)
 
 
-def make_loader(source, num_workers=2, kind="ffcv", views=VIEWS, **options) -> Loader:
+def make_loader(source, num_workers=2, kind="", views=VIEWS, **options) -> Loader:
+    kind = kind or settings["kind"]
     return build_loader(source, views, kind, num_workers=num_workers, **options)
 
 
@@ -181,7 +196,7 @@ class TestChoiceOfReader:
         config = DataConfig(root=beton.full_path, num_workers=1)
         build(config, VIEWS, seed=3, global_batch_size=12, device="cpu").close()
         assert capsys.readouterr().err.endswith(
-            f"\ndata.loader: ffcv: {beton.full_path} is a .beton, and FFCV is installed\n"
+            f"\ndata.loader: threads: {beton.full_path} is a .beton\n"
         )
 
     def test_a_folder_is_read_as_a_folder(self, beton):
@@ -196,19 +211,31 @@ class TestChoiceOfReader:
             choose_reader_kind(DataConfig(loader="ffcv"), source)
         assert str(error.value) == (
             f"data.loader: ffcv only reads .beton files, and {train_folder} is not one; "
-            "python -m ssl_pretrain.data.beton write creates one, or set data.loader=folder"
+            "python -m ssl_pretrain.data.beton write creates one, or set data.loader=auto"
         )
 
-    def test_without_ffcv_the_folder_reader_reads_a_beton(self, beton, expected, monkeypatch):
-        monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
-        message = f"FFCV is not installed; {decode.INSTALL_HINT}"
-        kind, reason = choose_reader_kind(DataConfig(), beton)
-        assert kind == "folder"
-        assert reason == f"FFCV cannot read this .beton ({message}, or set data.loader=folder)"
-        assert digests(make_loader(beton, num_workers=0, kind=kind), 0, 2) == expected[:2]
+    def test_threads_read_a_folder_on_request(self, beton, expected):
+        source = open_train(Path(beton.full_path).parent / "data", loader="folder")
+        kind, reason = choose_reader_kind(DataConfig(loader="threads"), source)
+        assert (kind, reason) == ("threads", "data.loader is set to threads")
+        assert digests(make_loader(source, kind=kind), 0, 10) == expected
+
+    def test_threads_do_not_read_images_in_memory(self):
+        with pytest.raises(ValueError) as error:
+            choose_reader_kind(DataConfig(loader="threads"), Digits("train"))
+        assert str(error.value) == (
+            "data.loader: threads only read image files and .beton files, and scikit-learn's "
+            "digits is neither; set data.loader=auto"
+        )
+
+    def test_without_ffcv_its_decoder_is_refused(self, beton, monkeypatch):
+        monkeypatch.setattr(ffcv.importlib.util, "find_spec", lambda name: None)
+        assert choose_reader_kind(DataConfig(), beton)[0] == "threads"
         with pytest.raises(ValueError) as error:
             choose_reader_kind(DataConfig(loader="ffcv"), beton)
-        assert str(error.value) == f"data.loader: {message}, or set data.loader=folder"
+        assert str(error.value) == (
+            f"data.loader: FFCV is not installed; {ffcv.INSTALL_HINT}, or set data.loader=threads"
+        )
 
 
 class TestBugsOfFFCV:
@@ -229,16 +256,22 @@ class TestBugsOfFFCV:
         assert digests(make_loader(beton, views=views), 0, 2) == expected[:2]
 
     @pytest.mark.case(17)
-    @pytest.mark.parametrize("function", ["make_views", "allocate_workspace"])
+    @pytest.mark.parametrize("stage", ["views", "buffers"])
     def test_2_an_exception_in_a_thread_is_raised_in_the_trainer(
-        self, function, beton, monkeypatch
+        self, kind, stage, beton, monkeypatch
     ):
         """FFCV waits forever for the thread."""
 
         def raise_error(*_arguments):
             raise MemoryError("no room for an image")
 
-        monkeypatch.setattr(threads.decode, function, raise_error)
+        functions = {
+            ("ffcv", "views"): (ffcv, "make_views"),
+            ("ffcv", "buffers"): (ffcv, "allocate_workspace"),
+            ("threads", "views"): (views, "write_views_of"),
+            ("threads", "buffers"): (views, "allocate_buffers"),
+        }
+        monkeypatch.setattr(*functions[kind, stage], raise_error)
         with make_loader(beton) as loader, pytest.raises(MemoryError) as error:
             next(loader.iterate_from(0))
         assert str(error.value) == "no room for an image"
@@ -265,12 +298,12 @@ class TestBugsOfFFCV:
     @pytest.mark.parametrize("damage", ["header", "scan", "other size", "no jpeg"])
     def test_4_a_damaged_image_is_replaced_and_counted(self, damage, small_beton):
         """FFCV returns a black image or one of an earlier batch, without a warning."""
-        damage_image(small_beton, 5, damage)
+        damaged = damage_images(small_beton, [5], damage)
         views = ViewsConfig(crops={"global": Crop(count=1, size=8)})
         options = {"global_batch_size": 12, "views": views}
         epoch = []
         with (
-            make_loader(small_beton, **options) as loader,
+            make_loader(damaged, **options) as loader,
             warnings.catch_warnings(record=True) as messages,
         ):
             warnings.simplefilter("always")
@@ -298,9 +331,7 @@ class TestBugsOfFFCV:
 
     @pytest.mark.case(14)
     def test_4_the_folder_loader_uses_the_same_replacement(self, small_beton):
-        damage_image(small_beton, 5, "no jpeg")
-        damage_image(small_beton, 9, "no jpeg")
-        damaged = open_train(Path(small_beton.full_path))
+        damaged = damage_images(small_beton, [5, 9], "no jpeg")
         options = {"global_batch_size": 10, "max_replaced": 10.0}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -309,10 +340,9 @@ class TestBugsOfFFCV:
 
     @pytest.mark.case(14)
     def test_4_more_than_a_few_damaged_images_stop_the_run(self, small_beton):
-        for index in (5, 9):
-            damage_image(small_beton, index, "no jpeg")
+        damaged = damage_images(small_beton, [5, 9], "no jpeg")
         with (
-            make_loader(small_beton) as loader,
+            make_loader(damaged) as loader,
             warnings.catch_warnings(),
             pytest.raises(ValueError) as error,
         ):
@@ -329,11 +359,10 @@ class TestBugsOfFFCV:
         )
 
     def test_4_a_file_without_a_good_image_is_an_error(self, small_beton):
-        for index in range(24):
-            damage_image(small_beton, index, "no jpeg")
+        damaged = damage_images(small_beton, range(24), "no jpeg")
         message = "no other readable image of the 24 in .*train.beton is left outside its"
         with (
-            make_loader(small_beton) as loader,
+            make_loader(damaged) as loader,
             pytest.raises(ValueError, match=f"not a JPEG; {message}"),
         ):
             next(loader.iterate_from(0))
@@ -371,8 +400,17 @@ def count_threads_and_files() -> tuple[int, int]:
     return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
 
+def damage_images(source: Beton, indices: Iterable[int], damage: str) -> Source:
+    """Damage JPEGs in the file of the source, and open it again.
+
+    `damage` is a key of FAILURE_REASONS.
+    """
+    for index in indices:
+        damage_image(source, index, damage)
+    return open_train(Path(source.full_path))
+
+
 def damage_image(source: Beton, index: int, damage: str) -> None:
-    """Damage one JPEG in the file of the source. `damage` is a key of FAILURE_REASONS."""
     samples = source.samples
     offset, length = int(samples.offset[index]), int(samples.length[index])
     with open(source.full_path, "r+b") as file:
@@ -393,24 +431,27 @@ def damage_image(source: Beton, index: int, damage: str) -> None:
 
 class TestFailures:
     @pytest.mark.case(16)
-    def test_truncating_the_file_raises_an_error_that_names_the_image(self, small_beton):
+    def test_truncating_the_file_raises_an_error_that_names_it(self, kind, small_beton):
         with make_loader(small_beton, global_batch_size=24) as loader:
             last = int(np.argmax(small_beton.samples.offset))
             os.truncate(small_beton.full_path, int(small_beton.samples.offset[last]) + 10)
             with pytest.raises(ValueError) as error:  # a user's error: one line, no traceback
                 next(loader.iterate_from(0))
         missing = int(small_beton.samples.length[last]) - 10
-        assert str(error.value) == (
-            f"data.root: {small_beton.full_path}, image {last}: the file was truncated during the "
-            f"run, and the image lacks its last {missing:,} bytes; copy the file again, then "
-            "start the run again"
-        )
+        messages = {
+            "threads": f"data.root: {small_beton.full_path} was replaced or changed while it was "
+            "being read; start the run again",
+            "ffcv": f"data.root: {small_beton.full_path}, image {last}: the file was truncated "
+            f"during the run, and the image lacks its last {missing:,} bytes; copy the file again, "
+            "then start the run again",
+        }
+        assert str(error.value) == messages[kind]
 
     def test_a_deleted_file_is_named(self, small_beton):
         loader = make_loader(small_beton)
         os.unlink(small_beton.full_path)
         with pytest.raises(FileNotFoundError, match=re.escape(small_beton.full_path)):
-            loader.iterate_from(0)
+            next(loader.iterate_from(0))
 
     def test_a_loader_can_start_again_after_an_exception(self, beton, expected, monkeypatch):
         loader = make_loader(beton)
@@ -504,20 +545,21 @@ def test_memory_does_not_grow_over_50_epochs(beton):
     assert after_50 <= 1.02 * after_2
 
 
-def test_compiled_code_is_cached_on_disk(beton, expected):
+def test_compiled_code_is_cached_on_disk(kind, beton, expected):
     """Another process loads the code that this one compiled, and compiles nothing."""
     assert digests(make_loader(beton), 0, 1) == expected[:1]
     code = (
         "import sys; sys.path.insert(0, 'tests/data'); from test_threads import *; "
-        "assert digests(make_loader(open_train(Path(sys.argv[1]))), 0, 1); "
-        "functions = (decode.make_views, decode.decode_image); "
+        "loader = make_loader(open_train(Path(sys.argv[1])), kind=sys.argv[2]); "
+        "assert digests(loader, 0, 1); "
+        "functions = (ffcv.make_views, views.write_views_of, ffcv.decode_image); "
         "print([sum(function.stats.cache_hits.values()) for function in functions])"
     )
-    result = run_python(code, beton.full_path)
+    result = run_python(code, beton.full_path, kind)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "[1, 0]\n", (
-        result.stderr
-    )  # `decode_image` is compiled into `make_views`
+    # `decode_image` is compiled into `make_views`.
+    expected_hits = {"threads": "[0, 1, 0]\n", "ffcv": "[1, 0, 0]\n"}
+    assert result.stdout == expected_hits[kind], result.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

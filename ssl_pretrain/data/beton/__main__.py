@@ -17,7 +17,6 @@ from ssl_pretrain.data.beton.beton_manifest import Manifest
 from ssl_pretrain.data.beton.check import find_problems
 from ssl_pretrain.data.beton.encoder import EncodingSettings
 from ssl_pretrain.data.beton.tables import RAW
-from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.source_report import check_value_range
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.schema import JPEG_QUALITY, NON_NEGATIVE_INT, NUM_THREADS, POSITIVE_INT
@@ -146,7 +145,6 @@ def _write(args: argparse.Namespace) -> int:
             f"--page-size {args.page_size}: give a power of two of at least {_MIN_PAGE_BYTES:,}, "
             "FFCV's minimum"
         )
-    decode.load_library()  # fail before hours of work if FFCV is not installed
     config = DataConfig(source=args.source, root=args.root, range=list(args.range))
     source = open_source(config, args.split)
     check_value_range(source)

@@ -6,6 +6,7 @@ A split is one file, or a set of shards that are read as one.
 import os
 import re
 import stat
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -72,6 +73,20 @@ class Samples:
         if len(content) != length:
             raise OSError("the file was truncated after it was opened, so the image is incomplete")
         return content
+
+    def prefetch(self, first: int, count: int) -> None:
+        """Ask the system to read consecutive images into memory, without waiting for it.
+
+        If they continue in the next shard, only the images in the first shard are read.
+        """
+        if not hasattr(os, "posix_fadvise"):  # macOS has no such call
+            return
+        file_index, last = self.file_index[first], first + count - 1
+        while self.file_index[last] != file_index:
+            last -= 1
+        start, end = int(self.offset[first]), int(self.offset[last] + self.length[last])
+        with suppress(OSError), open(self.paths[file_index], "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
     def check_present(self) -> None:
         """Raise FileNotFoundError if a file is missing, and ValueError if it was replaced."""

@@ -7,11 +7,12 @@ import numpy as np
 from ssl_pretrain.data.beton.beton_file import Samples
 from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.image_source import EncodedSource
-from ssl_pretrain.data.images import UnreadableImage, decode
+from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.jpeg import DamagedJpeg, decode_intact
 
 
 class Beton(EncodedSource):
-    """Images of a .beton file, read one at a time without FFCV. `data.native` reads them faster."""
+    """Images of a .beton file, read one at a time without FFCV."""
 
     def __init__(self, samples: Samples):
         if samples.manifest is not None:
@@ -26,19 +27,20 @@ class Beton(EncodedSource):
         """Return the RGB pixels of one image, uint8 (height, width, 3).
 
         Raises:
-            UnreadableImage: If the image cannot be read or decoded, or its size differs from its
+            UnreadableImage: If the image cannot be read, is damaged, or its size differs from its
                 table entry.
         """
-        content = self.read_bytes(index)
-        size = (int(self.samples.height[index]), int(self.samples.width[index]))
+        return self.decode(index, self.read_bytes(index))
+
+    def decode(self, index: int, content: bytes) -> np.ndarray:
+        """Return the RGB pixels of one image from its stored bytes, as `read` does."""
+        height, width = int(self.samples.height[index]), int(self.samples.width[index])
         if self.samples.mode[index] == RAW:
-            return np.frombuffer(content, np.uint8).reshape(*size, 3).copy()
-        pixels = decode(content, self.name(index), jpeg_only=True)
-        if pixels.shape[:2] != size:
-            raise UnreadableImage(
-                f"{self.name(index)}: the JPEG's size differs from its table entry"
-            )
-        return pixels
+            return np.frombuffer(content, np.uint8).reshape(height, width, 3).copy()
+        try:
+            return decode_intact(content, height, width)
+        except DamagedJpeg as error:
+            raise UnreadableImage(f"{self.name(index)}: {error}") from error
 
     def name(self, index: int) -> str:
         """Return the path of the file and the image's number, for messages."""
@@ -50,6 +52,10 @@ class Beton(EncodedSource):
         subset.samples = self.samples.take(indices)
         subset._subset_indices = self._subset_indices + indices.astype(np.int64).tobytes()
         return subset
+
+    def prefetch(self, first: int, count: int) -> None:
+        """Ask the system to read consecutive images into memory, without waiting for it."""
+        self.samples.prefetch(first, count)
 
     def check_present(self) -> None:
         """Raise FileNotFoundError if a file is missing, and ValueError if one was replaced."""

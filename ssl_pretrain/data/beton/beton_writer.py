@@ -33,7 +33,6 @@ from ssl_pretrain.data.beton.tables import read_tables
 from ssl_pretrain.data.image_source import ImageFiles, Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.messages import report_progress
-from ssl_pretrain.data.native.decode import Decoder
 
 _FORMAT = 1  # increase it when the journal or the encoding changes
 
@@ -158,8 +157,7 @@ def _partial_manifest(
 def _explain_failure(source: Source, index: int, settings: EncodingSettings) -> str:
     """Return the reason why an image could not be written."""
     try:
-        with Decoder() as decoder:
-            encode_image(source, index, settings, decoder)
+        encode_image(source, index, settings)
     except UnreadableImage as error:
         return str(error)
     return f"{source.name(index)}: was unreadable during the write, but is readable now"

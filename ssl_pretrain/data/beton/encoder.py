@@ -22,7 +22,7 @@ from PIL import Image
 from ssl_pretrain.data.beton.tables import JPEG, RAW
 from ssl_pretrain.data.image_source import EncodedSource, Source
 from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.data.native.decode import Decoder
+from ssl_pretrain.data.jpeg import is_intact
 from ssl_pretrain.system.platform_support import START_METHOD
 
 # Outcomes. A readable image is stored unchanged, as a new JPEG, or as pixels.
@@ -61,9 +61,7 @@ class Entry(NamedTuple):
 EncodedImage = tuple[Entry, bytes]
 
 
-def encode_image(
-    source: Source, index: int, settings: EncodingSettings, decoder: Decoder
-) -> EncodedImage:
+def encode_image(source: Source, index: int, settings: EncodingSettings) -> EncodedImage:
     """Encode one image and return its table entry and the bytes to store.
 
     The entry has an outcome, a mode and a size. Its other fields are not set.
@@ -74,7 +72,7 @@ def encode_image(
     content = source.read_bytes(index) if isinstance(source, EncodedSource) else b""
     is_jpeg = content.startswith(_JPEG_SIGNATURE)
     size = _size_if_storable(content, settings.max_side) if is_jpeg else None
-    if size is not None and decoder.decodes_cleanly(content, *size):
+    if size is not None and is_intact(content, height=size[1], width=size[0]):
         return Entry(UNCHANGED, JPEG, *size), content
     pixels = _limit_size(np.ascontiguousarray(source.read(index)), settings.max_side)
     height, width = pixels.shape[:2]
@@ -109,7 +107,7 @@ def _size_if_storable(content: bytes, max_side: int) -> tuple[int, int] | None:
     return None
 
 
-_worker_state: tuple[Source, EncodingSettings, Decoder]  # set by `_init_worker` in each process
+_worker_state: tuple[Source, EncodingSettings]  # set by `_init_worker` in each process
 
 
 def encode_images(
@@ -138,10 +136,7 @@ def _encode_in_this_process(
     source: Source, settings: EncodingSettings, jobs: list[range]
 ) -> _JobResults:
     _init_worker(source, settings)
-    try:
-        yield from map(_encode_job, jobs)
-    finally:
-        _worker_state[2].close()
+    yield from map(_encode_job, jobs)
 
 
 def _encode_in_processes(
@@ -169,7 +164,7 @@ def _encode_in_processes(
 def _init_worker(source: Source, settings: EncodingSettings) -> None:
     """Set up this worker, and make it exit when its parent does, even if the parent is killed."""
     global _worker_state
-    _worker_state = source, settings, Decoder()
+    _worker_state = source, settings
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
@@ -181,12 +176,12 @@ def _exit_with_parent(parent: multiprocessing.process.BaseProcess) -> None:
 
 
 def _encode_job(indices: range) -> list[EncodedImage]:
-    source, settings, decoder = _worker_state
-    return [_encode_or_mark_unreadable(source, index, settings, decoder) for index in indices]
+    source, settings = _worker_state
+    return [_encode_or_mark_unreadable(source, index, settings) for index in indices]
 
 
 def _encode_or_mark_unreadable(
-    source: Source, index: int, settings: EncodingSettings, decoder: Decoder
+    source: Source, index: int, settings: EncodingSettings
 ) -> EncodedImage:
     """Return the entry of an image, without its offset in the file, and the bytes to store.
 
@@ -194,7 +189,7 @@ def _encode_or_mark_unreadable(
     """
     label = source.label(index)
     try:
-        entry, content = encode_image(source, index, settings, decoder)
+        entry, content = encode_image(source, index, settings)
     except UnreadableImage:
         return Entry(UNREADABLE, label=label), b""
     return entry._replace(length=len(content), label=label, crc=zlib.crc32(content)), content

@@ -1,4 +1,4 @@
-"""Make batches of crops ahead of the trainer, with threads of compiled code and reused buffers.
+"""Make batches of crops ahead of the trainer, with threads and reused buffers.
 
 A batch is one flat buffer. Any free thread fills the next rows of the batch, and the buffer is used
 again when the trainer is done with the batch, so no step allocates memory. For a GPU, the buffers
@@ -6,23 +6,22 @@ are pinned, and each batch is copied to the GPU as soon as its last row is writt
 a separate stream while the trainer computes. An error in a thread is raised in the trainer at once.
 """
 
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.chunks import Chunk, ChunkRequest
-from ssl_pretrain.data.native import decode
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.native.view_makers import Images, ViewMaker
 from ssl_pretrain.data.order import BLOCK_SIZE, BatchPlan
 from ssl_pretrain.data.replacement import Replacement, find_spare
-from ssl_pretrain.system.platform_support import BINARY, read_at
 from ssl_pretrain.views.recipe import Crop
 
 # Largest number of rows that a thread fills at a time. They take some tens of milliseconds, and a
@@ -66,7 +65,8 @@ class ThreadPool:
 
     def __init__(
         self,
-        source: Beton,
+        source: Source,
+        images: Images,
         view_crops: list[Crop],
         plan: BatchPlan,
         num_threads: int,
@@ -76,22 +76,20 @@ class ThreadPool:
         """Prepare the threads without starting them.
 
         Args:
-            source: Images to read.
+            source: Source of the images.
+            images: The same images, as the threads read them.
             view_crops: Recipe of each view.
             plan: Order of the images. Each request is one of its batches.
             num_threads: Number of threads. At least one is started.
             num_batches_ahead: Number of batches to make before they are needed.
             device: Device of the pixels.
         """
-        self.source, self.view_crops, self.plan, self.device = source, view_crops, plan, device
+        self.source, self.images, self.plan, self.device = source, images, plan, device
         self.num_threads = max(1, num_threads)
         self.rows_per_turn = max(1, min(MAX_ROWS, -(-plan.local_batch_size // self.num_threads)))
-        self.functions = decode.load_c_functions()
-        self.views = decode.pack_views(view_crops, plan.local_batch_size)
         self.shapes = [torch.Size((3, crop.size, crop.size)) for crop in view_crops]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers: list[Tensor] = []
-        self.file_descriptors: list[int] = []  # one per file of the source
         self._num_buffers = num_batches_ahead + 1
         self._session: _Session | None = None
 
@@ -108,9 +106,7 @@ class ThreadPool:
                 torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.stream is not None)
                 for _ in range(self._num_buffers)
             ]
-        if not self.file_descriptors:
-            paths = self.source.samples.paths
-            self.file_descriptors = [os.open(path, os.O_RDONLY | BINARY) for path in paths]
+        self.images.open()
         iterator = self._prefetch(requests) if self.plan.window_size else iter(requests)
         self._session = _Session(self, iterator)
         return self._session.chunks()
@@ -121,8 +117,7 @@ class ThreadPool:
         `make_chunks` can start them again.
         """
         self._stop()
-        while self.file_descriptors:
-            os.close(self.file_descriptors.pop())
+        self.images.close()
         self.buffers = []
 
     def _stop(self) -> None:
@@ -138,20 +133,8 @@ class ThreadPool:
             if blocks != prefetched:
                 prefetched = blocks
                 for first in blocks:
-                    self._prefetch_block(first)
+                    self.source.prefetch(first, min(BLOCK_SIZE, len(self.source) - first))
             yield request
-
-    def _prefetch_block(self, first: int) -> None:
-        """Ask the system to read a block of images into memory, without waiting for it."""
-        samples = self.source.samples
-        last = min(first + BLOCK_SIZE, len(samples)) - 1
-        # If a block continues in the next shard, only its part in the first shard is read.
-        while samples.file_index[last] != samples.file_index[first]:
-            last -= 1
-        start, end = int(samples.offset[first]), int(samples.offset[last] + samples.length[last])
-        descriptor = self.file_descriptors[samples.file_index[first]]
-        if hasattr(os, "posix_fadvise"):  # macOS has no such call
-            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 class _Session:
@@ -162,7 +145,6 @@ class _Session:
 
     def __init__(self, pool: ThreadPool, requests: Iterator[ChunkRequest]):
         self.pool, self.requests = pool, requests
-        self.image_table = decode.pack_images(pool.source.samples, pool.file_descriptors)
         self.condition = threading.Condition()
         self.is_stopping = False
         self.error: BaseException | None = None
@@ -225,12 +207,9 @@ class _Session:
 
     def _work(self) -> None:
         try:
-            pool = self.pool
-            with decode.Decoder() as decoder:
-                samples = pool.source.samples
-                workspace = decode.allocate_workspace(samples, pool.view_crops, decoder)
+            with closing(self.pool.images.build_maker()) as maker:
                 while (rows := self._claim_rows()) is not None:
-                    self._make_rows(*rows, workspace)
+                    self._make_rows(*rows, maker)
         except BaseException as error:
             with self.condition:
                 self.error = self.error or error
@@ -262,19 +241,19 @@ class _Session:
                 return batch, first, batch.num_rows_claimed
             return None
 
-    def _make_rows(self, batch: _Batch, first: int, end: int, workspace: decode.Workspace) -> None:
+    def _make_rows(self, batch: _Batch, first: int, end: int, maker: ViewMaker) -> None:
         if batch.buffer.copy_event is not None:
             batch.buffer.copy_event.synchronize()
         start = time.perf_counter()
         indices = batch.request.indices[first:end].astype(np.int64)
-        numbers = indices.copy()
-        status = self._write_rows(batch, numbers, indices, first, workspace)
+        numbers, pixels = indices.copy(), batch.buffer.pixels.numpy()
+        reasons = maker.make_views(numbers, indices, first, batch.request.epoch, pixels)
         replacements = []
-        for row in np.flatnonzero(status).tolist():
-            replacement = self._replace(batch, first + row, int(status[row]), workspace)
+        for row, reason in reasons.items():
+            replacement = self._replace(batch, first + row, reason, maker)
             numbers[row] = replacement.spare_index
             replacements.append((first + row, replacement))
-        batch.labels[first:end] = self.pool.source.samples.label[numbers]
+        batch.labels[first:end] = self.pool.source.labels[numbers]
         with self.condition:
             batch.working_seconds += time.perf_counter() - start
             batch.replacements += replacements
@@ -286,70 +265,16 @@ class _Session:
                 batch.output = output
                 self.condition.notify_all()
 
-    def _write_rows(
-        self,
-        batch: _Batch,
-        numbers: np.ndarray,
-        box_indices: np.ndarray,
-        first: int,
-        workspace: decode.Workspace,
-    ) -> np.ndarray:
-        """Write the views of images `numbers`, with the crop boxes of images `box_indices`.
-
-        Returns:
-            The status of each image.
-        """
-        pool, status = self.pool, np.zeros(len(numbers), np.int8)
-        decode.make_views(
-            (pool.functions, self.image_table, pool.views),
-            numbers,
-            box_indices,
-            first,
-            pool.plan.seed,
-            batch.request.epoch,
-            workspace,
-            batch.buffer.pixels.numpy(),
-            status,
-        )
-        return status
-
-    def _replace(
-        self, batch: _Batch, row: int, status: int, workspace: decode.Workspace
-    ) -> Replacement:
+    def _replace(self, batch: _Batch, row: int, reason: str, maker: ViewMaker) -> Replacement:
         """Replace an unreadable image with the one that worker processes would choose."""
-        pool, indices = self.pool, batch.request.indices[row : row + 1].astype(np.int64)
-        unreadable_index = int(indices[0])
-        if status == decode.TRUNCATED:
-            self._raise_read_error(unreadable_index)
-
-        def try_read(number: int) -> bool:
-            status = decode.decode_image(pool.functions, self.image_table, number, workspace)
-            if status == decode.TRUNCATED:
-                self._raise_read_error(number)
-            return bool(status == decode.DONE)
-
-        reason = f"{pool.source.name(unreadable_index)}: {decode.FAILURE_REASONS[status]}"
-        spare_index = find_spare(pool.plan, batch.request.step, row, try_read)
-        replacement = Replacement.create(pool.source, unreadable_index, reason, spare_index)
-        spare_indices = np.array([replacement.spare_index])
-        statuses = self._write_rows(batch, spare_indices, indices, row, workspace)
-        assert statuses[0] == decode.DONE, "try_read has just decoded it"
+        source, request = self.pool.source, batch.request
+        indices = request.indices[row : row + 1].astype(np.int64)
+        spare_index = find_spare(self.pool.plan, request.step, row, maker.can_read)
+        replacement = Replacement.create(source, int(indices[0]), reason, spare_index)
+        spare_indices, pixels = np.array([replacement.spare_index]), batch.buffer.pixels.numpy()
+        reasons = maker.make_views(spare_indices, indices, row, request.epoch, pixels)
+        assert not reasons, "find_spare has just read it"
         return replacement
-
-    def _raise_read_error(self, number: int) -> None:
-        """Read an image's bytes again, and raise an error that says why some are missing."""
-        samples = self.pool.source.samples
-        descriptor = self.pool.file_descriptors[samples.file_index[number]]
-        length = int(samples.length[number])
-        try:
-            content = read_at(descriptor, length, int(samples.offset[number]))
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, samples.name(number)) from None
-        raise ValueError(
-            f"data.root: {samples.name(number)}: the file was truncated during the run, and the "
-            f"image lacks its last {length - len(content):,} bytes; copy the file again, then "
-            "start the run again"
-        )
 
     def _upload(self, pixels: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         stream = self.pool.stream

@@ -1,4 +1,4 @@
-"""Read an image of a .beton and make all its views in compiled code that runs without the GIL.
+"""Read an image of a .beton, decode it with FFCV's library, and make its views, without the GIL.
 
 Each image is read and decoded once. The decoder is libturbojpeg, which is part of FFCV's library,
 with one decompressor per thread. FFCV's own function, imdecode, is not used for three reasons. It
@@ -8,9 +8,7 @@ differ from those of Pillow and torchvision.
 """
 
 import ctypes
-import hashlib
 import importlib.util
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -21,11 +19,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ssl_pretrain import rng
 from ssl_pretrain.data.beton.beton_file import Samples
 from ssl_pretrain.data.beton.tables import RAW
+from ssl_pretrain.data.native.views import (
+    Buffers,
+    allocate_buffers,
+    digest_of_called_code,
+    write_views,
+)
 from ssl_pretrain.system.jit import njit
-from ssl_pretrain.views import crops, resize
+from ssl_pretrain.views import resize
 from ssl_pretrain.views.recipe import Crop
 
 DONE, TRUNCATED, NOT_JPEG, WRONG_SIZE, DAMAGED = range(5)  # statuses that `decode_image` returns
@@ -60,25 +63,13 @@ class ImageTable(NamedTuple):
     width: np.ndarray
 
 
-class ViewTable(NamedTuple):
-    """Recipes of the views, one row per view, for compiled code."""
-
-    box_parameters: np.ndarray  # float64 (views, 6), see `crops.box_parameters`
-    sizes: np.ndarray  # int64 (views,)
-    bicubic: np.ndarray  # bool (views,)
-    antialias: np.ndarray  # bool (views,)
-    offsets: np.ndarray  # int64 (views,), first byte of each view in a batch
-
-
 class Workspace(NamedTuple):
     """Decompressor and buffers of one thread."""
 
     decompressor: int  # address of libturbojpeg's decompressor
     content: np.ndarray  # bytes of the image in its file
-    image: np.ndarray  # decoded pixels, in rows padded to whole tiles
-    transposed_image: np.ndarray
     header: np.ndarray  # int32: width, height, subsampling, color space
-    resize_buffers: tuple[np.ndarray, ...]
+    buffers: Buffers
 
 
 def load_library() -> ctypes.CDLL:
@@ -93,7 +84,7 @@ def load_library() -> ctypes.CDLL:
     paths = [path for folder in folders for path in sorted(Path(folder).glob("_libffcv*.so"))]
     if not paths:
         raise ValueError(
-            f"data.loader: FFCV is not installed; {INSTALL_HINT}, or set data.loader=folder"
+            f"data.loader: FFCV is not installed; {INSTALL_HINT}, or set data.loader=threads"
         )
     try:
         library = ctypes.CDLL(str(paths[0]))
@@ -102,7 +93,7 @@ def load_library() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise ValueError(
             f"data.loader: FFCV cannot be loaded ({error}); {INSTALL_HINT}, or set "
-            "data.loader=folder"
+            "data.loader=threads"
         ) from None
     return library
 
@@ -126,16 +117,6 @@ class Decoder:
     def __init__(self) -> None:
         self._library = load_library()
         self.address = self._library.tjInitDecompress()
-
-    def decodes_cleanly(self, content: bytes, width: int, height: int) -> bool:
-        """Return True if the bytes are a JPEG of this size that decodes without a warning."""
-        header, pixels = (ctypes.c_int * 4)(), np.empty(width * height * 3, np.uint8)
-        fields = [ctypes.byref(header, 4 * k) for k in range(4)]
-        jpeg = (ctypes.c_void_p(self.address), content, ctypes.c_ulong(len(content)))
-        target = (ctypes.c_void_p(pixels.ctypes.data), width, 0, height, 0, 0)
-        header_status = self._library.tjDecompressHeader3(*jpeg, *fields)
-        status = self._library.tjDecompress2(*jpeg, *target)
-        return header_status == status == 0 and (header[0], header[1]) == (width, height)
 
     def close(self) -> None:
         """Free the decompressor. Further calls have no effect."""
@@ -161,38 +142,14 @@ def pack_images(samples: Samples, file_descriptors: Sequence[int]) -> ImageTable
     return ImageTable(np.array(file_descriptors, np.int32), *columns)
 
 
-def pack_views(view_crops: list[Crop], batch_size: int) -> ViewTable:
-    """Pack the recipes of all views for compiled code.
-
-    A batch contains view 0 of all images, then view 1 of all images, and so on.
-    """
-    sizes = np.array([crop.size for crop in view_crops], np.int64)
-    num_bytes = batch_size * 3 * sizes**2
-    return ViewTable(
-        box_parameters=np.array([crops.box_parameters(crop) for crop in view_crops]),
-        sizes=sizes,
-        bicubic=np.array([crop.interpolation == "bicubic" for crop in view_crops]),
-        antialias=np.array([crop.antialias for crop in view_crops]),
-        offsets=np.cumsum(num_bytes) - num_bytes,
-    )
-
-
 def allocate_workspace(samples: Samples, view_crops: list[Crop], decoder: Decoder) -> Workspace:
     """Allocate buffers for the largest of these images. The decoder must stay open."""
     heights, widths = samples.height.astype(np.int64), samples.width.astype(np.int64)
-    # The tallest image need not be the widest, so the largest area can be below max * max.
-    num_bytes = int((resize.pad_to_tiles(heights) * resize.pad_to_tiles(3 * widths)).max())
     return Workspace(
         decompressor=decoder.address,
         content=np.empty(int(samples.length.max()), np.uint8),
-        image=np.zeros(num_bytes, np.uint8),
-        transposed_image=np.zeros(num_bytes, np.uint8),
         header=np.zeros(4, np.int32),
-        resize_buffers=resize.allocate_buffers(
-            int(max(heights.max(), widths.max())),
-            [crop.size for crop in view_crops] or [1],
-            any(crop.interpolation == "bicubic" for crop in view_crops),
-        ),
+        buffers=allocate_buffers(heights, widths, view_crops),
     )
 
 
@@ -232,7 +189,7 @@ _decompress = _c_caller(
 
 @njit(nogil=True, cache=True)
 def decode_image(functions, images, number, workspace):
-    """Read one image into `workspace.image`, with rows padded to whole tiles. Return its status."""
+    """Read one image into the buffers, with rows padded to whole tiles. Return its status."""
     height, width = np.int64(images.height[number]), np.int64(images.width[number])
     if not _read_content(functions, images, number, workspace):
         return TRUNCATED
@@ -240,11 +197,11 @@ def decode_image(functions, images, number, workspace):
     if images.mode[number] == RAW:
         for row in range(height):
             source = workspace.content[row * 3 * width : (row + 1) * 3 * width]
-            workspace.image[row * pitch : row * pitch + 3 * width] = source
+            workspace.buffers.image[row * pitch : row * pitch + 3 * width] = source
         return DONE
     jpeg = (workspace.decompressor, workspace.content.ctypes.data, images.length[number])
     base = workspace.header.ctypes.data  # address of the header's first field
-    image = (*jpeg, workspace.image.ctypes.data, width, pitch, height, 0, 0)
+    image = (*jpeg, workspace.buffers.image.ctypes.data, width, pitch, height, 0, 0)
     if _read_header(functions.read_header, (*jpeg, base, base + 4, base + 8, base + 12)) != 0:
         _decompress(functions.decompress, image)  # fails and resets the decompressor
         return NOT_JPEG
@@ -274,31 +231,6 @@ def _read_content(functions, images, number, workspace):
     return True
 
 
-@njit(nogil=True)
-def _write_views(images, views, number, seed, epoch, box_index, row, workspace, batch):
-    """Write the views of the decoded image `number` to a row of the batch.
-
-    The crop boxes are those of the image `box_index`.
-    """
-    height, width = np.int64(images.height[number]), np.int64(images.width[number])
-    column_pitch, row_pitch = resize.pad_to_tiles_jit(height), resize.pad_to_tiles_jit(3 * width)
-    resize.transpose(
-        workspace.image, row_pitch, height, 3 * width, workspace.transposed_image, column_pitch
-    )
-    source = workspace.transposed_image
-    for view in range(len(views.sizes)):
-        key = (seed, epoch, box_index, view)
-        box = crops.draw_box_fields(views.box_parameters[view], key, height, width)
-        size, bicubic = views.sizes[view], views.bicubic[view]
-        start = views.offsets[view] + row * 3 * size * size
-        out = batch[start : start + 3 * size * size]
-        if views.antialias[view]:
-            buffers = workspace.resize_buffers
-            resize.write_view(source, column_pitch, box, size, bicubic, buffers, out)
-        else:
-            resize.write_view_without_antialias(source, column_pitch, box, size, bicubic, out)
-
-
 def _compile(source_digest: str):
     """Compile `make_views`, which numba caches on disk until this file changes.
 
@@ -313,16 +245,14 @@ def _compile(source_digest: str):
         assert source_digest
         functions, images, views = inputs
         for row in range(len(numbers)):
-            number, box_index = numbers[row], box_indices[row]
+            number = numbers[row]
             status[row] = decode_image(functions, images, number, workspace)
             if status[row] == DONE:
-                batch_row = first_row + row
-                _write_views(
-                    images, views, number, seed, epoch, box_index, batch_row, workspace, batch
-                )
+                size = np.int64(images.height[number]), np.int64(images.width[number])
+                key = seed, epoch, box_indices[row]
+                write_views(views, size, key, first_row + row, workspace.buffers, batch)
 
     return make_views
 
 
-_CALLED_SOURCES = [Path(inspect.getfile(module)).read_bytes() for module in (rng, crops, resize)]
-make_views = _compile(hashlib.sha256(b"".join(_CALLED_SOURCES)).hexdigest())
+make_views = _compile(digest_of_called_code())
