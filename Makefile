@@ -46,10 +46,10 @@ docs: env  ## build the docs site into site/, where any warning is an error
 docs-serve: env  ## show the docs site while you write it
 	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs serve
 
-env: .venv/.package .venv/.ffcv  ## install what is missing
-	@if [ -s .venv/.ffcv ]; then echo "Without FFCV, images are read from folders; \`make ffcv\` says why and tries again."; fi
+env: .venv/.package  ## install what is missing
+	@:
 
-ffcv: .venv/.python  ## try again to build FFCV, the fast image loader
+ffcv: .venv/.python  ## build FFCV, an optional decoder; needs a compiler and system libraries
 	@$(setup) ffcv
 
 requirements: .venv/.python  ## pin docker/requirements*.txt again from pyproject.toml; UPGRADE=--upgrade takes newer versions
@@ -71,5 +71,3 @@ clean:  ## remove both environments and all caches of this folder, but not runs/
 	@$(setup) lowest
 	@touch $@
 
-.venv/.ffcv: docker/requirements-ffcv.txt docker/system-packages.txt .venv/.python
-	@$(setup) ffcv

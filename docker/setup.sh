@@ -3,12 +3,12 @@
 # one of these steps:
 #   python    .venv with uv and everything in docker/requirements.txt, in exact versions checked by hash
 #   package   this package itself, editable
-#   ffcv      the system libraries that FFCV needs, if they are missing, then FFCV, which is compiled
+#   ffcv      optional: the system libraries that FFCV needs, if they are missing, then FFCV, which is compiled
 #   lowest    .venv-lowest with Python 3.12 and docker/requirements-lowest.txt, the lowest versions that
 #             pyproject.toml declares, for `make test-lowest`
 #   pin       write docker/requirements*.txt again from pyproject.toml. `pin --upgrade` takes newer versions
-# Nothing outside the checkout changes, except uv's cache and, as root on Debian or Ubuntu, the system
-# packages. Without FFCV everything works, and images are read from folders.
+# Nothing outside the checkout changes, except uv's cache. Only the step ffcv, as root on Debian or Ubuntu,
+# installs system packages.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -72,11 +72,12 @@ system_line() {
     fi
 }
 
-# Succeed if FFCV can be built. Otherwise print why not, and set $reason.
+# Succeed if FFCV can be built. Otherwise print why not and the remedy.
 step_system() {
+    local reason
     system_ready && return
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        say "FFCV, the fast image loader, compiles against OpenCV (resizing) and libturbojpeg (JPEG decoding)." \
+        say "FFCV compiles against OpenCV (resizing) and libturbojpeg (JPEG decoding)." \
             "Installing $(system_packages) with apt-get, as root; at most 240 MB to download, 1 GB installed."
         # shellcheck disable=SC2046  # the packages are separate words
         if apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(system_packages) >/dev/null; then
@@ -86,26 +87,19 @@ step_system() {
     else
         reason="its libraries are missing ($(system_packages))"
     fi
-    say "FFCV, the fast image loader, is left out: $reason. Images are read from folders. To install them:"
-    say "    $(system_line)"
-    return 1
+    fail "FFCV is not installed: $reason. To install them:"$'\n'"    $(system_line)"
 }
 
-# Build FFCV and write $venv/.ffcv: empty if FFCV works, otherwise the reason. Never fails.
 step_ffcv() {
-    local log=$venv/ffcv-build.log reason=""
-    if step_system; then
-        say "Building FFCV (about 25 s) ..."
-        if "$uv" pip install --python "$venv/bin/python" --no-deps --no-build-isolation --require-hashes -r docker/requirements-ffcv.txt >"$log" 2>&1 &&
-            "$venv/bin/python" -c 'import ffcv' >>"$log" 2>&1; then
-            say "FFCV works."
-        else
-            reason="it did not build or import, see $log"
-            tail -n 15 "$log"
-            say "FFCV, the fast image loader, is left out: $reason. Images are read from folders. To try again: make ffcv"
-        fi
+    local log=$venv/ffcv-build.log
+    step_system
+    say "Building FFCV (about 25 s) ..."
+    if ! { "$uv" pip install --python "$venv/bin/python" --no-deps --no-build-isolation --require-hashes -r docker/requirements-ffcv.txt &&
+        "$venv/bin/python" -c 'import ffcv'; } >"$log" 2>&1; then
+        tail -n 15 "$log"
+        fail "FFCV did not build or import, see $log"
     fi
-    printf '%s' "$reason" >"$venv/.ffcv"
+    say "FFCV works. data.loader=ffcv uses its decoder."
 }
 
 # Print the first Python 3.12 on the path, of pyenv or of uv. If $PYTHON_LOWEST is set, only it is tried.

@@ -62,7 +62,7 @@ class Machine:
         return self.log.read_text().splitlines()
 
     def make_newer(self, name: str) -> None:
-        newer_time = (self.tree / ".venv/.ffcv").stat().st_mtime + 10
+        newer_time = (self.tree / ".venv/.package").stat().st_mtime + 10
         os.utime(self.tree / name, (newer_time, newer_time))
 
 
@@ -74,18 +74,17 @@ def machine():
 
 
 def test_the_first_run_prints_the_size_and_the_second_does_nothing(machine):
-    machine.add_libraries()
     first = machine.make("env")
     assert first.returncode == 0, first.stderr
     pattern = (
         r"Setting up \.venv .* GB to download, .* GB installed, .* minutes at 100 Mbit/s\. "
         r"Free here: \d+ GB\.\n"
     )
-    assert re.match(pattern, first.stdout)
-    assert first.stdout.endswith("FFCV works.\n")
+    assert re.fullmatch(pattern, first.stdout)
     installs = [call for call in machine.calls() if call.startswith("uv pip install")]
     pinned_installs = [call for call in installs if "docker/requirements.txt" in call]
     assert any("--require-hashes" in call for call in pinned_installs)
+    assert not any("ffcv" in call for call in installs)
     second = machine.make("env")
     assert (second.returncode, second.stdout, second.stderr, machine.calls()) == (0, "", "", [])
 
@@ -94,12 +93,10 @@ def test_the_first_run_prints_the_size_and_the_second_does_nothing(machine):
     ("name", "expected", "unexpected"),
     [
         ("pyproject.toml", "--editable .", "requirements"),
-        ("docker/requirements-ffcv.txt", "requirements-ffcv.txt", "--editable"),
         ("docker/requirements.txt", "-r docker/requirements.txt", "-m venv"),
     ],
 )
 def test_a_changed_file_repeats_only_its_step(machine, name, expected, unexpected):
-    machine.add_libraries()
     machine.make("env")
     machine.make_newer(name)
     assert machine.make("env").returncode == 0
@@ -107,32 +104,26 @@ def test_a_changed_file_repeats_only_its_step(machine, name, expected, unexpecte
     assert not any(unexpected in call for call in machine.calls())
 
 
-def test_without_root_one_command_is_printed_and_the_setup_continues(machine):
+def test_ffcv_needs_libraries_that_only_root_can_install(machine):
     machine.add_program("apt-get", LOG)
     user = None
     if os.getuid() == 0:  # the stand-in for `id` alone does not take root's rights away
         user = 65534
         for path in (machine.tree, *machine.tree.rglob("*")):
             os.chown(path, user, -1)
-    result = machine.make("env", user=user)
-    assert (result.returncode, result.stderr) == (0, "")
-    explanation, command, reminder = result.stdout.splitlines()[-3:]
+    result = machine.make("ffcv", user=user)
+    assert result.returncode != 0
+    explanation, command = result.stderr.splitlines()[:2]
     assert explanation == (
-        f"FFCV, the fast image loader, is left out: its libraries are missing ({LIBRARIES})."
-        " Images are read from folders. To install them:"
+        f"error: FFCV is not installed: its libraries are missing ({LIBRARIES}). To install them:"
     )
     assert command == f"    sudo apt-get update && sudo apt-get install -y {LIBRARIES} && make ffcv"
-    assert reminder == (
-        "Without FFCV, images are read from folders; `make ffcv` says why and tries again."
-    )
     assert not any(call.startswith("apt-get") for call in machine.calls())
     assert not any("requirements-ffcv" in call for call in machine.calls())
-    assert any("--editable ." in call for call in machine.calls())  # the setup continued
-    second = machine.make("env", user=user)
-    assert (second.stdout.splitlines(), machine.calls()) == ([reminder], [])
     machine.add_libraries()
-    assert machine.make("ffcv", user=user).stdout.endswith("FFCV works.\n")
-    assert machine.make("env", user=user).stdout == ""
+    result = machine.make("ffcv", user=user)
+    assert result.returncode == 0
+    assert result.stdout.endswith("FFCV works. data.loader=ffcv uses its decoder.\n")
 
 
 @pytest.mark.parametrize(
@@ -155,9 +146,9 @@ def test_other_systems_are_told_their_own_command(machine, manager, command):
     machine.add_program("id", "echo 0\n")  # root, but no apt-get
     if manager:
         machine.add_program(manager, LOG)
-    result = machine.make("env")
-    assert result.returncode == 0
-    assert result.stdout.splitlines()[-2] == f"    {command}"
+    result = machine.make("ffcv")
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[1] == f"    {command}"
     assert not any(call.startswith(str(manager)) for call in machine.calls())
 
 
@@ -165,41 +156,37 @@ def test_root_on_debian_installs_the_listed_packages_and_explains_them(machine):
     machine.add_program("id", "echo 0\n")
     add_libraries = "for name in pkg-config c++; do cp $BIN/uv $BIN/$name; done"
     machine.add_program("apt-get", f'{LOG}case "$1" in install) {add_libraries} ;; esac\n')
-    result = machine.make("env")
+    result = machine.make("ffcv")
     assert result.returncode == 0
-    explanation = (
-        "FFCV, the fast image loader, compiles against OpenCV (resizing) and libturbojpeg "
-        "(JPEG decoding)."
-    )
+    explanation = "FFCV compiles against OpenCV (resizing) and libturbojpeg (JPEG decoding)."
     assert explanation in result.stdout
-    assert result.stdout.endswith("FFCV works.\n")
+    assert result.stdout.endswith("FFCV works. data.loader=ffcv uses its decoder.\n")
     assert [call for call in machine.calls() if call.startswith("apt-get")] == [
         "apt-get update -qq",
         f"apt-get install -y -qq --no-install-recommends {LIBRARIES}",
     ]
 
 
-def test_apt_without_a_network_leaves_ffcv_out(machine):
+def test_apt_without_a_network_is_reported(machine):
     machine.add_program("id", "echo 0\n")
     machine.add_program("apt-get", "echo 'E: Could not resolve the host' >&2; exit 100\n")
-    result = machine.make("env")
-    assert result.returncode == 0
+    result = machine.make("ffcv")
+    assert result.returncode != 0
     assert "E: Could not resolve the host" in result.stderr
-    assert f"is left out: apt-get could not install {LIBRARIES}." in result.stdout
+    assert f"FFCV is not installed: apt-get could not install {LIBRARIES}." in result.stderr
 
 
-def test_a_failed_build_prints_its_error_and_the_setup_continues(machine):
+def test_a_failed_build_of_ffcv_prints_its_error(machine):
     machine.add_libraries()
     failure = 'echo "libffcv.cpp:1: error: no such thing"; exit 1'
-    machine.add_program("uv", f'{LOG}case "$*" in *requirements-ffcv*) {failure} ;; esac\n')
-    result = machine.make("env")
-    assert result.returncode == 0
-    assert "libffcv.cpp:1: error: no such thing\n" in result.stdout
-    assert "is left out: it did not build or import, see .venv/ffcv-build.log." in result.stdout
     machine.make("env")
-    assert machine.calls() == []  # a failed build is not repeated by every make
-    machine.make("ffcv")
-    assert any("requirements-ffcv" in call for call in machine.calls())
+    script = f'{LOG}case "$*" in *requirements-ffcv*) {failure} ;; esac\n'
+    machine.add_program("uv", script)
+    shutil.copy(machine.bin / "uv", machine.tree / ".venv/bin/uv")
+    result = machine.make("ffcv")
+    assert result.returncode != 0
+    assert "libffcv.cpp:1: error: no such thing\n" in result.stdout
+    assert "error: FFCV did not build or import, see .venv/ffcv-build.log" in result.stderr
 
 
 def test_an_old_python_is_refused_with_the_remedy(machine):
@@ -216,7 +203,6 @@ def test_an_old_python_is_refused_with_the_remedy(machine):
 
 
 def test_a_newer_python_beside_an_old_one_is_found(machine):
-    machine.add_libraries()
     machine.add_program("python3", "exit 1\n")
     machine.add_program("python3.12", LOG + PYTHON)
     assert machine.make("env").returncode == 0
