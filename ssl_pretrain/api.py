@@ -17,8 +17,8 @@ from ssl_pretrain import methods, schema
 from ssl_pretrain.checkpoint.folder import is_finished
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import python_objects, readers, sources
+from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.image_source import Source
-from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import report, runs
 from ssl_pretrain.eval.image_transform import ImageTransform
@@ -149,7 +149,8 @@ def pretrain(
     the reasons and the expected time. The same call resumes a run that was stopped.
 
     Args:
-        data: Path of a folder, a zip or a list of files; a torch `Dataset`, a Hugging Face dataset,
+        data: Path of a folder, a zip, a list of files, an .npz or a Parquet file, or of any other
+            kind that `data.root` takes; a torch `Dataset`, a Hugging Face dataset,
             or an array (n, height, width, 3) of images; or "digits" for the built-in data set.
             Labels are only used by evaluations.
         method: Name of the method, by default SimCLR, or `package.module` of your own.

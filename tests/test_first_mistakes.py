@@ -215,11 +215,11 @@ COMMANDS = {
     ),
     "train my.yaml data.root=photo": (
         "error: data.root: photo does not exist. Did you mean 'photos'? Give a folder, a .zip, a "
-        ".beton, or a list of files (.csv, .tsv, .txt)"
+        ".beton, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt)"
     ),
     "train my.yaml data.root=": (
-        "error: data.root: no path is set; give a folder, a .zip, a .beton, or a list of files "
-        "(.csv, .tsv, .txt), as in data.root=/data/imagenet"
+        "error: data.root: no path is set; give a folder, a .zip, a .beton, a .parquet, "
+        "an .npz, or a list of files (.csv, .tsv, .txt), as in data.root=/data/imagenet"
     ),
     "train my.yaml data.root=empty": (
         "error: data.root: empty contains no image that Pillow can decode, at any depth; give the "
@@ -233,8 +233,8 @@ COMMANDS = {
         "error: data.root: notes.txt begins with 'hello', which is not in FOLDER; write paths "
         "relative to the list's folder"
     ),
-    "train my.yaml data.root=table.parquet": (
-        "error: data.root: table.parquet is a table of an unsupported kind; save it as .csv, with "
+    "train my.yaml data.root=table.xlsx": (
+        "error: data.root: table.xlsx is a table of an unsupported kind; save it as .csv, with "
         "the columns path and label"
     ),
     "train my.yaml data.root=https://example.org/photos.zip": (
@@ -246,7 +246,7 @@ COMMANDS = {
     ),
     "inspect photo": (
         "error: data.root: photo does not exist. Did you mean 'photos'? Give a folder, a .zip, a "
-        ".beton, or a list of files (.csv, .tsv, .txt)"
+        ".beton, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt)"
     ),
     "train my.yaml optim.base_lr=1.0 epochs=1": (
         "error: runs/mine/checkpoints/step_00000003 was saved with a different configuration: "
@@ -320,7 +320,7 @@ def folder(tmp_path_factory):
         Path("texts").mkdir()
         Path("texts/notes.txt").write_text("hello")
         Path("notes.txt").write_text("hello")
-        Path("table.parquet").write_bytes(b"PAR1")
+        Path("table.xlsx").write_bytes(b"PAR1")
         Path("tabs.yaml").write_text("data:\n\troot: photos\n")
         Path("list.yaml").write_text("- epochs: 5\n")
         Path("noconfig.py").write_text("class Method: pass\n")
@@ -379,7 +379,7 @@ CALLS = {
     'pretrain("photo")': (
         pretrain("photo"),
         "data.root: photo does not exist. Did you mean 'photos'? Give a folder, a .zip, a .beton, "
-        "or a list of files (.csv, .tsv, .txt)",
+        "a .parquet, an .npz, or a list of files (.csv, .tsv, .txt)",
     ),
     "pretrain(None)": (
         pretrain(None),

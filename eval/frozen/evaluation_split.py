@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ssl_pretrain import rng
 from ssl_pretrain.data import readers
+from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.image_source import NoSuchSplit, Source, require_labels
 from ssl_pretrain.data.source_report import layout_lines
-from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.frozen.named_features import POOLED, Feature
 from ssl_pretrain.eval.runs import Run

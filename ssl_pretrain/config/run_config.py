@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig
-from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.fault_tolerance.nan_guard import GuardConfig
 from ssl_pretrain.methods.base import MethodConfig
 from ssl_pretrain.models.timm_networks import BackboneConfig

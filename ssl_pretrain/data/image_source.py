@@ -10,7 +10,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from ssl_pretrain.data.images import MAX_BYTES, UnreadableImage, decode
+from ssl_pretrain.data.images import (
+    MAX_BYTES,
+    ImageHeader,
+    UnreadableImage,
+    decode,
+    read_header,
+)
 from ssl_pretrain.data.listing import Listing, Span
 from ssl_pretrain.data.pixels import ValueRange
 from ssl_pretrain.data.zip_archive import read_span
@@ -35,13 +41,18 @@ class Source(ABC):
         classes: Names of the classes of the training split. The validation split uses the same
             classes.
         notes: Lines to print at the start of a run, about the layout and skipped files.
+        value_range: The setting `data.range`.
+        supports_range: True if images with more than 8 bits per value are read by that setting.
     """
+
+    supports_range = False
 
     def __init__(self, full_path: str, labels: np.ndarray, classes: list[str]):
         self.full_path = full_path
         self.labels = labels.astype(np.int64)
         self.classes = classes
         self.notes: list[str] = []
+        self.value_range: ValueRange | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,12 +73,39 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """Return the name of the image's file, for messages."""
 
+    def header(self, index: int) -> ImageHeader:
+        """Return the format, size and range of values of one image, if ranges are supported.
+
+        Raises:
+            UnreadableImage: If the image is absent or damaged.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has RGB images of 8 bits")
+
     def take(self, indices: np.ndarray) -> Self:
         """Return a source of the images at `indices`, in that order."""
         subset = copy.copy(self)
         subset.labels = self.labels[indices]
         subset.notes = []
         return subset
+
+    def with_classes(self, classes: list[str]) -> Self:
+        """Return this source with its labels as indices into other classes.
+
+        Labels that are numbers without names are such indices already. Classes of this source that
+        are not among the other ones are added at the end.
+
+        Args:
+            classes: Names of the classes, those of the training split.
+        """
+        own_classes = self.classes
+        are_indices = all(name.isdecimal() and int(name) < len(classes) for name in own_classes)
+        if are_indices and not set(own_classes) & set(classes):
+            own_classes = [classes[int(name)] for name in own_classes]
+        all_classes = [*classes, *(name for name in own_classes if name not in set(classes))]
+        new_labels = np.array([*(all_classes.index(name) for name in own_classes), -1])
+        source = copy.copy(self)
+        source.labels, source.classes = new_labels[self.labels], all_classes
+        return source
 
     @abstractmethod
     def check_present(self) -> None:
@@ -118,6 +156,8 @@ class EncodedSource(Source):
 class ImageFiles(EncodedSource):
     """Image files in a folder or in a zip, which is read without unpacking."""
 
+    supports_range = True
+
     def __init__(
         self,
         full_path: str,
@@ -128,7 +168,7 @@ class ImageFiles(EncodedSource):
     ):
         super().__init__(full_path, labels, classes)
         self.files = files
-        self.value_range = value_range  # the setting `data.range`
+        self.value_range = value_range
         self._archive: int | None = None  # file descriptor of the zip
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,6 +181,10 @@ class ImageFiles(EncodedSource):
             UnreadableImage: If the file cannot be read or decoded. The message contains the path.
         """
         return decode(self.read_bytes(index), self.name(index), self.value_range)
+
+    def header(self, index: int) -> ImageHeader:
+        """Return the format, size and range of values of one file."""
+        return read_header(self.read_bytes(index), self.name(index))
 
     def name(self, index: int) -> str:
         """Return the path of one file, for messages. In a zip, it starts with the zip's path."""

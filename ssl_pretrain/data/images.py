@@ -71,6 +71,11 @@ class ImageHeader(NamedTuple):
     # Range of the values, without the lowest and highest 0.1 %. None for 8-bit images.
     value_range: pixel_formats.ValueRange | None = None
 
+    @property
+    def is_float(self) -> bool:
+        """True if the values are floating-point numbers, which have no range of their own."""
+        return self.mode == "F" or "float" in self.mode
+
 
 @functools.cache
 def image_formats() -> tuple[str, ...]:
@@ -128,9 +133,7 @@ def read_header(content: bytes, name: str) -> ImageHeader:
         if not pixel_formats.is_wide_mode(image.mode):
             return header
         values = np.array(image)
-    values = values[np.isfinite(values)]
-    low, high = np.percentile(values, [0.1, 99.9], method="nearest") if values.size else (0, 0)
-    return header._replace(value_range=(float(low), float(high)))
+    return header._replace(value_range=pixel_formats.used_range(values))
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def to_rgb(image: Image.Image, value_range: ValueRange | None, has_16_bits: bool
             image.
     """
     if is_wide_mode(image.mode):
-        levels = _to_levels(np.array(image), image.mode, value_range)
+        levels = to_levels(np.array(image), image.mode == "F", value_range)
         is_inverted = image.format == "TIFF" and _tags(image).get(_PHOTOMETRIC) == 0
         return np.repeat((255 - levels if is_inverted else levels)[..., None], 3, axis=2)
     if image.mode == "LAB":
@@ -115,15 +115,33 @@ def _tags(image: Image.Image) -> Mapping[int, Any]:
     return getattr(image, "tag_v2", {})
 
 
-def _to_levels(values: np.ndarray, mode: str, value_range: ValueRange | None) -> np.ndarray:
-    """Map values wider than 8 bits to uint8."""
+def used_range(values: np.ndarray) -> ValueRange:
+    """Return the range of the finite values, without the lowest and highest 0.1 %."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0.0, 0.0
+    low, high = np.percentile(finite, [0.1, 99.9], method="nearest")
+    return float(low), float(high)
+
+
+def to_levels(values: np.ndarray, is_float: bool, value_range: ValueRange | None) -> np.ndarray:
+    """Map values wider than 8 bits to uint8.
+
+    Args:
+        values: The values.
+        is_float: True for floating-point values, which need a range.
+        value_range: The values that become 0 and 255. None stands for 0 and 65535.
+
+    Raises:
+        ValueError: If a value is not finite, or the range is needed and not given.
+    """
     if value_range is not None:
         low, high = value_range
         fractions = (values.astype(np.float64) - low) / (high - low)
         if not np.isfinite(fractions).all():
             raise ValueError("it has values that are not finite; replace them, or remove the image")
         return np.rint(255 * fractions.clip(0, 1)).astype(np.uint8)
-    if mode == "F":
+    if is_float:
         raise ValueError(f"pixels of mode F have no agreed conversion to RGB; {_RANGE_REMEDY}")
     values = values.astype(np.int64)  # Pillow reads 16-bit PGM as 32-bit
     if values.min() < 0 or values.max() > 65535:

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ssl_pretrain.data.formats.array_choice import NO_LABELS
+from ssl_pretrain.data.formats.hugging_face import open_table, read_column, read_row
+from ssl_pretrain.data.formats.table_columns import IMAGE_COLUMNS, LABEL_COLUMNS
 from ssl_pretrain.data.image_source import NoSuchSplit, Source
 from ssl_pretrain.data.image_values import ALLOWED_IMAGES, to_levels
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.messages import report_progress
 from ssl_pretrain.data.python_source import PythonSource
 
-IMAGE_KEYS = ("image", "img", "pixel_values")  # usual names of an item's image
-LABEL_KEYS = ("label", "fine_label")
+IMAGE_KEYS = IMAGE_COLUMNS  # usual names of an item's image
+LABEL_KEYS = LABEL_COLUMNS
 
 
 def open_object(data: Any, name: str = "data") -> Source:
@@ -74,7 +77,7 @@ def _open_array(images: Any, labels: Any, name: str) -> PythonSource:
     return PythonSource(name, partial(getitem, stack), labels, len(levels), identity=identity)
 
 
-def _open_hugging_face(data: Any, name: str) -> PythonSource:
+def _open_hugging_face(data: Any, name: str) -> Source:
     """Open a `datasets.Dataset`, which is recognized by its columns."""
     if isinstance(data, Mapping):
         raise ValueError(
@@ -94,12 +97,15 @@ def _open_hugging_face(data: Any, name: str) -> PythonSource:
             "cast one with dataset.cast_column('image', datasets.Image())"
         )
     label_column = _choose_column(kinds, "ClassLabel", LABEL_KEYS)
+    if data.format["type"] is None:
+        return open_table(data, name, image_column, label_column or NO_LABELS)
+    # The user's format or transform replaces the images of the table.
     labels, classes = None, None
     if label_column is not None:
-        labels = list(data[label_column])
+        labels = read_column(data, label_column)
         classes = getattr(data.features[label_column], "names", None)
     identity = str(getattr(data, "_fingerprint", "")).encode()
-    read = partial(_read_column, data.select_columns([image_column]), image_column)
+    read = partial(read_row, data.select_columns([image_column]), image_column)
     return PythonSource(name, read, labels, len(data), classes, identity)
 
 
@@ -114,11 +120,6 @@ def _choose_column(kinds: Mapping[str, str], kind: str, usual_names: Sequence[st
     columns = [column for column, column_kind in kinds.items() if column_kind == kind]
     columns += [column for column in usual_names if column in kinds]
     return columns[0] if columns else None
-
-
-def _read_column(data: Any, column: str, index: int) -> Any:
-    image = data[index][column]
-    return np.asarray(image) if isinstance(image, list) else image
 
 
 def _open_dataset(data: Any, name: str) -> PythonSource:

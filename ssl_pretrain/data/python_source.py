@@ -83,25 +83,6 @@ class PythonSource(Source):
     def check_present(self) -> None:
         """Do nothing, because the images are in this program."""
 
-    def with_classes(self, classes: list[str]) -> Self:
-        """Return this source with its labels as indices into other classes.
-
-        Labels that are numbers without names are such indices already. Classes of this source that
-        are not among the other ones are added at the end.
-
-        Args:
-            classes: Names of the classes, those of the training split.
-        """
-        own_classes = self.classes
-        are_indices = all(name.isdecimal() and int(name) < len(classes) for name in own_classes)
-        if are_indices and not set(own_classes) & set(classes):
-            own_classes = [classes[int(name)] for name in own_classes]
-        all_classes = [*classes, *(name for name in own_classes if name not in set(classes))]
-        new_labels = np.array([*(all_classes.index(name) for name in own_classes), -1])
-        source = self.take(np.arange(len(self)))
-        source.labels, source.classes = new_labels[self.labels], all_classes
-        return source
-
     def explain_no_workers(self) -> str:
         """Return why no worker process can read these images, or an empty string if one can."""
         try:

@@ -1,5 +1,6 @@
 """Describe a source: its splits and labels, and the sizes, values and colors of its images."""
 
+import copy
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,12 @@ from functools import partial
 
 import numpy as np
 
+from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.image_source import ImageFiles, Source
-from ssl_pretrain.data.images import ImageHeader, UnreadableImage, read_header
+from ssl_pretrain.data.images import ImageHeader, UnreadableImage
 from ssl_pretrain.data.messages import printable, report_progress
 from ssl_pretrain.data.pixels import ValueRange
-from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.data.sources import open_source
 
 _MAX_CLASSES_SHOWN = 3
 _MIN_RANGE_SHARE = 0.25  # smallest share of the 16-bit range that images may use, 14 bits
@@ -87,6 +89,7 @@ class ImageStatistics:
     ranges: list[ValueRange] = field(default_factory=list)  # one per image of more than 8 bits
     num_animated: int = 0  # images with several frames, of which the first is read
     unreadable: list[str] = field(default_factory=list)  # names of images, each with the reason
+    num_colors: int = 0  # images whose mean was measured, which floats without a range lack
     # Mean and standard deviation of pixels in [0, 1], per channel. All images weigh the same.
     mean: np.ndarray = field(default_factory=lambda: np.zeros(3))
     std: np.ndarray = field(default_factory=lambda: np.ones(3))
@@ -122,16 +125,27 @@ def measure_images(source: Source, num_images: int = 0, num_threads: int = 4) ->
                 statistics.unreadable.append(result)
                 continue
             header, image_moments = result
-            moments += image_moments
+            if image_moments is not None:
+                moments += image_moments
+                statistics.num_colors += 1
             statistics.modes[header.mode] += 1
             statistics.sizes.append((header.width, header.height))
             statistics.num_animated += header.num_frames > 1
             if header.value_range is not None:
                 statistics.ranges.append(header.value_range)
-    if statistics.sizes:
-        statistics.mean, mean_square = moments / len(statistics.sizes)
+    if statistics.num_colors:
+        statistics.mean, mean_square = moments / statistics.num_colors
         statistics.std = np.sqrt(np.maximum(mean_square - statistics.mean**2, 0))
     return statistics
+
+
+def with_measured_range(source: Source, statistics: ImageStatistics) -> Source:
+    """Return the source with the measured range of its values, unless it has a range or 8 bits."""
+    if not statistics.ranges or source.value_range is not None or not source.supports_range:
+        return source
+    source = copy.copy(source)
+    source.value_range = statistics.value_range
+    return source
 
 
 def _evenly_spaced_indices(source: Source, num_images: int) -> list[int]:
@@ -140,16 +154,17 @@ def _evenly_spaced_indices(source: Source, num_images: int) -> list[int]:
     return np.linspace(0, len(source) - 1, num_images).astype(np.int64).tolist()
 
 
-def _measure_image(source: Source, index: int) -> tuple[ImageHeader, np.ndarray] | str:
+def _measure_image(source: Source, index: int) -> tuple[ImageHeader, np.ndarray | None] | str:
     """Return the header of an image, and its mean and mean square per channel, shape (2, 3).
 
-    For an unreadable image, return the reason as text.
+    For an unreadable image, return the reason as text. Floats without a range have no mean.
     """
     try:
+        header = source.header(index) if source.supports_range else None
+        if header is not None and header.is_float and source.value_range is None:
+            return header, None  # without a range, floats have no gray levels
         pixels = source.read(index)
-        header = ImageHeader("RGB", pixels.shape[1], pixels.shape[0], num_frames=1)
-        if isinstance(source, ImageFiles):
-            header = read_header(source.read_bytes(index), source.name(index))
+        header = header or ImageHeader("RGB", pixels.shape[1], pixels.shape[0], num_frames=1)
     except UnreadableImage as error:
         return str(error)
     values = pixels.reshape(-1, 3).astype(np.float32) / 255
@@ -164,16 +179,27 @@ def check_value_range(source: Source) -> None:
     Only a few images are read, evenly spaced in the source. Images with 8 bits or with
     floating-point values are ignored.
     """
-    if not isinstance(source, ImageFiles) or source.value_range is not None:
+    if not source.supports_range or source.value_range is not None:
         return
-    statistics = ImageStatistics()
+    statistics, headers = ImageStatistics(), []
     for index in _evenly_spaced_indices(source, _NUM_CHECKED_IMAGES):
         with suppress(UnreadableImage):
-            header = read_header(source.read_bytes(index), source.name(index))
-            if header.value_range is not None and header.mode != "F":
-                statistics.ranges.append(header.value_range)
+            headers.append(source.header(index))
+    are_floats = bool(headers) and all(header.is_float for header in headers)
+    statistics.ranges = [
+        header.value_range
+        for header in headers
+        if header.value_range is not None and header.is_float == are_floats
+    ]
     if not statistics.ranges:
         return
+    if are_floats:
+        low, high = statistics.value_range
+        raise ValueError(
+            f"data.range: not set, and the images of {source.full_path} are floats from {low:g} to "
+            f"{high:g} ({len(statistics.ranges)} were measured), which have no range of their own; "
+            f"give the values of black and white, such as data.range=[{low:g},{high:g}]"
+        )
     low, high = statistics.value_range
     if high - low >= _MIN_RANGE_SHARE * 65536:
         return

@@ -1,4 +1,4 @@
-"""Open a data set: the embedded digits, CIFAR-10, or any folder, zip, list of files or .beton.
+"""Open a data set: image files, a .beton, arrays, tables, Python objects or a well-known data set.
 
 The class of an image is its first folder, as in torchvision's ImageFolder. Images outside the class
 folders have no label (-1). If there is at most one folder, no image has a label. Only evaluations
@@ -12,15 +12,16 @@ and supervised methods need labels.
                       root: /data/train.csv          a list of paths, with or without labels
                       root: /data/train.beton        written by `ssl_pretrain.data.beton`; or a
                                                      folder with train.beton and val.beton
+                      root: /data/pathmnist.npz      arrays and tables: see the folder `formats`
+    source: cifar100  root: "" | archive | folder    the published files; "" downloads
+    source: stl10     root: "" | archive | folder
+    source: huggingface  root: owner/name            a data set of the Hugging Face Hub
     source: package.module:function                  images of a Python object: function(split)
 """
 
-import math
 import os
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
@@ -28,133 +29,22 @@ from ssl_pretrain import rng
 from ssl_pretrain.data import python_objects
 from ssl_pretrain.data.beton import beton_file
 from ssl_pretrain.data.beton.beton_source import Beton
+from ssl_pretrain.data.config import DataConfig, check, value_range
 from ssl_pretrain.data.file_dataset import FileDataSet, SplitName
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES
+from ssl_pretrain.data.formats.find_format import find_format
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.named_datasets import Digits, pack_cifar10
-from ssl_pretrain.data.python_source import PythonSource
 from ssl_pretrain.data.split_search import split_of
-from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.system import user_objects
 
-NAMED_SOURCES = ("digits", "cifar10", "folder")
-_ROOT_REMEDY = "give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
-_UNSUPPORTED_TABLES = (
-    *(".parquet", ".feather", ".xlsx", ".xls", ".ods"),
-    *(".json", ".jsonl", ".pkl", ".npy", ".npz", ".h5", ".mat"),
+_ROOT_REMEDY = (
+    "give a folder, a .zip, a .beton, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt)"
 )
-
-
-@dataclass
-class DataConfig:
-    """Configuration of the images and of how they are read."""
-
-    source: Literal["digits", "cifar10", "folder"] | str = setting(
-        "folder",
-        "Kind of data set. digits: the digits of scikit-learn, without a download. cifar10: the "
-        "archive of CIFAR-10. folder: images in a folder, a .zip, a list of files or a .beton. "
-        "package.module:function: a function that returns the images of 'train' or 'val'.",
-    )
-    args: dict[str, Any] = setting({}, "Arguments of the function that source names.")
-    root: str = setting(
-        "", "Path of the data: a folder, a .zip, a list of files or a .beton.", on_resume="free"
-    )
-    train: str = setting(
-        "",
-        "Training images: a folder, list, .zip or .beton, absolute or relative to root. "
-        "A dot means root itself. If empty, the split is found by its name.",
-        on_resume="free",
-    )
-    val: str = setting(
-        "",
-        "Validation images, given like train. The value none means that there are none. "
-        "If empty, the split is found by its name.",
-        on_resume="free",
-    )
-    subset: int = setting(
-        0, "Number of training images to use, chosen at random. 0 uses all.", unit="images"
-    )
-    num_workers: int = setting(
-        4,
-        "Threads (threads, ffcv) or processes (folder) per rank that decode and crop. "
-        "0 means one thread, or no extra process.",
-        on_resume="free",
-        unit="threads or processes",
-    )
-    loader: Literal["auto", "threads", "ffcv", "folder"] = setting(
-        "auto",
-        "How images are read. threads: decode and crop in threads. ffcv: the same for a .beton, "
-        "with FFCV's decoder. folder: in worker processes. auto: threads for a .beton, else "
-        "folder. The run prints its choice and the reason.",
-        on_resume="free",
-    )
-    cache: Literal["none", "device"] = setting(
-        "none",
-        "Cache of decoded images. device: upload all images once and crop them on the device, as "
-        "for CIFAR-10.",
-    )
-    order: Literal["random", "quasi_random"] = setting(
-        "random",
-        "Order of the images. quasi_random: mostly the order on disk, for data larger than memory.",
-    )
-    quasi_random_window: int = setting(
-        16384,
-        "Number of images that quasi_random shuffles with each other. They must fit in memory.",
-        unit="images",
-    )
-    max_replaced: float = setting(
-        0.01,
-        "Largest share of an epoch's images that may be unreadable and replaced by others. "
-        "If it is exceeded, the run stops.",
-        on_resume="free",
-        maximum=1,
-        unit=DIMENSIONLESS,
-    )
-    range: list[float] = setting(
-        [],
-        "Values [low, high] of 16-bit gray and float images that become 0 and 255. "
-        "If empty, they are 0 and 65535.",
-        minimum=-1e12,
-        maximum=1e12,
-        unit="pixel values",
-    )
-    cache_dir: str = setting(
-        "",
-        "Folder for cached lists of files. If empty, it is ~/.cache/ssl_pretrain.",
-        on_resume="free",
-    )
-
-
-def check(config: DataConfig) -> None:
-    """Check the values of a configuration.
-
-    Raises:
-        ValueError: If a value is invalid. The message names the key.
-    """
-    if config.source not in NAMED_SOURCES and ":" not in config.source:
-        close = get_close_matches(config.source, NAMED_SOURCES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"data.source: {config.source!r} is not known.{hint} Choose one of: "
-            f"{', '.join(NAMED_SOURCES)}, or give package.module:function"
-        )
-    if config.args and ":" not in config.source:
-        raise ValueError(
-            f"data.args: {config.source} takes no arguments; leave it out, or set data.source to "
-            "package.module:function"
-        )
-    if not 0 <= config.max_replaced <= 1:
-        raise ValueError(
-            f"data.max_replaced: {config.max_replaced} must be a share between 0 and 1, such as "
-            "0.01"
-        )
-    values = config.range
-    is_finite = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
-    if values and (len(values) != 2 or not is_finite or values[0] >= values[1]):
-        raise ValueError(
-            f"data.range: {list(values)} must be two numbers, the lower one first, such as "
-            "[0, 4095]"
-        )
+_UNSUPPORTED_TABLES = (
+    *(".feather", ".xlsx", ".xls", ".ods"),
+    *(".json", ".jsonl", ".pkl", ".h5", ".mat"),
+)
 
 
 def open_source(config: DataConfig, split: SplitName, classes: list[str] | None = None) -> Source:
@@ -189,11 +79,17 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
         return _open_python(config, split, classes)
     if (path := _beton_path(config, split)) is not None:
         return Beton(beton_file.read(path))
+    cache_dir = _cache_dir(config)
+    if (open_split := find_format(config, cache_dir, split)) is not None:
+        source = open_split()
+        if split == "val" and classes is None:
+            classes = _open_all(config, "train", None).classes
+        return source if classes is None else source.with_classes(classes)
     train_beton = _beton_path(config, "train")
     data_set = _open_files(config, has_train_beton=train_beton is not None)
     splits = data_set.splits
     if split == "train":
-        if config.source == "cifar10" and splits.train is None:
+        if config.source in ("cifar10", "cifar100") and splits.train is None:
             raise ValueError(
                 f"data.root: {data_set.root} has no folder 'train'; give a folder or a .zip that "
                 "contains train/<class>/ and test/<class>/"
@@ -210,7 +106,7 @@ def _open_python(config: DataConfig, split: SplitName, classes: list[str] | None
     """Open the images that the user's function returns."""
     function = user_objects.find_object(config.source, "data.source")
     source = python_objects.open_split(function, config.source, split, config.args)
-    if split == "train" or not isinstance(source, PythonSource):
+    if split == "train":
         return source
     if classes is None:
         train = python_objects.open_split(function, config.source, "train", config.args)
@@ -220,15 +116,20 @@ def _open_python(config: DataConfig, split: SplitName, classes: list[str] | None
 
 def _open_files(config: DataConfig, has_train_beton: bool) -> FileDataSet:
     """Find the splits of a data set of image files."""
-    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else _user_cache_dir()
+    cache_dir = _cache_dir(config)
+    for key in ("image_column", "label_column"):
+        if getattr(config, key):
+            raise ValueError(
+                f"data.{key}: {config.root or config.train or config.source} has no columns; leave "
+                "it out"
+            )
     root = _find_root(config, cache_dir)
     train, val = config.train, config.val
-    if config.source == "cifar10":
+    if config.source in ("cifar10", "cifar100", "stl10"):
         train, val = train or "train", val or "test"
     if has_train_beton:  # other splits may be folders next to the .beton
         root, train = root if root.is_dir() else root.parent, ""
-    value_range = (float(config.range[0]), float(config.range[1])) if config.range else None
-    return FileDataSet(root, train, val, cache_dir, value_range)
+    return FileDataSet(root, train, val, cache_dir, value_range(config))
 
 
 def _missing_root_message(root: Path) -> str:
@@ -270,8 +171,10 @@ def _find_root(config: DataConfig, cache_dir: Path) -> Path:
     return root
 
 
-def _user_cache_dir() -> Path:
-    """Return the user's folder for caches, or a path that cannot be written without a home."""
+def _cache_dir(config: DataConfig) -> Path:
+    """Return `data.cache_dir`, the user's folder for caches, or without a home no folder at all."""
+    if config.cache_dir:
+        return Path(config.cache_dir).expanduser()
     home = os.path.expanduser("~")
     return Path(home if os.path.isabs(home) else os.devnull) / ".cache" / "ssl_pretrain"
 

@@ -12,7 +12,7 @@ from ssl_pretrain import schema
 from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import sources
-from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.planning import suggestion
 from ssl_pretrain.schema import key_hints

@@ -50,6 +50,18 @@ def read_at(descriptor: int, num_bytes: int, offset: int) -> bytes:
         return os.read(descriptor, num_bytes)
 
 
+def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill a buffer with the bytes at an offset of an open file, and return their number.
+
+    Several threads may do so at once.
+    """
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    content = read_at(descriptor, len(buffer), offset)
+    buffer[: len(content)] = content
+    return len(content)
+
+
 def available_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

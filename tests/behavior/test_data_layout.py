@@ -725,8 +725,8 @@ def test_a_list_without_a_label_column_is_reported(tmp_path, inspect):
 
 
 def test_a_table_of_an_unsupported_kind_is_refused(tmp_path, inspect):
-    (tmp_path / "train.parquet").write_bytes(b"PAR1")
-    assert inspect(tmp_path / "train.parquet") == Result(
+    (tmp_path / "train.xlsx").write_bytes(b"PAR1")
+    assert inspect(tmp_path / "train.xlsx") == Result(
         2,
         (
             "data.root: ROOT is a table of an unsupported kind; save it as .csv, with the "

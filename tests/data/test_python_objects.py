@@ -221,5 +221,5 @@ def test_arguments_are_only_for_a_function():
         open_source(DataConfig(source="digits", args={"count": 6}), "train")
     assert str(error.value) == (
         "data.args: digits takes no arguments; leave it out, or set data.source to "
-        "package.module:function"
+        "huggingface or package.module:function"
     )

@@ -30,7 +30,7 @@ from ssl_pretrain.data.beton.encoder import (
 )
 from ssl_pretrain.data.beton.journal import Journal, journal_path, open_journal, unfinished_path
 from ssl_pretrain.data.beton.tables import read_tables
-from ssl_pretrain.data.image_source import ImageFiles, Source
+from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.messages import report_progress
 
@@ -56,8 +56,7 @@ def write(
         RuntimeError: If a worker process is killed.
     """
     end = len(source) if end is None else end
-    source_range = source.value_range if isinstance(source, ImageFiles) else None
-    value_range = list(source_range) if source_range else None
+    value_range = list(source.value_range) if source.value_range else None
     shard_set_id = _hash(
         source.fingerprint,
         asdict(settings),

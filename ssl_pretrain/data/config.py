@@ -1,0 +1,153 @@
+"""Configuration of the images and of how they are read."""
+
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from ssl_pretrain.schema import DIMENSIONLESS, setting
+
+NAMED_SOURCES = ("digits", "cifar10", "cifar100", "stl10", "folder", "huggingface")
+
+
+@dataclass
+class DataConfig:
+    """Configuration of the images and of how they are read."""
+
+    source: Literal["digits", "cifar10", "cifar100", "stl10", "folder", "huggingface"] | str = (
+        setting(
+            "folder",
+            "Kind of data set. digits: the digits of scikit-learn, without a download. cifar10, "
+            "cifar100, stl10: the published archives. folder: what root names, which is recognized "
+            "by its files. huggingface: root is a path or a name of the Hugging Face Hub. "
+            "package.module:function: a function that returns the images of 'train' or 'val'.",
+        )
+    )
+    args: dict[str, Any] = setting(
+        {}, "Arguments of the function that source names, or of datasets.load_dataset."
+    )
+    root: str = setting(
+        "",
+        "Path of the data: images in a folder or .zip, a list of files, a .beton, or arrays and "
+        "tables (.npy, .npz, IDX, .parquet, .arrow).",
+        on_resume="free",
+    )
+    train: str = setting(
+        "",
+        "Training images: a folder, list, .zip, .beton or other file, absolute or relative to "
+        "root, or the name of a split. A dot means root itself. If empty, the split is found by "
+        "its name.",
+        on_resume="free",
+    )
+    val: str = setting(
+        "",
+        "Validation images, given like train. The value none means that there are none. "
+        "If empty, the split is found by its name.",
+        on_resume="free",
+    )
+    image_column: str = setting(
+        "",
+        "Column of a table, or array of an .npz, that contains the images. If empty, it is found "
+        "by its type and name.",
+        on_resume="free",
+    )
+    label_column: str = setting(
+        "",
+        "Column or array that contains the labels. The value none means that there are none. "
+        "If empty, it is found by its type and name.",
+        on_resume="free",
+    )
+    subset: int = setting(
+        0, "Number of training images to use, chosen at random. 0 uses all.", unit="images"
+    )
+    num_workers: int = setting(
+        4,
+        "Threads (threads, ffcv) or processes (folder) per rank that decode and crop. "
+        "0 means one thread, or no extra process.",
+        on_resume="free",
+        unit="threads or processes",
+    )
+    loader: Literal["auto", "threads", "ffcv", "folder"] = setting(
+        "auto",
+        "How images are read. threads: decode and crop in threads. ffcv: the same for a .beton, "
+        "with FFCV's decoder. folder: in worker processes. auto: threads for a .beton, else "
+        "folder. The run prints its choice and the reason.",
+        on_resume="free",
+    )
+    cache: Literal["none", "device"] = setting(
+        "none",
+        "Cache of decoded images. device: upload all images once and crop them on the device, as "
+        "for CIFAR-10.",
+    )
+    order: Literal["random", "quasi_random"] = setting(
+        "random",
+        "Order of the images. quasi_random: mostly the order on disk, for data larger than memory.",
+    )
+    quasi_random_window: int = setting(
+        16384,
+        "Number of images that quasi_random shuffles with each other. They must fit in memory.",
+        unit="images",
+    )
+    max_replaced: float = setting(
+        0.01,
+        "Largest share of an epoch's images that may be unreadable and replaced by others. "
+        "If it is exceeded, the run stops.",
+        on_resume="free",
+        maximum=1,
+        unit=DIMENSIONLESS,
+    )
+    range: list[float] = setting(
+        [],
+        "Values [low, high] of 16-bit gray and float images that become 0 and 255. "
+        "If empty, they are 0 and 65535.",
+        minimum=-1e12,
+        maximum=1e12,
+        unit="pixel values",
+    )
+    cache_dir: str = setting(
+        "",
+        "Folder for cached lists of files. If empty, it is ~/.cache/ssl_pretrain.",
+        on_resume="free",
+    )
+
+
+def value_range(config: DataConfig) -> tuple[float, float] | None:
+    """Return the values that become 0 and 255, or None if `data.range` is empty."""
+    return (float(config.range[0]), float(config.range[1])) if config.range else None
+
+
+def check(config: DataConfig) -> None:
+    """Check the values of a configuration.
+
+    Raises:
+        ValueError: If a value is invalid. The message names the key.
+    """
+    if config.source not in NAMED_SOURCES and ":" not in config.source:
+        close = get_close_matches(config.source, NAMED_SOURCES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"data.source: {config.source!r} is not known.{hint} Choose one of: "
+            f"{', '.join(NAMED_SOURCES)}, or give package.module:function"
+        )
+    if config.args and ":" not in config.source and config.source != "huggingface":
+        raise ValueError(
+            f"data.args: {config.source} takes no arguments; leave it out, or set data.source to "
+            "huggingface or package.module:function"
+        )
+    if config.source == "huggingface" and not config.root:
+        raise ValueError(
+            "data.root: no data set is named; give a name of the Hub, as in "
+            "data.root=uoft-cs/cifar10, or a path"
+        )
+    if not 0 <= config.max_replaced <= 1:
+        raise ValueError(
+            f"data.max_replaced: {config.max_replaced} must be a share between 0 and 1, such as "
+            "0.01"
+        )
+    values = config.range
+    is_finite = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    if values and (len(values) != 2 or not is_finite or values[0] >= values[1]):
+        raise ValueError(
+            f"data.range: {list(values)} must be two numbers, the lower one first, such as "
+            "[0, 4095]"
+        )

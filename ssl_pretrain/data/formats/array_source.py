@@ -1,0 +1,194 @@
+"""A source of images that are stored in arrays of equal images."""
+
+import bisect
+import hashlib
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from io import FileIO
+from typing import Any, Self
+
+import numpy as np
+
+from ssl_pretrain.data import pixels
+from ssl_pretrain.data.formats.stored_array import StoredArray
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.images import ImageHeader, UnreadableImage
+from ssl_pretrain.system.platform_support import read_into
+
+NUM_PROBED_IMAGES = 256  # evenly spaced images whose values are part of the fingerprint
+_CHANNELS = (1, 3)
+_REMEDY = (
+    "give (n, height, width), (n, height, width, 1), (n, height, width, 3) or the channels before "
+    "the height"
+)
+
+
+class ArraySource(Source):
+    """Images of one size in one or several files, such as .npy.
+
+    Each image is read by its position. With mapped memory, a file that becomes shorter would kill
+    the process instead of raising an error, and errors of a network file system would, too.
+
+    Args:
+        arrays: The arrays, stored with the last axis varying fastest. Their images have the same
+            shape and type.
+        labels: Index of each image's class, or -1.
+        classes: Names of the classes.
+        value_range: The setting `data.range`.
+        axes: Axes of one image as stored, such as "HWC" or "CWH". None finds them by their lengths.
+
+    Raises:
+        ValueError: If the values or the shape are not those of gray or RGB images.
+    """
+
+    supports_range = True
+
+    def __init__(
+        self,
+        arrays: Sequence[StoredArray],
+        labels: np.ndarray,
+        classes: list[str],
+        value_range: pixels.ValueRange | None = None,
+        axes: str | None = None,
+    ):
+        super().__init__(arrays[0].name, labels, classes)
+        self.value_range = value_range
+        self._arrays = tuple(arrays)
+        self._axes = axes or find_axes(arrays[0])
+        self._order = [self._axes.index(axis) for axis in "HWC" if axis in self._axes]
+        self._shape, self._dtype = arrays[0].shape[1:], arrays[0].dtype
+        self._image_bytes = math.prod(self._shape) * self._dtype.itemsize
+        self._ends = list(itertools.accumulate(array.shape[0] for array in arrays))
+        self._item_indices = np.arange(self._ends[-1])
+        self._files: dict[int, FileIO] = {}
+        self._digest = self._probe()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}}  # an open file is only valid in its own process
+
+    def read(self, index: int) -> np.ndarray:
+        """Return the pixels of one image as RGB, uint8 (height, width, 3), in any memory order.
+
+        Raises:
+            UnreadableImage: If the file is truncated, or its values need `data.range`.
+        """
+        values = self._values(index)
+        if values.dtype == np.bool_:
+            values = values.astype(np.uint8) * np.uint8(255)
+        elif values.dtype != np.uint8:
+            is_float = values.dtype.kind == "f"
+            try:
+                values = pixels.to_levels(values, is_float, self.value_range)
+            except ValueError as error:
+                raise UnreadableImage(f"{self.name(index)}: {error}") from None
+        return values if values.shape[2] == 3 else np.repeat(values, 3, axis=2)
+
+    def header(self, index: int) -> ImageHeader:
+        """Return the format, size and range of values of one image."""
+        values = self._values(index)
+        height, width, num_channels = values.shape
+        kind = values.dtype.name
+        is_narrow = kind in ("uint8", "bool")
+        if is_narrow:
+            return ImageHeader("RGB" if num_channels == 3 else "L", width, height, 1)
+        mode = {"uint16": "I;16"}.get(kind, kind) if num_channels == 1 else f"RGB {kind}"
+        return ImageHeader(mode, width, height, 1, pixels.used_range(values))
+
+    def name(self, index: int) -> str:
+        """Return the name of the array and the index of the image in it, for messages."""
+        number, row = self._locate(index)
+        return f"{self._arrays[number].name}[{row}]"
+
+    def take(self, indices: np.ndarray) -> Self:
+        """Return a source of the images at `indices`, in that order."""
+        subset = super().take(indices)
+        subset._item_indices = self._item_indices[indices]
+        subset._files = {}
+        return subset
+
+    def check_present(self) -> None:
+        """Raise FileNotFoundError if a file no longer exists."""
+        for array in self._arrays:
+            if not os.path.exists(array.path):
+                raise FileNotFoundError(
+                    f"data.root: {array.path} no longer exists, but existed when the run began"
+                )
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the number of an image's array, and its index in that array."""
+        item = int(self._item_indices[index])
+        number = bisect.bisect_right(self._ends, item)
+        return number, item - (self._ends[number - 1] if number else 0)
+
+    def _values(self, index: int) -> np.ndarray:
+        """Return the stored values of one image, (height, width, channels) in any memory order."""
+        number, row = self._locate(index)
+        array = self._arrays[number]
+        content = np.empty(self._image_bytes, np.uint8)
+        try:
+            # A thread that opens the file at the same time opens it twice, which does no harm.
+            file = self._files.get(number) or FileIO(array.path)
+            self._files[number] = file
+            offset = array.offset + row * self._image_bytes
+            num_read = read_into(file.fileno(), content.data, offset)
+        except OSError as error:
+            raise UnreadableImage(f"{self.name(index)}: {error.strerror or error}") from error
+        if num_read < self._image_bytes:
+            raise UnreadableImage(f"{self.name(index)}: the file is truncated")
+        values = content.view(self._dtype).reshape(self._shape).transpose(self._order)
+        return values if values.ndim == 3 else values[..., None]
+
+    def _probe(self) -> bytes:
+        """Return a digest of the number of images, their format, and the values of a few."""
+        digest = hashlib.sha256()
+        indices = np.linspace(0, len(self) - 1, NUM_PROBED_IMAGES).astype(np.int64)
+        for index in np.unique(indices).tolist():
+            values = self._values(index)
+            values = values.astype(values.dtype.newbyteorder("<"))
+            digest.update(f"{index} {values.dtype.str} {values.shape} ".encode())
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.digest()
+
+    def _identity(self) -> bytes:
+        return self._digest + self._item_indices.tobytes()
+
+
+def find_axes(array: StoredArray) -> str:
+    """Return the axes of the images of an array: HW, HWC or CHW.
+
+    Raises:
+        ValueError: If the values or the shape are not those of gray or RGB images.
+    """
+    name, shape = array.name, array.shape
+    if array.dtype.hasobject:
+        raise ValueError(
+            f"data.root: {name} is an array of Python objects, which only pickle can load, and a "
+            "pickle can run any program; save the images as one array of numbers of the same shape"
+        )
+    if array.dtype.kind not in "buif":
+        raise ValueError(
+            f"data.root: {name} has values of type {array.dtype}, not those of images; save them "
+            "as integers or floats"
+        )
+    if 0 in shape:
+        raise ValueError(f"data.root: {name} has the shape {shape}, without an image; give images")
+    if len(shape) == 3 and shape[2] in (3, 4):
+        raise ValueError(
+            f"data.root: {name} has the shape {shape}, that of one color image; {_REMEDY}"
+        )
+    if len(shape) == 3:
+        return "HW"
+    if len(shape) == 4 and shape[3] in _CHANNELS:
+        return "HWC"
+    if len(shape) == 4 and shape[1] in _CHANNELS:
+        return "CHW"
+    if len(shape) == 4:
+        num_channels = min(shape[1], shape[3])
+        raise ValueError(
+            f"data.root: {name} has the shape {shape}, images of {num_channels} channels; only 1 "
+            "(gray) and 3 (RGB) channels are read; choose three of them, or save each as gray "
+            "images"
+        )
+    raise ValueError(f"data.root: {name} has the shape {shape}, not that of images; {_REMEDY}")

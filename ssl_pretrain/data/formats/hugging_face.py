@@ -1,0 +1,175 @@
+"""Images in a Hugging Face data set, whose columns contain encoded files or values."""
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from ssl_pretrain.data.formats.table_columns import (
+    choose_image_column,
+    choose_label_column,
+    column_kind,
+)
+from ssl_pretrain.data.image_source import EncodedSource, Source
+from ssl_pretrain.data.images import ImageHeader, decode, read_header
+from ssl_pretrain.data.pixels import ValueRange
+from ssl_pretrain.data.python_source import PythonSource, index_labels
+
+_NUM_PROBED_IMAGES = 256  # evenly spaced images whose bytes are part of the fingerprint
+
+
+class EncodedColumn(EncodedSource):
+    """Encoded images in a column of a Hugging Face data set.
+
+    The rows are decoded by the same rules as image files, and not by the library `datasets`.
+
+    Args:
+        name: Name of the data set, for messages.
+        table: A `datasets.Dataset`, of which other columns are not read.
+        column: Column of the images: bytes, or dicts with the keys `bytes` and `path`.
+        labels: Index of each image's class, or -1.
+        classes: Names of the classes.
+        value_range: The setting `data.range`.
+        location: File or folder that contains the table, or None if it is in memory.
+    """
+
+    supports_range = True
+
+    def __init__(
+        self,
+        name: str,
+        table: Any,
+        column: str,
+        labels: np.ndarray,
+        classes: list[str],
+        value_range: ValueRange | None = None,
+        location: Path | None = None,
+    ):
+        super().__init__(name, labels, classes)
+        self.value_range = value_range
+        self._column, self._location = column, location
+        self._table = _without_decoding(table.select_columns([column]), column)
+        self._item_indices = np.arange(len(table))
+        self._digest = self._probe()
+
+    def read(self, index: int) -> np.ndarray:
+        """Decode one image as RGB pixels, uint8 (height, width, 3).
+
+        Raises:
+            UnreadableImage: If the image is absent or damaged. The message names it.
+        """
+        return decode(self.read_bytes(index), self.name(index), self.value_range)
+
+    def header(self, index: int) -> ImageHeader:
+        """Return the format, size and range of values of one image."""
+        return read_header(self.read_bytes(index), self.name(index))
+
+    def name(self, index: int) -> str:
+        """Return the name of the data set and the row of the image."""
+        return f"{self.full_path}[{self._item_indices[index]}]"
+
+    def take(self, indices: np.ndarray) -> Self:
+        """Return a source of the images at `indices`, in that order."""
+        subset = super().take(indices)
+        subset._item_indices = self._item_indices[indices]
+        return subset
+
+    def check_present(self) -> None:
+        """Raise FileNotFoundError if the file or folder of the table no longer exists."""
+        if self._location is not None and not self._location.exists():
+            raise FileNotFoundError(
+                f"data.root: {self._location} no longer exists, but existed when the run began"
+            )
+
+    def explain_no_workers(self) -> str:
+        """Return why no worker process can read these images, or an empty string if one can."""
+        try:
+            pickle.dumps(self._table)
+        except Exception as error:  # the table may have a format or a transform of the user's
+            return f"it cannot be pickled ({str(error).splitlines()[0]})"
+        return ""
+
+    def _stored_bytes(self, index: int) -> bytes:
+        value = self._table[int(self._item_indices[index])][self._column]
+        if isinstance(value, Mapping):
+            if value.get("bytes") is None and value.get("path"):
+                return Path(value["path"]).read_bytes()
+            value = value.get("bytes")
+        if value is None:
+            raise OSError("the row has no image")
+        return bytes(value)
+
+    def _probe(self) -> bytes:
+        """Return a digest of the bytes of a few images."""
+        digest = hashlib.sha256()
+        indices = np.linspace(0, len(self) - 1, _NUM_PROBED_IMAGES).astype(np.int64)
+        for index in np.unique(indices).tolist():
+            try:
+                content = self._stored_bytes(index)
+            except OSError:
+                content = b""
+            digest.update(f"{index} {len(content)} ".encode() + content)
+        return digest.digest()
+
+    def _identity(self) -> bytes:
+        return self._digest + self._item_indices.tobytes()
+
+
+def open_table(
+    data: Any,
+    name: str,
+    image_column: str = "",
+    label_column: str = "",
+    value_range: ValueRange | None = None,
+    location: Path | None = None,
+) -> Source:
+    """Open the images and labels of a `datasets.Dataset`.
+
+    Args:
+        data: The data set.
+        name: Its name, for messages.
+        image_column: Column of the images. If it is empty, it is found by its type and name.
+        label_column: Column of the labels, or "none".
+        value_range: The setting `data.range`.
+        location: File or folder that contains the data set, or None if it is in memory.
+
+    Raises:
+        ValueError: If a column is missing or unsuitable, or several ones may be meant.
+    """
+    if not len(data):
+        raise ValueError(f"{name} contains no image; give one with images")
+    kinds = {column: column_kind(feature) for column, feature in data.features.items()}
+    image_column = choose_image_column(kinds, image_column, name)
+    label_column = choose_label_column(kinds, label_column, image_column, name)
+    labels, classes = None, None
+    if label_column:
+        labels = read_column(data, label_column)
+        classes = getattr(data.features[label_column], "names", None)
+    if kinds[image_column] not in ("Image", "bytes"):
+        read = partial(read_row, data.select_columns([image_column]), image_column)
+        return PythonSource(name, read, labels, len(data), classes)
+    indices, class_names = index_labels(name, labels, len(data), classes)
+    return EncodedColumn(name, data, image_column, indices, class_names, value_range, location)
+
+
+def _without_decoding(table: Any, column: str) -> Any:
+    """Return the table with the bytes of its images instead of decoded images."""
+    feature = table.features[column]
+    if type(feature).__name__ != "Image":
+        return table.with_format(None)
+    return table.with_format(None).cast_column(column, type(feature)(decode=False))
+
+
+def read_column(data: Any, column: str) -> list[Any]:
+    """Return all values of a column, as the table stores them."""
+    return list(data.with_format(None).select_columns([column])[:][column])
+
+
+def read_row(data: Any, column: str, index: int) -> Any:
+    """Return the image of one row, as an array if it consists of nested lists."""
+    values = data[index][column]
+    return np.asarray(values) if isinstance(values, list) else values
