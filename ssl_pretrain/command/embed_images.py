@@ -15,7 +15,7 @@ import numpy as np
 
 from ssl_pretrain import api
 from ssl_pretrain.data import sources
-from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.schema import NON_NEGATIVE_INT, POSITIVE_INT
 from ssl_pretrain.system import exit_status, program
 
@@ -51,7 +51,11 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a run, or timm:<tag>")
-    add("images", metavar="IMAGES", help="a folder, a .zip or a list of files")
+    add(
+        "images",
+        metavar="IMAGES",
+        help="a folder, a .zip, a list of files, or a file of arrays or a table",
+    )
     add("file", metavar="FILE", type=Path, help="file to write, such as features.npz")
     add("--device", default="auto", help="cpu or cuda (default: cuda where available)")
     add("--batch-size", type=POSITIVE_INT, default=64, help="images per forward pass (default: 64)")

@@ -10,10 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_pretrain.data.image_source import ImageFiles, Source
+from ssl_pretrain.data.config import DataConfig
+from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.messages import printable
-from ssl_pretrain.data.source_report import ImageStatistics, layout_lines, measure_images
-from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.data.source_report import (
+    ImageStatistics,
+    layout_lines,
+    measure_images,
+    with_measured_range,
+)
+from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.planning.suggested_settings import Suggestion, describe_time
 from ssl_pretrain.planning.suggestion import suggest
 from ssl_pretrain.schema import NON_NEGATIVE_INT, NUM_THREADS
@@ -30,6 +36,8 @@ examples:
   {command} /data/photos              images in any tree, labeled or not
   {command} photos.zip --sample 0     all images of a zip, read in place
   {command} train.csv                 a list of paths, labeled or not
+  {command} pathmnist.npz             arrays of images and labels
+  {command} /data/beans --label-column none       Parquet files, without their labels
   {command} /data/coco --train train2017 --val val2017
   {command} --source digits           the built-in data set
   {command} /data/photos --method dino --write my.yaml
@@ -45,7 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     args = _parser().parse_args(arguments)
     config = DataConfig(
-        source=args.source, root=args.root, train=args.train, val=args.val, range=list(args.range)
+        source=args.source,
+        root=args.root,
+        train=args.train,
+        val=args.val,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        range=list(args.range),
     )
     try:
         if args.write is not None and args.write.exists() and not args.force:
@@ -66,11 +80,13 @@ def main(arguments: list[str] | None = None) -> int:
     statistics = measure_images(source, args.sample, args.threads)
     describe(*_statistics_lines(statistics, len(source)))
     has_unreadable = bool(statistics.unreadable)
-    if statistics.ranges and not config.range and isinstance(source, ImageFiles):
+    ranged = with_measured_range(source, statistics)
+    if ranged is not source:
         # The suggested mean and std must be measured with the suggested range.
-        source.value_range = statistics.value_range
+        source = ranged
         describe("measured again with the range suggested below")
         statistics = measure_images(source, args.sample, args.threads)
+        has_unreadable = bool(statistics.unreadable)
     try:
         suggestion = suggest(
             config, source, method=args.method, backbone=args.backbone, statistics=statistics
@@ -106,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
         "root",
         nargs="?",
         default="",
-        help="a folder, a .zip, a .beton or a list (.txt, .csv); not needed for the digits",
+        help="a folder, a .zip, a .beton, a list (.txt, .csv), or a file or folder of arrays or "
+        "tables (.npy, .npz, IDX, .parquet, .arrow); not needed for the digits",
     )
     parser.add_argument(
         "--train",
@@ -120,7 +137,21 @@ def _parser() -> argparse.ArgumentParser:
         help="the validation images, or 'none' (default: found by name)",
     )
     parser.add_argument(
-        "--source", default="folder", help="digits, cifar10 or folder (default: folder)"
+        "--source",
+        default="folder",
+        help="digits, cifar10, cifar100, stl10, folder or huggingface (default: folder)",
+    )
+    parser.add_argument(
+        "--image-column",
+        default="",
+        metavar="NAME",
+        help="the column or array with the images (default: found by type and name)",
+    )
+    parser.add_argument(
+        "--label-column",
+        default="",
+        metavar="NAME",
+        help="the column or array with the labels, or 'none' (default: found by type and name)",
     )
     parser.add_argument(
         "--sample",
@@ -200,6 +231,7 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
             lines.append(f"  {name:<7} {_min_median_max(sides)} pixels")
         modes = [f"{mode} {count:,}" for mode, count in statistics.modes.most_common()]
         lines.append(f"  modes   {', '.join(modes)}")
+    if statistics.num_colors:
         unit = "(red, green, blue, in [0, 1]; each image has equal weight)"
         lines.append(f"  mean    {_format_channels(statistics.mean)} {unit}")
         lines.append(f"  std     {_format_channels(statistics.std)} {unit}")
@@ -209,7 +241,7 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
             f"  values  {low:g} to {high:g} in {len(statistics.ranges):,} images wider than 8 bits "
             "(excluding the lowest and highest 0.1 %)"
         )
-        if statistics.num_gray_levels < _MIN_GRAY_LEVELS:
+        if statistics.num_colors and statistics.num_gray_levels < _MIN_GRAY_LEVELS:
             lines.append(
                 "          without data.range, 16-bit images would keep only "
                 f"{statistics.num_gray_levels} of 256 gray levels"

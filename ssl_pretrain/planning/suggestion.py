@@ -13,9 +13,13 @@ import torch
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods, schema
+from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.image_source import Source, require_labels
-from ssl_pretrain.data.source_report import ImageStatistics, measure_images
-from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.data.source_report import (
+    ImageStatistics,
+    measure_images,
+    with_measured_range,
+)
 from ssl_pretrain.models import custom_network
 from ssl_pretrain.planning import recommended_weights, run_length
 from ssl_pretrain.planning.suggested_settings import Suggestion
@@ -29,6 +33,7 @@ MIN_MEASURED_IMAGES, MAX_MEASURED_IMAGES = 32, 2000
 SIZES = (16, 32, 64, 96, 128, 160, 224)  # candidate sizes of the views, in pixels
 MAX_SMALL_SIZE = 64  # largest view for which CIFAR-10's recipe is the base, and largest on a CPU
 MAX_UPSCALING = 1.15  # largest ratio of the view to the median of the shorter sides
+PHOTO_CROP_RATIO = 0.875  # of the resized image, as in ImageNet's evaluations
 CPU_SECONDS = 900.0  # expected length of a run on a CPU
 MAX_CPU_BATCH = 256
 
@@ -70,7 +75,11 @@ def suggest(
             f"from; give {MIN_IMAGES} or more, better thousands"
         )
     on_cpu = not torch.cuda.is_available()
-    statistics = statistics or _measure_images(source)
+    if statistics is None:
+        statistics = _measure_images(source)
+        ranged = with_measured_range(source, statistics)
+        statistics = statistics if ranged is source else _measure_images(ranged)
+        source = ranged
     if not statistics.sizes:
         raise ValueError(f"data.root: no image of {source.full_path} can be read")
     size, size_reason = _choose_size(statistics, on_cpu)
@@ -96,7 +105,8 @@ def suggest(
         )
         _adapt_batch(result, num_images, on_cpu)
     run_length.choose_epochs(result, num_images, seconds, epochs, max_seconds)
-    result.set("evaluation", {"crop_ratio": 1.0, "k": min(20, num_images // 4)})
+    _adapt_evaluation(result, size, statistics)
+    result.set("evaluation.k", min(20, num_images // 4))
     if size >= MAX_SMALL_SIZE and not _is_gray(statistics):
         recommended_weights.recommend(result, num_images)
     result.replace(settings)
@@ -154,7 +164,7 @@ def _load_recipe(method: str, size: int) -> tuple[Suggestion, str]:
 def _describe_data(result: Suggestion, config: DataConfig, statistics: ImageStatistics) -> None:
     """Set the section `data`, and the range of images with more than 8 bits."""
     result.set("data.source", config.source)
-    for name in ("root", "train", "val", "args"):
+    for name in ("root", "train", "val", "image_column", "label_column", "args"):
         if value := getattr(config, name):
             result.set(f"data.{name}", value)
     if config.subset:
@@ -271,3 +281,12 @@ def _adapt_batch(result: Suggestion, num_images: int, on_cpu: bool) -> None:
         size = result.tree["views"]["crops"]["global"]["size"]
         result.set("method.patch_size", size // 4, "a quarter of the view")
         result.set("method.stride", size // 8, "half of a patch")
+
+
+def _adapt_evaluation(result: Suggestion, size: int, statistics: ImageStatistics) -> None:
+    """Set the share of an image that evaluations see: all of a small one, the center of a photo."""
+    side = np.median([min(size) for size in statistics.sizes])
+    if side * PHOTO_CROP_RATIO < size:
+        result.set("evaluation.crop_ratio", 1.0, "small images are evaluated whole")
+    else:
+        result.set("evaluation.crop_ratio", PHOTO_CROP_RATIO, "the center, as usual for photos")

@@ -1,5 +1,6 @@
 """The inspection counts, names bad files, and suggests a configuration that loads."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +166,56 @@ def test_help_shows_options_and_examples():
         "Exit status: 0 on success,",
     ):
         assert text in result.stdout
+
+
+def write_gray_arrays(path: Path, dtype: str, scale: float) -> Path:
+    values = np.random.default_rng(0).random((40, 28, 28)) * scale
+    np.savez(path, x_train=values.astype(dtype), y_train=np.arange(40) % 4)
+    return path
+
+
+def suggested_keys(text: str, *names: str) -> dict[str, str]:
+    """Return the suggested values by key, each with its comment."""
+    lines = [line.strip().split(": ", 1) for line in text.splitlines() if ": " in line]
+    return {key: value for key, value in lines if key in names}
+
+
+def test_gray_arrays_get_no_colors_and_are_evaluated_whole(tmp_path, capsys):
+    path = write_gray_arrays(tmp_path / "gray.npz", "uint8", 250)
+    assert inspect.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    assert f"# data: training {path}[x_train]: 40 images, 4 classes (0, 1, 2, ...); " in text
+    assert "#   modes   L 40\n" in text
+    names = ("hue", "saturation", "grayscale", "crop_ratio", "size", "root")
+    assert suggested_keys(text, *names) == {
+        "hue": "0.0    # the images are gray",
+        "saturation": "0.0    # the images are gray",
+        "grayscale": "0.0    # the images are gray",
+        "crop_ratio": "1.0    # small images are evaluated whole",
+        "size": "32",
+        "root": f'"{path}"',
+    }
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [("uint16", "I;16"), ("float32", "float32")])
+def test_arrays_of_wide_values_get_a_range(dtype, mode, tmp_path, capsys):
+    path = write_gray_arrays(tmp_path / "wide.npz", dtype, 3000)
+    assert inspect.main([str(path), "--label-column", "none"]) == 0
+    text = capsys.readouterr().out
+    assert f"#   modes   {mode} 40\n" in text
+    assert "measured again with the range suggested below" in text
+    suggested = suggested_keys(text, "range", "mean", "label_column")
+    low, high = json.loads(suggested["range"].split("#")[0])
+    assert 0 <= low < 10 and 2990 < high <= 3000
+    mean = json.loads(suggested["mean"].split("#")[0])
+    assert mean == pytest.approx([0.5] * 3, abs=0.01)
+    assert suggested["label_column"] == '"none"'
+
+
+def test_photos_are_evaluated_by_their_center(tmp_path, capsys):
+    for number in range(20):
+        noise = np.random.default_rng(number).integers(0, 256, (200, 200, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.png")
+    assert inspect.main([str(tmp_path)]) == 0
+    suggested = suggested_keys(capsys.readouterr().out, "crop_ratio")
+    assert suggested["crop_ratio"] == "0.875    # the center, as usual for photos"

@@ -17,8 +17,9 @@ from ssl_pretrain.data.beton.beton_manifest import Manifest
 from ssl_pretrain.data.beton.check import find_problems
 from ssl_pretrain.data.beton.encoder import EncodingSettings
 from ssl_pretrain.data.beton.tables import RAW
+from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.source_report import check_value_range
-from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.schema import JPEG_QUALITY, NON_NEGATIVE_INT, NUM_THREADS, POSITIVE_INT
 from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
@@ -67,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
     write.add_argument(
         "root",
-        help="a folder, a .zip, a list of files or another .beton file; '' for --source "
-        "digits, or to download CIFAR-10",
+        help="a folder, a .zip, a list of files, another .beton file, or arrays and tables (.npy, "
+        ".npz, IDX, .parquet, .arrow); '' for --source digits, or to download CIFAR-10",
     )
     write.add_argument(
         "path",
@@ -77,8 +78,17 @@ def _parser() -> argparse.ArgumentParser:
         "its folder",
     )
     write.add_argument(
-        "--source", default="folder", help="digits, cifar10 or folder (default: folder)"
+        "--source",
+        default="folder",
+        help="digits, cifar10, cifar100, stl10, folder or huggingface (default: folder)",
     )
+    for kind in ("image", "label"):
+        write.add_argument(
+            f"--{kind}-column",
+            default="",
+            metavar="NAME",
+            help=f"the column or array with the {kind}s (default: found by type and name)",
+        )
     write.add_argument(
         "--split",
         choices=("train", "val"),
@@ -145,7 +155,13 @@ def _write(args: argparse.Namespace) -> int:
             f"--page-size {args.page_size}: give a power of two of at least {_MIN_PAGE_BYTES:,}, "
             "FFCV's minimum"
         )
-    config = DataConfig(source=args.source, root=args.root, range=list(args.range))
+    config = DataConfig(
+        source=args.source,
+        root=args.root,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        range=list(args.range),
+    )
     source = open_source(config, args.split)
     check_value_range(source)
     settings = EncodingSettings(args.max_side, args.quality, args.page_size)
