@@ -218,8 +218,8 @@ COMMANDS = {
         ".beton, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt)"
     ),
     "train my.yaml data.root=": (
-        "error: data.root: no path is set; give a folder, a .zip, a .beton, a .parquet, "
-        "an .npz, or a list of files (.csv, .tsv, .txt), as in data.root=/data/imagenet"
+        "error: data.root: no path is set; give a folder, a .zip, a .beton, tar "
+        "shards, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt), as in data.root=/data/imagenet"
     ),
     "train my.yaml data.root=empty": (
         "error: data.root: empty contains no image that Pillow can decode, at any depth; give the "

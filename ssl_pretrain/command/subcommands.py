@@ -32,6 +32,7 @@ GROUPS: dict[str, dict[str, Subcommand]] = {
         "plan": Subcommand("launch.pretrain", "print the costs of a run without it", ("--plan",)),
         "sweep": Subcommand("launch.sweep", "pretrain once per combination of values"),
         "beton": Subcommand("data.beton.__main__", "write, check or describe a .beton file"),
+        "shards": Subcommand("data.tar.__main__", "write or index tar shards"),
     },
     "evaluate": {
         "evaluate": Subcommand("launch.evaluate", "run the evaluations that checkpoints lack"),

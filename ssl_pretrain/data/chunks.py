@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.image_source import Source, UnreachableSource
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.replacement import Replacement, find_spare
@@ -165,7 +165,7 @@ class CropDataset(Dataset[Chunk]):
         """Add the image's index and name to any unexpected error."""
         try:
             yield
-        except (UnreadableImage, SharedMemoryFull):
+        except (UnreadableImage, UnreachableSource, SharedMemoryFull):
             raise
         except Exception as error:
             raise RuntimeError(

@@ -28,8 +28,9 @@ class DataConfig:
     )
     root: str = setting(
         "",
-        "Path of the data: images in a folder or .zip, a list of files, a .beton, or arrays and "
-        "tables (.npy, .npz, IDX, .parquet, .arrow).",
+        "Path of the data: images in a folder or .zip, a list of files, a .beton, tar shards "
+        "(train-{000..146}.tar or s3://bucket/shards), or arrays and tables (.npy, .npz, IDX, "
+        ".parquet, .arrow).",
         on_resume="free",
     )
     train: str = setting(
@@ -106,8 +107,17 @@ class DataConfig:
     )
     cache_dir: str = setting(
         "",
-        "Folder for cached lists of files. If empty, it is ~/.cache/ssl_pretrain.",
+        "Folder for cached lists of files, indexes and shards. If empty, it is "
+        "~/.cache/ssl_pretrain.",
         on_resume="free",
+    )
+    remote_cache_gb: float = setting(
+        0.0,
+        "Space in cache_dir for whole copies of remote shards. 0 keeps none, and every image is "
+        "requested by its range.",
+        on_resume="free",
+        minimum=0,
+        unit="GB (10^9 bytes)",
     )
 
 

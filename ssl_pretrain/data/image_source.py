@@ -27,6 +27,13 @@ class NoSuchSplit(ValueError):
     """The data set has no folder or list for this split."""
 
 
+class UnreachableSource(ValueError):
+    """The images cannot be read for a reason that replacing one of them would not remedy.
+
+    The message names the place, the reason and the remedy.
+    """
+
+
 class Source(ABC):
     """The images of one split in a fixed order, indexed from 0.
 

@@ -258,14 +258,15 @@ def build(
     """
     rank, world_size = process_group.rank(), process_group.world_size()
     check_batch_divides(global_batch_size, world_size)
+    lines: list[str] = []
     if process_group.local_rank() == 0:
         source = open_source(data, "train")
         check_value_range(source)
+        lines = layout_lines(data, source)  # opens the validation images, and lists them first
     collectives.barrier()
     if process_group.local_rank() != 0:
         source = open_source(data, "train")
     kind, reason = readers.choose_reader_kind(data, source)
-    lines = layout_lines(data, source)
     is_folder = kind is readers.ReaderKind.PROCESSES and not isinstance(source, Beton)
     if not is_folder or len(source) >= MIN_IMAGES_OF_LOADER_HINT:
         lines.append(f"data.loader: {kind}: {reason}")

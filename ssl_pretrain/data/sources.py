@@ -10,6 +10,7 @@ and supervised methods need labels.
                       root: /data/photos             no splits: all images are for training
                       root: /data/sample.zip         either layout, read in place
                       root: /data/train.csv          a list of paths, with or without labels
+                      root: /data/{000..146}.tar     shards in WebDataset's layout, also by URL
                       root: /data/train.beton        written by `ssl_pretrain.data.beton`; or a
                                                      folder with train.beton and val.beton
                       root: /data/pathmnist.npz      arrays and tables: see the folder `formats`
@@ -36,10 +37,12 @@ from ssl_pretrain.data.formats.find_format import find_format
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.named_datasets import Digits, pack_cifar10
 from ssl_pretrain.data.split_search import split_of
+from ssl_pretrain.data.tar.tar_data_set import TarSettings, open_tar_split
 from ssl_pretrain.system import user_objects
 
 _ROOT_REMEDY = (
-    "give a folder, a .zip, a .beton, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt)"
+    "give a folder, a .zip, a .beton, tar shards, a .parquet, an .npz, or a list of files (.csv, "
+    ".tsv, .txt)"
 )
 _UNSUPPORTED_TABLES = (
     *(".feather", ".xlsx", ".xls", ".ods"),
@@ -79,6 +82,11 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
         return _open_python(config, split, classes)
     if (path := _beton_path(config, split)) is not None:
         return Beton(beton_file.read(path))
+    if config.source == "folder":
+        shards = open_tar_split(_tar_settings(config), split, classes)
+        if shards is not None:
+            _refuse_columns(config)
+            return shards
     cache_dir = _cache_dir(config)
     if (open_split := find_format(config, cache_dir, split)) is not None:
         source = open_split()
@@ -102,6 +110,18 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
     return data_set.open_split("val", classes)
 
 
+def _tar_settings(config: DataConfig) -> TarSettings:
+    value_range = (float(config.range[0]), float(config.range[1])) if config.range else None
+    return TarSettings(
+        config.root,
+        config.train,
+        config.val,
+        _cache_dir(config),
+        config.remote_cache_gb,
+        value_range,
+    )
+
+
 def _open_python(config: DataConfig, split: SplitName, classes: list[str] | None) -> Source:
     """Open the images that the user's function returns."""
     function = user_objects.find_object(config.source, "data.source")
@@ -117,12 +137,7 @@ def _open_python(config: DataConfig, split: SplitName, classes: list[str] | None
 def _open_files(config: DataConfig, has_train_beton: bool) -> FileDataSet:
     """Find the splits of a data set of image files."""
     cache_dir = _cache_dir(config)
-    for key in ("image_column", "label_column"):
-        if getattr(config, key):
-            raise ValueError(
-                f"data.{key}: {config.root or config.train or config.source} has no columns; leave "
-                "it out"
-            )
+    _refuse_columns(config)
     root = _find_root(config, cache_dir)
     train, val = config.train, config.val
     if config.source in ("cifar10", "cifar100", "stl10"):
@@ -143,6 +158,15 @@ def _missing_root_message(root: Path) -> str:
         return f"{problem}; {_ROOT_REMEDY}"
     remedy = _ROOT_REMEDY[0].upper() + _ROOT_REMEDY[1:]
     return f"{problem}. Did you mean {str(root.parent / nearest[0])!r}? {remedy}"
+
+
+def _refuse_columns(config: DataConfig) -> None:
+    for key in ("image_column", "label_column"):
+        if getattr(config, key):
+            raise ValueError(
+                f"data.{key}: {config.root or config.train or config.source} has no columns; leave "
+                "it out"
+            )
 
 
 def _find_root(config: DataConfig, cache_dir: Path) -> Path:

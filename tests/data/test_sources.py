@@ -334,8 +334,8 @@ class TestCache:
 class TestErrorMessages:
     def test_a_wrong_root_is_explained(self, tmp_path, open_split):
         assert error_of(open_split, "") == (
-            "data.root: no path is set; give a folder, a .zip, a .beton, a .parquet, an .npz, or a "
-            "list of files (.csv, .tsv, .txt), as in data.root=/data/imagenet"
+            "data.root: no path is set; give a folder, a .zip, a .beton, tar shards, a "
+            ".parquet, an .npz, or a list of files (.csv, .tsv, .txt), as in data.root=/data/imagenet"
         )
         assert error_of(open_split, tmp_path / "absent") == (
             f"data.root: {tmp_path}/absent does not exist; "

@@ -12,7 +12,7 @@ import numpy as np
 
 from ssl_pretrain.data.beton.beton_file import Samples
 from ssl_pretrain.data.beton.beton_source import Beton
-from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.image_source import Source, UnreachableSource
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.native import ffcv, views
 from ssl_pretrain.system.platform_support import BINARY, read_at
@@ -138,6 +138,8 @@ class _DecodedViews:
             pixels = source.read(number)
         except UnreadableImage:
             source.check_present()
+            raise
+        except UnreachableSource:
             raise
         except Exception as error:
             raise RuntimeError(
