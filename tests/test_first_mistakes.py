@@ -215,11 +215,12 @@ COMMANDS = {
     ),
     "train my.yaml data.root=photo": (
         "error: data.root: photo does not exist. Did you mean 'photos'? Give a folder, a .zip, a "
-        ".beton, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt)"
+        ".beton, tar shards, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt)"
     ),
     "train my.yaml data.root=": (
         "error: data.root: no path is set; give a folder, a .zip, a .beton, tar "
-        "shards, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt), as in data.root=/data/imagenet"
+        "shards, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt), as in "
+        "data.root=/data/imagenet"
     ),
     "train my.yaml data.root=empty": (
         "error: data.root: empty contains no image that Pillow can decode, at any depth; give the "
@@ -238,15 +239,15 @@ COMMANDS = {
         "the columns path and label"
     ),
     "train my.yaml data.root=https://example.org/photos.zip": (
-        "error: data.root: https:/example.org/photos.zip does not exist; a URL is not read, so "
-        "download the images and give their folder"
+        "error: data.root: https://example.org/photos.zip is not a .tar, and other files are not "
+        "read from a store; download it and give its path"
     ),
     "train my.yaml global_batch_size=1000": (
         "error: global_batch_size: 1000 is more than the 78 images of the data set; give at most 78"
     ),
     "inspect photo": (
         "error: data.root: photo does not exist. Did you mean 'photos'? Give a folder, a .zip, a "
-        ".beton, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt)"
+        ".beton, tar shards, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt)"
     ),
     "train my.yaml optim.base_lr=1.0 epochs=1": (
         "error: runs/mine/checkpoints/step_00000003 was saved with a different configuration: "

@@ -71,8 +71,8 @@ class DataConfig:
     loader: Literal["auto", "threads", "ffcv", "folder"] = setting(
         "auto",
         "How images are read. threads: decode and crop in threads. ffcv: the same for a .beton, "
-        "with FFCV's decoder. folder: in worker processes. auto: threads for a .beton, else "
-        "folder. The run prints its choice and the reason.",
+        "with FFCV's decoder. folder: in worker processes. auto: threads for a .beton and tar "
+        "shards, else folder. The run prints its choice and the reason.",
         on_resume="free",
     )
     cache: Literal["none", "device"] = setting(

@@ -21,6 +21,7 @@ from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.data.shared_memory import Transfer, plan_transfer
 from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.data.tar.tar_source import TarShards
 from ssl_pretrain.data.workers import ProcessPool
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.views import crops, recipe
@@ -157,6 +158,8 @@ def choose_reader_kind(data: DataConfig, source: Source) -> tuple[ReaderKind, st
         return ReaderKind.THREADS, "data.loader is set to threads"
     if isinstance(source, Beton):
         return ReaderKind.THREADS, f"{source.full_path} is a .beton"
+    if isinstance(source, TarShards):
+        return ReaderKind.THREADS, f"{source.full_path} are tar shards"
     return ReaderKind.PROCESSES, (
         f"{source.full_path} is not a .beton; python -m ssl_pretrain.data.beton write creates one, "
         "which is read faster"

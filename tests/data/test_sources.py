@@ -335,18 +335,19 @@ class TestErrorMessages:
     def test_a_wrong_root_is_explained(self, tmp_path, open_split):
         assert error_of(open_split, "") == (
             "data.root: no path is set; give a folder, a .zip, a .beton, tar shards, a "
-            ".parquet, an .npz, or a list of files (.csv, .tsv, .txt), as in data.root=/data/imagenet"
+            ".parquet, an .npz, or a list of files (.csv, .tsv, .txt), as in "
+            "data.root=/data/imagenet"
         )
         assert error_of(open_split, tmp_path / "absent") == (
             f"data.root: {tmp_path}/absent does not exist; "
-            "give a folder, a .zip, a .beton, a .parquet, an .npz, or a list of files (.csv, .tsv, "
-            ".txt)"
+            "give a folder, a .zip, a .beton, tar shards, a .parquet, an .npz, or a list of files "
+            "(.csv, .tsv, .txt)"
         )
         (tmp_path / "a.tar").write_text("")
         assert error_of(open_split, tmp_path / "a.tar") == (
             f"data.root: {tmp_path}/a.tar is a file of an unsupported kind; "
-            "give a folder, a .zip, a .beton, a .parquet, an .npz, or a list of files (.csv, .tsv, "
-            ".txt)"
+            "give a folder, a .zip, a .beton, tar shards, a .parquet, an .npz, or a list of files "
+            "(.csv, .tsv, .txt)"
         )
         assert error_of(open_split, tmp_path, source="cifar") == (
             "data.source: 'cifar' is not known. Did you mean 'cifar10'? Choose one of: digits, "

@@ -7,6 +7,7 @@ from PIL import Image
 
 PAGES = [
     "README.md",
+    "docs/data.md",
     "docs/quickstart.md",
     "docs/data.md",
     *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "tutorials").glob("*.md")),

@@ -145,7 +145,9 @@ def _open_shard(path: str) -> Iterator[int]:
 
 def _candidates(cache_dir: Path, shard: Shard) -> list[Path]:
     """Return the paths at which the index of a shard may be, the preferred one first."""
-    digest = hashlib.sha256(shard.path.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    # A signed URL is a different one every time.
+    name = printable_url(shard.path).encode("utf-8", "surrogateescape")
+    digest = hashlib.sha256(name).hexdigest()[:24]
     cached = cache_dir / f"tar-{digest}.index"
     return [cached] if is_remote(shard.path) else [index_beside(shard.path), cached]
 

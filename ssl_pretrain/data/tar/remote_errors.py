@@ -6,6 +6,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from ssl_pretrain.data.image_source import UnreachableSource
 from ssl_pretrain.system.exit_status import LostProcessError
+from ssl_pretrain.system.optional_packages import install_hint
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 _EXTRAS = {"gs": "gcs", "gcs": "gcs"}
@@ -48,7 +49,7 @@ def missing_package_error(url: str, package: str = "") -> UnreachableSource:
     extra = _EXTRAS.get(protocol, "remote")
     return UnreachableSource(
         f"data.root: {protocol}:// is read by the package {package}, which is not installed; "
-        f"install it with: pip install 'ssl_pretrain[{extra}]'"
+        f"{install_hint(extra)}"
     )
 
 

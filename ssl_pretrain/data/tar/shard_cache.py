@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from ssl_pretrain.data.image_source import UnreachableSource
 from ssl_pretrain.data.tar import remote_store
+from ssl_pretrain.data.tar.remote_errors import printable_url
 from ssl_pretrain.data.tar.shard_index import Shard
 from ssl_pretrain.system.platform_support import BINARY
 
@@ -168,7 +169,7 @@ class ShardCache:
 
 
 def _file_name(shard: Shard) -> str:
-    identity = f"{shard.path}\n{shard.size}\n{shard.version}"
+    identity = f"{printable_url(shard.path)}\n{shard.size}\n{shard.version}"
     return f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.tar"
 
 

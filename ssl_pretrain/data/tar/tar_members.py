@@ -66,7 +66,7 @@ def iterate_members(reader: WindowReader, shard: str) -> Iterator[Member]:
     while True:
         block = reader.read(offset, BLOCK_BYTES)
         if len(block) < BLOCK_BYTES:
-            raise _truncated(shard, offset, "before its end mark")
+            raise _truncated(shard, reader.size, "before its end mark")
         if not any(block):
             _check_end(reader, offset, shard)
             return

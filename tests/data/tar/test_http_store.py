@@ -1,0 +1,172 @@
+"""Shards behind a web server: ranges, short answers, and the refusals that need no S3 client."""
+
+import importlib.util
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from tars import JPEG, make_tar, open_shards
+
+from ssl_pretrain.data.image_source import UnreachableSource
+from ssl_pretrain.data.tar import remote_errors
+from ssl_pretrain.data.tar.remote_errors import printable_url
+from ssl_pretrain.system.optional_packages import install_hint
+
+MISSING = [name for name in ("fsspec", "aiohttp") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"not installed: {', '.join(MISSING)}, of the extra remote"
+)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serve the objects of the server by ranges. Its attributes change the answers."""
+
+    def do_HEAD(self):
+        self.answer(is_head=True)
+
+    def do_GET(self):
+        self.answer(is_head=False)
+
+    def answer(self, is_head: bool) -> None:
+        content = self.server.objects.get(self.path.partition("?")[0])
+        if self.server.status or content is None:
+            self.send_error(self.server.status or 404)
+            return
+        requested = self.headers.get("Range")
+        body, status = content, 200
+        if requested and self.server.supports_ranges:
+            start, _, last = requested.removeprefix("bytes=").partition("-")
+            body, status = content[int(start) : int(last) + 1], 206
+            if self.server.num_short_answers:
+                self.server.num_short_answers -= 1
+                body = body[: len(body) // 2]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{hash(content)}"')
+        self.end_headers()
+        if not is_head:
+            self.wfile.write(body)
+
+    def log_message(self, *_arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.objects, server.status = {}, 0
+    server.supports_ranges, server.num_short_answers = True, 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def url(server, tmp_path) -> str:
+    path = make_tar(tmp_path / "a.tar", [(f"{k}.jpg", JPEG + b"%d" % k) for k in range(5)])
+    server.objects["/a.tar"] = path.read_bytes()
+    return f"http://127.0.0.1:{server.server_port}/a.tar"
+
+
+def open_url(url: str, tmp_path: Path):
+    return open_shards(url, cache_dir=str(tmp_path / "cache"))
+
+
+def test_short_answers_are_requested_again(server, url, tmp_path):
+    server.num_short_answers = 1
+    source = open_url(url, tmp_path)
+    server.num_short_answers = 2
+    assert [source.read_bytes(k) for k in range(5)] == [JPEG + b"%d" % k for k in range(5)]
+
+
+def test_a_server_without_ranges_is_refused(server, url, tmp_path):
+    source = open_url(url, tmp_path)
+    server.supports_ranges = False
+    with pytest.raises(UnreachableSource) as error:
+        source.read_bytes(0)
+    assert str(error.value) == (
+        f"data.root: {url} has changed since its index was made: the server sent "
+        f"{len(server.objects['/a.tar']):,} bytes for a range of {len(JPEG) + 1:,}, so it may not "
+        "support ranges; restore the object, or start a new run, which makes the index again"
+    )
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_denied_object_is_named_without_its_signature(status, server, url, tmp_path):
+    server.status = status
+    with pytest.raises(UnreachableSource) as error:
+        open_url(f"{url}?X-Signature=secret", tmp_path)
+    assert str(error.value) == (
+        f"data.root: access to {url} is denied; check that the credentials may read it (give a URL "
+        "that needs no login)"
+    )
+
+
+def test_a_missing_object_is_named(url, tmp_path):
+    missing = url.replace("a.tar", "b.tar")
+    with pytest.raises(UnreachableSource) as error:
+        open_url(missing, tmp_path)
+    assert str(error.value) == (
+        f"data.root: {missing} does not exist; check the name and the credentials, because some "
+        "stores answer like this without permission"
+    )
+
+
+def test_a_signed_url_is_read_and_its_signature_never_shown(url, tmp_path):
+    source = open_url(f"{url}?X-Signature=secret", tmp_path)
+    assert source.read_bytes(3) == JPEG + b"3"
+    assert "secret" not in source.name(3) + source.full_path + " ".join(source.notes)
+    assert printable_url("s3://user:word@host/x.tar") == "s3://host/x.tar"
+
+
+def test_a_missing_package_is_named_with_its_extra():
+    packages = [("s3", "s3fs"), ("gs", "gcsfs"), ("https", "aiohttp"), ("s3", "fsspec")]
+    program = (
+        "import sys; from ssl_pretrain.data.tar import remote_store\n"
+        f"for protocol, package in {packages}:\n"
+        " sys.modules[package] = None\n"
+        " try: remote_store.stat(f'{protocol}://b/a.tar')\n"
+        " except ValueError as error: print(error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": ":".join(path or "." for path in sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.splitlines() == [
+        f"data.root: {protocol}:// is read by the package {package}, which is not installed; "
+        f"{install_hint('gcs' if protocol == 'gs' else 'remote')}"
+        for protocol, package in packages
+    ]
+
+
+def test_errors_of_stores_are_told_apart():
+    class NoCredentialsError(Exception):
+        pass
+
+    class HTTPError(OSError):
+        def __init__(self, status: int):
+            super().__init__("failed")
+            self.status = status
+
+    def message(error: Exception) -> str:
+        permanent = remote_errors.permanent_error("gs://b/a.tar", error)
+        return str(permanent) if permanent is not None else "try again"
+
+    assert message(NoCredentialsError()) == (
+        "data.root: gs://b/a.tar needs credentials, and none were found; set "
+        "GOOGLE_APPLICATION_CREDENTIALS"
+    )
+    assert message(HTTPError(416)) == (
+        "data.root: gs://b/a.tar has changed since its index was made: it has become shorter; "
+        "restore the object, or start a new run, which makes the index again"
+    )
+    for passing in (HTTPError(503), HTTPError(429), ConnectionResetError(), TimeoutError()):
+        assert message(passing) == "try again"
