@@ -343,9 +343,9 @@ class TestErrorMessages:
             "give a folder, a .zip, a .beton, tar shards, a .parquet, an .npz, or a list of files "
             "(.csv, .tsv, .txt)"
         )
-        (tmp_path / "a.tar").write_text("")
-        assert error_of(open_split, tmp_path / "a.tar") == (
-            f"data.root: {tmp_path}/a.tar is a file of an unsupported kind; "
+        (tmp_path / "a.rar").write_text("")
+        assert error_of(open_split, tmp_path / "a.rar") == (
+            f"data.root: {tmp_path}/a.rar is a file of an unsupported kind; "
             "give a folder, a .zip, a .beton, tar shards, a .parquet, an .npz, or a list of files "
             "(.csv, .tsv, .txt)"
         )
