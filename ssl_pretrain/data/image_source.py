@@ -50,9 +50,11 @@ class Source(ABC):
         notes: Lines to print at the start of a run, about the layout and skipped files.
         value_range: The setting `data.range`.
         supports_range: True if images with more than 8 bits per value are read by that setting.
+        num_channels: Channels of every image.
     """
 
     supports_range = False
+    num_channels = 3
 
     def __init__(self, full_path: str, labels: np.ndarray, classes: list[str]):
         self.full_path = full_path
@@ -70,7 +72,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, index: int) -> np.ndarray:
-        """Return the RGB pixels of one image, uint8 (height, width, 3).
+        """Return the pixels of one image, uint8 (height, width, num_channels).
 
         Raises:
             UnreadableImage: If the image is absent or damaged. The message names the file.

@@ -30,19 +30,20 @@ FUSED_DEVICES = ("cuda",)  # device types that use the kernels of color_triton
 def apply(
     pixels: Tensor, parameters: ColorParameters, crop: Crop, mean: list[float], std: list[float]
 ) -> Tensor:
-    """Return the normalized views, float32 (n, 3, size, size), on the device of `pixels`.
+    """Return the normalized views, float32 (n, C, size, size), on the device of `pixels`.
 
     Args:
-        pixels: Crops, uint8 (n, 3, size, size).
+        pixels: Crops, uint8 (n, C, size, size).
         parameters: Random numbers of these n views.
         crop: Recipe of the views.
-        mean: Mean of red, green and blue in [0, 1].
-        std: Standard deviation of red, green and blue.
+        mean: Mean of each channel in [0, 1].
+        std: Standard deviation of each channel.
 
     Raises:
-        ValueError: If `pixels` is not uint8 (n, 3, height, width) with the n of `parameters`.
+        ValueError: If `pixels` is not uint8 (n, C, height, width) with the n of `parameters` and
+            one channel per mean.
     """
-    _check_pixels(pixels, len(parameters.is_jittered))
+    _check_pixels(pixels, len(parameters.is_jittered), len(mean))
     if pixels.device.type != "cpu":
         return color_torch.apply(pixels, parameters, crop, mean, std)
     views = torch.empty(pixels.shape)
@@ -69,17 +70,18 @@ def apply_to_group(
     """Return the augmented and normalized views of one kind of crop, from a few kernels on CUDA.
 
     Args:
-        pixels: Crops of each view, uint8 (n, 3, size, size).
+        pixels: Crops of each view, uint8 (n, C, size, size).
         parameters: Random numbers of each view.
         crop: Recipe of the views.
-        mean: Mean of red, green and blue in [0, 1].
-        std: Standard deviation of red, green and blue.
+        mean: Mean of each channel in [0, 1].
+        std: Standard deviation of each channel.
         dtype: Type of the views on CUDA, where they are channels_last. Elsewhere they are float32.
     """
-    if pixels[0].device.type not in FUSED_DEVICES or find_spec("triton") is None:
+    has_kernels = pixels[0].device.type in FUSED_DEVICES and find_spec("triton") is not None
+    if len(mean) != 3 or not has_kernels:  # the kernels are written for three channels
         return [apply(*pair, crop, mean, std) for pair in zip(pixels, parameters)]
     for view, values in zip(pixels, parameters):
-        _check_pixels(view, len(values.is_jittered))
+        _check_pixels(view, len(values.is_jittered), 3)
     from ssl_pretrain.views import color_triton
 
     group = ColorParameters(
@@ -98,15 +100,16 @@ def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """Return views without augmentation: (pixels / 255 - mean) / std, float32.
 
     Raises:
-        ValueError: If `pixels` is not uint8 (n, 3, height, width).
+        ValueError: If `pixels` is not uint8 (n, C, height, width) with one channel per mean.
     """
-    _check_pixels(pixels, len(pixels))
+    _check_pixels(pixels, len(pixels), len(mean))
     return color_torch.standardize(pixels.to(torch.float32).div_(255), mean, std)
 
 
-def _check_pixels(pixels: Tensor, num_images: int) -> None:
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[:2] != (num_images, 3):
+def _check_pixels(pixels: Tensor, num_images: int, channels: int) -> None:
+    shape = (num_images, channels)
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[:2] != shape:
         raise ValueError(
-            f"color: pixels must be uint8 ({num_images}, 3, height, width), got {pixels.dtype} "
-            f"{tuple(pixels.shape)}"
+            f"color: pixels must be uint8 ({num_images}, {channels}, height, width), got "
+            f"{pixels.dtype} {tuple(pixels.shape)}"
         )

@@ -39,13 +39,13 @@ def apply(
     """Apply the color operations, normalize, and write the views to `out`.
 
     Args:
-        pixels: Crops, uint8 (n, 3, height, width).
+        pixels: Crops, uint8 (n, C, height, width).
         parameters: Random parameters of the n views.
         crop: Recipe of the views.
-        mean: Mean of red, green and blue in [0, 1], float32 (3,).
-        std: Standard deviation of red, green and blue, float32 (3,).
+        mean: Mean of each channel in [0, 1], float32 (C,).
+        std: Standard deviation of each channel, float32 (C,).
         num_threads: Number of threads that share the images.
-        out: Output, float32 (n, 3, height, width).
+        out: Output, float32 (n, C, height, width).
     """
     recipe = (
         jitter_strengths(crop),
@@ -85,15 +85,15 @@ def apply(
 def _apply(recipe, rows):
     strengths, _, _, _, taps, zero_border, threshold, mean, std = recipe
     pixels, is_jittered, order, factors, is_gray, is_blurred, sigma, is_solarized, out = rows
-    _, _, height, width = pixels.shape
+    _, channels, height, width = pixels.shape
     kernel = np.empty(taps, np.float32)
     padded_row = np.empty(width + taps, np.float32)
     # The last row stays zero. It stands for the rows outside of the view if the border is zero.
     blurred_rows = np.zeros((height + 1, width), np.float32)
     for index in range(len(pixels)):
-        image = out[index].reshape(3, height * width)
-        source = pixels[index].reshape(3, height * width)
-        for channel in range(3):
+        image = out[index].reshape(channels, height * width)
+        source = pixels[index].reshape(channels, height * width)
+        for channel in range(channels):
             _scale_to_unit(source[channel], image[channel])
         if is_jittered[index]:
             for stage in range(4):
@@ -104,9 +104,9 @@ def _apply(recipe, rows):
             _to_gray(image[0], image[1], image[2])
         if is_blurred[index]:
             _compute_kernel(kernel, sigma[index])
-            for channel in range(3):
+            for channel in range(channels):
                 _blur(out[index, channel], kernel, padded_row, blurred_rows, zero_border)
-        for channel in range(3):
+        for channel in range(channels):
             _solarize_and_normalize(
                 image[channel], is_solarized[index], threshold, mean[channel], std[channel]
             )
@@ -121,8 +121,10 @@ def _adjust(image, operation, factor, recipe):
     elif operation == 0:
         _scale(image.reshape(-1), factor)
     elif operation == 1 and by_channel:
-        for channel in range(3):
+        for channel in range(len(image)):
             _blend_with_mean(image[channel], factor, _mean(image[channel]))
+    elif operation == 1 and len(image) != 3:
+        _blend_with_mean(image.reshape(-1), factor, _mean(image.reshape(-1)))
     elif operation == 1:
         mean = _mean_gray(image[0], image[1], image[2])
         _blend_with_mean(image.reshape(-1), factor, mean)

@@ -73,8 +73,8 @@ def _upload_parameters(
     return device_rows.split(list(map(len, rows))), upload(values, device)
 
 
-# The operations below take images in [0, 1], float32 (m, 3, height, width), and a factor per image,
-# (m, 1, 1, 1). They may overwrite the images.
+# The operations below take images in [0, 1], float32 (m, C, height, width), and a factor per image,
+# (m, 1, 1, 1). They may overwrite the images. Saturation and hue need three channels.
 
 
 def _scale_brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -139,6 +139,8 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def _gray(images: Tensor) -> Tensor:
+    if images.shape[1] != 3:
+        return images.mean(dim=1, keepdim=True)
     red, green, blue = images.split(1, dim=1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 

@@ -192,10 +192,10 @@ def _draw_box_rows(parameters, seed, epoch, indices, view, sizes):
 
 
 def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
-    """Cut out a box of an image, resize and flip it. Return the view, uint8 (3, size, size).
+    """Cut out a box of an image, resize and flip it. Return the view, uint8 (C, size, size).
 
     Args:
-        image: Decoded image, uint8 (3, height, width), in any memory format.
+        image: Decoded image, uint8 (C, height, width), in any memory format.
         box: Box inside the image.
         crop: Recipe with the size, interpolation and antialiasing.
     """
@@ -213,10 +213,17 @@ def _apply_without_antialias(image: Tensor, box: Box, crop: Crop) -> Tensor:
     """
     box_pixels = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
     transposed = box_pixels.permute(2, 0, 1).contiguous().flatten().numpy()
-    view = torch.empty(3, crop.size, crop.size, dtype=torch.uint8)
+    view = torch.empty(len(image), crop.size, crop.size, dtype=torch.uint8)
     bicubic = crop.interpolation == "bicubic"
     resize.resize_without_antialias(
-        transposed, box.height, box.width, box.flip, crop.size, bicubic, view.flatten().numpy()
+        transposed,
+        len(image),
+        box.height,
+        box.width,
+        box.flip,
+        crop.size,
+        bicubic,
+        view.flatten().numpy(),
     )
     return view
 
@@ -228,12 +235,12 @@ def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
     because the boxes differ.
 
     Args:
-        images: Decoded images, uint8 (n, 3, height, width).
+        images: Decoded images, uint8 (n, C, height, width).
         boxes: Boxes from `draw_boxes`, int64 (n, 5).
         crop: Recipe with the size, interpolation and antialiasing.
 
     Returns:
-        The views, uint8 (n, 3, size, size).
+        The views, uint8 (n, C, size, size).
     """
     top, left, height, width, flip = upload(torch.from_numpy(boxes), images.device).unbind(1)
     x_weights = _resize_matrices(left, width, images.shape[3], crop)
@@ -296,7 +303,7 @@ def _to_levels(images: Tensor) -> Tensor:
 def evaluation_view(
     image: Tensor, size: int, crop_ratio: float = 0.875, interpolation: Interpolation = "bilinear"
 ) -> Tensor:
-    """Return the view for evaluations, uint8 (3, size, size).
+    """Return the view for evaluations, uint8 (C, size, size).
 
     The shorter side is resized to round(size / crop_ratio) pixels at the same aspect ratio, and
     the central square is cut out. For the usual ImageNet protocol that is 256 and 224 pixels. If
@@ -304,7 +311,7 @@ def evaluation_view(
     memory that it needs.
 
     Args:
-        image: Decoded image, uint8 (3, height, width).
+        image: Decoded image, uint8 (C, height, width).
         size: Side of the view, in pixels.
         crop_ratio: Side of the view as a share of the resized shorter side.
         interpolation: Interpolation of the resize, which is always antialiased.

@@ -235,34 +235,36 @@ def _write_sum(target, source, first, pitch, count, weights, bits, offsets, sums
 
 
 @njit(nogil=True)
-def write_view(transposed, pitch, box, size, bicubic, buffers, out):
+def write_view(transposed, channels, pitch, box, size, bicubic, buffers, out):
     """Write one view from a transposed image.
 
-    Row 3 * x + channel of the transposed image holds column x of that channel.
+    Row channels * x + channel of the transposed image holds column x of that channel.
 
     Args:
         transposed: The transposed image, flat, as `transpose` writes it.
+        channels: Number of channels.
         pitch: Bytes from the start of one of its rows to the start of the next.
         box: Top, left, height, width and flip, as in `crops.Box`.
         size: Side of the view, in pixels.
         bicubic: Use the cubic filter instead of the triangle.
         buffers: Buffers from `allocate_buffers`.
-        out: Output, flat, 3 * size * size bytes.
+        out: Output, flat, channels * size * size bytes.
     """
     top, left, height, width, flip = box
     filtered_columns, filtered_rows, starts, counts, weights, exact, offsets, sums = buffers
     column_pitch, row_pitch = pad_to_tiles_jit(height), pad_to_tiles_jit(size)
     bits = compute_weights(width, size, bicubic, flip, starts, counts, weights, exact)
-    for channel in range(3):
+    pixel_pitch = channels * pitch
+    for channel in range(channels):
         for x in range(size):
-            first = (3 * (left + starts[x]) + channel) * pitch + top
+            first = (left + starts[x]) * pixel_pitch + channel * pitch + top
             start = (channel * row_pitch + x) * column_pitch
             column = filtered_columns[start : start + height]
             _write_sum(
-                column, transposed, first, 3 * pitch, counts[x], weights[x], bits, offsets, sums
+                column, transposed, first, pixel_pitch, counts[x], weights[x], bits, offsets, sums
             )
     bits = compute_weights(height, size, bicubic, False, starts, counts, weights, exact)
-    for channel in range(3):
+    for channel in range(channels):
         columns = filtered_columns[channel * row_pitch * column_pitch :]
         transpose(columns, column_pitch, size, height, filtered_rows, row_pitch)
         for y in range(size):
@@ -275,7 +277,7 @@ def write_view(transposed, pitch, box, size, bicubic, buffers, out):
 
 
 @njit(nogil=True)
-def write_view_without_antialias(transposed, pitch, box, size, bicubic, out):
+def write_view_without_antialias(transposed, channels, pitch, box, size, bicubic, out):
     """Write one view without antialiasing. The arguments are those of `write_view`.
 
     Where the filter reaches beyond the box, its weights are normalized over the pixels inside
@@ -287,13 +289,13 @@ def write_view_without_antialias(transposed, pitch, box, size, bicubic, out):
     _compute_weights_without_antialias(width, size, bicubic, flip, x_starts, x_weights)
     _compute_weights_without_antialias(height, size, bicubic, False, y_starts, y_weights)
     column = np.zeros(height + 3, np.float32)  # padded for pixels of weight 0 below the box
-    for channel in range(3):
+    for channel in range(channels):
         for x in range(size):
             column[:] = 0
             for tap in range(4):
                 weight = x_weights[x, tap]
                 if weight != 0:
-                    start = (3 * (left + x_starts[x] + tap) + channel) * pitch + top
+                    start = (channels * (left + x_starts[x] + tap) + channel) * pitch + top
                     _add_weighted(column, transposed[start : start + height], weight)
             for y in range(size):
                 first = y_starts[y]
@@ -329,16 +331,19 @@ def _add_weighted(sums, source, weight):
 
 
 @njit(nogil=True, cache=True)
-def resize_without_antialias(transposed, height, width, flip, size, bicubic, out):
+def resize_without_antialias(transposed, channels, height, width, flip, size, bicubic, out):
     """Write a view of a whole image, as a function that can be called from Python."""
     box = (0, 0, height, width, flip)
-    write_view_without_antialias(transposed, height, box, size, bicubic, out)
+    write_view_without_antialias(transposed, channels, height, box, size, bicubic, out)
 
 
-def allocate_buffers(longest_side: int, sizes: list[int], bicubic: bool) -> tuple[np.ndarray, ...]:
+def allocate_buffers(
+    channels: int, longest_side: int, sizes: list[int], bicubic: bool
+) -> tuple[np.ndarray, ...]:
     """Allocate the buffers of `write_view` for one thread.
 
     Args:
+        channels: Number of channels.
         longest_side: Longest side of all images, in pixels.
         sizes: Sides of the views, in pixels.
         bicubic: True if any view uses the cubic filter.
@@ -346,7 +351,7 @@ def allocate_buffers(longest_side: int, sizes: list[int], bicubic: bool) -> tupl
     column_pitch, row_pitch = pad_to_tiles(longest_side), pad_to_tiles(max(sizes))
     taps = max(max_taps(longest_side, size, bicubic) for size in sizes)
     return (
-        np.zeros(3 * row_pitch * column_pitch, np.uint8),
+        np.zeros(channels * row_pitch * column_pitch, np.uint8),
         np.zeros(row_pitch * column_pitch, np.uint8),
         np.zeros(max(sizes), np.int64),
         np.zeros(max(sizes), np.int64),

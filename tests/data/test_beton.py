@@ -645,7 +645,7 @@ class TestDamage:
 
     def test_a_buffer_is_not_sized_for_the_largest_height_times_the_largest_width(self, beton):
         sides = np.array([1, 60000] * 6)
-        assert allocate_buffers(sides, sides[::-1], []).image.nbytes < 20_000_000
+        assert allocate_buffers(3, sides, sides[::-1], []).image.nbytes < 20_000_000
 
     def test_a_replaced_file_is_detected(self, beton, tmp_path):
         replacement = write_beton(tmp_path / "other" / "data", n=12, max_side=30)

@@ -14,17 +14,18 @@ pytestmark = pytest.mark.promise
 def resize_crop(
     image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, bicubic: bool
 ) -> np.ndarray:
-    """Return the view (3, size, size) of a box in an image (height, width, 3)."""
-    height, width, _ = image.shape
-    num_rows, num_columns = resize.pad_to_tiles(height), resize.pad_to_tiles(3 * width)
+    """Return the view (channels, size, size) of a box in an image (height, width, channels)."""
+    height, width, channels = image.shape
+    row_bytes = channels * width
+    num_rows, num_columns = resize.pad_to_tiles(height), resize.pad_to_tiles(row_bytes)
     padded = np.zeros((num_rows, num_columns), np.uint8)
-    padded[:height, : 3 * width] = image.reshape(height, -1)
+    padded[:height, :row_bytes] = image.reshape(height, -1)
     transposed = np.zeros(num_columns * num_rows, np.uint8)
-    resize.transpose(padded.reshape(-1), num_columns, height, 3 * width, transposed, num_rows)
-    view = np.full(3 * size * size, 77, np.uint8)
-    buffers = resize.allocate_buffers(max(height, width), [size], bicubic)
-    resize.write_view(transposed, num_rows, box, size, bicubic, buffers, view)
-    return view.reshape(3, size, size)
+    resize.transpose(padded.reshape(-1), num_columns, height, row_bytes, transposed, num_rows)
+    view = np.full(channels * size * size, 77, np.uint8)
+    buffers = resize.allocate_buffers(channels, max(height, width), [size], bicubic)
+    resize.write_view(transposed, channels, num_rows, box, size, bicubic, buffers, view)
+    return view.reshape(channels, size, size)
 
 
 # Maps (height, width) of an image to boxes (top, left, height, width) and sizes of views.
@@ -55,6 +56,20 @@ def test_a_view_equals_torchs_to_within_one_gray_level(shape, box, size, flip, i
     difference = np.abs(view - (expected[..., ::-1] if flip else expected))
     assert difference.max() <= 1
     assert difference.mean() < 0.01  # exactly 0 with AVX2, where torch uses integer arithmetic
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_any_number_of_channels_equals_torch(channels, interpolation):
+    pictures = [np.roll(draw_picture(70, 90, "noise"), shift, axis=0) for shift in range(5)]
+    image = np.concatenate(pictures, axis=2)[..., :channels]
+    mode = F.InterpolationMode(interpolation)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    expected = F.resized_crop(tensor, 5, 11, 41, 53, [16, 16], mode, antialias=True).numpy()
+    view = resize_crop(image, (5, 11, 41, 53, False), 16, interpolation == "bicubic").astype(int)
+    difference = np.abs(view - expected)
+    assert difference.max() <= 1
+    assert difference.mean() < 0.01
 
 
 def test_transpose_handles_partial_tiles():

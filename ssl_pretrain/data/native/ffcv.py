@@ -149,7 +149,7 @@ def allocate_workspace(samples: Samples, view_crops: list[Crop], decoder: Decode
         decompressor=decoder.address,
         content=np.empty(int(samples.length.max()), np.uint8),
         header=np.zeros(4, np.int32),
-        buffers=allocate_buffers(heights, widths, view_crops),
+        buffers=allocate_buffers(3, heights, widths, view_crops),
     )
 
 

@@ -82,7 +82,7 @@ class DecodedImages:
 
     def __init__(self, source: Source, view_crops: list[Crop], batch_size: int, seed: int):
         self.source, self.view_crops, self.seed = source, view_crops, seed
-        self.views = views.pack_views(view_crops, batch_size)
+        self.views = views.pack_views(view_crops, source.num_channels, batch_size)
 
     def open(self) -> None:
         """Do nothing, because the source opens its files."""
@@ -132,7 +132,7 @@ class _DecodedViews:
         """Do nothing."""
 
     def _read(self, number: int) -> np.ndarray:
-        """Return the pixels of one image, uint8 (height, 3 * width), contiguous."""
+        """Return the pixels of one image, uint8 (height, channels * width), contiguous."""
         source = self.images.source
         try:
             pixels = source.read(number)
@@ -149,11 +149,12 @@ class _DecodedViews:
 
     def _buffers(self, pixels: np.ndarray) -> views.Buffers:
         """Return buffers that are large enough for these pixels."""
-        height, width = pixels.shape[0], pixels.shape[1] // 3
+        channels = self.images.source.num_channels
+        height, width = pixels.shape[0], pixels.shape[1] // channels
         if self.buffers is None or height > self.height or width > self.width:
             self.height, self.width = max(height, self.height), max(width, self.width)
             self.buffers = views.allocate_buffers(
-                np.array([self.height]), np.array([self.width]), self.images.view_crops
+                channels, np.array([self.height]), np.array([self.width]), self.images.view_crops
             )
         return self.buffers
 
@@ -173,7 +174,7 @@ class FFCVImages:
 
     def __init__(self, source: Beton, view_crops: list[Crop], batch_size: int, seed: int):
         self.source, self.view_crops, self.seed = source, view_crops, seed
-        self.views = views.pack_views(view_crops, batch_size)
+        self.views = views.pack_views(view_crops, source.num_channels, batch_size)
         self.functions = ffcv.load_c_functions()
         self.file_descriptors: list[int] = []
 

@@ -18,6 +18,7 @@ class ViewTable(NamedTuple):
 
     box_parameters: np.ndarray  # float64 (views, 6), see `crops.box_parameters`
     sizes: np.ndarray  # int64 (views,)
+    channels: int
     bicubic: np.ndarray  # bool (views,)
     antialias: np.ndarray  # bool (views,)
     offsets: np.ndarray  # int64 (views,), first byte of each view in a batch
@@ -31,14 +32,15 @@ class Buffers(NamedTuple):
     resize_buffers: tuple[np.ndarray, ...]
 
 
-def pack_views(view_crops: list[Crop], batch_size: int) -> ViewTable:
+def pack_views(view_crops: list[Crop], channels: int, batch_size: int) -> ViewTable:
     """Pack the recipes of all views for compiled code.
 
     A batch contains view 0 of all images, then view 1 of all images, and so on.
     """
     sizes = np.array([crop.size for crop in view_crops], np.int64)
-    num_bytes = batch_size * 3 * sizes**2
+    num_bytes = batch_size * channels * sizes**2
     return ViewTable(
+        channels=channels,
         box_parameters=np.array([crops.box_parameters(crop) for crop in view_crops]),
         sizes=sizes,
         bicubic=np.array([crop.interpolation == "bicubic" for crop in view_crops]),
@@ -47,14 +49,18 @@ def pack_views(view_crops: list[Crop], batch_size: int) -> ViewTable:
     )
 
 
-def allocate_buffers(heights: np.ndarray, widths: np.ndarray, view_crops: list[Crop]) -> Buffers:
+def allocate_buffers(
+    channels: int, heights: np.ndarray, widths: np.ndarray, view_crops: list[Crop]
+) -> Buffers:
     """Allocate buffers for the largest of the images with these sizes, int64 (n,)."""
     # The tallest image need not be the widest, so the largest area can be below max * max.
-    num_bytes = int((resize.pad_to_tiles(heights) * resize.pad_to_tiles(3 * widths)).max())
+    row_bytes = resize.pad_to_tiles(channels * widths)
+    num_bytes = int((resize.pad_to_tiles(heights) * row_bytes).max())
     return Buffers(
         image=np.zeros(num_bytes, np.uint8),
         transposed_image=np.zeros(num_bytes, np.uint8),
         resize_buffers=resize.allocate_buffers(
+            channels,
             int(max(heights.max(), widths.max())),
             [crop.size for crop in view_crops] or [1],
             any(crop.interpolation == "bicubic" for crop in view_crops),
@@ -76,9 +82,11 @@ def write_views(views, size, key, row, buffers, batch):
     """
     height, width = size
     seed, epoch, box_index = key
-    column_pitch, row_pitch = resize.pad_to_tiles_jit(height), resize.pad_to_tiles_jit(3 * width)
+    channels = views.channels
+    row_bytes = channels * width
+    column_pitch, row_pitch = resize.pad_to_tiles_jit(height), resize.pad_to_tiles_jit(row_bytes)
     resize.transpose(
-        buffers.image, row_pitch, height, 3 * width, buffers.transposed_image, column_pitch
+        buffers.image, row_pitch, height, row_bytes, buffers.transposed_image, column_pitch
     )
     source = buffers.transposed_image
     for view in range(len(views.sizes)):
@@ -86,12 +94,17 @@ def write_views(views, size, key, row, buffers, batch):
             views.box_parameters[view], (seed, epoch, box_index, view), height, width
         )
         side, bicubic = views.sizes[view], views.bicubic[view]
-        start = views.offsets[view] + row * 3 * side * side
-        out = batch[start : start + 3 * side * side]
+        num_values = channels * side * side
+        start = views.offsets[view] + row * num_values
+        out = batch[start : start + num_values]
         if views.antialias[view]:
-            resize.write_view(source, column_pitch, box, side, bicubic, buffers.resize_buffers, out)
+            resize.write_view(
+                source, channels, column_pitch, box, side, bicubic, buffers.resize_buffers, out
+            )
         else:
-            resize.write_view_without_antialias(source, column_pitch, box, side, bicubic, out)
+            resize.write_view_without_antialias(
+                source, channels, column_pitch, box, side, bicubic, out
+            )
 
 
 def digest_of_called_code() -> str:
@@ -107,13 +120,13 @@ def digest_of_called_code() -> str:
 def _compile(source_digest: str):
     @njit(nogil=True, cache=True)
     def write_views_of(pixels, views, key, row, buffers, batch):
-        """Write the views of decoded pixels, uint8 (height, 3 * width), to a row of the batch."""
+        """Write the views of pixels, uint8 (height, channels * width), to a row of the batch."""
         assert source_digest
         height, row_bytes = pixels.shape
         pitch = resize.pad_to_tiles_jit(row_bytes)
         for y in range(height):
             buffers.image[y * pitch : y * pitch + row_bytes] = pixels[y]
-        write_views(views, (height, row_bytes // 3), key, row, buffers, batch)
+        write_views(views, (height, row_bytes // views.channels), key, row, buffers, batch)
 
     return write_views_of
 
