@@ -118,7 +118,8 @@ def _try_method(config: RunConfig) -> None:
         optim.parameter_groups(config.optim, method)
         with torch.device("meta"):
             zeros = torch.zeros(num_images, dtype=torch.int64)  # in place of indices and labels
-            images = [torch.zeros(num_images, 3, size, size) for size in sizes]
+            channels = config.views.num_channels
+            images = [torch.zeros(num_images, channels, size, size) for size in sizes]
             batch = Batch(images, zeros, zeros, masks.blank(config.views, num_images, "meta"))
             try:
                 _check_embeddings(config, method(batch), num_images)

@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))  # has weight decay, as ndim > 1
         self.blocks = TransformerBlocks(dim, config.decoder_depth, config.decoder_heads)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.project = nn.Linear(dim, 3 * backbone.patch_size**2)
+        self.project = nn.Linear(dim, backbone.num_channels * backbone.patch_size**2)
         height, width = vit.patch_embed.grid_size  # type: ignore[union-attr, misc]
         positions = sine_cosine_positions(height, width, dim)
         self.register_buffer("positions", positions, persistent=False)
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
         initialize_linear(self)
 
     def forward(self, prefix: Tensor, patches: Tensor, visible: Tensor) -> Tensor:
-        """Predict the pixels of all patches, shape (B, patches, 3 * patch_size**2).
+        """Predict the pixels of all patches, shape (B, patches, C * patch_size**2).
 
         Args:
             prefix: Features of the class token and registers, which have no position here.
@@ -124,7 +124,7 @@ class MAE(Method):
 
         Returns:
             `z`, the mean features of the visible patches, detached, shape (local_batch, token_dim),
-            and `predictions`, shape (local_batch, patches, 3 * patch_size**2).
+            and `predictions`, shape (local_batch, patches, C * patch_size**2).
         """
         view, masks = self.view_and_mask(batch)
         visible = masks.indices[:, 0]  # the same number per image, so no padding

@@ -15,17 +15,24 @@ from ssl_pretrain.optim import schedules
 
 
 class Backbone(nn.Module):
-    """A timm model that maps images (batch, 3, height, width) to features (batch, feature_dim).
+    """A timm model that maps images (batch, C, height, width) to features (batch, feature_dim).
 
     Args:
         model: The network.
         feature_dim: Width of the features. None for timm's `num_features`.
         image_size: Side in pixels of the images that the network is built for.
+        num_channels: Channels of the images.
     """
 
-    def __init__(self, model: nn.Module, feature_dim: int | None = None, image_size: int = 224):
+    def __init__(
+        self,
+        model: nn.Module,
+        feature_dim: int | None = None,
+        image_size: int = 224,
+        num_channels: int = 3,
+    ):
         super().__init__()
-        self.model, self.image_size = model, image_size
+        self.model, self.image_size, self.num_channels = model, image_size, num_channels
         self.feature_dim: int = feature_dim or model.num_features  # type: ignore[assignment]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -49,7 +56,7 @@ class Backbone(nn.Module):
         feature maps are neither normalized nor masked.
 
         Args:
-            images: Images of shape (B, 3, height, width).
+            images: Images of shape (B, C, height, width).
             masked: Patches that `mask_token` replaces before positions are added, bool (B, N).
                 Patches are numbered row by row.
             mask_token: The method's vector for masked patches, (D,).
@@ -83,7 +90,7 @@ class Backbone(nn.Module):
 
     def find_token_problem(self) -> str:
         """Return why `tokens` is not possible for this network, or an empty string if it is."""
-        return tokens.find_problem(self.model, self.image_size)
+        return tokens.find_problem(self.model, self.image_size, self.num_channels)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -195,7 +202,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, views: Tensor) -> Tensor:
-        """Apply the teacher's modules in order to views of shape (batch, 3, height, width)."""
+        """Apply the teacher's modules in order to views of shape (batch, C, height, width)."""
         for module in self.children():
             views = module(views)
         return views

@@ -86,11 +86,6 @@ def create(config: BackboneConfig, image_size: int) -> nn.Module:
     if custom_network.is_custom(config.name):
         return _create_custom(config, image_size)
     _check_name(config.name)
-    if config.args.get("in_chans", 3) != 3:
-        raise ValueError(
-            f"backbone.args.in_chans: {config.args['in_chans']} does not fit the images, which "
-            "have three channels (red, green and blue); leave it out"
-        )
     args = size_arguments(config.name, image_size) | dict(config.args)
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path
@@ -98,6 +93,11 @@ def create(config: BackboneConfig, image_size: int) -> nn.Module:
     if config.stem != "imagenet":
         _shrink_stem(model, config.name, unit_stride=config.stem == "small")
     return model
+
+
+def num_channels(config: BackboneConfig) -> int:
+    """Return the number of channels of the images that the network takes."""
+    return int(config.args.get("in_chans", 3))
 
 
 def _create_custom(config: BackboneConfig, image_size: int) -> nn.Module:
@@ -180,7 +180,7 @@ def _shrink_stem(model: nn.Module, name: str, unit_stride: bool) -> None:
         return
     # 7x7 with stride 2 becomes 3x3 with stride 1, as in SimCLR's CIFAR runs (appendix B.9).
     if isinstance(stem, nn.Conv2d):
-        small_stem = nn.Conv2d(3, stem.out_channels, 3, padding=1, bias=False)
+        small_stem = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(small_stem.weight, mode="fan_out", nonlinearity="relu")
         model.conv1 = small_stem
     else:

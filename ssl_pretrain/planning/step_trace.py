@@ -88,9 +88,9 @@ def _trace_images(
                 module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
         recompute_activations(network, run.parallel.activation_checkpointing)
         views = [
-            torch.zeros(num_images, 3, crop.size, crop.size, dtype=execution.dtype).to(
-                memory_format=execution.memory_format
-            )
+            torch.zeros(
+                num_images, run.views.num_channels, crop.size, crop.size, dtype=execution.dtype
+            ).to(memory_format=execution.memory_format)
             for crop in recipe.crop_per_view(run.views)
         ]
         zeros = torch.zeros(num_images, dtype=torch.int64)
@@ -190,7 +190,7 @@ def coloring_bytes_per_image(run: RunConfig, itemsize: int) -> float:
     for crop in recipe.crop_per_view(run.views):
         read_bytes = 2 * torch.uint8.itemsize
         blur_bytes = 2 * 2 * torch.float32.itemsize  # two buffers, each written and read
-        num_values = 3 * crop.size**2
+        num_values = run.views.num_channels * crop.size**2
         num_bytes += num_values * (read_bytes + itemsize + crop.blur * blur_bytes)
     return num_bytes
 
