@@ -125,7 +125,7 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     weights = {
         key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()
     }
-    images = reference_images(run.image_size)
+    images = reference_images(run.image_size, run.config.views.num_channels)
     with torch.no_grad():
         image_features = run.backbone(images.to(run.device)).float().cpu().contiguous()
     if "torchvision" in formats:

@@ -231,7 +231,7 @@ def check_memory(
         ValueError: If the search does not fit in memory.
     """
     feature_dim = named_features.Feature(run.backbone, feature).feature_dim
-    raw_dim = 3 * min(run.image_size, features.RAW_SIZE) ** 2
+    raw_dim = run.config.views.num_channels * min(run.image_size, features.RAW_SIZE) ** 2
     dim = max(raw_dim if row == "raw" else feature_dim for row in rows)
     view_bytes = train.cache_bytes + test.cache_bytes if run.device.type == "cpu" else 0
     needed_bytes = knn_search.required_bytes(

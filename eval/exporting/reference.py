@@ -19,17 +19,16 @@ NUM_IMAGES = 2
 TOLERANCE = 1e-3
 
 
-def reference_images(size: int) -> Tensor:
-    """Return smooth noise, float32 (NUM_IMAGES, 3, size, size), with standard deviation near 1.
+def reference_images(size: int, channels: int = 3) -> Tensor:
+    """Return smooth noise, float32 (NUM_IMAGES, C, size, size), with standard deviation near 1.
 
     The images are the same on every machine.
     """
 
     def noise(epoch: int, side: int) -> Tensor:
-        values = rng.uniform(
-            0, epoch, np.arange(NUM_IMAGES), 0, rng.Purpose.SUBSET, 3 * side * side
-        )
-        return torch.from_numpy(values.reshape(NUM_IMAGES, 3, side, side))
+        num_values = channels * side * side
+        values = rng.uniform(0, epoch, np.arange(NUM_IMAGES), 0, rng.Purpose.SUBSET, num_values)
+        return torch.from_numpy(values.reshape(NUM_IMAGES, channels, side, side))
 
     smooth = nn.functional.interpolate(noise(0, 8), (size, size), mode="bilinear")
     return (4 * (smooth - 0.5) + (noise(1, size) - 0.5)).float()

@@ -70,11 +70,11 @@ class EvaluationSplit:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the cached views, 0 if they would exceed MAX_CACHE_BYTES."""
-        view_bytes = len(self) * 3 * self.run.image_size**2
+        view_bytes = len(self) * self.run.config.views.num_channels * self.run.image_size**2
         return view_bytes if view_bytes <= MAX_CACHE_BYTES else 0
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield views, uint8 (n, 3, size, size), and labels, int64 (n,), in order."""
+        """Yield views, uint8 (n, C, size, size), and labels, int64 (n,), in order."""
         if self._cache:
             yield from self._cache
             return

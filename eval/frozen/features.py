@@ -153,7 +153,7 @@ def raw_pixels(split: EvaluationSplit, offset: Offset = (0, 0)) -> tuple[Tensor,
 
 
 def flatten_views(run: Run, images: Tensor) -> Tensor:
-    """Convert uint8 views (n, 3, size, size) to raw pixels, float32 (n, 3 * side * side).
+    """Convert uint8 views (n, C, size, size) to raw pixels, float32 (n, C * side * side).
 
     `side` is `size`, but at most RAW_SIZE.
     """

@@ -107,7 +107,7 @@ def _pixel_patch_side(run: Run) -> int:
 def pixel_patches(
     run: Run, split: EvaluationSplit, offset: features.Offset = (0, 0)
 ) -> tuple[Tensor, Tensor]:
-    """Return pixels in [0, 1] by patch, (n, patches, 3 * side * side), and the labels."""
+    """Return pixels in [0, 1] by patch, (n, patches, C * side * side), and the labels."""
     side, batches = _pixel_patch_side(run), []
     for images, labels in split.batches():
         pixels = upload(features.shift(images, *offset), run.device).float().div_(255)
@@ -139,7 +139,8 @@ def check_memory(
     """
     sequence = TokenSequence(run.backbone, feature)
     side = _pixel_patch_side(run)
-    raw_shape = ((run.image_size // side) ** 2, 3 * side**2)
+    num_channels = run.config.views.num_channels
+    raw_shape = ((run.image_size // side) ** 2, num_channels * side**2)
     shapes = [
         raw_shape if row == "raw" else (sequence.count(run.image_size), sequence.dim)
         for row in rows

@@ -96,10 +96,10 @@ def _upload_images(
     """Upload all images.
 
     Returns:
-        The pixels, uint8 (n, 3, height, width). The sizes, int64 (n, 2). The reason for each
+        The pixels, uint8 (n, C, height, width). The sizes, int64 (n, 2). The reason for each
         unreadable image, by index.
     """
-    usable_bytes = _usable_bytes(device)
+    usable_bytes, channels = _usable_bytes(device), source.num_channels
     sizes = np.empty((len(source), 2), np.int64)
     unreadable, images = {}, []
     for index in range(len(source)):
@@ -107,17 +107,18 @@ def _upload_images(
             image = torch.from_numpy(source.read(index)).permute(2, 0, 1)
         except UnreadableImage as error:
             source.check_present()
-            unreadable[index], image = str(error), torch.zeros(3, 1, 1, dtype=torch.uint8)
+            unreadable[index], image = str(error), torch.zeros(channels, 1, 1, dtype=torch.uint8)
         sizes[index] = image.shape[1:]
         images.append(image)
-        num_bytes = len(source) * 3 * int(sizes[: index + 1].max(axis=0).prod())
+        num_bytes = len(source) * channels * int(sizes[: index + 1].max(axis=0).prod())
         if num_bytes > usable_bytes:
             raise ValueError(
                 f"data.cache: device: the {len(source):,} images of {source.full_path} need at "
                 f"least {num_bytes / 2**30:.1f} GiB, but half of the free memory of {device} is "
                 f"{usable_bytes / 2**30:.1f} GiB; set data.cache=none"
             )
-    pixels = torch.zeros(len(source), 3, *sizes.max(axis=0).tolist(), dtype=torch.uint8)
+    shape = (len(source), channels, *sizes.max(axis=0).tolist())
+    pixels = torch.zeros(shape, dtype=torch.uint8)
     for index, image in enumerate(images):
         pixels[index, :, : image.shape[1], : image.shape[2]] = image
     return pixels.to(device), sizes, unreadable

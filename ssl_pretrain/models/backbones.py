@@ -26,8 +26,7 @@ def build(config: BackboneConfig, image_size: int) -> Backbone:
             stem small, or if the network does not return one vector per image of that size.
     """
     width = image_size_check.measure_feature_dim(config, image_size, image_size)
-    model = timm_networks.create(config, image_size)
-    return Backbone(model, width, image_size, timm_networks.num_channels(config))
+    return Backbone(timm_networks.create(config, image_size), width, image_size)
 
 
 def build_on_meta(config: BackboneConfig, image_size: int) -> Backbone:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives
 from ssl_pretrain.models import tokens
-from ssl_pretrain.models.timm_networks import timm
+from ssl_pretrain.models.timm_networks import input_channels, timm
 from ssl_pretrain.models.tokens import Tokens
 from ssl_pretrain.optim import schedules
 
@@ -21,18 +21,11 @@ class Backbone(nn.Module):
         model: The network.
         feature_dim: Width of the features. None for timm's `num_features`.
         image_size: Side in pixels of the images that the network is built for.
-        num_channels: Channels of the images.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        feature_dim: int | None = None,
-        image_size: int = 224,
-        num_channels: int = 3,
-    ):
+    def __init__(self, model: nn.Module, feature_dim: int | None = None, image_size: int = 224):
         super().__init__()
-        self.model, self.image_size, self.num_channels = model, image_size, num_channels
+        self.model, self.image_size = model, image_size
         self.feature_dim: int = feature_dim or model.num_features  # type: ignore[assignment]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -90,7 +83,12 @@ class Backbone(nn.Module):
 
     def find_token_problem(self) -> str:
         """Return why `tokens` is not possible for this network, or an empty string if it is."""
-        return tokens.find_problem(self.model, self.image_size, self.num_channels)
+        return tokens.find_problem(self.model, self.image_size)
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels of the images."""
+        return input_channels(self.model)
 
     @property
     def num_prefix_tokens(self) -> int:

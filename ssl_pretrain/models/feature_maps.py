@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain.models.timm_networks import architecture
+from ssl_pretrain.models.timm_networks import architecture, input_channels
 
 
 def compute(model: Any, images: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -54,7 +54,8 @@ def probe(model: Any, image_size: int) -> Any:
         return _forward_on_meta(_Features(model), image_size)
     except Exception:  # meta tensors can fail in any way, and then the real ones decide
         weight = next(model.parameters())
-        image = torch.zeros(1, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
+        shape = (1, input_channels(model), image_size, image_size)
+        image = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluation_mode(model):
             return _features(model, image)
 
@@ -98,14 +99,15 @@ class _LastMap(_Features):
         return _last_map(self.model, images)
 
 
-def _forward_on_meta(module: nn.Module, image_size: int) -> Any:
+def _forward_on_meta(module: "_Features | _LastMap", image_size: int) -> Any:
     """Return the output of a module for two images, computed with meta copies of its weights."""
     state = {
         name: torch.empty_like(tensor, device="meta")
         for tensors in (module.named_parameters(), module.named_buffers())
         for name, tensor in tensors
     }
-    images = torch.empty(2, 3, image_size, image_size, device="meta", dtype=_dtype(state))
+    shape = (2, input_channels(module.model), image_size, image_size)
+    images = torch.empty(shape, device="meta", dtype=_dtype(state))
     with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluation_mode(module):
         return torch.func.functional_call(module, state, images)
 

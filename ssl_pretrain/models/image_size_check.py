@@ -18,6 +18,7 @@ from ssl_pretrain.models.timm_networks import (
     check_tag,
     create,
     create_on_meta,
+    input_channels,
     is_meta_limitation,
     native_size,
 )
@@ -96,13 +97,13 @@ def _measure(config: BackboneConfig, build_size: int, size: int) -> int:
     except Exception as error:
         raise _WrongSizeError(error) from None
     try:
-        widths = _output_widths(model, num_channels(config), size)
+        widths = _output_widths(model, size)
     except Exception as error:
         if not is_meta_limitation(error) or next(model.parameters()).device.type != "meta":
             raise _WrongSizeError(error) from None
         try:
             with torch.random.fork_rng(devices=[]):
-                widths = _output_widths(create(config, build_size), num_channels(config), size)
+                widths = _output_widths(create(config, build_size), size)
         except Exception as error_on_cpu:
             raise _WrongSizeError(error_on_cpu) from None
     if len(widths) != 1 or not all(isinstance(width, int) for width in widths):
@@ -120,12 +121,13 @@ def _measure(config: BackboneConfig, build_size: int, size: int) -> int:
     return int(widths.pop())
 
 
-def _output_widths(model: nn.Module, channels: int, size: int) -> set[int | str]:
+def _output_widths(model: nn.Module, size: int) -> set[int | str]:
     """Return the widths of the output in evaluation mode and in training mode.
 
     An output that is not one vector per image is described in words.
     """
-    images = torch.zeros(2, channels, size, size, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    images = torch.zeros(2, input_channels(model), size, size, device=device)
     widths: set[int | str] = set()
     for training in (False, True):
         model.train(training)

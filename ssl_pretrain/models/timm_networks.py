@@ -46,6 +46,9 @@ def _import_timm() -> Any:
 timm = _import_timm()
 
 
+_CHANNELS = "num_input_channels"  # attribute of a network, which its copies keep
+
+
 @dataclass
 class BackboneConfig:
     """Network to pretrain and its initial weights."""
@@ -90,14 +93,15 @@ def create(config: BackboneConfig, image_size: int) -> nn.Module:
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path
     model = _construct(config, args)
+    setattr(model, _CHANNELS, int(args.get("in_chans", 3)))
     if config.stem != "imagenet":
         _shrink_stem(model, config.name, unit_stride=config.stem == "small")
     return model
 
 
-def num_channels(config: BackboneConfig) -> int:
-    """Return the number of channels of the images that the network takes."""
-    return int(config.args.get("in_chans", 3))
+def input_channels(model: nn.Module) -> int:
+    """Return the number of channels of the images that a network takes."""
+    return getattr(model, _CHANNELS, 3)
 
 
 def _create_custom(config: BackboneConfig, image_size: int) -> nn.Module:

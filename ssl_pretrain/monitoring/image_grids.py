@@ -32,10 +32,10 @@ def view_grid(batch: Batch, config: ViewsConfig) -> Tensor:
         Picture (3, height, width) in [0, 1].
     """
     size = max(view.shape[-1] for view in batch.views)
-    offset, scale = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    offset, scale = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
     columns = []
     for number, (view, crop) in enumerate(zip(batch.views, recipe.crop_per_view(config))):
-        pixels = (view[:NUM_IMAGES].float().cpu() * scale + offset).clamp(0, 1)
+        pixels = to_rgb((view[:NUM_IMAGES].float().cpu() * scale + offset).clamp(0, 1))
         columns.append(pixels)
         if mask_sets := [masks for masks in batch.masks if masks.view == number]:
             columns.append(_draw_masks(pixels, mask_sets, crop.mask.patch_size))
@@ -45,6 +45,17 @@ def view_grid(batch: Batch, config: ViewsConfig) -> Tensor:
     ]
     images = torch.stack(padded, dim=1).flatten(0, 1)
     return make_grid(images, nrow=len(columns), padding=2, pad_value=1.0)
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """Return images (..., C, height, width) with three channels, for pictures.
+
+    One channel is shown in gray. Of two, the second is green and blue. Of more than three, the
+    first three are red, green and blue.
+    """
+    num_channels = images.shape[-3]
+    shown = torch.tensor([0, 1, 2]).clamp(max=num_channels - 1)
+    return images.index_select(-3, shown.to(images.device))
 
 
 def _draw_masks(views: Tensor, mask_sets: list[MaskSet], patch_size: int) -> Tensor:
@@ -86,14 +97,14 @@ def neighbor_grid(queries: Tensor, neighbors: Tensor, same_class: Tensor) -> Ten
     Neighbors of the query's class have a green frame, and others have a red frame.
 
     Args:
-        queries: Images, uint8 (num_queries, 3, size, size).
-        neighbors: Images, uint8 (num_queries, k, 3, size, size).
+        queries: Images, uint8 (num_queries, C, size, size).
+        neighbors: Images, uint8 (num_queries, k, C, size, size).
         same_class: True for neighbors of the query's class, bool (num_queries, k).
 
     Returns:
         Picture (3, height, width) in [0, 1].
     """
-    images = torch.cat([queries[:, None], neighbors], dim=1).float() / 255
+    images = to_rgb(torch.cat([queries[:, None], neighbors], dim=1).float() / 255)
     framed = F.pad(images, (BORDER, BORDER, BORDER, BORDER), value=1.0)
     colors = torch.where(same_class[..., None], torch.tensor(GREEN), torch.tensor(RED))
     frame = torch.ones(framed.shape[-2:], dtype=torch.bool)

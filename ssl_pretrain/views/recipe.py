@@ -117,6 +117,11 @@ class ViewsConfig:
         [1.0, 1.0, 1.0], "Divisor of each color channel.", above=0, unit=DIMENSIONLESS
     )
 
+    @property
+    def num_channels(self) -> int:
+        """Number of channels of the views."""
+        return len(self.mean)
+
 
 def crop_per_view(views: ViewsConfig) -> list[Crop]:
     """Return the recipe of every view of an image, in the order of the YAML."""
