@@ -198,7 +198,7 @@ def test_a_resize_without_antialias_is_the_authors_within_one_level(
 def write_view_without_antialias(
     image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, is_bicubic: bool
 ) -> np.ndarray:
-    """Transpose a whole image and resize a box of it, as `native.decode` does."""
+    """Transpose a whole image and resize a box of it, as `native.views` does."""
     height, width, _ = image.shape
     padded_height, padded_width = resize.pad_to_tiles(height), resize.pad_to_tiles(3 * width)
     padded, transposed = (
@@ -208,7 +208,7 @@ def write_view_without_antialias(
     padded[:height, : 3 * width] = image.reshape(height, -1)
     resize.transpose(padded.reshape(-1), padded_width, height, 3 * width, transposed, padded_height)
     out = np.full(3 * size * size, 77, np.uint8)
-    resize.write_view_without_antialias(transposed, padded_height, box, size, is_bicubic, out)
+    resize.write_view_without_antialias(transposed, 3, padded_height, box, size, is_bicubic, out)
     return out.reshape(3, size, size)
 
 
