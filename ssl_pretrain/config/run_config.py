@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig
+from ssl_pretrain.config import channels
 from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.fault_tolerance.nan_guard import GuardConfig
 from ssl_pretrain.methods.base import MethodConfig
@@ -195,3 +196,6 @@ class RunConfig:
     output: str = setting(
         "", "Folder of the run. Empty means runs/<name of the YAML>.", on_resume="free"
     )
+
+    def __post_init__(self) -> None:
+        channels.fit(self)

@@ -105,6 +105,14 @@ class DataConfig:
         maximum=1e12,
         unit="pixel values",
     )
+    channels: int = setting(
+        3,
+        "Channels of every image. 1 converts color to gray, 3 repeats gray. For any other number, "
+        "the files must have that many.",
+        minimum=1,
+        maximum=32,
+        unit="channels",
+    )
     cache_dir: str = setting(
         "",
         "Folder for cached lists of files, indexes and shards. If empty, it is "

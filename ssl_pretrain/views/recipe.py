@@ -20,6 +20,7 @@ from ssl_pretrain.views.mask_recipe import Mask
 
 Interpolation = Literal["bilinear", "bicubic"]
 CropSampler = Literal["torchvision", "tensorflow", "clipped"]
+COLOR_OPERATIONS = ("saturation", "hue", "grayscale")  # need red, green and blue
 
 
 @dataclass
@@ -143,11 +144,13 @@ def check(views: ViewsConfig) -> None:
     for name, crop in views.crops.items():
         _check_crop(f"views.crops.{name}", crop)
     _check_order(views.crops)
-    for key, values in (("mean", views.mean), ("std", views.std)):
-        if len(values) != 3:
-            raise ValueError(
-                f"views.{key}: {values} must be 3 numbers, one each for red, green and blue"
-            )
+    if len(views.mean) != len(views.std):
+        raise ValueError(
+            f"views.std: {views.std} must be {len(views.mean)} numbers, as views.mean is, one per "
+            "channel of the images"
+        )
+    for name, crop in views.crops.items():
+        _check_colors(f"views.crops.{name}", crop, views.num_channels)
 
 
 def check_batch(views: ViewsConfig, global_batch_size: int) -> None:
@@ -170,6 +173,15 @@ def _check_crop(key: str, crop: Crop) -> None:
         )
     _check_blur(key, crop)
     mask_checks.check(f"{key}.mask", crop.mask, crop.size)
+
+
+def _check_colors(key: str, crop: Crop, num_channels: int) -> None:
+    for operation in COLOR_OPERATIONS:
+        if num_channels != 3 and getattr(crop, operation):
+            raise ValueError(
+                f"{key}.{operation}: {getattr(crop, operation)} needs red, green and blue, and the "
+                f"images have {num_channels} channels; set it to 0"
+            )
 
 
 def _check_blur(key: str, crop: Crop) -> None:
