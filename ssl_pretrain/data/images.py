@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 from torchvision.io import decode_jpeg
 
+from ssl_pretrain.data import bands
 from ssl_pretrain.data import pixels as pixel_formats
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit, twice Image.MAX_IMAGE_PIXELS
@@ -40,7 +41,6 @@ MAX_BYTES = 1 << 30  # no image of MAX_PIXELS pixels needs a larger file
 # Windows. Pillow has no decoders of its own for the others.
 _REFUSED_FORMATS = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _JPEG_SIGNATURE = b"\xff\xd8"
-_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION_TAG = 0x0112
 # Functions that turn the stored pixels upright, by EXIF orientation.
 _UPRIGHT_TRANSFORMS = {
@@ -96,17 +96,42 @@ def decode(
     content: bytes,
     name: str,
     value_range: pixel_formats.ValueRange | None = None,
+    num_channels: int = 3,
 ) -> np.ndarray:
-    """Return writable RGB pixels by the rules above, uint8 (height, width, 3), in any memory order.
+    """Return writable pixels, uint8 (height, width, num_channels), in any memory order.
+
+    Three channels are RGB by the rules above, and one is the luma of RGB. Other numbers, and NumPy
+    files, are read by the rules of `bands`.
 
     Args:
         content: Bytes of the file.
         name: Name of the file, for messages.
         value_range: Value of `data.range`, for images with more than 8 bits per value.
+        num_channels: Value of `data.channels`.
 
     Raises:
         UnreadableImage: If the file is damaged, truncated or refused. The message names it.
     """
+    if num_channels not in (1, 3) or bands.is_npy(content):
+        return _decode_bands(content, name, value_range, num_channels)
+    rgb = _decode_rgb(content, name, value_range)
+    return rgb if num_channels == 3 else pixel_formats.to_gray(rgb)
+
+
+def _decode_bands(
+    content: bytes, name: str, value_range: pixel_formats.ValueRange | None, num_channels: int
+) -> np.ndarray:
+    """Return the bands of an image, uint8 (height, width, num_channels)."""
+    try:
+        return pixel_formats.to_8_bits(bands.read(content, num_channels), value_range)
+    except Exception as error:  # decoders raise almost anything for damaged files
+        raise UnreadableImage(f"{name}: {str(error) or type(error).__name__}") from error
+
+
+def _decode_rgb(
+    content: bytes, name: str, value_range: pixel_formats.ValueRange | None
+) -> np.ndarray:
+    """Return the RGB pixels of an image by the rules above."""
     if content.startswith(_JPEG_SIGNATURE):
         width, height = _jpeg_size(content)
         _check_size(width, height, name)
@@ -156,7 +181,7 @@ def _reason(content: bytes, error: Exception) -> str:
     """Return the reason why an image could not be decoded."""
     if not isinstance(error, Image.UnidentifiedImageError):
         return str(error) or type(error).__name__
-    if content.startswith(_TIFF_SIGNATURES):
+    if content.startswith(bands.TIFF_SIGNATURES):
         return (
             "Pillow cannot read a TIFF with this compression or this number of bands or bits; "
             "convert it to gray or RGB with 8 or 16 bits"

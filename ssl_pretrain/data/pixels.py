@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-ValueRange = tuple[float, float]  # values that become black and white
+# Values that become black and white: low and high, for all channels or for each one in turn.
+ValueRange = tuple[float, ...]
 
 # Most levels that the high byte of 16-bit color can have if the color uses at most 14 bits.
 _MAX_14_BIT_LEVELS = 64
@@ -124,19 +125,42 @@ def used_range(values: np.ndarray) -> ValueRange:
     return float(low), float(high)
 
 
+def to_gray(rgb: np.ndarray) -> np.ndarray:
+    """Return the luma of RGB pixels by ITU-R BT.601, as Pillow computes it, (height, width, 1).
+
+    A gray image keeps its values.
+    """
+    weights = np.array([19595, 38470, 7471], np.uint32)  # of 65,536
+    return ((rgb @ weights + 0x8000) >> 16).astype(np.uint8)[..., None]
+
+
+def to_8_bits(values: np.ndarray, value_range: ValueRange | None) -> np.ndarray:
+    """Return stored values as uint8: bool as 0 and 255, wider ones by `to_levels`.
+
+    Raises:
+        ValueError: If a value is not finite, or the range is needed and not given.
+    """
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype == np.uint8:
+        return values
+    return to_levels(values, values.dtype.kind == "f", value_range)
+
+
 def to_levels(values: np.ndarray, is_float: bool, value_range: ValueRange | None) -> np.ndarray:
     """Map values wider than 8 bits to uint8.
 
     Args:
         values: The values.
         is_float: True for floating-point values, which need a range.
-        value_range: The values that become 0 and 255. None stands for 0 and 65535.
+        value_range: The values that become 0 and 255, for all channels or for each of the last
+            axis. None stands for 0 and 65535.
 
     Raises:
         ValueError: If a value is not finite, or the range is needed and not given.
     """
     if value_range is not None:
-        low, high = value_range
+        low, high = np.asarray(value_range[0::2]), np.asarray(value_range[1::2])
         fractions = (values.astype(np.float64) - low) / (high - low)
         if not np.isfinite(fractions).all():
             raise ValueError("it has values that are not finite; replace them, or remove the image")
