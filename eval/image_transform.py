@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_pretrain.data.image_values import to_rgb
+from ssl_pretrain.data.config import pixel_format
+from ssl_pretrain.data.image_values import to_pixels
+from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.views import color, crops
 from ssl_pretrain.views.recipe import Interpolation
@@ -16,15 +18,16 @@ from ssl_pretrain.views.recipe import Interpolation
 class ImageTransform:
     """Resize, crop and normalize an image, as the evaluations of its run do.
 
-    Calling it maps an image to a float32 tensor (3, size, size). The image is a PIL image, a path,
-    an array (height, width, 3) or a tensor (3, height, width).
+    Calling it maps an image to a float32 tensor (channels, size, size). The image is a PIL image, a
+    path, an array (height, width, channels) or a tensor (channels, height, width).
 
     Attributes:
         size: Height and width of the result in pixels.
         crop_ratio: Side of the central crop as a share of the resized shorter side.
         interpolation: Interpolation of the resize.
-        mean: Mean that is subtracted from each color channel, for pixels in [0, 1].
-        std: Divisor of each color channel.
+        mean: Mean that is subtracted from each channel, for pixels in [0, 1].
+        std: Divisor of each channel.
+        pixel_format: Number of channels of the images, and the range of wide values.
     """
 
     size: int
@@ -32,6 +35,7 @@ class ImageTransform:
     interpolation: Interpolation
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    pixel_format: PixelFormat = RGB
 
     @classmethod
     def of_run(cls, run: Run) -> "ImageTransform":
@@ -43,21 +47,22 @@ class ImageTransform:
             evaluation.interpolation,
             tuple(views.mean),
             tuple(views.std),
+            pixel_format(run.config.data),
         )
 
     def __call__(self, image: Any) -> Tensor:
-        """Return the input of the backbone, float32 (3, size, size).
+        """Return the input of the backbone, float32 (channels, size, size).
 
         Raises:
             ValueError: If the object is not an image.
         """
-        pixels = torch.from_numpy(to_rgb(image, "the image")).permute(2, 0, 1)
+        pixels = torch.from_numpy(to_pixels(image, "the image", self.pixel_format)).permute(2, 0, 1)
         return self.normalize(self.crop(pixels)[None])[0]
 
     def crop(self, pixels: Tensor) -> Tensor:
-        """Resize and crop an image, uint8 (3, height, width), to uint8 (3, size, size)."""
+        """Resize and crop an image, uint8 (channels, height, width), to (channels, size, size)."""
         return crops.evaluation_view(pixels, self.size, self.crop_ratio, self.interpolation)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Normalize cropped images, uint8 (n, 3, size, size), to float32 of the same shape."""
+        """Normalize cropped images, uint8 (n, channels, size, size), to float32."""
         return color.normalize(pixels, list(self.mean), list(self.std))

@@ -19,6 +19,7 @@ from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import python_objects, readers, sources
 from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.pixels import PixelFormat
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import report, runs
 from ssl_pretrain.eval.image_transform import ImageTransform
@@ -178,8 +179,8 @@ def pretrain(
         >>> run.is_finished
         True
     """
-    data_values, objects = _describe_data(data, val)
     overrides = run_settings.build_tree(overrides)
+    data_values, objects = _describe_data(data, val, overrides.get("data", {}))
     _require_text("method", method, "the name of one, or package.module of your own")
     method = run_settings.choose_method(method, overrides)
     if isinstance(backbone, nn.Module):
@@ -286,7 +287,7 @@ def embed(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} is out of range; give a whole number >= 1")
-    source = _open_images(images)
+    source = _open_images(images, transform.pixel_format)
     device = next(network.parameters()).device
     parallel = getattr(network, "parallel", ParallelConfig(precision="float32"))
     execution = Execution.resolve(parallel, device)
@@ -318,8 +319,15 @@ def _require_text(name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"{name}: {value!r} is of type {type(value).__name__}; give {allowed}")
 
 
-def _describe_data(data: Any, val: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _describe_data(
+    data: Any, val: Any, settings: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Describe the images in the terms of a configuration.
+
+    Args:
+        data: Training images.
+        val: Images for evaluations, or None.
+        settings: The user's settings of the section `data`.
 
     Returns:
         The values of the section `data`, and the objects by name that they refer to.
@@ -333,13 +341,17 @@ def _describe_data(data: Any, val: Any) -> tuple[dict[str, Any], dict[str, Any]]
         is_built_in = str(data) in ("digits", "cifar10") and not Path(data).exists()
         values = {"source": str(data)} if is_built_in else {"source": "folder", "root": str(data)}
         return values | ({} if val is None else {"val": os.path.abspath(val)}), {}
-    splits = {"train": python_objects.open_object(data), "val": None}
+    num_channels, value_range = settings.get("channels"), settings.get("range")
+    train = python_objects.open_object(data, "data", num_channels, value_range)
+    splits = {"train": train, "val": None}
     if isinstance(val, (str, Path)):
         raise ValueError("val: is a path, but data is an object; give both in the same way")
     if val is not None:
-        splits["val"] = python_objects.open_object(val, "val")
+        splits["val"] = python_objects.open_object(val, "val", train.num_channels, value_range)
     reference = f"{user_objects.OBJECT_PREFIX}{DATA_OBJECT}"
-    return {"source": reference}, {DATA_OBJECT: splits.get}  # a function of the split's name
+    return {"source": reference, "channels": train.num_channels}, {
+        DATA_OBJECT: splits.get
+    }  # a function of the split's name
 
 
 def _name_of(data: Any) -> str:
@@ -349,13 +361,20 @@ def _name_of(data: Any) -> str:
     return "images"
 
 
-def _open_images(images: Any) -> Source:
+def _open_images(images: Any, pixel_format: PixelFormat) -> Source:
     """Open the images that `embed` takes in any of its forms."""
     if isinstance(images, Source):
         return images
     if isinstance(images, (str, Path)):
-        return sources.open_source(DataConfig(root=str(images)), "train")
-    return python_objects.open_object(images, "images")
+        data = DataConfig(
+            root=str(images),
+            channels=pixel_format.num_channels,
+            range=list(pixel_format.value_range or ()),
+        )
+        return sources.open_source(data, "train")
+    return python_objects.open_object(
+        images, "images", pixel_format.num_channels, pixel_format.value_range
+    )
 
 
 def _train(config: RunConfig) -> None:

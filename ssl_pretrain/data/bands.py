@@ -18,6 +18,8 @@ from PIL import Image
 
 NPY_SIGNATURE = b"\x93NUMPY"
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PLAIN_PHOTOMETRICS = (0, 1, 2)  # gray whose zero is white or black, and RGB
+_ALPHA = (1, 2)  # values of the tag ExtraSamples
 MAX_VALUES = 1 << 31  # per image, as protection from damaged headers
 
 
@@ -26,15 +28,51 @@ def is_npy(content: bytes) -> bool:
     return content.startswith(NPY_SIGNATURE)
 
 
+def has_bands(content: bytes) -> bool:
+    """Return True for a .npy, and for a TIFF that Pillow does not read, or not in full.
+
+    Such a TIFF has more bands than gray, color and alpha, several pages, or color of more than 8
+    bits.
+    """
+    if is_npy(content):
+        return True
+    if not content.startswith(TIFF_SIGNATURES):
+        return False
+    try:
+        with tifffile.TiffFile(io.BytesIO(content)) as file:
+            has_pages = len(file.pages) > 1 and not file.series[0].is_pyramidal
+            return has_pages or _has_unusual_bands(file.pages.first)
+    except Exception:  # Pillow names the damage
+        return False
+
+
+def _has_unusual_bands(page: tifffile.TiffPage) -> bool:
+    """Return True unless the bands of a page are gray or 8-bit color, with or without alpha."""
+    if page.photometric not in _PLAIN_PHOTOMETRICS:  # palettes, inks and other color spaces
+        return False
+    has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA
+    num_colors = page.samplesperpixel - has_alpha
+    return num_colors not in (1, 3) or (num_colors == 3 and page.bitspersample > 8)
+
+
+def count_bands(content: bytes) -> int:
+    """Return the number of channels of a .npy or TIFF, whose shortest axis they are in a .npy."""
+    if is_npy(content):
+        shape = _load_npy(content).shape
+        return 1 if len(shape) == 2 else min(shape[0], shape[-1])
+    return _read_tiff(content).shape[2]
+
+
 def read(content: bytes, num_channels: int) -> np.ndarray:
     """Return the values of an image as stored, (height, width, channels).
 
     Args:
         content: Bytes of the file.
         num_channels: Expected number of channels, which tells the order of a NumPy array's axes.
+            The image may have another number.
 
     Raises:
-        ValueError: If the file has another number of channels, or is no image.
+        ValueError: If the file is damaged or no image.
     """
     if is_npy(content):
         values = _read_npy(content, num_channels)
@@ -42,19 +80,13 @@ def read(content: bytes, num_channels: int) -> np.ndarray:
         values = _read_tiff(content)
     else:
         values = _read_with_pillow(content)
-    found = values.shape[2]
-    if found != num_channels:
-        raise ValueError(
-            f"it has {found} channels, and data.channels is {num_channels}; set "
-            f"data.channels={found} if all images have that many"
-        )
     if values.dtype.kind not in "buif":
         raise ValueError(f"its values are of type {values.dtype}; save integers or floats")
     return values
 
 
 def _read_npy(content: bytes, num_channels: int) -> np.ndarray:
-    values = np.load(io.BytesIO(content), allow_pickle=False)
+    values = _load_npy(content)
     if values.ndim == 2:
         return values[..., None]
     if values.ndim != 3:
@@ -66,6 +98,11 @@ def _read_npy(content: bytes, num_channels: int) -> np.ndarray:
         return np.moveaxis(values, 0, -1)
     if values.shape[2] > values.shape[0]:  # for the message about another number of channels
         return np.moveaxis(values, 0, -1)
+    return values
+
+
+def _load_npy(content: bytes) -> np.ndarray:
+    values: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
     return values
 
 

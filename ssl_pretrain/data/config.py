@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from ssl_pretrain.data.pixels import PixelFormat
 from ssl_pretrain.schema import DIMENSIONLESS, setting
 
 NAMED_SOURCES = ("digits", "cifar10", "cifar100", "stl10", "folder", "huggingface")
@@ -99,8 +100,8 @@ class DataConfig:
     )
     range: list[float] = setting(
         [],
-        "Values [low, high] of 16-bit gray and float images that become 0 and 255. "
-        "If empty, they are 0 and 65535.",
+        "Values [low, high] of images of more than 8 bits that become 0 and 255, for all channels "
+        "or for each one in turn. If empty, they are 0 and 65535.",
         minimum=-1e12,
         maximum=1e12,
         unit="pixel values",
@@ -129,9 +130,9 @@ class DataConfig:
     )
 
 
-def value_range(config: DataConfig) -> tuple[float, float] | None:
-    """Return the values that become 0 and 255, or None if `data.range` is empty."""
-    return (float(config.range[0]), float(config.range[1])) if config.range else None
+def pixel_format(config: DataConfig) -> PixelFormat:
+    """Return the number of channels, and the range of the values that become 0 and 255."""
+    return PixelFormat(config.channels, tuple(map(float, config.range)) or None)
 
 
 def check(config: DataConfig) -> None:
@@ -164,8 +165,10 @@ def check(config: DataConfig) -> None:
         )
     values = config.range
     is_finite = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
-    if values and (len(values) != 2 or not is_finite or values[0] >= values[1]):
+    is_ordered = is_finite and all(low < high for low, high in zip(values[::2], values[1::2]))
+    if values and (len(values) not in (2, 2 * config.channels) or not is_ordered):
+        per_channel = f", or two per channel ({2 * config.channels})" if config.channels > 1 else ""
         raise ValueError(
             f"data.range: {list(values)} must be two numbers, the lower one first, such as "
-            "[0, 4095]"
+            f"[0, 4095]{per_channel}"
         )

@@ -16,7 +16,7 @@ from ssl_pretrain.data.folder_tree import DiskFolder, FolderTree, Location, ZipF
 from ssl_pretrain.data.image_source import ImageFiles, NoSuchSplit
 from ssl_pretrain.data.labels import SplitFolder, label_images
 from ssl_pretrain.data.listing import Listing, list_folder
-from ssl_pretrain.data.pixels import ValueRange
+from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.split_guess import AmbiguousSplits, find_inner_splits, guess_training_split
 from ssl_pretrain.data.split_search import (
     folder_names,
@@ -43,16 +43,21 @@ class FileDataSet:
         train: Value of `data.train`, which names the training split.
         val: Value of `data.val`, which names the validation split.
         cache_dir: Folder for cached listings.
-        value_range: Value of `data.range`.
+        pixel_format: Number of channels and range of the images.
     """
 
     def __init__(
-        self, root: Path, train: str, val: str, cache_dir: Path, value_range: ValueRange | None
+        self,
+        root: Path,
+        train: str,
+        val: str,
+        cache_dir: Path,
+        pixel_format: PixelFormat = RGB,
     ):
         self.root = root
         self.splits = _find_splits(root, train, val, cache_dir)
         self._cache_dir = cache_dir
-        self._value_range = value_range
+        self._pixel_format = pixel_format
 
     def open_split(self, split: SplitName, classes: list[str] | None) -> ImageFiles:
         """Return the images of a split with their labels.
@@ -87,7 +92,7 @@ class FileDataSet:
             full_path=path,
         )
         labels, classes, label_notes = label_images(folder, file_list.labels, classes)
-        source = ImageFiles(path, file_list.files, labels, classes, self._value_range)
+        source = ImageFiles(path, file_list.files, labels, classes, self._pixel_format)
         split_notes = self.splits.notes if is_train else []
         source.notes = [*split_notes, *file_list.notes, *label_notes, *skipped_notes]
         return source

@@ -18,7 +18,7 @@ from ssl_pretrain.data.images import (
     read_header,
 )
 from ssl_pretrain.data.listing import Listing, Span
-from ssl_pretrain.data.pixels import ValueRange
+from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.zip_archive import read_span
 from ssl_pretrain.system.platform_support import BINARY, NONBLOCK
 
@@ -48,23 +48,32 @@ class Source(ABC):
         classes: Names of the classes of the training split. The validation split uses the same
             classes.
         notes: Lines to print at the start of a run, about the layout and skipped files.
-        value_range: The setting `data.range`.
-        supports_range: True if images with more than 8 bits per value are read by that setting.
-        num_channels: Channels of every image.
+        pixel_format: Number of channels, and range of the values that become 0 and 255.
+        supports_range: True if images with more than 8 bits per value are read by that range.
     """
 
     supports_range = False
-    num_channels = 3
 
-    def __init__(self, full_path: str, labels: np.ndarray, classes: list[str]):
+    def __init__(
+        self,
+        full_path: str,
+        labels: np.ndarray,
+        classes: list[str],
+        pixel_format: PixelFormat = RGB,
+    ):
         self.full_path = full_path
         self.labels = labels.astype(np.int64)
         self.classes = classes
         self.notes: list[str] = []
-        self.value_range: ValueRange | None = None
+        self.pixel_format = pixel_format
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of every image."""
+        return self.pixel_format.num_channels
 
     def label(self, index: int) -> int:
         """Return the label of one image, or -1 if it has none."""
@@ -88,7 +97,7 @@ class Source(ABC):
         Raises:
             UnreadableImage: If the image is absent or damaged.
         """
-        raise NotImplementedError(f"{type(self).__name__} has RGB images of 8 bits")
+        raise NotImplementedError(f"{type(self).__name__} has images of 8 bits")
 
     def take(self, indices: np.ndarray) -> Self:
         """Return a source of the images at `indices`, in that order."""
@@ -173,23 +182,22 @@ class ImageFiles(EncodedSource):
         files: Listing,
         labels: np.ndarray,
         classes: list[str],
-        value_range: ValueRange | None = None,
+        pixel_format: PixelFormat = RGB,
     ):
-        super().__init__(full_path, labels, classes)
+        super().__init__(full_path, labels, classes, pixel_format)
         self.files = files
-        self.value_range = value_range
         self._archive: int | None = None  # file descriptor of the zip
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_archive": None}  # a descriptor is only valid in its own process
 
     def read(self, index: int) -> np.ndarray:
-        """Read and decode one file as RGB pixels, uint8 (height, width, 3).
+        """Read and decode one file, uint8 (height, width, num_channels).
 
         Raises:
             UnreadableImage: If the file cannot be read or decoded. The message contains the path.
         """
-        return decode(self.read_bytes(index), self.name(index), self.value_range)
+        return decode(self.read_bytes(index), self.name(index), self.pixel_format)
 
     def header(self, index: int) -> ImageHeader:
         """Return the format, size and range of values of one file."""

@@ -7,11 +7,12 @@
 | CMYK, YCCK, YCbCr | RGB by Pillow's plain conversion; color profiles are not applied |
 | 16-bit gray | value / 257, rounded; with `data.range`, low becomes 0 and high 255 |
 | 32-bit integers above 65,535, floats | refused without `data.range`, else like 16-bit gray |
-| 16-bit color, 16-bit gray with alpha | the high byte; refused if dark or with `data.range` |
+| 16-bit color in a TIFF | like 16-bit gray |
+| other 16-bit color, 16-bit gray with alpha | the high byte; refused if dark or with a range |
 | 16-bit gray TIFF whose zero is white | inverted, as Pillow does for 8 bits |
 | EXIF orientation | applied, so that the pixels are upright |
 | several frames (GIF, WebP, PNG) | the first frame |
-| several pages (TIFF) | refused, unless the other pages are smaller copies |
+| several pages (TIFF) | as many channels, unless the other pages are smaller copies |
 | four bands if the file does not say what the fourth is, alpha of 0 everywhere, Lab | refused |
 | more than 178,956,970 pixels | refused, as a possible decompression bomb |
 | 1x1 pixels | read like any other image |
@@ -34,6 +35,7 @@ from torchvision.io import decode_jpeg
 
 from ssl_pretrain.data import bands
 from ssl_pretrain.data import pixels as pixel_formats
+from ssl_pretrain.data.pixels import RGB, PixelFormat
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit, twice Image.MAX_IMAGE_PIXELS
 MAX_BYTES = 1 << 30  # no image of MAX_PIXELS pixels needs a larger file
@@ -70,11 +72,32 @@ class ImageHeader(NamedTuple):
     num_frames: int  # frames, or pages of a TIFF
     # Range of the values, without the lowest and highest 0.1 %. None for 8-bit images.
     value_range: pixel_formats.ValueRange | None = None
+    num_channels: int = 3
 
     @property
     def is_float(self) -> bool:
         """True if the values are floating-point numbers, which have no range of their own."""
         return self.mode == "F" or "float" in self.mode
+
+
+def describe_values(values: np.ndarray, mode: str = "") -> ImageHeader:
+    """Return the properties of an image with these values, (height, width, channels).
+
+    Args:
+        values: Values as stored.
+        mode: Pillow's name for the pixel format, or an empty string to name it by the values.
+    """
+    height, width, num_channels = values.shape
+    kind = values.dtype.name
+    is_narrow = kind in ("uint8", "bool")
+    if not mode and is_narrow:
+        mode = {1: "L", 3: "RGB"}.get(num_channels, f"{num_channels} bands")
+    elif not mode and num_channels == 1:
+        mode = {"uint16": "I;16"}.get(kind, kind)
+    elif not mode:
+        mode = f"RGB {kind}" if num_channels == 3 else f"{num_channels} bands of {kind}"
+    value_range = None if is_narrow else pixel_formats.used_range(values)
+    return ImageHeader(mode, width, height, 1, value_range, num_channels)
 
 
 @functools.cache
@@ -95,37 +118,40 @@ def image_suffixes() -> frozenset[str]:
 def decode(
     content: bytes,
     name: str,
-    value_range: pixel_formats.ValueRange | None = None,
-    num_channels: int = 3,
+    pixel_format: PixelFormat = RGB,
 ) -> np.ndarray:
     """Return writable pixels, uint8 (height, width, num_channels), in any memory order.
 
-    Three channels are RGB by the rules above, and one is the luma of RGB. Other numbers, and NumPy
-    files, are read by the rules of `bands`.
+    Three channels are RGB by the rules above, and one is the luma of RGB. Other numbers, NumPy
+    files, and TIFFs with more bands or pages are read by the rules of `bands`.
 
     Args:
         content: Bytes of the file.
         name: Name of the file, for messages.
-        value_range: Value of `data.range`, for images with more than 8 bits per value.
-        num_channels: Value of `data.channels`.
+        pixel_format: Number of channels, and the range of values wider than 8 bits.
 
     Raises:
         UnreadableImage: If the file is damaged, truncated or refused. The message names it.
     """
-    if num_channels not in (1, 3) or bands.is_npy(content):
-        return _decode_bands(content, name, value_range, num_channels)
-    rgb = _decode_rgb(content, name, value_range)
+    num_channels = pixel_format.num_channels
+    if num_channels not in (1, 3) or bands.has_bands(content):
+        return _decode_bands(content, name, pixel_format)
+    rgb = _decode_rgb(content, name, pixel_format.value_range)
     return rgb if num_channels == 3 else pixel_formats.to_gray(rgb)
 
 
-def _decode_bands(
-    content: bytes, name: str, value_range: pixel_formats.ValueRange | None, num_channels: int
-) -> np.ndarray:
+def _decode_bands(content: bytes, name: str, pixel_format: PixelFormat) -> np.ndarray:
     """Return the bands of an image, uint8 (height, width, num_channels)."""
+    num_channels = pixel_format.num_channels
     try:
-        return pixel_formats.to_8_bits(bands.read(content, num_channels), value_range)
+        values = bands.read(content, num_channels)
+        pixel_formats.check_conversion(name, values.shape[2], num_channels)
+        pixels = pixel_formats.to_8_bits(values, pixel_format.value_range)
+    except pixel_formats.WrongChannels as error:
+        raise UnreadableImage(str(error)) from error
     except Exception as error:  # decoders raise almost anything for damaged files
         raise UnreadableImage(f"{name}: {str(error) or type(error).__name__}") from error
+    return pixel_formats.convert_channels(pixels, num_channels)
 
 
 def _decode_rgb(
@@ -153,12 +179,25 @@ def read_header(content: bytes, name: str) -> ImageHeader:
     Raises:
         UnreadableImage: If the file is damaged. The message names it.
     """
+    if bands.has_bands(content):
+        return _read_bands_header(content, name)
     with _open(content, name) as image:
-        header = ImageHeader(image.mode, image.width, image.height, getattr(image, "n_frames", 1))
-        if not pixel_formats.is_wide_mode(image.mode):
-            return header
-        values = np.array(image)
-    return header._replace(value_range=pixel_formats.used_range(values))
+        num_frames = getattr(image, "n_frames", 1)
+        if pixel_formats.is_wide_mode(image.mode):
+            header = describe_values(np.array(image)[..., None], image.mode)
+            return header._replace(num_frames=num_frames)
+        num_channels = 1 if image.mode in ("1", "L", "LA") else 3
+        return ImageHeader(
+            image.mode, image.width, image.height, num_frames, num_channels=num_channels
+        )
+
+
+def _read_bands_header(content: bytes, name: str) -> ImageHeader:
+    """Return the properties of a .npy, or of a TIFF with bands that Pillow does not read."""
+    try:
+        return describe_values(bands.read(content, bands.count_bands(content)))
+    except Exception as error:  # decoders raise almost anything for damaged files
+        raise UnreadableImage(f"{name}: {str(error) or type(error).__name__}") from error
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.order import BatchPlan, check_batch_divides
 from ssl_pretrain.data.readers import Reader
 from ssl_pretrain.data.replacement import ReplacementLimit
-from ssl_pretrain.data.source_report import check_value_range, layout_lines
+from ssl_pretrain.data.source_report import check_images, layout_lines
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.views import color, crops, masks, recipe
@@ -261,7 +261,7 @@ def build(
     lines: list[str] = []
     if process_group.local_rank() == 0:
         source = open_source(data, "train")
-        check_value_range(source)
+        check_images(source)
         lines = layout_lines(data, source)  # opens the validation images, and lists them first
     collectives.barrier()
     if process_group.local_rank() != 0:

@@ -13,6 +13,7 @@ from PIL import Image
 from ssl_pretrain import rng
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.listing import open_atomically
+from ssl_pretrain.data.pixels import PixelFormat, check_conversion
 
 _NUM_VAL_PER_CLASS = 50
 
@@ -20,7 +21,8 @@ _NUM_VAL_PER_CLASS = 50
 class Digits(Source):
     """Gray images of 8x8 pixels, 1,297 for training and 500 for validation."""
 
-    def __init__(self, split: str):
+    def __init__(self, split: str, num_channels: int = 3):
+        check_conversion("data.source: digits", 1, num_channels)
         # This import takes a second, and the other sources do not need it.
         from sklearn.datasets import load_digits
 
@@ -34,12 +36,13 @@ class Digits(Source):
             "scikit-learn's digits",
             labels=digits.target[self._sklearn_indices],
             classes=[str(digit) for digit in range(10)],
+            pixel_format=PixelFormat(num_channels),
         )
         gray = np.rint(digits.images[self._sklearn_indices] * (255 / 16)).astype(np.uint8)
-        self._pixels = np.repeat(gray[..., None], 3, axis=3)
+        self._pixels = np.repeat(gray[..., None], num_channels, axis=3)
 
     def read(self, index: int) -> np.ndarray:
-        """Return the gray pixels of one digit as RGB, uint8 (8, 8, 3)."""
+        """Return the gray pixels of one digit, uint8 (8, 8, num_channels)."""
         return self._pixels[index]
 
     def name(self, index: int) -> str:

@@ -1,6 +1,7 @@
-"""Convert the pixel formats of image files to 8-bit RGB, and refuse the ambiguous ones."""
+"""Convert the pixel formats of image files to 8 bits, and refuse the ambiguous ones."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,35 @@ from PIL import Image
 
 # Values that become black and white: low and high, for all channels or for each one in turn.
 ValueRange = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """Format in which images are read, uint8 (height, width, num_channels)."""
+
+    num_channels: int = 3  # the setting `data.channels`
+    value_range: ValueRange | None = None  # the setting `data.range`
+
+
+RGB = PixelFormat()
+
+
+class WrongChannels(ValueError):
+    """Error for images that have another number of channels than `data.channels`.
+
+    Args:
+        name: Name of the image or of the data set.
+        found: Number of its channels.
+        expected: The setting `data.channels`.
+    """
+
+    def __init__(self, name: str, found: int, expected: int):
+        self.name, self.found, self.expected = name, found, expected
+        super().__init__(
+            f"{name} has {found} channel{'s' if found > 1 else ''}, and data.channels is "
+            f"{expected}; set data.channels={found} if all images have that many"
+        )
+
 
 # Most levels that the high byte of 16-bit color can have if the color uses at most 14 bits.
 _MAX_14_BIT_LEVELS = 64
@@ -117,7 +147,14 @@ def _tags(image: Image.Image) -> Mapping[int, Any]:
 
 
 def used_range(values: np.ndarray) -> ValueRange:
-    """Return the range of the finite values, without the lowest and highest 0.1 %."""
+    """Return the range of the finite values, without the lowest and highest 0.1 %.
+
+    Bands of a satellite or a microscope have different units, so that images (height, width,
+    channels) of other than 1 or 3 channels get a range per channel.
+    """
+    if values.ndim == 3 and values.shape[2] not in (1, 3):
+        ranges = [used_range(values[..., channel]) for channel in range(values.shape[2])]
+        return tuple(limit for value_range in ranges for limit in value_range)
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 0.0
@@ -132,6 +169,30 @@ def to_gray(rgb: np.ndarray) -> np.ndarray:
     """
     weights = np.array([19595, 38470, 7471], np.uint32)  # of 65,536
     return ((rgb @ weights + 0x8000) >> 16).astype(np.uint8)[..., None]
+
+
+def check_conversion(name: str, found: int, num_channels: int) -> None:
+    """Raise WrongChannels unless images can be converted to `data.channels`.
+
+    Args:
+        name: Name of the image or of the data set, for the message.
+        found: Number of its channels.
+        num_channels: The setting `data.channels`.
+    """
+    if found != num_channels and {found, num_channels} != {1, 3}:
+        raise WrongChannels(name, found, num_channels)
+
+
+def convert_channels(pixels: np.ndarray, num_channels: int) -> np.ndarray:
+    """Return pixels with this many channels: gray repeated as RGB, or the luma of RGB.
+
+    Args:
+        pixels: uint8 (height, width, channels), for which `check_conversion` passes.
+        num_channels: The setting `data.channels`.
+    """
+    if pixels.shape[2] == num_channels:
+        return pixels
+    return np.repeat(pixels, 3, axis=2) if num_channels == 3 else to_gray(pixels)
 
 
 def to_8_bits(values: np.ndarray, value_range: ValueRange | None) -> np.ndarray:

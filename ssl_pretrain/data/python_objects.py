@@ -1,10 +1,11 @@
 """Open the Python objects that contain images: arrays, torch data sets, Hugging Face data sets."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from operator import getitem
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,16 +14,28 @@ from ssl_pretrain.data.formats.array_choice import NO_LABELS
 from ssl_pretrain.data.formats.hugging_face import open_table, read_column, read_row
 from ssl_pretrain.data.formats.table_columns import IMAGE_COLUMNS, LABEL_COLUMNS
 from ssl_pretrain.data.image_source import NoSuchSplit, Source
-from ssl_pretrain.data.image_values import ALLOWED_IMAGES, to_levels
+from ssl_pretrain.data.image_values import ALLOWED_IMAGES, count_channels, to_levels
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.messages import report_progress
+from ssl_pretrain.data.pixels import (
+    RGB,
+    PixelFormat,
+    ValueRange,
+    WrongChannels,
+    check_conversion,
+)
 from ssl_pretrain.data.python_source import PythonSource
 
 IMAGE_KEYS = IMAGE_COLUMNS  # usual names of an item's image
 LABEL_KEYS = LABEL_COLUMNS
 
 
-def open_object(data: Any, name: str = "data") -> Source:
+def open_object(
+    data: Any,
+    name: str = "data",
+    num_channels: int | None = None,
+    value_range: ValueRange | None = None,
+) -> Source:
     """Return a source of the images of a Python object.
 
     Args:
@@ -31,25 +44,29 @@ def open_object(data: Any, name: str = "data") -> Source:
             image and label, or a dict with the key `image` and perhaps `label`.
             A pair of arrays contains images and labels.
         name: Name of the data set, for messages.
+        num_channels: Channels of the images that are read. If None, they are those of the first
+            image, and gray images are read as RGB.
+        value_range: The setting `data.range`.
 
     Raises:
-        ValueError: If the object is not a data set of images.
+        ValueError: If the object is not a data set of images with that many channels.
     """
+    read_as = _ReadAs(num_channels, value_range)
     if isinstance(data, Source):
-        return data
+        return _convert(data, name, read_as)
     if isinstance(data, (np.ndarray, torch.Tensor)):
-        return _open_array(data, None, name)
+        return _open_array(data, None, name, read_as)
     if isinstance(data, tuple) and len(data) == 2 and np.ndim(data[1]) == 1:
-        return _open_array(data[0], data[1], name)
+        return _open_array(data[0], data[1], name, read_as)
     if isinstance(data, tuple) and len(data) == 2 and getattr(data[0], "ndim", 0) == 4:
         raise ValueError(
             f"{name}: the labels have the shape {np.shape(data[1])}; give one number or name per "
             "image"
         )
     if hasattr(data, "column_names"):
-        return _open_hugging_face(data, name)
+        return _open_hugging_face(data, name, read_as)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping):
-        return _open_dataset(data, name)
+        return _open_dataset(data, name, read_as)
     if hasattr(data, "convert"):  # a PIL image
         raise ValueError(f"{name}: is one image; give a list of images")
     raise ValueError(
@@ -58,7 +75,32 @@ def open_object(data: Any, name: str = "data") -> Source:
     )
 
 
-def _open_array(images: Any, labels: Any, name: str) -> PythonSource:
+class _ReadAs(NamedTuple):
+    """How images are read, with None for what depends on the images."""
+
+    num_channels: int | None
+    value_range: ValueRange | None
+
+    def pixel_format(self, first_image: Any = None) -> PixelFormat:
+        """Return the format, by the channels of the first image if they are not set."""
+        return PixelFormat(self.num_channels or count_channels(first_image), self.value_range)
+
+
+def _convert(source: Source, name: str, read_as: _ReadAs) -> Source:
+    """Return a source that is read in another format, or raise WrongChannels."""
+    num_channels = read_as.num_channels or source.num_channels
+    if not isinstance(source, PythonSource):  # it may not read the attribute `pixel_format`
+        if num_channels != source.num_channels:
+            raise WrongChannels(name, source.num_channels, num_channels)
+        return source
+    check_conversion(name, source.num_channels, num_channels)
+    source = copy.copy(source)
+    value_range = read_as.value_range or source.pixel_format.value_range
+    source.pixel_format = PixelFormat(num_channels, value_range)
+    return source
+
+
+def _open_array(images: Any, labels: Any, name: str, read_as: _ReadAs) -> PythonSource:
     is_tensor = isinstance(images, torch.Tensor)
     values = images.detach().cpu().numpy() if is_tensor else np.asarray(images)
     if values.ndim == 3 and values.shape[2] in (3, 4):
@@ -71,13 +113,16 @@ def _open_array(images: Any, labels: Any, name: str) -> PythonSource:
             f"{name} has the shape {values.shape}; give (n, height, width, 3), (n, 3, height, "
             "width) or (n, height, width)"
         )
-    levels = to_levels(values, name)
+    levels = to_levels(values, name, read_as.value_range)
     stack = torch.from_numpy(levels) if is_tensor and levels.ndim == 4 else levels
     identity = hashlib.sha256(np.ascontiguousarray(levels).data).digest()
-    return PythonSource(name, partial(getitem, stack), labels, len(levels), identity=identity)
+    pixel_format = read_as.pixel_format(stack[0] if len(levels) else None)
+    return PythonSource(
+        name, partial(getitem, stack), labels, len(levels), None, identity, pixel_format
+    )
 
 
-def _open_hugging_face(data: Any, name: str) -> Source:
+def _open_hugging_face(data: Any, name: str, read_as: _ReadAs) -> Source:
     """Open a `datasets.Dataset`, which is recognized by its columns."""
     if isinstance(data, Mapping):
         raise ValueError(
@@ -98,7 +143,8 @@ def _open_hugging_face(data: Any, name: str) -> Source:
         )
     label_column = _choose_column(kinds, "ClassLabel", LABEL_KEYS)
     if data.format["type"] is None:
-        return open_table(data, name, image_column, label_column or NO_LABELS)
+        pixel_format = read_as.pixel_format()
+        return open_table(data, name, image_column, label_column or NO_LABELS, pixel_format)
     # The user's format or transform replaces the images of the table.
     labels, classes = None, None
     if label_column is not None:
@@ -106,7 +152,8 @@ def _open_hugging_face(data: Any, name: str) -> Source:
         classes = getattr(data.features[label_column], "names", None)
     identity = str(getattr(data, "_fingerprint", "")).encode()
     read = partial(read_row, data.select_columns([image_column]), image_column)
-    return PythonSource(name, read, labels, len(data), classes, identity)
+    pixel_format = read_as.pixel_format(read(0) if len(data) else None)
+    return PythonSource(name, read, labels, len(data), classes, identity, pixel_format)
 
 
 def _choose_column(kinds: Mapping[str, str], kind: str, usual_names: Sequence[str]) -> str | None:
@@ -122,12 +169,12 @@ def _choose_column(kinds: Mapping[str, str], kind: str, usual_names: Sequence[st
     return columns[0] if columns else None
 
 
-def _open_dataset(data: Any, name: str) -> PythonSource:
+def _open_dataset(data: Any, name: str, read_as: _ReadAs) -> PythonSource:
     """Open an object with a length and items, such as a torch `Dataset`."""
     if not len(data):
         raise ValueError(f"{name} contains no image; give one with images")
     first = next(_items(data, name))
-    _image_of(first, f"{name}[0]")  # raises if it is not an image
+    pixel_format = read_as.pixel_format(_image_of(first, f"{name}[0]"))
     labels, classes = None, None
     if _label_of(first) is not None:
         labels, classes = _stored_labels(data)
@@ -136,7 +183,7 @@ def _open_dataset(data: Any, name: str) -> PythonSource:
             labels = [_label_of(item) for item in items]
     read = partial(_read_item, data, name)
     identity = f"{type(data).__module__}.{type(data).__qualname__}".encode()
-    return PythonSource(name, read, labels, len(data), classes, identity)
+    return PythonSource(name, read, labels, len(data), classes, identity, pixel_format)
 
 
 def _items(data: Any, name: str) -> Iterator[Any]:
@@ -199,7 +246,13 @@ def _stored_labels(data: Any) -> tuple[Sequence[Any] | None, Sequence[str] | Non
     return None, classes
 
 
-def open_split(function: Any, reference: str, split: str, arguments: Mapping[str, Any]) -> Source:
+def open_split(
+    function: Any,
+    reference: str,
+    split: str,
+    arguments: Mapping[str, Any],
+    pixel_format: PixelFormat = RGB,
+) -> Source:
     """Call the user's function that `data.source` names, and open what it returns.
 
     Args:
@@ -208,6 +261,7 @@ def open_split(function: Any, reference: str, split: str, arguments: Mapping[str
         reference: Value of `data.source`, for messages.
         split: "train" or "val".
         arguments: Value of `data.args`, which are further arguments of the function.
+        pixel_format: Number of channels and range of the images.
 
     Raises:
         NoSuchSplit: If there is no validation split.
@@ -232,4 +286,4 @@ def open_split(function: Any, reference: str, split: str, arguments: Mapping[str
     if images is None:
         raise ValueError(f"data.source: {reference}({call}) returns None; return the images")
     name = reference if split == "train" else f"{reference}({split!r})"
-    return open_object(images, name)
+    return open_object(images, name, pixel_format.num_channels, pixel_format.value_range)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ssl_pretrain.data.image_source import Source
-from ssl_pretrain.data.image_values import to_rgb
+from ssl_pretrain.data.image_values import to_pixels
 from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.pixels import RGB, PixelFormat
 
 NUM_PROBED_IMAGES = 8  # images that are read and compared when a source is created
 
@@ -24,12 +25,14 @@ class PythonSource(Source):
 
     Args:
         name: Name of the data set, for messages.
-        read_image: Function that returns the image at an index, in any form that `to_rgb` accepts.
+        read_image: Function that returns the image at an index, in any form that `to_pixels`
+            accepts.
         labels: Labels as integers or names, or None if the images have none.
         num_images: Number of images.
         classes: Names of the classes that integer labels index. If None, they are the sorted
             distinct labels.
         identity: Bytes that identify the data set, in addition to the pixels of a few images.
+        pixel_format: Number of channels and range of the images.
 
     Raises:
         ValueError: If there is no image, a label is invalid, or an image changes when it is read
@@ -44,24 +47,27 @@ class PythonSource(Source):
         num_images: int,
         classes: Sequence[str] | None = None,
         identity: bytes = b"",
+        pixel_format: PixelFormat = RGB,
     ):
         if not num_images:
             raise ValueError(f"{name} contains no image; give one with images")
         label_indices, class_names = index_labels(name, labels, num_images, classes)
-        super().__init__(name, label_indices, class_names)
+        super().__init__(name, label_indices, class_names, pixel_format)
         self._read_image = read_image
         self._item_indices = np.arange(num_images)
         self._digest = self._probe(identity)
 
     def read(self, index: int) -> np.ndarray:
-        """Return the RGB pixels of one image, uint8 (height, width, 3).
+        """Return the pixels of one image, uint8 (height, width, num_channels).
 
         Raises:
             UnreadableImage: If the image cannot be read. The message names it.
         """
         name = self.name(index)
         try:
-            return to_rgb(self._read_image(int(self._item_indices[index])), name)
+            return to_pixels(
+                self._read_image(int(self._item_indices[index])), name, self.pixel_format
+            )
         except UnreadableImage:
             raise
         except Exception as error:  # a user's data set can raise anything

@@ -5,16 +5,16 @@ import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
 from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.image_source import ImageFiles, Source
-from ssl_pretrain.data.images import ImageHeader, UnreadableImage
+from ssl_pretrain.data.images import ImageHeader, UnreadableImage, describe_values
 from ssl_pretrain.data.messages import printable, report_progress
-from ssl_pretrain.data.pixels import ValueRange
+from ssl_pretrain.data.pixels import ValueRange, WrongChannels
 from ssl_pretrain.data.sources import open_source
 
 _MAX_CLASSES_SHOWN = 3
@@ -84,26 +84,43 @@ def _overlap_notes(train: Source, val: Source) -> list[str]:
 class ImageStatistics:
     """Statistics of the images that were read."""
 
+    num_channels: int = 3  # channels in which the images were read
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height) as stored
     modes: Counter[str] = field(default_factory=Counter)  # Pillow's names of the pixel formats
-    ranges: list[ValueRange] = field(default_factory=list)  # one per image of more than 8 bits
+    # Range of each image of more than 8 bits. With other than 1 or 3 channels, one per channel.
+    ranges: list[ValueRange] = field(default_factory=list)
     num_animated: int = 0  # images with several frames, of which the first is read
     unreadable: list[str] = field(default_factory=list)  # names of images, each with the reason
     num_colors: int = 0  # images whose mean was measured, which floats without a range lack
     # Mean and standard deviation of pixels in [0, 1], per channel. All images weigh the same.
-    mean: np.ndarray = field(default_factory=lambda: np.zeros(3))
-    std: np.ndarray = field(default_factory=lambda: np.ones(3))
+    mean: np.ndarray = field(init=False)
+    std: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mean, self.std = np.zeros(self.num_channels), np.ones(self.num_channels)
 
     @property
     def value_range(self) -> ValueRange:
-        """Range of the values in use. A single value is widened to a range of length 1."""
-        low, high = min(low for low, _ in self.ranges), max(high for _, high in self.ranges)
-        return (low, high) if low < high else (low, low + 1)
+        """Range of the values in use, as in `data.range`.
+
+        A single value is widened to a range of length 1.
+        """
+        usual_length = Counter(map(len, self.ranges)).most_common(1)[0][0]
+        ranges = np.array([limits for limits in self.ranges if len(limits) == usual_length])
+        lows, highs = ranges[:, ::2].min(axis=0), ranges[:, 1::2].max(axis=0)
+        highs = np.where(lows < highs, highs, lows + 1)
+        return tuple(np.stack([lows, highs], axis=-1).reshape(-1).tolist())
+
+    @property
+    def narrowest_range(self) -> tuple[float, float]:
+        """Range of the channel with the least values."""
+        pairs = zip(self.value_range[::2], self.value_range[1::2])
+        return min(pairs, key=lambda pair: pair[1] - pair[0])
 
     @property
     def num_gray_levels(self) -> int:
-        """Number of the 256 gray levels that 16-bit images use without `data.range`."""
-        low, high = self.value_range
+        """Number of the 256 levels that a channel uses at least without `data.range`."""
+        low, high = self.narrowest_range
         return max(1, round((high - low) / 257))
 
 
@@ -116,8 +133,8 @@ def measure_images(source: Source, num_images: int = 0, num_threads: int = 4) ->
         num_threads: Number of threads that read and decode.
     """
     indices = _evenly_spaced_indices(source, num_images)
-    statistics = ImageStatistics()
-    moments = np.zeros((2, 3))
+    statistics = ImageStatistics(source.num_channels)
+    moments = np.zeros((2, source.num_channels))
     with ThreadPoolExecutor(num_threads) as pool:
         results = pool.map(partial(_measure_image, source), indices)
         for result in report_progress(results, len(indices), "read"):
@@ -141,10 +158,11 @@ def measure_images(source: Source, num_images: int = 0, num_threads: int = 4) ->
 
 def with_measured_range(source: Source, statistics: ImageStatistics) -> Source:
     """Return the source with the measured range of its values, unless it has a range or 8 bits."""
-    if not statistics.ranges or source.value_range is not None or not source.supports_range:
+    pixel_format = source.pixel_format
+    if not statistics.ranges or pixel_format.value_range or not source.supports_range:
         return source
     source = copy.copy(source)
-    source.value_range = statistics.value_range
+    source.pixel_format = replace(pixel_format, value_range=statistics.value_range)
     return source
 
 
@@ -155,37 +173,58 @@ def _evenly_spaced_indices(source: Source, num_images: int) -> list[int]:
 
 
 def _measure_image(source: Source, index: int) -> tuple[ImageHeader, np.ndarray | None] | str:
-    """Return the header of an image, and its mean and mean square per channel, shape (2, 3).
+    """Return the header of an image, and its mean and mean square per channel, (2, channels).
 
     For an unreadable image, return the reason as text. Floats without a range have no mean.
     """
     try:
         header = source.header(index) if source.supports_range else None
-        if header is not None and header.is_float and source.value_range is None:
+        if header is not None and header.is_float and source.pixel_format.value_range is None:
             return header, None  # without a range, floats have no gray levels
         pixels = source.read(index)
-        header = header or ImageHeader("RGB", pixels.shape[1], pixels.shape[0], num_frames=1)
+        header = header or describe_values(pixels)
     except UnreadableImage as error:
         return str(error)
-    values = pixels.reshape(-1, 3).astype(np.float32) / 255
+    values = pixels.reshape(-1, pixels.shape[2]).astype(np.float32) / 255
     return header, np.stack(
         [values.mean(0, dtype=np.float64), np.square(values).mean(0, dtype=np.float64)]
     )
 
 
-def check_value_range(source: Source) -> None:
-    """Raise ValueError if 16-bit images would become a few dark levels without `data.range`.
+def check_images(source: Source) -> None:
+    """Raise ValueError if the images have other channels, or would become a few dark levels.
 
-    Only a few images are read, evenly spaced in the source. Images with 8 bits or with
-    floating-point values are ignored.
+    Only a few images are read, evenly spaced in the source. Unreadable ones are ignored.
     """
-    if not source.supports_range or source.value_range is not None:
+    if not source.supports_range:
         return
-    statistics, headers = ImageStatistics(), []
+    headers = []
     for index in _evenly_spaced_indices(source, _NUM_CHECKED_IMAGES):
         with suppress(UnreadableImage):
             headers.append(source.header(index))
+    _check_channels(source, headers)
+    if source.pixel_format.value_range is None:
+        _check_value_range(source, headers)
+
+
+def _check_channels(source: Source, headers: list[ImageHeader]) -> None:
+    """Raise WrongChannels if no image has the channels, or most have others."""
+    wrong = [
+        header.num_channels
+        for header in headers
+        if header.num_channels != source.num_channels
+        and {header.num_channels, source.num_channels} != {1, 3}
+    ]
+    if 2 * len(wrong) > len(headers):
+        raise WrongChannels(
+            source.full_path, Counter(wrong).most_common(1)[0][0], source.num_channels
+        )
+
+
+def _check_value_range(source: Source, headers: list[ImageHeader]) -> None:
+    """Raise ValueError if wide values would become a few dark levels without `data.range`."""
     are_floats = bool(headers) and all(header.is_float for header in headers)
+    statistics = ImageStatistics()
     statistics.ranges = [
         header.value_range
         for header in headers
@@ -193,21 +232,27 @@ def check_value_range(source: Source) -> None:
     ]
     if not statistics.ranges:
         return
+    low, high = statistics.narrowest_range
+    proposal = format_range(statistics.value_range)
     if are_floats:
-        low, high = statistics.value_range
         raise ValueError(
             f"data.range: not set, and the images of {source.full_path} are floats from {low:g} to "
             f"{high:g} ({len(statistics.ranges)} were measured), which have no range of their own; "
-            f"give the values of black and white, such as data.range=[{low:g},{high:g}]"
+            f"give the values of black and white, such as data.range={proposal}"
         )
-    low, high = statistics.value_range
     if high - low >= _MIN_RANGE_SHARE * 65536:
         return
+    where = "" if len(statistics.value_range) == 2 else " in one channel"
     raise ValueError(
         f"data.range: not set, and the 16-bit images of {source.full_path} use values from "
-        f"{low:,.0f} to {high:,.0f} ({len(statistics.ranges)} were measured), which would leave "
-        f"{statistics.num_gray_levels} of 256 gray levels; give the values of black and "
-        f"white, such as data.range=[{low:.0f},{high:.0f}] (python -m "
-        "ssl_pretrain.planning.inspect measures them), or data.range=[0,65535] to keep the full "
-        "range"
+        f"{low:,.0f} to {high:,.0f}{where} ({len(statistics.ranges)} were measured), which would "
+        f"leave {statistics.num_gray_levels} of 256 gray levels; give the values of black and "
+        f"white, such as data.range={proposal} (python -m ssl_pretrain.planning.inspect measures "
+        "them), or data.range=[0,65535] to keep the full range"
     )
+
+
+def format_range(value_range: ValueRange) -> str:
+    """Return a range as text for a command, such as [0,4095]."""
+    texts = [f"{limit:.0f}" if limit == round(limit) else f"{limit:g}" for limit in value_range]
+    return f"[{','.join(texts)}]"

@@ -30,7 +30,7 @@ from ssl_pretrain import rng
 from ssl_pretrain.data import python_objects
 from ssl_pretrain.data.beton import beton_file
 from ssl_pretrain.data.beton.beton_source import Beton
-from ssl_pretrain.data.config import DataConfig, check, value_range
+from ssl_pretrain.data.config import DataConfig, check, pixel_format
 from ssl_pretrain.data.file_dataset import FileDataSet, SplitName
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES
 from ssl_pretrain.data.formats.find_format import find_format
@@ -77,11 +77,11 @@ def open_source(config: DataConfig, split: SplitName, classes: list[str] | None 
 def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -> Source:
     """Open all images of a split, without `data.subset`."""
     if config.source == "digits":
-        return Digits(split)
+        return Digits(split, config.channels)
     if ":" in config.source:
         return _open_python(config, split, classes)
     if (path := _beton_path(config, split)) is not None:
-        return Beton(beton_file.read(path))
+        return Beton(beton_file.read(path), config.channels)
     if config.source == "folder":
         shards = open_tar_split(_tar_settings(config), split, classes)
         if shards is not None:
@@ -111,25 +111,28 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
 
 
 def _tar_settings(config: DataConfig) -> TarSettings:
-    value_range = (float(config.range[0]), float(config.range[1])) if config.range else None
     return TarSettings(
         config.root,
         config.train,
         config.val,
         _cache_dir(config),
         config.remote_cache_gb,
-        value_range,
+        pixel_format(config),
     )
 
 
 def _open_python(config: DataConfig, split: SplitName, classes: list[str] | None) -> Source:
     """Open the images that the user's function returns."""
     function = user_objects.find_object(config.source, "data.source")
-    source = python_objects.open_split(function, config.source, split, config.args)
+    source = python_objects.open_split(
+        function, config.source, split, config.args, pixel_format(config)
+    )
     if split == "train":
         return source
     if classes is None:
-        train = python_objects.open_split(function, config.source, "train", config.args)
+        train = python_objects.open_split(
+            function, config.source, "train", config.args, pixel_format(config)
+        )
         classes = train.classes
     return source.with_classes(classes)
 
@@ -144,7 +147,7 @@ def _open_files(config: DataConfig, has_train_beton: bool) -> FileDataSet:
         train, val = train or "train", val or "test"
     if has_train_beton:  # other splits may be folders next to the .beton
         root, train = root if root.is_dir() else root.parent, ""
-    return FileDataSet(root, train, val, cache_dir, value_range(config))
+    return FileDataSet(root, train, val, cache_dir, pixel_format(config))
 
 
 def _missing_root_message(root: Path) -> str:

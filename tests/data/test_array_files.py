@@ -25,7 +25,7 @@ from ssl_pretrain.data.beton import __main__ as beton_command
 from ssl_pretrain.data.formats import unpacking
 from ssl_pretrain.data.image_source import NoSuchSplit
 from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.data.source_report import check_value_range
+from ssl_pretrain.data.source_report import check_images
 from ssl_pretrain.data.sources import DataConfig, open_source
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -164,7 +164,7 @@ def test_every_order_of_the_axes_gives_the_same_images(shape, tmp_path, open_spl
 def test_wide_values_are_scaled_by_the_range(dtype, tmp_path, open_split):
     np.save(tmp_path / "cells.npy", (GRAY_TRAIN.astype(int) * 10 + 100).astype(dtype))
     source = open_split(tmp_path / "cells.npy", range=[100, 2650])
-    check_value_range(source)
+    check_images(source)
     np.testing.assert_array_equal(read_all(source), as_rgb(GRAY_TRAIN))
 
 
@@ -175,13 +175,13 @@ def test_wide_color_is_scaled_by_the_range(tmp_path, open_split):
 
 def test_dark_16_bit_values_and_floats_need_a_range(tmp_path, open_split):
     np.save(tmp_path / "dark.npy", GRAY_TRAIN.astype(np.uint16))
-    assert error_of(check_value_range, open_split(tmp_path / "dark.npy")).startswith(
+    assert error_of(check_images, open_split(tmp_path / "dark.npy")).startswith(
         f"data.range: not set, and the 16-bit images of {tmp_path}/dark.npy use values from "
     )
     np.save(tmp_path / "floats.npy", GRAY_TRAIN.astype(np.float32) / 240)
     source = open_split(tmp_path / "floats.npy")
     high = GRAY_TRAIN.astype(np.float32).max() / np.float32(240)
-    assert error_of(check_value_range, source) == (
+    assert error_of(check_images, source) == (
         f"data.range: not set, and the images of {tmp_path}/floats.npy are floats from 0 to "
         f"{high:g} (32 were measured), which have no range of their own; give the values of black "
         f"and white, such as data.range=[0,{high:g}]"

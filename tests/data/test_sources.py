@@ -16,7 +16,7 @@ from ssl_pretrain.data import listing, sources, zip_archive
 from ssl_pretrain.data.beton import beton_file
 from ssl_pretrain.data.image_source import require_labels
 from ssl_pretrain.data.images import MAX_BYTES, UnreadableImage
-from ssl_pretrain.data.source_report import check_value_range
+from ssl_pretrain.data.source_report import check_images
 from ssl_pretrain.data.sources import DataConfig, open_source
 
 
@@ -512,7 +512,7 @@ def test_16_bit_images_among_8_bit_ones_need_a_range(tmp_path, open_split):
         path.parent.mkdir(parents=True)
         Image.fromarray(array).save(path)
     with pytest.raises(ValueError) as error:
-        check_value_range(open_split(tmp_path / "data"))
+        check_images(open_split(tmp_path / "data"))
     assert str(error.value).startswith(
         f"data.range: not set, and the 16-bit images of {tmp_path}/data use values from "
     )

@@ -24,7 +24,7 @@ from ssl_pretrain.data.beton import encoder
 from ssl_pretrain.data.image_source import NoSuchSplit
 from ssl_pretrain.data.images import UnreadableImage, decode
 from ssl_pretrain.data.python_objects import open_object
-from ssl_pretrain.data.source_report import check_value_range
+from ssl_pretrain.data.source_report import check_images
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.system import optional_packages
 
@@ -150,9 +150,9 @@ def test_16_bit_images_follow_the_rules_of_files(tmp_path, open_split):
     contents = [encode(GRAY_TRAIN[index].astype(np.uint16) * 10) for index in range(20)]
     parquet.write_table(pa.table({"image": contents}), tmp_path / "wide.parquet")
     source = open_split(tmp_path / "wide.parquet")
-    assert "use values from" in error_of(check_value_range, source)
+    assert "use values from" in error_of(check_images, source)
     ranged = open_split(tmp_path / "wide.parquet", range=[0, 2550])
-    check_value_range(ranged)
+    check_images(ranged)
     np.testing.assert_array_equal(ranged.read(3)[..., 0], GRAY_TRAIN[3])
 
 

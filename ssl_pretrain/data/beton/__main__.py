@@ -18,7 +18,7 @@ from ssl_pretrain.data.beton.check import find_problems
 from ssl_pretrain.data.beton.encoder import EncodingSettings
 from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.config import DataConfig
-from ssl_pretrain.data.source_report import check_value_range
+from ssl_pretrain.data.source_report import check_images
 from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.schema import JPEG_QUALITY, NON_NEGATIVE_INT, NUM_THREADS, POSITIVE_INT
 from ssl_pretrain.schema.argument_parser import ArgumentParser
@@ -163,7 +163,7 @@ def _write(args: argparse.Namespace) -> int:
         range=list(args.range),
     )
     source = open_source(config, args.split)
-    check_value_range(source)
+    check_images(source)
     settings = EncodingSettings(args.max_side, args.quality, args.page_size)
     num_unreadable = 0
     for path, start, end in _output_ranges(args, len(source)):

@@ -9,31 +9,35 @@ from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.image_source import EncodedSource
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.jpeg import DamagedJpeg, decode_intact
+from ssl_pretrain.data.pixels import PixelFormat, check_conversion, convert_channels
 
 
 class Beton(EncodedSource):
     """Images of a .beton file, read one at a time without FFCV."""
 
-    def __init__(self, samples: Samples):
+    def __init__(self, samples: Samples, num_channels: int = 3):
         if samples.manifest is not None:
             classes = samples.manifest.classes
         else:  # FFCV's own writer does not store class names
             classes = [str(label) for label in range(int(samples.label.max(initial=-1)) + 1)]
-        super().__init__(samples.paths[0], samples.label, classes)
+        name = samples.paths[0]
+        check_conversion(name, 3, num_channels)
+        super().__init__(name, samples.label, classes, PixelFormat(num_channels))
         self.samples = samples
         self._subset_indices = b""  # int64 indices as bytes, empty for all images
 
     def read(self, index: int) -> np.ndarray:
-        """Return the RGB pixels of one image, uint8 (height, width, 3).
+        """Return the pixels of one image, uint8 (height, width, num_channels).
 
         Raises:
             UnreadableImage: If the image cannot be read, is damaged, or its size differs from its
                 table entry.
         """
-        return self.decode(index, self.read_bytes(index))
+        rgb = self.decode(index, self.read_bytes(index))
+        return convert_channels(rgb, self.num_channels)
 
     def decode(self, index: int, content: bytes) -> np.ndarray:
-        """Return the RGB pixels of one image from its stored bytes, as `read` does."""
+        """Return the RGB pixels of one image from its stored bytes."""
         height, width = int(self.samples.height[index]), int(self.samples.width[index])
         if self.samples.mode[index] == RAW:
             return np.frombuffer(content, np.uint8).reshape(height, width, 3).copy()

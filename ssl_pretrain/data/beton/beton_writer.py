@@ -56,7 +56,7 @@ def write(
         RuntimeError: If a worker process is killed.
     """
     end = len(source) if end is None else end
-    value_range = list(source.value_range) if source.value_range else None
+    value_range = list(source.pixel_format.value_range or ()) or None
     shard_set_id = _hash(
         source.fingerprint,
         asdict(settings),

@@ -11,18 +11,21 @@ from typing import Any, Self
 
 import numpy as np
 
-from ssl_pretrain.data import pixels
 from ssl_pretrain.data.formats.stored_array import StoredArray
 from ssl_pretrain.data.image_source import Source
-from ssl_pretrain.data.images import ImageHeader, UnreadableImage
+from ssl_pretrain.data.images import ImageHeader, UnreadableImage, describe_values
+from ssl_pretrain.data.pixels import (
+    RGB,
+    PixelFormat,
+    WrongChannels,
+    check_conversion,
+    convert_channels,
+    to_8_bits,
+)
 from ssl_pretrain.system.platform_support import read_into
 
 NUM_PROBED_IMAGES = 256  # evenly spaced images whose values are part of the fingerprint
-_CHANNELS = (1, 3)
-_REMEDY = (
-    "give (n, height, width), (n, height, width, 1), (n, height, width, 3) or the channels before "
-    "the height"
-)
+_REMEDY = "give (n, height, width), (n, height, width, channels) or (n, channels, height, width)"
 
 
 class ArraySource(Source):
@@ -36,11 +39,11 @@ class ArraySource(Source):
             shape and type.
         labels: Index of each image's class, or -1.
         classes: Names of the classes.
-        value_range: The setting `data.range`.
+        pixel_format: Number of channels and range of the images.
         axes: Axes of one image as stored, such as "HWC" or "CWH". None finds them by their lengths.
 
     Raises:
-        ValueError: If the values or the shape are not those of gray or RGB images.
+        ValueError: If the values or the shape are not those of images with that many channels.
     """
 
     supports_range = True
@@ -50,13 +53,14 @@ class ArraySource(Source):
         arrays: Sequence[StoredArray],
         labels: np.ndarray,
         classes: list[str],
-        value_range: pixels.ValueRange | None = None,
+        pixel_format: PixelFormat = RGB,
         axes: str | None = None,
     ):
-        super().__init__(arrays[0].name, labels, classes)
-        self.value_range = value_range
+        super().__init__(arrays[0].name, labels, classes, pixel_format)
         self._arrays = tuple(arrays)
-        self._axes = axes or find_axes(arrays[0])
+        self._axes = axes or find_axes(arrays[0], pixel_format.num_channels)
+        num_stored = arrays[0].shape[1 + self._axes.index("C")] if "C" in self._axes else 1
+        check_conversion(arrays[0].name, num_stored, pixel_format.num_channels)
         self._order = [self._axes.index(axis) for axis in "HWC" if axis in self._axes]
         self._shape, self._dtype = arrays[0].shape[1:], arrays[0].dtype
         self._image_bytes = math.prod(self._shape) * self._dtype.itemsize
@@ -69,32 +73,21 @@ class ArraySource(Source):
         return self.__dict__ | {"_files": {}}  # an open file is only valid in its own process
 
     def read(self, index: int) -> np.ndarray:
-        """Return the pixels of one image as RGB, uint8 (height, width, 3), in any memory order.
+        """Return the pixels of one image, uint8 (height, width, num_channels), in any memory order.
 
         Raises:
             UnreadableImage: If the file is truncated, or its values need `data.range`.
         """
-        values = self._values(index)
-        if values.dtype == np.bool_:
-            values = values.astype(np.uint8) * np.uint8(255)
-        elif values.dtype != np.uint8:
-            is_float = values.dtype.kind == "f"
-            try:
-                values = pixels.to_levels(values, is_float, self.value_range)
-            except ValueError as error:
-                raise UnreadableImage(f"{self.name(index)}: {error}") from None
-        return values if values.shape[2] == 3 else np.repeat(values, 3, axis=2)
+        try:
+            levels = to_8_bits(self._values(index), self.pixel_format.value_range)
+        except ValueError as error:
+            raise UnreadableImage(f"{self.name(index)}: {error}") from None
+        return convert_channels(levels, self.num_channels)
 
     def header(self, index: int) -> ImageHeader:
         """Return the format, size and range of values of one image."""
         values = self._values(index)
-        height, width, num_channels = values.shape
-        kind = values.dtype.name
-        is_narrow = kind in ("uint8", "bool")
-        if is_narrow:
-            return ImageHeader("RGB" if num_channels == 3 else "L", width, height, 1)
-        mode = {"uint16": "I;16"}.get(kind, kind) if num_channels == 1 else f"RGB {kind}"
-        return ImageHeader(mode, width, height, 1, pixels.used_range(values))
+        return describe_values(values)
 
     def name(self, index: int) -> str:
         """Return the name of the array and the index of the image in it, for messages."""
@@ -155,11 +148,15 @@ class ArraySource(Source):
         return self._digest + self._item_indices.tobytes()
 
 
-def find_axes(array: StoredArray) -> str:
+def find_axes(array: StoredArray, num_channels: int) -> str:
     """Return the axes of the images of an array: HW, HWC or CHW.
 
+    Args:
+        array: The array.
+        num_channels: The setting `data.channels`.
+
     Raises:
-        ValueError: If the values or the shape are not those of gray or RGB images.
+        ValueError: If the values or the shape are not those of images with that many channels.
     """
     name, shape = array.name, array.shape
     if array.dtype.hasobject:
@@ -180,15 +177,14 @@ def find_axes(array: StoredArray) -> str:
         )
     if len(shape) == 3:
         return "HW"
-    if len(shape) == 4 and shape[3] in _CHANNELS:
-        return "HWC"
-    if len(shape) == 4 and shape[1] in _CHANNELS:
-        return "CHW"
     if len(shape) == 4:
-        num_channels = min(shape[1], shape[3])
-        raise ValueError(
-            f"data.root: {name} has the shape {shape}, images of {num_channels} channels; only 1 "
-            "(gray) and 3 (RGB) channels are read; choose three of them, or save each as gray "
-            "images"
+        allowed = (num_channels, 1, 3) if num_channels in (1, 3) else (num_channels,)
+        for length in allowed:
+            if length in (shape[3], shape[1]):
+                return "HWC" if shape[3] == length else "CHW"
+        raise WrongChannels(
+            f"data.root: {name} has the shape {shape}, and so",
+            min(shape[1], shape[3]),
+            num_channels,
         )
     raise ValueError(f"data.root: {name} has the shape {shape}, not that of images; {_REMEDY}")

@@ -26,6 +26,7 @@ from ssl_pretrain.data.formats.published_archives import (
     stamp_file,
 )
 from ssl_pretrain.data.formats.unpacking import unpack_once
+from ssl_pretrain.data.pixels import PixelFormat
 from ssl_pretrain.data.python_source import index_labels
 
 _SIDE = 32
@@ -74,7 +75,8 @@ def open_cifar(
         classes = arrays[f"{column}_names"].load().tolist()
     images = replace(arrays[f"{chosen}_images"], name=f"{path}[{chosen}]")
     indices, class_names = index_labels(str(path), labels, images.shape[0], classes)
-    source = ArraySource([images], indices, class_names, axes="CHW")
+    pixel_format = PixelFormat(config.channels)
+    source = ArraySource([images], indices, class_names, pixel_format, axes="CHW")
     source.notes = [f"the images of {path} are read from their unpacked copy {copy}"]
     return source
 

@@ -16,7 +16,7 @@ from ssl_pretrain.data.formats.table_columns import (
 )
 from ssl_pretrain.data.image_source import EncodedSource, Source
 from ssl_pretrain.data.images import ImageHeader, decode, read_header
-from ssl_pretrain.data.pixels import ValueRange
+from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.python_source import PythonSource, index_labels
 
 _NUM_PROBED_IMAGES = 256  # evenly spaced images whose bytes are part of the fingerprint
@@ -33,7 +33,7 @@ class EncodedColumn(EncodedSource):
         column: Column of the images: bytes, or dicts with the keys `bytes` and `path`.
         labels: Index of each image's class, or -1.
         classes: Names of the classes.
-        value_range: The setting `data.range`.
+        pixel_format: Number of channels and range of the images.
         location: File or folder that contains the table, or None if it is in memory.
     """
 
@@ -46,23 +46,22 @@ class EncodedColumn(EncodedSource):
         column: str,
         labels: np.ndarray,
         classes: list[str],
-        value_range: ValueRange | None = None,
+        pixel_format: PixelFormat = RGB,
         location: Path | None = None,
     ):
-        super().__init__(name, labels, classes)
-        self.value_range = value_range
+        super().__init__(name, labels, classes, pixel_format)
         self._column, self._location = column, location
         self._table = _without_decoding(table.select_columns([column]), column)
         self._item_indices = np.arange(len(table))
         self._digest = self._probe()
 
     def read(self, index: int) -> np.ndarray:
-        """Decode one image as RGB pixels, uint8 (height, width, 3).
+        """Decode one image, uint8 (height, width, num_channels).
 
         Raises:
             UnreadableImage: If the image is absent or damaged. The message names it.
         """
-        return decode(self.read_bytes(index), self.name(index), self.value_range)
+        return decode(self.read_bytes(index), self.name(index), self.pixel_format)
 
     def header(self, index: int) -> ImageHeader:
         """Return the format, size and range of values of one image."""
@@ -124,7 +123,7 @@ def open_table(
     name: str,
     image_column: str = "",
     label_column: str = "",
-    value_range: ValueRange | None = None,
+    pixel_format: PixelFormat = RGB,
     location: Path | None = None,
 ) -> Source:
     """Open the images and labels of a `datasets.Dataset`.
@@ -134,7 +133,7 @@ def open_table(
         name: Its name, for messages.
         image_column: Column of the images. If it is empty, it is found by its type and name.
         label_column: Column of the labels, or "none".
-        value_range: The setting `data.range`.
+        pixel_format: Number of channels and range of the images.
         location: File or folder that contains the data set, or None if it is in memory.
 
     Raises:
@@ -151,9 +150,9 @@ def open_table(
         classes = getattr(data.features[label_column], "names", None)
     if kinds[image_column] not in ("Image", "bytes"):
         read = partial(read_row, data.select_columns([image_column]), image_column)
-        return PythonSource(name, read, labels, len(data), classes)
+        return PythonSource(name, read, labels, len(data), classes, pixel_format=pixel_format)
     indices, class_names = index_labels(name, labels, len(data), classes)
-    return EncodedColumn(name, data, image_column, indices, class_names, value_range, location)
+    return EncodedColumn(name, data, image_column, indices, class_names, pixel_format, location)
 
 
 def _without_decoding(table: Any, column: str) -> Any:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from ssl_pretrain.data.config import DataConfig, value_range
+from ssl_pretrain.data.config import DataConfig, pixel_format
 from ssl_pretrain.data.formats.array_choice import (
     IMAGE_NAMES,
     LABEL_NAMES,
@@ -57,17 +57,17 @@ def open_pair(
 
     Args:
         pair: The arrays.
-        config: Its key `range` is used.
+        config: Its keys `range` and `channels` are used.
         cache_dir: Folder of the copy.
         classes: Names of the classes that the labels number. If None, they are the labels.
     """
-    find_axes(pair.images)  # raises before a copy is written
+    find_axes(pair.images, config.channels)  # raises before a copy is written
     values, notes = read_labels(pair)
     name = pair.labels.name if pair.labels is not None else ""
     num_images = pair.images.shape[0]
     labels, class_names = index_labels(f"data.label_column: {name}", values, num_images, classes)
     images = pair.images.unpacked(cache_dir)
-    source = ArraySource([images], labels, class_names, value_range(config))
+    source = ArraySource([images], labels, class_names, pixel_format(config))
     if images.path != pair.images.path:
         notes.append(f"the images of {images.name} are read from their unpacked copy {images.path}")
     source.notes = notes

@@ -19,6 +19,7 @@ from ssl_pretrain.data.formats.numpy_files import read_npz
 from ssl_pretrain.data.formats.published_archives import read_members, stamp_file
 from ssl_pretrain.data.formats.stored_array import StoredArray, write_npy_header
 from ssl_pretrain.data.formats.unpacking import copy_exactly, unpack_once
+from ssl_pretrain.data.pixels import PixelFormat
 from ssl_pretrain.data.python_source import index_labels
 
 _SHAPE = (3, 96, 96)
@@ -70,7 +71,11 @@ def open_stl10(path: Path, config: DataConfig, cache_dir: Path, split: str) -> A
         str(path), labels, len(labels), _CLASSES if has_labels else None
     )
     source = ArraySource(
-        [array.unpacked(cache_dir) for array in images], indices, classes, axes="CWH"
+        [array.unpacked(cache_dir) for array in images],
+        indices,
+        classes,
+        PixelFormat(config.channels),
+        axes="CWH",
     )
     source.notes = notes
     return source

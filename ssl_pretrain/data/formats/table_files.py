@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_pretrain.data.config import DataConfig, value_range
+from ssl_pretrain.data.config import DataConfig, pixel_format
 from ssl_pretrain.data.formats.hugging_face import open_table
 from ssl_pretrain.data.formats.named_splits import WHOLE, choose_split
 from ssl_pretrain.data.image_source import Source
@@ -38,7 +38,7 @@ def open_tables(root: Path, config: DataConfig, cache_dir: Path, split: str) -> 
         str(root),
         config.image_column,
         config.label_column,
-        value_range(config),
+        pixel_format(config),
         location=root,
     )
 
@@ -72,7 +72,7 @@ def open_hub(config: DataConfig, split: str) -> Source:
     available = dict(loaded) if hasattr(loaded, "keys") else {WHOLE: loaded}
     table = choose_split(available, split, config, config.root)
     return open_table(
-        table, config.root, config.image_column, config.label_column, value_range(config)
+        table, config.root, config.image_column, config.label_column, pixel_format(config)
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ssl_pretrain.data.image_source import UnreachableSource
 from ssl_pretrain.data.messages import abbreviate
-from ssl_pretrain.data.pixels import ValueRange
+from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.tar import remote_store
 from ssl_pretrain.data.tar.index_files import open_indexes, stat_shards
 from ssl_pretrain.data.tar.remote_errors import StoreOutage, printable_url
@@ -35,7 +35,7 @@ class TarSettings:
     val: str
     cache_dir: Path
     remote_cache_gb: float = 0.0
-    value_range: ValueRange | None = None
+    pixel_format: PixelFormat = RGB
 
 
 def open_tar_split(
@@ -66,7 +66,7 @@ def open_tar_split(
     labels, classes = _merge_labels(shard_set.name, indexes, stored_classes, classes or [])
     cache = ShardCache(settings.cache_dir / "shards", int(settings.remote_cache_gb * 1e9))
     source = TarShards(
-        shard_set.name, shards, indexes, labels, classes, cache, settings.value_range
+        shard_set.name, shards, indexes, labels, classes, cache, settings.pixel_format
     )
     empty = [shard.path for shard, index in zip(shards, indexes) if not len(index)]
     if empty:

@@ -16,7 +16,7 @@ from ssl_pretrain.data.images import (
     decode,
     read_header,
 )
-from ssl_pretrain.data.pixels import ValueRange
+from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.tar import remote_store
 from ssl_pretrain.data.tar.remote_errors import printable_url
 from ssl_pretrain.data.tar.remote_store import is_remote
@@ -38,7 +38,7 @@ class TarShards(EncodedSource):
         labels: Label of each image, int64 (n,).
         classes: Names of the classes.
         cache: Local copies of remote shards.
-        value_range: Value of `data.range`.
+        pixel_format: Number of channels and range of the images.
     """
 
     supports_range = True
@@ -51,10 +51,10 @@ class TarShards(EncodedSource):
         labels: np.ndarray,
         classes: list[str],
         cache: ShardCache,
-        value_range: ValueRange | None = None,
+        pixel_format: PixelFormat = RGB,
     ):
-        super().__init__(full_path, labels, classes)
-        self.shards, self.cache, self.value_range = list(shards), cache, value_range
+        super().__init__(full_path, labels, classes, pixel_format)
+        self.shards, self.cache = list(shards), cache
         counts = np.array([len(index) for index in indexes])
         self.shard_number = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
         self.offset, self.length = (
@@ -68,14 +68,14 @@ class TarShards(EncodedSource):
         self.key_ends = self.key_ends + np.repeat(starts, counts)
 
     def read(self, index: int) -> np.ndarray:
-        """Return the RGB pixels of one image, uint8 (height, width, 3).
+        """Return the pixels of one image, uint8 (height, width, num_channels).
 
         Raises:
             UnreadableImage: If the image is damaged. The message names the shard and the sample.
             UnreachableSource: If the shard has changed, or an object store cannot be read.
         """
         try:
-            return decode(self.read_bytes(index), self.name(index), self.value_range)
+            return decode(self.read_bytes(index), self.name(index), self.pixel_format)
         except UnreadableImage:
             shard = self._shard(index)
             if is_remote(shard.path):
