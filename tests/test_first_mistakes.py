@@ -380,7 +380,7 @@ CALLS = {
     'pretrain("photo")': (
         pretrain("photo"),
         "data.root: photo does not exist. Did you mean 'photos'? Give a folder, a .zip, a .beton, "
-        "a .parquet, an .npz, or a list of files (.csv, .tsv, .txt)",
+        "tar shards, a .parquet, an .npz, or a list of files (.csv, .tsv, .txt)",
     ),
     "pretrain(None)": (
         pretrain(None),
@@ -416,11 +416,11 @@ CALLS = {
         "data.root: data has 1 images, which is too few to learn from; give 16 or more, better "
         "thousands",
     ),
-    "pretrain(images_of_5_channels)": (
-        pretrain(np.zeros((120, 20, 20, 5), np.uint8)),
-        "data: data[0] has the shape (20, 20, 5), not that of an image; give a PIL image, a path, "
-        "an array (height, width, 3) or (height, width), or a tensor (3, height, width), with "
-        "integers from 0 to 255 or floats from 0 to 1",
+    "pretrain(images_of_40_channels)": (
+        pretrain(np.zeros((120, 40, 50, 40), np.uint8)),
+        "data: data[0] has the shape (40, 50, 40), not that of an image; give a PIL image, a path, "
+        "an array (height, width, channels) or (height, width), or a tensor (channels, height, "
+        "width), with integers from 0 to 255 or floats from 0 to 1",
     ),
     "pretrain(images - 2.0)": (
         pretrain(IMAGES - np.float32(2)),
@@ -444,8 +444,8 @@ CALLS = {
     "pretrain(dataset_of_none)": (
         pretrain(Items(lambda index: None)),
         "data[0] is of type NoneType, not an image; give a PIL image, a path, an array (height, "
-        "width, 3) or (height, width), or a tensor (3, height, width), with integers from 0 to "
-        "255 or floats from 0 to 1",
+        "width, channels) or (height, width), or a tensor (channels, height, width), with integers "
+        "from 0 to 255 or floats from 0 to 1",
     ),
     "pretrain(empty_dataset)": (
         pretrain(Items(IMAGES.__getitem__, length=0)),

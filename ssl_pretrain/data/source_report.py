@@ -124,6 +124,28 @@ class ImageStatistics:
         return max(1, round((high - low) / 257))
 
 
+def open_with_own_channels(config: DataConfig) -> tuple[DataConfig, Source]:
+    """Open the training images with the number of channels that they have.
+
+    Gray images are read as RGB, as by default.
+
+    Returns:
+        The configuration with that number as `channels`, and the images.
+    """
+    try:
+        source = open_source(config, "train")
+    except WrongChannels as error:  # an array, whose shape is known
+        config = replace(config, channels=error.found)
+        return config, open_source(config, "train")
+    if source.supports_range:
+        try:
+            _check_channels(source, _read_headers(source))
+        except WrongChannels as error:
+            config = replace(config, channels=error.found)
+            return config, open_source(config, "train")
+    return config, source
+
+
 def measure_images(source: Source, num_images: int = 0, num_threads: int = 4) -> ImageStatistics:
     """Measure images that are evenly spaced in the source, and report progress on stderr.
 
@@ -198,13 +220,19 @@ def check_images(source: Source) -> None:
     """
     if not source.supports_range:
         return
+    headers = _read_headers(source)
+    _check_channels(source, headers)
+    if source.pixel_format.value_range is None:
+        _check_value_range(source, headers)
+
+
+def _read_headers(source: Source) -> list[ImageHeader]:
+    """Return the headers of a few images, without the unreadable ones."""
     headers = []
     for index in _evenly_spaced_indices(source, _NUM_CHECKED_IMAGES):
         with suppress(UnreadableImage):
             headers.append(source.header(index))
-    _check_channels(source, headers)
-    if source.pixel_format.value_range is None:
-        _check_value_range(source, headers)
+    return headers
 
 
 def _check_channels(source: Source, headers: list[ImageHeader]) -> None:

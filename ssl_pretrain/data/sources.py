@@ -82,17 +82,18 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
         return _open_python(config, split, classes)
     if (path := _beton_path(config, split)) is not None:
         return Beton(beton_file.read(path), config.channels)
-    if config.source == "folder":
-        shards = open_tar_split(_tar_settings(config), split, classes)
-        if shards is not None:
-            _refuse_columns(config)
-            return shards
+    # CIFAR's and STL-10's archives are tar files, too, and so are looked for first.
     cache_dir = _cache_dir(config)
     if (open_split := find_format(config, cache_dir, split)) is not None:
         source = open_split()
         if split == "val" and classes is None:
             classes = _open_all(config, "train", None).classes
         return source if classes is None else source.with_classes(classes)
+    if config.source == "folder":
+        shards = open_tar_split(_tar_settings(config), split, classes)
+        if shards is not None:
+            _refuse_columns(config)
+            return shards
     train_beton = _beton_path(config, "train")
     data_set = _open_files(config, has_train_beton=train_beton is not None)
     splits = data_set.splits

@@ -17,6 +17,7 @@ from ssl_pretrain.data.source_report import (
     ImageStatistics,
     layout_lines,
     measure_images,
+    open_with_own_channels,
     with_measured_range,
 )
 from ssl_pretrain.data.sources import open_source
@@ -60,13 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
         image_column=args.image_column,
         label_column=args.label_column,
         range=list(args.range),
+        channels=args.channels or DataConfig.channels,
     )
     try:
         if args.write is not None and args.write.exists() and not args.force:
             raise ValueError(
                 f"--write: {args.write} exists; give another name, or --force to overwrite it"
             )
-        source = open_source(config, "train")
+        if args.channels:
+            source = open_source(config, "train")
+        else:
+            config, source = open_with_own_channels(config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -162,10 +167,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--range",
         type=float,
-        nargs=2,
+        nargs="+",
         default=[],
-        metavar=("LOW", "HIGH"),
-        help="read 16-bit images with this data.range",
+        metavar="VALUE",
+        help="read images of more than 8 bits with this data.range: LOW HIGH, or these for every "
+        "channel in turn",
+    )
+    parser.add_argument(
+        "--channels",
+        type=int,
+        choices=range(1, 33),
+        metavar="N",
+        help="read images of N channels, from 1 to 32 (default: found in the files)",
     )
     parser.add_argument(
         "--threads",
@@ -232,14 +245,17 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
         modes = [f"{mode} {count:,}" for mode, count in statistics.modes.most_common()]
         lines.append(f"  modes   {', '.join(modes)}")
     if statistics.num_colors:
-        unit = "(red, green, blue, in [0, 1]; each image has equal weight)"
+        names = "red, green, blue" if statistics.num_channels == 3 else "per channel"
+        unit = f"({names}, in [0, 1]; each image has equal weight)"
         lines.append(f"  mean    {_format_channels(statistics.mean)} {unit}")
         lines.append(f"  std     {_format_channels(statistics.std)} {unit}")
     if statistics.ranges:
-        low, high = statistics.value_range
+        limits = list(zip(statistics.value_range[::2], statistics.value_range[1::2]))
+        per_channel = ", per channel" if len(limits) > 1 else ""
         lines.append(
-            f"  values  {low:g} to {high:g} in {len(statistics.ranges):,} images wider than 8 bits "
-            "(excluding the lowest and highest 0.1 %)"
+            f"  values  {'; '.join(f'{low:g} to {high:g}' for low, high in limits)} in "
+            f"{len(statistics.ranges):,} images wider than 8 bits (excluding the lowest and "
+            f"highest 0.1 %{per_channel})"
         )
         if statistics.num_colors and statistics.num_gray_levels < _MIN_GRAY_LEVELS:
             lines.append(

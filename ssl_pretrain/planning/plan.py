@@ -6,7 +6,7 @@ from ssl_pretrain import config
 from ssl_pretrain.checkpoint.initial_weights import initialize
 from ssl_pretrain.config import RunConfig, build_method_on_meta
 from ssl_pretrain.data import order, sources
-from ssl_pretrain.data.source_report import layout_lines
+from ssl_pretrain.data.source_report import check_images, layout_lines
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import optimizer_list
@@ -114,6 +114,7 @@ def _describe_steps(run: RunConfig) -> list[str]:
         if run.data.root and os.path.exists(os.path.expanduser(run.data.root)):
             raise  # the run would be refused as well
         return [f"steps per epoch: unknown, because the data cannot be read: {error}"]
+    check_images(source)
     num_images = len(source)
     steps = order.steps_per_epoch(num_images, run.global_batch_size)
     return [

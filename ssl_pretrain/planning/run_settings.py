@@ -13,6 +13,7 @@ from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import sources
 from ssl_pretrain.data.config import DataConfig
+from ssl_pretrain.data.source_report import open_with_own_channels
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.planning import suggestion
 from ssl_pretrain.schema import key_hints
@@ -131,7 +132,10 @@ def _suggested_values(
     """Choose the settings for the images and this machine, and print the reasons."""
     data_values = schema.merge(data, overrides.get("data", {}))
     data_config: DataConfig = schema.build(DataConfig, data_values, key="data")
-    source = sources.open_source(data_config, "train")
+    if "channels" in data_values:
+        source = sources.open_source(data_config, "train")
+    else:
+        data_config, source = open_with_own_channels(data_config)
     chosen = suggestion.suggest(
         data_config,
         source,

@@ -25,6 +25,7 @@ from ssl_pretrain.planning import recommended_weights, run_length
 from ssl_pretrain.planning.suggested_settings import Suggestion
 from ssl_pretrain.schema import config_file, presets
 from ssl_pretrain.system.user_objects import OBJECT_PREFIX
+from ssl_pretrain.views.recipe import COLOR_OPERATIONS
 
 MIN_IMAGES = 16
 # Images whose colors are measured: as many as have this many pixels together, within limits.
@@ -107,7 +108,7 @@ def suggest(
     run_length.choose_epochs(result, num_images, seconds, epochs, max_seconds)
     _adapt_evaluation(result, size, statistics)
     result.set("evaluation.k", min(20, num_images // 4))
-    if size >= MAX_SMALL_SIZE and not _is_gray(statistics):
+    if size >= MAX_SMALL_SIZE and not _describe_missing_colors(statistics):
         recommended_weights.recommend(result, num_images)
     result.replace(settings)
     result.reasons["method.name"] = f"the other settings are those of {recipe_name}"
@@ -127,8 +128,12 @@ def _measure_images(source: Source) -> ImageStatistics:
     return measure_images(source, num_images)
 
 
-def _is_gray(statistics: ImageStatistics) -> bool:
-    return bool(np.ptp(statistics.mean) < 1e-4 and np.ptp(statistics.std) < 1e-4)
+def _describe_missing_colors(statistics: ImageStatistics) -> str:
+    """Return why the images have no red, green and blue, or an empty string if they have."""
+    if statistics.num_channels not in (1, 3):
+        return f"the images have {statistics.num_channels} channels"
+    is_gray = np.ptp(statistics.mean) < 1e-4 and np.ptp(statistics.std) < 1e-4
+    return "the images are gray" if is_gray else ""
 
 
 def _choose_size(statistics: ImageStatistics, on_cpu: bool) -> tuple[int, str]:
@@ -169,10 +174,14 @@ def _describe_data(result: Suggestion, config: DataConfig, statistics: ImageStat
             result.set(f"data.{name}", value)
     if config.subset:
         result.set("data.subset", config.subset)
+    if statistics.num_channels != 3:
+        result.set("data.channels", statistics.num_channels, "the channels of the images")
     if statistics.ranges:
-        low, high = config.range or statistics.value_range
+        limits = config.range or statistics.value_range
         reason = "the values that become 0 and 255, excluding the lowest and highest 0.1 %"
-        result.set("data.range", [float(low), float(high)], reason)
+        if len(limits) > 2:
+            reason += ", per channel"
+        result.set("data.range", list(map(float, limits)), reason)
     in_memory = config.source == "digits" or config.source.startswith(OBJECT_PREFIX)
     if in_memory:
         result.set("data.num_workers", 0, "the images are in memory")
@@ -192,7 +201,7 @@ def _adapt_views(
     result.set("views.mean", [round(float(value), 4) for value in statistics.mean], measured)
     std = [max(round(float(value), 4), 0.01) for value in statistics.std]
     result.set("views.std", std, measured)
-    is_gray = _is_gray(statistics)
+    missing_colors = _describe_missing_colors(statistics)
     recipe_size = max(crop["size"] for crop in result.tree["views"]["crops"].values())
     for name, crop in result.tree["views"]["crops"].items():
         key = f"views.crops.{name}"
@@ -205,10 +214,10 @@ def _adapt_views(
             crop.pop("blur_kernel", None)  # the default is a tenth of the size
         if config.source == "digits":
             result.set(f"{key}.flip", 0.0, "a mirrored 2 is not a 2")
-        if is_gray:
-            for color in ("saturation", "hue", "grayscale"):
-                if crop.get(color):
-                    result.set(f"{key}.{color}", 0.0, "the images are gray")
+        if missing_colors:
+            for operation in COLOR_OPERATIONS:
+                if crop.get(operation):
+                    result.set(f"{key}.{operation}", 0.0, missing_colors)
 
 
 def _scale_patches(result: Suggestion, key: str, crop: Mapping[str, Any], scaled_size: int) -> None:

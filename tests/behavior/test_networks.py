@@ -30,8 +30,8 @@ ERRORS = {
         "Input height (40) should be divisible by patch size (16); sizes that fit: 32, 48, 224"
     ),
     ("backbone.name=test_resnet", "backbone.args.in_chans=4"): (
-        "backbone.args.in_chans: 4 does not fit the images, "
-        "which have three channels (red, green and blue); leave it out"
+        "CONFIG: backbone.args.in_chans: 4 is not data.channels 3, the number of channels of the "
+        "images; leave it out, or set data.channels=4"
     ),
     ("backbone.name=test_resnet", "backbone.args.global_pool=''"): (
         "backbone.args: test_resnet with {'global_pool': ''} "

@@ -317,15 +317,14 @@ REFUSED = {
     "channels": (
         {"images": np.zeros((5, 8, 8, 4), np.uint8)},
         {},
-        "data.root: FILE[images] has the shape (5, 8, 8, 4), images of 4 channels; only 1 (gray) "
-        "and 3 (RGB) channels are read; choose three of them, or save each as gray images",
+        "data.root: FILE[images], of the shape (5, 8, 8, 4), has 4 channels, and data.channels is "
+        "3; set data.channels=4 if all images have that many",
     ),
     "one image": (
         {"images": VAL[0]},
         {},
         "data.root: FILE[images] has the shape (12, 12, 3), that of one color image; give (n, "
-        "height, width), (n, height, width, 1), (n, height, width, 3) or the channels before the "
-        "height",
+        "height, width), (n, height, width, channels) or (n, channels, height, width)",
     ),
     "complex": (
         {"images": VAL.astype(np.complex64)},
@@ -449,7 +448,7 @@ def test_idx_refusals_are_explained(tmp_path, open_split):
     letters.write_bytes(gzip.compress(idx_bytes(TRAIN.reshape(NUM_TRAIN, -1))))
     assert error_of(open_split, letters) == (
         f"data.root: {letters} has the shape (48, 432), not that of images; give (n, height, "
-        "width), (n, height, width, 1), (n, height, width, 3) or the channels before the height"
+        "width), (n, height, width, channels) or (n, channels, height, width)"
     )
 
 

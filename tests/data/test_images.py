@@ -10,6 +10,7 @@ from PIL import Image
 
 from ssl_pretrain.data import images
 from ssl_pretrain.data.images import UnreadableImage, decode
+from ssl_pretrain.data.pixels import PixelFormat
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
@@ -180,14 +181,15 @@ def test_a_range_maps_low_to_0_and_high_to_255(value_range, dtype):
         else Image.frombytes("I;16B", (8, 6), stored.tobytes())
     )
     np.testing.assert_array_equal(
-        decode(encode(image, "TIFF"), "a.tif", value_range)[..., 0], expected
+        decode(encode(image, "TIFF"), "a.tif", PixelFormat(value_range=value_range))[..., 0],
+        expected,
     )
 
 
 def test_a_range_does_not_change_8_bit_images():
-    np.testing.assert_array_equal(
-        decode(encode(Image.fromarray(GRAY), "PNG"), "a.png", (10.0, 20.0))[..., 0], GRAY
-    )
+    content = encode(Image.fromarray(GRAY), "PNG")
+    pixels = decode(content, "a.png", PixelFormat(value_range=(10.0, 20.0)))
+    np.testing.assert_array_equal(pixels[..., 0], GRAY)
 
 
 def test_16_bit_images_whose_zero_is_white_are_inverted():
@@ -252,12 +254,15 @@ class TestAmbiguousFilesAreRefused:
     def test_a_range_for_16_bit_color(self):
         content = encode_16_bit_png(RNG.integers(0, 65536, (4, 6, 3)).astype(np.uint16))
         assert "a: data.range is for gray images without alpha" in error_of(
-            content, value_range=(0.0, 4095.0)
+            content, pixel_format=PixelFormat(value_range=(0.0, 4095.0))
         )
 
     def test_a_fourth_band_of_a_tiff(self):
         content = encode(Image.fromarray(np.dstack([COLOR, GRAY]), "RGBX"), "TIFF")
-        assert "a: the last of its 4 bands is not marked as alpha" in error_of(content)
+        assert error_of(content) == (
+            "a has 4 channels, and data.channels is 3; set data.channels=4 if all images have that "
+            "many"
+        )
 
     def test_a_fourth_band_of_a_jpeg_2000(self):
         content = encode(Image.fromarray(np.dstack([COLOR, GRAY]), "RGBA"), "JPEG2000")
@@ -272,11 +277,11 @@ class TestAmbiguousFilesAreRefused:
         )
 
     def test_pages_of_a_tiff(self):
-        pages = [Image.new("L", (3, 2), value) for value in (10, 20, 30)]
+        pages = [Image.new("L", (3, 2), value) for value in (10, 20)]
         content = encode(pages[0], "TIFF", save_all=True, append_images=pages[1:])
-        assert (
-            error_of(content)
-            == "a: only one of its 3 pages would be read; save each page as a separate file"
+        assert error_of(content) == (
+            "a has 2 channels, and data.channels is 3; set data.channels=2 if all images have that "
+            "many"
         )
 
     @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -324,7 +329,6 @@ class TestUntrustedFiles:
 
     def test_a_file_with_a_jpeg_signature_reaches_no_other_decoder(self):
         png = encode(Image.fromarray(COLOR), "PNG")
-        assert error_of(png, "a.beton, image 0", jpeg_only=True) == "a.beton, image 0: not a JPEG"
         assert error_of(b"\xff\xd8" + png, "a.jpg").startswith("a.jpg: ")
         # ImageNet contains PNGs with the suffix of a JPEG.
         np.testing.assert_array_equal(decode(png, "a.jpg"), COLOR)
@@ -361,4 +365,4 @@ def test_the_error_names_an_unreadable_file_and_the_reason(case):
 
 def test_the_header_of_an_8_bit_image_is_read_without_its_pixels():
     content = encode(Image.fromarray(COLOR), "PNG")
-    assert images.read_header(content[:60], "a.png") == ("RGB", 7, 5, 1, None)
+    assert images.read_header(content[:60], "a.png") == ("RGB", 7, 5, 1, None, 3)

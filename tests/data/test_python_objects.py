@@ -135,8 +135,8 @@ class Broken(Pairs):
 
 
 IMAGE_FORMS = (
-    "a PIL image, a path, an array (height, width, 3) or (height, width), or a tensor (3, height, "
-    "width), with integers from 0 to 255 or floats from 0 to 1"
+    "a PIL image, a path, an array (height, width, channels) or (height, width), or a tensor "
+    "(channels, height, width), with integers from 0 to 255 or floats from 0 to 1"
 )
 SHAPES = "(n, height, width, 3), (n, 3, height, width) or (n, height, width)"
 SCALE = "scale them to integers from 0 to 255 or to floats from 0 to 1, before any normalization"

@@ -469,7 +469,7 @@ class TestBetonBesideFolders:
     @pytest.fixture
     def root(self, tmp_path, monkeypatch):
         monkeypatch.setattr(beton_file, "read", lambda path: path)
-        monkeypatch.setattr(sources, "Beton", lambda path: path)
+        monkeypatch.setattr(sources, "Beton", lambda path, num_channels: path)
         monkeypatch.setattr(sources, "_choose_subset", lambda source, size: source)
         root = write_images(tmp_path / "data", "train/a/1.png", "train/b/2.png", "val/a/3.png")
         for name in ("train.beton", "val-00000-of-00002.beton", "val-00001-of-00002.beton"):
@@ -500,7 +500,8 @@ def test_max_replaced_must_be_a_share(share):
 @pytest.mark.parametrize("limits", [[9.0, 3.0], [9.0], [0.0, float("inf")]])
 def test_a_range_must_be_two_finite_numbers_in_ascending_order(limits):
     assert error_of(open_source, DataConfig("digits", range=limits), "train") == (
-        f"data.range: {limits} must be two numbers, the lower one first, such as [0, 4095]"
+        f"data.range: {limits} must be two numbers, the lower one first, such as [0, 4095], or "
+        "two per channel (6)"
     )
 
 

@@ -190,11 +190,13 @@ def test_a_bad_crop_is_refused_with_key_value_and_remedy(crop, message):
         ),
         (
             replace(build_views(), mean=[0.5]),
-            "views.mean: [0.5] must be 3 numbers, one each for red, green and blue",
+            "views.std: [1.0, 1.0, 1.0] must be 1 numbers, as views.mean is, one per channel of "
+            "the images",
         ),
         (
             replace(build_views(), std=[1.0, 1.0]),
-            "views.std: [1.0, 1.0] must be 3 numbers, one each for red, green and blue",
+            "views.std: [1.0, 1.0] must be 3 numbers, as views.mean is, one per channel of the "
+            "images",
         ),
         (
             replace(build_views(), std=[1.0, 0.0, 1.0]),

@@ -182,9 +182,6 @@ def find_axes(array: StoredArray, num_channels: int) -> str:
         for length in allowed:
             if length in (shape[3], shape[1]):
                 return "HWC" if shape[3] == length else "CHW"
-        raise WrongChannels(
-            f"data.root: {name} has the shape {shape}, and so",
-            min(shape[1], shape[3]),
-            num_channels,
-        )
+        name = f"data.root: {name}, of the shape {shape},"
+        raise WrongChannels(name, min(shape[1], shape[3]), num_channels)
     raise ValueError(f"data.root: {name} has the shape {shape}, not that of images; {_REMEDY}")
