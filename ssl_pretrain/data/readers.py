@@ -33,7 +33,7 @@ MAX_CHUNK_SIZE = 64
 MIN_CHUNK_SIZE = 16
 NUM_BATCHES_AHEAD = 2  # batches that are prepared while the trainer uses one
 
-# Function that changes a view, given (view uint8 (3, s, s), epoch, index). It must be picklable.
+# Function that changes a view, given (view uint8 (C, s, s), epoch, index). It must be picklable.
 ViewAugmentation = Callable[[Tensor, int, int], Tensor]
 
 
@@ -117,7 +117,7 @@ def build_reader(
         if num_workers:
             chunk_size = min(MAX_CHUNK_SIZE, max(MIN_CHUNK_SIZE, -(-chunk_size // num_workers)))
         transfer = plan_transfer(
-            sum(3 * crop.size**2 for crop in view_crops),
+            source.num_channels * sum(crop.size**2 for crop in view_crops),
             chunk_size,
             num_workers,
             num_chunks_ahead=NUM_BATCHES_AHEAD * -(-plan.local_batch_size // chunk_size),
@@ -197,14 +197,14 @@ def read_images(
     Args:
         source: The images.
         indices: Indices of the images to read, (n,). None stands for all images.
-        transform: Picklable function from an image, uint8 (3, height, width), to its view, uint8
-            (3, s, s), such as `partial(crops.evaluation_view, size=32)`.
+        transform: Picklable function from an image, uint8 (C, height, width), to its view, uint8
+            (C, s, s), such as `partial(crops.evaluation_view, size=32)`.
         batch_size: Images per batch. The last batch may be smaller.
         num_workers: Number of worker processes. With 0, this process reads the images.
         max_replaced: Share of the images that may be unreadable, as in `data.max_replaced`.
 
     Yields:
-        Pixels uint8 (batch, 3, s, s) and labels int64 (batch,), on the CPU. An unreadable image
+        Pixels uint8 (batch, C, s, s) and labels int64 (batch,), on the CPU. An unreadable image
         and its label are replaced by the next readable image and the label of that one. A warning
         names the unreadable file.
 
