@@ -11,16 +11,29 @@ No value is composited or rotated. Values wider than 8 bits become 8 bits by `da
 """
 
 import io
+import logging
 
 import numpy as np
 import tifffile
 from PIL import Image
 
+from ssl_pretrain.system.optional_packages import install_hint, is_installed
+
 NPY_SIGNATURE = b"\x93NUMPY"
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PLAIN_PHOTOMETRICS = (0, 1, 2)  # gray whose zero is white or black, and RGB
 _ALPHA = (1, 2)  # values of the tag ExtraSamples
-MAX_VALUES = 1 << 31  # per image, as protection from damaged headers
+MAX_VALUES = 1 << 29  # per image, as many as Pillow's limit of pixels allows in RGB
+# Compressions that tifffile decodes itself: none, deflate, PackBits and LZMA.
+_PLAIN_COMPRESSIONS = (1, 8, 32773, 32946, 34925)
+
+# tifffile reports unusual tags of readable files. Without a handler, Python prints the reports. A
+# program that configures logging still gets them.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
+
+
+class MissingDecoder(Exception):
+    """Error for a TIFF whose compression needs the package imagecodecs."""
 
 
 def is_npy(content: bytes) -> bool:
@@ -55,16 +68,20 @@ def _has_unusual_bands(page: tifffile.TiffPage) -> bool:
     return num_colors not in (1, 3) or (num_colors == 3 and page.bitspersample > 8)
 
 
-def count_bands(content: bytes) -> int:
-    """Return the number of channels of a .npy or TIFF, whose shortest axis they are in a .npy."""
-    if is_npy(content):
-        shape = _load_npy(content).shape
-        return 1 if len(shape) == 2 else min(shape[0], shape[-1])
-    return _read_tiff(content).shape[2]
+def count_bands(content: bytes, expected: int) -> int:
+    """Return the number of channels of a .npy, or the expected number if an axis has its length.
+
+    For a TIFF, whose axes are known, it is always the expected number.
+    """
+    if not is_npy(content):
+        return expected
+    shape = _read_npy_header(content)[0]
+    ends = (shape[0], shape[-1]) if len(shape) == 3 else (1,)
+    return expected if expected in ends else min(ends)
 
 
 def read(content: bytes, num_channels: int) -> np.ndarray:
-    """Return the values of an image as stored, (height, width, channels).
+    """Return the values of a .npy or TIFF as stored, writable (height, width, channels).
 
     Args:
         content: Bytes of the file.
@@ -73,37 +90,82 @@ def read(content: bytes, num_channels: int) -> np.ndarray:
 
     Raises:
         ValueError: If the file is damaged or no image.
+        MissingDecoder: If a TIFF is compressed by a method that needs imagecodecs.
     """
-    if is_npy(content):
-        values = _read_npy(content, num_channels)
-    elif content.startswith(TIFF_SIGNATURES):
-        values = _read_tiff(content)
-    else:
-        values = _read_with_pillow(content)
+    values = _read_npy(content, num_channels) if is_npy(content) else _read_tiff(content)
     if values.dtype.kind not in "buif":
         raise ValueError(f"its values are of type {values.dtype}; save integers or floats")
     return values
 
 
+def read_with_pillow(image: Image.Image) -> np.ndarray:
+    """Return the channels of an image that Pillow has opened, alpha unchanged.
+
+    Raises:
+        ValueError: If the meaning of a channel depends on more than its place.
+    """
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        raise ValueError(
+            f"its pixels are of mode {image.mode}, whose channels are not defined; save it as a "
+            "TIFF or a .npy"
+        )
+    values = np.array(image)
+    return values if values.ndim == 3 else values[..., None]
+
+
 def _read_npy(content: bytes, num_channels: int) -> np.ndarray:
-    values = _load_npy(content)
+    shape, is_fortran, dtype, offset = _read_npy_header(content)
+    values = np.frombuffer(content, dtype, offset=offset).copy()
+    values = values.reshape(shape, order="F" if is_fortran else "C")
     if values.ndim == 2:
         return values[..., None]
-    if values.ndim != 3:
+    # With another number of channels, they are the shorter axis, for the message.
+    is_last = shape[2] == num_channels or (shape[0] != num_channels and shape[2] <= shape[0])
+    return values if is_last else np.moveaxis(values, 0, -1)
+
+
+def _read_npy_header(content: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Return the shape, the order of the axes, the type, and the position of the first value.
+
+    Raises:
+        ValueError: If the array is not one image, or the file has another length.
+    """
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    is_old = version == (1, 0)
+    read_header = (
+        np.lib.format.read_array_header_1_0 if is_old else np.lib.format.read_array_header_2_0
+    )
+    shape, is_fortran, dtype = read_header(file)
+    if dtype.hasobject:
         raise ValueError(
-            f"its shape is {values.shape}; save one image as (height, width), (height, width, "
-            "channels) or (channels, height, width)"
+            "it holds Python objects, which only pickle can load, and a pickle can run any "
+            "program; save an array of numbers"
         )
-    if values.shape[2] != num_channels and values.shape[0] == num_channels:
-        return np.moveaxis(values, 0, -1)
-    if values.shape[2] > values.shape[0]:  # for the message about another number of channels
-        return np.moveaxis(values, 0, -1)
-    return values
+    if len(shape) not in (2, 3) or 0 in shape:
+        many = "; an array of many images is given as data.root=FILE" if len(shape) == 4 else ""
+        raise ValueError(
+            f"its shape is {shape}; save one image as (height, width), (height, width, channels) "
+            f"or (channels, height, width){many}"
+        )
+    _check_num_values(shape)
+    expected, offset = dtype.itemsize * int(np.prod(shape, dtype=np.int64)), file.tell()
+    if len(content) - offset != expected:
+        raise ValueError(
+            f"its header promises {expected:,} bytes of values, and it has "
+            f"{len(content) - offset:,}; copy it again"
+        )
+    return shape, is_fortran, dtype, offset
 
 
-def _load_npy(content: bytes) -> np.ndarray:
-    values: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
-    return values
+def _check_num_values(shape: tuple[int, ...]) -> None:
+    """Raise ValueError for a declared shape that no image needs."""
+    num_values = int(np.prod(shape, dtype=object))
+    if num_values > MAX_VALUES:
+        raise ValueError(
+            f"its shape {shape} has {num_values:,} values, more than the limit of {MAX_VALUES:,} "
+            "(possibly a decompression bomb); cut it into smaller images"
+        )
 
 
 def _read_tiff(content: bytes) -> np.ndarray:
@@ -112,9 +174,18 @@ def _read_tiff(content: bytes) -> np.ndarray:
         axes, shape = series.axes, series.shape
         if len(file.series) > 1 and not series.is_pyramidal:
             raise ValueError("its pages have different sizes; save each as a file of its own")
-        if np.prod(shape, dtype=np.int64) > MAX_VALUES:
-            raise ValueError(f"its {shape} values are too many; cut it into smaller images")
-        values = series.asarray()
+        _check_num_values(shape)
+        try:
+            values = series.asarray()
+        except Exception as error:
+            compression = file.pages.first.compression
+            is_plain = compression in _PLAIN_COMPRESSIONS and "imagecodecs" not in str(error)
+            if is_plain or is_installed("imagecodecs"):
+                raise
+            raise MissingDecoder(
+                f"its compression {getattr(compression, 'name', compression)} needs imagecodecs, "
+                f"which is not installed; {install_hint('tiff')}"
+            ) from error
     if axes == "YX":
         return values[..., None]
     if len(axes) == 3 and axes.endswith("YX"):
@@ -125,14 +196,3 @@ def _read_tiff(content: bytes) -> np.ndarray:
         f"its axes are {axes} with the lengths {shape}; save one image per file, with bands or "
         "pages as channels"
     )
-
-
-def _read_with_pillow(content: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(content)) as image:
-        if image.mode not in ("L", "LA", "RGB", "RGBA"):
-            raise ValueError(
-                f"its pixels are of mode {image.mode}, whose channels are not defined; save it as "
-                "a TIFF or a .npy"
-            )
-        values = np.array(image)
-    return values if values.ndim == 3 else values[..., None]

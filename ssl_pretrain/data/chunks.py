@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssl_pretrain.data.image_source import Source, UnreachableSource
-from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.images import UnreachableSource, UnreadableImage
 from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.replacement import Replacement, find_spare
 from ssl_pretrain.data.shared_memory import SharedMemoryFull, allocate

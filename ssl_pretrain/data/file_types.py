@@ -1,8 +1,9 @@
 """Distinguish images from other files by their suffix or by their first bytes.
 
-The same rules apply to folders and zips. Hidden entries are skipped, and so are the files that
-operating systems and storage servers add to folders. Skipped files are counted by reason, with one
-example per reason.
+The same rules apply to folders and zips. A `.npy` is an image where there are no images in other
+formats, because beside those it usually holds their features or labels. Hidden entries are skipped,
+and so are the files that operating systems and storage servers add to folders. Skipped files are
+counted by reason, with one example per reason.
 """
 
 import contextlib
@@ -64,8 +65,29 @@ def is_skipped(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
+    """Return True if files with this suffix are images, in a format of Pillow or as a .npy."""
+    return is_picture(name) or is_array(name)
+
+
+def is_picture(name: str) -> bool:
     """Return True if the installed Pillow decodes files with this suffix."""
     return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def is_array(name: str) -> bool:
+    """Return True if a file is an array, which is an image where there are no pictures."""
+    return name.lower().endswith(".npy")
+
+
+def without_arrays(
+    pictures: Sequence[str], arrays: Sequence[str], skip_counter: SkipCounter
+) -> list[str]:
+    """Return the pictures, or the arrays if there are none. Count the arrays that are left out."""
+    if not pictures:
+        return list(arrays)
+    for path in arrays:
+        skip_counter.add(".npy files beside images in other formats", path)
+    return list(pictures)
 
 
 def entry_type(entry: os.DirEntry[str]) -> str:

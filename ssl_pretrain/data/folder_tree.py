@@ -13,7 +13,8 @@ from pathlib import Path
 from ssl_pretrain.data.file_types import (
     TABLE_SUFFIXES,
     entry_type,
-    is_image,
+    is_array,
+    is_picture,
     sample_has_image,
 )
 from ssl_pretrain.data.zip_archive import list_zip, read_table
@@ -118,10 +119,16 @@ class FolderTree(ABC):
 
 
 class DiskFolder(FolderTree):
-    """A folder on disk."""
+    """A folder on disk.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        path: Path of the folder.
+        top: Folder of the data set, if it is another one. If there are pictures below it, arrays
+            are not images.
+    """
+
+    def __init__(self, path: Path, top: DiskFolder | None = None):
+        self.path, self._top = path, top or self
 
     @functools.cached_property
     def _entries(self) -> Entries:
@@ -140,13 +147,31 @@ class DiskFolder(FolderTree):
     @functools.cached_property
     def has_direct_images(self) -> bool:
         """True if a file has an image suffix, or a sampled file starts with an image signature."""
-        return any(map(is_image, self.file_names)) or sample_has_image(
-            [os.path.join(self.path, name) for name in self.file_names]
+        if self._has_direct_pictures:
+            return True
+        return any(map(is_array, self.file_names)) and not self._top.has_pictures
+
+    @functools.cached_property
+    def has_pictures(self) -> bool:
+        """True if the folder contains an image that is not a .npy, at any depth."""
+        return self._search_pictures(_MAX_DEPTH)
+
+    def _search_pictures(self, depth: int) -> bool:
+        if self._has_direct_pictures:
+            return True
+        subfolders = map(self.child, self.subfolder_names if depth > 0 else [])
+        return any(subfolder._search_pictures(depth - 1) for subfolder in subfolders)
+
+    @functools.cached_property
+    def _has_direct_pictures(self) -> bool:
+        names = self.file_names
+        return any(map(is_picture, names)) or sample_has_image(
+            [os.path.join(self.path, name) for name in names if not is_array(name)]
         )
 
     def child(self, name: str) -> DiskFolder:
         """Return the subfolder `name`, without checking that it exists."""
-        return DiskFolder(self.path / name)
+        return DiskFolder(self.path / name, self._top)
 
     def parent(self) -> DiskFolder:
         """Return the parent folder."""

@@ -27,13 +27,6 @@ class NoSuchSplit(ValueError):
     """The data set has no folder or list for this split."""
 
 
-class UnreachableSource(ValueError):
-    """The images cannot be read for a reason that replacing one of them would not remedy.
-
-    The message names the place, the reason and the remedy.
-    """
-
-
 class Source(ABC):
     """The images of one split in a fixed order, indexed from 0.
 
@@ -201,7 +194,7 @@ class ImageFiles(EncodedSource):
 
     def header(self, index: int) -> ImageHeader:
         """Return the format, size and range of values of one file."""
-        return read_header(self.read_bytes(index), self.name(index))
+        return read_header(self.read_bytes(index), self.name(index), self.num_channels)
 
     def name(self, index: int) -> str:
         """Return the path of one file, for messages. In a zip, it starts with the zip's path."""

@@ -63,6 +63,13 @@ class UnreadableImage(ValueError):
     """
 
 
+class UnreachableSource(ValueError):
+    """The images cannot be read for a reason that replacing one of them would not remedy.
+
+    The message names the place, the reason and the remedy.
+    """
+
+
 class ImageHeader(NamedTuple):
     """Properties of an image file."""
 
@@ -72,7 +79,18 @@ class ImageHeader(NamedTuple):
     num_frames: int  # frames, or pages of a TIFF
     # Range of the values, without the lowest and highest 0.1 %. None for 8-bit images.
     value_range: pixel_formats.ValueRange | None = None
-    num_channels: int = 3
+    num_channels: int = 3  # without alpha, which is composited in gray and color images
+    has_alpha: bool = False
+
+    @property
+    def num_stored(self) -> int:
+        """Number of channels, alpha included."""
+        return self.num_channels + self.has_alpha
+
+    def can_become(self, num_channels: int) -> bool:
+        """Return True if the image can be read with this many channels."""
+        is_gray_or_color = {self.num_channels, num_channels} <= {1, 3}
+        return is_gray_or_color or self.num_stored == num_channels
 
     @property
     def is_float(self) -> bool:
@@ -132,6 +150,7 @@ def decode(
 
     Raises:
         UnreadableImage: If the file is damaged, truncated or refused. The message names it.
+        UnreachableSource: If a package is missing that decodes it.
     """
     num_channels = pixel_format.num_channels
     if num_channels not in (1, 3) or bands.has_bands(content):
@@ -143,15 +162,30 @@ def decode(
 def _decode_bands(content: bytes, name: str, pixel_format: PixelFormat) -> np.ndarray:
     """Return the bands of an image, uint8 (height, width, num_channels)."""
     num_channels = pixel_format.num_channels
+    if bands.is_npy(content) or content.startswith(bands.TIFF_SIGNATURES):
+        values = _read_bands(content, name, num_channels)
+    else:
+        with _open(content, name) as image:
+            values = bands.read_with_pillow(image)
     try:
-        values = bands.read(content, num_channels)
         pixel_formats.check_conversion(name, values.shape[2], num_channels)
-        pixels = pixel_formats.to_8_bits(values, pixel_format.value_range)
     except pixel_formats.WrongChannels as error:
         raise UnreadableImage(str(error)) from error
+    try:
+        pixels = pixel_formats.to_8_bits(values, pixel_format.value_range)
+    except ValueError as error:
+        raise UnreadableImage(f"{name}: {error}") from error
+    return pixel_formats.convert_channels(pixels, num_channels)
+
+
+def _read_bands(content: bytes, name: str, num_channels: int) -> np.ndarray:
+    """Return the values of a .npy or TIFF, (height, width, channels)."""
+    try:
+        return bands.read(content, bands.count_bands(content, num_channels))
+    except bands.MissingDecoder as error:
+        raise UnreachableSource(f"{name}: {error}") from error
     except Exception as error:  # decoders raise almost anything for damaged files
         raise UnreadableImage(f"{name}: {str(error) or type(error).__name__}") from error
-    return pixel_formats.convert_channels(pixels, num_channels)
 
 
 def _decode_rgb(
@@ -173,31 +207,30 @@ def _decode_rgb(
     return np.ascontiguousarray(_UPRIGHT_TRANSFORMS.get(orientation, lambda pixels: pixels)(pixels))
 
 
-def read_header(content: bytes, name: str) -> ImageHeader:
+def read_header(content: bytes, name: str, num_channels: int = 3) -> ImageHeader:
     """Return the properties of an image file. Pixels are only decoded if they exceed 8 bits.
+
+    Args:
+        content: Bytes of the file.
+        name: Name of the file, for messages.
+        num_channels: The setting `data.channels`, which tells the order of a .npy's axes.
 
     Raises:
         UnreadableImage: If the file is damaged. The message names it.
+        UnreachableSource: If a package is missing that decodes it.
     """
     if bands.has_bands(content):
-        return _read_bands_header(content, name)
+        return describe_values(_read_bands(content, name, num_channels))
     with _open(content, name) as image:
         num_frames = getattr(image, "n_frames", 1)
         if pixel_formats.is_wide_mode(image.mode):
             header = describe_values(np.array(image)[..., None], image.mode)
             return header._replace(num_frames=num_frames)
         num_channels = 1 if image.mode in ("1", "L", "LA") else 3
+        has_alpha = image.mode in ("LA", "RGBA")
         return ImageHeader(
-            image.mode, image.width, image.height, num_frames, num_channels=num_channels
+            image.mode, image.width, image.height, num_frames, None, num_channels, has_alpha
         )
-
-
-def _read_bands_header(content: bytes, name: str) -> ImageHeader:
-    """Return the properties of a .npy, or of a TIFF with bands that Pillow does not read."""
-    try:
-        return describe_values(bands.read(content, bands.count_bands(content)))
-    except Exception as error:  # decoders raise almost anything for damaged files
-        raise UnreadableImage(f"{name}: {str(error) or type(error).__name__}") from error
 
 
 @contextmanager

@@ -22,11 +22,13 @@ from ssl_pretrain.data.file_types import (
     SkippedFiles,
     entry_type,
     find_images_by_content,
-    is_image,
+    is_array,
+    is_picture,
     read_head,
+    without_arrays,
 )
 
-_CACHE_FORMAT = 3  # increase it when the content of the cache files changes
+_CACHE_FORMAT = 4  # increase it when the content of the cache files changes
 # A folder that changed more recently may change again within one tick of the file system's clock.
 _SETTLED_NS = 2_000_000_000
 _REPORT_SECONDS = 5
@@ -166,12 +168,13 @@ def scan_folder(root: str) -> Scan:
         if time.monotonic() - last_report > _REPORT_SECONDS:
             last_report = time.monotonic()
             print(f"listing {root}: {len(files):,} files so far", file=sys.stderr, flush=True)
-    images = [path for path in files if is_image(path)]
-    others = [path for path in files if not is_image(path)]
-    images += find_images_by_content(
+    pictures = [path for path in files if is_picture(path)]
+    arrays = [path for path in files if is_array(path)]
+    others = [path for path in files if not is_picture(path) and not is_array(path)]
+    pictures += find_images_by_content(
         others, lambda path: read_head(os.path.join(root, path)), skip_counter
     )
-    images.sort(key=os.fsencode)
+    images = sorted(without_arrays(pictures, arrays, skip_counter), key=os.fsencode)
     return Scan(
         replace(pack_paths(root, images), skipped=skip_counter.skipped_files()), folders, stamps
     )

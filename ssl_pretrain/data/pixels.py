@@ -120,9 +120,10 @@ def to_rgb(image: Image.Image, value_range: ValueRange | None, has_16_bits: bool
             image.
     """
     if is_wide_mode(image.mode):
-        levels = to_levels(np.array(image), image.mode == "F", value_range)
+        values = np.repeat(np.array(image)[..., None], 3, axis=2)  # the range may be per channel
+        levels = to_levels(values, image.mode == "F", value_range)
         is_inverted = image.format == "TIFF" and _tags(image).get(_PHOTOMETRIC) == 0
-        return np.repeat((255 - levels if is_inverted else levels)[..., None], 3, axis=2)
+        return 255 - levels if is_inverted else levels
     if image.mode == "LAB":
         raise ValueError(
             "pixels of mode LAB have no agreed conversion to RGB; convert the image to 8 or 16 bits"

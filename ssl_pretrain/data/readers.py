@@ -147,6 +147,11 @@ def choose_reader_kind(data: DataConfig, source: Source) -> tuple[ReaderKind, st
                 f"data.loader: ffcv only reads .beton files, and {source.full_path} is not one; "
                 "python -m ssl_pretrain.data.beton write creates one, or set data.loader=auto"
             )
+        if source.num_channels != 3:
+            raise ValueError(
+                f"data.loader: ffcv decodes images of 3 channels, and data.channels is "
+                f"{source.num_channels}; set data.loader=threads"
+            )
         ffcv.load_library()
         return ReaderKind.FFCV, "data.loader is set to ffcv"
     if data.loader == "threads":

@@ -87,6 +87,8 @@ class ImageStatistics:
     num_channels: int = 3  # channels in which the images were read
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height) as stored
     modes: Counter[str] = field(default_factory=Counter)  # Pillow's names of the pixel formats
+    # Images by their channels without alpha, and by whether they have alpha.
+    stored_channels: Counter[tuple[int, bool]] = field(default_factory=Counter)
     # Range of each image of more than 8 bits. With other than 1 or 3 channels, one per channel.
     ranges: list[ValueRange] = field(default_factory=list)
     num_animated: int = 0  # images with several frames, of which the first is read
@@ -160,10 +162,12 @@ def measure_images(source: Source, num_images: int = 0, num_threads: int = 4) ->
     with ThreadPoolExecutor(num_threads) as pool:
         results = pool.map(partial(_measure_image, source), indices)
         for result in report_progress(results, len(indices), "read"):
-            if isinstance(result, str):
-                statistics.unreadable.append(result)
+            header, image_moments, reason = result
+            if header is not None:
+                statistics.stored_channels[header.num_channels, header.has_alpha] += 1
+            if header is None or reason:
+                statistics.unreadable.append(reason)
                 continue
-            header, image_moments = result
             if image_moments is not None:
                 moments += image_moments
                 statistics.num_colors += 1
@@ -194,23 +198,25 @@ def _evenly_spaced_indices(source: Source, num_images: int) -> list[int]:
     return np.linspace(0, len(source) - 1, num_images).astype(np.int64).tolist()
 
 
-def _measure_image(source: Source, index: int) -> tuple[ImageHeader, np.ndarray | None] | str:
+def _measure_image(source: Source, index: int) -> tuple[ImageHeader | None, np.ndarray | None, str]:
     """Return the header of an image, and its mean and mean square per channel, (2, channels).
 
-    For an unreadable image, return the reason as text. Floats without a range have no mean.
+    For an unreadable image, the third value is the reason. Floats without a range have no mean.
     """
+    header = None
     try:
         header = source.header(index) if source.supports_range else None
         if header is not None and header.is_float and source.pixel_format.value_range is None:
-            return header, None  # without a range, floats have no gray levels
+            return header, None, ""  # without a range, floats have no gray levels
         pixels = source.read(index)
         header = header or describe_values(pixels)
     except UnreadableImage as error:
-        return str(error)
+        return header, None, str(error)
     values = pixels.reshape(-1, pixels.shape[2]).astype(np.float32) / 255
-    return header, np.stack(
+    moments = np.stack(
         [values.mean(0, dtype=np.float64), np.square(values).mean(0, dtype=np.float64)]
     )
+    return header, moments, ""
 
 
 def check_images(source: Source) -> None:
@@ -237,12 +243,7 @@ def _read_headers(source: Source) -> list[ImageHeader]:
 
 def _check_channels(source: Source, headers: list[ImageHeader]) -> None:
     """Raise WrongChannels if no image has the channels, or most have others."""
-    wrong = [
-        header.num_channels
-        for header in headers
-        if header.num_channels != source.num_channels
-        and {header.num_channels, source.num_channels} != {1, 3}
-    ]
+    wrong = [header.num_stored for header in headers if not header.can_become(source.num_channels)]
     if 2 * len(wrong) > len(headers):
         raise WrongChannels(
             source.full_path, Counter(wrong).most_common(1)[0][0], source.num_channels

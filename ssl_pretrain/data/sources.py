@@ -36,6 +36,7 @@ from ssl_pretrain.data.file_types import TABLE_SUFFIXES
 from ssl_pretrain.data.formats.find_format import find_format
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.named_datasets import Digits, pack_cifar10
+from ssl_pretrain.data.pixels import check_conversion
 from ssl_pretrain.data.split_search import split_of
 from ssl_pretrain.data.tar.tar_data_set import TarSettings, open_tar_split
 from ssl_pretrain.system import user_objects
@@ -76,6 +77,8 @@ def open_source(config: DataConfig, split: SplitName, classes: list[str] | None 
 
 def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -> Source:
     """Open all images of a split, without `data.subset`."""
+    if config.source in ("cifar10", "cifar100", "stl10"):
+        check_conversion(f"data.source: {config.source}", 3, config.channels)
     if config.source == "digits":
         return Digits(split, config.channels)
     if ":" in config.source:

@@ -18,8 +18,10 @@ from ssl_pretrain.data.file_types import (
     TABLE_SUFFIXES,
     SkipCounter,
     find_images_by_content,
+    is_array,
     is_image,
     is_skipped,
+    without_arrays,
 )
 from ssl_pretrain.data.images import MAX_BYTES
 from ssl_pretrain.data.listing import Listing, Scan, Span, change_stamp, load_or_scan, pack_paths
@@ -61,11 +63,13 @@ def scan_zip(root: str) -> Scan:
                 except (OSError, *_ZIP_ERRORS):
                     return b""
 
-            paths = find_images_by_content(others, read_head, skip_counter)
-            images |= {path: others[path] for path in paths}
+            found = find_images_by_content(others, read_head, skip_counter)
+            images |= {path: others[path] for path in found}
     except (OSError, *_ZIP_ERRORS) as error:
         raise ValueError(f"data.root: {root} cannot be read as a zip: {error}") from None
-    paths = sorted(images, key=os.fsencode)
+    arrays = [path for path in images if is_array(path)]
+    pictures = [path for path in images if not is_array(path)]
+    paths = sorted(without_arrays(pictures, arrays, skip_counter), key=os.fsencode)
     spans = [_span(root, path, images[path]) for path in paths]
     tables = [path for path in sorted(others) if path.lower().endswith(TABLE_SUFFIXES)]
     listing = replace(

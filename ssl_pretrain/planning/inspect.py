@@ -12,6 +12,7 @@ import numpy as np
 
 from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.images import ImageHeader
 from ssl_pretrain.data.messages import printable
 from ssl_pretrain.data.source_report import (
     ImageStatistics,
@@ -23,7 +24,7 @@ from ssl_pretrain.data.source_report import (
 from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.planning.suggested_settings import Suggestion, describe_time
 from ssl_pretrain.planning.suggestion import suggest
-from ssl_pretrain.schema import NON_NEGATIVE_INT, NUM_THREADS
+from ssl_pretrain.schema import NON_NEGATIVE_INT, NUM_CHANNELS, NUM_THREADS
 from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
 
@@ -53,6 +54,8 @@ Exit status: 0 on success, 1 if an image cannot be read, 2 if the data set canno
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     args = _parser().parse_args(arguments)
+    # A range per channel tells the number of channels.
+    channels = args.channels or (len(args.range) // 2 if len(args.range) in range(4, 66, 2) else 0)
     config = DataConfig(
         source=args.source,
         root=args.root,
@@ -61,14 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
         image_column=args.image_column,
         label_column=args.label_column,
         range=list(args.range),
-        channels=args.channels or DataConfig.channels,
+        channels=channels or DataConfig.channels,
     )
     try:
         if args.write is not None and args.write.exists() and not args.force:
             raise ValueError(
                 f"--write: {args.write} exists; give another name, or --force to overwrite it"
             )
-        if args.channels:
+        if channels:
             source = open_source(config, "train")
         else:
             config, source = open_with_own_channels(config)
@@ -170,13 +173,12 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="VALUE",
-        help="read images of more than 8 bits with this data.range: LOW HIGH, or these for every "
-        "channel in turn",
+        help="read images of more than 8 bits with this data.range: LOW HIGH, or two numbers "
+        "for every channel in turn",
     )
     parser.add_argument(
         "--channels",
-        type=int,
-        choices=range(1, 33),
+        type=NUM_CHANNELS,
         metavar="N",
         help="read images of N channels, from 1 to 32 (default: found in the files)",
     )
@@ -244,6 +246,7 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
             lines.append(f"  {name:<7} {_min_median_max(sides)} pixels")
         modes = [f"{mode} {count:,}" for mode, count in statistics.modes.most_common()]
         lines.append(f"  modes   {', '.join(modes)}")
+    lines += _channel_lines(statistics)
     if statistics.num_colors:
         names = "red, green, blue" if statistics.num_channels == 3 else "per channel"
         unit = f"({names}, in [0, 1]; each image has equal weight)"
@@ -269,6 +272,27 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
         )
     lines.append(f"  bad     {len(statistics.unreadable):,}")
     return lines + [f"    {printable(message)}" for message in statistics.unreadable]
+
+
+def _channel_lines(statistics: ImageStatistics) -> list[str]:
+    """Return a line with the channels of the views, and one per other number in the files."""
+    wanted, lines = statistics.num_channels, []
+    total = sum(statistics.stored_channels.values())
+    for (found, has_alpha), count in statistics.stored_channels.most_common():
+        header = ImageHeader("", 0, 0, 1, None, found, has_alpha)
+        if header.num_stored == wanted:
+            continue
+        if not header.can_become(wanted):
+            consequence = f"which cannot become {wanted}, so they are unreadable"
+        elif has_alpha:
+            consequence = "the last one alpha, which is composited on black"
+        else:
+            consequence = "gray, which is repeated" if found == 1 else "color, which becomes gray"
+        lines.append(
+            f"          {count:,} of {total:,} images have {header.num_stored} "
+            f"channel{'s' if header.num_stored > 1 else ''}, {consequence}"
+        )
+    return [f"  channels {wanted}", *lines] if total else []
 
 
 if __name__ == "__main__":

@@ -365,4 +365,4 @@ def test_the_error_names_an_unreadable_file_and_the_reason(case):
 
 def test_the_header_of_an_8_bit_image_is_read_without_its_pixels():
     content = encode(Image.fromarray(COLOR), "PNG")
-    assert images.read_header(content[:60], "a.png") == ("RGB", 7, 5, 1, None, 3)
+    assert images.read_header(content[:60], "a.png") == ("RGB", 7, 5, 1, None, 3, False)

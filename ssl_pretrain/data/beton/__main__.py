@@ -18,6 +18,7 @@ from ssl_pretrain.data.beton.check import find_problems
 from ssl_pretrain.data.beton.encoder import EncodingSettings
 from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.config import DataConfig
+from ssl_pretrain.data.pixels import WrongChannels
 from ssl_pretrain.data.source_report import check_images
 from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.schema import JPEG_QUALITY, NON_NEGATIVE_INT, NUM_THREADS, POSITIVE_INT
@@ -162,8 +163,14 @@ def _write(args: argparse.Namespace) -> int:
         label_column=args.label_column,
         range=list(args.range),
     )
-    source = open_source(config, args.split)
-    check_images(source)
+    try:
+        source = open_source(config, args.split)
+        check_images(source)
+    except WrongChannels as error:
+        raise ValueError(
+            f"{error.name} has {error.found} channels, and a .beton holds RGB; "
+            "python -m ssl_pretrain.data.tar write keeps all channels in tar shards"
+        ) from None
     settings = EncodingSettings(args.max_side, args.quality, args.page_size)
     num_unreadable = 0
     for path, start, end in _output_ranges(args, len(source)):

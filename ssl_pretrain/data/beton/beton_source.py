@@ -21,7 +21,7 @@ class Beton(EncodedSource):
         else:  # FFCV's own writer does not store class names
             classes = [str(label) for label in range(int(samples.label.max(initial=-1)) + 1)]
         name = samples.paths[0]
-        check_conversion(name, 3, num_channels)
+        check_conversion(f"data.root: {name}", 3, num_channels)
         super().__init__(name, samples.label, classes, PixelFormat(num_channels))
         self.samples = samples
         self._subset_indices = b""  # int64 indices as bytes, empty for all images

@@ -60,7 +60,8 @@ class ArraySource(Source):
         self._arrays = tuple(arrays)
         self._axes = axes or find_axes(arrays[0], pixel_format.num_channels)
         num_stored = arrays[0].shape[1 + self._axes.index("C")] if "C" in self._axes else 1
-        check_conversion(arrays[0].name, num_stored, pixel_format.num_channels)
+        name = f"data.root: {arrays[0].name}"
+        check_conversion(name, num_stored, pixel_format.num_channels)
         self._order = [self._axes.index(axis) for axis in "HWC" if axis in self._axes]
         self._shape, self._dtype = arrays[0].shape[1:], arrays[0].dtype
         self._image_bytes = math.prod(self._shape) * self._dtype.itemsize
@@ -79,15 +80,14 @@ class ArraySource(Source):
             UnreadableImage: If the file is truncated, or its values need `data.range`.
         """
         try:
-            levels = to_8_bits(self._values(index), self.pixel_format.value_range)
+            levels = to_8_bits(self.values(index), self.pixel_format.value_range)
         except ValueError as error:
             raise UnreadableImage(f"{self.name(index)}: {error}") from None
         return convert_channels(levels, self.num_channels)
 
     def header(self, index: int) -> ImageHeader:
         """Return the format, size and range of values of one image."""
-        values = self._values(index)
-        return describe_values(values)
+        return describe_values(self.values(index))
 
     def name(self, index: int) -> str:
         """Return the name of the array and the index of the image in it, for messages."""
@@ -115,7 +115,7 @@ class ArraySource(Source):
         number = bisect.bisect_right(self._ends, item)
         return number, item - (self._ends[number - 1] if number else 0)
 
-    def _values(self, index: int) -> np.ndarray:
+    def values(self, index: int) -> np.ndarray:
         """Return the stored values of one image, (height, width, channels) in any memory order."""
         number, row = self._locate(index)
         array = self._arrays[number]
@@ -138,7 +138,7 @@ class ArraySource(Source):
         digest = hashlib.sha256()
         indices = np.linspace(0, len(self) - 1, NUM_PROBED_IMAGES).astype(np.int64)
         for index in np.unique(indices).tolist():
-            values = self._values(index)
+            values = self.values(index)
             values = values.astype(values.dtype.newbyteorder("<"))
             digest.update(f"{index} {values.dtype.str} {values.shape} ".encode())
             digest.update(np.ascontiguousarray(values).data)
@@ -176,6 +176,7 @@ def find_axes(array: StoredArray, num_channels: int) -> str:
             f"data.root: {name} has the shape {shape}, that of one color image; {_REMEDY}"
         )
     if len(shape) == 3:
+        check_conversion(f"data.root: {name}", 1, num_channels)
         return "HW"
     if len(shape) == 4:
         allowed = (num_channels, 1, 3) if num_channels in (1, 3) else (num_channels,)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ssl_pretrain.data.config import DataConfig
-from ssl_pretrain.data.file_types import is_image
+from ssl_pretrain.data.file_types import is_picture
 from ssl_pretrain.data.folder_tree import DiskFolder
 from ssl_pretrain.data.formats import idx_files, numpy_files, published_archives, table_files
 from ssl_pretrain.data.formats.cifar_files import open_cifar
@@ -74,7 +74,7 @@ def _find_folder_format(root: Path, config: DataConfig, cache_dir: Path) -> Open
         return _open_published(*published, config, cache_dir)
     if table_files.is_saved(root):
         return partial(table_files.open_tables, root, config, cache_dir)
-    if _has_image_files(root):  # arrays and tables may lie beside them
+    if _has_pictures(root):  # arrays and tables may lie beside them
         return None
     if table_files.has_shards(root):
         return partial(table_files.open_tables, root, config, cache_dir)
@@ -82,7 +82,7 @@ def _find_folder_format(root: Path, config: DataConfig, cache_dir: Path) -> Open
         return _without_columns(
             partial(idx_files.open_idx, idx_folder, config, cache_dir), root, config
         )
-    if numpy_files.is_numpy_folder(root):
+    if numpy_files.holds_many_images(root):
         return partial(numpy_files.open_numpy, root, config, cache_dir)
     npz_paths = sorted(root.glob("*.npz"))
     if len(npz_paths) == 1:
@@ -96,16 +96,18 @@ def _find_folder_format(root: Path, config: DataConfig, cache_dir: Path) -> Open
     return None
 
 
-def _has_image_files(root: Path) -> bool:
+def _has_pictures(root: Path) -> bool:
     """Return True if a folder contains images at any depth, or a list or zip of a split.
+
+    A .npy does not count, because it may be an array of many images.
 
     A folder of a million images is recognized by the first of them.
     """
     with os.scandir(root) as scan:
-        if any(is_image(entry.name) for entry in itertools.islice(scan, _NUM_FIRST_ENTRIES)):
+        if any(is_picture(entry.name) for entry in itertools.islice(scan, _NUM_FIRST_ENTRIES)):
             return True
     folder = DiskFolder(root)
-    return any(map(split_of_file, folder.file_names)) or folder.has_images()
+    return any(map(split_of_file, folder.file_names)) or folder.has_pictures
 
 
 def _open_published(name: str, path: Path, config: DataConfig, cache_dir: Path) -> OpenSplit:

@@ -65,7 +65,7 @@ class EncodedColumn(EncodedSource):
 
     def header(self, index: int) -> ImageHeader:
         """Return the format, size and range of values of one image."""
-        return read_header(self.read_bytes(index), self.name(index))
+        return read_header(self.read_bytes(index), self.name(index), self.num_channels)
 
     def name(self, index: int) -> str:
         """Return the name of the data set and the row of the image."""

@@ -1,7 +1,7 @@
 """Images in .npy and .npz files, with their labels and splits."""
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from ssl_pretrain.data.formats.array_choice import (
 from ssl_pretrain.data.formats.array_source import ArraySource, find_axes
 from ssl_pretrain.data.formats.named_splits import WHOLE, choose_split
 from ssl_pretrain.data.formats.stored_array import StoredArray, read_npy_header
+from ssl_pretrain.data.image_values import MAX_CHANNELS
 from ssl_pretrain.data.python_source import index_labels
 from ssl_pretrain.data.split_search import split_of
 
@@ -79,12 +80,67 @@ def list_npy(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.npy") if not path.name.startswith("."))
 
 
-def is_numpy_folder(folder: Path) -> bool:
-    """Return True if a folder has an .npy with a usual name of images, such as x_train.npy."""
+def holds_many_images(folder: Path) -> bool:
+    """Return True if the .npy of a folder are arrays of many images, and False for one image each.
+
+    Arrays of many images have usual names, such as `x_train.npy`, and there are few of them. They
+    lie directly in the folder.
+
+    Raises:
+        ValueError: If the names and the shapes contradict each other.
+    """
     paths = list_npy(folder)
-    return len(paths) <= MAX_FILES and any(
-        parse_name(path.stem)[0] in (*IMAGE_NAMES, "") for path in paths
-    )
+    if not paths or len(paths) > MAX_FILES:
+        return False
+    shapes = {path: _shape_of(path) for path in paths}
+    named = [path for path in paths if parse_name(path.stem)[0] in (*IMAGE_NAMES, "")]
+    if named:
+        _refuse_single_images(folder, named[0], shapes)
+        return True
+    # Images may also lie in folders or shards.
+    has_others = any(path.is_dir() or path.suffix.lower() == ".tar" for path in folder.iterdir())
+    has_other_shapes = any(shape and len(shape) not in (2, 3) for shape in shapes.values())
+    if not has_others and (has_other_shapes or len(paths) == 1):
+        arrays = ", ".join(f"{path.name} {shape}" for path, shape in list(shapes.items())[:5])
+        largest = max(paths, key=lambda path: len(shapes[path]))
+        raise ValueError(
+            f"data.root: {folder} has no .npy with a usual name of images, such as images.npy, and "
+            f"what it has is not one image per file ({arrays}); give the array of the images, as "
+            f"in data.root={largest}"
+        )
+    return False
+
+
+def _refuse_single_images(
+    folder: Path, named: Path, shapes: Mapping[Path, tuple[int, ...]]
+) -> None:
+    """Raise ValueError if an array with a usual name and its neighbors look like one image each."""
+    shape = shapes[named]
+    content = parse_name(named.stem)[0]
+    twins = [path for path in shapes if shapes[path] == shape]
+    unusual = [path for path in twins if parse_name(path.stem)[0] != content]
+    if unusual and _may_be_one_image(shape):
+        raise ValueError(
+            f"data.root: {folder} is ambiguous, because {named.name} is called like an array of "
+            f"many images, and {unusual[0].name} has the same shape {shape}, which may be that of "
+            f"one image; rename {named.name} if each file is one image, or give data.root={named}"
+        )
+
+
+def _may_be_one_image(shape: tuple[int, ...]) -> bool:
+    """Return True for two axes, and for three of which the first or last may be channels."""
+    if len(shape) != 3:
+        return len(shape) == 2
+    shortest = min(shape[0], shape[2])
+    return shortest <= MAX_CHANNELS and shortest < min(shape[1], max(shape[0], shape[2]))
+
+
+def _shape_of(path: Path) -> tuple[int, ...]:
+    """Return the shape of an array, or an empty one if it cannot be read."""
+    try:
+        return read_npy(path).shape
+    except (ValueError, OSError):
+        return ()
 
 
 def read_npy(path: Path) -> StoredArray:

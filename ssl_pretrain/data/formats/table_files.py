@@ -14,6 +14,7 @@ from ssl_pretrain.data.split_search import split_of
 from ssl_pretrain.system import optional_packages
 
 SUFFIXES = (".parquet", ".arrow")
+_MAX_DEPTH = 2  # folders below the root that are searched for shards
 _HELD_OUT = ("val", "test")
 _SAVED_MARKERS = ("dataset_dict.json", "state.json")
 
@@ -82,8 +83,13 @@ def is_saved(folder: Path) -> bool:
 
 
 def has_shards(folder: Path) -> bool:
-    """Return True if a folder or one of its subfolders contains Parquet or Arrow files."""
-    return any(True for _ in _walk(folder))
+    """Return True if a folder contains Parquet or Arrow files, at most two folders deep."""
+    for path, names, files in os.walk(folder, followlinks=True):
+        is_deepest = len(Path(path).relative_to(folder).parts) == _MAX_DEPTH
+        names[:] = [] if is_deepest else [name for name in names if not name.startswith(".")]
+        if any(name.lower().endswith(SUFFIXES) and not name.startswith(".") for name in files):
+            return True
+    return False
 
 
 def find_shards(root: Path) -> dict[str, list[Path]]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from ssl_pretrain.data.beton.beton_file import Samples
 from ssl_pretrain.data.beton.beton_source import Beton
-from ssl_pretrain.data.image_source import Source, UnreachableSource
-from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.images import UnreachableSource, UnreadableImage
 from ssl_pretrain.data.native import ffcv, views
 from ssl_pretrain.system.platform_support import BINARY, read_at
 from ssl_pretrain.views.recipe import Crop

@@ -7,10 +7,13 @@ import argparse
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from ssl_pretrain.data.image_source import NoSuchSplit
+from ssl_pretrain.data.file_dataset import SplitName
+from ssl_pretrain.data.image_source import NoSuchSplit, Source
 from ssl_pretrain.data.messages import printable
+from ssl_pretrain.data.pixels import WrongChannels
 from ssl_pretrain.data.source_report import describe_counts
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.data.tar.tar_source import TarShards
@@ -101,7 +104,7 @@ def parse_size(text: str) -> int:
 
 
 def _write(args: argparse.Namespace) -> int:
-    source = open_source(DataConfig(source=args.source, root=args.root), args.split)
+    source = _open_source(DataConfig(source=args.source, root=args.root), args.split)
     limits = ShardSize(num_bytes=args.shard_size)
     if args.images_per_shard:
         limits = ShardSize(num_images=args.images_per_shard)
@@ -119,6 +122,14 @@ def _write(args: argparse.Namespace) -> int:
         f"{num_bytes / 1e6:,.1f} MB, {seconds:.1f} s; {num_unreadable:,} unreadable"
     )
     return 1 if num_unreadable else 0
+
+
+def _open_source(config: DataConfig, split: SplitName) -> Source:
+    """Open a split in the number of channels that its images have."""
+    try:
+        return open_source(config, split)
+    except WrongChannels as error:  # an array, whose shape is known
+        return open_source(replace(config, channels=error.found), split)
 
 
 def _index(args: argparse.Namespace) -> int:

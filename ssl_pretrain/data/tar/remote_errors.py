@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
 
-from ssl_pretrain.data.image_source import UnreachableSource
+from ssl_pretrain.data.images import UnreachableSource
 from ssl_pretrain.system.exit_status import LostProcessError
 from ssl_pretrain.system.optional_packages import install_hint
 

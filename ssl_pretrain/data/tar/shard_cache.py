@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ssl_pretrain.data.image_source import UnreachableSource
+from ssl_pretrain.data.images import UnreachableSource
 from ssl_pretrain.data.tar import remote_store
 from ssl_pretrain.data.tar.remote_errors import printable_url
 from ssl_pretrain.data.tar.shard_index import Shard

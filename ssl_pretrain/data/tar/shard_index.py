@@ -15,7 +15,7 @@ import numpy as np
 from ssl_pretrain.data.file_types import SkippedFiles
 from ssl_pretrain.data.listing import open_atomically
 
-_MAGIC = b"ssl_pretrain: index of a tar shard, format 1\n"
+_MAGIC = b"ssl_pretrain: index of a tar shard, format 2\n"
 _HASH_BYTES = 32
 _LENGTH_BYTES = 8
 _COLUMNS = {

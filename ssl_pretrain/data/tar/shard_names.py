@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from ssl_pretrain.data.file_types import TABLE_SUFFIXES, is_image, is_skipped
+from ssl_pretrain.data.file_types import TABLE_SUFFIXES, is_picture, is_skipped
 from ssl_pretrain.data.image_source import NoSuchSplit
 from ssl_pretrain.data.messages import abbreviate
 from ssl_pretrain.data.split_search import split_of, words_in_name
@@ -218,7 +218,7 @@ def _list_tars(folder: str) -> list[str]:
     """Return the tars in a folder, sorted, or nothing if it has images or folders too."""
     names = []
     for name, is_folder in _list_folder(folder):
-        if not is_remote(folder) and (is_folder or is_image(name)):
+        if not is_remote(folder) and (is_folder or is_picture(name)):
             return []
         if not is_folder and name.lower().endswith((".tar", *_COMPRESSED_SUFFIXES)):
             names.append(name)
@@ -233,7 +233,7 @@ def _list_split_folders(root: str) -> list[str]:
     """Return the folders that are named after splits, or nothing if there are others or images."""
     names = []
     for name, is_folder in _list_folder(root):
-        if not is_remote(root) and (is_image(name) or (is_folder and split_of(name) is None)):
+        if not is_remote(root) and (is_picture(name) or (is_folder and split_of(name) is None)):
             return []
         if is_folder and split_of(name) is not None:
             names.append(name)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_pretrain.data.file_types import HIDDEN, SkipCounter, is_image, is_skipped
+from ssl_pretrain.data.file_types import HIDDEN, SkipCounter, is_array, is_image, is_skipped
 from ssl_pretrain.data.tar.shard_index import Shard, ShardIndex
 from ssl_pretrain.data.tar.tar_members import Member, ReadAt, WindowReader, iterate_members
 
@@ -145,10 +145,15 @@ def _add_sample(
 
 
 def _find_image(key: str, sample: list[tuple[str, Member]], name: str) -> Member | None:
-    """Return the member with the image. `0001.jpg` is preferred to `0001.mask.png`."""
+    """Return the member with the image.
+
+    `0001.jpg` is preferred to `0001.mask.png`, and both to `0001.npy`, which may hold features.
+    """
     images = [(suffix, member) for suffix, member in sample if is_image(f"image.{suffix}")]
     plain = [member for suffix, member in images if "." not in suffix]
     candidates = plain or [member for _, member in images]
+    pictures = [member for member in candidates if not is_array(member.name)]
+    candidates = pictures or candidates
     if len(candidates) > 1:
         names = " and ".join(os.path.basename(member.name) for member in candidates[:2])
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_pretrain.data.image_source import UnreachableSource
+from ssl_pretrain.data.images import UnreachableSource
 from ssl_pretrain.data.messages import abbreviate
 from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.tar import remote_store

@@ -84,7 +84,7 @@ class TarShards(EncodedSource):
 
     def header(self, index: int) -> ImageHeader:
         """Return the format, size and range of values of one image."""
-        return read_header(self.read_bytes(index), self.name(index))
+        return read_header(self.read_bytes(index), self.name(index), self.num_channels)
 
     def key(self, index: int) -> str:
         """Return the key of a sample, which is the path of its members up to the first dot."""

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 
+from ssl_pretrain.data import bands
 from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.file_types import is_image
+from ssl_pretrain.data.formats.array_source import ArraySource
 from ssl_pretrain.data.image_source import EncodedSource, ImageFiles, Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.messages import report_progress
@@ -174,7 +177,11 @@ def _encode_sample(source: Source, index: int) -> list[tuple[str, bytes]]:
 
 
 def _encode_image(source: Source, index: int) -> tuple[str, bytes]:
-    """Return the suffix and the bytes of an image. Pixels without a file format become a PNG."""
+    """Return the suffix and the bytes of an image.
+
+    Files keep their bytes. Values without a file format become a PNG if they have 8 bits and 1 or 3
+    channels, and else a .npy.
+    """
     is_raw = isinstance(source, Beton) and source.samples.mode[index] == RAW
     if isinstance(source, EncodedSource) and not is_raw:
         content = source.read_bytes(index)
@@ -184,11 +191,19 @@ def _encode_image(source: Source, index: int) -> tuple[str, bytes]:
                 return suffix, content
         return _suffix_of(content, source.name(index)), content
     file = io.BytesIO()
-    Image.fromarray(source.read(index)).save(file, "PNG")
-    return ".png", file.getvalue()
+    values = source.values(index) if isinstance(source, ArraySource) else source.read(index)
+    if values.dtype in (np.uint8, np.bool_) and values.shape[2] in (1, 3):
+        Image.fromarray(source.read(index)).save(file, "PNG")
+        return ".png", file.getvalue()
+    np.save(file, np.ascontiguousarray(values), allow_pickle=False)
+    return ".npy", file.getvalue()
 
 
 def _suffix_of(content: bytes, name: str) -> str:
+    if bands.is_npy(content):
+        return ".npy"
+    if content.startswith(bands.TIFF_SIGNATURES):
+        return ".tif"
     try:
         with Image.open(io.BytesIO(content)) as image:
             image_format = image.format or ""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tars import JPEG, make_tar, open_shards
 
-from ssl_pretrain.data.image_source import UnreachableSource
+from ssl_pretrain.data.images import UnreachableSource
 from ssl_pretrain.data.tar import remote_errors
 from ssl_pretrain.data.tar.remote_errors import printable_url
 from ssl_pretrain.system.optional_packages import install_hint

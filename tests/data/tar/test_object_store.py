@@ -26,7 +26,7 @@ from tars import (
     write_folder_and_shards,
 )
 
-from ssl_pretrain.data.image_source import UnreachableSource
+from ssl_pretrain.data.images import UnreachableSource
 from ssl_pretrain.data.tar import remote_store
 from ssl_pretrain.data.tar.index_files import index_beside
 from ssl_pretrain.planning import inspect
