@@ -141,7 +141,7 @@ def open_with_own_channels(config: DataConfig) -> tuple[DataConfig, Source]:
         return config, open_source(config, "train")
     if source.supports_range:
         try:
-            _check_channels(source, _read_headers(source))
+            check_channels(source)
         except WrongChannels as error:
             config = replace(config, channels=error.found)
             return config, open_source(config, "train")
@@ -227,7 +227,7 @@ def check_images(source: Source) -> None:
     if not source.supports_range:
         return
     headers = _read_headers(source)
-    _check_channels(source, headers)
+    check_channels(source, headers)
     if source.pixel_format.value_range is None:
         _check_value_range(source, headers)
 
@@ -241,8 +241,11 @@ def _read_headers(source: Source) -> list[ImageHeader]:
     return headers
 
 
-def _check_channels(source: Source, headers: list[ImageHeader]) -> None:
-    """Raise WrongChannels if no image has the channels, or most have others."""
+def check_channels(source: Source, headers: list[ImageHeader] | None = None) -> None:
+    """Raise WrongChannels if most of a few images cannot be read with the source's channels."""
+    if not source.supports_range:
+        return
+    headers = _read_headers(source) if headers is None else headers
     wrong = [header.num_stored for header in headers if not header.can_become(source.num_channels)]
     if 2 * len(wrong) > len(headers):
         raise WrongChannels(

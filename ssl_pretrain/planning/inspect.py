@@ -16,6 +16,7 @@ from ssl_pretrain.data.images import ImageHeader
 from ssl_pretrain.data.messages import printable
 from ssl_pretrain.data.source_report import (
     ImageStatistics,
+    check_channels,
     layout_lines,
     measure_images,
     open_with_own_channels,
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         if channels:
             source = open_source(config, "train")
+            check_channels(source)
         else:
             config, source = open_with_own_channels(config)
     except (ValueError, OSError) as error:

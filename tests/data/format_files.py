@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import tifffile
 from PIL import Image
 
 NUM_TRAIN, NUM_VAL = 48, 12
@@ -177,4 +178,37 @@ def write_parquet(folder: Path, datasets, num_shards: int = 2) -> Path:
             shard = table.shard(num_shards, number, contiguous=True)
             name = f"{split}-{number:05d}-of-{num_shards:05d}.parquet"
             shard.to_parquet(str(folder / "data" / name))
+    return folder
+
+
+def write_image_files(
+    folder: Path, suffix: str, num_channels: int, maximum: int, image_type: str = "uint16"
+) -> Path:
+    """Write folder/<split>/<class>/<number><suffix> with noise around one level per class.
+
+    Args:
+        folder: The folder.
+        suffix: .png, .npy, .tif for interleaved bands, or .pages.tif for one page per channel.
+        num_channels: Channels of every image.
+        maximum: Largest value of the first channel. The others have fewer.
+        image_type: Type of the values.
+    """
+    for split, num_images, seed in (("train", NUM_TRAIN, 0), ("val", NUM_VAL, 1)):
+        generator = np.random.default_rng(seed)
+        for number in range(num_images):
+            label = number % 3
+            noise = generator.random((20, 20, num_channels)) * 0.5 + 0.25 * label
+            values = (noise * maximum / np.arange(1, num_channels + 1)).astype(image_type)
+            path = folder / split / CLASSES[label] / f"{number:02d}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if suffix == ".npy":
+                np.save(path, values)
+            elif suffix == ".png":
+                Image.fromarray(values[..., 0]).save(path)
+            elif suffix == ".pages.tif":
+                tifffile.imwrite(path, np.moveaxis(values, 2, 0), photometric="minisblack")
+            elif num_channels == 1:
+                tifffile.imwrite(path, values[..., 0], photometric="minisblack")
+            else:
+                tifffile.imwrite(path, values, photometric="minisblack", planarconfig="contig")
     return folder

@@ -1,4 +1,7 @@
-"""Each format is pretrained on, resumed and evaluated with one YAML and the key `data.root`."""
+"""Each format is pretrained on, resumed and evaluated with one YAML and the key `data.root`.
+
+For images of other channels or bits, `inspect --write` makes the YAML.
+"""
 
 import json
 from pathlib import Path
@@ -11,16 +14,21 @@ from format_files import (
     cifar100_files,
     stl10_files,
     write_idx,
+    write_image_files,
     write_npy,
     write_npz,
     write_parquet,
     write_saved,
     write_tar,
 )
+from known_time import fix_step_time
 
+from ssl_pretrain import config
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
+from ssl_pretrain.data.tar import __main__ as tar_command
 from ssl_pretrain.eval import knn, runs
+from ssl_pretrain.planning import inspect
 from ssl_pretrain.train import main
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -63,28 +71,76 @@ ROOTS = {
 }
 
 
+def _shards(folder):
+    """Write the 16-bit images as tar shards, and return their folder."""
+    images = write_image_files(folder / "images", ".png", 1, 4095)
+    for split in ("train", "val"):
+        arguments = ["write", str(images), str(folder / "shards"), "--split", split]
+        assert tar_command.main(arguments) == 0
+    return folder / "shards"
+
+
+# Images for which `inspect` finds the number of channels and the range.
+FOLDERS = {
+    "13 bands": lambda folder: write_image_files(folder, ".tif", 13, 4000),
+    "16 bits": lambda folder: write_image_files(
+        write_image_files(folder, ".png", 1, 4095), ".tif", 1, 4095
+    ),
+    "npy": lambda folder: write_image_files(folder, ".npy", 5, 1, "float32"),
+    "two pages": lambda folder: write_image_files(folder, ".pages.tif", 2, 900),
+    "shards of 16 bits": _shards,
+}
+CHANNELS = {"13 bands": 13, "npy": 5, "two pages": 2}
+
+
 @pytest.mark.parametrize("kind", ROOTS)
 def test_a_run_is_resumed_and_evaluated(kind, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(
         tiny.YAML.replace("num_workers: 0", f"num_workers: 0, cache_dir: {tmp_path / 'cache'}")
     )
-    root = ROOTS[kind](tmp_path / "images")
-    overrides = [f"data.root={root}", "epochs=2", "data.num_workers=1"]
+    overrides = [f"data.root={ROOTS[kind](tmp_path / 'images')}", "data.num_workers=1"]
     if kind == "Fashion-MNIST":
         overrides += ["data.subset=48"]
+    accuracy = _train_and_evaluate(path, overrides, tmp_path)
+    assert accuracy > (10 if kind == "Fashion-MNIST" else 100 / 3)
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_inspect_writes_the_yaml_of_a_run(kind, tmp_path, monkeypatch, capsys):
+    fix_step_time(0.01, monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # listings are cached below it
+    root, path = FOLDERS[kind](tmp_path / "images"), tmp_path / "my.yaml"
+    assert inspect.main([str(root), "--write", str(path)]) == 0
+    suggested = config.load(path)
+    channels = CHANNELS.get(kind, 3)
+    assert suggested.data.channels == len(suggested.views.mean) == channels
+    assert len(suggested.data.range) == (2 * channels if channels != 3 else 2)
+    assert all(
+        crop.hue == crop.saturation == crop.grayscale == 0
+        for crop in suggested.views.crops.values()
+    )
+    assert all(0.2 < value < 0.8 for value in suggested.views.mean)
+    assert suggested.evaluation.crop_ratio == 0.875
+    overrides = ["backbone.name=test_resnet", "method.projector_dims=[16,8]", "log.wandb=off"]
+    overrides += ["global_batch_size=24", "parallel.threads=1", "online.knn_every_epochs=0"]
+    overrides += ["checkpoint.every_epochs=0", "data.num_workers=0", "optim.warmup_epochs=0.5"]
+    assert _train_and_evaluate(path, overrides, tmp_path) > 100 / 3
+
+
+def _train_and_evaluate(path, overrides, folder):
+    """Train two epochs, once without an interruption. Return the accuracy of k-NN in %."""
 
     def run(name, *arguments):
-        output = tmp_path / name
-        assert main([str(path), *overrides, f"output={output}", *arguments]) == 0
+        output = folder / name
+        assert main([str(path), *overrides, "epochs=2", f"output={output}", *arguments]) == 0
         return read_checkpoint(newest_checkpoint(output))[1]
 
     uninterrupted = run("uninterrupted")
     run("stopped", "--stop-after", "1")
     resumed = run("stopped")
     assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
-    evaluated = runs.load_run(tmp_path / "stopped", device="cpu")
+    evaluated = runs.load_run(folder / "stopped", device="cpu")
     knn.evaluate(evaluated, shift_distances=[], rows=["pretrained"])
-    rows = json.loads((tmp_path / "stopped" / "eval" / "knn.json").read_text())["rows"]
-    chance = 10 if kind == "Fashion-MNIST" else 100 / 3
-    assert rows[0]["metrics"]["clean"] > chance
+    rows = json.loads((folder / "stopped" / "eval" / "knn.json").read_text())["rows"]
+    return rows[0]["metrics"]["clean"]
