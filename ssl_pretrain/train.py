@@ -72,6 +72,8 @@ def train_and_report(
         method_module = type(config.method).__module__
         rank_agreement.check_settings_and_code(configuration.to_dict(config), method_module)
         configuration.check(config, process_group.world_size())
+        if channels := configuration.describe_channels(config):
+            process_group.print_once(channels)
         check_config = partial(configuration.check_resume_config, config=config)
         step = checkpoints.finished_step(run, config.checkpoint, config.epochs, check_config)
         if step is not None:

@@ -59,9 +59,12 @@ def test_each_config_builds_its_real_model(path):
     assert backbones.count_parameters(plan.build_method_on_meta(run).backbone) == expected
 
 
-def reduce_recipe(path, folder):
-    """Return the recipe with tiny images, a tiny backbone and its method's small heads."""
-    values = config.to_dict(config.load(path))
+def reduce_recipe(path, folder, overrides=()):
+    """Return the recipe with tiny images, a tiny backbone and its method's small heads.
+
+    The `key=value` overrides are applied to the shipped file. data.root selects other images.
+    """
+    values = config.to_dict(config.load(path, overrides))
     for crop in values["views"]["crops"].values():
         crop |= {"size": 16 if crop["size"] in (96, 98) else 32, "blur_kernel": 3}
         crop["mask"] |= {"patch_size": 4, "min_keep": 5, "context_patches": 0}  # 8 x 8 patches
@@ -76,7 +79,7 @@ def reduce_recipe(path, folder):
     values["data"] |= {
         "source": "folder",
         "subset": 0,
-        "root": str(tiny.write_images(folder / "images")),
+        "root": values["data"]["root"] or str(tiny.write_images(folder / "images")),
         "cache_dir": str(folder / "cache"),
         "num_workers": 0,
     }

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import MANIFEST_FILE
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
-from ssl_pretrain.models import backbones, timm_networks, weights_file
+from ssl_pretrain.models import backbones, published_channels, timm_networks, weights_file
 from ssl_pretrain.models.timm_networks import BackboneConfig
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -26,7 +26,11 @@ def initialize(backbone: nn.Module, config: BackboneConfig) -> list[str]:
     if weights is None:  # loaded by timm, or random
         if config.init == "random":
             return []
-        return timm_networks.describe_pretrained(config, backbone.get_submodule("model"))
+        model = backbone.get_submodule("model")
+        return [
+            *timm_networks.describe_pretrained(config, model),
+            *published_channels.describe(config, model),
+        ]
     return notes + backbones.load_strict(
         backbone, weights, f"backbone.init: {config.init!r}", config.init_prefix
     )

@@ -1,5 +1,6 @@
 """The configuration of a run: its settings, and how they are read, checked and compared."""
 
+from ssl_pretrain.config.channels import describe as describe_channels
 from ssl_pretrain.config.feasibility import (
     build_method_on_meta,
     check,
@@ -34,6 +35,7 @@ __all__ = [
     "check_slurm_keys",
     "check_training_overrides",
     "configured_micro_batch_size",
+    "describe_channels",
     "explain_key",
     "from_dict",
     "load",

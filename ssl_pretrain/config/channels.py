@@ -7,7 +7,7 @@ blue are left out, one mean and one divisor apply to all channels, and the netwo
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from ssl_pretrain.models import custom_network
+from ssl_pretrain.data.image_values import MAX_CHANNELS
 from ssl_pretrain.views.recipe import COLOR_OPERATIONS
 
 if TYPE_CHECKING:
@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 def fit(config: "RunConfig") -> None:
     """Change a configuration in place. For images of three channels it stays as it is.
 
+    The number goes to `backbone.args.in_chans`, of timm's networks and of those of the user.
+
     Raises:
         ValueError: If a setting contradicts `data.channels`.
     """
     channels = config.data.channels
     in_channels = config.backbone.args.get("in_chans", channels)
-    if in_channels != channels:
+    if in_channels != channels or type(in_channels) is not int:
+        is_possible = type(in_channels) is int and 1 <= in_channels <= MAX_CHANNELS
+        remedy = f", or set data.channels={in_channels}" if is_possible else ""
         raise ValueError(
             f"backbone.args.in_chans: {in_channels} is not data.channels {channels}, the number of "
-            f"channels of the images; leave it out, or set data.channels={in_channels}"
+            f"channels of the images; leave it out{remedy}"
         )
     for key in ("mean", "std"):
         values = getattr(config.views, key)
@@ -38,8 +42,7 @@ def fit(config: "RunConfig") -> None:
             setattr(config.views, key, [fmean(values)] * channels)
     if channels == 3:
         return
-    if not custom_network.is_custom(config.backbone.name):
-        config.backbone.args = {**config.backbone.args, "in_chans": channels}
+    config.backbone.args = {**config.backbone.args, "in_chans": channels}
     for crop in config.views.crops.values():
         for operation in COLOR_OPERATIONS:
             setattr(crop, operation, 0.0)
@@ -54,5 +57,5 @@ def describe(config: "RunConfig") -> str:
         return ""
     return (
         f"data.channels: {channels}, so the views have no saturation, hue or grayscale, and the "
-        f"network takes {channels} channels"
+        f"network takes {channels} channel{'s' * (channels > 1)}"
     )

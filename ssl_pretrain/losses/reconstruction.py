@@ -17,8 +17,8 @@ def mae(predictions: Tensor, images: Tensor, masked: Tensor, *, normalize: bool 
 
     Args:
         predictions: Pixels of all patches, row by row, shape (local_batch, patches, patch_size *
-            patch_size * 3). The pixels of a patch are row by row, with the channels last.
-        images: The images, normalized as the backbone's input, shape (local_batch, 3, height,
+            patch_size * C). The pixels of a patch are row by row, with the channels last.
+        images: The images, normalized as the backbone's input, shape (local_batch, C, height,
             width).
         masked: True for the patches that count, bool (local_batch, patches).
         normalize: Subtract the mean of each patch from its target, and divide by the standard
@@ -47,7 +47,7 @@ def mae(predictions: Tensor, images: Tensor, masked: Tensor, *, normalize: bool 
 
 
 def cut_patches(images: Tensor, patch_size: int) -> Tensor:
-    """Return the pixels of every patch, shape (B, patches, patch_size * patch_size * 3)."""
+    """Return the pixels of every patch, shape (B, patches, patch_size * patch_size * C)."""
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     grid = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
@@ -56,18 +56,18 @@ def cut_patches(images: Tensor, patch_size: int) -> Tensor:
 
 def _check_shapes(predictions: Tensor, images: Tensor, masked: Tensor) -> int:
     """Return the patch size, or raise ValueError unless the arguments of `mae` match."""
-    if images.ndim != 4 or images.shape[1] != 3:
+    if images.ndim != 4:
         raise ValueError(
-            f"mae: images must be (local_batch, 3, height, width), got {tuple(images.shape)}"
+            f"mae: images must be (local_batch, C, height, width), got {tuple(images.shape)}"
         )
-    num_images, _, height, width = images.shape
-    patch_size = math.isqrt(predictions.shape[-1] // 3)
+    num_images, channels, height, width = images.shape
+    patch_size = math.isqrt(predictions.shape[-1] // channels)
     patches = (height // max(1, patch_size)) * (width // max(1, patch_size))
-    expected = num_images, patches, 3 * patch_size**2
+    expected = num_images, patches, channels * patch_size**2
     if predictions.shape != expected or patches * patch_size**2 != height * width:
         raise ValueError(
-            f"mae: predictions must be (local_batch, patches, 3 * patch_size**2) for images of "
-            f"shape {tuple(images.shape)}, got {tuple(predictions.shape)}"
+            f"mae: predictions must be (local_batch, patches, {channels} * patch_size**2) for "
+            f"images of shape {tuple(images.shape)}, got {tuple(predictions.shape)}"
         )
     if masked.shape != predictions.shape[:2]:
         raise ValueError(

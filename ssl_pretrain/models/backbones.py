@@ -86,8 +86,12 @@ def load_strict(
         if isinstance(match, str):
             if "init_prefix" in match:  # the message already contains the remedy
                 raise ValueError(f"{source}: {match}. Nothing was loaded")
+            channels = backbone.num_channels
+            remedy = REMEDY
+            if channels != 3:
+                remedy += f", or backbone.init=random, as data.channels is {channels}"
             raise ValueError(
-                f"{source}: not the weights of this backbone: {match}. Nothing was loaded; {REMEDY}"
+                f"{source}: not the weights of this backbone: {match}. Nothing was loaded; {remedy}"
             )
         _load(backbone.model, match.weights)
         return [note for note in match.notes if note != "prefix 'model.'"]

@@ -23,7 +23,8 @@ def create(name: str, arguments: Mapping[str, Any], image_size: int) -> nn.Modul
     Args:
         name: `package.module:function`, where the function or class returns the network, or
             `object:NAME`, a module of the program, which is copied with its weights.
-        arguments: Value of `backbone.args`.
+        arguments: Value of `backbone.args`. Its `in_chans` is the number of channels of the images,
+            3 if it is missing. A function with a parameter of this name receives it.
         image_size: Side of the largest view in pixels. A function with a parameter of this name
             receives it.
 
@@ -31,6 +32,8 @@ def create(name: str, arguments: Mapping[str, Any], image_size: int) -> nn.Modul
         ValueError: If there is no such function, it fails, or it does not return a module.
     """
     target = user_objects.find_object(name, KEY)
+    arguments = dict(arguments)
+    num_channels = arguments.pop("in_chans", 3)
     if isinstance(target, nn.Module):
         if arguments:
             raise ValueError(
@@ -42,8 +45,10 @@ def create(name: str, arguments: Mapping[str, Any], image_size: int) -> nn.Modul
             f"{KEY}: {name} is a {type(target).__name__}; give a function or class that returns a "
             "torch.nn.Module"
         )
-    arguments = dict(arguments)
-    if "image_size" in inspect.signature(target).parameters:
+    parameters = inspect.signature(target).parameters
+    if "in_chans" in parameters:
+        arguments["in_chans"] = num_channels
+    if "image_size" in parameters:
         arguments.setdefault("image_size", image_size)
     try:
         network = target(**arguments)
@@ -56,6 +61,6 @@ def create(name: str, arguments: Mapping[str, Any], image_size: int) -> nn.Modul
     if not isinstance(network, nn.Module):
         raise ValueError(
             f"{KEY}: {name} returns a {type(network).__name__}; return a torch.nn.Module that maps "
-            "images (batch, 3, height, width) to features (batch, dim)"
+            f"images (batch, {num_channels}, height, width) to features (batch, dim)"
         )
     return network

@@ -17,7 +17,7 @@ def compute(model: Any, images: Tensor, layers: Sequence[int]) -> tuple[Tensor, 
 
     Args:
         model: A timm network that computes feature maps.
-        images: Images of shape (B, 3, height, width).
+        images: Images of shape (B, C, height, width).
         layers: Indices of maps in the order of `forward_intermediates`. Negative ones count from
             the end.
 
@@ -99,7 +99,7 @@ class _LastMap(_Features):
         return _last_map(self.model, images)
 
 
-def _forward_on_meta(module: "_Features | _LastMap", image_size: int) -> Any:
+def _forward_on_meta(module: "_Features", image_size: int) -> Any:
     """Return the output of a module for two images, computed with meta copies of its weights."""
     state = {
         name: torch.empty_like(tensor, device="meta")

@@ -1,4 +1,4 @@
-"""Check that a network takes images of a size, and measure the width of its features.
+"""Check that a network takes the images, by size and channels, and measure its features' width.
 
 The network runs on the meta device, which takes no memory and little time. The width is measured
 because timm's `num_features` is not always the width of the output.
@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ssl_pretrain.models import custom_network
+from ssl_pretrain.models import custom_network, published_channels
 from ssl_pretrain.models.timm_networks import (
     BackboneConfig,
     check_tag,
@@ -23,6 +23,8 @@ from ssl_pretrain.models.timm_networks import (
     native_size,
 )
 from ssl_pretrain.system.user_objects import OBJECT_PREFIX
+
+MAX_CHANNELS = 32  # most channels of an image, as in `data.channels`
 
 
 def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
@@ -43,6 +45,7 @@ def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
             f"but backbone.init is {config.init!r}; leave it empty, or give a file there"
         )
     check_tag(config)
+    published_channels.check(config)
     for key, size in sizes.items():
         try:
             measure_feature_dim(config, next(iter(sizes.values())), size)
@@ -78,6 +81,8 @@ def _feature_dim(config: BackboneConfig, build_size: int, size: int) -> int:
     try:
         return _measure(config, build_size, size)
     except _WrongSizeError as error:
+        if channels := _find_channels(config, build_size, size):
+            raise ValueError(_describe_wrong_channels(config, channels)) from None
         raise ValueError(_describe_wrong_size(config, build_size, size, str(error))) from None
 
 
@@ -140,6 +145,40 @@ def _output_widths(model: nn.Module, size: int) -> set[int | str]:
         else:
             widths.add(f"shape {tuple(output.shape[1:])}")
     return widths
+
+
+def _find_channels(config: BackboneConfig, build_size: int, size: int) -> int:
+    """Return another number of channels of images that the network takes, or 0 if there is none.
+
+    Those of its own convolutions are tried, and 3.
+    """
+    try:
+        model = create_on_meta(lambda: create(config, build_size))
+    except Exception:
+        return 0
+    channels = {getattr(layer, "in_channels", 3) for layer in model.modules()}
+    for number in sorted(channels.intersection(range(1, MAX_CHANNELS + 1))):
+        if number == input_channels(model):
+            continue
+        try:
+            _measure(replace(config, args={**config.args, "in_chans": number}), build_size, size)
+        except (_WrongSizeError, ValueError):
+            continue
+        return number
+    return 0
+
+
+def _describe_wrong_channels(config: BackboneConfig, channels: int) -> str:
+    """Describe a network that takes images of other channels than those of the data set."""
+    remedy = "choose another network"
+    if custom_network.is_custom(config.name):
+        remedy = (
+            "change its first layer (a function with a parameter in_chans receives data.channels)"
+        )
+    return (
+        f"backbone.name: {config.name} takes images of {channels} channels, not of data.channels "
+        f"{config.args.get('in_chans', 3)}; {remedy}, or set data.channels={channels}"
+    )
 
 
 def _describe_wrong_size(config: BackboneConfig, build_size: int, size: int, reason: str) -> str:

@@ -56,7 +56,8 @@ class BackboneConfig:
     name: str = setting(
         "resnet50",
         "timm's name, such as resnet50 or vit_small_patch16_224. package.module:function: a "
-        "function that returns a network of your own.",
+        "function that returns a network of your own. Its parameter in_chans, if it has one, "
+        "receives data.channels.",
     )
     stem: Literal["imagenet", "no_pool", "small"] = setting(
         "imagenet",
@@ -87,13 +88,19 @@ def create(config: BackboneConfig, image_size: int) -> nn.Module:
             cannot be changed.
     """
     if custom_network.is_custom(config.name):
-        return _create_custom(config, image_size)
+        model = _create_custom(config, image_size)
+    else:
+        model = _create_by_timm(config, image_size)
+    setattr(model, _CHANNELS, int(config.args.get("in_chans", 3)))
+    return model
+
+
+def _create_by_timm(config: BackboneConfig, image_size: int) -> nn.Module:
     _check_name(config.name)
     args = size_arguments(config.name, image_size) | dict(config.args)
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path
     model = _construct(config, args)
-    setattr(model, _CHANNELS, int(args.get("in_chans", 3)))
     if config.stem != "imagenet":
         _shrink_stem(model, config.name, unit_stride=config.stem == "small")
     return model

@@ -35,11 +35,13 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
     config.check(run, world_size)
     method = build_method_on_meta(run)
     notes = initialize(method.backbone, run.backbone)
+    channels = config.describe_channels(run)
     advice = ["memory and time: set plan.gpu to H100, H200, A100 or L40S to estimate them"]
     lines = [
         "# resolved configuration",
         config.to_yaml(run),
         "# plan",
+        *([channels] if channels else []),
         *_describe_optimizer(run),
         *_describe_parameters(run, method),
         *_describe_steps(run),

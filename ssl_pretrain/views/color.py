@@ -77,9 +77,13 @@ def apply_to_group(
         std: Standard deviation of each channel.
         dtype: Type of the views on CUDA, where they are channels_last. Elsewhere they are float32.
     """
-    has_kernels = pixels[0].device.type in FUSED_DEVICES and find_spec("triton") is not None
-    if len(mean) != 3 or not has_kernels:  # the kernels are written for three channels
-        return [apply(*pair, crop, mean, std) for pair in zip(pixels, parameters)]
+    is_fused = pixels[0].device.type in FUSED_DEVICES
+    # The kernels are written for three channels.
+    if len(mean) != 3 or not is_fused or find_spec("triton") is None:
+        views = [apply(*pair, crop, mean, std) for pair in zip(pixels, parameters)]
+        if not is_fused:
+            return views
+        return [view.to(dtype, memory_format=torch.channels_last) for view in views]
     for view, values in zip(pixels, parameters):
         _check_pixels(view, len(values.is_jittered), 3)
     from ssl_pretrain.views import color_triton
@@ -90,10 +94,8 @@ def apply_to_group(
             for field in fields(ColorParameters)
         }
     )
-    views = color_triton.apply(
-        torch.cat(pixels) if len(pixels) > 1 else pixels[0], group, crop, mean, std, dtype
-    )
-    return list(views.chunk(len(pixels)))
+    stack = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
+    return list(color_triton.apply(stack, group, crop, mean, std, dtype).chunk(len(pixels)))
 
 
 def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:

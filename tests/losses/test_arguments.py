@@ -237,8 +237,8 @@ OTHERS = [
     ("cpc", GRIDS | {"rows_ahead": [1], "scale": 0}, "scale must be > 0, got 0"),
     (
         "mae",
-        PIXELS | {"images": torch.zeros(2, 1, 4, 6)},
-        "images must be (local_batch, 3, height, width), got (2, 1, 4, 6)",
+        PIXELS | {"images": torch.zeros(2, 4, 6)},
+        "images must be (local_batch, C, height, width), got (2, 4, 6)",
     ),
     (
         "mae",
