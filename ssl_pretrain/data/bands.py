@@ -44,8 +44,8 @@ def is_npy(content: bytes) -> bool:
 def has_bands(content: bytes) -> bool:
     """Return True for a .npy, and for a TIFF that Pillow does not read, or not in full.
 
-    Such a TIFF has more bands than gray, color and alpha, several pages, or color of more than 8
-    bits.
+    Such a TIFF has more bands than gray, color and alpha, several pages, several bands of more than
+    8 bits, or a type or compression that Pillow does not know.
     """
     if is_npy(content):
         return True
@@ -54,18 +54,27 @@ def has_bands(content: bytes) -> bool:
     try:
         with tifffile.TiffFile(io.BytesIO(content)) as file:
             has_pages = len(file.pages) > 1 and not file.series[0].is_pyramidal
-            return has_pages or _has_unusual_bands(file.pages.first)
+            page = file.pages.first
+            if page.photometric not in _PLAIN_PHOTOMETRICS:  # palettes, inks and other color spaces
+                return has_pages
+            return has_pages or _has_unusual_bands(page) or not _opens_with_pillow(content)
     except Exception:  # Pillow names the damage
         return False
 
 
 def _has_unusual_bands(page: tifffile.TiffPage) -> bool:
-    """Return True unless the bands of a page are gray or 8-bit color, with or without alpha."""
-    if page.photometric not in _PLAIN_PHOTOMETRICS:  # palettes, inks and other color spaces
-        return False
+    """Return True unless the bands of a page are gray, or 8-bit gray or color with alpha."""
     has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA
     num_colors = page.samplesperpixel - has_alpha
-    return num_colors not in (1, 3) or (num_colors == 3 and page.bitspersample > 8)
+    return num_colors not in (1, 3) or (page.samplesperpixel > 1 and page.bitspersample > 8)
+
+
+def _opens_with_pillow(content: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(content), formats=("TIFF",)):
+            return True
+    except Exception:  # Pillow raises almost anything for files that it does not know
+        return False
 
 
 def count_bands(content: bytes, expected: int) -> int:

@@ -1,4 +1,6 @@
-"""Decode image files to RGB pixels, with one rule per pixel format.
+"""Decode image files to RGB or gray pixels, with one rule per pixel format.
+
+Other numbers of channels follow the rules of `bands`.
 
 | in the file | result |
 |---|---|
@@ -13,7 +15,9 @@
 | EXIF orientation | applied, so that the pixels are upright |
 | several frames (GIF, WebP, PNG) | the first frame |
 | several pages (TIFF) | as many channels, unless the other pages are smaller copies |
-| four bands if the file does not say what the fourth is, alpha of 0 everywhere, Lab | refused |
+| .npy, and TIFF with other bands than gray, RGB and alpha | as many channels |
+| four bands of JPEG or JPEG 2000 without a meaning, alpha of 0 everywhere, Lab | refused |
+| another number of channels than `data.channels` | refused, except for 1 and 3 |
 | more than 178,956,970 pixels | refused, as a possible decompression bomb |
 | 1x1 pixels | read like any other image |
 

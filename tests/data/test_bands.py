@@ -97,6 +97,22 @@ def test_alpha_is_a_channel_where_there_are_that_many():
     assert [header.can_become(count) for count in (1, 2, 3, 4)] == [True, True, True, False]
 
 
+@pytest.mark.parametrize("kind", ["float64", "int64", "zstd", "jpeg2000"])
+def test_gray_and_color_that_pillow_does_not_know_are_read(kind):
+    value_range = (0.0, 4000.0)
+    if kind in ("zstd", "jpeg2000"):
+        color = BANDS[..., :3]
+        options = {"compression": kind, "photometric": "rgb"}
+        file = io.BytesIO()
+        tifffile.imwrite(file, color, **options)
+        np.testing.assert_array_equal(decode(file.getvalue(), "a"), color)
+        return
+    values = WIDE[..., 0].astype(kind)
+    pixels = decode(tiff(values), "a", PixelFormat(3, value_range))
+    expected = np.rint(255 * (values / 4000).clip(0, 1))
+    np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, axis=2))
+
+
 class TestRefusals:
     def test_another_number_of_channels(self):
         color = encode(BANDS[..., :3], "PNG")
@@ -107,6 +123,13 @@ class TestRefusals:
         assert error_of(FILES["npy"], 3) == (
             "a has 13 channels, and data.channels is 3; set data.channels=13 if all images have "
             "that many"
+        )
+
+    def test_16_bit_alpha_in_a_tiff(self):
+        content = tiff(WIDE[..., :2], planarconfig="contig", extrasamples=["unassalpha"])
+        assert error_of(content, 1) == (
+            "a has 2 channels, and data.channels is 1; set data.channels=2 if all images have that "
+            "many"
         )
 
     def test_modes_without_defined_channels(self):
