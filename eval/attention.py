@@ -26,6 +26,7 @@ from ssl_pretrain.eval import command_line
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import NON_NEGATIVE_INT
+from ssl_pretrain.schema.image_sizes import ImageSize, describe, height_and_width, simplify
 from ssl_pretrain.views import crops
 
 TOP_SHARE = 0.6  # share of a head's attention that its mask contains, as in DINO's figure 1
@@ -62,14 +63,15 @@ def main(arguments: list[str]) -> None:
         print(path)
 
 
-def write_pictures(run: Run, files: list[Path], folder: Path, size: int = 0) -> list[Path]:
+def write_pictures(run: Run, files: list[Path], folder: Path, size: ImageSize = 0) -> list[Path]:
     """Write the pictures and return their paths.
 
     Args:
         run: Run to evaluate.
         files: Image files.
         folder: Folder to write the pictures to.
-        size: Side of the images in pixels. 0 stands for the run's evaluation size.
+        size: Side of the images in pixels, or their height and width. 0 stands for the run's
+            evaluation size.
 
     Raises:
         ValueError: If a file is not an image, or the size is not a multiple of the patch size.
@@ -99,7 +101,7 @@ class Maps:
 
 @torch.no_grad()
 def compute_maps(run: Run, images: Tensor) -> Maps:
-    """Return the attention and principal components of uint8 images (n, 3, size, size).
+    """Return the attention and principal components of uint8 images (n, 3, height, width).
 
     Raises:
         ValueError: If the network does not accept images of this size.
@@ -110,18 +112,19 @@ def compute_maps(run: Run, images: Tensor) -> Maps:
     if blocks is None or not isinstance(getattr(blocks[-1], "attn", None), Attention):
         feature_map = _feature_map(model, normalized, run.config.backbone.name)
         return Maps(None, principal_components(feature_map))
-    patch_size, size = model.patch_embed.patch_size[0], images.shape[-1]
-    accepts_size = size == run.view_size or getattr(model, "dynamic_img_size", False)
-    if size % patch_size or not accepts_size:
+    patch_size, shape = model.patch_embed.patch_size[0], tuple(images.shape[-2:])
+    is_built_for = shape == height_and_width(run.view_size)
+    accepts_size = is_built_for or getattr(model, "dynamic_img_size", False)
+    if any(side % patch_size for side in shape) or not accepts_size:
         raise ValueError(
-            f"--size: {size} pixels do not fit patches of {patch_size} pixels;"
+            f"--size: {describe(simplify(shape))} pixels do not fit patches of {patch_size} pixels;"
             f" give a multiple of {patch_size}"
         )
     inputs: list[Tensor] = []
     layer = blocks[-1].attn
     with layer.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0])):
         tokens = model.forward_features(normalized)
-    num_prefix, grid = model.num_prefix_tokens, (size // patch_size, size // patch_size)
+    num_prefix, grid = model.num_prefix_tokens, (shape[0] // patch_size, shape[1] // patch_size)
     attention = None
     if num_prefix:
         attention = attention_weights(layer, inputs[0])[:, :, 0, num_prefix:].unflatten(2, grid)
@@ -139,8 +142,8 @@ def _feature_map(model: Any, images: Tensor, name: str) -> Tensor:
         outputs = model.forward_features(images)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
-            f"--size: {name} does not accept images of {images.shape[-1]} pixels:"
-            f" {str(error).splitlines()[0]}; give another size"
+            f"--size: {name} does not accept images of {describe(simplify(images.shape[-2:]))}"
+            f" pixels: {str(error).splitlines()[0]}; give another size"
         ) from None
     if not isinstance(outputs, Tensor) or outputs.ndim != 4:
         raise ValueError(f"backbone.name: {name} has no feature map to draw; give a ViT or a CNN")
@@ -205,25 +208,25 @@ def _attention_picture(image: Tensor, weights: Tensor) -> Tensor:
     Returns:
         The picture, (3, height, width) in [0, 1].
     """
-    size, pixels = image.shape[-1], image.float() / 255
+    shape, pixels = image.shape[-2:], image.float() / 255
     heads = torch.cat([weights.mean(0, keepdim=True), weights]).cpu()
     maps, overlays, masked_images = [torch.ones_like(pixels)], [pixels], [torch.ones_like(pixels)]
     for head, mask in zip(heads, top_patches_mask(heads)):
-        enlarged = _enlarge((head / head.max().clamp(min=1e-12))[None], size)[0]
+        enlarged = _enlarge((head / head.max().clamp(min=1e-12))[None], shape)[0]
         colors = colormaps["inferno"](enlarged.numpy())[..., :3].astype(np.float32)
         colored = torch.from_numpy(colors).permute(2, 0, 1)
         maps.append(colored)
         overlays.append(0.45 * pixels + 0.55 * colored)
-        masked_images.append(pixels * (0.2 + 0.8 * _enlarge(mask[None].float(), size)))
+        masked_images.append(pixels * (0.2 + 0.8 * _enlarge(mask[None].float(), shape)))
     return torch.cat([torch.cat(row, dim=2) for row in (maps, overlays, masked_images)], dim=1)
 
 
-def _enlarge(values: Tensor, size: int) -> Tensor:
-    """Enlarge (channels, rows, columns) to (channels, size, size) without interpolation."""
-    return nn.functional.interpolate(values[None], size=(size, size), mode="nearest")[0]
+def _enlarge(values: Tensor, size: ImageSize) -> Tensor:
+    """Enlarge (channels, rows, columns) to (channels, *size) without interpolation."""
+    return nn.functional.interpolate(values[None], size=height_and_width(size), mode="nearest")[0]
 
 
-def _read_image(file: Path, size: int) -> Tensor:
+def _read_image(file: Path, size: ImageSize) -> Tensor:
     if not file.is_file():
         raise ValueError(f"{file}: no such file; give the path of an image")
     pixels = torch.from_numpy(decode(file.read_bytes(), str(file))).permute(2, 0, 1)

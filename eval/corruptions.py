@@ -156,7 +156,7 @@ def _swap_pixels(pixels, offsets, max_distance):
 
 
 def zoom_blur(image: np.ndarray, constants: tuple[float, float], rng: ImageRng) -> np.ndarray:
-    """Average a square image with enlarged copies of its center.
+    """Average an image with enlarged copies of its center.
 
     The zoom factors start at 1. `constants` consists of their end (exclusive) and their step.
     """
@@ -165,14 +165,16 @@ def zoom_blur(image: np.ndarray, constants: tuple[float, float], rng: ImageRng) 
 
 
 def enlarge(image: np.ndarray, factor: float) -> np.ndarray:
-    """Enlarge the center of a square image by this factor, to the size of the image."""
-    side = len(image)
-    crop_side = int(np.ceil(side / factor))
-    start = (side - crop_side) // 2
-    center = image[start : start + crop_side, start : start + crop_side]
-    enlarged = ndimage.zoom(center, (factor, factor, 1), order=1)
-    start = (len(enlarged) - side) // 2
-    return enlarged[start : start + side, start : start + side]
+    """Enlarge the center of an image by this factor, to the size of the image."""
+    height, width = image.shape[:2]
+    center = cut_center(image, int(np.ceil(height / factor)), int(np.ceil(width / factor)))
+    return cut_center(ndimage.zoom(center, (factor, factor, 1), order=1), height, width)
+
+
+def cut_center(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return the central part of an image."""
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]
 
 
 def fog(image: np.ndarray, constants: tuple[float, float], rng: ImageRng) -> np.ndarray:

@@ -10,6 +10,7 @@ from ssl_pretrain.data.config import pixel_format
 from ssl_pretrain.data.image_values import to_pixels
 from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.schema.image_sizes import ImageSize
 from ssl_pretrain.views import color, crops
 from ssl_pretrain.views.recipe import Interpolation
 
@@ -18,19 +19,19 @@ from ssl_pretrain.views.recipe import Interpolation
 class ImageTransform:
     """Resize, crop and normalize an image, as the evaluations of its run do.
 
-    Calling it maps an image to a float32 tensor (channels, size, size). The image is a PIL image, a
-    path, an array (height, width, channels) or a tensor (channels, height, width).
+    Calling it maps an image to a float32 tensor (channels, height, width). The image is a PIL
+    image, a path, an array (height, width, channels) or a tensor (channels, height, width).
 
     Attributes:
-        size: Height and width of the result in pixels.
-        crop_ratio: Side of the central crop as a share of the resized shorter side.
+        size: Side of the square result in pixels, or its height and width.
+        crop_ratio: Side of the central crop as a share of the resized side that it covers.
         interpolation: Interpolation of the resize.
         mean: Mean that is subtracted from each channel, for pixels in [0, 1].
         std: Divisor of each channel.
         pixel_format: Number of channels of the images, and the range of wide values.
     """
 
-    size: int
+    size: ImageSize
     crop_ratio: float
     interpolation: Interpolation
     mean: tuple[float, ...]
@@ -51,7 +52,7 @@ class ImageTransform:
         )
 
     def __call__(self, image: Any) -> Tensor:
-        """Return the input of the backbone, float32 (channels, size, size).
+        """Return the input of the backbone, float32 (channels, height, width).
 
         Raises:
             ValueError: If the object is not an image.
@@ -60,9 +61,9 @@ class ImageTransform:
         return self.normalize(self.crop(pixels)[None])[0]
 
     def crop(self, pixels: Tensor) -> Tensor:
-        """Resize and crop an image, uint8 (channels, height, width), to (channels, size, size)."""
+        """Resize and crop an image, uint8 (channels, height, width), to the same layout."""
         return crops.evaluation_view(pixels, self.size, self.crop_ratio, self.interpolation)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Normalize cropped images, uint8 (n, channels, size, size), to float32."""
+        """Normalize cropped images, uint8 (n, channels, height, width), to float32."""
         return color.normalize(pixels, list(self.mean), list(self.std))

@@ -22,6 +22,7 @@ RUN/eval/knn_grid.json has the accuracies for k of 10, 20, 100 and 200 and tempe
 """
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -231,7 +232,7 @@ def check_memory(
         ValueError: If the search does not fit in memory.
     """
     feature_dim = named_features.Feature(run.backbone, feature).feature_dim
-    raw_dim = run.config.views.num_channels * min(run.image_size, features.RAW_SIZE) ** 2
+    raw_dim = run.config.views.num_channels * math.prod(features.raw_shape(run.image_size))
     dim = max(raw_dim if row == "raw" else feature_dim for row in rows)
     view_bytes = train.cache_bytes + test.cache_bytes if run.device.type == "cpu" else 0
     needed_bytes = knn_search.required_bytes(

@@ -22,6 +22,7 @@ from ssl_pretrain.eval.html import charts, live, nearest_images, page, sections
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import PORT
 from ssl_pretrain.system import durable_files
+from ssl_pretrain.views import recipe
 
 MAX_LEGEND_CLASSES = 20  # largest number of classes in the legend of the projection
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -51,10 +52,13 @@ def write(run: Run) -> Path:
     results.print_progress(
         f"report: embedding {len(bank)} training images and {len(query_candidates)} {image_kind}"
     )
+    # Published weights have no views, and their run no picture of them.
+    views = run.config.views
+    tile_size = recipe.enclosing_size(views) if views.crops else run.view_size
     config_path = shlex.quote(str(run.path / "config.yaml"))
     text = page.render(
         "report.html.jinja",
-        **sections.run_variables(run.path, metrics, run.view_size),
+        **sections.run_variables(run.path, metrics, tile_size),
         **_evaluation_variables(run, has_labels=bool((bank.labels >= 0).any())),
         title=f"{run.path.name} · {run.config.method.name}",
         name=run.path.name,

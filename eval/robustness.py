@@ -17,6 +17,7 @@ from ssl_pretrain.eval.frozen.evaluation_split import (
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.monitoring import weighted_knn
 from ssl_pretrain.schema import NON_NEGATIVE_INT
+from ssl_pretrain.schema.image_sizes import describe, height_and_width
 
 HELP = f"""k-NN accuracy of frozen features on corrupted test images, at five severities.
 
@@ -103,13 +104,14 @@ def evaluate(run: Run, corruption_names: list[str], max_images: int = 2000) -> d
         column: float(np.mean([row.metrics[column] for row in rows])) for column in rows[0].metrics
     }
     clean = results.Row("clean", {"mean": measure_accuracy("", 0)})
-    benchmark = "CIFAR-10-C" if run.image_size <= corruptions.MAX_SMALL_IMAGE_SIDE else "ImageNet-C"
+    is_small = max(height_and_width(run.image_size)) <= corruptions.MAX_SMALL_IMAGE_SIDE
+    benchmark = "CIFAR-10-C" if is_small else "ImageNet-C"
     protocol = {
         **describe_splits(run, train, test),
         "k": evaluation.k,
         "temperature": evaluation.temperature,
         "corruptions": f"{len(rows)} at severities 1 to 5, with the constants of {benchmark},"
-        f" applied to evaluation views of {run.image_size} pixels",
+        f" applied to evaluation views of {describe(run.image_size)} pixels",
         "mean": f"over severities, and in the row `pretrained` also over {len(rows)} corruptions",
     }
     return results.save(

@@ -17,6 +17,7 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
 from ssl_pretrain.parallel.execution import Execution
+from ssl_pretrain.schema.image_sizes import describe
 from ssl_pretrain.views import recipe
 
 # Sections and single keys that an evaluation of a run or of external weights may override.
@@ -42,8 +43,8 @@ class Run:
     step: int
     network: str  # such as "student" or "teacher"
     checkpoint_path: Path
-    view_size: int  # side in pixels of the largest training view, for which the backbone is built
-    image_size: int  # side in pixels of the evaluation views
+    view_size: int | list[int]  # of the largest training view, for which the backbone is built
+    image_size: int | list[int]  # of the evaluation views: side in pixels, or height and width
     device: torch.device
 
     @property
@@ -193,7 +194,9 @@ def load_external_weights(
     backbone: nn.Module = backbones.build(run_config.backbone, size)
     notes = initialize(backbone, run_config.backbone)
     destination = [f"results in {path}"] if is_evaluated else []
-    print_progress("; ".join([f"{weights}: {name} at {size} pixels", *notes, *destination]))
+    print_progress(
+        "; ".join([f"{weights}: {name} at {describe(size)} pixels", *notes, *destination])
+    )
     return Run(
         path=path,
         config=run_config,

@@ -24,7 +24,7 @@ def auto_augment(view: Tensor, epoch: int, index: int, *, mean: tuple[float, ...
     The random choices only depend on the epoch and the image.
 
     Args:
-        view: View, uint8 (3, size, size).
+        view: View, uint8 (3, height, width).
         epoch: Training epoch.
         index: Index of the image in its data set.
         mean: Fill color for pixels from outside the view, in [0, 1].
@@ -34,7 +34,7 @@ def auto_augment(view: Tensor, epoch: int, index: int, *, mean: tuple[float, ...
     """
     _seed(AUGMENT_SEED, epoch, index)
     image = Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
-    augmented = _build_policy(mean, view.shape[-1])(image)
+    augmented = _build_policy(mean, min(view.shape[-2:]))(image)
     return torch.from_numpy(np.array(augmented)).permute(2, 0, 1)
 
 
@@ -44,7 +44,7 @@ def erase(views: Tensor, epoch: int, indices: Tensor) -> Tensor:
     The random choices only depend on the epoch and the image, not on the rank.
 
     Args:
-        views: Normalized views, (batch, 3, size, size).
+        views: Normalized views, (batch, 3, height, width).
         epoch: Training epoch.
         indices: Indices of the images in their data set, (batch,).
 
@@ -67,7 +67,7 @@ def _seed(purpose: int, epoch: int, index: int) -> None:
 
 
 @lru_cache(maxsize=4)
-def _build_policy(mean: tuple[float, ...], size: int) -> Any:
+def _build_policy(mean: tuple[float, ...], shorter_side: int) -> Any:
     fill = tuple(min(255, round(255 * value)) for value in mean)
-    options = {"translate_const": int(size * 0.45), "img_mean": fill}
+    options = {"translate_const": int(shorter_side * 0.45), "img_mean": fill}
     return auto_augment_transform(POLICY, options | {"interpolation": Image.Resampling.BICUBIC})

@@ -84,7 +84,7 @@ class Run:
             device: A torch device, or auto for cuda if it is available and cpu otherwise.
 
         Returns:
-            The backbone in evaluation mode, which maps normalized images (n, 3, size, size) to
+            The backbone in evaluation mode, which maps normalized images (n, 3, height, width) to
             features (n, dim). Its attribute `transform` turns an image into such an input.
 
         Raises:
@@ -156,7 +156,7 @@ def pretrain(
             Labels are only used by evaluations.
         method: Name of the method, by default SimCLR, or `package.module` of your own.
         backbone: timm's name of a network, `package.module:function`, or a module that maps images
-            (n, 3, size, size) to features (n, dim). The module itself is not changed.
+            (n, 3, height, width) to features (n, dim). The module itself is not changed.
         output: Folder of the run, by default runs/METHOD_DATA.
         val: Images for evaluations, a path if `data` is one, or else an object.
         config: Name of a preset, such as "simclr_cifar10", or path of a YAML, whose settings
@@ -215,8 +215,8 @@ def load_backbone(
         overrides: For a file of weights, `backbone="resnet50"` and other settings.
 
     Returns:
-        The backbone in evaluation mode, which maps (n, 3, size, size) to features (n, dim), and the
-        transform from an image to (3, size, size).
+        The backbone in evaluation mode, which maps (n, 3, height, width) to features (n, dim), and
+        the transform from an image to (3, height, width).
 
     Raises:
         ValueError: If there is no such run or file, or the weights do not fit the network.

@@ -264,7 +264,7 @@ def test_a_key_is_explained():
     assert config.explain_key("method.dino.center_momentum").startswith(
         "method.dino.center_momentum (float, default 0.9)\n"
     )
-    assert "views.crops.global.size (int, default 224)" in config.explain_key(
+    assert "views.crops.global.size (int | list[int], default 224)" in config.explain_key(
         "views.crops.global.size"
     )
     lines = config.explain_key("optim").splitlines()

@@ -8,6 +8,7 @@ import yaml
 from ssl_pretrain import config as configuration
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.schema.image_sizes import height_and_width
 from ssl_pretrain.system import markdown
 
 # Keys whose values may be paths on the training machine. The card leaves such paths empty.
@@ -40,7 +41,14 @@ def render(run: Run, arguments: dict[str, Any], problems: list[str], onnx_sectio
 
 def _description(run: Run, arguments: dict[str, Any], is_published: bool) -> str:
     view, source = arguments["input"], run.config.data.source
-    size = view["size"]
+    height, width = height_and_width(view["size"])
+    covered = [round(side / view["crop_ratio"]) for side in (height, width)]
+    resize = (
+        f"Resize the shorter side to {covered[0]} pixels"
+        if height == width
+        else f"Resize the image to cover {covered[0]} x {covered[1]} pixels"
+    )
+    center = "square" if height == width else f"{height} x {width}"
     origin = (
         f"Backbone of the {arguments['network']} at step {arguments['step']:,}, pretrained with"
         f" {arguments['method']} on {source}. The projector is not included."
@@ -49,9 +57,9 @@ def _description(run: Run, arguments: dict[str, Any], is_published: bool) -> str
         origin = "Weights that were not trained by this project. Their classifier is not included."
     return (
         f"{origin}\n"
-        f"Input: float32 (n, 3, {size}, {size}). Resize the shorter side to"
-        f" {round(size / view['crop_ratio'])} pixels ({view['interpolation']}), crop the central"
-        f" square, subtract {view['mean']} from pixels in [0, 1], and divide by {view['std']}.\n"
+        f"Input: float32 (n, 3, {height}, {width}). {resize}"
+        f" ({view['interpolation']}), crop the central"
+        f" {center}, subtract {view['mean']} from pixels in [0, 1], and divide by {view['std']}.\n"
         f"Output: features (n, {arguments['facts']['feature_dim']})."
     )
 

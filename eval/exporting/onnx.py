@@ -16,6 +16,7 @@ from ssl_pretrain.eval.frozen import features, knn_search
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
+from ssl_pretrain.schema.image_sizes import describe
 from ssl_pretrain.system import markdown, optional_packages
 
 FLOAT_MODEL, INT8_MODEL = "model.onnx", "model_int8.onnx"
@@ -84,15 +85,15 @@ def write_models(run: Run, folder: Path, images: Tensor, torch_features: Tensor)
         f"Largest difference of onnxruntime's features from torch's: {difference:.1e}."
         f" 8 bits: {quantization}.\n"
         f"k-NN: {protocol}.\n"
-        f"Latency: one image of {run.image_size} pixels on a CPU, median of {NUM_TIMED_IMAGES};"
-        f" {torch.get_num_threads()} threads; {versions}."
+        f"Latency: one image of {describe(run.image_size)} pixels on a CPU, median of"
+        f" {NUM_TIMED_IMAGES}; {torch.get_num_threads()} threads; {versions}."
     )
     table = markdown.table(["", "k-NN, %", "ms per image, median", "MB"], rows)
     return "\n\n".join(["## ONNX", table, notes])
 
 
 def export_float_model(model: nn.Module, images: Tensor, path: Path) -> None:
-    """Write the ONNX model that maps images (n, 3, size, size) to features (n, dim), for any n."""
+    """Write the ONNX model that maps images (n, 3, h, w) to features (n, dim), for any n."""
     torch.onnx.export(
         model,
         (images,),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssl_pretrain import rng
+from ssl_pretrain.schema.image_sizes import ImageSize, height_and_width
 
 REFERENCE_FILE, ARGUMENTS_FILE = "reference.safetensors", "timm.json"
 NUM_IMAGES = 2
@@ -19,19 +20,20 @@ NUM_IMAGES = 2
 TOLERANCE = 1e-3
 
 
-def reference_images(size: int, channels: int = 3) -> Tensor:
-    """Return smooth noise, float32 (NUM_IMAGES, C, size, size), with standard deviation near 1.
+def reference_images(size: ImageSize, channels: int = 3) -> Tensor:
+    """Return smooth noise, float32 (NUM_IMAGES, C, height, width), with standard deviation near 1.
 
     The images are the same on every machine.
     """
+    shape = height_and_width(size)
 
-    def noise(epoch: int, side: int) -> Tensor:
-        num_values = channels * side * side
+    def noise(epoch: int, height: int, width: int) -> Tensor:
+        num_values = channels * height * width
         values = rng.uniform(0, epoch, np.arange(NUM_IMAGES), 0, rng.Purpose.SUBSET, num_values)
-        return torch.from_numpy(values.reshape(NUM_IMAGES, channels, side, side))
+        return torch.from_numpy(values.reshape(NUM_IMAGES, channels, height, width))
 
-    smooth = nn.functional.interpolate(noise(0, 8), (size, size), mode="bilinear")
-    return (4 * (smooth - 0.5) + (noise(1, size) - 0.5)).float()
+    smooth = nn.functional.interpolate(noise(0, 8, 8), shape, mode="bilinear")
+    return (4 * (smooth - 0.5) + (noise(1, *shape) - 0.5)).float()
 
 
 @torch.no_grad()

@@ -248,7 +248,7 @@ def rand_augment(
     The random choices only depend on the epoch and the image.
 
     Args:
-        view: View, uint8 (3, size, size).
+        view: View, uint8 (3, height, width).
         epoch: Training epoch.
         index: Index of the image in its data set.
         policy: timm's name for the policy.
@@ -259,13 +259,13 @@ def rand_augment(
     """
     _seed_python_and_numpy(rng.derive_seed(SEED, epoch, index))
     image = Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
-    augmented = _build_policy(policy, mean, view.shape[-1])(image)
+    augmented = _build_policy(policy, mean, min(view.shape[-2:]))(image)
     return torch.from_numpy(np.array(augmented)).permute(2, 0, 1)
 
 
 @lru_cache(maxsize=4)
-def _build_policy(name: str, mean: tuple[float, ...], size: int) -> Any:
+def _build_policy(name: str, mean: tuple[float, ...], shorter_side: int) -> Any:
     fill = tuple(min(255, round(255 * value)) for value in mean)
-    options = {"translate_const": int(size * 0.45), "img_mean": fill}
+    options = {"translate_const": int(shorter_side * 0.45), "img_mean": fill}
     # DeiT and MAE rotate, shear and shift with the interpolation of their crops.
     return rand_augment_transform(name, options | {"interpolation": Image.Resampling.BICUBIC})

@@ -19,6 +19,7 @@ from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.frozen.named_features import POOLED, Feature
 from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.schema.image_sizes import ImageSize, area, describe
 from ssl_pretrain.views import crops
 
 BATCH_SIZE = 250  # images per forward pass
@@ -70,11 +71,11 @@ class EvaluationSplit:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the cached views, 0 if they would exceed MAX_CACHE_BYTES."""
-        view_bytes = len(self) * self.run.config.views.num_channels * self.run.image_size**2
+        view_bytes = len(self) * self.run.config.views.num_channels * area(self.run.image_size)
         return view_bytes if view_bytes <= MAX_CACHE_BYTES else 0
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield views, uint8 (n, C, size, size), and labels, int64 (n,), in order."""
+        """Yield views, uint8 (n, C, height, width), and labels, int64 (n,), in order."""
         if self._cache:
             yield from self._cache
             return
@@ -230,8 +231,16 @@ def describe_splits(
         **(random_entry if has_random_row else {}),
         "feature": str(Feature(run.backbone, feature)),
         "precision": run.describe_precision(),
-        "transform": f"shorter side to {round(size / evaluation.crop_ratio)}, central"
-        f" {size}x{size}, {evaluation.interpolation}, nothing random",
+        "transform": f"{_describe_resize(size, evaluation.crop_ratio)},"
+        f" {evaluation.interpolation}, nothing random",
         "images": f"{run.config.data.source}: {len(train)} training, {len(test)} {kind},"
         f" {len(train.classes)} classes",
     }
+
+
+def _describe_resize(size: ImageSize, crop_ratio: float) -> str:
+    """Describe the size to which images are resized, and the central part that is cut out."""
+    if isinstance(size, int):
+        return f"shorter side to {round(size / crop_ratio)}, central {size}x{size}"
+    height, width = (round(side / crop_ratio) for side in size)
+    return f"resized to cover {height}x{width}, central {describe(size)}"

@@ -19,6 +19,7 @@ from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, rank_rows
 from ssl_pretrain.eval.frozen.named_features import POOLED, network_of_feature
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.models import backbones
+from ssl_pretrain.schema.image_sizes import ImageSize, height_and_width
 from ssl_pretrain.views import color
 from ssl_pretrain.views.batch import upload
 
@@ -153,14 +154,21 @@ def raw_pixels(split: EvaluationSplit, offset: Offset = (0, 0)) -> tuple[Tensor,
 
 
 def flatten_views(run: Run, images: Tensor) -> Tensor:
-    """Convert uint8 views (n, C, size, size) to raw pixels, float32 (n, C * side * side).
+    """Convert uint8 views (n, C, height, width) to raw pixels, float32 (n, C * rows * columns).
 
-    `side` is `size`, but at most RAW_SIZE.
+    Rows and columns are those of `raw_shape`.
     """
     values = upload(images, run.device).to(torch.float32).div_(255)
-    if run.image_size > RAW_SIZE:
-        values = nn.functional.adaptive_avg_pool2d(values, RAW_SIZE)
+    shape = raw_shape(run.image_size)
+    if shape != tuple(values.shape[-2:]):
+        values = nn.functional.adaptive_avg_pool2d(values, shape)
     return values.flatten(1)
+
+
+def raw_shape(size: ImageSize) -> tuple[int, int]:
+    """Return the height and width of views whose pixels are features, at most RAW_SIZE each."""
+    height, width = height_and_width(size)
+    return min(height, RAW_SIZE), min(width, RAW_SIZE)
 
 
 def concatenate(
@@ -213,24 +221,28 @@ def shift_offsets(split: EvaluationSplit, distance: int) -> list[Offset]:
     Args:
         split: Images to shift.
         distance: Distance in pixels of the original images. The returned offsets are in pixels of
-            the evaluation view, where the shorter side is scaled to image_size / crop_ratio.
+            the evaluation view, for which images are resized to cover image_size / crop_ratio.
     """
     run = split.run
-    scale = run.image_size / run.config.evaluation.crop_ratio / _shorter_side(split)
+    scale = max(
+        side / run.config.evaluation.crop_ratio / length
+        for side, length in zip(height_and_width(run.image_size), _image_shape(split))
+    )
     view_pixels = round(distance * scale)
     return [(view_pixels, 0), (-view_pixels, 0), (0, view_pixels), (0, -view_pixels)]
 
 
 def default_shift_distances(split: EvaluationSplit) -> list[int]:
     """Return the default shift distances in original pixels. Only small images are shifted."""
-    return [1, 2] if _shorter_side(split) < MIN_UNSHIFTED_SIDE else []
+    return [1, 2] if min(_image_shape(split)) < MIN_UNSHIFTED_SIDE else []
 
 
-def _shorter_side(split: EvaluationSplit) -> int:
-    """Return the shorter side, in pixels, of the first readable image."""
+def _image_shape(split: EvaluationSplit) -> tuple[int, int]:
+    """Return the height and width, in pixels, of the first readable image."""
     for index in split.indices.tolist():
         try:
-            return min(split.source.read(index).shape[:2])
+            height, width = split.source.read(index).shape[:2]
+            return height, width
         except UnreadableImage:
             split.source.check_present()
     raise ValueError(

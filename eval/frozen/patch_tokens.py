@@ -18,6 +18,7 @@ from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.models.timm_networks import architecture
 from ssl_pretrain.models.tokens import is_transformer
 from ssl_pretrain.parallel import memory
+from ssl_pretrain.schema.image_sizes import ImageSize, height_and_width
 from ssl_pretrain.views.batch import upload
 
 PATCHES = "patches"
@@ -70,14 +71,14 @@ class TokenSequence:
         tokens = self._network.tokens(images)
         return tokens.prefix if self.name == "prefix" else tokens.patches
 
-    def count(self, image_size: int) -> int:
-        """Return the number of tokens of an image with sides of `image_size` pixels."""
+    def count(self, image_size: ImageSize) -> int:
+        """Return the number of tokens of an image of `image_size` pixels."""
         if self.name == "prefix":
             return int(self._network.num_prefix_tokens)
         rows, columns = self._network.grid(image_size)
         return int(rows * columns)
 
-    def describe(self, image_size: int) -> str:
+    def describe(self, image_size: ImageSize) -> str:
         """Describe the tokens, as an entry of the saved protocol."""
         rows, columns = self._network.grid(image_size)
         kind = f"{rows} x {columns} patch tokens of the last layer"
@@ -101,7 +102,8 @@ def _pixel_patch_side(run: Run) -> int:
     The backbone's `patch_size` would not do, because it can be larger than a small image.
     """
     backbone: Any = run.backbone
-    return max(1, run.image_size // int(backbone.grid(run.image_size)[0]))
+    rows = int(backbone.grid(run.image_size)[0])
+    return max(1, height_and_width(run.image_size)[0] // rows)
 
 
 def pixel_patches(
@@ -140,7 +142,8 @@ def check_memory(
     sequence = TokenSequence(run.backbone, feature)
     side = _pixel_patch_side(run)
     num_channels = run.config.views.num_channels
-    raw_shape = ((run.image_size // side) ** 2, num_channels * side**2)
+    height, width = height_and_width(run.image_size)
+    raw_shape = ((height // side) * (width // side), num_channels * side**2)
     shapes = [
         raw_shape if row == "raw" else (sequence.count(run.image_size), sequence.dim)
         for row in rows

@@ -30,9 +30,9 @@ def template_variables(run_path: Path) -> dict[str, Any]:
         facts.append(("loss", f"{last_record['loss']:.4f}"))
     if "images_per_second" in last_record:
         facts.append(("images per second", f"{last_record['images_per_second']:,.0f}"))
-    view_size = 0
+    view_size: int | list[int] = 0
     if schema.value_at(settings, "views.crops") is not None:
-        view_size = recipe.crop_per_view(config.from_dict(settings).views)[0].size
+        view_size = recipe.enclosing_size(config.from_dict(settings).views)
     newest_results = [steps[max(steps)] for steps in results.load_by_step(run_path).values()]
     return {
         **sections.run_variables(run_path, metrics, view_size),

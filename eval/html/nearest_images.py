@@ -19,14 +19,14 @@ MAX_BANK_IMAGES = 10000  # training images that are searched for neighbors
 MAX_QUERY_CANDIDATES = 1000  # images to choose the queries from; all of them are projected
 DIRECTIONS = ("right", "left", "down", "up")
 
-LabeledImage = tuple[np.ndarray, int]  # image, uint8 (3, size, size), and label, -1 if unknown
+LabeledImage = tuple[np.ndarray, int]  # image, uint8 (3, height, width), and label, -1 if unknown
 
 
 @dataclass
 class Query:
     """One query and its nearest neighbors, the nearest first."""
 
-    image: np.ndarray  # uint8 (3, size, size), after the shift
+    image: np.ndarray  # uint8 (3, height, width), after the shift
     label: int  # -1 if unknown
     shift: str  # in original pixels, such as "2 right"; empty if the image was not shifted
     pixel_neighbors: list[LabeledImage]  # nearest by raw pixels

@@ -14,6 +14,7 @@ from PIL import Image
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.html import charts, page
 from ssl_pretrain.monitoring import metric_names, records
+from ssl_pretrain.schema.image_sizes import ImageSize, height_and_width
 
 Record = dict[str, Any]
 TITLES = {
@@ -35,6 +36,7 @@ AXIS_KEYS = {*metric_names.AXES, "time"}  # keys of a record that have no curve
 NUM_SPECTRA = 4  # curves in one chart, from the first spectrum to the last
 NUM_NEIGHBOR_PICTURES = 4
 VIEW_GAP = 2  # pixels between the views in views.png
+MIN_VIEW_SIDE = 64  # pixels on the page of the longer side of a view
 MAX_PIXELATED_SIZE = 64  # views up to this size are enlarged without smoothing
 
 
@@ -43,7 +45,7 @@ class View:
     """A training view on the page."""
 
     src: str  # data URL of its <img>
-    side: int  # width on the page in pixels
+    width: int  # on the page, in pixels
     description: str  # the random choices that produced it
 
 
@@ -53,14 +55,14 @@ def evaluation_title(name: str) -> str:
     return TITLES.get(base, base) + (f", {feature}" if feature else "")
 
 
-def run_variables(run_path: Path, metrics: list[Record], view_size: int) -> dict[str, Any]:
+def run_variables(run_path: Path, metrics: list[Record], view_size: ImageSize) -> dict[str, Any]:
     """Return the template variables that every page about a single run needs."""
     return {
         "alerts": read_alerts(run_path),
         "training": draw_training_figures(run_path, metrics),
         "evaluations_over_steps": draw_evaluation_figures(run_path),
         "views": cut_view_rows(run_path, view_size),
-        "pixelated": view_size <= MAX_PIXELATED_SIZE,
+        "pixelated": max(height_and_width(view_size)) <= MAX_PIXELATED_SIZE,
         "neighbors_over_time": read_neighbor_figures(run_path),
     }
 
@@ -199,30 +201,36 @@ def draw_evaluation_figures(run_path: Path) -> list[page.Figure]:
     return figures
 
 
-def cut_view_rows(run_path: Path, view_size: int) -> list[list[View]]:
+def cut_view_rows(run_path: Path, view_size: ImageSize) -> list[list[View]]:
     """Cut the trainer's grid of views into rows, one per image. Return no rows if there is no grid.
 
     Args:
         run_path: Folder of the run.
-        view_size: Side of a view in pixels.
+        view_size: Size of the tiles of the grid, from `recipe.enclosing_size`.
     """
     path, descriptions_path = run_path / "views.png", run_path / "views.json"
     if not path.is_file():
         return []
-    grid, pitch = Image.open(path).convert("RGB"), view_size + VIEW_GAP
-    if (grid.width - VIEW_GAP) % pitch or (grid.height - VIEW_GAP) % pitch:
+    grid, (height, width) = Image.open(path).convert("RGB"), height_and_width(view_size)
+    if (grid.width - VIEW_GAP) % (width + VIEW_GAP) or (grid.height - VIEW_GAP) % (
+        height + VIEW_GAP
+    ):
         return [[View(page.image_data_url(grid), grid.width, "training views")]]
     has_descriptions = descriptions_path.is_file()
     descriptions = json.loads(descriptions_path.read_text()) if has_descriptions else []
-    lefts, side = range(VIEW_GAP, grid.width, pitch), max(view_size, 64)
+    lefts = range(VIEW_GAP, grid.width, width + VIEW_GAP)
+    width_on_page = round(width * max(1.0, MIN_VIEW_SIDE / max(height, width)))
     rows = []
-    for row, top in enumerate(range(VIEW_GAP, grid.height, pitch)):
+    for row, top in enumerate(range(VIEW_GAP, grid.height, height + VIEW_GAP)):
         texts = descriptions[row] if row < len(descriptions) else []
         if len(texts) != len(lefts):
             texts = ["view"] * len(lefts)
-        crops = [grid.crop((left, top, left + view_size, top + view_size)) for left in lefts]
+        crops = [grid.crop((left, top, left + width, top + height)) for left in lefts]
         rows.append(
-            [View(page.image_data_url(crop), side, text) for crop, text in zip(crops, texts)]
+            [
+                View(page.image_data_url(crop), width_on_page, text)
+                for crop, text in zip(crops, texts)
+            ]
         )
     return rows
 

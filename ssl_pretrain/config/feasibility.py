@@ -12,9 +12,11 @@ from ssl_pretrain.models import backbones, image_size_check, timm_networks
 from ssl_pretrain.monitoring import log_config
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel import execution
+from ssl_pretrain.schema import image_sizes
 from ssl_pretrain.schema.config_file import ConfigError
 from ssl_pretrain.views import masks, recipe
 from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views.recipe import Crop
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -34,7 +36,7 @@ def check(config: RunConfig, world_size: int) -> None:
         optim.check_sharding(config.optim, config.parallel.strategy)
         log_config.check(config.log)
         sizes = {f"views.crops.{name}.size": crop.size for name, crop in config.views.crops.items()}
-        if config.evaluation.image_size:
+        if config.evaluation.image_size != 0:
             sizes["evaluation.image_size"] = config.evaluation.image_size
         image_size_check.check(config.backbone, sizes)
         config.method.check(config, world_size)
@@ -105,7 +107,7 @@ def _try_method(config: RunConfig) -> None:
     """
     backbone = dataclasses.replace(config.backbone, init="random")
     group_size = execution.bn_group_images(config.parallel, config.global_batch_size)
-    sizes = [crop.size for crop in recipe.crop_per_view(config.views)]
+    view_crops = recipe.crop_per_view(config.views)
     num_images = min(2, group_size)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         method = build_method_on_meta(dataclasses.replace(config, backbone=backbone))
@@ -119,13 +121,15 @@ def _try_method(config: RunConfig) -> None:
         with torch.device("meta"):
             zeros = torch.zeros(num_images, dtype=torch.int64)  # in place of indices and labels
             channels = config.views.num_channels
-            images = [torch.zeros(num_images, channels, size, size) for size in sizes]
+            images = [
+                torch.zeros(num_images, channels, crop.height, crop.width) for crop in view_crops
+            ]
             batch = Batch(images, zeros, zeros, masks.blank(config.views, num_images, "meta"))
             try:
                 _check_embeddings(config, method(batch), num_images)
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
                 if not timm_networks.is_meta_limitation(error):
-                    raise _explain_forward_error(config, error, sizes) from None
+                    raise _explain_forward_error(config, error, view_crops) from None
 
 
 def _check_patch_sizes(config: RunConfig, method: Method) -> None:
@@ -155,7 +159,9 @@ def _check_embeddings(config: RunConfig, embeddings: object, num_images: int) ->
             )
 
 
-def _explain_forward_error(config: RunConfig, error: Exception, sizes: list[int]) -> ValueError:
+def _explain_forward_error(
+    config: RunConfig, error: Exception, view_crops: list[Crop]
+) -> ValueError:
     """Return an error that names the keys behind an error of the method's forward pass."""
     if "more than 1 value per channel" in str(error):
         return ValueError(
@@ -165,8 +171,9 @@ def _explain_forward_error(config: RunConfig, error: Exception, sizes: list[int]
         )
     if isinstance(error, ValueError):
         return error
+    sizes = ", ".join(image_sizes.describe(crop.size) for crop in view_crops)
     return ValueError(
         f"method.name: {config.method.name} cannot run on backbone.name {config.backbone.name} "
-        f"with views of {', '.join(map(str, sizes))} pixels: {str(error).splitlines()[0]}; "
+        f"with views of {sizes} pixels: {str(error).splitlines()[0]}; "
         "give another method, backbone or size"
     )

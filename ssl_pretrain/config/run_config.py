@@ -14,7 +14,7 @@ from ssl_pretrain.monitoring.log_config import LogConfig
 from ssl_pretrain.monitoring.online_knn import OnlineConfig
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import ParallelConfig
-from ssl_pretrain.schema import DIMENSIONLESS, setting
+from ssl_pretrain.schema import DIMENSIONLESS, image_sizes, setting
 from ssl_pretrain.views.recipe import ViewsConfig
 
 
@@ -122,12 +122,16 @@ class EvaluationConfig:
         ["knn", "linear", "report"],
         "Evaluation commands that `ssl-pretrain pretrain` runs after training.",
     )
-    image_size: int = setting(
-        0, "Height and width of the images. 0 means the size of the first crop.", unit="pixels"
+    image_size: int | list[int] = setting(
+        0,
+        "Height and width of the images: one number for a square, or [height, width]. "
+        "0 means the size of the first crop.",
+        unit="pixels",
     )
     crop_ratio: float = setting(
         0.875,
-        "Side of the center crop divided by the side of the resized image.",
+        "Side of the center crop divided by the side of the resized image. A rectangular image is "
+        "resized until it covers height / crop_ratio and width / crop_ratio.",
         above=0,
         maximum=1,
     )
@@ -136,6 +140,9 @@ class EvaluationConfig:
     )
     k: int = setting(20, "Number of nearest neighbors that vote.", unit="neighbors")
     temperature: float = setting(0.07, "Divisor of the neighbors' cosine similarities.")
+
+    def __post_init__(self) -> None:
+        self.image_size = image_sizes.simplify(self.image_size)
 
 
 @dataclass

@@ -17,8 +17,8 @@ from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.replacement import Replacement, find_spare
 from ssl_pretrain.data.shared_memory import SharedMemoryFull, allocate
 
-# A picklable function that cuts all crops, uint8 (3, size, size), from one image, uint8 (3, height,
-# width). Its other arguments are the epoch and the image's index.
+# A picklable function that cuts all crops, uint8 (3, height, width), from one image of the same
+# layout. Its other arguments are the epoch and the image's index.
 CropFunction = Callable[[Tensor, int, int], list[Tensor]]
 
 
@@ -69,7 +69,7 @@ class Chunk:
         return replace(self, pixels=self.pixels.to(device, non_blocking=True))
 
     def views(self) -> list[Tensor]:
-        """Return the views, each uint8 (n, 3, size, size), without copying the pixels."""
+        """Return the views, each uint8 (n, 3, height, width), without copying the pixels."""
         n = len(self.labels)
         blocks = self.pixels.split([n * shape.numel() for shape in self.shapes])
         return [block.view(n, *shape) for block, shape in zip(blocks, self.shapes)]

@@ -117,7 +117,7 @@ def build_reader(
         if num_workers:
             chunk_size = min(MAX_CHUNK_SIZE, max(MIN_CHUNK_SIZE, -(-chunk_size // num_workers)))
         transfer = plan_transfer(
-            source.num_channels * sum(crop.size**2 for crop in view_crops),
+            source.num_channels * sum(crop.num_pixels for crop in view_crops),
             chunk_size,
             num_workers,
             num_chunks_ahead=NUM_BATCHES_AHEAD * -(-plan.local_batch_size // chunk_size),

@@ -19,10 +19,11 @@ def cpc(
     patches of all images of the global batch. Logits are inner products.
 
     Args:
-        predictions: Shape (local_batch, directions, len(rows_ahead), dim, side, side). The entry at
-            row i, in direction d and with ``rows_ahead[k]``, predicts row ``i + rows_ahead[k]`` of
-            ``orient(targets, d)``.
-        targets: Embeddings of a square grid of patches, shape (local_batch, dim, side, side).
+        predictions: Shape (local_batch, directions, len(rows_ahead), dim, rows, columns). The entry
+            at row i, in direction d and with ``rows_ahead[k]``, predicts row ``i + rows_ahead[k]``
+            of ``orient(targets, d)``.
+        targets: Embeddings of a grid of patches, shape (local_batch, dim, rows, columns). With more
+            than 2 directions, the grid must be square.
         rows_ahead: Distances in rows from a prediction to its patch.
         scale: Factor of the predictions (dimensionless). The paper uses 0.1.
 
@@ -61,10 +62,10 @@ def flatten_patches(grid: Tensor) -> Tensor:
 
 
 def orient(grid: Tensor, direction: int) -> Tensor:
-    """Flip or transpose a square grid of patches so that the rows to predict from come first.
+    """Flip or transpose a grid of patches so that the rows to predict from come first.
 
     Args:
-        grid: Shape (images, dim, side, side).
+        grid: Shape (images, dim, rows, columns).
         direction: Side of the grid to predict from: the top (0), the bottom (1), the left (2) or
             the right (3).
     """
@@ -74,7 +75,7 @@ def orient(grid: Tensor, direction: int) -> Tensor:
 
 def _check_grids(predictions: Tensor, targets: Tensor, rows_ahead: Sequence[int]) -> None:
     """Raise ValueError unless the arguments of `cpc` match."""
-    if targets.ndim != 4 or targets.shape[2] != targets.shape[3]:
+    if targets.ndim != 4 or (targets.shape[2] != targets.shape[3] and predictions.shape[1] > 2):
         raise ValueError(
             f"cpc: targets must be (local_batch, dim, side, side), got {tuple(targets.shape)}"
         )
@@ -89,9 +90,9 @@ def _check_grids(predictions: Tensor, targets: Tensor, rows_ahead: Sequence[int]
         raise ValueError(
             f"cpc: predictions must have 1 to 4 directions, got {predictions.shape[1]}"
         )
-    side = patch_shape[-1]
-    if not all(1 <= ahead < side for ahead in rows_ahead):
+    _, rows, columns = patch_shape
+    if not all(1 <= ahead < rows for ahead in rows_ahead):
         raise ValueError(
-            f"cpc: rows_ahead must be from 1 to {side - 1} on a grid of {side} x {side} patches, "
-            f"got {list(rows_ahead)}"
+            f"cpc: rows_ahead must be from 1 to {rows - 1} on a grid of {rows} x {columns} "
+            f"patches, got {list(rows_ahead)}"
         )

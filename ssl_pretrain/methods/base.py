@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
+from ssl_pretrain.schema.image_sizes import describe, simplify
 from ssl_pretrain.views import mask_recipe
 from ssl_pretrain.views.batch import Batch, MaskSet
 
@@ -167,7 +168,7 @@ class Method(nn.Module):
         views = batch.views
         has_right_count = len(views) >= 2 if local_views else len(views) == 2
         if not has_right_count or views[0].shape != views[1].shape:
-            sizes = ", ".join(str(view.shape[-1]) for view in views)
+            sizes = ", ".join(describe(simplify(view.shape[-2:])) for view in views)
             requirement = (
                 "2 global views and any number of local ones"
                 if local_views

@@ -88,10 +88,10 @@ class ContextNetwork(nn.Module):
         )
 
     def forward(self, grid: Tensor) -> Tensor:
-        """Predict the patches of later rows from features of shape (images, dim, side, side).
+        """Predict the patches of later rows from features of shape (images, dim, rows, columns).
 
         Returns:
-            Predictions, shape (images, len(rows_ahead), target_dim, side, side).
+            Predictions, shape (images, len(rows_ahead), target_dim, rows, columns).
         """
         for block in self.blocks:
             grid = grid + block(grid)
@@ -116,12 +116,12 @@ class CPC(Method):
         """Embed the patches of the single view and predict later rows from earlier ones.
 
         Returns:
-            `targets`, shape (local_batch, target_dim * side * side), and `predictions`, shape
-            (local_batch, num_directions, len(rows_ahead), target_dim, side, side).
+            `targets`, shape (local_batch, target_dim * rows * columns), and `predictions`, shape
+            (local_batch, num_directions, len(rows_ahead), target_dim, rows, columns).
         """
         patches = self.cut_patches(batch)
         features = self.backbone(patches.flatten(0, 2)).view(*patches.shape[:3], -1)
-        grid = features.permute(2, 3, 0, 1)  # (local_batch, feature_dim, side, side)
+        grid = features.permute(2, 3, 0, 1)  # (local_batch, feature_dim, rows, columns)
         predictions = [context(orient(grid, i)) for i, context in enumerate(self.contexts)]
         return {
             "targets": self.project(grid).flatten(1),
@@ -131,7 +131,7 @@ class CPC(Method):
     def cut_patches(self, batch: Batch) -> Tensor:
         """Cut the view into a grid of overlapping patches.
 
-        The shape is (side, side, local_batch, 3, patch_size, patch_size).
+        The shape is (rows, columns, local_batch, 3, patch_size, patch_size).
         """
         if len(batch.views) != 1:
             raise ValueError(
@@ -139,11 +139,17 @@ class CPC(Method):
                 "set views.crops to one crop with count 1"
             )
         view, size, stride = batch.views[0], self.config.patch_size, self.config.stride
-        side = (view.shape[-1] - size) // stride + 1
-        if side <= max(self.config.rows_ahead):
+        rows, columns = ((length - size) // stride + 1 for length in view.shape[-2:])
+        if rows != columns and self.config.num_directions > 2:
+            raise ValueError(
+                f"method.num_directions: {self.config.num_directions} predicts rows and columns, "
+                f"which have different lengths in a grid of {rows} x {columns} patches; give 2 or "
+                "1 to predict rows only, or square views"
+            )
+        if rows <= max(self.config.rows_ahead):
             raise ValueError(
                 f"method.rows_ahead: {list(self.config.rows_ahead)} does not fit a grid of "
-                f"{side} x {side} patches; give smaller distances, or lower method.stride or "
+                f"{rows} x {columns} patches; give smaller distances, or lower method.stride or "
                 "method.patch_size"
             )
         return view.unfold(2, size, stride).unfold(3, size, stride).permute(2, 3, 0, 1, 4, 5)

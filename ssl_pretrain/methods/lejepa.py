@@ -61,15 +61,15 @@ class Config(MethodConfig):
 
     def check(self, run: Any, world_size: int) -> None:
         """Raise ValueError unless the views suit the method."""
-        sizes = [crop.size for crop in recipe.crop_per_view(run.views)]
-        if len(sizes) < 2:
+        num_views = len(recipe.crop_per_view(run.views))
+        if num_views < 2:
             raise ValueError(
                 "views.crops: lejepa takes at least 2 views, got 1; set views.crops.*.count"
             )
-        if self.num_global_views > len(sizes):
+        if self.num_global_views > num_views:
             raise ValueError(
                 f"method.num_global_views: {self.num_global_views} is more than the "
-                f"{len(sizes)} views of views.crops; set it to {len(sizes)} at most"
+                f"{num_views} views of views.crops; set it to {num_views} at most"
             )
 
     def build(self, backbone: Backbone) -> Method:

@@ -10,12 +10,13 @@ from ssl_pretrain.models import image_size_check, published_weights, timm_networ
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.models.transformer import TransformerBlocks
+from ssl_pretrain.schema.image_sizes import ImageSize
 
 REMEDY = "set backbone.name, backbone.stem and backbone.args as in the run that trained them"
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.compile, FSDP1
 
 
-def build(config: BackboneConfig, image_size: int) -> Backbone:
+def build(config: BackboneConfig, image_size: ImageSize) -> Backbone:
     """Build a backbone for views of `image_size` pixels.
 
     The weights are random, or those of the configuration's `timm:<tag>`. Weights from a file or a
@@ -29,7 +30,7 @@ def build(config: BackboneConfig, image_size: int) -> Backbone:
     return Backbone(timm_networks.create(config, image_size), width, image_size)
 
 
-def build_on_meta(config: BackboneConfig, image_size: int) -> Backbone:
+def build_on_meta(config: BackboneConfig, image_size: ImageSize) -> Backbone:
     """Build a backbone on the meta device, to count its parameters and operations.
 
     Nothing is downloaded, because its weights have no values.

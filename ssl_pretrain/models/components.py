@@ -12,6 +12,7 @@ from ssl_pretrain.models import tokens
 from ssl_pretrain.models.timm_networks import input_channels, timm
 from ssl_pretrain.models.tokens import Tokens
 from ssl_pretrain.optim import schedules
+from ssl_pretrain.schema.image_sizes import ImageSize
 
 
 class Backbone(nn.Module):
@@ -20,10 +21,12 @@ class Backbone(nn.Module):
     Args:
         model: The network.
         feature_dim: Width of the features. None for timm's `num_features`.
-        image_size: Side in pixels of the images that the network is built for.
+        image_size: Size in pixels of the images that the network is built for.
     """
 
-    def __init__(self, model: nn.Module, feature_dim: int | None = None, image_size: int = 224):
+    def __init__(
+        self, model: nn.Module, feature_dim: int | None = None, image_size: ImageSize = 224
+    ):
         super().__init__()
         self.model, self.image_size = model, image_size
         self.feature_dim: int = feature_dim or model.num_features  # type: ignore[assignment]
@@ -105,7 +108,7 @@ class Backbone(nn.Module):
         """Side of a patch in pixels. For feature maps this is the stride."""
         return tokens.patch_size(self.model)
 
-    def grid(self, image_size: int) -> tuple[int, int]:
+    def grid(self, image_size: ImageSize) -> tuple[int, int]:
         """Return the number of rows and columns of patches in images of `image_size` pixels."""
         return tokens.grid(self.model, image_size)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ssl_pretrain.schema.image_sizes import ImageSize
 from ssl_pretrain.system import user_objects
 
 KEY = "backbone.name"
@@ -17,7 +18,7 @@ def is_custom(name: str) -> bool:
     return ":" in name
 
 
-def create(name: str, arguments: Mapping[str, Any], image_size: int) -> nn.Module:
+def create(name: str, arguments: Mapping[str, Any], image_size: ImageSize) -> nn.Module:
     """Create the network that `backbone.name` refers to.
 
     Args:
@@ -25,8 +26,8 @@ def create(name: str, arguments: Mapping[str, Any], image_size: int) -> nn.Modul
             `object:NAME`, a module of the program, which is copied with its weights.
         arguments: Value of `backbone.args`. Its `in_chans` is the number of channels of the images,
             3 if it is missing. A function with a parameter of this name receives it.
-        image_size: Side of the largest view in pixels. A function with a parameter of this name
-            receives it.
+        image_size: Side of the largest view in pixels, or its height and width. A function with a
+            parameter of this name receives it.
 
     Raises:
         ValueError: If there is no such function, it fails, or it does not return a module.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.models.timm_networks import architecture, input_channels
+from ssl_pretrain.schema.image_sizes import ImageSize, height_and_width
 
 
 def compute(model: Any, images: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -43,7 +44,7 @@ def compute(model: Any, images: Tensor, layers: Sequence[int]) -> tuple[Tensor, 
     return _flatten(last), [_flatten(maps[layer]) for layer in layers]
 
 
-def probe(model: Any, image_size: int) -> Any:
+def probe(model: Any, image_size: ImageSize) -> Any:
     """Return the output before pooling for black images, or None without `forward_features`.
 
     The network runs on meta tensors if it can, so that usually nothing is computed.
@@ -54,7 +55,7 @@ def probe(model: Any, image_size: int) -> Any:
         return _forward_on_meta(_Features(model), image_size)
     except Exception:  # meta tensors can fail in any way, and then the real ones decide
         weight = next(model.parameters())
-        shape = (1, input_channels(model), image_size, image_size)
+        shape = (1, input_channels(model), *height_and_width(image_size))
         image = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluation_mode(model):
             return _features(model, image)
@@ -76,7 +77,7 @@ def describe_problem(features: Any) -> str:
     return f"gives {kind} instead of a map (B, channels, rows, columns)"
 
 
-def measure(model: nn.Module, image_size: int) -> tuple[int, int, int]:
+def measure(model: nn.Module, image_size: ImageSize) -> tuple[int, int, int]:
     """Return the channels, rows and columns of the last feature map.
 
     The network runs on meta tensors, so nothing is computed.
@@ -99,14 +100,14 @@ class _LastMap(_Features):
         return _last_map(self.model, images)
 
 
-def _forward_on_meta(module: "_Features", image_size: int) -> Any:
+def _forward_on_meta(module: "_Features", image_size: ImageSize) -> Any:
     """Return the output of a module for two images, computed with meta copies of its weights."""
     state = {
         name: torch.empty_like(tensor, device="meta")
         for tensors in (module.named_parameters(), module.named_buffers())
         for name, tensor in tensors
     }
-    shape = (2, input_channels(module.model), image_size, image_size)
+    shape = (2, input_channels(module.model), *height_and_width(image_size))
     images = torch.empty(shape, device="meta", dtype=_dtype(state))
     with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluation_mode(module):
         return torch.func.functional_call(module, state, images)

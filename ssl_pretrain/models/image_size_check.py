@@ -22,12 +22,14 @@ from ssl_pretrain.models.timm_networks import (
     is_meta_limitation,
     native_size,
 )
+from ssl_pretrain.schema import image_sizes
+from ssl_pretrain.schema.image_sizes import ImageSize, describe, height_and_width, simplify
 from ssl_pretrain.system.user_objects import OBJECT_PREFIX
 
 MAX_CHANNELS = 32  # most channels of an image, as in `data.channels`
 
 
-def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
+def check(config: BackboneConfig, sizes: Mapping[str, ImageSize]) -> None:
     """Run the network on images of every size, on the meta device.
 
     Args:
@@ -47,14 +49,15 @@ def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
     check_tag(config)
     published_channels.check(config)
     for key, size in sizes.items():
+        image_sizes.check(key, size)
         try:
             measure_feature_dim(config, next(iter(sizes.values())), size)
         except ValueError as error:
-            is_about_size = str(error).startswith(f"{size} pixels")
+            is_about_size = str(error).startswith(f"{describe(size)} pixels")
             raise ValueError(f"{key}: {error}" if is_about_size else str(error)) from None
 
 
-def measure_feature_dim(config: BackboneConfig, build_size: int, size: int) -> int:
+def measure_feature_dim(config: BackboneConfig, build_size: ImageSize, size: ImageSize) -> int:
     """Measure the width of the features from the network's output.
 
     Args:
@@ -69,15 +72,19 @@ def measure_feature_dim(config: BackboneConfig, build_size: int, size: int) -> i
     random_init = replace(config, init="random", init_key="", init_prefix="")
     if config.name.startswith(OBJECT_PREFIX):  # the object can change between two runs
         return _feature_dim(random_init, build_size, size)
-    return _cached_feature_dim(yaml.safe_dump(asdict(random_init)), build_size, size)
+    sizes = height_and_width(build_size), height_and_width(size)
+    return _cached_feature_dim(yaml.safe_dump(asdict(random_init)), *sizes)
 
 
 @lru_cache(maxsize=256)
-def _cached_feature_dim(config_yaml: str, build_size: int, size: int) -> int:
-    return _feature_dim(BackboneConfig(**yaml.safe_load(config_yaml)), build_size, size)
+def _cached_feature_dim(
+    config_yaml: str, build_size: tuple[int, int], size: tuple[int, int]
+) -> int:
+    config = BackboneConfig(**yaml.safe_load(config_yaml))
+    return _feature_dim(config, simplify(build_size), simplify(size))
 
 
-def _feature_dim(config: BackboneConfig, build_size: int, size: int) -> int:
+def _feature_dim(config: BackboneConfig, build_size: ImageSize, size: ImageSize) -> int:
     try:
         return _measure(config, build_size, size)
     except _WrongSizeError as error:
@@ -93,7 +100,7 @@ class _WrongSizeError(Exception):
         super().__init__((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))
 
 
-def _measure(config: BackboneConfig, build_size: int, size: int) -> int:
+def _measure(config: BackboneConfig, build_size: ImageSize, size: ImageSize) -> int:
     """Measure the width of the features, or raise `_WrongSizeError`."""
     try:
         model = create_on_meta(lambda: create(config, build_size))
@@ -126,13 +133,13 @@ def _measure(config: BackboneConfig, build_size: int, size: int) -> int:
     return int(widths.pop())
 
 
-def _output_widths(model: nn.Module, size: int) -> set[int | str]:
+def _output_widths(model: nn.Module, size: ImageSize) -> set[int | str]:
     """Return the widths of the output in evaluation mode and in training mode.
 
     An output that is not one vector per image is described in words.
     """
     device = next(model.parameters()).device
-    images = torch.zeros(2, input_channels(model), size, size, device=device)
+    images = torch.zeros(2, input_channels(model), *height_and_width(size), device=device)
     widths: set[int | str] = set()
     for training in (False, True):
         model.train(training)
@@ -147,7 +154,7 @@ def _output_widths(model: nn.Module, size: int) -> set[int | str]:
     return widths
 
 
-def _find_channels(config: BackboneConfig, build_size: int, size: int) -> int:
+def _find_channels(config: BackboneConfig, build_size: ImageSize, size: ImageSize) -> int:
     """Return another number of channels of images that the network takes, or 0 if there is none.
 
     Those of its own convolutions are tried, and 3.
@@ -181,25 +188,50 @@ def _describe_wrong_channels(config: BackboneConfig, channels: int) -> str:
     )
 
 
-def _describe_wrong_size(config: BackboneConfig, build_size: int, size: int, reason: str) -> str:
+def _describe_wrong_size(
+    config: BackboneConfig, build_size: ImageSize, size: ImageSize, reason: str
+) -> str:
     """Describe why a size does not fit, and name the nearest sizes that fit."""
     patch = _patch_size(config)
-    step = patch or 32
-    smaller_sizes = list(range((size - 1) // step * step, 0, -step))[:8]
-    larger_sizes = range((size // step + 1) * step, size + 8 * step, step)
-    fitting_sizes = {
-        _first_fitting_size(config, build_size, size, candidates)
-        for candidates in (smaller_sizes, larger_sizes, [native_size(config.name)])
-    } - {0}
+    fitting_sizes = [
+        fitting
+        for candidates in _nearby_sizes(config, size, patch or 32)
+        if (fitting := _first_fitting_size(config, build_size, size, candidates))
+    ]
     patches = f" (patches of {patch})" if patch else ""
-    sizes = ", ".join(map(str, sorted(fitting_sizes)))
+    unique_sizes = {describe(fitting): fitting for fitting in fitting_sizes}
+    sizes = ", ".join(map(str, sorted(unique_sizes.values(), key=height_and_width)))
     remedy = f"sizes that fit: {sizes}" if fitting_sizes else "no nearby size fits"
-    return f"{size} pixels do not fit backbone.name {config.name}{patches}: {reason}; {remedy}"
+    return (
+        f"{describe(size)} pixels do not fit backbone.name {config.name}{patches}: {reason}; "
+        f"{remedy}"
+    )
+
+
+def _nearby_sizes(
+    config: BackboneConfig, size: ImageSize, step: int
+) -> tuple[Iterable[ImageSize], ...]:
+    """Return smaller, larger and other sizes, those closest to `size` first."""
+    if isinstance(size, int):
+        return (
+            list(range((size - 1) // step * step, 0, -step))[:8],
+            range((size // step + 1) * step, size + 8 * step, step),
+            [native_size(config.name)],
+        )
+    smaller = [side // step * step for side in size]
+    larger = [-(-side // step) * step for side in size]
+    return (
+        [smaller] if min(smaller) > 0 and smaller != list(size) else [],
+        [larger] if larger != list(size) else [[side + step for side in larger]],
+    )
 
 
 def _first_fitting_size(
-    config: BackboneConfig, build_size: int, size: int, candidates: Iterable[int]
-) -> int:
+    config: BackboneConfig,
+    build_size: ImageSize,
+    size: ImageSize,
+    candidates: Iterable[ImageSize],
+) -> ImageSize:
     """Return the first candidate that the network takes, or 0 if it takes none."""
     for candidate in candidates:
         try:

@@ -19,6 +19,7 @@ from torch import nn
 
 from ssl_pretrain.models import custom_network
 from ssl_pretrain.schema import DIMENSIONLESS, setting
+from ssl_pretrain.schema.image_sizes import ImageSize
 from ssl_pretrain.system import program
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -80,7 +81,7 @@ class BackboneConfig:
     args: dict[str, Any] = setting({}, "Other arguments of the timm model, such as patch_size.")
 
 
-def create(config: BackboneConfig, image_size: int) -> nn.Module:
+def create(config: BackboneConfig, image_size: ImageSize) -> nn.Module:
     """Create the network without a classifier, for views of `image_size` pixels.
 
     Raises:
@@ -95,7 +96,7 @@ def create(config: BackboneConfig, image_size: int) -> nn.Module:
     return model
 
 
-def _create_by_timm(config: BackboneConfig, image_size: int) -> nn.Module:
+def _create_by_timm(config: BackboneConfig, image_size: ImageSize) -> nn.Module:
     _check_name(config.name)
     args = size_arguments(config.name, image_size) | dict(config.args)
     if config.drop_path:
@@ -111,7 +112,7 @@ def input_channels(model: nn.Module) -> int:
     return getattr(model, _CHANNELS, 3)
 
 
-def _create_custom(config: BackboneConfig, image_size: int) -> nn.Module:
+def _create_custom(config: BackboneConfig, image_size: ImageSize) -> nn.Module:
     """Create a network of the user's, and refuse settings that only networks of timm have."""
     remedy = f"which are for networks of timm, not for {config.name}; leave it out"
     if config.stem != "imagenet":
@@ -154,14 +155,15 @@ def _construct(config: BackboneConfig, args: dict[str, Any]) -> nn.Module:
         ) from None
 
 
-def size_arguments(name: str, image_size: int) -> dict[str, Any]:
+def size_arguments(name: str, image_size: ImageSize) -> dict[str, Any]:
     """Return the constructor arguments that make a network accept views of `image_size` pixels.
 
     If the constructor supports it, the network also accepts other sizes.
     """
     if custom_network.is_custom(name):
         return {}
-    arguments = {"img_size": image_size, "dynamic_img_size": True, "strict_img_size": False}
+    img_size = image_size if isinstance(image_size, int) else tuple(image_size)
+    arguments = {"img_size": img_size, "dynamic_img_size": True, "strict_img_size": False}
     return {key: value for key, value in arguments.items() if key in constructor_arguments(name)}
 
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ssl_pretrain.models import feature_maps
 from ssl_pretrain.models.timm_networks import architecture, timm
+from ssl_pretrain.schema.image_sizes import ImageSize, height_and_width
 
 _MEASURED_SIZE = 256  # pixels, a multiple of the strides of common networks
 
@@ -47,7 +48,7 @@ def is_transformer(model: nn.Module) -> bool:
     return isinstance(model, timm.models.VisionTransformer | timm.models.eva.Eva)
 
 
-def find_problem(model: nn.Module, image_size: int) -> str:
+def find_problem(model: nn.Module, image_size: ImageSize) -> str:
     """Return why `compute` returns no tokens of this network, or an empty string if it does.
 
     Networks such as BEiT, MLP-Mixer and Hiera output a sequence before pooling, but its class
@@ -76,10 +77,10 @@ def check_maskable(model: nn.Module) -> None:
         )
 
 
-def grid(model: Any, image_size: int) -> tuple[int, int]:
+def grid(model: Any, image_size: ImageSize) -> tuple[int, int]:
     """Return the number of rows and columns of patches in images of `image_size` pixels."""
     if is_transformer(model):
-        rows, columns = model.patch_embed.dynamic_feat_size((image_size, image_size))
+        rows, columns = model.patch_embed.dynamic_feat_size(height_and_width(image_size))
         return int(rows), int(columns)
     return feature_maps.measure(model, image_size)[1:]
 

@@ -31,7 +31,7 @@ def view_grid(batch: Batch, config: ViewsConfig) -> Tensor:
     Returns:
         Picture (3, height, width) in [0, 1].
     """
-    size = max(view.shape[-1] for view in batch.views)
+    height, width = (max(view.shape[axis] for view in batch.views) for axis in (-2, -1))
     offset, scale = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
     columns = []
     for number, (view, crop) in enumerate(zip(batch.views, recipe.crop_per_view(config))):
@@ -40,7 +40,7 @@ def view_grid(batch: Batch, config: ViewsConfig) -> Tensor:
         if mask_sets := [masks for masks in batch.masks if masks.view == number]:
             columns.append(_draw_masks(pixels, mask_sets, crop.mask.patch_size))
     padded = [
-        F.pad(column, (0, size - column.shape[-1], 0, size - column.shape[-2]), value=1.0)
+        F.pad(column, (0, width - column.shape[-1], 0, height - column.shape[-2]), value=1.0)
         for column in columns
     ]
     images = torch.stack(padded, dim=1).flatten(0, 1)
@@ -62,15 +62,16 @@ def _draw_masks(views: Tensor, mask_sets: list[MaskSet], patch_size: int) -> Ten
     """Gray out the patches that the student does not see. Tint and frame each target in a color.
 
     Args:
-        views: Views of the first images in [0, 1], (num_images, 3, size, size).
+        views: Views of the first images in [0, 1], (num_images, 3, height, width).
         mask_sets: Masks of these views.
         patch_size: Pixels per side of a patch.
     """
-    picture, side = views, views.shape[-1] // patch_size
+    picture = views
+    rows, columns = (length // patch_size for length in views.shape[-2:])
     frames = []
     for masks in mask_sets:
         for k, rgb in zip(range(masks.indices.shape[1]), cycle((BLUE, ORANGE, GREEN, RED))):
-            grid = masks.as_grid(side**2, k)[: len(views)].cpu().view(-1, 1, side, side)
+            grid = masks.as_grid(rows * columns, k)[: len(views)].cpu().view(-1, 1, rows, columns)
             area = grid.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
             if masks.name == "targets":
                 color = torch.tensor(rgb).view(3, 1, 1)
@@ -97,8 +98,8 @@ def neighbor_grid(queries: Tensor, neighbors: Tensor, same_class: Tensor) -> Ten
     Neighbors of the query's class have a green frame, and others have a red frame.
 
     Args:
-        queries: Images, uint8 (num_queries, C, size, size).
-        neighbors: Images, uint8 (num_queries, k, C, size, size).
+        queries: Images, uint8 (num_queries, C, height, width).
+        neighbors: Images, uint8 (num_queries, k, C, height, width).
         same_class: True for neighbors of the query's class, bool (num_queries, k).
 
     Returns:

@@ -18,7 +18,7 @@ def blank_batch(views: ViewsConfig, num_images: int, execution: Execution) -> Ba
     """Return black images of class 0, and masks, in the run's shapes and formats."""
     zeros = partial(torch.zeros, num_images, device=execution.device)
     images = [
-        zeros(views.num_channels, crop.size, crop.size, dtype=execution.view_dtype)
+        zeros(views.num_channels, crop.height, crop.width, dtype=execution.view_dtype)
         for crop in recipe.crop_per_view(views)
     ]
     indices = zeros(dtype=torch.int64)

@@ -159,7 +159,7 @@ class Estimate:
         sizes = sorted(unit.num_weights for unit in self.units)
         num_gathered = sum(sizes[-2:]) if self.num_shards > 1 else 0
         is_replicated = self.cluster.num_ranks > 1 and self.num_shards == 1
-        num_pixels = sum(crop.size**2 for crop in recipe.crop_per_view(self.run.views))
+        num_pixels = sum(crop.num_pixels for crop in recipe.crop_per_view(self.run.views))
         values_per_image = self.run.views.num_channels * num_pixels
         return {
             "parameters": (parameter_bytes - teacher_bytes) / self.num_shards,

@@ -13,6 +13,7 @@ from ssl_pretrain.optim import optimizer_list
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel.execution import bn_group_images
 from ssl_pretrain.planning import estimate_text
+from ssl_pretrain.schema import image_sizes
 from ssl_pretrain.views import recipe
 
 MAX_NAMES = 6  # parameter groups with more names are listed in part
@@ -137,7 +138,7 @@ def _describe_batch(run: RunConfig, method: Method, world_size: int) -> list[str
     else:
         micro_batches = f"micro-batches of {micro_batch_size:,}"
     return [
-        f"views per image: {', '.join(f'{view.size} px' for view in views)}",
+        f"views per image: {', '.join(f'{image_sizes.describe(view.size)} px' for view in views)}",
         _describe_loss(method, len(views), batch),
         f"batch norm over {bn_group_images(run.parallel, batch):,} images; each rank's share of "
         f"{local_batch_size:,} images in {micro_batches}, "

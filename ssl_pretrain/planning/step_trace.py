@@ -21,6 +21,7 @@ from ssl_pretrain.parallel.activation_checkpointing import recompute_activations
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning.recorder import BeginPhase, make_fake, record_trace
 from ssl_pretrain.planning.trace import LinearTrace, TensorSpec, Trace
+from ssl_pretrain.schema.image_sizes import ImageSize, height_and_width
 from ssl_pretrain.views import masks, recipe
 from ssl_pretrain.views.batch import Batch
 
@@ -89,7 +90,7 @@ def _trace_images(
         recompute_activations(network, run.parallel.activation_checkpointing)
         views = [
             torch.zeros(
-                num_images, run.views.num_channels, crop.size, crop.size, dtype=execution.dtype
+                num_images, run.views.num_channels, crop.height, crop.width, dtype=execution.dtype
             ).to(memory_format=execution.memory_format)
             for crop in recipe.crop_per_view(run.views)
         ]
@@ -190,18 +191,20 @@ def coloring_bytes_per_image(run: RunConfig, itemsize: int) -> float:
     for crop in recipe.crop_per_view(run.views):
         read_bytes = 2 * torch.uint8.itemsize
         blur_bytes = 2 * 2 * torch.float32.itemsize  # two buffers, each written and read
-        num_values = run.views.num_channels * crop.size**2
+        num_values = run.views.num_channels * crop.num_pixels
         num_bytes += num_values * (read_bytes + itemsize + crop.blur * blur_bytes)
     return num_bytes
 
 
-def trace_backbone(name: str, size: int, num_images: int, *, bfloat16: bool) -> Trace:
+def trace_backbone(name: str, size: ImageSize, num_images: int, *, bfloat16: bool) -> Trace:
     """Trace the forward and backward pass of a timm backbone on views of `size` pixels."""
     backbone = backbones.build_on_meta(BackboneConfig(name=name), size)
 
     def prepare() -> Tensor:
         make_fake(backbone)
-        return torch.zeros(num_images, 3, size, size).to(memory_format=torch.channels_last)
+        return torch.zeros(num_images, 3, *height_and_width(size)).to(
+            memory_format=torch.channels_last
+        )
 
     def step(views: Tensor, begin_phase: BeginPhase) -> None:
         begin_phase("forward")

@@ -70,8 +70,9 @@ def parse_override(
     """
     kind = declared_type(kind, key, replacements)
     is_structured = dataclasses.is_dataclass(kind) or get_origin(kind) in (list, dict)
+    is_list = bool(_list_types(kind)) and text[:1] == "["
     value: Any = Scalar(text)
-    if is_structured or (kind is Any and text[:1] in ("[", "{", "'", '"')):
+    if is_structured or is_list or (kind is Any and text[:1] in ("[", "{", "'", '"')):
         try:
             value = parse_yaml(text)
         except yaml.YAMLError as error:
@@ -148,14 +149,24 @@ def _build_union(kinds: Sequence[Any], tree: Any, key: str) -> Any:
     is_null = isinstance(tree, Scalar) and tree.plain and tree.text.lower() in NULLS
     if types.NoneType in kinds and (tree is None or is_null):
         return None
+    list_types = [kind for kind in kinds if get_origin(kind) is list]
+    if list_types and isinstance(tree, (list, tuple)):
+        return build(list_types[0], tree, key=key)
     problem = ""
     for kind in kinds:
-        if kind is not types.NoneType:
+        if kind is not types.NoneType and kind not in list_types:
             try:
                 return build(kind, tree, key=key)
             except ValueError as error:
                 problem = str(error)
-    raise ValueError(problem + (", or null" if types.NoneType in kinds else ""))
+    alternatives = ", or a list as [a, b]" if list_types else ""
+    raise ValueError(problem + alternatives + (", or null" if types.NoneType in kinds else ""))
+
+
+def _list_types(kind: Any) -> list[Any]:
+    """Return the types of lists among the alternatives of a union."""
+    is_union = get_origin(kind) in (Union, types.UnionType)
+    return [option for option in get_args(kind) if is_union and get_origin(option) is list]
 
 
 def _build_choice(allowed: Sequence[str], tree: Any, key: str) -> str:

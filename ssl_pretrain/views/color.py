@@ -30,10 +30,10 @@ FUSED_DEVICES = ("cuda",)  # device types that use the kernels of color_triton
 def apply(
     pixels: Tensor, parameters: ColorParameters, crop: Crop, mean: list[float], std: list[float]
 ) -> Tensor:
-    """Return the normalized views, float32 (n, C, size, size), on the device of `pixels`.
+    """Return the normalized views, float32 (n, C, height, width), on the device of `pixels`.
 
     Args:
-        pixels: Crops, uint8 (n, C, size, size).
+        pixels: Crops, uint8 (n, C, height, width).
         parameters: Random numbers of these n views.
         crop: Recipe of the views.
         mean: Mean of each channel in [0, 1].
@@ -70,7 +70,7 @@ def apply_to_group(
     """Return the augmented and normalized views of one kind of crop, from a few kernels on CUDA.
 
     Args:
-        pixels: Crops of each view, uint8 (n, C, size, size).
+        pixels: Crops of each view, uint8 (n, C, height, width).
         parameters: Random numbers of each view.
         crop: Recipe of the views.
         mean: Mean of each channel in [0, 1].

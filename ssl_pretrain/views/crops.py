@@ -18,6 +18,7 @@ Inception's "distorted bounding box" (Szegedy et al., CVPR 2015, arXiv:1409.4842
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,12 +28,14 @@ from torchvision.transforms.v2 import functional as F
 
 from ssl_pretrain import rng
 from ssl_pretrain.rng import Purpose
+from ssl_pretrain.schema import image_sizes
+from ssl_pretrain.schema.image_sizes import ImageSize
 from ssl_pretrain.system.jit import njit
 from ssl_pretrain.views import resize
 from ssl_pretrain.views.batch import upload
 from ssl_pretrain.views.recipe import Crop, Interpolation
 
-MAX_ASPECT = 16  # aspect ratio beyond which `evaluation_view` resizes only the middle of an image
+MAX_ASPECT = 16  # excess length beyond which `evaluation_view` only resizes an image's middle
 MAX_ATTEMPTS = 10  # as in torchvision
 TENSORFLOW_MAX_ATTEMPTS = 100  # as in SimCLR's code
 TENSORFLOW_MIN_AREA_SHARE = 0.1  # smallest share of the image in a box, SimCLR's min_object_covered
@@ -192,16 +195,19 @@ def _draw_box_rows(parameters, seed, epoch, indices, view, sizes):
 
 
 def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
-    """Cut out a box of an image, resize and flip it. Return the view, uint8 (C, size, size).
+    """Cut out a box of an image, resize and flip it.
 
     Args:
         image: Decoded image, uint8 (C, height, width), in any memory format.
         box: Box inside the image.
         crop: Recipe with the size, interpolation and antialiasing.
+
+    Returns:
+        The view, uint8 (C, crop.height, crop.width).
     """
     if not crop.antialias:
         return _apply_without_antialias(image, box, crop)
-    size, mode = [crop.size, crop.size], F.InterpolationMode(crop.interpolation)
+    size, mode = [crop.height, crop.width], F.InterpolationMode(crop.interpolation)
     view = F.resized_crop(image, *box[:4], size, mode, antialias=True)
     return view.flip(-1) if box.flip else view
 
@@ -213,7 +219,7 @@ def _apply_without_antialias(image: Tensor, box: Box, crop: Crop) -> Tensor:
     """
     box_pixels = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
     transposed = box_pixels.permute(2, 0, 1).contiguous().flatten().numpy()
-    view = torch.empty(len(image), crop.size, crop.size, dtype=torch.uint8)
+    view = torch.empty(len(image), crop.height, crop.width, dtype=torch.uint8)
     bicubic = crop.interpolation == "bicubic"
     resize.resize_without_antialias(
         transposed,
@@ -221,7 +227,7 @@ def _apply_without_antialias(image: Tensor, box: Box, crop: Crop) -> Tensor:
         box.height,
         box.width,
         box.flip,
-        crop.size,
+        (crop.height, crop.width),
         bicubic,
         view.flatten().numpy(),
     )
@@ -240,12 +246,12 @@ def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
         crop: Recipe with the size, interpolation and antialiasing.
 
     Returns:
-        The views, uint8 (n, C, size, size).
+        The views, uint8 (n, C, crop.height, crop.width).
     """
     top, left, height, width, flip = upload(torch.from_numpy(boxes), images.device).unbind(1)
-    x_weights = _resize_matrices(left, width, images.shape[3], crop)
+    x_weights = _resize_matrices(left, width, images.shape[3], crop, crop.width)
     x_weights = torch.where(flip[:, None, None] == 1, x_weights.flip(1), x_weights)
-    y_weights = _resize_matrices(top, height, images.shape[2], crop)
+    y_weights = _resize_matrices(top, height, images.shape[2], crop, crop.height)
     views = images.to(torch.float32) @ x_weights[:, None].transpose(2, 3)
     if crop.antialias:
         views = _to_levels(views)
@@ -253,7 +259,7 @@ def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
 
 
 def _resize_matrices(
-    box_starts: Tensor, box_lengths: Tensor, image_length: int, crop: Crop
+    box_starts: Tensor, box_lengths: Tensor, image_length: int, crop: Crop, view_length: int
 ) -> Tensor:
     """Return the weight of each pixel of an image in each pixel of a view along one axis.
 
@@ -264,15 +270,16 @@ def _resize_matrices(
         box_starts: First pixel of each box along the axis, int64 (n,).
         box_lengths: Pixels of each box along the axis, int64 (n,).
         image_length: Pixels of the image along the axis.
-        crop: Recipe with the size, interpolation and antialiasing.
+        crop: Recipe with the interpolation and antialiasing.
+        view_length: Pixels of the view along the axis.
 
     Returns:
-        The weights, float32 (n, size, image_length).
+        The weights, float32 (n, view_length, image_length).
     """
-    scale = (box_lengths.to(torch.float64) / crop.size)[:, None, None]
+    scale = (box_lengths.to(torch.float64) / view_length)[:, None, None]
     stretch = scale.clamp_min(1.0) if crop.antialias else torch.ones_like(scale)
     reach = (2.0 if crop.interpolation == "bicubic" else 1.0) * stretch
-    center = scale * (torch.arange(crop.size, device=box_starts.device)[:, None] + 0.5)
+    center = scale * (torch.arange(view_length, device=box_starts.device)[:, None] + 0.5)
     pixel = torch.arange(image_length, device=box_starts.device) - box_starts[:, None, None]
     start = (center - reach + 0.5).trunc().clamp_min(0)
     box_end = box_lengths[:, None, None].to(torch.float64)
@@ -301,19 +308,22 @@ def _to_levels(images: Tensor) -> Tensor:
 
 
 def evaluation_view(
-    image: Tensor, size: int, crop_ratio: float = 0.875, interpolation: Interpolation = "bilinear"
+    image: Tensor,
+    size: ImageSize,
+    crop_ratio: float = 0.875,
+    interpolation: Interpolation = "bilinear",
 ) -> Tensor:
-    """Return the view for evaluations, uint8 (C, size, size).
+    """Return the view for evaluations, uint8 (C, *size).
 
-    The shorter side is resized to round(size / crop_ratio) pixels at the same aspect ratio, and
-    the central square is cut out. For the usual ImageNet protocol that is 256 and 224 pixels. If
-    one side is more than 16 times the other, only the middle of the image is resized, to limit the
-    memory that it needs.
+    The image is resized at the same aspect ratio until it just covers round(size / crop_ratio)
+    pixels in both directions, and the center is cut out. For the usual ImageNet protocol, the
+    shorter side gets 256 pixels, and the center is a square of 224 pixels. If an image is more than
+    16 times as long as the view needs, only its middle is resized, to limit the memory.
 
     Args:
         image: Decoded image, uint8 (C, height, width).
-        size: Side of the view, in pixels.
-        crop_ratio: Side of the view as a share of the resized shorter side.
+        size: Side of a square view in pixels, or [height, width].
+        crop_ratio: Side of the view as a share of the resized side that it covers.
         interpolation: Interpolation of the resize, which is always antialiased.
 
     Raises:
@@ -322,25 +332,50 @@ def evaluation_view(
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"crops.evaluation_view: crop_ratio must be in (0, 1], got {crop_ratio}")
     mode = F.InterpolationMode(interpolation)
-    resized_side = round(size / crop_ratio)
-    height, width = image.shape[-2:]
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        length = _middle_length(max(height, width), min(height, width), resized_side)
-        image = F.center_crop(image, [min(height, length), min(width, length)])
-    resized = F.resize(image, [resized_side], mode, antialias=True)
-    return F.center_crop(resized, [size, size])
+    view = image_sizes.height_and_width(size)
+    covered = tuple(round(length / crop_ratio) for length in view)
+    # Along the tight axis the resized image has exactly the covered length, along the other more.
+    tight = 0 if covered[0] * image.shape[-1] >= covered[1] * image.shape[-2] else 1
+    image, resized = _cut_middle(image, covered, tight)
+    return F.center_crop(F.resize(image, resized, mode, antialias=True), list(view))
 
 
-def _middle_length(longer: int, shorter: int, resized_side: int) -> int:
-    """Return the number of pixels of the longer side to resize for the same central crop.
+def resized_shape(shape: Sequence[int], covered: Sequence[int], tight: int) -> list[int]:
+    """Return the height and width of an image after it is resized to cover an area.
 
+    Args:
+        shape: Height and width of the image.
+        covered: Height and width of the area.
+        tight: Axis along which the result has the length of the area, 0 or 1.
+    """
+    other_length = covered[tight] * shape[1 - tight] // shape[tight]
+    return [covered[0], other_length] if tight == 0 else [other_length, covered[1]]
+
+
+def _cut_middle(image: Tensor, covered: Sequence[int], tight: int) -> tuple[Tensor, list[int]]:
+    """Return the part of an image that is worth resizing, and its size after the resize.
+
+    The image is cut along the loose axis if it is more than `MAX_ASPECT` times as long as needed.
     Equal numbers of pixels are cut off at both ends, and the resized lengths differ by a multiple
     of 4. Otherwise the center would fall on another fraction of a pixel, because torchvision rounds
     half a pixel to even.
     """
-    resized_length = resized_side * longer // shorter
-    first = MAX_ASPECT * shorter + (longer - MAX_ASPECT * shorter) % 2
-    for length in range(first, min(longer, first + 64) + 1, 2):
-        if (resized_length - resized_side * length // shorter) % 4 == 0:
-            return length
-    return first
+    shape, loose = list(image.shape[-2:]), 1 - tight
+    resized = resized_shape(shape, covered, tight)
+    longest = -(-MAX_ASPECT * shape[tight] * covered[loose] // covered[tight])  # rounded up
+    if shape[loose] <= longest:
+        return image, resized
+    first = longest + (shape[loose] - longest) % 2
+    cut_shapes = [
+        [length, shape[1]] if loose == 0 else [shape[0], length]
+        for length in range(first, min(shape[loose], first + 64) + 1, 2)
+    ]
+    cut_shape = next(
+        (
+            cut
+            for cut in cut_shapes
+            if (resized[loose] - resized_shape(cut, covered, tight)[loose]) % 4 == 0
+        ),
+        cut_shapes[0],
+    )
+    return F.center_crop(image, cut_shape), resized_shape(cut_shape, covered, tight)

@@ -28,7 +28,7 @@ def draw_patches(seed, epoch, indices, view, num_patches, count):
 
 
 @njit(nogil=True, cache=True)
-def draw_blocks(seed, epoch, indices, view, side, budgets, limits, aspect, is_topped_up):
+def draw_blocks(seed, epoch, indices, view, grid, budgets, limits, aspect, is_topped_up):
     """Draw blocks until a budget is spent, or no block fits in what remains of it.
 
     Args:
@@ -36,13 +36,13 @@ def draw_blocks(seed, epoch, indices, view, side, budgets, limits, aspect, is_to
         epoch: Number of passes over the data before this one.
         indices: Indices of the images, int64 (n,).
         view: Index of the view.
-        side: Patches along one side of the view.
+        grid: Rows and columns of patches of the view.
         budgets: Patches to mask in each image, float64 (n,). 0 for no mask.
         limits: Smallest area from which a block's size is drawn, and the largest area of a block.
         aspect: Smallest and largest height / width of a block.
         is_topped_up: True to add single patches until the budget is spent.
     """
-    masks = np.zeros((len(indices), 1, side * side), np.bool_)
+    masks = np.zeros((len(indices), 1, grid[0] * grid[1]), np.bool_)
     for row in range(len(indices)):
         key, budget, mask = (seed, epoch, indices[row], view), budgets[row], masks[row, 0]
         num_masked, num_attempts, is_full = 0, 0, False
@@ -50,7 +50,7 @@ def draw_blocks(seed, epoch, indices, view, side, budgets, limits, aspect, is_to
             max_area = min(budget - num_masked, limits[1])
             is_full = True
             for _ in range(BLOCK_ATTEMPTS):
-                num_new = _add_block(mask, key, num_attempts, side, limits[0], max_area, aspect)
+                num_new = _add_block(mask, key, num_attempts, grid, limits[0], max_area, aspect)
                 num_attempts += 1
                 if num_new > 0:
                     num_masked += num_new
@@ -62,22 +62,22 @@ def draw_blocks(seed, epoch, indices, view, side, budgets, limits, aspect, is_to
 
 
 @njit(nogil=True, cache=True)
-def draw_targets(seed, epoch, indices, view, side, num_targets, height, width):
+def draw_targets(seed, epoch, indices, view, grid, num_targets, height, width):
     """Draw the places of I-JEPA's targets.
 
     As in the authors' code, none covers the last row or the last column of the view.
     """
-    masks = np.zeros((len(indices), num_targets, side * side), np.bool_)
+    masks = np.zeros((len(indices), num_targets, grid[0] * grid[1]), np.bool_)
     for row in range(len(indices)):
         key = (seed, epoch, indices[row], view)
         for target in range(num_targets):
-            top, left = _place(key, target, side - height, side - width)
-            _fill(masks[row, target], side, top, left, height, width)
+            top, left = _place(key, target, grid[0] - height, grid[1] - width)
+            _fill(masks[row, target], grid, top, left, height, width)
     return masks
 
 
 @njit(nogil=True, cache=True)
-def draw_contexts(seed, epoch, indices, view, side, targets, height, width, limits, is_random):
+def draw_contexts(seed, epoch, indices, view, grid, targets, height, width, limits, is_random):
     """Draw the places of I-JEPA's contexts, and take the targets out of them.
 
     If a context has too few patches after 20 attempts, the last target stays in it, then the last
@@ -88,7 +88,7 @@ def draw_contexts(seed, epoch, indices, view, side, targets, height, width, limi
         epoch: Number of passes over the data before this one.
         indices: Indices of the images, int64 (n,).
         view: Index of the view.
-        side: Patches along one side of the view.
+        grid: Rows and columns of patches of the view.
         targets: Masks of the targets.
         height: Height of the context block.
         width: Width of the context block.
@@ -96,13 +96,13 @@ def draw_contexts(seed, epoch, indices, view, side, targets, height, width, limi
         is_random: True to trim a context to random patches, False to the first ones.
     """
     num_targets = targets.shape[1]
-    masks = np.zeros((len(indices), 1, side * side), np.bool_)
+    masks = np.zeros((len(indices), 1, grid[0] * grid[1]), np.bool_)
     for row in range(len(indices)):
         key, mask = (seed, epoch, indices[row], view), masks[row, 0]
         for attempt in range(CONTEXT_ATTEMPTS * num_targets + 1):
             mask[:] = False
-            top, left = _place(key, num_targets + attempt, side - height, side - width)
-            _fill(mask, side, top, left, height, width)
+            top, left = _place(key, num_targets + attempt, grid[0] - height, grid[1] - width)
+            _fill(mask, grid, top, left, height, width)
             for target in range(num_targets - attempt // CONTEXT_ATTEMPTS):
                 mask &= ~targets[row, target]
             if mask.sum() > limits[0]:
@@ -115,28 +115,29 @@ def draw_contexts(seed, epoch, indices, view, side, targets, height, width, limi
 
 
 @njit(nogil=True, cache=True)
-def draw_inverse_blocks(seed, epoch, indices, view, side, count, aspect, is_rolled):
+def draw_inverse_blocks(seed, epoch, indices, view, grid, count, aspect, is_rolled):
     """Draw blocks of exactly `count` visible patches, as CAPI does.
 
     If a rectangle has more patches, the end of its last row is left out. If `is_rolled`, the block
     may wrap around at the borders of the view.
     """
-    low = math.log(max(aspect[0], count / side**2))
-    high = math.log(min(aspect[1], side**2 / count))
-    masks = np.zeros((len(indices), 1, side * side), np.bool_)
+    rows, columns = grid
+    low = math.log(max(aspect[0], count / columns**2))
+    high = math.log(min(aspect[1], rows**2 / count))
+    masks = np.zeros((len(indices), 1, grid[0] * grid[1]), np.bool_)
     for row in range(len(indices)):
         key = (seed, epoch, indices[row], view)
         u_ratio, u_top, u_left, u_down, u_right = _uniforms(key, 0, 5)
         ratio = math.exp(low + (high - low) * u_ratio)
-        height = min(math.ceil(math.sqrt(count * ratio)), side)
-        width = min(math.ceil(math.sqrt(count / ratio)), side)
-        top = int(u_top * (side - height + 1))
-        left = int(u_left * (side - width + 1))
-        down, right = (int(u_down * side), int(u_right * side)) if is_rolled else (0, 0)
+        height = min(math.ceil(math.sqrt(count * ratio)), rows)
+        width = min(math.ceil(math.sqrt(count / ratio)), columns)
+        top = int(u_top * (rows - height + 1))
+        left = int(u_left * (columns - width + 1))
+        down, right = (int(u_down * rows), int(u_right * columns)) if is_rolled else (0, 0)
         for number in range(count):
-            y = (top + number // width + down) % side
-            x = (left + number % width + right) % side
-            masks[row, 0, y * side + x] = True
+            y = (top + number // width + down) % rows
+            x = (left + number % width + right) % columns
+            masks[row, 0, y * columns + x] = True
     return masks
 
 
@@ -173,7 +174,7 @@ def _add_patches(mask, allowed, key, count):
 
 
 @njit(nogil=True, cache=True)
-def _add_block(mask, key, attempt, side, min_area, max_area, aspect):
+def _add_block(mask, key, attempt, grid, min_area, max_area, aspect):
     """Mask a random block if it is smaller than the view and not too large.
 
     Return the number of patches that were not masked before.
@@ -183,14 +184,15 @@ def _add_block(mask, key, attempt, side, min_area, max_area, aspect):
     low, high = math.log(aspect[0]), math.log(aspect[1])
     ratio = math.exp(low + (high - low) * u_ratio)
     height, width = int(np.rint(math.sqrt(area * ratio))), int(np.rint(math.sqrt(area / ratio)))
-    if height >= side or width >= side:
+    rows, columns = grid
+    if height >= rows or width >= columns:
         return 0
-    top, left = int(u_top * (side - height + 1)), int(u_left * (side - width + 1))
-    grid = mask.reshape(side, side)
-    num_new = height * width - grid[top : top + height, left : left + width].sum()
+    top, left = int(u_top * (rows - height + 1)), int(u_left * (columns - width + 1))
+    patches = mask.reshape(rows, columns)
+    num_new = height * width - patches[top : top + height, left : left + width].sum()
     if num_new > max_area:
         return 0
-    _fill(mask, side, top, left, height, width)
+    _fill(mask, grid, top, left, height, width)
     return num_new
 
 
@@ -202,8 +204,8 @@ def _place(key, number, num_tops, num_lefts):
 
 
 @njit(nogil=True, cache=True)
-def _fill(mask, side, top, left, height, width):
-    mask.reshape(side, side)[top : top + height, left : left + width] = True
+def _fill(mask, grid, top, left, height, width):
+    mask.reshape(grid[0], grid[1])[top : top + height, left : left + width] = True
 
 
 @njit(nogil=True, cache=True)

@@ -1,6 +1,6 @@
 """Recipe of the masks of a view, as set in `views.crops.NAME.mask`, and the shapes that follow.
 
-A view is a square grid of patches, numbered row by row. The kinds of masks follow official code:
+A view is a grid of patches, numbered row by row. The kinds of masks follow official code:
 
 - random, for MAE (arXiv:2111.06377): single patches at random.
 - blocks, for iBOT (arXiv:2111.07832) and DINOv2 (arXiv:2304.07193): rectangles that may overlap,
@@ -8,6 +8,11 @@ A view is a square grid of patches, numbered row by row. The kinds of masks foll
 - multiblock, for I-JEPA (arXiv:2301.08243): several target blocks, and a context block without
   the patches of the targets.
 - inverse_block, for CAPI (arXiv:2502.08769): all patches outside of one rectangle.
+
+The authors train on squares. In a view of another shape, blocks keep the aspect ratios of `aspect`,
+counted in patches, as in the authors' code. A block of I-JEPA's that is too tall or too wide is cut
+to one patch less than the view, also as in their code. The context is the exception: it has the
+shape of the view. A square one could not cover the share of the area that `context_scale` states.
 """
 
 from dataclasses import dataclass
@@ -16,7 +21,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ssl_pretrain.schema import DIMENSIONLESS, setting
+from ssl_pretrain.schema import DIMENSIONLESS, image_sizes, setting
+from ssl_pretrain.schema.image_sizes import ImageSize
 
 BLOCKS_ASPECT = [0.3, 1 / 0.3]  # iBOT and DINOv2
 MULTIBLOCK_ASPECT = [0.75, 1.5]  # targets of I-JEPA
@@ -69,7 +75,7 @@ class Mask:
     min_patches: int = setting(
         4,
         "blocks: smallest area from which the size of a block is drawn. "
-        "0 means (patches per side // 3) squared, as in iBOT.",
+        "0 means (rows // 3) * (columns // 3), as in iBOT.",
         unit="patches",
     )
     aspect: list[float] = setting(
@@ -118,6 +124,21 @@ class MaskShape(NamedTuple):
     max_patches: int  # largest number of patches of a mask
 
 
+class Grid(NamedTuple):
+    """Numbers of rows and columns of the patches of a view."""
+
+    rows: int
+    columns: int
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches of the view."""
+        return self.rows * self.columns
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.columns} patches"
+
+
 class BlockSizes(NamedTuple):
     """Heights and widths of blocks in patches, int64 arrays of the same shape."""
 
@@ -125,32 +146,38 @@ class BlockSizes(NamedTuple):
     widths: np.ndarray
 
 
-def grid_side(mask: Mask, size: int) -> int:
-    """Return the patches along one side of a view of `size` pixels."""
-    return size // mask.patch_size
+def grid_shape(mask: Mask, size: ImageSize) -> Grid:
+    """Return the grid of patches of a view of `size` pixels."""
+    height, width = image_sizes.height_and_width(size)
+    return Grid(height // mask.patch_size, width // mask.patch_size)
 
 
-def shapes(mask: Mask, size: int) -> tuple[MaskShape, ...]:
+def shapes(mask: Mask, size: ImageSize) -> tuple[MaskShape, ...]:
     """Return the sets of masks of a view of `size` pixels."""
-    side = grid_side(mask, size)
+    grid = grid_shape(mask, size)
     if mask.kind in ("random", "inverse_block"):
-        return (MaskShape("visible", 1, num_visible(mask, side)),)
+        return (MaskShape("visible", 1, num_visible(mask, grid)),)
     if mask.kind == "blocks":
-        return (MaskShape("masked", 1, int(side**2 * mask.ratio_range[1])),)
+        return (MaskShape("masked", 1, int(grid.num_patches * mask.ratio_range[1])),)
     if mask.kind == "multiblock":
-        _, max_target = target_areas(mask, side)
+        _, max_target = target_areas(mask, grid)
         return (
-            MaskShape("context", 1, mask.context_patches or max(1, side**2 // 4)),
+            MaskShape("context", 1, context_length(mask, grid)),
             MaskShape("targets", mask.num_targets, max_target),
         )
     return ()
 
 
-def num_visible(mask: Mask, side: int) -> int:
+def context_length(mask: Mask, grid: Grid) -> int:
+    """Return the largest number of patches of a context that the student sees."""
+    return mask.context_patches or max(1, grid.num_patches // 4)
+
+
+def num_visible(mask: Mask, grid: Grid) -> int:
     """Return the number of patches that stay visible, rounded as in the authors' code."""
     if mask.kind == "random":
-        return int(side**2 * (1 - mask.ratio))
-    return side**2 - int(side**2 * mask.ratio)
+        return int(grid.num_patches * (1 - mask.ratio))
+    return grid.num_patches - int(grid.num_patches * mask.ratio)
 
 
 def aspect_range(mask: Mask) -> list[float]:
@@ -161,17 +188,17 @@ def aspect_range(mask: Mask) -> list[float]:
     return ranges.get(mask.kind, INVERSE_BLOCK_ASPECT)
 
 
-def min_block_area(mask: Mask, side: int) -> int:
+def min_block_area(mask: Mask, grid: Grid) -> int:
     """Return the smallest area from which the size of a block is drawn."""
-    return mask.min_patches or (side // 3) ** 2
+    return mask.min_patches or (grid.rows // 3) * (grid.columns // 3)
 
 
-def max_block_area(mask: Mask, side: int) -> int:
+def max_block_area(mask: Mask, grid: Grid) -> int:
     """Return the largest area of a block of the kind "blocks".
 
     For DINOv2 and DINOv3 it is half of the view, rounded as in the authors' code.
     """
-    return side**2 if mask.block_sampler == "ibot" else side // 2 * side
+    return grid.num_patches if mask.block_sampler == "ibot" else grid.rows // 2 * grid.columns
 
 
 def num_masked_views(mask: Mask, num_views: int) -> int:
@@ -179,44 +206,50 @@ def num_masked_views(mask: Mask, num_views: int) -> int:
     return int(num_views * mask.probability)
 
 
-def target_sizes(mask: Mask, side: int, uniforms: np.ndarray) -> BlockSizes:
+def target_sizes(mask: Mask, grid: Grid, uniforms: np.ndarray) -> BlockSizes:
     """Return the sizes of I-JEPA's targets, one for each random number in [0, 1)."""
-    return _block_sizes(side, tuple(mask.target_scale), tuple(aspect_range(mask)), uniforms)
+    return _block_sizes(grid, tuple(mask.target_scale), tuple(aspect_range(mask)), uniforms)
 
 
-def context_sizes(mask: Mask, side: int, uniforms: np.ndarray) -> BlockSizes:
+def context_sizes(mask: Mask, grid: Grid, uniforms: np.ndarray) -> BlockSizes:
     """Return the sizes of I-JEPA's context blocks, one for each random number in [0, 1)."""
-    return _block_sizes(side, tuple(mask.context_scale), (1.0, 1.0), uniforms)
+    return _block_sizes(grid, tuple(mask.context_scale), _context_aspect(grid), uniforms)
 
 
-def target_areas(mask: Mask, side: int) -> tuple[int, int]:
+def target_areas(mask: Mask, grid: Grid) -> tuple[int, int]:
     """Return the areas of I-JEPA's smallest and largest target, in patches."""
-    return _range_of_areas(side, tuple(mask.target_scale), tuple(aspect_range(mask)))
+    return _range_of_areas(grid, tuple(mask.target_scale), tuple(aspect_range(mask)))
 
 
-def context_areas(mask: Mask, side: int) -> tuple[int, int]:
+def context_areas(mask: Mask, grid: Grid) -> tuple[int, int]:
     """Return the areas of I-JEPA's smallest and largest context block, in patches."""
-    return _range_of_areas(side, tuple(mask.context_scale), (1.0, 1.0))
+    return _range_of_areas(grid, tuple(mask.context_scale), _context_aspect(grid))
+
+
+def _context_aspect(grid: Grid) -> tuple[float, float]:
+    """Return the range of the height / width of I-JEPA's contexts, which have the view's shape."""
+    aspect = grid.rows / grid.columns
+    return aspect, aspect
 
 
 def _block_sizes(
-    side: int, scale: tuple[float, ...], aspect: tuple[float, ...], uniforms: np.ndarray
+    grid: Grid, scale: tuple[float, ...], aspect: tuple[float, ...], uniforms: np.ndarray
 ) -> BlockSizes:
     """Return sizes of blocks. One random number determines area and aspect ratio, as in I-JEPA.
 
     A block is at least one patch smaller than the view, in both directions.
     """
-    areas = np.floor(side**2 * (scale[0] + uniforms * (scale[1] - scale[0])))
+    areas = np.floor(grid.num_patches * (scale[0] + uniforms * (scale[1] - scale[0])))
     ratios = aspect[0] + uniforms * (aspect[1] - aspect[0])
     heights = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
     widths = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
-    return BlockSizes(np.minimum(heights, side - 1), np.minimum(widths, side - 1))
+    return BlockSizes(np.minimum(heights, grid.rows - 1), np.minimum(widths, grid.columns - 1))
 
 
 @lru_cache(maxsize=64)
 def _range_of_areas(
-    side: int, scale: tuple[float, ...], aspect: tuple[float, ...]
+    grid: Grid, scale: tuple[float, ...], aspect: tuple[float, ...]
 ) -> tuple[int, int]:
-    heights, widths = _block_sizes(side, scale, aspect, np.linspace(0, 1, SCANNED_SIZES + 1))
+    heights, widths = _block_sizes(grid, scale, aspect, np.linspace(0, 1, SCANNED_SIZES + 1))
     areas = heights * widths
     return int(areas.min()), int(areas.max())

@@ -15,7 +15,7 @@ from ssl_pretrain import rng
 from ssl_pretrain.rng import Purpose
 from ssl_pretrain.views import mask_kernels, mask_recipe
 from ssl_pretrain.views.batch import MaskSet
-from ssl_pretrain.views.mask_recipe import Mask
+from ssl_pretrain.views.mask_recipe import Grid, Mask
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 
@@ -97,7 +97,7 @@ def describe(mask_sets: Sequence[MaskSet], view: int, row: int, crop: Crop) -> l
     ]
     if not counts:
         return []
-    num_patches = mask_recipe.grid_side(crop.mask, crop.size) ** 2
+    num_patches = mask_recipe.grid_shape(crop.mask, crop.size).num_patches
     return [f"masks of view {view + 1}: {', '.join(counts)} of {num_patches} patches"]
 
 
@@ -120,40 +120,40 @@ def _draw_grids(
     crop: Crop, view: int, first_view: int, position: Position
 ) -> tuple[np.ndarray, ...]:
     """Draw the sets of masks of a view, each as bool (images, masks per image, patches)."""
-    mask, side = crop.mask, mask_recipe.grid_side(crop.mask, crop.size)
+    mask, grid = crop.mask, mask_recipe.grid_shape(crop.mask, crop.size)
     key = (position.seed, position.epoch, position.indices, view)
     if mask.kind == "random":
-        count = mask_recipe.num_visible(mask, side)
-        return (mask_kernels.draw_patches(*key, side**2, count),)
+        count = mask_recipe.num_visible(mask, grid)
+        return (mask_kernels.draw_patches(*key, grid.num_patches, count),)
     if mask.kind == "inverse_block":
-        count, aspect = mask_recipe.num_visible(mask, side), _pair(mask_recipe.aspect_range(mask))
-        return (mask_kernels.draw_inverse_blocks(*key, side, count, aspect, mask.roll),)
+        count, aspect = mask_recipe.num_visible(mask, grid), _pair(mask_recipe.aspect_range(mask))
+        return (mask_kernels.draw_inverse_blocks(*key, grid, count, aspect, mask.roll),)
     if mask.kind == "multiblock":
-        return _draw_multiblock(mask, side, view, position)
+        return _draw_multiblock(mask, grid, view, position)
     if mask.block_sampler == "ibot":
-        budgets = _independent_budgets(mask, side, view, position)
+        budgets = _independent_budgets(mask, grid, view, position)
     else:
-        budgets = _spread_budgets(crop, side, view, first_view, position)
+        budgets = _spread_budgets(crop, grid, view, first_view, position)
     limits = (
-        float(mask_recipe.min_block_area(mask, side)),
-        float(mask_recipe.max_block_area(mask, side)),
+        float(mask_recipe.min_block_area(mask, grid)),
+        float(mask_recipe.max_block_area(mask, grid)),
     )
     aspect, is_exact = _pair(mask_recipe.aspect_range(mask)), mask.block_sampler == "dinov3"
-    return (mask_kernels.draw_blocks(*key, side, budgets, limits, aspect, is_exact),)
+    return (mask_kernels.draw_blocks(*key, grid, budgets, limits, aspect, is_exact),)
 
 
 def _draw_multiblock(
-    mask: Mask, side: int, view: int, position: Position
+    mask: Mask, grid: Grid, view: int, position: Position
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw I-JEPA's contexts and targets. All images of the step have blocks of the same sizes."""
     uniforms = rng.uniform(
         position.seed, position.epoch, position.step, view, Purpose.MASK_SIZES, 2
     )
-    target = mask_recipe.target_sizes(mask, side, uniforms[:, 0])
-    context = mask_recipe.context_sizes(mask, side, uniforms[:, 1])
-    key = (position.seed, position.epoch, position.indices, view, side)
+    target = mask_recipe.target_sizes(mask, grid, uniforms[:, 0])
+    context = mask_recipe.context_sizes(mask, grid, uniforms[:, 1])
+    key = (position.seed, position.epoch, position.indices, view, grid)
     targets = mask_kernels.draw_targets(*key, mask.num_targets, target.heights[0], target.widths[0])
-    max_patches = mask_recipe.shapes(mask, side * mask.patch_size)[0].max_patches
+    max_patches = mask_recipe.context_length(mask, grid)
     contexts = mask_kernels.draw_contexts(
         *key,
         targets,
@@ -165,18 +165,18 @@ def _draw_multiblock(
     return contexts, targets
 
 
-def _independent_budgets(mask: Mask, side: int, view: int, position: Position) -> np.ndarray:
+def _independent_budgets(mask: Mask, grid: Grid, view: int, position: Position) -> np.ndarray:
     """Return the number of patches to mask in each image, drawn independently as in iBOT."""
     uniforms = rng.uniform(
         position.seed, position.epoch, position.indices, view, Purpose.MASK_SIZES, 2
     )
     low, high = mask.ratio_range
-    budgets = side**2 * (low + (high - low) * uniforms[:, 1])
+    budgets = grid.num_patches * (low + (high - low) * uniforms[:, 1])
     return np.where(uniforms[:, 0] < mask.probability, budgets, 0.0)
 
 
 def _spread_budgets(
-    crop: Crop, side: int, view: int, first_view: int, position: Position
+    crop: Crop, grid: Grid, view: int, first_view: int, position: Position
 ) -> np.ndarray:
     """Return the number of patches to mask in each image, spread over the batch as in DINOv2.
 
@@ -200,7 +200,7 @@ def _spread_budgets(
         ]
     low, high = mask.ratio_range
     ratios = low + (high - low) * (intervals + offsets) / max(num_masked, 1)
-    budgets = np.floor(side**2 * np.minimum(ratios, high))
+    budgets = np.floor(grid.num_patches * np.minimum(ratios, high))
     return np.where(intervals < num_masked, budgets, 0.0)
 
 

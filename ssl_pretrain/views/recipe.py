@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Literal
 
 from ssl_pretrain import schema
-from ssl_pretrain.schema import DIMENSIONLESS, setting
+from ssl_pretrain.schema import DIMENSIONLESS, image_sizes, setting
 from ssl_pretrain.views import mask_checks
 from ssl_pretrain.views.mask_recipe import Mask
 
@@ -28,14 +28,19 @@ class Crop:
     """One kind of view, whose name is its key in `views.crops`."""
 
     count: int = setting(2, "Views of this kind per image.", minimum=1, maximum=1000, unit="views")
-    size: int = setting(
-        224, "Height and width of the view.", minimum=1, maximum=10_000, unit="pixels"
+    size: int | list[int] = setting(
+        224,
+        "Height and width of the view: one number for a square, or [height, width].",
+        minimum=1,
+        maximum=10_000,
+        unit="pixels",
     )
     scale: list[float] = setting(
         [0.08, 1.0], "[low, high] of the crop's share of the image's area.", unit=DIMENSIONLESS
     )
     ratio: list[float] = setting(
-        [0.75, 1.3333333333333333], "[low, high] of the crop's width / height before resizing."
+        [0.75, 1.3333333333333333],
+        "[low, high] of the crop's width / height before resizing to the view's size.",
     )
     crop_sampler: CropSampler = setting(
         "torchvision",
@@ -87,7 +92,8 @@ class Crop:
     blur_kernel: int = setting(
         0,
         "Size of the blur's kernel. "
-        "If it is 0, size // 10 made odd, at least 3 (SimCLR: 23 for 224 pixels).",
+        "If it is 0, a tenth of the view's shorter side made odd, at least 3 "
+        "(SimCLR: 23 for 224 pixels).",
         unit="pixels",
     )
     blur_border: Literal["reflect", "zero"] = setting(
@@ -102,6 +108,24 @@ class Crop:
         unit=DIMENSIONLESS,
     )
     mask: Mask = setting(Mask(), "Masks of the view's patches, for methods that need them.")
+
+    def __post_init__(self) -> None:
+        self.size = image_sizes.simplify(self.size)
+
+    @property
+    def height(self) -> int:
+        """Height of the view in pixels."""
+        return image_sizes.height_and_width(self.size)[0]
+
+    @property
+    def width(self) -> int:
+        """Width of the view in pixels."""
+        return image_sizes.height_and_width(self.size)[1]
+
+    @property
+    def num_pixels(self) -> int:
+        """Number of pixels of the view."""
+        return image_sizes.area(self.size)
 
 
 @dataclass
@@ -129,9 +153,17 @@ def crop_per_view(views: ViewsConfig) -> list[Crop]:
     return [crop for crop in views.crops.values() for _ in range(crop.count)]
 
 
+def enclosing_size(views: ViewsConfig) -> int | list[int]:
+    """Return the smallest size that contains every view. Pictures of views have such tiles."""
+    crops = views.crops.values()
+    return image_sizes.simplify(
+        [max(crop.height for crop in crops), max(crop.width for crop in crops)]
+    )
+
+
 def blur_taps(crop: Crop) -> int:
     """Return the width of the blur's kernel in pixels: `blur_kernel`, or SimCLR's if it is 0."""
-    return crop.blur_kernel or max(3, (crop.size // 10) | 1)
+    return crop.blur_kernel or max(3, (min(crop.height, crop.width) // 10) | 1)
 
 
 def check(views: ViewsConfig) -> None:
@@ -141,6 +173,8 @@ def check(views: ViewsConfig) -> None:
             "views.crops: no crop is named; name at least one, as in views.crops.global.size=224"
         )
     schema.check(views, "views")
+    for name, crop in views.crops.items():
+        image_sizes.check(f"views.crops.{name}.size", crop.size)
     for name, crop in views.crops.items():
         _check_crop(f"views.crops.{name}", crop)
     _check_order(views.crops)
@@ -190,18 +224,19 @@ def _check_blur(key: str, crop: Crop) -> None:
             f"{key}.blur_kernel: {crop.blur_kernel} has no middle pixel; give an odd number >= 3, "
             "or 0 for size // 10"
         )
-    taps, max_taps = blur_taps(crop), 2 * crop.size - 1  # because half a kernel is reflected
+    side = min(crop.height, crop.width)
+    taps, max_taps = blur_taps(crop), 2 * side - 1  # because half a kernel is reflected
     if crop.blur and crop.blur_border == "reflect" and taps > max_taps:
         remedy = f"give at most {max_taps}" if max_taps >= 3 else "set blur to 0"
         raise ValueError(
-            f"{key}.blur_kernel: {taps} is too wide to reflect an image of size {crop.size}; "
-            f"{remedy}"
+            f"{key}.blur_kernel: {taps} is too wide to reflect an image of size "
+            f"{image_sizes.describe(crop.size)}; {remedy}"
         )
 
 
 def _check_order(crops: dict[str, Crop]) -> None:
     for (previous, larger), (name, crop) in pairwise(crops.items()):
-        if crop.size > larger.size:
+        if crop.num_pixels > larger.num_pixels:
             raise ValueError(
                 f"views.crops.{name}.size: {crop.size} comes after {previous} of size "
                 f"{larger.size}; name the crops from the largest to the smallest, as methods take "

@@ -245,32 +245,33 @@ def write_view(transposed, channels, pitch, box, size, bicubic, buffers, out):
         channels: Number of channels.
         pitch: Bytes from the start of one of its rows to the start of the next.
         box: Top, left, height, width and flip, as in `crops.Box`.
-        size: Side of the view, in pixels.
+        size: Height and width of the view, in pixels.
         bicubic: Use the cubic filter instead of the triangle.
         buffers: Buffers from `allocate_buffers`.
-        out: Output, flat, channels * size * size bytes.
+        out: Output, flat, channels * height * width bytes.
     """
     top, left, height, width, flip = box
+    view_height, view_width = size
     filtered_columns, filtered_rows, starts, counts, weights, exact, offsets, sums = buffers
-    column_pitch, row_pitch = pad_to_tiles_jit(height), pad_to_tiles_jit(size)
-    bits = compute_weights(width, size, bicubic, flip, starts, counts, weights, exact)
+    column_pitch, row_pitch = pad_to_tiles_jit(height), pad_to_tiles_jit(view_width)
+    bits = compute_weights(width, view_width, bicubic, flip, starts, counts, weights, exact)
     pixel_pitch = channels * pitch
     for channel in range(channels):
-        for x in range(size):
+        for x in range(view_width):
             first = (left + starts[x]) * pixel_pitch + channel * pitch + top
             start = (channel * row_pitch + x) * column_pitch
             column = filtered_columns[start : start + height]
             _write_sum(
                 column, transposed, first, pixel_pitch, counts[x], weights[x], bits, offsets, sums
             )
-    bits = compute_weights(height, size, bicubic, False, starts, counts, weights, exact)
+    bits = compute_weights(height, view_height, bicubic, False, starts, counts, weights, exact)
     for channel in range(channels):
         columns = filtered_columns[channel * row_pitch * column_pitch :]
-        transpose(columns, column_pitch, size, height, filtered_rows, row_pitch)
-        for y in range(size):
+        transpose(columns, column_pitch, view_width, height, filtered_rows, row_pitch)
+        for y in range(view_height):
             first = starts[y] * row_pitch
-            start = (channel * size + y) * size
-            row = out[start : start + size]
+            start = (channel * view_height + y) * view_width
+            row = out[start : start + view_width]
             _write_sum(
                 row, filtered_rows, first, row_pitch, counts[y], weights[y], bits, offsets, sums
             )
@@ -284,24 +285,25 @@ def write_view_without_antialias(transposed, channels, pitch, box, size, bicubic
     (TensorFlow's half_pixel_centers). For the triangle this is the same as repeating the edge.
     """
     top, left, height, width, flip = box
-    x_weights, y_weights = np.zeros((size, 4), np.float32), np.zeros((size, 4), np.float32)
-    x_starts, y_starts = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    _compute_weights_without_antialias(width, size, bicubic, flip, x_starts, x_weights)
-    _compute_weights_without_antialias(height, size, bicubic, False, y_starts, y_weights)
+    rows, columns = size
+    x_weights, y_weights = np.zeros((columns, 4), np.float32), np.zeros((rows, 4), np.float32)
+    x_starts, y_starts = np.zeros(columns, np.int64), np.zeros(rows, np.int64)
+    _compute_weights_without_antialias(width, columns, bicubic, flip, x_starts, x_weights)
+    _compute_weights_without_antialias(height, rows, bicubic, False, y_starts, y_weights)
     column = np.zeros(height + 3, np.float32)  # padded for pixels of weight 0 below the box
     for channel in range(channels):
-        for x in range(size):
+        for x in range(columns):
             column[:] = 0
             for tap in range(4):
                 weight = x_weights[x, tap]
                 if weight != 0:
                     start = (channels * (left + x_starts[x] + tap) + channel) * pitch + top
                     _add_weighted(column, transposed[start : start + height], weight)
-            for y in range(size):
+            for y in range(rows):
                 first = y_starts[y]
                 total = column[first] * y_weights[y, 0] + column[first + 1] * y_weights[y, 1]
                 total += column[first + 2] * y_weights[y, 2] + column[first + 3] * y_weights[y, 3]
-                out[(channel * size + y) * size + x] = np.uint8(
+                out[(channel * rows + y) * columns + x] = np.uint8(
                     min(max(total + np.float32(0.5), np.float32(0)), np.float32(255))
                 )
 
@@ -338,25 +340,26 @@ def resize_without_antialias(transposed, channels, height, width, flip, size, bi
 
 
 def allocate_buffers(
-    channels: int, longest_side: int, sizes: list[int], bicubic: bool
+    channels: int, longest_side: int, sizes: list[tuple[int, int]], bicubic: bool
 ) -> tuple[np.ndarray, ...]:
     """Allocate the buffers of `write_view` for one thread.
 
     Args:
         channels: Number of channels.
         longest_side: Longest side of all images, in pixels.
-        sizes: Sides of the views, in pixels.
+        sizes: Height and width of each view, in pixels.
         bicubic: True if any view uses the cubic filter.
     """
-    column_pitch, row_pitch = pad_to_tiles(longest_side), pad_to_tiles(max(sizes))
-    taps = max(max_taps(longest_side, size, bicubic) for size in sizes)
+    longest_view_side = max(map(max, sizes))
+    column_pitch, row_pitch = pad_to_tiles(longest_side), pad_to_tiles(longest_view_side)
+    taps = max_taps(longest_side, min(map(min, sizes)), bicubic)
     return (
         np.zeros(channels * row_pitch * column_pitch, np.uint8),
         np.zeros(row_pitch * column_pitch, np.uint8),
-        np.zeros(max(sizes), np.int64),
-        np.zeros(max(sizes), np.int64),
-        np.zeros((max(sizes), taps), np.int16),
-        np.zeros((max(sizes), taps)),
+        np.zeros(longest_view_side, np.int64),
+        np.zeros(longest_view_side, np.int64),
+        np.zeros((longest_view_side, taps), np.int16),
+        np.zeros((longest_view_side, taps)),
         np.zeros(taps, np.int64),
         np.zeros(max(row_pitch, column_pitch), np.int32),
     )

@@ -18,16 +18,23 @@ VIEWS = ViewsConfig(
         "local": Crop(count=1, size=6, scale=[0.1, 0.4], interpolation="bicubic"),
     }
 )
+RECTANGLES = ViewsConfig(
+    crops={
+        "global": Crop(count=2, size=[8, 24]),
+        "local": Crop(count=1, size=[14, 5], scale=[0.1, 0.4], interpolation="bicubic"),
+    }
+)
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
 
 
+@pytest.mark.parametrize("views", [VIEWS, RECTANGLES], ids=["squares", "rectangles"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_batches_equal_those_of_worker_processes_within_one_gray_level(device, tmp_path):
+def test_batches_equal_those_of_worker_processes_within_one_gray_level(device, views, tmp_path):
     source = open_train(write_images(tmp_path / "data", n=50), loader="folder")
     with (
-        build_loader(source, VIEWS, "device", device=device) as loader,
-        build_loader(source, VIEWS) as reference,
+        build_loader(source, views, "device", device=device) as loader,
+        build_loader(source, views) as reference,
     ):
         for _, batch, expected in zip(range(6), loader.iterate_from(2), reference.iterate_from(2)):
             assert torch.equal(batch.indices.cpu(), expected.indices)

@@ -156,6 +156,20 @@ def test_samplers_and_resizes_equal_those_of_processes(options, beton):
     assert not set(batch_digests) & set(digests(make_loader(beton, views=build_views()), 0, 3))
 
 
+@pytest.mark.parametrize("options", [{"interpolation": "bicubic"}, {"antialias": False}])
+def test_rectangular_views_equal_those_of_processes(options, beton):
+    views = ViewsConfig(
+        crops={
+            "global": Crop(count=2, size=[12, 40], blur=0.5, **options),
+            "local": Crop(count=1, size=[30, 7], **options),
+        }
+    )
+    first = next(make_loader(beton, views=views).iterate_from(0))
+    assert [view.shape[1:] for view in first.views] == [(3, 12, 40), (3, 12, 40), (3, 30, 7)]
+    expected = digests(make_loader(beton, 0, views=views, kind="folder"), 0, 3)
+    assert digests(make_loader(beton, views=views), 0, 3) == expected
+
+
 def test_raw_pixels_equal_those_of_the_source(tmp_path):
     from ssl_pretrain.data.beton import beton_writer
     from ssl_pretrain.data.beton.encoder import EncodingSettings

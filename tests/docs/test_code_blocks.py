@@ -1,4 +1,4 @@
-"""Every code block of the README, the tutorials and `data.md` runs, or its page says why not."""
+"""Every code block of the README, the tutorials and three guides runs, or its page says why not."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from PIL import Image
 
 PAGES = [
     "README.md",
+    "docs/configuration.md",
     "docs/data.md",
     "docs/quickstart.md",
-    "docs/data.md",
     *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "tutorials").glob("*.md")),
 ]
 NUM_PHOTOS = 24

@@ -208,7 +208,9 @@ def write_view_without_antialias(
     padded[:height, : 3 * width] = image.reshape(height, -1)
     resize.transpose(padded.reshape(-1), padded_width, height, 3 * width, transposed, padded_height)
     out = np.full(3 * size * size, 77, np.uint8)
-    resize.write_view_without_antialias(transposed, 3, padded_height, box, size, is_bicubic, out)
+    resize.write_view_without_antialias(
+        transposed, 3, padded_height, box, (size, size), is_bicubic, out
+    )
     return out.reshape(3, size, size)
 
 

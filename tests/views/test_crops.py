@@ -43,6 +43,18 @@ def test_a_view_is_torchvisions_resized_crop(interpolation, size, flip):
     assert torch.equal(view, F.horizontal_flip(expected) if flip else expected)
 
 
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("size", [(24, 80), (96, 16)])
+def test_a_rectangular_view_is_torchvisions_random_resized_crop(size, antialias):
+    pixels, box = draw_image(70, 90), Box(5, 11, 41, 53, flip=True)
+    transform = v2.RandomResizedCrop(size, antialias=antialias)
+    expected = transform.transform(pixels, dict(zip(Box._fields[:4], box)))
+    view = crops.apply(pixels, box, Crop(size=list(size), antialias=antialias))
+    assert view.shape == (3, *size)
+    difference = (view.int() - F.horizontal_flip(expected).int()).abs()
+    assert difference.max() <= (0 if antialias else 1)  # torch rounds other sums than we do
+
+
 def test_the_memory_format_changes_nothing():
     pixels, crop, box = draw_image(70, 90), Crop(size=32), Box(5, 11, 41, 53, True)
     channels_last = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
@@ -150,7 +162,7 @@ def test_a_box_depends_on_seed_epoch_index_and_view_alone():
     ],
 )
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("size", [8, 32, [8, 32], [40, 12]])
 @pytest.mark.parametrize(
     "options",
     [
@@ -195,6 +207,38 @@ def test_evaluation_takes_the_resized_center(
     view = crops.evaluation_view(draw_image(height, width), size, crop_ratio, interpolation)
     assert view.shape == (3, size, size)
     assert torch.equal(view, transform(draw_image(height, width)))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "crop_ratio", "resized"),
+    [
+        (64, 256, [64, 256], 1.0, (64, 256)),
+        (128, 500, [64, 256], 1.0, (65, 256)),
+        (90, 700, [64, 256], 0.875, (73, 567)),
+        (200, 100, [48, 16], 0.5, (96, 48)),
+        (20, 90, [30, 10], 0.875, (34, 153)),
+    ],
+)
+def test_a_rectangular_evaluation_view_is_the_center_of_the_image_that_covers_it(
+    height, width, size, crop_ratio, resized
+):
+    transform = v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(size)])
+    view = crops.evaluation_view(draw_image(height, width), size, crop_ratio)
+    assert view.shape == (3, *size)
+    assert torch.equal(view, transform(draw_image(height, width)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 9_000), (9_000, 3)])
+@pytest.mark.parametrize("size", [[8, 64], [64, 8]])
+def test_a_rectangular_view_of_a_long_thin_image_needs_only_its_middle(height, width, size):
+    smooth = F.resize(
+        draw_image(max(2, height // 8), max(2, width // 8)), [height, width], antialias=True
+    )
+    scale = max(size[0] / height, size[1] / width)
+    resized = [max(side, int(scale * length)) for side, length in zip(size, (height, width))]
+    expected = F.center_crop(F.resize(smooth, resized, antialias=True), size)
+    difference = (crops.evaluation_view(smooth, size, 1.0).int() - expected.int()).abs().float()
+    assert difference.mean() < 1 and difference.max() <= 8
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

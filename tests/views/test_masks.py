@@ -1,6 +1,7 @@
 """Masks follow their recipe, and do not depend on ranks, workers or the other images."""
 
 import hashlib
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from ssl_pretrain.methods.base import Method
-from ssl_pretrain.views import masks, recipe
+from ssl_pretrain.schema.image_sizes import height_and_width
+from ssl_pretrain.views import mask_recipe, masks, recipe
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.mask_recipe import Mask
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
@@ -29,7 +31,7 @@ RECIPES = {
 every_recipe = pytest.mark.parametrize("mask", RECIPES.values(), ids=RECIPES.keys())
 
 
-def build_views(mask: Mask, count: int = 2, size: int = 224) -> ViewsConfig:
+def build_views(mask: Mask, count: int = 2, size: int | list[int] = 224) -> ViewsConfig:
     return ViewsConfig({"global": Crop(count=count, size=size, mask=mask), "local": Crop(size=96)})
 
 
@@ -49,12 +51,14 @@ def draw(mask, indices=None, *, count=2, size=224, seed=0, epoch=0, step=0, firs
 
 
 def draw_grids(mask, num_images, **options) -> list[np.ndarray]:
-    """Return each set of masks as bool (images, masks per image, side, side)."""
-    size = options.setdefault("size", 224)
-    side = size // mask.patch_size
+    """Return each set of masks as bool (images, masks per image, rows, columns)."""
+    height, width = height_and_width(options.setdefault("size", 224))
+    grid = height // mask.patch_size, width // mask.patch_size
     return [
-        torch.stack([mask_set.as_grid(side**2, k) for k in range(mask_set.indices.shape[1])], dim=1)
-        .view(num_images, -1, side, side)
+        torch.stack(
+            [mask_set.as_grid(math.prod(grid), k) for k in range(mask_set.indices.shape[1])], dim=1
+        )
+        .view(num_images, -1, *grid)
         .numpy()
         for mask_set in draw(mask, np.arange(num_images), **options)
     ]
@@ -255,9 +259,104 @@ def test_the_visible_patches_of_capi_are_one_block():
     assert any(bounding_box(grid[0])[0] == SIDE for grid in rolled)
 
 
+WIDE, TALL = [64, 256], [256, 96]  # 4 x 16 and 16 x 6 patches
+RECTANGLE_RECIPES = {
+    **RECIPES,
+    "multiblock": Mask("multiblock", min_keep=4),
+    "multiblock_random": Mask("multiblock", min_keep=4, context_trim="random"),
+}
+
+
+@pytest.mark.parametrize("size", [WIDE, TALL], ids=["wide", "tall"])
+@pytest.mark.parametrize("mask", RECTANGLE_RECIPES.values(), ids=RECTANGLE_RECIPES.keys())
+def test_masks_of_rectangles_have_the_shapes_of_blank_masks_and_reach_all_patches(mask, size):
+    views = build_views(mask, size=size)
+    recipe.check(views)
+    for mask_set, blank in zip(draw(mask, size=size), masks.blank(views, 12, "cpu"), strict=True):
+        assert mask_set.indices.shape == blank.indices.shape
+    is_reached = draw_grids(mask, 3000, size=size, count=1)[0].any((0, 1))
+    if mask.kind == "multiblock":  # the place of a context excludes the last row and column
+        is_reached = is_reached[:-1, :-1]
+    # Trimmed contexts are the first patches, and so lack the last rows of a tall view.
+    assert is_reached.all() or (mask.kind == "multiblock" and mask.context_trim == "first")
+
+
+@pytest.mark.parametrize(
+    ("size", "aspect", "box"), [(WIDE, 1 / 3, (2, 6)), (TALL, 3.0, (8, 3))], ids=["wide", "tall"]
+)
+def test_blocks_of_rectangles_are_longer_than_the_shorter_side(size, aspect, box):
+    num_patches = size[0] * size[1] // 16**2
+    share = math.prod(box) / num_patches
+    mask = Mask(
+        "blocks",
+        probability=1.0,
+        ratio_range=[share, share],
+        aspect=[aspect, aspect],
+        min_patches=math.prod(box),  # a single block takes the whole share
+    )
+    recipe.check(build_views(mask, size=size))
+    places = set()
+    for grid in np.concatenate(draw_grids(mask, 500, size=size))[:, 0]:
+        assert bounding_box(grid) == box and grid.sum() == math.prod(box)
+        places.add(int(grid.argmax()))
+    rows, columns = size[0] // 16, size[1] // 16
+    assert len(places) == (rows - box[0] + 1) * (columns - box[1] + 1)
+
+
+@pytest.mark.parametrize("size", [WIDE, TALL], ids=["wide", "tall"])
+def test_targets_and_contexts_of_rectangles_have_the_sizes_of_the_authors_formula(size):
+    rows, columns = size[0] // 16, size[1] // 16
+    mask = Mask("multiblock", min_keep=0, context_patches=rows * columns // 2)
+    expected = set()
+    for u in np.linspace(0, 1, 2001):  # I-JEPA's _sample_block_size, at 52c1ae95
+        area, ratio = int(rows * columns * (0.15 + u * 0.05)), 0.75 + u * 0.75
+        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        expected.add((min(height, rows - 1), min(width, columns - 1)))
+    sizes = set()
+    for step in range(200):
+        _, targets = draw_grids(mask, 4, size=size, step=step, count=1)
+        boxes = {bounding_box(grid) for image in targets for grid in image}
+        assert len(boxes) == 1
+        sizes |= boxes
+    assert sizes == expected
+    # A context of the view's shape covers the share of the area that context_scale states.
+    low, high = mask_recipe.context_areas(mask, mask_recipe.Grid(rows, columns))
+    assert 0.6 * rows * columns < low <= high == (rows - 1) * (columns - 1)
+
+
+@pytest.mark.parametrize("size", [WIDE, TALL], ids=["wide", "tall"])
+def test_the_visible_patches_of_capi_are_one_block_of_a_rectangle(size):
+    mask = Mask("inverse_block", ratio=0.65, roll=False, aspect=[0.1, 10.0])
+    num_patches, lengths = size[0] * size[1] // 16**2, set()
+    for grid in draw_grids(mask, 200, size=size, count=1)[0]:
+        height, width = bounding_box(grid[0])
+        count = num_patches - int(num_patches * 0.65)
+        assert grid.sum() == count and height * width - width < count <= height * width
+        lengths |= {height, width}
+    assert max(lengths) > min(size) // 16  # the block uses the longer side
+
+
 @pytest.mark.parametrize(
     ("mask", "size", "message"),
     [
+        (
+            Mask("random"),
+            [64, 100],
+            "patch_size: 16 does not divide the view's 64x100 pixels; give the backbone's patch "
+            "size, and views.crops.*.size as a multiple of it",
+        ),
+        (
+            Mask("inverse_block", ratio=0.25),
+            WIDE,
+            "aspect: [] has no block of 48 patches that fits in a view of 4 x 16 patches; give a "
+            "range that contains 0.25",
+        ),
+        (
+            Mask("blocks", aspect=[3.0, 4.0], min_patches=20),
+            WIDE,
+            "aspect: [3, 4] has no block of 20 to 31 patches that fits in a view of 4 x 16 "
+            "patches; give a range that contains 0.25, or smaller patches",
+        ),
         (
             Mask("random"),
             100,

@@ -163,6 +163,18 @@ def test_good_recipes_are_accepted(crop):
             "blur_kernel: 23 is too wide to reflect an image of size 8; give at most 15",
         ),
         (
+            Crop(size=[200, 8], blur=0.5, blur_kernel=23),
+            "blur_kernel: 23 is too wide to reflect an image of size 200x8; give at most 15",
+        ),
+        (
+            Crop(size=[64]),
+            "size: [64] is not a size; give one number for a square, or [height, width] in pixels",
+        ),
+        (
+            Crop(size=[64, 0]),
+            "size[1]: 0 is out of range; give a whole number >= 1 and <= 10000",
+        ),
+        (
             Crop(size=1, blur=0.5),
             "blur_kernel: 3 is too wide to reflect an image of size 1; set blur to 0",
         ),
@@ -189,6 +201,14 @@ def test_a_bad_crop_is_refused_with_key_value_and_remedy(crop, message):
             ),
         ),
         (
+            ViewsConfig(crops={"local": Crop(size=96), "global": Crop(size=[64, 256])}),
+            (
+                "views.crops.global.size: [64, 256] comes after local of size 96; name the crops "
+                "from the largest to the smallest, as methods take the first ones for the global "
+                "views"
+            ),
+        ),
+        (
             replace(build_views(), mean=[0.5]),
             "views.std: [1.0, 1.0, 1.0] must be 1 numbers, as views.mean is, one per channel of "
             "the images",
@@ -208,3 +228,14 @@ def test_bad_views_are_refused_with_key_value_and_remedy(config, message):
     with pytest.raises(ValueError) as error:
         recipe.check(config)
     assert str(error.value) == message
+
+
+def test_a_rectangle_has_a_height_a_width_and_the_kernel_of_its_shorter_side():
+    crop = Crop(size=[64, 256])
+    assert (crop.height, crop.width, crop.num_pixels) == (64, 256, 64 * 256)
+    assert recipe.blur_taps(crop) == recipe.blur_taps(Crop(size=64)) == 7
+
+
+def test_two_equal_numbers_are_the_same_recipe_as_one():
+    assert Crop(size=[96, 96]) == Crop(size=96)
+    assert Crop(size=[96, 96]).size == 96

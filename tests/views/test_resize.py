@@ -12,9 +12,9 @@ pytestmark = pytest.mark.promise
 
 
 def resize_crop(
-    image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, bicubic: bool
+    image: np.ndarray, box: tuple[int, int, int, int, bool], size: tuple[int, int], bicubic: bool
 ) -> np.ndarray:
-    """Return the view (channels, size, size) of a box in an image (height, width, channels)."""
+    """Return the view (channels, *size) of a box in an image (height, width, channels)."""
     height, width, channels = image.shape
     row_bytes = channels * width
     num_rows, num_columns = resize.pad_to_tiles(height), resize.pad_to_tiles(row_bytes)
@@ -22,10 +22,10 @@ def resize_crop(
     padded[:height, :row_bytes] = image.reshape(height, -1)
     transposed = np.zeros(num_columns * num_rows, np.uint8)
     resize.transpose(padded.reshape(-1), num_columns, height, row_bytes, transposed, num_rows)
-    view = np.full(channels * size * size, 77, np.uint8)
+    view = np.full(channels * size[0] * size[1], 77, np.uint8)
     buffers = resize.allocate_buffers(channels, max(height, width), [size], bicubic)
     resize.write_view(transposed, channels, num_rows, box, size, bicubic, buffers, view)
-    return view.reshape(channels, size, size)
+    return view.reshape(channels, *size)
 
 
 # Maps (height, width) of an image to boxes (top, left, height, width) and sizes of views.
@@ -40,7 +40,19 @@ BOXES = {
     (1200, 1600): [((0, 0, 1200, 1600), 96)],
     (48, 48): [((8, 8, 32, 32), 32)],
 }
-CASES = [(shape, *case) for shape, cases in BOXES.items() for case in cases]
+RECTANGLES = {
+    (70, 90): [((5, 11, 41, 53), (16, 96)), ((5, 11, 41, 53), (100, 24))],
+    (375, 500): [((10, 20, 300, 400), (64, 256))],
+    (1200, 160): [((0, 0, 1200, 160), (96, 33))],
+    (17, 640): [((3, 100, 2, 500), (20, 7))],
+}
+SQUARES = {shape: [(box, (size, size)) for box, size in cases] for shape, cases in BOXES.items()}
+CASES = [
+    (shape, *case)
+    for views in (SQUARES, RECTANGLES)
+    for shape, cases in views.items()
+    for case in cases
+]
 
 
 @pytest.mark.parametrize("kind", ["noise", "black and white"])
@@ -51,7 +63,7 @@ def test_a_view_equals_torchs_to_within_one_gray_level(shape, box, size, flip, i
     image = draw_picture(*shape, kind)
     mode = F.InterpolationMode(interpolation)
     tensor = torch.from_numpy(image).permute(2, 0, 1)
-    expected = F.resized_crop(tensor, *box, [size, size], mode, antialias=True).numpy()
+    expected = F.resized_crop(tensor, *box, list(size), mode, antialias=True).numpy()
     view = resize_crop(image, (*box, flip), size, interpolation == "bicubic").astype(int)
     difference = np.abs(view - (expected[..., ::-1] if flip else expected))
     assert difference.max() <= 1
@@ -66,7 +78,9 @@ def test_any_number_of_channels_equals_torch(channels, interpolation):
     mode = F.InterpolationMode(interpolation)
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     expected = F.resized_crop(tensor, 5, 11, 41, 53, [16, 16], mode, antialias=True).numpy()
-    view = resize_crop(image, (5, 11, 41, 53, False), 16, interpolation == "bicubic").astype(int)
+    view = resize_crop(image, (5, 11, 41, 53, False), (16, 16), interpolation == "bicubic").astype(
+        int
+    )
     difference = np.abs(view - expected)
     assert difference.max() <= 1
     assert difference.mean() < 0.01

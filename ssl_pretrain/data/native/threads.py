@@ -88,7 +88,7 @@ class ThreadPool:
         self.num_threads = max(1, num_threads)
         self.rows_per_turn = max(1, min(MAX_ROWS, -(-plan.local_batch_size // self.num_threads)))
         channels = source.num_channels
-        self.shapes = [torch.Size((channels, crop.size, crop.size)) for crop in view_crops]
+        self.shapes = [torch.Size((channels, crop.height, crop.width)) for crop in view_crops]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers: list[Tensor] = []
         self._num_buffers = num_batches_ahead + 1

@@ -17,7 +17,7 @@ class ViewTable(NamedTuple):
     """Recipes of the views, one row per view, for compiled code."""
 
     box_parameters: np.ndarray  # float64 (views, 6), see `crops.box_parameters`
-    sizes: np.ndarray  # int64 (views,)
+    sizes: np.ndarray  # int64 (views, 2), height and width
     channels: int
     bicubic: np.ndarray  # bool (views,)
     antialias: np.ndarray  # bool (views,)
@@ -37,8 +37,8 @@ def pack_views(view_crops: list[Crop], channels: int, batch_size: int) -> ViewTa
 
     A batch contains view 0 of all images, then view 1 of all images, and so on.
     """
-    sizes = np.array([crop.size for crop in view_crops], np.int64)
-    num_bytes = batch_size * channels * sizes**2
+    sizes = np.array([(crop.height, crop.width) for crop in view_crops], np.int64)
+    num_bytes = batch_size * channels * sizes.prod(axis=1)
     return ViewTable(
         channels=channels,
         box_parameters=np.array([crops.box_parameters(crop) for crop in view_crops]),
@@ -62,7 +62,7 @@ def allocate_buffers(
         resize_buffers=resize.allocate_buffers(
             channels,
             int(max(heights.max(), widths.max())),
-            [crop.size for crop in view_crops] or [1],
+            [(crop.height, crop.width) for crop in view_crops] or [(1, 1)],
             any(crop.interpolation == "bicubic" for crop in view_crops),
         ),
     )
@@ -93,17 +93,17 @@ def write_views(views, size, key, row, buffers, batch):
         box = crops.draw_box_fields(
             views.box_parameters[view], (seed, epoch, box_index, view), height, width
         )
-        side, bicubic = views.sizes[view], views.bicubic[view]
-        num_values = channels * side * side
+        view_size, bicubic = (views.sizes[view, 0], views.sizes[view, 1]), views.bicubic[view]
+        num_values = channels * view_size[0] * view_size[1]
         start = views.offsets[view] + row * num_values
         out = batch[start : start + num_values]
         if views.antialias[view]:
             resize.write_view(
-                source, channels, column_pitch, box, side, bicubic, buffers.resize_buffers, out
+                source, channels, column_pitch, box, view_size, bicubic, buffers.resize_buffers, out
             )
         else:
             resize.write_view_without_antialias(
-                source, channels, column_pitch, box, side, bicubic, out
+                source, channels, column_pitch, box, view_size, bicubic, out
             )
 
 
