@@ -52,7 +52,7 @@ def has_bands(content: bytes) -> bool:
     if not content.startswith(TIFF_SIGNATURES):
         return False
     try:
-        with tifffile.TiffFile(io.BytesIO(content)) as file:
+        with _open_tiff(content) as file:
             has_pages = len(file.pages) > 1 and not file.series[0].is_pyramidal
             page = file.pages.first
             if page.photometric not in _PLAIN_PHOTOMETRICS:  # palettes, inks and other color spaces
@@ -177,12 +177,22 @@ def _check_num_values(shape: tuple[int, ...]) -> None:
         )
 
 
+def _open_tiff(content: bytes) -> tifffile.TiffFile:
+    """Open a TIFF. OME's metadata may name other files, which are not part of the image."""
+    return tifffile.TiffFile(io.BytesIO(content), _multifile=False)
+
+
 def _read_tiff(content: bytes) -> np.ndarray:
-    with tifffile.TiffFile(io.BytesIO(content)) as file:
+    with _open_tiff(content) as file:
         series = file.series[0]
         axes, shape = series.axes, series.shape
         if len(file.series) > 1 and not series.is_pyramidal:
             raise ValueError("its pages have different sizes; save each as a file of its own")
+        if any(page is None for page in series.pages):  # would be read as zeros
+            raise ValueError(
+                f"its metadata promise an image of the shape {shape}, and pages are missing; save "
+                "all channels in one file"
+            )
         _check_num_values(shape)
         try:
             values = series.asarray()

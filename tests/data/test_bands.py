@@ -181,6 +181,28 @@ class TestRefusals:
             "bands or pages as channels"
         )
 
+    @pytest.mark.parametrize("other_file", [True, False])
+    def test_channels_that_are_in_other_files_or_nowhere(self, other_file):
+        uuid = '<UUID FileName="other.ome.tif">urn:uuid:1</UUID>' if other_file else ""
+        metadata = (
+            '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+            '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint16" '
+            'SizeX="21" SizeY="20" SizeC="2" SizeZ="1" SizeT="1"><Channel ID="Channel:0:0"/>'
+            '<Channel ID="Channel:0:1"/><TiffData IFD="0" FirstC="0" PlaneCount="1"/>'
+            f'<TiffData IFD="1" FirstC="1" PlaneCount="1">{uuid}</TiffData></Pixels></Image></OME>'
+        )
+        content = tiff(WIDE[..., 0], description=metadata, metadata=None)
+        expected = (
+            "a has 1 channel, and data.channels is 2; set data.channels=1 if all images have that "
+            "many"
+        )
+        if not other_file:
+            expected = (
+                "a: its metadata promise an image of the shape (2, 20, 21), and pages are missing; "
+                "save all channels in one file"
+            )
+        assert error_of(content, 2) == expected
+
     def test_an_npy_with_a_pickle(self):
         assert error_of(npy(np.array([[{}, 1]], object)), 3) == (
             "a: it holds Python objects, which only pickle can load, and a pickle can run any "
