@@ -253,7 +253,8 @@ def _blur(image, kernel, padded_row, blurred_rows, zero_border):
         for x in range(0 if zero_border else radius):
             padded_row[radius - 1 - x] = image[y, x + 1]
             padded_row[radius + width + x] = image[y, width - 2 - x]
-        padded_row[radius : radius + width] = image[y]
+        for x in range(width):  # numba copies a slice of an array 30 times slower
+            padded_row[radius + x] = image[y, x]
         blurred_rows[y] = ZERO
         for tap in range(0, len(kernel) - 2, 3):
             a, b, c = padded_row[tap:], padded_row[tap + 1 :], padded_row[tap + 2 :]

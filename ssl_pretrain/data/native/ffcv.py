@@ -197,7 +197,8 @@ def decode_image(functions, images, number, workspace):
     if images.mode[number] == RAW:
         for row in range(height):
             source = workspace.content[row * 3 * width : (row + 1) * 3 * width]
-            workspace.buffers.image[row * pitch : row * pitch + 3 * width] = source
+            target = workspace.buffers.image[row * pitch : row * pitch + 3 * width]
+            resize.copy_bytes(source, target)
         return DONE
     jpeg = (workspace.decompressor, workspace.content.ctypes.data, images.length[number])
     base = workspace.header.ctypes.data  # address of the header's first field

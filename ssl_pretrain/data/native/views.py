@@ -125,7 +125,7 @@ def _compile(source_digest: str):
         height, row_bytes = pixels.shape
         pitch = resize.pad_to_tiles_jit(row_bytes)
         for y in range(height):
-            buffers.image[y * pitch : y * pitch + row_bytes] = pixels[y]
+            resize.copy_bytes(pixels[y], buffers.image[y * pitch : y * pitch + row_bytes])
         write_views(views, (height, row_bytes // views.channels), key, row, buffers, batch)
 
     return write_views_of
