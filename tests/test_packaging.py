@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = Path(sysconfig.get_path("purelib"))
@@ -74,14 +75,23 @@ class Environment:
 
     def run(self, *command: str | Path) -> str:
         """Run Python and return its output, and check that it loads no file twice."""
+        return self.complete(*command).stdout
+
+    def complete(self, *command: str | Path, **changes: str) -> subprocess.CompletedProcess[str]:
+        """Run Python to a successful end, and check that it loads no file twice.
+
+        Args:
+            command: Arguments of Python.
+            changes: Environment variables with other values than in this process.
+        """
         variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         command = (self.python, *command)
         result = subprocess.run(
-            command, cwd=self.folder, env=variables, capture_output=True, text=True
+            command, cwd=self.folder, env=variables | changes, capture_output=True, text=True
         )
         assert result.returncode == 0, result.stdout + result.stderr
         assert "LOADED TWICE" not in result.stderr, result.stderr
-        return result.stdout
+        return result
 
 
 def create_environment(folder: Path, working_folder: Path) -> Environment:
@@ -246,3 +256,18 @@ def test_the_wheel_trains_and_evaluates_in_an_empty_folder(wheel, tmp_path):
     assert "pretrained" in environment.run("-m", "ssl_pretrain.cli", "knn", "run")
     environment.run("-m", "ssl_pretrain.cli", "report", "run")
     assert (tmp_path / "empty" / "run" / "report.html").stat().st_size > 0
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_the_wheel_trains_from_a_beton_with_threads_without_ffcv_and_a_compiler(wheel, tmp_path):
+    images = tiny.write_images(tmp_path / "images")
+    (tmp_path / "tiny.yaml").write_text(tiny.YAML)
+    environment = create_environment(tmp_path / "venv", tmp_path)
+    install(wheel, environment)
+    command, no_programs = ("-m", "ssl_pretrain.cli"), {"PATH": str(tmp_path / "no programs")}
+    environment.complete(*command, "beton", "write", images, "train.beton", **no_programs)
+    settings = ("data.root=train.beton", "data.num_workers=2", "epochs=1", "output=run")
+    result = environment.complete(*command, "train", "tiny.yaml", *settings, **no_programs)
+    assert "\ndata.loader: threads: train.beton is a .beton\n" in result.stderr
+    assert "finished: 3 of 3 steps" in result.stdout + result.stderr
