@@ -84,7 +84,7 @@ class Run:
             device: A torch device, or auto for cuda if it is available and cpu otherwise.
 
         Returns:
-            The backbone in evaluation mode, which maps normalized images (n, 3, height, width) to
+            The backbone in evaluation mode, which maps normalized images (n, C, height, width) to
             features (n, dim). Its attribute `transform` turns an image into such an input.
 
         Raises:
@@ -152,11 +152,11 @@ def pretrain(
     Args:
         data: Path of a folder, a zip, a list of files, an .npz or a Parquet file, or of any other
             kind that `data.root` takes; a torch `Dataset`, a Hugging Face dataset,
-            or an array (n, height, width, 3) of images; or "digits" for the built-in data set.
+            or an array (n, height, width, C) of images; or "digits" for the built-in data set.
             Labels are only used by evaluations.
         method: Name of the method, by default SimCLR, or `package.module` of your own.
         backbone: timm's name of a network, `package.module:function`, or a module that maps images
-            (n, 3, height, width) to features (n, dim). The module itself is not changed.
+            (n, C, height, width) to features (n, dim). The module itself is not changed.
         output: Folder of the run, by default runs/METHOD_DATA.
         val: Images for evaluations, a path if `data` is one, or else an object.
         config: Name of a preset, such as "simclr_cifar10", or path of a YAML, whose settings
@@ -215,8 +215,8 @@ def load_backbone(
         overrides: For a file of weights, `backbone="resnet50"` and other settings.
 
     Returns:
-        The backbone in evaluation mode, which maps (n, 3, height, width) to features (n, dim), and
-        the transform from an image to (3, height, width).
+        The backbone in evaluation mode, which maps (n, C, height, width) to features (n, dim), and
+        the transform from an image to (C, height, width).
 
     Raises:
         ValueError: If there is no such run or file, or the weights do not fit the network.

@@ -131,7 +131,7 @@ class CPC(Method):
     def cut_patches(self, batch: Batch) -> Tensor:
         """Cut the view into a grid of overlapping patches.
 
-        The shape is (rows, columns, local_batch, 3, patch_size, patch_size).
+        The shape is (rows, columns, local_batch, C, patch_size, patch_size).
         """
         if len(batch.views) != 1:
             raise ValueError(

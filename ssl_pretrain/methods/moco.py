@@ -129,7 +129,7 @@ def forward_shuffled(network: nn.Module, views: Tensor, indices: Tensor) -> Tens
 
     Args:
         network: The teacher.
-        views: This rank's views, shape (local_batch, 3, height, width).
+        views: This rank's views, shape (local_batch, C, height, width).
         indices: Numbers of their images in the data set, shape (local_batch,).
     """
     numbers = collectives.gather(indices)

@@ -177,13 +177,16 @@ def _find_channels(config: BackboneConfig, build_size: ImageSize, size: ImageSiz
 
 def _describe_wrong_channels(config: BackboneConfig, channels: int) -> str:
     """Describe a network that takes images of other channels than those of the data set."""
-    remedy = "choose another network"
+    network, remedy = f"backbone.name: {config.name}", "choose another network"
+    args = {key: value for key, value in config.args.items() if key != "in_chans"}
     if custom_network.is_custom(config.name):
         remedy = (
             "change its first layer (a function with a parameter in_chans receives data.channels)"
         )
+    elif args:
+        network, remedy = f"backbone.args: {config.name} with {args}", "change backbone.args"
     return (
-        f"backbone.name: {config.name} takes images of {channels} channels, not of data.channels "
+        f"{network} takes images of {channels} channels, not of data.channels "
         f"{config.args.get('in_chans', 3)}; {remedy}, or set data.channels={channels}"
     )
 

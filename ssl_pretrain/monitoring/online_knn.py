@@ -77,7 +77,7 @@ class OnlineKNN:
                 become the queries, at most a fifth of them. The next ones become the bank.
             steps_per_epoch: Optimizer steps of one epoch.
             device: Device of the backbone.
-            read_pixels: Reads images by index, uint8 (num_images, 3, height, width), for the
+            read_pixels: Reads images by index, uint8 (num_images, C, height, width), for the
                 picture of neighbors. None for no picture.
             forward_context: Context of the backbone's forward passes, such as autocast.
 

@@ -56,7 +56,7 @@ class Batch:
     """One rank's images of one step, on the device.
 
     Attributes:
-        views: One tensor per view, global views first, each (B, 3, height, width) and normalized.
+        views: One tensor per view, global views first, each (B, C, height, width) and normalized.
             They are float32, or bfloat16 if the GPU computes in bfloat16.
         labels: int64 (B,), -1 for an image without a label.
         indices: int64 (B,), indices of the images in the source. An unreadable image keeps its

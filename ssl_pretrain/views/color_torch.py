@@ -177,5 +177,5 @@ def standardize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _mean_and_std(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return mean and std on the device, (2, 3, 1, 1), cached because the copy blocks the host."""
+    """Return mean and std on the device, (2, C, 1, 1), cached because the copy blocks the host."""
     return torch.tensor([mean, std], device=device)[:, :, None, None]

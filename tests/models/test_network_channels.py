@@ -66,6 +66,12 @@ def error_of(run):
             "data.channels 3; change its first layer (a function with a parameter in_chans "
             "receives data.channels), or set data.channels=13",
         ),
+        (
+            ["backbone.args.pretrained_cfg_overlay={input_size: [4, 32, 32]}"],
+            "backbone.args: test_resnet with {'pretrained_cfg_overlay': {'input_size': [4, 32, "
+            "32]}} takes images of 4 channels, not of data.channels 3; change backbone.args, or "
+            "set data.channels=4",
+        ),
         pytest.param(
             ["backbone.name=csatv2", "data.channels=5", "views.crops.global.size=64"],
             "backbone.name: csatv2 takes images of 3 channels, not of data.channels 5; choose "
