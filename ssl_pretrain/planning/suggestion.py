@@ -24,6 +24,7 @@ from ssl_pretrain.models import custom_network
 from ssl_pretrain.planning import recommended_weights, run_length
 from ssl_pretrain.planning.suggested_settings import Suggestion
 from ssl_pretrain.schema import config_file, presets
+from ssl_pretrain.schema.image_sizes import height_and_width
 from ssl_pretrain.system.user_objects import OBJECT_PREFIX
 from ssl_pretrain.views.recipe import COLOR_OPERATIONS
 
@@ -287,9 +288,9 @@ def _adapt_batch(result: Suggestion, num_images: int, on_cpu: bool) -> None:
     result.cap("method.num_prototypes", max(64, power), "no more prototypes than images")
     result.cap("method.freeze_prototypes_steps", steps, "one epoch")
     if result.get("method.name") == "cpc":
-        size = result.tree["views"]["crops"]["global"]["size"]
-        result.set("method.patch_size", size // 4, "a quarter of the view")
-        result.set("method.stride", size // 8, "half of a patch")
+        side = min(height_and_width(result.tree["views"]["crops"]["global"]["size"]))
+        result.set("method.patch_size", side // 4, "a quarter of the view")
+        result.set("method.stride", side // 8, "half of a patch")
 
 
 def _adapt_evaluation(result: Suggestion, size: int, statistics: ImageStatistics) -> None:

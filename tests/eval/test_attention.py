@@ -70,6 +70,13 @@ def test_a_vit_gets_pictures_of_attention_and_components(vit, tmp_path):
     assert Image.open(paths[1]).size == (64, 32)
 
 
+def test_pictures_of_rectangles_have_their_height_and_width(vit, tmp_path):
+    root = write_images(tmp_path / "photos", ["a.png"], size=40)
+    paths = attention.write_pictures(vit, [root / "a.png"], tmp_path / "out", size=[16, 40])
+    assert Image.open(paths[0]).size == (40 * 5, 16 * 3)
+    assert Image.open(paths[1]).size == (80, 16)
+
+
 def test_a_resnet_gets_pictures_of_components_only(tmp_path):
     root = write_images(tmp_path / "photos", ["a.png"], size=40)
     run = runs.load_run(make_run(tmp_path / "resnet"), device="cpu")

@@ -123,6 +123,15 @@ def test_resampling_without_movement_leaves_an_image_unchanged():
     np.testing.assert_allclose(corruptions.enlarge(image, 1.0), image)
 
 
+def test_a_rectangle_is_enlarged_around_its_center():
+    image = np.zeros((16, 40, 3))
+    image[7:9, 18:22] = 1  # 2 x 4 pixels in the middle
+    enlarged = corruptions.enlarge(image, 2.0)
+    assert enlarged.shape == (16, 40, 3)
+    np.testing.assert_allclose(enlarged, enlarged[::-1, ::-1])  # still in the middle
+    np.testing.assert_allclose(enlarged.sum(), 4 * image.sum(), rtol=0.1)
+
+
 def test_an_unknown_corruption_and_severity_are_refused():
     message = "corruption: 'frost' is unknown; choose among: gaussian_noise, shot_noise"
     with pytest.raises(ValueError, match=message):

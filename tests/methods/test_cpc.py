@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import contract
 import pytest
@@ -32,13 +33,13 @@ OPTIM = OptimConfig(
 )
 
 
-def plain_loss(method, images):
-    """Mean cross entropy of each prediction over the 4 x 4 patches of all images."""
+def plain_loss(method, images, columns=4):
+    """Mean cross entropy of each prediction over the 4 x columns patches of all images."""
     view, n = images.views[0], len(images)
-    positions = [(i, j) for i in range(4) for j in range(4)]
+    positions = [(i, j) for i in range(4) for j in range(columns)]
     patches = [view[:, :, 4 * i : 4 * i + 8, 4 * j : 4 * j + 8] for i, j in positions]
     features = method.backbone(torch.cat(patches))
-    grid = torch.stack(features.split(n), dim=2).view(n, 6, 4, 4)
+    grid = torch.stack(features.split(n), dim=2).view(n, 6, 4, columns)
     targets = method.project(grid)
     all_targets = torch.stack([targets[b, :, i, j] for b in range(n) for i, j in positions])
     loss = torch.zeros((), dtype=torch.float64)
@@ -48,7 +49,7 @@ def plain_loss(method, images):
             terms = []
             for b in range(n):
                 for i in range(4 - rows_ahead):
-                    for j in range(4):
+                    for j in range(columns):
                         scaled_prediction = 0.5 * predictions[b, :, i, j]
                         positive = scaled_prediction @ flip(targets)[b, :, i + rows_ahead, j]
                         terms.append(torch.logsumexp(all_targets @ scaled_prediction, 0) - positive)
@@ -62,6 +63,30 @@ def test_one_step_is_the_papers():
     contract.take_step(method, OPTIM, images)
     contract.apply_plain_step(expected, OPTIM, plain_loss(expected, images), 0.01)
     contract.assert_same(method, expected)
+
+
+def wide_batch():
+    batch = contract.random_batch("cpc", rows=6)
+    return replace(batch, views=[torch.cat([batch.views[0], batch.views[0].flip(2)[..., :8]], 3)])
+
+
+def test_one_step_on_rectangles_is_the_papers():
+    method, images = contract.build("cpc"), wide_batch()
+    assert images.views[0].shape[2:] == (20, 28)
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
+    loss = plain_loss(expected, images, columns=6)
+    contract.apply_plain_step(expected, OPTIM, loss, 0.01)
+    contract.assert_same(method, expected)
+
+
+def test_four_directions_need_as_many_rows_as_columns():
+    with pytest.raises(ValueError) as error:
+        contract.build("cpc", num_directions=4)(wide_batch())
+    assert str(error.value) == (
+        "method.num_directions: 4 predicts rows and columns, which have different lengths in a "
+        "grid of 4 x 6 patches; give 2 or 1 to predict rows only, or square views"
+    )
 
 
 @pytest.mark.parametrize("row", range(4))

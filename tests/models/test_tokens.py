@@ -113,6 +113,23 @@ def test_tokens_are_timms_normalized_features(case):
 
 
 @EVERY_VIT
+def test_tokens_of_rectangles_are_timms_in_every_order_of_the_patches(case):
+    backbone = build(case, size=(24, 56)).eval()
+    assert backbone.grid((24, 56)) == (3, 7)
+    pictures = images(size=56)[:, :, :24]
+    tokens = backbone.tokens(pictures)
+    features = backbone.model.forward_features(pictures)
+    if isinstance(backbone.model.norm, nn.Identity):
+        features = backbone.model.fc_norm(features)
+    assert torch.equal(all_tokens(tokens), features)
+    order = torch.rand(3, 21, generator=torch.Generator().manual_seed(3)).argsort(1)
+    shuffled = backbone.tokens(pictures, kept=order)
+    torch.testing.assert_close(
+        shuffled.patches, tokens.patches.gather(1, order[..., None].expand_as(tokens.patches))
+    )
+
+
+@EVERY_VIT
 def test_kept_patches_are_timms_patch_dropout_with_the_same_indices(case, monkeypatch):
     """timm drops patches in training mode, and does not tell a VisionTransformer's caller which."""
     dropping = build(case, patch_drop_rate=0.6).train()

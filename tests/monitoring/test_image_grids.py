@@ -67,3 +67,23 @@ def test_each_target_has_a_color_and_a_frame_beside_the_context():
         tinted = 0.6 + 0.4 * torch.tensor(rgb)
         torch.testing.assert_close(colors[[corner, corner + 5]], tinted.expand(2, 3))
         torch.testing.assert_close(masks[:, 0, corner * PATCH], torch.tensor(rgb))
+
+
+def test_rectangular_views_are_in_tiles_that_hold_all_of_them():
+    mask = Mask("random", patch_size=PATCH)
+    crops = {
+        "wide": Crop(count=1, size=[16, 40], mask=mask),
+        "tall": Crop(count=1, size=[24, 16]),
+    }
+    white, numbers = [torch.ones(2, 3, 16, 40), torch.ones(2, 3, 24, 16)], torch.arange(2)
+    visible = torch.tensor([[[0, 4, 7]]]).expand(2, 1, 3)  # of 2 x 5 patches
+    masks = MaskSet("visible", 0, visible, torch.ones_like(visible, dtype=torch.bool))
+    config = ViewsConfig(crops, [0.0] * 3, [1.0] * 3)
+    picture = view_grid(Batch(white, numbers, numbers, (masks,)), config)
+    assert picture.shape == (3, 2 * 26 + 2, 3 * 42 + 2)  # tiles of 24 x 40 and gaps of 2 pixels
+    cell = picture[0, 2:18, 44:84]
+    is_visible = cell[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH] == 1
+    assert is_visible.tolist() == [
+        [True, False, False, False, True],
+        [False, False, True, False, False],
+    ]

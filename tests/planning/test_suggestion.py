@@ -105,6 +105,14 @@ def test_settings_of_the_callers_are_timed_and_named_as_such(images, monkeypatch
     assert result.reasons["global_batch_size"] == "as given"
 
 
+def test_a_rectangle_of_the_callers_is_kept_with_patches_of_its_shorter_side(images, monkeypatch):
+    fix_step_time(0.01, monkeypatch)
+    settings = {"views": {"crops": {"global": {"size": [32, 48]}}}}
+    result = suggestion.suggest(*images, method="cpc", settings=settings)
+    assert result.build().views.crops["global"].size == [32, 48]
+    assert (result.get("method.patch_size"), result.get("method.stride")) == (8, 4)
+
+
 def test_the_schedule_is_scaled_with_the_epochs(images, monkeypatch):
     fix_step_time(0.1, monkeypatch)
     data_config, source = images
