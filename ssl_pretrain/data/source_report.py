@@ -4,7 +4,6 @@ import copy
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -222,22 +221,32 @@ def _measure_image(source: Source, index: int) -> tuple[ImageHeader | None, np.n
 def check_images(source: Source) -> None:
     """Raise ValueError if the images have other channels, or would become a few dark levels.
 
-    Only a few images are read, evenly spaced in the source. Unreadable ones are ignored.
+    Only a few images are read, evenly spaced in the source. Unreadable ones are ignored, unless
+    there are no others.
     """
     if not source.supports_range:
         return
-    headers = _read_headers(source)
+    reasons: list[str] = []
+    headers = _read_headers(source, reasons)
+    if not headers:
+        raise ValueError(
+            f"data.root: {len(reasons)} of {len(reasons)} images that were tried in "
+            f"{source.full_path} cannot be read; the first is {reasons[0]}"
+        )
     check_channels(source, headers)
     if source.pixel_format.value_range is None:
         _check_value_range(source, headers)
 
 
-def _read_headers(source: Source) -> list[ImageHeader]:
-    """Return the headers of a few images, without the unreadable ones."""
+def _read_headers(source: Source, reasons: list[str] | None = None) -> list[ImageHeader]:
+    """Return the headers of a few images. Add the reasons of unreadable ones to `reasons`."""
     headers = []
     for index in _evenly_spaced_indices(source, _NUM_CHECKED_IMAGES):
-        with suppress(UnreadableImage):
+        try:
             headers.append(source.header(index))
+        except UnreadableImage as error:
+            if reasons is not None:
+                reasons.append(str(error))
     return headers
 
 

@@ -128,6 +128,18 @@ def test_files_are_refused_before_the_first_step(tmp_path, open_train):
     assert config.channels == source.num_channels == source.read(0).shape[2] == 13
 
 
+def test_images_of_which_none_is_readable_are_refused(tmp_path, open_train):
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    path = tmp_path / "images" / "train" / "pictures.npy"
+    np.save(path, TRAIN)
+    assert error_of(check_images, open_train(tmp_path / "images")) == (
+        f"data.root: 1 of 1 images that were tried in {path.parent} cannot be read; the first is "
+        f"{path}: its shape is (48, 12, 12, 3); save one image as (height, width), "
+        "(height, width, channels) or (channels, height, width); an array of many images is given "
+        "as data.root=FILE"
+    )
+
+
 def test_alpha_is_a_fourth_channel_on_request_and_composited_otherwise(tmp_path, open_train):
     (tmp_path / "images").mkdir()
     for number in range(3):
