@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ class Ranks:
         size: Number of ranks.
         fault: Faults in the notation of tests/faults/faulty.py.
         environment: Additional environment variables of all ranks.
+        prepare: Function that every rank calls before it trains. It must be picklable.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Ranks:
         size: int = 3,
         fault: str = "",
         environment: dict[str, str] | None = None,
+        prepare: Callable[[], None] | None = None,
     ):
         self.log = path.parent / f"output_{time.monotonic_ns()}"
         self.log.mkdir()
@@ -50,7 +53,7 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")  # preloaded by tests/conftest.py
         self.processes = []
         for rank in range(size):
-            options = (rank, size, variables, self.log / str(rank), command, fault, marker)
+            options = (rank, size, variables, self.log / str(rank), command, fault, marker, prepare)
             self.processes.append(context.Process(target=_run_rank, args=options))
         for process in self.processes:
             process.start()
@@ -101,7 +104,7 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
 
-def _run_rank(rank, size, environment, log, arguments, fault, marker):
+def _run_rank(rank, size, environment, log, arguments, fault, marker, prepare):
     os.setsid()  # torchrun starts each rank in a session of its own, too
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
@@ -118,6 +121,8 @@ def _run_rank(rank, size, environment, log, arguments, fault, marker):
         raise SystemExit(faulty.main(arguments, fault, marker))
     from ssl_pretrain import train
 
+    if prepare is not None:
+        prepare()
     raise SystemExit(train.main(arguments))
 
 

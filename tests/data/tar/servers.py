@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
+
 BUCKET = "images"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret-value"}
 _START_SECONDS = 120.0
@@ -134,17 +136,20 @@ class FaultyProxy:
                 if fault == "late":
                     time.sleep(0.5)
                 server.sendall(request)
-                self._answer(server, client, request.startswith(b"HEAD"), fault)
-                if fault == "truncated":
-                    return
+                is_whole = self._answer(server, client, request.startswith(b"HEAD"), fault)
+                if not is_whole:
+                    return  # closes the connection, for which the client waits
 
-    def _answer(self, server: socket.socket, client: socket.socket, is_head: bool, fault: str):
+    def _answer(
+        self, server: socket.socket, client: socket.socket, is_head: bool, fault: str
+    ) -> bool:
+        """Pass a response on. Return True if it was whole."""
         response = b""
         while b"\r\n\r\n" not in response:
             block = server.recv(1 << 16)
             if not block:
                 client.sendall(response)
-                return
+                return False
             response += block
         head, _, body = response.partition(b"\r\n\r\n")
         length = 0
@@ -154,14 +159,43 @@ class FaultyProxy:
         remaining = 0 if is_head else length - len(body)
         if fault == "truncated":
             client.sendall(response[: max(len(head) + 4, len(response) // 2)])
-            return
+            return False
         client.sendall(response)
         while remaining > 0:
             block = server.recv(min(1 << 16, remaining))
             if not block:
-                return
+                return False
             client.sendall(block)
             remaining -= len(block)
+        return True
+
+
+def client_settings(proxy: FaultyProxy) -> dict[str, str]:
+    """Return the environment variables that direct s3fs to the proxy."""
+    return {
+        **CREDENTIALS,
+        "AWS_ENDPOINT_URL": proxy.address,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    server = S3Server()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+def restart_server(server: S3Server, proxy: FaultyProxy) -> None:
+    """Kill the server and start it again. The proxy refuses until the objects are back."""
+    proxy.is_open = False
+    server.stop()
+    server.start()
+    proxy.is_open = True
 
 
 @contextmanager

@@ -5,7 +5,6 @@ resets connections, delays requests and truncates responses.
 """
 
 import importlib.util
-import itertools
 import multiprocessing.forkserver
 import os
 import pickle
@@ -15,7 +14,14 @@ import threading
 import time
 
 import pytest
-from servers import CREDENTIALS, FaultyProxy, S3Server, environment
+from servers import (  # noqa: F401, for the fixture
+    CREDENTIALS,
+    FaultyProxy,
+    client_settings,
+    environment,
+    restart_server,
+    s3_server,
+)
 from tars import (
     VIEWS,
     build_loader,
@@ -42,26 +48,13 @@ NUM_STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def store():
+def store(s3_server):  # noqa: F811
     """Return the server and the proxy, to which the environment directs s3fs."""
-    server = S3Server()
-    proxy = FaultyProxy(server.port)
-    settings = {
-        **CREDENTIALS,
-        "AWS_ENDPOINT_URL": proxy.address,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    try:
-        with environment(**settings):
-            multiprocessing.forkserver._forkserver._stop()  # a new one inherits the settings
-            server.start()
-            yield server, proxy
-    finally:
-        multiprocessing.forkserver._forkserver._stop()
-        proxy.close()
-        server.stop()
+    proxy = FaultyProxy(s3_server.port)
+    settings = {**client_settings(proxy), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with environment(**settings):
+        yield s3_server, proxy
+    proxy.close()
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +69,24 @@ def expected(shards) -> list[str]:
     return digests(build_loader(shards[0], VIEWS), 0, NUM_STEPS)
 
 
-@pytest.mark.parametrize(("kind", "num_workers"), [("folder", 2), ("threads", 3)])
-def test_faults_and_a_restart_of_the_server_change_no_batch(
-    kind, num_workers, store, shards, expected, tmp_path
-):
+@pytest.fixture
+def forkserver(store):
+    """Start a fork server that has the settings of the store, for worker processes."""
+    multiprocessing.forkserver._forkserver._stop()
+    yield
+    multiprocessing.forkserver._forkserver._stop()
+
+
+def test_faults_and_a_restart_of_the_server_change_no_batch(store, shards, expected, tmp_path):
+    read_through_faults("threads", 3, store, shards, expected, tmp_path)
+
+
+@pytest.mark.full
+def test_faults_change_no_batch_of_worker_processes(forkserver, store, shards, expected, tmp_path):
+    read_through_faults("folder", 2, store, shards, expected, tmp_path)
+
+
+def read_through_faults(kind, num_workers, store, shards, expected, tmp_path):
     server, proxy = store
     source = open_shards(shards[1], cache_dir=str(tmp_path))
     restart = threading.Thread(target=restart_server, args=(server, proxy))
@@ -93,30 +100,6 @@ def test_faults_and_a_restart_of_the_server_change_no_batch(
     assert results == expected
     faults = {name: count for name, count in proxy.counts.items() if name != "intact"}
     assert all(faults[name] for name in ("cut", "late", "truncated")), proxy.counts
-
-
-def restart_server(server: S3Server, proxy: FaultyProxy) -> None:
-    """Kill the server and start it again. The proxy refuses until the objects are back."""
-    proxy.is_open = False
-    server.stop()
-    server.start()
-    proxy.is_open = True
-
-
-def test_a_run_over_the_store_resumes_on_other_numbers_of_ranks(shards, tmp_path):
-    remote = open_shards(shards[1], cache_dir=str(tmp_path))
-    segments = [(0, 3, 3), (3, 7, 2), (7, 10, 1)]  # first step, last step, ranks
-    for first, last, world_size in segments:
-        with build_loader(shards[0], VIEWS) as loader:
-            whole = list(itertools.islice(loader.iterate_from(first), last - first))
-        for rank in range(world_size):
-            rows = slice(rank * 12 // world_size, (rank + 1) * 12 // world_size)
-            loader = build_loader(remote, VIEWS, "threads", rank=rank, world_size=world_size)
-            with loader:
-                steps = list(itertools.islice(loader.iterate_from(first), last - first))
-            assert [digest(batch) for batch in steps] == [
-                digest(batch.rows(rows)) for batch in whole
-            ]
 
 
 def test_the_store_has_the_fingerprint_of_the_local_shards(store, tmp_path):

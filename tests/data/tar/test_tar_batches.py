@@ -1,11 +1,7 @@
-"""Batches from tar shards equal those of the folder, whatever reads them and wherever a run began.
-
-The `full` test resumes a run over 60,000 images on fewer ranks.
-"""
+"""Batches from tar shards equal those of the folder, whatever reads and wherever a run began."""
 
 import itertools
 import multiprocessing.forkserver
-import random
 import shutil
 
 import numpy as np
@@ -15,7 +11,6 @@ from tars import (
     build_loader,
     digest,
     digests,
-    encode_jpeg,
     make_tar,
     open_shards,
     write_folder_and_shards,
@@ -23,9 +18,7 @@ from tars import (
 
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.tar.tar_source import TarShards
-from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 NUM_STEPS = 9  # two epochs of 50 images and a step
@@ -134,48 +127,3 @@ def test_the_fingerprint_is_that_of_the_content(sources, tmp_path):
     members = [(f"{k:09d}.jpg", sources[0].read_bytes(k)) for k in range(50)]
     unlabeled = open_shards(make_tar(tmp_path / "unlabeled" / "a.tar", members))
     assert unlabeled.fingerprint != copy.fingerprint
-
-
-@pytest.mark.full
-@pytest.mark.timeout(1800)
-def test_60000_images_resume_on_any_number_of_ranks(tmp_path):
-    num_images, num_shards, batch_size, num_steps = 60_000, 60, 240, 520  # two epochs
-    generator = np.random.default_rng(0)
-    encoded = [encode_jpeg(number, 12, 9) for number in range(500)]
-    per_shard = num_images // num_shards
-    for shard in range(num_shards):
-        members = []
-        for row in range(per_shard):
-            number = shard * per_shard + row
-            image = encoded[int(generator.integers(500))]
-            members += [(f"{number:06d}.jpg", image), (f"{number:06d}.cls", b"%d" % (number % 10))]
-        make_tar(tmp_path / "shards" / f"train-{shard:06d}.tar", members)
-    source = open_shards(tmp_path / "shards")
-    views = ViewsConfig(crops={"global": Crop(count=2, size=8, jitter=0.8, hue=0.1)})
-    options = {"global_batch_size": batch_size}
-    stops = sorted(random.Random(5).sample(range(1, num_steps), 4))
-    segments = list(itertools.pairwise([0, *stops, num_steps]))
-
-    def rank_digests(first: int, last: int, world_size: int, kind: str) -> list[list[str]]:
-        """Return the digests of the images' views and labels, a list per step."""
-        steps: list[list[str]] = [[] for _ in range(first, last)]
-        for rank in range(world_size):
-            loader = build_loader(source, views, kind, rank=rank, world_size=world_size, **options)
-            with loader:
-                for step, batch in zip(range(first, last), loader.iterate_from(first)):
-                    steps[step - first] += [
-                        digest(batch.rows(slice(row, row + 1))) for row in range(len(batch.labels))
-                    ]
-        return steps
-
-    undisturbed = rank_digests(0, num_steps, 1, "threads")
-    assert BatchPlan(3, num_images, batch_size).steps_per_epoch == 250
-    world_sizes = [3, 2, 1, 3, 2]
-    resumed = [
-        step
-        for (first, last), world_size, kind in zip(
-            segments, world_sizes, itertools.cycle(["threads", "folder"])
-        )
-        for step in rank_digests(first, last, world_size, kind)
-    ]
-    assert resumed == undisturbed
