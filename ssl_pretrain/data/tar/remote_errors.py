@@ -9,6 +9,7 @@ from ssl_pretrain.system.exit_status import LostProcessError
 from ssl_pretrain.system.optional_packages import install_hint
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+_PROTOCOLS = (*PACKAGES, "http", "https")
 _EXTRAS = {"gs": "gcs", "gcs": "gcs"}
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
@@ -22,6 +23,8 @@ _NO_CREDENTIALS = {
     *("ProfileNotFound", "TokenRetrievalError", "SSOTokenLoadError", "UnauthorizedSSOTokenError"),
     *("DefaultCredentialsError", "LocalTokenNotFoundError"),
 }
+# Names of the exceptions of botocore, huggingface_hub and aiohttp for an address of the wrong form.
+_INVALID = {"ParamValidationError", "HFValidationError", "InvalidURL", "InvalidUrlClientError"}
 _PROGRAMMING_ERRORS = (TypeError, AttributeError, NameError, NotImplementedError, ImportError)
 
 
@@ -53,6 +56,44 @@ def missing_package_error(url: str, package: str = "") -> UnreachableSource:
     )
 
 
+def check_has_host(url: str) -> None:
+    """Raise UnreachableSource if a URL lacks the bucket or the server.
+
+    Args:
+        url: Address of an object or a folder.
+    """
+    if protocol_of(url) in _PROTOCOLS and not urlsplit(url).netloc:
+        raise UnreachableSource(
+            f"data.root: {url} names no bucket or server; give one, as in "
+            f"{protocol_of(url)}://NAME/train.tar"
+        )
+
+
+def unknown_protocol_error(protocol: str) -> UnreachableSource:
+    """Return the error for a protocol that no package reads."""
+    return UnreachableSource(
+        f"data.root: {protocol}:// is unknown; give a path, or a URL that begins with s3://, "
+        "gs://, hf:// or https://"
+    )
+
+
+def unset_option_error(protocol: str, error: TypeError) -> UnreachableSource:
+    """Return the error for a file system that has no default for an option."""
+    return UnreachableSource(
+        f"data.root: {protocol}:// needs options ({error}); set them for fsspec, as in "
+        f"FSSPEC_{protocol.upper()}_HOST, or give a URL that begins with s3://, gs://, hf:// or "
+        "https://"
+    )
+
+
+def no_range_error(url: str, num_arrived: int, num_bytes: int) -> UnreachableSource:
+    """Return the error for a server that sends a whole object for a range of it."""
+    return UnreachableSource(
+        f"data.root: the server of {printable_url(url)} sent {num_arrived:,} bytes for a range of "
+        f"{num_bytes:,}, so it does not support ranges; use another server, or download the shards"
+    )
+
+
 def permanent_error(url: str, error: Exception) -> Exception | None:
     """Return the error to raise if another attempt would fail too, else None.
 
@@ -79,6 +120,10 @@ def permanent_error(url: str, error: Exception) -> Exception | None:
             f"data.root: {name} does not exist; check the name and the credentials, because some "
             "stores answer like this without permission"
         )
+    if type(error) is ValueError or any(type(cause).__name__ in _INVALID for cause in causes):
+        return UnreachableSource(
+            f"data.root: {name} is not a valid address: {_text(error)}; correct it"
+        )
     if status == 416:
         return changed_error(url, "it has become shorter")
     if isinstance(error, (*_PROGRAMMING_ERRORS, UnreachableSource)):
@@ -104,10 +149,13 @@ def outage_error(url: str, error: Exception, num_attempts: int, seconds: float) 
 
 
 def describe(error: Exception) -> str:
-    """Return the type and the first line of an error, without signatures of URLs."""
-    lines = str(error).strip().splitlines()
-    text = re.sub(r"\?\S+", "", lines[0])[:200] if lines else ""
+    """Return the type and the beginning of an error, without signatures of URLs."""
+    text = _text(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _text(error: Exception) -> str:
+    return re.sub(r"\?\S+", "", " ".join(str(error).split()))[:200].rstrip(".")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import queue
+import sys
 import threading
 import time
 import weakref
@@ -52,6 +53,7 @@ class ShardCache:
         self._start()
 
     def _start(self) -> None:
+        self._has_reported = False
         self._requested: set[str] = set()
         self._complete: dict[str, Path] = {}
         self._queue: queue.Queue[Shard | None] = queue.Queue()
@@ -95,6 +97,18 @@ class ShardCache:
                 )
                 self._thread.start()
                 weakref.finalize(self, self._queue.put, None)
+
+    def report_failure(self, error: OSError) -> None:
+        """Print that the disk refuses copies, once per process."""
+        if not self._has_reported:
+            self._has_reported = True
+            print(
+                f"data.remote_cache_gb: no copies of shards can be written to {self.folder} "
+                f"({error.strerror or error}), so images are requested by their ranges; free "
+                "space there, or give another data.cache_dir",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def download(self, shard: Shard) -> bool:
         """Download a shard unless there is no space or another process does it.
@@ -201,6 +215,10 @@ def _download_all(cache: "weakref.ref[ShardCache]", shards: "queue.Queue[Shard |
             return
         # A failure costs nothing but speed, because the images are still read by ranges. Those
         # report an outage or a change of the shard.
-        with contextlib.suppress(UnreachableSource, OSError):
+        try:
             owner.download(shard)
+        except UnreachableSource:
+            pass
+        except OSError as error:
+            owner.report_failure(error)
         del owner

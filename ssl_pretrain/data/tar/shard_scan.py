@@ -7,6 +7,7 @@ dot of the file name, as in WebDataset: `cat/0001.jpg`, `cat/0001.cls` and `cat/
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -86,6 +87,20 @@ def scan_shard(
     )
 
 
+def parse_caption(text: str) -> str:
+    """Return the caption in the text of a .txt or a .json."""
+    if text.lstrip().startswith("{"):
+        with suppress(ValueError):
+            values = json.loads(text)
+            captions = (values.get(key) for key in _CAPTION_KEYS)
+            return next(filter(_is_text, captions), text)
+    return text
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
 def _split(first: str, second: str, pairs: list[tuple[int, int]]) -> dict[str, np.ndarray]:
     table = np.array(pairs, np.int64).reshape(-1, 2)
     return {first: table[:, 0].copy(), second: table[:, 1].copy()}
@@ -134,7 +149,7 @@ def _add_sample(
             if not has_cls:
                 value = values.get("label", values.get("cls"))
                 label = _parse_label(_label_text(value), member, name)
-            if not caption[1] and any(isinstance(values.get(key), str) for key in _CAPTION_KEYS):
+            if not caption[1] and any(_is_text(values.get(key)) for key in _CAPTION_KEYS):
                 caption = (member.offset, member.length)
         elif member is not image:
             skip_counter.add(f".{suffix} members", member.name)

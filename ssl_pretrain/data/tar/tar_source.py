@@ -22,6 +22,7 @@ from ssl_pretrain.data.tar.remote_errors import printable_url
 from ssl_pretrain.data.tar.remote_store import is_remote
 from ssl_pretrain.data.tar.shard_cache import ShardCache
 from ssl_pretrain.data.tar.shard_index import Shard, ShardIndex
+from ssl_pretrain.data.tar.shard_scan import parse_caption
 from ssl_pretrain.system.platform_support import BINARY, read_at
 
 _INDEX_COLUMNS = ("offset", "length")
@@ -95,6 +96,18 @@ class TarShards(EncodedSource):
     def name(self, index: int) -> str:
         """Return the shard and the key of a sample, for messages."""
         return f"{printable_url(self._shard(index).path)}, sample {self.key(index)}"
+
+    def caption(self, index: int) -> str:
+        """Return the caption of a sample, "" if it has none.
+
+        Raises:
+            UnreachableSource: If the shard has changed, or an object store cannot be read.
+        """
+        length = int(self.caption_length[index]) if len(self.caption_length) else 0
+        if not length:
+            return ""
+        content = self._read_member(index, int(self.caption_offset[index]), length)
+        return parse_caption(content.decode("utf-8", "replace"))
 
     def take(self, indices: np.ndarray) -> Self:
         """Return a source of the images at `indices`, in that order."""

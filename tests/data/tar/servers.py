@@ -65,6 +65,15 @@ class S3Server:
             aws_access_key_id="test-key", aws_secret_access_key="test-secret-value",
         )  # fmt: skip
 
+    def check_keys(self, after_requests: float) -> None:
+        """Let the server refuse unknown access keys after so many requests."""
+        request = urllib.request.Request(
+            f"{self.address}/moto-api/reset-auth",
+            str(after_requests).encode(),
+            {"Content-Type": "application/octet-stream"},
+        )
+        urllib.request.urlopen(request, timeout=10).close()
+
     def put(self, key: str, content: bytes) -> None:
         self.objects[key] = content
         self.client().put_object(Bucket=BUCKET, Key=key, Body=content)

@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from betons import encode_jpeg, write_images
-from loaders import build_loader, digest, digests  # noqa: F401, for the tests of this folder
+from loaders import build_loader, digest, digests
 
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.sources import DataConfig, open_source

@@ -3,12 +3,11 @@
 import importlib.util
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tars import JPEG, make_tar, open_shards
+from tars import JPEG, open_shards
+from web_server import server, url
 
 from ssl_pretrain.data.images import UnreachableSource
 from ssl_pretrain.data.tar import remote_errors
@@ -19,58 +18,6 @@ MISSING = [name for name in ("fsspec", "aiohttp") if importlib.util.find_spec(na
 pytestmark = pytest.mark.skipif(
     bool(MISSING), reason=f"not installed: {', '.join(MISSING)}, of the extra remote"
 )
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Serve the objects of the server by ranges. Its attributes change the answers."""
-
-    def do_HEAD(self):
-        self.answer(is_head=True)
-
-    def do_GET(self):
-        self.answer(is_head=False)
-
-    def answer(self, is_head: bool) -> None:
-        content = self.server.objects.get(self.path.partition("?")[0])
-        if self.server.status or content is None:
-            self.send_error(self.server.status or 404)
-            return
-        requested = self.headers.get("Range")
-        body, status = content, 200
-        if requested and self.server.supports_ranges:
-            start, _, last = requested.removeprefix("bytes=").partition("-")
-            body, status = content[int(start) : int(last) + 1], 206
-            if self.server.num_short_answers:
-                self.server.num_short_answers -= 1
-                body = body[: len(body) // 2]
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", f'"{hash(content)}"')
-        self.end_headers()
-        if not is_head:
-            self.wfile.write(body)
-
-    def log_message(self, *_arguments):
-        pass
-
-
-@pytest.fixture
-def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.objects, server.status = {}, 0
-    server.supports_ranges, server.num_short_answers = True, 0
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def url(server, tmp_path) -> str:
-    path = make_tar(tmp_path / "a.tar", [(f"{k}.jpg", JPEG + b"%d" % k) for k in range(5)])
-    server.objects["/a.tar"] = path.read_bytes()
-    return f"http://127.0.0.1:{server.server_port}/a.tar"
 
 
 def open_url(url: str, tmp_path: Path):
@@ -90,10 +37,49 @@ def test_a_server_without_ranges_is_refused(server, url, tmp_path):
     with pytest.raises(UnreachableSource) as error:
         source.read_bytes(0)
     assert str(error.value) == (
-        f"data.root: {url} has changed since its index was made: the server sent "
-        f"{len(server.objects['/a.tar']):,} bytes for a range of {len(JPEG) + 1:,}, so it may not "
-        "support ranges; restore the object, or start a new run, which makes the index again"
+        f"data.root: the server of {url} sent {len(server.objects['/a.tar']):,} bytes for a range "
+        f"of {len(JPEG) + 1:,}, so it does not support ranges; use another server, or download the "
+        "shards"
     )
+
+
+def test_a_server_that_never_supports_ranges_is_refused(server, url, tmp_path):
+    server.supports_ranges = False
+    server.objects["/a.tar"] += bytes(9 << 20)  # more than a request for the index
+    with pytest.raises(UnreachableSource) as error:
+        open_url(url, tmp_path)
+    assert str(error.value) == (
+        f"data.root: the server of {url} sent 9,447,424 bytes for a range of 8,388,608, so it does "
+        "not support ranges; use another server, or download the shards"
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (
+            "xyz://b/a.tar",
+            "xyz:// is unknown; give a path, or a URL that begins with s3://, gs://, hf:// or "
+            "https://",
+        ),
+        (
+            "https:///a.tar",
+            "https:///a.tar names no bucket or server; give one, as in https://NAME/train.tar",
+        ),
+        ("hf://", "hf:// names no bucket or server; give one, as in hf://NAME/train.tar"),
+        pytest.param(
+            "ftp://host/a.tar",
+            "ftp:// needs options (FTPFileSystem.__init__() missing 1 required positional "
+            "argument: 'host'); set them for fsspec, as in FSSPEC_FTP_HOST, or give a URL that "
+            "begins with s3://, gs://, hf:// or https://",
+            marks=pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+        ),
+    ],
+)
+def test_addresses_that_no_package_reads_are_refused(address, message, tmp_path):
+    with pytest.raises(UnreachableSource) as error:
+        open_url(address, tmp_path)
+    assert str(error.value) == f"data.root: {message}"
 
 
 @pytest.mark.parametrize("status", [401, 403])

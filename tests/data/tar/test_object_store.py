@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from servers import (  # noqa: F401, for the fixture
+from servers import (
     CREDENTIALS,
     FaultyProxy,
     client_settings,
@@ -48,7 +48,7 @@ NUM_STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def store(s3_server):  # noqa: F811
+def store(s3_server):
     """Return the server and the proxy, to which the environment directs s3fs."""
     proxy = FaultyProxy(s3_server.port)
     settings = {**client_settings(proxy), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -234,6 +234,11 @@ def test_missing_credentials_are_named_without_their_values(store, tmp_path):
             "some stores answer like this without permission",
         ),
         (
+            "s3://no-such-bucket/train",
+            "s3://no-such-bucket/train does not exist; check the name and the credentials, because "
+            "some stores answer like this without permission",
+        ),
+        (
             "s3://images/photos.zip",
             "s3://images/photos.zip is not a .tar, and other files are not read from a store; "
             "download it and give its path",
@@ -249,3 +254,25 @@ def test_what_the_store_lacks_is_named(url, expected, store, capsys):
     store[0].put("texts/notes.md", b"none")
     assert inspect.main([url]) == 2
     assert capsys.readouterr().err == f"error: data.root: {expected}\n"
+
+
+def test_a_key_without_permission_is_refused(store, capsys):
+    """moto checks the access key after this request to it."""
+    server, _ = store
+    server.check_keys(after_requests=0)
+    try:
+        assert inspect.main(["s3://images/train.tar"]) == 2
+    finally:
+        server.check_keys(after_requests=float("inf"))
+    assert capsys.readouterr().err == (
+        "error: data.root: access to s3://images/train.tar is denied; check that the credentials "
+        "may read it (set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)\n"
+    )
+
+
+def test_an_invalid_name_of_a_bucket_is_refused(store, capsys):
+    assert inspect.main(["s3://photos!/train.tar"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: data.root: s3://photos!/train.tar is not a valid address: Parameter validation "
+        'failed: Invalid bucket name "photos!": '
+    )

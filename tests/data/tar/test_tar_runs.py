@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from recorded_runs import RecordedRun
-from servers import (  # noqa: F401, for the fixture
+from servers import (
     FaultyProxy,
     S3Server,
     client_settings,
@@ -70,7 +70,7 @@ def undisturbed(shards) -> dict[int, list[str]]:
 def test_a_run_over_a_faulty_store_continues_on_2_ranks_and_on_1(
     shards,
     undisturbed,
-    s3_server,  # noqa: F811
+    s3_server,
     tmp_path,
 ):
     proxy = FaultyProxy(s3_server.port)
@@ -122,7 +122,7 @@ def test_60000_images_resume_on_3_2_and_1_ranks(many_shards, many_steps, tmp_pat
 def test_60000_images_in_a_faulty_store_resume_on_3_2_and_1_ranks(
     many_shards,
     many_steps,
-    s3_server,  # noqa: F811
+    s3_server,
     tmp_path,
 ):
     """The first ranks request every image by its range. The others copy the shards to a cache."""

@@ -63,7 +63,7 @@ def test_an_interrupted_write_is_continued(limits, num_samples, written, tmp_pat
     images, _ = written
     whole = list(write_shards(images, tmp_path / "whole", "train", limits))
     assert sum(shard.num_images for shard in whole) == 50
-    encode, calls = tar_writer._encode_sample, []
+    encode, calls = tar_writer.encode_sample, []
 
     def count(source, index):
         calls.append(index)
@@ -71,7 +71,7 @@ def test_an_interrupted_write_is_continued(limits, num_samples, written, tmp_pat
             raise KeyboardInterrupt
         return encode(source, index)
 
-    monkeypatch.setattr(tar_writer, "_encode_sample", count)
+    monkeypatch.setattr(tar_writer, "encode_sample", count)
     with pytest.raises(KeyboardInterrupt):
         list(write_shards(images, tmp_path / "resumed", "train", limits))
     num_finished = len(tar_bytes(tmp_path / "resumed"))
