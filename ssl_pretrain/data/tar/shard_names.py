@@ -1,11 +1,8 @@
 """Find the shards of a split by names: a pattern, one tar, or a folder with tars, also by URL."""
 
-import itertools
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES, is_picture, is_skipped
 from ssl_pretrain.data.image_source import NoSuchSplit
@@ -14,19 +11,17 @@ from ssl_pretrain.data.split_search import split_of, words_in_name
 from ssl_pretrain.data.tar import remote_store
 from ssl_pretrain.data.tar.remote_errors import printable_url
 from ssl_pretrain.data.tar.remote_store import is_remote
-from ssl_pretrain.data.tar.tar_members import compressed_error
+from ssl_pretrain.data.tar.shard_patterns import (
+    expand_braces,
+    folder_of,
+    is_pattern,
+    join,
+    path_of,
+    refuse_compressed,
+)
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_MAX_SHARDS = 1_000_000
 # Files that are read on this machine, but not from a store.
 _LOCAL_SUFFIXES = (".zip", ".beton", ".parquet", ".arrow", ".npy", ".npz", *TABLE_SUFFIXES)
-_COMPRESSED_SUFFIXES = {
-    ".tar.gz": ("gzip", "gunzip"),
-    ".tgz": ("gzip", "gunzip"),
-    ".tar.bz2": ("bzip2", "bunzip2"),
-    ".tar.xz": ("xz", "unxz"),
-    ".tar.zst": ("zstd", "unzstd"),
-}
 
 
 @dataclass(frozen=True)
@@ -71,68 +66,18 @@ def find_shards(root: str, train: str, val: str, split: str) -> ShardSet | None:
     return _find_in_folder(root, split) if root else None
 
 
-def is_pattern(path: str) -> bool:
-    """Return True for the path, URL or brace pattern of tars, compressed ones included."""
-    path = _path_of(path)
-    return path.lower().endswith((".tar", *_COMPRESSED_SUFFIXES))
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Return the paths that a pattern such as `{000..146}` or `{a,b}` stands for.
-
-    Raises:
-        ValueError: If a range is invalid.
-    """
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    content = match[1]
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", content)
-    if bounds is not None:
-        first, last = int(bounds[1]), int(bounds[2])
-        if not first <= last < first + _MAX_SHARDS:
-            raise ValueError(
-                f"data.root: {printable_url(pattern)} has the invalid range {{{content}}}; give "
-                "the lower number first, as in {000000..000146}"
-            )
-        values = [f"{number:0{len(bounds[1])}d}" for number in range(first, last + 1)]
-    else:
-        values = content.split(",")
-    heads = [pattern[: match.start()] + value for value in values]
-    tails = expand_braces(pattern[match.end() :])
-    return [head + tail for head, tail in itertools.product(heads, tails)]
-
-
-def join(folder: str, name: str) -> str:
-    """Return the path or the URL of a name in a folder."""
-    if is_remote(folder):
-        return f"{folder.rstrip('/')}/{name}"
-    return os.path.join(folder, name)
-
-
-def _path_of(path: str) -> str:
-    return urlsplit(path).path if is_remote(path) else path
-
-
-def _folder_of(path: str) -> str:
-    return path.rpartition("/")[0] if is_remote(path) else os.path.dirname(os.path.abspath(path))
-
-
 def _from_pattern(pattern: str, key: str) -> ShardSet:
-    path = _path_of(pattern).lower()
-    for suffix, (name, command) in _COMPRESSED_SUFFIXES.items():
-        if path.endswith(suffix):
-            raise compressed_error(printable_url(pattern), name, command)
+    refuse_compressed(pattern)
     paths = expand_braces(pattern)
     if len(set(paths)) < len(paths):
         raise ValueError(f"{key}: {printable_url(pattern)} names a shard twice; name each one once")
-    return ShardSet(printable_url(pattern), paths, [_folder_of(paths[0])])
+    return ShardSet(printable_url(pattern), paths, [folder_of(paths[0])])
 
 
 def _find_named(root: str, name: str, split: str) -> ShardSet | None:
     """Return the shards that `data.train` or `data.val` names."""
     is_root_folder = root and not is_pattern(root)
-    folder = root if is_root_folder else _folder_of(root) if root else ""
+    folder = root if is_root_folder else folder_of(root) if root else ""
     path = name if is_remote(name) or os.path.isabs(name) or not folder else join(folder, name)
     if is_pattern(path):
         return _from_pattern(path, f"data.{split}")
@@ -144,7 +89,7 @@ def _find_named(root: str, name: str, split: str) -> ShardSet | None:
 
 def _find_in_folder(root: str, split: str) -> ShardSet | None:
     """Return the shards of a split in a folder, by their names or those of their folders."""
-    if is_remote(root) and _path_of(root).lower().endswith(_LOCAL_SUFFIXES):
+    if is_remote(root) and path_of(root).lower().endswith(_LOCAL_SUFFIXES):
         raise ValueError(
             f"data.root: {printable_url(root)} is not a .tar, and other files are not read from a "
             "store; download it and give its path"
@@ -220,12 +165,12 @@ def _list_tars(folder: str) -> list[str]:
     for name, is_folder in _list_folder(folder):
         if not is_remote(folder) and (is_folder or is_picture(name)):
             return []
-        if not is_folder and name.lower().endswith((".tar", *_COMPRESSED_SUFFIXES)):
+        if not is_folder and is_pattern(name):
             names.append(name)
     names.sort()
     compressed = [name for name in names if not name.lower().endswith(".tar")]
     if compressed:
-        _from_pattern(join(folder, compressed[0]), "data.root")  # raises
+        refuse_compressed(join(folder, compressed[0]))
     return names
 
 

@@ -4,10 +4,8 @@ A sample consists of the members that follow each other and whose paths are equa
 dot of the file name, as in WebDataset: `cat/0001.jpg`, `cat/0001.cls` and `cat/0001.json` are one.
 """
 
-import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -15,14 +13,18 @@ from typing import Any
 import numpy as np
 
 from ssl_pretrain.data.file_types import HIDDEN, SkipCounter, is_array, is_image, is_skipped
+from ssl_pretrain.data.tar.sample_texts import (
+    has_caption,
+    label_text,
+    parse_json,
+    parse_label,
+    read_text,
+)
 from ssl_pretrain.data.tar.shard_index import Shard, ShardIndex
 from ssl_pretrain.data.tar.tar_members import Member, ReadAt, WindowReader, iterate_members
 
 LOCAL_WINDOW_BYTES = 4096  # a header, small members and the next header
 REMOTE_WINDOW_BYTES = 8 << 20  # a request costs as much time as some megabytes
-_MAX_TEXT_BYTES = 1 << 20  # largest label or JSON that is read
-_MAX_LABEL_CHARACTERS = 200
-_CAPTION_KEYS = ("caption", "text")
 
 
 @dataclass
@@ -87,20 +89,6 @@ def scan_shard(
     )
 
 
-def parse_caption(text: str) -> str:
-    """Return the caption in the text of a .txt or a .json."""
-    if text.lstrip().startswith("{"):
-        with suppress(ValueError):
-            values = json.loads(text)
-            captions = (values.get(key) for key in _CAPTION_KEYS)
-            return next(filter(_is_text, captions), text)
-    return text
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
 def _split(first: str, second: str, pairs: list[tuple[int, int]]) -> dict[str, np.ndarray]:
     table = np.array(pairs, np.int64).reshape(-1, 2)
     return {first: table[:, 0].copy(), second: table[:, 1].copy()}
@@ -143,13 +131,13 @@ def _add_sample(
         if suffix == "txt":
             caption = (member.offset, member.length)
         elif suffix == "cls":
-            label = _parse_label(_read_text(reader, member, name), member, name)
+            label = parse_label(read_text(reader, member, name), member, name)
         elif suffix == "json":
-            values = _parse_json(_read_text(reader, member, name), member, name)
+            values = parse_json(read_text(reader, member, name), member, name)
             if not has_cls:
                 value = values.get("label", values.get("cls"))
-                label = _parse_label(_label_text(value), member, name)
-            if not caption[1] and any(_is_text(values.get(key)) for key in _CAPTION_KEYS):
+                label = parse_label(label_text(value), member, name)
+            if not caption[1] and has_caption(values):
                 caption = (member.offset, member.length)
         elif member is not image:
             skip_counter.add(f".{suffix} members", member.name)
@@ -177,43 +165,3 @@ def _find_image(key: str, sample: list[tuple[str, Member]], name: str) -> Member
             f"suffixes, such as {os.path.basename(key)}.mask.png"
         )
     return candidates[0] if candidates else None
-
-
-def _read_text(reader: WindowReader, member: Member, name: str) -> str:
-    if member.length > _MAX_TEXT_BYTES:
-        raise ValueError(
-            f"data.root: {name}: {member.name} has {member.length:,} bytes, which is too much for "
-            "a label; write the shard again"
-        )
-    return reader.read(member.offset, member.length).decode("utf-8", "replace").strip()
-
-
-def _parse_label(text: str, member: Member, name: str) -> str:
-    """Return a label as text, "" for none. Numbers get their shortest form."""
-    if len(text) > _MAX_LABEL_CHARACTERS or not text.isprintable():
-        raise ValueError(
-            f"data.root: {name}: the label in {member.name} at offset {member.header_offset:,} is "
-            "neither a number nor the name of a class; write a number as text"
-        )
-    if text.lstrip("+-").isdecimal():
-        return str(int(text)) if int(text) >= 0 else ""
-    return text
-
-
-def _label_text(value: object) -> str:
-    """Return the label in a JSON as text, "" for a value that is no label."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    is_label = isinstance(value, int | str) and not isinstance(value, bool)
-    return str(value).strip() if is_label else ""
-
-
-def _parse_json(text: str, member: Member, name: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"data.root: {name}: {member.name} at offset {member.header_offset:,} is not valid "
-            f"JSON: {error}; write the shard again"
-        ) from None
-    return values if isinstance(values, dict) else {}

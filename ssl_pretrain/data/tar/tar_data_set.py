@@ -1,27 +1,22 @@
 """Open a split of a data set in tar shards, with the labels and the names of its classes."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ssl_pretrain.data.images import UnreachableSource
 from ssl_pretrain.data.messages import abbreviate
 from ssl_pretrain.data.pixels import RGB, PixelFormat
-from ssl_pretrain.data.tar import remote_store
+from ssl_pretrain.data.tar.class_files import CLASS_FILES, read_classes
 from ssl_pretrain.data.tar.index_files import open_indexes, stat_shards
-from ssl_pretrain.data.tar.remote_errors import StoreOutage, printable_url
-from ssl_pretrain.data.tar.remote_store import is_remote
+from ssl_pretrain.data.tar.remote_errors import printable_url
 from ssl_pretrain.data.tar.shard_cache import ShardCache
 from ssl_pretrain.data.tar.shard_index import ShardIndex
-from ssl_pretrain.data.tar.shard_names import ShardSet, find_shards, join
+from ssl_pretrain.data.tar.shard_names import ShardSet, find_shards
 from ssl_pretrain.data.tar.tar_source import TarShards
 
-CLASS_FILES = ("classes.json", "classes.txt")
 _MAX_CLASSES = 1_000_000  # for numbers, which need one name per class
 _MAX_REASONS = 8  # reasons for members that are not read, in a note
 
@@ -62,7 +57,7 @@ def open_tar_split(
     indexes = open_indexes(shards, settings.cache_dir)
     if not any(map(len, indexes)):
         raise ValueError("; ".join([_no_image_message(shard_set), *_skipped_notes(indexes)]))
-    stored_classes = _read_classes(shard_set.folders)
+    stored_classes = read_classes(shard_set.folders)
     labels, classes = _merge_labels(shard_set.name, indexes, stored_classes, classes or [])
     cache = ShardCache(settings.cache_dir / "shards", int(settings.remote_cache_gb * 1e9))
     source = TarShards(
@@ -142,51 +137,3 @@ def _merge_labels(
         table = np.array([*(numbers[label] for label in index.label_names), -1], np.int64)
         labels.append(table[index.label])  # -1 is the last row
     return np.concatenate(labels), classes if names or train_classes else []
-
-
-def _read_classes(folders: Sequence[str]) -> list[str]:
-    """Return the names in `classes.json` or `classes.txt`, or nothing if there is no such file."""
-    for folder in folders:
-        for file_name in CLASS_FILES:
-            path = join(folder, file_name)
-            content = _read_file(path)
-            if content is None:
-                continue
-            text = content.decode("utf-8-sig", "replace")
-            if file_name.endswith(".txt"):
-                return [line.strip() for line in text.splitlines() if line.strip()]
-            return _parse_classes(text, printable_url(path))
-    return []
-
-
-def _parse_classes(text: str, path: str) -> list[str]:
-    """Return the names in a JSON list, or in an object from numbers to names or the reverse."""
-    try:
-        value: Any = json.loads(text)
-        if isinstance(value, dict):
-            pairs = {int(key): name for key, name in value.items()} if _has_numbers(value) else {}
-            pairs = pairs or {number: name for name, number in value.items()}
-            value = [pairs[number] for number in range(len(pairs))]
-        if isinstance(value, list) and all(isinstance(name, str) for name in value):
-            return value
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(
-        f"data.root: {path} is not a list of class names; write a JSON list, such as "
-        '["cat", "dog"], or delete the file'
-    )
-
-
-def _has_numbers(value: dict[str, Any]) -> bool:
-    return all(key.isdecimal() for key in value)
-
-
-def _read_file(path: str) -> bytes | None:
-    if not is_remote(path):
-        return Path(path).read_bytes() if os.path.isfile(path) else None
-    try:
-        return remote_store.read_object(path)
-    except UnreachableSource as error:
-        if isinstance(error, StoreOutage):
-            raise
-        return None

@@ -20,9 +20,9 @@ from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.tar import remote_store
 from ssl_pretrain.data.tar.remote_errors import printable_url
 from ssl_pretrain.data.tar.remote_store import is_remote
+from ssl_pretrain.data.tar.sample_texts import parse_caption
 from ssl_pretrain.data.tar.shard_cache import ShardCache
 from ssl_pretrain.data.tar.shard_index import Shard, ShardIndex
-from ssl_pretrain.data.tar.shard_scan import parse_caption
 from ssl_pretrain.system.platform_support import BINARY, read_at
 
 _INDEX_COLUMNS = ("offset", "length")

@@ -7,7 +7,7 @@ from tars import JPEG, make_tar, open_shards
 
 from ssl_pretrain.data.image_source import ImageFiles, NoSuchSplit
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.data.tar.shard_names import expand_braces
+from ssl_pretrain.data.tar.shard_patterns import expand_braces
 
 
 def make(root: Path, *names: str) -> Path:

@@ -1,0 +1,90 @@
+"""Read the labels and the captions of samples, which are in .cls, .json and .txt."""
+
+import json
+import re
+from contextlib import suppress
+from typing import Any
+
+from ssl_pretrain.data.tar.tar_members import Member, WindowReader
+
+_MAX_TEXT_BYTES = 1 << 20  # largest label or JSON that is read
+_MAX_LABEL_CHARACTERS = 200
+_CAPTION_KEYS = ("caption", "text")
+
+
+def read_text(reader: WindowReader, member: Member, name: str) -> str:
+    """Return the text of a small member.
+
+    Args:
+        reader: Reader of the shard.
+        member: The member.
+        name: Name of the shard, for messages.
+
+    Raises:
+        ValueError: If the member is large.
+    """
+    if member.length > _MAX_TEXT_BYTES:
+        raise ValueError(
+            f"data.root: {name}: {member.name} has {member.length:,} bytes, which is too much for "
+            "a label; write the shard again"
+        )
+    return reader.read(member.offset, member.length).decode("utf-8", "replace").strip()
+
+
+def parse_label(text: str, member: Member, name: str) -> str:
+    """Return a label as text, "" for none. Numbers get their shortest form.
+
+    Raises:
+        ValueError: If it is neither a number nor a name.
+    """
+    if len(text) > _MAX_LABEL_CHARACTERS or not text.isprintable():
+        raise ValueError(
+            f"data.root: {name}: the label in {member.name} at offset {member.header_offset:,} is "
+            "neither a number nor the name of a class; write a number as text"
+        )
+    if re.fullmatch(r"[+-]?\d+", text):
+        return str(int(text)) if int(text) >= 0 else ""
+    return text
+
+
+def label_text(value: object) -> str:
+    """Return the label in a JSON as text, "" for a value that is no label."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    is_label = isinstance(value, int | str) and not isinstance(value, bool)
+    return str(value).strip() if is_label else ""
+
+
+def parse_json(text: str, member: Member, name: str) -> dict[str, Any]:
+    """Return the values of a JSON object, or nothing for another kind of value.
+
+    Raises:
+        ValueError: If the text is not JSON.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"data.root: {name}: {member.name} at offset {member.header_offset:,} is not valid "
+            f"JSON: {error}; write the shard again"
+        ) from None
+    return values if isinstance(values, dict) else {}
+
+
+def parse_caption(text: str) -> str:
+    """Return the caption in the text of a .txt or a .json."""
+    if text.lstrip().startswith("{"):
+        with suppress(ValueError):
+            values = json.loads(text)
+            captions = (values.get(key) for key in _CAPTION_KEYS)
+            return next(filter(_is_text, captions), text)
+    return text
+
+
+def has_caption(values: dict[str, Any]) -> bool:
+    """Return True if a sample's JSON has a caption."""
+    return any(_is_text(values.get(key)) for key in _CAPTION_KEYS)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
