@@ -129,20 +129,24 @@ def test_60000_images_in_a_faulty_store_resume_on_3_2_and_1_ranks(
     proxy = FaultyProxy(s3_server.port)
     run = RecordedRun(tmp_path / "run", s3_server.put_folder(many_shards, "many"), *MANY_OPTIONS)
     environment = client_settings(proxy)
-    stop, kill, hold = sorted(random.Random(7).sample(range(20, 100), 3))
-    statuses = run.train(3, "--fake-preempt", str(stop), environment=environment)
+    hold, stop, kill = sorted(random.Random(7).sample(range(10, 100, 10), 3))
+    restart = threading.Thread(target=restart_server, args=(s3_server, proxy))
+    statuses = run.train(
+        3,
+        *("--fake-preempt", str(stop)),
+        hold_at=hold,
+        during_hold=restart.start,
+        environment=environment,
+    )
+    restart.join()
     assert statuses == [STOPPED] * 3, run.output
+    assert all(proxy.counts.values()), proxy.counts
     cached = "data.remote_cache_gb=1"
     assert run.train(2, cached, kill_at=kill, environment=environment) == [-9, -9], run.output
     for path in (run.folder / "cache" / "shards").glob("*.tar"):
         path.unlink()
-    restart = threading.Thread(target=restart_server, args=(s3_server, proxy))
-    statuses = run.train(
-        1, cached, hold_at=hold, during_hold=restart.start, environment=environment
-    )
-    restart.join()
+    statuses = run.train(1, cached, environment=environment)
     assert statuses == [0], run.output
     assert run.num_repeated > 0
     assert run.steps == many_steps
-    assert all(proxy.counts.values()), proxy.counts
-    print(stop, kill, hold, proxy.counts)
+    print(hold, stop, kill, proxy.counts)
