@@ -77,16 +77,11 @@ def forkserver(store):
     multiprocessing.forkserver._forkserver._stop()
 
 
-def test_faults_and_a_restart_of_the_server_change_no_batch(store, shards, expected, tmp_path):
-    read_through_faults("threads", 3, store, shards, expected, tmp_path)
-
-
 @pytest.mark.full
-def test_faults_change_no_batch_of_worker_processes(forkserver, store, shards, expected, tmp_path):
-    read_through_faults("folder", 2, store, shards, expected, tmp_path)
-
-
-def read_through_faults(kind, num_workers, store, shards, expected, tmp_path):
+@pytest.mark.parametrize(("kind", "num_workers"), [("folder", 2), ("threads", 3)])
+def test_faults_and_a_restart_of_the_server_change_no_batch(
+    kind, num_workers, forkserver, store, shards, expected, tmp_path
+):
     server, proxy = store
     source = open_shards(shards[1], cache_dir=str(tmp_path))
     restart = threading.Thread(target=restart_server, args=(server, proxy))

@@ -3,10 +3,11 @@
 import importlib.util
 import multiprocessing
 import os
-import subprocess
+import resource
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,8 @@ def download_all(url: str, cache_dir: str, numbers: list[int]) -> None:
         source.cache.download(source.shards[number])
 
 
-def start_process(*arguments) -> multiprocessing.Process:
-    process = multiprocessing.get_context("forkserver").Process(target=download_all, args=arguments)
+def start_process(*arguments, target=download_all) -> multiprocessing.Process:
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
     process.start()
     return process
 
@@ -91,36 +92,30 @@ def test_a_killed_download_leaves_no_broken_copy(server, shards, tmp_path):
     assert not list(copies.glob("*.part"))
 
 
-def test_a_full_disk_is_reported_once_and_images_are_read_by_ranges(server, shards, tmp_path):
-    """The process may not write files of more than 10,000 bytes."""
-    open_cached(shards, str(tmp_path))
-    program = f"""
-import hashlib, resource, sys, time
-sys.path[:0] = {sys.path}
-from test_shard_cache import open_cached
-source = open_cached(*sys.argv[1:])
-resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-for index in range(4):
-    source.cache.find_copy(source.shards[index])
-while not source.cache._queue.empty():
-    time.sleep(0.01)
-for index in range(4):
-    print(hashlib.sha256(source.read_bytes(index)).hexdigest())
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", program, shards, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
+def read_with_a_full_disk(url: str, cache_dir: str, output: str) -> None:
+    """Read all images in a process that may write no file of more than 10,000 bytes."""
+    sys.stdout = sys.stderr = Path(output).open("w")
+    source = open_cached(url, cache_dir)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    for shard in source.shards:
+        source.cache.find_copy(shard)
+    source.cache._queue.put(None)
+    source.cache._thread.join()
+    print([zlib.crc32(source.read_bytes(index)) for index in range(NUM_SHARDS)], flush=True)
+
+
+def test_a_full_disk_is_reported_once_and_images_are_read_by_ranges(shards, tmp_path):
+    source = open_cached(shards, str(tmp_path), num_shards=0)
+    process = start_process(
+        shards, str(tmp_path), str(tmp_path / "output"), target=read_with_a_full_disk
     )
-    assert result.stderr == (
+    process.join(120)
+    expected = [zlib.crc32(source.read_bytes(index)) for index in range(NUM_SHARDS)]
+    assert (tmp_path / "output").read_text() == (
         f"data.remote_cache_gb: no copies of shards can be written to {tmp_path}/shards (File too "
         "large), so images are requested by their ranges; free space there, or give another "
-        "data.cache_dir\n"
+        f"data.cache_dir\n{expected}\n"
     )
-    assert len(set(result.stdout.split())) == NUM_SHARDS
-    assert cached_contents(tmp_path) == []
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
