@@ -4,10 +4,10 @@ import importlib.util
 import multiprocessing
 import os
 import resource
-import sys
 import threading
 import time
 import zlib
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -94,14 +94,14 @@ def test_a_killed_download_leaves_no_broken_copy(server, shards, tmp_path):
 
 def read_with_a_full_disk(url: str, cache_dir: str, output: str) -> None:
     """Read all images in a process that may write no file of more than 10,000 bytes."""
-    sys.stdout = sys.stderr = Path(output).open("w")
-    source = open_cached(url, cache_dir)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-    for shard in source.shards:
-        source.cache.find_copy(shard)
-    source.cache._queue.put(None)
-    source.cache._thread.join()
-    print([zlib.crc32(source.read_bytes(index)) for index in range(NUM_SHARDS)], flush=True)
+    with Path(output).open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        source = open_cached(url, cache_dir)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        for shard in source.shards:
+            source.cache.find_copy(shard)
+        source.cache._queue.put(None)
+        source.cache._thread.join()
+        print([zlib.crc32(source.read_bytes(index)) for index in range(NUM_SHARDS)])
 
 
 def test_a_full_disk_is_reported_once_and_images_are_read_by_ranges(shards, tmp_path):
