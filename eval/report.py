@@ -20,6 +20,7 @@ from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.html import charts, live, nearest_images, page, sections
 from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.monitoring import shown_bands
 from ssl_pretrain.schema import PORT
 from ssl_pretrain.system import durable_files
 from ssl_pretrain.views import recipe
@@ -85,6 +86,7 @@ def _facts(run: Run, metrics: list[sections.Record]) -> list[tuple[str, str]]:
         ("method", config.method.name),
         ("backbone", config.backbone.name),
         ("data", root if config.data.source == "folder" else config.data.source),
+        *([("channels", str(config.data.channels))] if config.data.channels != 3 else []),
         ("steps", f"{run.step:,}"),
         ("epochs", f"{last_record.get('epoch', config.epochs):g}"),
         ("global batch", f"{config.global_batch_size:,}"),
@@ -127,6 +129,9 @@ def _neighbor_variables(
         f"Nearest neighbors of {len(queries)} {image_kind} among {len(bank):,} training images, by"
         " cosine similarity. The training mean is subtracted from the pixels."
     )
+    config = bank.run.config
+    if bands := shown_bands.describe(config.log.bands, config.data.channels):
+        description += f" The pictures show {bands}."
     if any(query.shift for query in queries):
         description += " The queries are shifted by 1 or 2 original pixels before the search."
     if any(query.label >= 0 for query in queries):

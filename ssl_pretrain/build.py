@@ -347,4 +347,5 @@ def build_online_knn(config: RunConfig, data_loader: Loader, execution: Executio
         execution.device,
         read_pixels,
         execution.forward_context,
+        config.log.bands,
     )

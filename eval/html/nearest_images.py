@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain import rng
-from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.eval.frozen import features
-from ssl_pretrain.eval.frozen.evaluation_split import SPLIT_SEED, EvaluationSplit
+from ssl_pretrain.eval.frozen.evaluation_split import SPLIT_SEED, EvaluationSplit, open_images
 from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.monitoring.shown_bands import to_rgb
 
 NUM_QUERIES = 10
 NUM_NEIGHBORS = 6
@@ -19,14 +19,14 @@ MAX_BANK_IMAGES = 10000  # training images that are searched for neighbors
 MAX_QUERY_CANDIDATES = 1000  # images to choose the queries from; all of them are projected
 DIRECTIONS = ("right", "left", "down", "up")
 
-LabeledImage = tuple[np.ndarray, int]  # image, uint8 (3, height, width), and label, -1 if unknown
+LabeledImage = tuple[np.ndarray, int]  # picture, uint8 (3, height, width), and label, -1 if unknown
 
 
 @dataclass
 class Query:
     """One query and its nearest neighbors, the nearest first."""
 
-    image: np.ndarray  # uint8 (3, height, width), after the shift
+    image: np.ndarray  # picture, uint8 (3, height, width), after the shift
     label: int  # -1 if unknown
     shift: str  # in original pixels, such as "2 right"; empty if the image was not shifted
     pixel_neighbors: list[LabeledImage]  # nearest by raw pixels
@@ -38,10 +38,10 @@ def open_bank_and_query_candidates(run: Run) -> tuple[EvaluationSplit, Evaluatio
 
     The kind is "test images", or "held-out training images" if there is no test split.
     """
-    train = open_source(run.config.data, "train")
+    train = open_images(run, "train")
     bank_rows = rng.permutation(SPLIT_SEED, 0, len(train), rng.Purpose.SPLIT)
     try:
-        source = open_source(run.config.data, "val")
+        source = open_images(run, "val")
     except ValueError:
         num_held_out = max(1, min(MAX_QUERY_CANDIDATES, len(train) // 10))
         source, candidate_rows, kind = train, bank_rows[:num_held_out], "held-out training images"
@@ -73,18 +73,17 @@ def find_neighbors(
     feature_rows = _nearest_rows(bank_features, query_features)
     pixel_rows = _nearest_rows(bank_pixels - mean, features.flatten_views(run, images) - mean)
     rows = np.unique(torch.cat([feature_rows, pixel_rows]).cpu().numpy())
-    views = torch.cat([views for views, _ in bank.subset(rows).batches()]).numpy()
-    view_of_row = dict(zip(rows.tolist(), views))
+    views = torch.cat([views for views, _ in bank.subset(rows).batches()])
+    bands = run.config.log.bands
+    picture_of_row = dict(zip(rows.tolist(), to_rgb(views, bands).numpy()))
 
     def labeled_images(rows: Tensor) -> list[LabeledImage]:
-        return [(view_of_row[row], int(labels[row])) for row in rows.tolist()]
+        return [(picture_of_row[row], int(labels[row])) for row in rows.tolist()]
 
     return [
-        Query(
-            image.numpy(), int(label), shift, labeled_images(by_pixels), labeled_images(by_features)
-        )
-        for image, label, shift, by_pixels, by_features in zip(
-            images, split.labels, shifts, pixel_rows, feature_rows
+        Query(query, int(label), shift, labeled_images(by_pixels), labeled_images(by_features))
+        for query, label, shift, by_pixels, by_features in zip(
+            to_rgb(images, bands).numpy(), split.labels, shifts, pixel_rows, feature_rows
         )
     ]
 

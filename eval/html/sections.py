@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from markupsafe import Markup
 from PIL import Image
 
+from ssl_pretrain import schema
+from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.html import charts, page
-from ssl_pretrain.monitoring import metric_names, records
+from ssl_pretrain.monitoring import metric_names, records, shown_bands
 from ssl_pretrain.schema.image_sizes import ImageSize, height_and_width
 
 Record = dict[str, Any]
@@ -58,6 +61,7 @@ def evaluation_title(name: str) -> str:
 def run_variables(run_path: Path, metrics: list[Record], view_size: ImageSize) -> dict[str, Any]:
     """Return the template variables that every page about a single run needs."""
     return {
+        "shown_bands": describe_training_bands(run_path),
         "alerts": read_alerts(run_path),
         "training": draw_training_figures(run_path, metrics),
         "evaluations_over_steps": draw_evaluation_figures(run_path),
@@ -199,6 +203,17 @@ def draw_evaluation_figures(run_path: Path) -> list[page.Figure]:
             legend = series_legend(list(series))
             figures.append(page.Figure(chart, f"{title}, {measure} of each checkpoint", legend))
     return figures
+
+
+def describe_training_bands(run_path: Path) -> str:
+    """Describe the channels that the pictures of the training show, from RUN/config.yaml.
+
+    Return an empty string for plain gray and RGB.
+    """
+    path = run_path / "config.yaml"
+    settings = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
+    num_channels = schema.value_at(settings, "data.channels") or DataConfig().channels
+    return shown_bands.describe(schema.value_at(settings, "log.bands") or [], num_channels)
 
 
 def cut_view_rows(run_path: Path, view_size: ImageSize) -> list[list[View]]:

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from ssl_pretrain.data.image_values import MAX_CHANNELS
+from ssl_pretrain.monitoring import shown_bands
 from ssl_pretrain.views.recipe import COLOR_OPERATIONS
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def fit(config: "RunConfig") -> None:
             f"backbone.args.in_chans: {in_channels} is not data.channels {channels}, the number of "
             f"channels of the images; leave it out{remedy}"
         )
+    shown_bands.check(config.log.bands, channels)
     for key in ("mean", "std"):
         values = getattr(config.views, key)
         if len(values) not in (1, 3, channels):

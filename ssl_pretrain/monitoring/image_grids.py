@@ -1,5 +1,6 @@
 """Draw the pictures that a run saves: views and their masks, and queries with their neighbors."""
 
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
 
+from ssl_pretrain.monitoring.shown_bands import to_rgb
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch, MaskSet
 from ssl_pretrain.views.recipe import ViewsConfig
@@ -21,12 +23,13 @@ CONTRAST_OF_HIDDEN = 0.15  # contrast of the image in these patches
 TINT = 0.4  # weight of the color of a target
 
 
-def view_grid(batch: Batch, config: ViewsConfig) -> Tensor:
+def view_grid(batch: Batch, config: ViewsConfig, bands: Sequence[int] = ()) -> Tensor:
     """Draw the views of the first images, one row per image, each with its masks on its right.
 
     Args:
         batch: Normalized views and their masks.
         config: Recipe of the views.
+        bands: The setting `log.bands`.
 
     Returns:
         Picture (3, height, width) in [0, 1].
@@ -35,7 +38,7 @@ def view_grid(batch: Batch, config: ViewsConfig) -> Tensor:
     offset, scale = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
     columns = []
     for number, (view, crop) in enumerate(zip(batch.views, recipe.crop_per_view(config))):
-        pixels = to_rgb((view[:NUM_IMAGES].float().cpu() * scale + offset).clamp(0, 1))
+        pixels = to_rgb((view[:NUM_IMAGES].float().cpu() * scale + offset).clamp(0, 1), bands)
         columns.append(pixels)
         if mask_sets := [masks for masks in batch.masks if masks.view == number]:
             columns.append(_draw_masks(pixels, mask_sets, crop.mask.patch_size))
@@ -45,17 +48,6 @@ def view_grid(batch: Batch, config: ViewsConfig) -> Tensor:
     ]
     images = torch.stack(padded, dim=1).flatten(0, 1)
     return make_grid(images, nrow=len(columns), padding=2, pad_value=1.0)
-
-
-def to_rgb(images: Tensor) -> Tensor:
-    """Return images (..., C, height, width) with three channels, for pictures.
-
-    One channel is shown in gray. Of two, the second is green and blue. Of more than three, the
-    first three are red, green and blue.
-    """
-    num_channels = images.shape[-3]
-    shown = torch.tensor([0, 1, 2]).clamp(max=num_channels - 1)
-    return images.index_select(-3, shown.to(images.device))
 
 
 def _draw_masks(views: Tensor, mask_sets: list[MaskSet], patch_size: int) -> Tensor:
@@ -92,7 +84,9 @@ def _frame(area: Tensor, width: int) -> Tensor:
     return area & (F.max_pool2d(outside, 2 * width + 1, stride=1) > 0)
 
 
-def neighbor_grid(queries: Tensor, neighbors: Tensor, same_class: Tensor) -> Tensor:
+def neighbor_grid(
+    queries: Tensor, neighbors: Tensor, same_class: Tensor, bands: Sequence[int] = ()
+) -> Tensor:
     """Draw each query and its neighbors in a row.
 
     Neighbors of the query's class have a green frame, and others have a red frame.
@@ -101,11 +95,12 @@ def neighbor_grid(queries: Tensor, neighbors: Tensor, same_class: Tensor) -> Ten
         queries: Images, uint8 (num_queries, C, height, width).
         neighbors: Images, uint8 (num_queries, k, C, height, width).
         same_class: True for neighbors of the query's class, bool (num_queries, k).
+        bands: The setting `log.bands`.
 
     Returns:
         Picture (3, height, width) in [0, 1].
     """
-    images = to_rgb(torch.cat([queries[:, None], neighbors], dim=1).float() / 255)
+    images = to_rgb(torch.cat([queries[:, None], neighbors], dim=1).float() / 255, bands)
     framed = F.pad(images, (BORDER, BORDER, BORDER, BORDER), value=1.0)
     colors = torch.where(same_class[..., None], torch.tensor(GREEN), torch.tensor(RED))
     frame = torch.ones(framed.shape[-2:], dtype=torch.bool)

@@ -36,6 +36,13 @@ class LogConfig:
         "Write the metrics to metrics.csv in the output folder, too, and the results of "
         "evaluations to evaluations.csv.",
     )
+    bands: list[int] = setting(
+        [],
+        "Channels of the images that pictures show: three as red, green and blue, two as red and "
+        "green, or one in gray, counted from 0. If empty, the first three, or gray for images of "
+        "one channel.",
+        minimum=0,
+    )
     stall_seconds: float = setting(900.0, "Time without a record before W&B sends an alert.")
     peak_tflops: float = setting(
         0.0,

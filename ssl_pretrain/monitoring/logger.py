@@ -17,6 +17,7 @@ from ssl_pretrain.monitoring import (
     image_grids,
     metric_names,
     records,
+    shown_bands,
     trackers,
 )
 from ssl_pretrain.monitoring.background_writer import BackgroundWriter
@@ -164,12 +165,14 @@ class Logger:
         descriptions, path = describe_views(), self.run / "views.json"
         text = json.dumps(descriptions, indent=1) + "\n"
         self._writer.try_write(path, partial(durable_files.replace, path, text))
+        bands = shown_bands.describe(self.settings.bands, views.num_channels)
         caption = "\n".join(
             f"image {row + 1}, column {column + 1}: {description}"
             for row, texts in enumerate(descriptions)
             for column, description in enumerate(texts)
         )
-        grid = image_grids.view_grid(batch, views)
+        caption = "\n".join(filter(None, [bands, caption]))
+        grid = image_grids.view_grid(batch, views, self.settings.bands)
         self._save_picture(grid, self.run / "views.png", metric_names.VIEWS_PICTURE, caption, step)
 
     def raise_alert(self, title: str, text: str, tag: str = "") -> None:

@@ -1,7 +1,7 @@
 """Measure the k-NN and linear accuracy of the backbone during training, on training images."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -66,6 +66,7 @@ class OnlineKNN:
         device: torch.device,
         read_pixels: Callable[[np.ndarray], Tensor] | None = None,
         forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        bands: Sequence[int] = (),
     ):
         """Choose the bank and the queries. No image is read.
 
@@ -80,13 +81,14 @@ class OnlineKNN:
             read_pixels: Reads images by index, uint8 (num_images, C, height, width), for the
                 picture of neighbors. None for no picture.
             forward_context: Context of the backbone's forward passes, such as autocast.
+            bands: The setting `log.bands`, for the picture of neighbors.
 
         Raises:
             ValueError: If k does not fit the bank or the temperature is not positive.
         """
         self.config, self.labels, self.device = config, labels, device
         self.read_images, self.read_pixels = read_images, read_pixels
-        self.forward_context = forward_context
+        self.forward_context, self.bands = forward_context, bands
         self.steps_between_measurements = config.knn_every_epochs * steps_per_epoch
         labeled = image_order[labels[image_order] >= 0]
         num_queries = min(config.max_test, len(labeled) // 5)
@@ -203,6 +205,7 @@ class OnlineKNN:
             self.read_pixels(query_indices),
             pixels.view(*nearest.shape, *pixels.shape[1:]),
             torch.from_numpy(same_class),
+            self.bands,
         )
 
     def _embed(self, backbone: nn.Module, indices: np.ndarray) -> Tensor:
