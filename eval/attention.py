@@ -21,10 +21,12 @@ from PIL import Image
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from ssl_pretrain.data.config import pixel_format
 from ssl_pretrain.data.images import decode
 from ssl_pretrain.eval import command_line
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.monitoring.shown_bands import to_rgb
 from ssl_pretrain.schema import NON_NEGATIVE_INT
 from ssl_pretrain.schema.image_sizes import ImageSize, describe, height_and_width, simplify
 from ssl_pretrain.views import crops
@@ -77,11 +79,12 @@ def write_pictures(run: Run, files: list[Path], folder: Path, size: ImageSize = 
         ValueError: If a file is not an image, or the size is not a multiple of the patch size.
     """
     size = size or run.image_size
-    images = torch.stack([_read_image(file, size) for file in files])
+    images = torch.stack([_read_image(run, file, size) for file in files])
     maps = compute_maps(run, images)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for index, (file, image) in enumerate(zip(files, images)):
+    pictures = to_rgb(images, run.config.log.bands)
+    for index, (file, image) in enumerate(zip(files, pictures)):
         prefix = f"{index + 1:02d}_{file.stem}"
         if maps.attention is not None:
             picture = _attention_picture(image, maps.attention[index])
@@ -101,7 +104,7 @@ class Maps:
 
 @torch.no_grad()
 def compute_maps(run: Run, images: Tensor) -> Maps:
-    """Return the attention and principal components of uint8 images (n, 3, height, width).
+    """Return the attention and principal components of uint8 images (n, C, height, width).
 
     Raises:
         ValueError: If the network does not accept images of this size.
@@ -226,11 +229,12 @@ def _enlarge(values: Tensor, size: ImageSize) -> Tensor:
     return nn.functional.interpolate(values[None], size=height_and_width(size), mode="nearest")[0]
 
 
-def _read_image(file: Path, size: ImageSize) -> Tensor:
+def _read_image(run: Run, file: Path, size: ImageSize) -> Tensor:
+    """Return an image in the run's channels, uint8 (C, height, width)."""
     if not file.is_file():
         raise ValueError(f"{file}: no such file; give the path of an image")
-    pixels = torch.from_numpy(decode(file.read_bytes(), str(file))).permute(2, 0, 1)
-    return crops.evaluation_view(pixels, size, 1.0, "bicubic")
+    pixels = torch.from_numpy(decode(file.read_bytes(), str(file), pixel_format(run.config.data)))
+    return crops.evaluation_view(pixels.permute(2, 0, 1), size, 1.0, "bicubic")
 
 
 def _save_picture(picture: Tensor, path: Path) -> Path:

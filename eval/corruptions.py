@@ -55,11 +55,11 @@ class ImageRng:
 
 
 def apply(name: str, image: np.ndarray, severity: int, index: int, seed: int = 0) -> np.ndarray:
-    """Return the corrupted image, uint8 (height, width, 3).
+    """Return the corrupted image, uint8 (height, width, channels).
 
     Args:
         name: Name of the corruption, one of NAMES.
-        image: Image, uint8 (height, width, 3).
+        image: Image, uint8 (height, width, channels).
         severity: Severity from 1 to 5.
         index: Index of the image in its data set. The random numbers depend on it and on the seed.
         seed: Seed of the random numbers.
@@ -78,8 +78,8 @@ def apply(name: str, image: np.ndarray, severity: int, index: int, seed: int = 0
     return (corrupted.clip(0, 1) * 255).astype(np.uint8)  # truncates like the authors' code
 
 
-# Each corruption below takes an image, float64 (height, width, 3) in [0, 1], the constants of one
-# severity, and random numbers. It returns the corrupted image, which `apply` clips.
+# Each corruption below takes an image, float64 (height, width, channels) in [0, 1], the constants
+# of one severity, and random numbers. It returns the corrupted image, which `apply` clips.
 
 
 def gaussian_noise(image: np.ndarray, std: float, rng: ImageRng) -> np.ndarray:
@@ -218,7 +218,10 @@ def plasma_fractal(side: int, decay: float, rng: ImageRng) -> np.ndarray:
 
 
 def brightness(image: np.ndarray, amount: float, rng: ImageRng) -> np.ndarray:
-    """Scale each pixel so that its HSV value grows by `amount`. Black becomes gray."""
+    """Scale each pixel so that its HSV value grows by `amount`. Black becomes gray.
+
+    The HSV value is the largest of the channels, whatever their number.
+    """
     value = image.max(axis=-1, keepdims=True)
     scaled = np.where(value > 0, image / np.where(value > 0, value, 1), 1.0)
     return scaled * (value + amount).clip(max=1)
@@ -276,19 +279,37 @@ def pixelate(image: np.ndarray, scale: float, rng: ImageRng) -> np.ndarray:
     """Shrink both sides by the factor `scale` and enlarge them again, with box filters."""
     height, width = image.shape[:2]
     small_size = max(1, int(width * scale)), max(1, int(height * scale))
-    small = _to_pil(image).resize(small_size, Image.Resampling.BOX)
-    return np.asarray(small.resize((width, height), Image.Resampling.BOX)) / 255.0
+
+    def pixelate_picture(picture: Image.Image) -> Image.Image:
+        small = picture.resize(small_size, Image.Resampling.BOX)
+        return small.resize((width, height), Image.Resampling.BOX)
+
+    return _apply_to_pictures(pixelate_picture, image)
 
 
 def jpeg_compression(image: np.ndarray, quality: int, rng: ImageRng) -> np.ndarray:
     """Encode as JPEG with Pillow's `quality`, and decode."""
-    buffer = io.BytesIO()
-    _to_pil(image).save(buffer, "JPEG", quality=quality)
-    return np.asarray(Image.open(buffer)) / 255.0
+
+    def encode_and_decode(picture: Image.Image) -> Image.Image:
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=quality)
+        return Image.open(buffer)
+
+    return _apply_to_pictures(encode_and_decode, image)
 
 
-def _to_pil(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.rint(image * 255).astype(np.uint8))
+def _apply_to_pictures(
+    function: Callable[[Image.Image], Image.Image], image: np.ndarray
+) -> np.ndarray:
+    """Apply a function to an RGB image, or to each channel of another image as a gray image."""
+    pixels = np.rint(image * 255).astype(np.uint8)
+    if pixels.shape[2] == 3:
+        return np.asarray(function(Image.fromarray(pixels))) / 255.0
+    channels = [
+        np.asarray(function(Image.fromarray(np.ascontiguousarray(channel))))
+        for channel in np.moveaxis(pixels, 2, 0)
+    ]
+    return np.stack(channels, axis=2) / 255.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.eval import command_line, results, spectrum
 from ssl_pretrain.eval.exporting import model_card, onnx
 from ssl_pretrain.eval.exporting.reference import (
@@ -190,6 +189,8 @@ def build_arguments(run: Run) -> dict[str, Any]:
         "create_model": size_arguments | {"num_classes": 0} | args,
         "facts": architecture_facts(run.backbone),
         "input": {
+            "channels": config.data.channels,
+            "range": list(config.data.range),
             "size": run.image_size,
             "crop_ratio": evaluation.crop_ratio,
             "interpolation": evaluation.interpolation,
@@ -218,6 +219,11 @@ def check_torchvision(
         raise ValueError(
             f"--format torchvision: torchvision's {name} has the imagenet stem, but this backbone"
             f" has the {stem} stem; load it with eval.export.load"
+        )
+    if run.config.data.channels != 3:
+        raise ValueError(
+            f"--format torchvision: torchvision's {name} takes 3 channels, but this backbone takes"
+            f" {run.config.data.channels} (data.channels); load it with eval.export.load"
         )
     model: Any = torchvision.models.get_model(name, weights=None)
     model.fc = nn.Identity()
@@ -249,7 +255,7 @@ def find_problems(run: Run) -> list[str]:
             f" random backbone (step {run.step})"
         )
     try:
-        source = open_source(run.config.data, "train")
+        source = evaluation_split.open_images(run, "train")
     except (ValueError, OSError) as error:
         results.print_progress(
             f"not checked for collapse, because the training images are missing: {error}"

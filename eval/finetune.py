@@ -61,7 +61,10 @@ def evaluate(run: Run, protocol_name: str, options: selection.FinetuningOptions)
         ValueError: If the images have no labels, the protocol does not fit the network, or an
             option is out of range for the images.
     """
-    published_protocol = finetuning_protocols.choose_protocol(protocol_name, run.backbone)
+    published_protocol = selection.without_color_augmentation(
+        finetuning_protocols.choose_protocol(protocol_name, run.backbone),
+        run.config.views.num_channels,
+    )
     train, test = labeled_splits(run, "fine-tuning")
     column = selection.Column(
         np.arange(len(train)), selection.adapt_protocol(published_protocol, options, len(train))

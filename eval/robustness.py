@@ -112,6 +112,7 @@ def evaluate(run: Run, corruption_names: list[str], max_images: int = 2000) -> d
         "temperature": evaluation.temperature,
         "corruptions": f"{len(rows)} at severities 1 to 5, with the constants of {benchmark},"
         f" applied to evaluation views of {describe(run.image_size)} pixels",
+        **_describe_channels(run, corruption_names),
         "mean": f"over severities, and in the row `pretrained` also over {len(rows)} corruptions",
     }
     return results.save(
@@ -123,6 +124,20 @@ def evaluate(run: Run, corruption_names: list[str], max_images: int = 2000) -> d
         time.monotonic() - start,
         measure="k-NN accuracy, %",
     )
+
+
+def _describe_channels(run: Run, corruption_names: list[str]) -> dict[str, str]:
+    """Return an entry of the protocol about JPEG and brightness, unless the images are RGB."""
+    num_channels = run.config.views.num_channels
+    if num_channels == 3:
+        return {}
+    notes = {
+        "jpeg_compression": "each channel is a gray JPEG",
+        "brightness": "the HSV value is the largest of the channels",
+    }
+    notes = {name: note for name, note in notes.items() if name in corruption_names}
+    text = "; ".join(f"{name}: {note}" for name, note in notes.items())
+    return {"channels": f"{num_channels}{f'; {text}' if text else ''}"}
 
 
 def extract_corrupted_features(

@@ -12,7 +12,8 @@ from ssl_pretrain import config, schema
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.initial_weights import initialize
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
-from ssl_pretrain.config import RunConfig
+from ssl_pretrain.config import RunConfig, channels
+from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
@@ -21,12 +22,13 @@ from ssl_pretrain.schema.image_sizes import describe
 from ssl_pretrain.views import recipe
 
 # Sections and single keys that an evaluation of a run or of external weights may override.
-RUN_SECTIONS = ("data", "evaluation", "parallel.precision")
+RUN_SECTIONS = ("data", "evaluation", "log.bands", "parallel.precision")
 EXTERNAL_SECTIONS = (
     "backbone",
     "data",
     "views",
     "evaluation",
+    "log.bands",
     "parallel.precision",
     "seed",
     "output",
@@ -122,6 +124,7 @@ def load_run(
             " the newest intact one"
         ) from None
     _check_overrides(overrides, RUN_SECTIONS)
+    _check_channels(overrides, manifest["config"])
     run_config = config.from_dict(
         config.apply_overrides(manifest["config"], overrides, "the run's config")
     )
@@ -187,6 +190,7 @@ def load_external_weights(
     run_config.backbone = replace(run_config.backbone, name=name, init=init)
     size = run_config.evaluation.image_size or timm_networks.native_size(name)
     _set_timm_defaults(run_config, name, overridden_keys)
+    channels.fit(run_config)
     image_size_check.check(run_config.backbone, {"evaluation.image_size": size})
     path = Path(run_config.output or f"runs/{f'{name}.{tag}' if is_timm else Path(weights).stem}")
     if is_evaluated:
@@ -243,6 +247,18 @@ def _check_architecture(path: Path, run_config: RunConfig, checkpoint_path: Path
             raise ValueError(
                 f"{checkpoint_path}: has backbone.{key} {value}, but {file} has {saved_value};"
                 " give a checkpoint of this run"
+            )
+
+
+def _check_channels(overrides: list[str], saved_config: dict[str, Any]) -> None:
+    """Raise ValueError if `data.channels` is overridden, because the network takes the run's."""
+    saved_channels = schema.value_at(saved_config, "data.channels") or DataConfig().channels
+    for override in overrides:
+        key, _, channels = override.partition("=")
+        if key == "data.channels" and channels.strip() != str(saved_channels):
+            raise ValueError(
+                f"data.channels: {channels} is not {saved_channels}, the number of channels that "
+                "the run's network takes; leave it out, and evaluate the run on images of that many"
             )
 
 

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from ssl_pretrain import config, rng
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
-from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.eval import command_line, results
 from ssl_pretrain.eval.frozen import features, named_features
-from ssl_pretrain.eval.frozen.evaluation_split import BATCH_SIZE, EvaluationSplit
+from ssl_pretrain.eval.frozen.evaluation_split import BATCH_SIZE, EvaluationSplit, open_images
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.models import backbones
 
@@ -56,7 +55,7 @@ def evaluate(run: Run, feature: str = named_features.POOLED) -> dict[str, Any]:
     """
     start = time.monotonic()
     named_features.network_of_feature(run.backbone, feature)  # refuses before anything is computed
-    source = open_source(run.config.data, "train")
+    source = open_images(run, "train")
     split = EvaluationSplit(run, source).random_subset(MAX_IMAGES)
     rows = []
     for name in ("random, as built", "pretrained"):

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from ssl_pretrain.data.config import pixel_format
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import command_line, runs
 from ssl_pretrain.eval.detection import backbone_comparison, detectors, detectron2, metrics
@@ -145,6 +146,7 @@ def main(arguments: list[str]) -> None:
         model: Any = run.backbone
         detectors.check_backbone(model.model, run.config.backbone.name)
         if options.export_detectron2:
+            detectron2.check_channels(run.config.data.channels)
             num_arrays = detectron2.export(model.model, options.export_detectron2)
             print(
                 f"{options.export_detectron2}: wrote {num_arrays} arrays for Detectron2. "
@@ -154,8 +156,11 @@ def main(arguments: list[str]) -> None:
             return
         protocol = choose_protocol(options)
         metrics.require_packages(protocol.metric, protocol.predicts_masks)
+        train, test = (
+            images.read_as(pixel_format(run.config.data)) for images in load_images(options)
+        )
         result = backbone_comparison.compare(
-            run, *load_images(options), protocol, options.init, options.seeds
+            run, train, test, protocol, options.init, options.seeds
         )
         if process_group.is_main():
             command_line.print_result(result, run, is_verbose=options.verbose)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ssl_pretrain.data.images import decode
+from ssl_pretrain.data.images import decode, read_header
+from ssl_pretrain.data.pixels import RGB, PixelFormat, check_conversion
 
 
 @dataclass
@@ -60,12 +61,19 @@ class AnnotatedImages:
         files: Folder or zip file of each image, and the image's path inside.
         objects: Objects of each image.
         classes: Names of the classes. The first class has label 1.
+        pixel_format: Number of channels in which the images are read.
     """
 
     def __init__(
-        self, name: str, files: list[tuple[Path, str]], objects: list[Objects], classes: list[str]
+        self,
+        name: str,
+        files: list[tuple[Path, str]],
+        objects: list[Objects],
+        classes: list[str],
+        pixel_format: PixelFormat = RGB,
     ):
         self.name, self.files, self.objects, self.classes = name, files, objects, classes
+        self.pixel_format = pixel_format
         self._zips: dict[Path, zipfile.ZipFile] = {}
 
     def __len__(self) -> int:
@@ -75,23 +83,37 @@ class AnnotatedImages:
         return self.__dict__ | {"_zips": {}}  # open files cannot be shared between processes
 
     def read(self, index: int) -> np.ndarray:
-        """Return the RGB pixels of an image, uint8 (height, width, 3).
+        """Return the pixels of an image, uint8 (height, width, channels).
 
         Raises:
             UnreadableImage: If the file is not an image. The message names the file.
         """
+        return decode(self._read_file(index), self.files[index][1], self.pixel_format)
+
+    def _read_file(self, index: int) -> bytes:
         container, name = self.files[index]
         if container.is_dir():
-            return decode((container / name).read_bytes(), name)
+            return (container / name).read_bytes()
         if container not in self._zips:
             self._zips[container] = zipfile.ZipFile(container)
-        return decode(self._zips[container].read(name), name)
+        return self._zips[container].read(name)
+
+    def read_as(self, pixel_format: PixelFormat) -> AnnotatedImages:
+        """Return the same images, read in another number of channels.
+
+        Raises:
+            WrongChannels: If the first image has another number.
+        """
+        name = self.files[0][1]
+        found = read_header(self._read_file(0), name).num_channels
+        check_conversion(name, found, pixel_format.num_channels)
+        return AnnotatedImages(self.name, self.files, self.objects, self.classes, pixel_format)
 
     def subset(self, indices: Sequence[int]) -> AnnotatedImages:
         """Return the images at `indices`, in that order."""
         files = [self.files[index] for index in indices]
         objects = [self.objects[index] for index in indices]
-        return AnnotatedImages(self.name, files, objects, self.classes)
+        return AnnotatedImages(self.name, files, objects, self.classes, self.pixel_format)
 
     def trainable_subset(self) -> AnnotatedImages:
         """Return the images that have at least one object to learn from.
@@ -115,4 +137,5 @@ def concatenate(data_sets: Sequence[AnnotatedImages]) -> AnnotatedImages:
         [file for images in data_sets for file in images.files],
         [objects for images in data_sets for objects in images.objects],
         data_sets[0].classes,
+        data_sets[0].pixel_format,
     )

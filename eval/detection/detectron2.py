@@ -75,6 +75,16 @@ def export(backbone: nn.Module, path: Path) -> int:
     return len(model)
 
 
+def check_channels(num_channels: int) -> None:
+    """Raise ValueError unless images have three channels, as Detectron2 reads them."""
+    if num_channels != 3:
+        raise ValueError(
+            f"--export-detectron2: Detectron2 reads RGB images, and this backbone takes "
+            f"{num_channels} channel{'s' if num_channels > 1 else ''} (data.channels); train the "
+            "detector here, without this option"
+        )
+
+
 def pixel_config(mean: Sequence[float], std: Sequence[float]) -> str:
     """Return the lines of a Detectron2 config with the mean and deviation of pixels in [0, 255]."""
     return "\n".join(

@@ -57,11 +57,21 @@ def _description(run: Run, arguments: dict[str, Any], is_published: bool) -> str
         origin = "Weights that were not trained by this project. Their classifier is not included."
     return (
         f"{origin}\n"
-        f"Input: float32 (n, 3, {height}, {width}). {resize}"
+        f"Input: float32 (n, {view['channels']}, {height}, {width}). {_pixel_values(view)}{resize}"
         f" ({view['interpolation']}), crop the central"
         f" {center}, subtract {view['mean']} from pixels in [0, 1], and divide by {view['std']}.\n"
         f"Output: features (n, {arguments['facts']['feature_dim']})."
     )
+
+
+def _pixel_values(view: dict[str, Any]) -> str:
+    """Return a sentence about the stored values that become 0 and 1, if `data.range` was set."""
+    if not view["range"]:
+        return ""
+    pairs = zip(view["range"][::2], view["range"][1::2])
+    ranges = ", ".join(f"{low:g} to {high:g}" for low, high in pairs)
+    kind = "of each channel in turn" if len(view["range"]) > 2 else "of all channels"
+    return f"Scale the values {kind} from {ranges} to 0 to 1, and clip them. "
 
 
 def _loading(arguments: dict[str, Any]) -> str:

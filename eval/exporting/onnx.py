@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.eval.frozen import features, knn_search
-from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits
+from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits, open_images
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.schema.image_sizes import describe
@@ -93,7 +92,7 @@ def write_models(run: Run, folder: Path, images: Tensor, torch_features: Tensor)
 
 
 def export_float_model(model: nn.Module, images: Tensor, path: Path) -> None:
-    """Write the ONNX model that maps images (n, 3, h, w) to features (n, dim), for any n."""
+    """Write the ONNX model that maps images (n, C, h, w) to features (n, dim), for any n."""
     torch.onnx.export(
         model,
         (images,),
@@ -142,7 +141,7 @@ def quantize(folder: Path, run: Run) -> str:
                 "weights of matrix products per channel, activations by each input's range"
                 " (onnxruntime's quantize_dynamic)"
             )
-        train = EvaluationSplit(run, open_source(run.config.data, "train"))
+        train = EvaluationSplit(run, open_images(run, "train"))
         calibration = train.random_subset(NUM_CALIBRATION_IMAGES)
         quantization.quantize_static(
             prepared_path,

@@ -119,6 +119,19 @@ def finetuning_options(namespace: argparse.Namespace) -> FinetuningOptions:
     )
 
 
+def without_color_augmentation(
+    protocol: FinetuningProtocol, num_channels: int
+) -> FinetuningProtocol:
+    """Return the protocol without RandAugment, which is for RGB images, if these are others."""
+    if num_channels == 3 or not protocol.randaugment:
+        return protocol
+    source = (
+        f"{protocol.source}; without RandAugment, because it needs 3 channels and the images have"
+        f" {num_channels}"
+    )
+    return replace(protocol, source=source, randaugment="")
+
+
 def adapt_protocol(
     published_protocol: FinetuningProtocol, options: FinetuningOptions, num_images: int
 ) -> FinetuningProtocol:

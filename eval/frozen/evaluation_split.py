@@ -14,7 +14,7 @@ from ssl_pretrain import rng
 from ssl_pretrain.data import readers
 from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.image_source import NoSuchSplit, Source, require_labels
-from ssl_pretrain.data.source_report import layout_lines
+from ssl_pretrain.data.source_report import check_images, layout_lines
 from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.frozen.named_features import POOLED, Feature
@@ -106,6 +106,18 @@ def rank_rows(rank: int, num_images: int) -> np.ndarray:
     return rows[rows // BATCH_SIZE % process_group.world_size() == rank]
 
 
+def open_images(run: Run, split: Literal["train", "val"]) -> Source:
+    """Open the images of a split, in the channels that the run's network takes.
+
+    Raises:
+        ValueError: If there is no such split, most images have other channels (`WrongChannels`), or
+            they would become a few dark levels.
+    """
+    source = open_source(run.config.data, split)
+    check_images(source)
+    return source
+
+
 def labeled_splits(
     run: Run, purpose: str, query_split: str = "val"
 ) -> tuple[EvaluationSplit, EvaluationSplit]:
@@ -169,7 +181,7 @@ def open_labeled_source(run: Run, split: Literal["train", "val"], purpose: str) 
 
 def _open_split(run: Run, split: Literal["train", "val"]) -> Source:
     try:
-        return open_source(run.config.data, split)
+        return open_images(run, split)
     except NoSuchSplit as error:
         if run.config.data.val not in (DataConfig().val, "none"):
             raise  # A split that the user named is missing.

@@ -99,8 +99,7 @@ def evaluate(
         "classifier": describe_attentive_training(
             protocol, published_protocol, num_heads, len(source)
         ),
-        "views": describe_train_view(view)
-        + (", AutoAugment, a rectangle erased with probability 0.25" if protocol.augmented else ""),
+        "views": describe_train_view(view) + _describe_augmentation(run, protocol),
         "selection": published.SELECTIONS[selection].format(num_held_out=len(held_out_rows)),
     }
     grid_entries = entries | {
@@ -115,6 +114,20 @@ def evaluate(
         run.provenance(),
         time.monotonic() - start,
         options.measure,
+    )
+
+
+def _describe_augmentation(run: Run, protocol: AttentiveProtocol) -> str:
+    """Describe what `train_probes` does to the training views."""
+    if not protocol.augmented:
+        return ""
+    erasing = "a rectangle erased with probability 0.25"
+    num_channels = run.config.views.num_channels
+    if num_channels == 3:
+        return f", AutoAugment, {erasing}"
+    return (
+        f", {erasing}; without AutoAugment, because it needs 3 channels and the images have"
+        f" {num_channels}"
     )
 
 
@@ -151,7 +164,7 @@ def train_probes(
 ) -> None:
     """Train the probes of all networks on the same batches."""
     augment = None
-    if protocol.augmented:
+    if protocol.augmented and run.config.views.num_channels == 3:
         augment = partial(strong_views.auto_augment, mean=tuple(run.config.views.mean))
     with build_train_loader(run, source, view, protocol.batch_size, augment) as loader:
         steps_per_epoch = loader.steps_per_epoch

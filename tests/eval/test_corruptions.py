@@ -138,3 +138,17 @@ def test_an_unknown_corruption_and_severity_are_refused():
         apply("frost", draw_picture(32), 1, 0)
     with pytest.raises(ValueError, match="severity: 6 is out of range; choose 1 to 5"):
         apply("fog", draw_picture(32), 6, 0)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_of_any_number_of_channels_is_corrupted(name, channels):
+    image = np.repeat(draw_picture(32), 5, axis=2)[..., :channels]
+    image[..., -1] //= 2  # as an alpha channel, it would change the others
+    corrupted = apply(name, image, 3, index=5)
+    assert corrupted.shape == image.shape and corrupted.dtype == np.uint8
+    assert (corrupted != image).any(axis=(0, 1)).all()
+    if name in {"defocus_blur", "zoom_blur", "contrast", "pixelate", "jpeg_compression"}:
+        for channel in range(channels):
+            alone = apply(name, image[..., channel : channel + 1], 3, index=5)
+            np.testing.assert_array_equal(corrupted[..., channel : channel + 1], alone)

@@ -129,8 +129,8 @@ def test_only_data_and_evaluation_can_be_overridden(run_folder):
     run = runs.load_run(run_folder, overrides=["data.num_workers=1"], device="cpu")
     assert run.config.data.num_workers == 1
     assert error_of(run_folder, overrides=["epochs=3"]) == (
-        "'epochs=3': an evaluation only accepts key=value settings of data, evaluation"
-        " and parallel.precision, such as data.root=/new/place"
+        "'epochs=3': an evaluation only accepts key=value settings of data, evaluation,"
+        " log.bands and parallel.precision, such as data.root=/new/place"
     )
     message = error_of(run_folder, overrides=["data.rot=/x"])
     assert "data.rot: no such key. Did you mean 'root'?" in message
