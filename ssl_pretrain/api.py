@@ -16,7 +16,7 @@ from ssl_pretrain import config as configuration
 from ssl_pretrain import methods, schema
 from ssl_pretrain.checkpoint.folder import is_finished
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.data import python_objects, readers, sources
+from ssl_pretrain.data import python_objects, readers, source_report, sources
 from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.pixels import PixelFormat
@@ -287,7 +287,7 @@ def embed(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} is out of range; give a whole number >= 1")
-    source = _open_images(images, transform.pixel_format)
+    source = open_images(images, transform.pixel_format)
     device = next(network.parameters()).device
     parallel = getattr(network, "parallel", ParallelConfig(precision="float32"))
     execution = Execution.resolve(parallel, device)
@@ -361,8 +361,12 @@ def _name_of(data: Any) -> str:
     return "images"
 
 
-def _open_images(images: Any, pixel_format: PixelFormat) -> Source:
-    """Open the images that `embed` takes in any of its forms."""
+def open_images(images: Any, pixel_format: PixelFormat) -> Source:
+    """Open the images that `embed` takes in any of its forms.
+
+    Raises:
+        ValueError: If they are no images, or most have other channels (`WrongChannels`).
+    """
     if isinstance(images, Source):
         return images
     if isinstance(images, (str, Path)):
@@ -371,7 +375,9 @@ def _open_images(images: Any, pixel_format: PixelFormat) -> Source:
             channels=pixel_format.num_channels,
             range=list(pixel_format.value_range or ()),
         )
-        return sources.open_source(data, "train")
+        source = sources.open_source(data, "train")
+        source_report.check_images(source)
+        return source
     return python_objects.open_object(
         images, "images", pixel_format.num_channels, pixel_format.value_range
     )

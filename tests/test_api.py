@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import tifffile
 import tiny
 import torch
 from conftest import run_ranks
@@ -21,6 +22,7 @@ from ssl_pretrain import api
 from ssl_pretrain import config as config_module
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
+from ssl_pretrain.command import embed_images
 
 LABELS = np.arange(60) % 3
 COLORS = np.array([[120, 40, 0], [0, 120, 40], [40, 0, 120]])[LABELS]
@@ -320,6 +322,57 @@ def test_embeddings_are_those_of_the_transform_and_the_backbone(config, tmp_path
     assert np.allclose(ssl_pretrain.embed(run, IMAGES[:5], batch_size=2), expected, atol=1e-5)
     with pytest.raises(ValueError, match="this backbone has no transform; give the one that"):
         ssl_pretrain.embed(Pooled(), IMAGES)
+
+
+SETTINGS = {"backbone": "test_resnet", "epochs": 1, "global_batch_size": 4}
+BANDS = np.random.default_rng(1).integers(0, 256, (16, 20, 20, 4), dtype=np.uint8)
+
+
+def write_tiffs(folder, images):
+    folder.mkdir()
+    for index, image in enumerate(images):
+        file = folder / f"{index:02d}.tif"
+        tifffile.imwrite(file, image, photometric="minisblack", planarconfig=1)
+    return folder
+
+
+def test_an_array_of_four_channels_needs_no_setting(tmp_path):
+    run = ssl_pretrain.pretrain(BANDS, output=tmp_path / "run", **SETTINGS)
+    assert run.config.data.channels == 4
+    backbone = run.backbone(device="cpu")
+    view = backbone.transform(BANDS[0])
+    assert view.shape[0] == 4
+    channels_first = torch.from_numpy(BANDS).permute(0, 3, 1, 2)
+    assert torch.equal(view, backbone.transform(channels_first[0]))
+    features = ssl_pretrain.embed(run, BANDS)
+    tiffs = write_tiffs(tmp_path / "tiffs", BANDS)
+    for images in (channels_first, tiffs, sorted(tiffs.iterdir())):
+        np.testing.assert_array_equal(ssl_pretrain.embed(run, images), features)
+    message = " has 3 channels, and data.channels is 4; set data.channels=3 if all images have that"
+    color = write_tiffs(tmp_path / "color", BANDS[..., :3])
+    for work in (
+        lambda: backbone.transform(BANDS[0, ..., :3]),
+        lambda: ssl_pretrain.embed(run, BANDS[..., :3]),
+        lambda: ssl_pretrain.embed(run, color),
+    ):
+        with pytest.raises(ValueError) as error:
+            work()
+        assert message in str(error.value)
+
+
+def test_an_array_of_16_bits_needs_only_its_range(tmp_path):
+    images = np.random.default_rng(2).integers(0, 4096, (16, 20, 20), dtype=np.uint16)
+    run = ssl_pretrain.pretrain(images, output=tmp_path / "run", data__range=[0, 4095], **SETTINGS)
+    transform = run.backbone(device="cpu").transform
+    levels = np.rint(images * (255 / 4095)).astype(np.uint8)
+    assert torch.equal(transform(images[0]), transform(levels[0]))
+    features = ssl_pretrain.embed(run, levels)
+    np.testing.assert_array_equal(ssl_pretrain.embed(run, images), features)
+    tiffs = write_tiffs(tmp_path / "tiffs", images)
+    np.testing.assert_array_equal(ssl_pretrain.embed(run, tiffs), features)
+    file = tmp_path / "features.npz"
+    assert embed_images.main([str(run.path), str(tiffs), str(file), "--device=cpu"]) == 0
+    np.testing.assert_array_equal(np.load(file)["features"], features)
 
 
 def test_the_metrics_of_a_killed_run_are_read_without_its_truncated_line(config, tmp_path):

@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from ssl_pretrain import api
-from ssl_pretrain.data import sources
-from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.schema import NON_NEGATIVE_INT, POSITIVE_INT
 from ssl_pretrain.system import exit_status, program
 
@@ -26,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.file.suffix != ".npz":
             raise ValueError(f"FILE: {options.file} is not an .npz; give a name that ends in .npz")
-        backbone, _ = api.load_backbone(options.run, device=options.device)
-        source = sources.open_source(DataConfig(root=options.images), "train")
+        backbone, transform = api.load_backbone(options.run, device=options.device)
+        source = api.open_images(options.images, transform.pixel_format)
         features = api.embed(
             backbone,
             source,
