@@ -135,11 +135,14 @@ class TestRange:
     def test_floats_need_a_range_and_inspect_proposes_it(self, tmp_path):
         write_tiffs(tmp_path / "data", 0, 2, np.float32)
         result = run(*INSPECT, tmp_path / "data")
-        assert result.status == 1, result.text
-        message = "pixels of mode F have no agreed conversion to RGB; give data.range=[low, high]"
-        assert message in result.stdout
-        assert "  range: [0, 1]" in result.stdout
-        result = run(*TRAIN, write_config(tmp_path, tmp_path / "data"), "data.range=[0,1]")
+        assert result.status == 0, result.text
+        assert "# measured again with the range suggested below" in result.stdout
+        assert "  range: [0.0, 1.0]" in result.stdout
+        config = write_config(tmp_path, tmp_path / "data")
+        refused = run(*TRAIN, config)
+        assert refused.status == 2, refused.text
+        assert "are floats from 0 to 1 " in refused.stderr
+        result = run(*TRAIN, config, "data.range=[0,1]")
         assert result.status == 0, result.text
 
     def test_writing_a_beton_needs_the_range(self, tmp_path):
