@@ -47,6 +47,8 @@ MAX_BYTES = 1 << 30  # no image of MAX_PIXELS pixels needs a larger file
 # Windows. Pillow has no decoders of its own for the others.
 _REFUSED_FORMATS = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _JPEG_SIGNATURE = b"\xff\xd8"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_BOMB_REMEDY = "(possibly a decompression bomb); cut it into smaller images"
 _ORIENTATION_TAG = 0x0112
 # Functions that turn the stored pixels upright, by EXIF orientation.
 _UPRIGHT_TRANSFORMS = {
@@ -242,7 +244,13 @@ def _open(content: bytes, name: str) -> Iterator[Image.Image]:
     """Open an image by its content and turn all errors into UnreadableImage."""
     if not content:
         raise UnreadableImage(f"{name}: the file is empty")
-    formats = ("JPEG",) if content.startswith(_JPEG_SIGNATURE) else image_formats()
+    is_jpeg = content.startswith(_JPEG_SIGNATURE)
+    formats = ("JPEG",) if is_jpeg else image_formats()
+    # Pillow's own limit is the same, but its message does not have the size.
+    if is_jpeg:
+        _check_size(*_jpeg_size(content), name)
+    elif content.startswith(_PNG_SIGNATURE):
+        _check_size(int.from_bytes(content[16:20]), int.from_bytes(content[20:24]), name)
     try:
         with Image.open(io.BytesIO(content), formats=formats) as image:
             _check_size(image.width, image.height, name)
@@ -255,6 +263,8 @@ def _open(content: bytes, name: str) -> Iterator[Image.Image]:
 
 def _reason(content: bytes, error: Exception) -> str:
     """Return the reason why an image could not be decoded."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"its pixels exceed the limit of {MAX_PIXELS:,} {_BOMB_REMEDY}"
     if not isinstance(error, Image.UnidentifiedImageError):
         return str(error) or type(error).__name__
     if content.startswith(bands.TIFF_SIGNATURES):
@@ -269,7 +279,7 @@ def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MAX_PIXELS:
         raise UnreadableImage(
             f"{name}: {width:,} x {height:,} pixels exceed the limit of {MAX_PIXELS:,} "
-            "(possibly a decompression bomb); cut it into smaller images"
+            f"{_BOMB_REMEDY}"
         )
 
 
