@@ -425,12 +425,14 @@ CALLS = {
     "pretrain(images - 2.0)": (
         pretrain(IMAGES - np.float32(2)),
         "data has float32 values from -2 to -2; scale them to integers from 0 to 255 or to floats "
-        "from 0 to 1, before any normalization",
+        "from 0 to 1, before any normalization, or set data.range to their lowest and highest "
+        "values",
     ),
     "pretrain(dataset_with_normalize)": (
         pretrain(Items(lambda index: torch.full((3, 20, 20), -2.0))),
         "data: data[0] has float32 values from -2 to -2; scale them to integers from 0 to 255 or "
-        "to floats from 0 to 1, before any normalization",
+        "to floats from 0 to 1, before any normalization, or set data.range to their lowest and "
+        "highest values",
     ),
     "pretrain(dataset_of_names)": (
         pretrain(Items(lambda index: "a.png")),

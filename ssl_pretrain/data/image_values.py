@@ -132,7 +132,8 @@ def to_levels(
     if not is_valid:
         raise ValueError(
             f"{name} has {values.dtype}{limits}; scale them to integers from 0 to 255 or to floats "
-            "from 0 to 1, before any normalization"
+            "from 0 to 1, before any normalization, or set data.range to their lowest and highest "
+            "values"
         )
     if not is_float:
         return values.astype(np.uint8)

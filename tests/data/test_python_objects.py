@@ -139,7 +139,10 @@ IMAGE_FORMS = (
     "(channels, height, width), with integers from 0 to 255 or floats from 0 to 1"
 )
 SHAPES = "(n, height, width, 3), (n, 3, height, width) or (n, height, width)"
-SCALE = "scale them to integers from 0 to 255 or to floats from 0 to 1, before any normalization"
+SCALE = (
+    "scale them to integers from 0 to 255 or to floats from 0 to 1, before any normalization, or "
+    "set data.range to their lowest and highest values"
+)
 
 
 @pytest.mark.parametrize(
