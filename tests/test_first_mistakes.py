@@ -296,7 +296,7 @@ COMMANDS = {
     ),
     "knn runs/mine k=5": (
         "ssl_pretrain.eval.knn: 'k=5': an evaluation only accepts key=value settings of data, "
-        "evaluation and parallel.precision, such as data.root=/new/place"
+        "evaluation, log.bands and parallel.precision, such as data.root=/new/place"
     ),
     "report photos": (
         "ssl_pretrain.eval.report: photos: no checkpoint found (looked for "
