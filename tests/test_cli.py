@@ -149,7 +149,7 @@ def test_a_parser_that_is_built_from_its_description_has_the_same_options(monkey
         parser = option_specs.find_parser(name)
         assert json.loads(json.dumps(option_specs.describe_parser(parser))) == spec, name
         assert "usage: ssl-pretrain" in parser.format_help(), name
-    assert "--range LOW HIGH" in option_specs.find_parser("inspect").format_help()
+    assert "--range VALUE [VALUE ...]" in option_specs.find_parser("inspect").format_help()
 
 
 def list_entries():

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ssl_pretrain.monitoring.wandb import run as wandb_run
-from ssl_pretrain.schema import setting
+from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.system import optional_packages
 
 
@@ -42,6 +42,7 @@ class LogConfig:
         "green, or one in gray, counted from 0. If empty, the first three, or gray for images of "
         "one channel.",
         minimum=0,
+        unit=DIMENSIONLESS,
     )
     stall_seconds: float = setting(900.0, "Time without a record before W&B sends an alert.")
     peak_tflops: float = setting(
