@@ -164,6 +164,37 @@ class EncodedSource(Source):
         """Return the stored bytes of one image. Raise OSError if that fails."""
 
 
+class NumberedSource(Source):
+    """A source of the items of a table, array or object, whose subsets keep the items' numbers.
+
+    Args:
+        full_path: Name of the data set, for messages.
+        labels: Index of each item's class, or -1.
+        classes: Names of the classes.
+        pixel_format: Number of channels and range of the images.
+    """
+
+    def __init__(
+        self,
+        full_path: str,
+        labels: np.ndarray,
+        classes: list[str],
+        pixel_format: PixelFormat = RGB,
+    ):
+        super().__init__(full_path, labels, classes, pixel_format)
+        self._item_numbers = np.arange(len(labels))
+
+    def name(self, index: int) -> str:
+        """Return the name of the data set and the number of the item, for messages."""
+        return f"{self.full_path}[{self._item_numbers[index]}]"
+
+    def take(self, indices: np.ndarray) -> Self:
+        """Return a source of the images at `indices`, in that order."""
+        subset = super().take(indices)
+        subset._item_numbers = self._item_numbers[indices]
+        return subset
+
+
 class ImageFiles(EncodedSource):
     """Image files in a folder or in a zip, which is read without unpacking."""
 

@@ -4,12 +4,12 @@ import hashlib
 import reprlib
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
-from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.image_source import NumberedSource
 from ssl_pretrain.data.image_values import to_pixels
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.pixels import RGB, PixelFormat
@@ -20,7 +20,7 @@ NUM_PROBED_IMAGES = 8  # images that are read and compared when a source is crea
 ReadItem = Callable[[int], Any]
 
 
-class PythonSource(Source):
+class PythonSource(NumberedSource):
     """Images that a Python object contains or computes, such as a torch `Dataset`.
 
     Args:
@@ -54,7 +54,6 @@ class PythonSource(Source):
         label_indices, class_names = index_labels(name, labels, num_images, classes)
         super().__init__(name, label_indices, class_names, pixel_format)
         self._read_image = read_image
-        self._item_indices = np.arange(num_images)
         self._digest = self._probe(identity)
 
     def read(self, index: int) -> np.ndarray:
@@ -66,7 +65,7 @@ class PythonSource(Source):
         name = self.name(index)
         try:
             return to_pixels(
-                self._read_image(int(self._item_indices[index])), name, self.pixel_format
+                self._read_image(int(self._item_numbers[index])), name, self.pixel_format
             )
         except UnreadableImage:
             raise
@@ -75,16 +74,6 @@ class PythonSource(Source):
                 str(error) if name in str(error) else f"{name}: {type(error).__name__}: {error}"
             )
             raise UnreadableImage(message) from error
-
-    def name(self, index: int) -> str:
-        """Return the name of the data set and the index of the image in it."""
-        return f"{self.full_path}[{self._item_indices[index]}]"
-
-    def take(self, indices: np.ndarray) -> Self:
-        """Return a source of the images at `indices`, in that order."""
-        subset = super().take(indices)
-        subset._item_indices = self._item_indices[indices]
-        return subset
 
     def check_present(self) -> None:
         """Do nothing, because the images are in this program."""
@@ -122,7 +111,7 @@ class PythonSource(Source):
         return digest.digest()
 
     def _identity(self) -> bytes:
-        return self._digest + self._item_indices.tobytes()
+        return self._digest + self._item_numbers.tobytes()
 
 
 def index_labels(

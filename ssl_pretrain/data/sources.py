@@ -38,7 +38,7 @@ from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.named_datasets import Digits, pack_cifar10
 from ssl_pretrain.data.pixels import check_conversion
 from ssl_pretrain.data.split_search import split_of
-from ssl_pretrain.data.tar.tar_data_set import TarSettings, open_tar_split
+from ssl_pretrain.data.tar.tar_data_set import open_tar_split
 from ssl_pretrain.system import user_objects
 
 _ROOT_REMEDY = (
@@ -93,7 +93,7 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
             classes = _open_all(config, "train", None).classes
         return source if classes is None else source.with_classes(classes)
     if config.source == "folder":
-        shards = open_tar_split(_tar_settings(config), split, classes)
+        shards = open_tar_split(config, cache_dir, split, classes)
         if shards is not None:
             _refuse_columns(config)
             return shards
@@ -112,17 +112,6 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
     elif classes is None and (splits.val is not None or splits.train_error):
         classes = data_set.open_split("train", None).classes
     return data_set.open_split("val", classes)
-
-
-def _tar_settings(config: DataConfig) -> TarSettings:
-    return TarSettings(
-        config.root,
-        config.train,
-        config.val,
-        _cache_dir(config),
-        config.remote_cache_gb,
-        pixel_format(config),
-    )
 
 
 def _open_python(config: DataConfig, split: SplitName, classes: list[str] | None) -> Source:

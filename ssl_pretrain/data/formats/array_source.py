@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from ssl_pretrain.data.formats.stored_array import StoredArray
-from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.image_source import NumberedSource
 from ssl_pretrain.data.images import ImageHeader, UnreadableImage, describe_values
 from ssl_pretrain.data.pixels import (
     RGB,
@@ -28,7 +28,7 @@ NUM_PROBED_IMAGES = 256  # evenly spaced images whose values are part of the fin
 _REMEDY = "give (n, height, width), (n, height, width, channels) or (n, channels, height, width)"
 
 
-class ArraySource(Source):
+class ArraySource(NumberedSource):
     """Images of one size in one or several files, such as .npy.
 
     Each image is read by its position. With mapped memory, a file that becomes shorter would kill
@@ -66,7 +66,6 @@ class ArraySource(Source):
         self._shape, self._dtype = arrays[0].shape[1:], arrays[0].dtype
         self._image_bytes = math.prod(self._shape) * self._dtype.itemsize
         self._ends = list(itertools.accumulate(array.shape[0] for array in arrays))
-        self._item_indices = np.arange(self._ends[-1])
         self._files: dict[int, FileIO] = {}
         self._digest = self._probe()
 
@@ -97,7 +96,6 @@ class ArraySource(Source):
     def take(self, indices: np.ndarray) -> Self:
         """Return a source of the images at `indices`, in that order."""
         subset = super().take(indices)
-        subset._item_indices = self._item_indices[indices]
         subset._files = {}
         return subset
 
@@ -111,7 +109,7 @@ class ArraySource(Source):
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Return the number of an image's array, and its index in that array."""
-        item = int(self._item_indices[index])
+        item = int(self._item_numbers[index])
         number = bisect.bisect_right(self._ends, item)
         return number, item - (self._ends[number - 1] if number else 0)
 
@@ -145,7 +143,7 @@ class ArraySource(Source):
         return digest.digest()
 
     def _identity(self) -> bytes:
-        return self._digest + self._item_indices.tobytes()
+        return self._digest + self._item_numbers.tobytes()
 
 
 def find_axes(array: StoredArray, num_channels: int) -> str:

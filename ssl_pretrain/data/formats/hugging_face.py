@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ssl_pretrain.data.formats.table_columns import (
     choose_label_column,
     column_kind,
 )
-from ssl_pretrain.data.image_source import EncodedSource, Source
+from ssl_pretrain.data.image_source import EncodedSource, NumberedSource, Source
 from ssl_pretrain.data.images import ImageHeader, decode, read_header
 from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.python_source import PythonSource, index_labels
@@ -22,7 +22,7 @@ from ssl_pretrain.data.python_source import PythonSource, index_labels
 _NUM_PROBED_IMAGES = 256  # evenly spaced images whose bytes are part of the fingerprint
 
 
-class EncodedColumn(EncodedSource):
+class EncodedColumn(NumberedSource, EncodedSource):
     """Encoded images in a column of a Hugging Face data set.
 
     The rows are decoded by the same rules as image files, and not by the library `datasets`.
@@ -52,7 +52,6 @@ class EncodedColumn(EncodedSource):
         super().__init__(name, labels, classes, pixel_format)
         self._column, self._location = column, location
         self._table = _without_decoding(table.select_columns([column]), column)
-        self._item_indices = np.arange(len(table))
         self._digest = self._probe()
 
     def read(self, index: int) -> np.ndarray:
@@ -66,16 +65,6 @@ class EncodedColumn(EncodedSource):
     def header(self, index: int) -> ImageHeader:
         """Return the format, size and range of values of one image."""
         return read_header(self.read_bytes(index), self.name(index), self.num_channels)
-
-    def name(self, index: int) -> str:
-        """Return the name of the data set and the row of the image."""
-        return f"{self.full_path}[{self._item_indices[index]}]"
-
-    def take(self, indices: np.ndarray) -> Self:
-        """Return a source of the images at `indices`, in that order."""
-        subset = super().take(indices)
-        subset._item_indices = self._item_indices[indices]
-        return subset
 
     def check_present(self) -> None:
         """Raise FileNotFoundError if the file or folder of the table no longer exists."""
@@ -93,7 +82,7 @@ class EncodedColumn(EncodedSource):
         return ""
 
     def _stored_bytes(self, index: int) -> bytes:
-        value = self._table[int(self._item_indices[index])][self._column]
+        value = self._table[int(self._item_numbers[index])][self._column]
         if isinstance(value, Mapping):
             if value.get("bytes") is None and value.get("path"):
                 return Path(value["path"]).read_bytes()
@@ -115,7 +104,7 @@ class EncodedColumn(EncodedSource):
         return digest.digest()
 
     def _identity(self) -> bytes:
-        return self._digest + self._item_indices.tobytes()
+        return self._digest + self._item_numbers.tobytes()
 
 
 def open_table(

@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ssl_pretrain.data.config import DataConfig, pixel_format
 from ssl_pretrain.data.messages import abbreviate
-from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.tar.class_files import CLASS_FILES, read_classes
 from ssl_pretrain.data.tar.index_files import open_indexes, stat_shards
 from ssl_pretrain.data.tar.remote_errors import printable_url
@@ -21,25 +20,14 @@ _MAX_CLASSES = 1_000_000  # for numbers, which need one name per class
 _MAX_REASONS = 8  # reasons for members that are not read, in a note
 
 
-@dataclass(frozen=True)
-class TarSettings:
-    """The settings in `data` on which shards depend."""
-
-    root: str
-    train: str
-    val: str
-    cache_dir: Path
-    remote_cache_gb: float = 0.0
-    pixel_format: PixelFormat = RGB
-
-
 def open_tar_split(
-    settings: TarSettings, split: str, classes: list[str] | None = None
+    config: DataConfig, cache_dir: Path, split: str, classes: list[str] | None = None
 ) -> TarShards | None:
     """Open a split, or return None if the data set does not consist of tar shards.
 
     Args:
-        settings: Place of the shards.
+        config: The data set.
+        cache_dir: Folder for indexes that cannot be written beside their shards, and for copies.
         split: "train" or "val".
         classes: Classes of the training split, or None to find them.
 
@@ -47,21 +35,21 @@ def open_tar_split(
         NoSuchSplit: If there are no shards for validation.
         ValueError: If a shard or its index cannot be used.
     """
-    shard_set = find_shards(settings.root, settings.train, settings.val, split)
+    shard_set = find_shards(config.root, config.train, config.val, split)
     if shard_set is None:
         return None
     if split == "val" and classes is None:
-        train = open_tar_split(settings, "train") if settings.root or settings.train else None
+        train = open_tar_split(config, cache_dir, "train") if config.root or config.train else None
         classes = train.classes if train is not None else None
     shards = stat_shards(shard_set.paths)
-    indexes = open_indexes(shards, settings.cache_dir)
+    indexes = open_indexes(shards, cache_dir)
     if not any(map(len, indexes)):
         raise ValueError("; ".join([_no_image_message(shard_set), *_skipped_notes(indexes)]))
     stored_classes = read_classes(shard_set.folders)
     labels, classes = _merge_labels(shard_set.name, indexes, stored_classes, classes or [])
-    cache = ShardCache(settings.cache_dir / "shards", int(settings.remote_cache_gb * 1e9))
+    cache = ShardCache(cache_dir / "shards", int(config.remote_cache_gb * 1e9))
     source = TarShards(
-        shard_set.name, shards, indexes, labels, classes, cache, settings.pixel_format
+        shard_set.name, shards, indexes, labels, classes, cache, pixel_format(config)
     )
     empty = [shard.path for shard, index in zip(shards, indexes) if not len(index)]
     if empty:
