@@ -14,7 +14,6 @@ It prints the three tables of docs/departures.md:
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -26,6 +25,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "views"))
 import authors
+from measure import DATA_FOLDER
 
 from ssl_pretrain.config import load
 from ssl_pretrain.data.sources import DataConfig, open_source
@@ -59,8 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    data_folder = Path(os.environ.get("SSL_PRETRAIN_DATA", ROOT.parent / "shared" / "data"))
-    parser.add_argument("--data", type=Path, default=data_folder / "imagenet_sample.zip")
+    parser.add_argument("--data", type=Path, default=DATA_FOLDER / "imagenet_sample.zip")
     parser.add_argument(
         "--images", type=int, default=32, help="images for single operations (default: %(default)s)"
     )

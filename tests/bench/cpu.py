@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import format_mib, versions
+from measure import DATA_FOLDER, format_mib, versions
 
 from ssl_pretrain.system.import_path import child_environment
 
@@ -317,8 +317,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    data_folder = Path(os.environ.get("SSL_PRETRAIN_DATA", ROOT.parent / "shared" / "data"))
-    parser.add_argument("--data", type=Path, default=data_folder / "cifar10.zip")
+    parser.add_argument("--data", type=Path, default=DATA_FOLDER / "cifar10.zip")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--without-lightly", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import io
 import itertools
-import os
 import re
 import sys
 import zipfile
@@ -28,7 +27,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from measure import versions
+from measure import DATA_FOLDER, versions
 
 from ssl_pretrain.data.native import ffcv
 
@@ -140,8 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    folder = os.environ.get("SSL_PRETRAIN_DATA", Path(__file__).parents[3] / "shared" / "data")
-    parser.add_argument("--archive", type=Path, default=Path(folder) / "imagenet_sample.zip")
+    parser.add_argument("--archive", type=Path, default=DATA_FOLDER / "imagenet_sample.zip")
     args = parser.parse_args()
     decoders = build_decoders()
     print(versions("torchvision", "pillow", "simplejpeg"))

@@ -10,7 +10,6 @@ two crops of SimCLR's recipe, which are the same bits.
 import argparse
 import io
 import itertools
-import os
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).parent)]
 
 from loader import BATCH, RECIPES, measure, wait_until_idle
+from measure import DATA_FOLDER
 
 from ssl_pretrain.data.chunks import ChunkRequest
 from ssl_pretrain.data.image_source import Source
@@ -107,9 +107,7 @@ def main() -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        default=Path(
-            os.environ.get("SSL_PRETRAIN_DATA", Path(__file__).parents[3] / "shared" / "data")
-        ),
+        default=DATA_FOLDER,
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)

@@ -39,6 +39,7 @@ from torchvision.transforms.v2 import functional as F
 sys.path[:0] = [str(Path(__file__).parent)]
 
 import color as color_bench
+from measure import DATA_FOLDER
 
 from ssl_pretrain.data.beton import beton_writer
 from ssl_pretrain.data.beton.beton_source import Beton
@@ -262,9 +263,7 @@ def main() -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        default=Path(
-            os.environ.get("SSL_PRETRAIN_DATA", Path(__file__).parents[3] / "shared" / "data")
-        ),
+        default=DATA_FOLDER,
     )
     parser.add_argument("--sides", type=int, nargs="+", default=[500, 400, 256])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))

@@ -1,5 +1,6 @@
 """Helpers for the benchmarks: a stepper, interleaved timing, peak memory and package versions."""
 
+import os
 import platform
 import statistics
 import time
@@ -20,6 +21,10 @@ from ssl_pretrain.views.batch import Batch
 
 Run = Callable[[], object]
 HALFWAY = Progress(50, 100, 1)
+# Folder of imagenet_sample.zip and the other data sets.
+DATA_FOLDER = Path(
+    os.environ.get("SSL_PRETRAIN_DATA", Path(__file__).parents[3] / "shared" / "data")
+)
 
 
 def time_interleaved(

@@ -18,7 +18,6 @@ that such a decoder would have to read at least.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -33,7 +32,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from measure import versions
+from measure import DATA_FOLDER, versions
 
 from ssl_pretrain.data.native import views
 from ssl_pretrain.views import crops
@@ -146,8 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    folder = os.environ.get("SSL_PRETRAIN_DATA", Path(__file__).parents[3] / "shared" / "data")
-    parser.add_argument("--archive", type=Path, default=Path(folder) / "imagenet_sample.zip")
+    parser.add_argument("--archive", type=Path, default=DATA_FOLDER / "imagenet_sample.zip")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     print(versions("simplejpeg", "pillow"))

@@ -9,11 +9,11 @@ levels. A view is enlarged if its box has fewer pixels than the view along at le
 """
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from measure import DATA_FOLDER
 from PIL import Image
 
 from ssl_pretrain.data.beton import beton_writer
@@ -37,9 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        default=Path(
-            os.environ.get("SSL_PRETRAIN_DATA", Path(__file__).parents[3] / "shared" / "data")
-        ),
+        default=DATA_FOLDER,
     )
     parser.add_argument("--sides", type=int, nargs="+", default=[0, 500, 400, 256])
     parser.add_argument("--images", type=int, default=600, help="images for pixel errors")

@@ -20,34 +20,15 @@ from format_files import (
     write_npy,
     write_npz,
 )
+from reading import error_of, read_all
 
 from ssl_pretrain.data.beton import __main__ as beton_command
 from ssl_pretrain.data.formats import unpacking
 from ssl_pretrain.data.image_source import NoSuchSplit
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.source_report import check_images
-from ssl_pretrain.data.sources import DataConfig, open_source
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-
-
-@pytest.fixture
-def open_split(tmp_path):
-    def open_split(root, split="train", **options):
-        options = {"cache_dir": str(tmp_path / "cache")} | options
-        return open_source(DataConfig(root=str(root), **options), split)
-
-    return open_split
-
-
-def read_all(source):
-    return np.stack([source.read(index) for index in range(len(source))])
-
-
-def error_of(function, *arguments, **options) -> str:
-    with pytest.raises(ValueError) as error:
-        function(*arguments, **options)
-    return str(error.value)
 
 
 def as_rgb(gray):

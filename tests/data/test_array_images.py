@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from reading import error_of
 
 from ssl_pretrain.data.formats.array_source import ArraySource
 from ssl_pretrain.data.image_source import ImageFiles
@@ -24,12 +25,6 @@ def open_split(tmp_path):
         return open_source(DataConfig(root=str(root), **options), split)
 
     return open_split
-
-
-def error_of(function, *arguments, **options) -> str:
-    with pytest.raises(ValueError) as error:
-        function(*arguments, **options)
-    return str(error.value)
 
 
 def write_tree(root: Path) -> Path:

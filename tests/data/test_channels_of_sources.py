@@ -17,6 +17,7 @@ from format_files import (
 )
 from loaders import build_loader, digests
 from PIL import Image
+from reading import error_of
 
 from ssl_pretrain.data.beton import __main__ as beton_command
 from ssl_pretrain.data.pixels import to_gray
@@ -36,12 +37,6 @@ def open_train(tmp_path):
         return open_source(DataConfig(root=str(root), **options), "train")
 
     return open_train
-
-
-def error_of(function, *arguments, **options) -> str:
-    with pytest.raises(ValueError) as error:
-        function(*arguments, **options)
-    return str(error.value)
 
 
 def wrong_channels(name, found, expected) -> str:

@@ -22,28 +22,7 @@ from format_files import (
     write_files,
     write_tar,
 )
-
-from ssl_pretrain.data.sources import DataConfig, open_source
-
-
-@pytest.fixture
-def open_split(tmp_path):
-    def open_split(root, split="train", **options):
-        config = DataConfig(root=str(root), cache_dir=str(tmp_path / "cache"), **options)
-        return open_source(config, split)
-
-    return open_split
-
-
-def read_all(source):
-    return np.stack([source.read(index) for index in range(len(source))])
-
-
-def error_of(function, *arguments, **options) -> str:
-    with pytest.raises(ValueError) as error:
-        function(*arguments, **options)
-    return str(error.value)
-
+from reading import error_of, read_all
 
 FOLDERS = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", cifar10_files),

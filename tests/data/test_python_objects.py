@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reading import read_all
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from ssl_pretrain.data.image_source import NoSuchSplit
@@ -22,10 +23,6 @@ class Pairs(Dataset):
 
     def __getitem__(self, index):
         return Image.fromarray(IMAGES[index]), int(LABELS[index])
-
-
-def read_all(source):
-    return np.stack([source.read(index) for index in range(len(source))])
 
 
 @pytest.mark.parametrize(

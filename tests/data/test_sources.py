@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from reading import error_of
 from sklearn.datasets import load_digits
 
 from ssl_pretrain.data import listing, sources, zip_archive
@@ -37,23 +38,8 @@ def zip_folder(root: Path, compression: int = zipfile.ZIP_STORED) -> Path:
     return path
 
 
-@pytest.fixture
-def open_split(tmp_path):
-    def open_split(root, split="train", **options):
-        config = DataConfig(root=str(root), cache_dir=str(tmp_path / "cache"), **options)
-        return open_source(config, split)
-
-    return open_split
-
-
 def paths_of(source) -> list[str]:
     return [os.path.relpath(source.name(index), source.files.root) for index in range(len(source))]
-
-
-def error_of(function, *arguments, **options) -> str:
-    with pytest.raises(ValueError) as error:
-        function(*arguments, **options)
-    return str(error.value)
 
 
 IMAGENET = ("train/n02/b.png", "train/n02/a.png", "train/n01/c.JPEG", "val/n02/d.png")

@@ -19,37 +19,18 @@ from format_files import (
     write_parquet,
     write_saved,
 )
+from reading import error_of, read_all
 
 from ssl_pretrain.data.beton import encoder
 from ssl_pretrain.data.image_source import NoSuchSplit
 from ssl_pretrain.data.images import UnreadableImage, decode
 from ssl_pretrain.data.python_objects import open_object
 from ssl_pretrain.data.source_report import check_images
-from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.system import optional_packages
 
 datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
 pa = pytest.importorskip("pyarrow", reason="the extra `data` is not installed")
 parquet = pytest.importorskip("pyarrow.parquet")
-
-
-@pytest.fixture
-def open_split(tmp_path):
-    def open_split(root, split="train", **options):
-        options = {"cache_dir": str(tmp_path / "cache")} | options
-        return open_source(DataConfig(root=str(root), **options), split)
-
-    return open_split
-
-
-def read_all(source):
-    return np.stack([source.read(index) for index in range(len(source))])
-
-
-def error_of(function, *arguments, **options) -> str:
-    with pytest.raises(ValueError) as error:
-        function(*arguments, **options)
-    return str(error.value)
 
 
 def write_single_files(folder):

@@ -46,10 +46,15 @@ def write_shards(folder: Path, num_images: int, num_shards: int) -> Path:
     return folder
 
 
-def train_undisturbed(folder: Path, root: Path, *options: str) -> dict[int, list[str]]:
-    """Train on one rank from local shards, and return the digests of all steps."""
-    run = RecordedRun(folder, str(root), *options)
+def train_undisturbed(
+    root: Path, num_steps: int, batch_size: int, *options: str
+) -> dict[int, list[str]]:
+    """Train on one rank from local shards, and return the digests of all steps, all different."""
+    run = RecordedRun(root.parent / "undisturbed", str(root), *options)
     assert run.train(1) == [0], run.output
+    assert sorted(run.steps) == list(range(num_steps))
+    digests = {digest for rows in run.steps.values() for digest in rows}
+    assert len(digests) == batch_size * num_steps
     return run.steps
 
 
@@ -60,10 +65,7 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(shards) -> dict[int, list[str]]:
-    steps = train_undisturbed(shards.parent / "undisturbed", shards, *OPTIONS)
-    assert sorted(steps) == list(range(NUM_STEPS))
-    assert len({digest for rows in steps.values() for digest in rows}) == 12 * NUM_STEPS
-    return steps
+    return train_undisturbed(shards, NUM_STEPS, 12, *OPTIONS)
 
 
 @needs_store
@@ -97,10 +99,7 @@ def many_shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def many_steps(many_shards) -> dict[int, list[str]]:
-    steps = train_undisturbed(many_shards.parent / "undisturbed", many_shards, *MANY_OPTIONS)
-    assert sorted(steps) == list(range(NUM_MANY_STEPS))
-    assert len({digest for rows in steps.values() for digest in rows}) == 240 * NUM_MANY_STEPS
-    return steps
+    return train_undisturbed(many_shards, NUM_MANY_STEPS, 240, *MANY_OPTIONS)
 
 
 @pytest.mark.full
