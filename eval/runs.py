@@ -45,8 +45,8 @@ class Run:
     step: int
     network: str  # such as "student" or "teacher"
     checkpoint_path: Path
-    view_size: int | list[int]  # of the largest training view, for which the backbone is built
-    image_size: int | list[int]  # of the evaluation views: side in pixels, or height and width
+    view_size: int | list[int]  # largest training view, for which the backbone is built
+    image_size: int | list[int]  # evaluation view: side in pixels, or height and width
     device: torch.device
 
     @property

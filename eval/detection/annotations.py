@@ -105,8 +105,8 @@ class AnnotatedImages:
             WrongChannels: If the first image has another number.
         """
         name = self.files[0][1]
-        found = read_header(self._read_file(0), name).num_channels
-        check_conversion(name, found, pixel_format.num_channels)
+        num_channels = read_header(self._read_file(0), name).num_channels
+        check_conversion(name, num_channels, pixel_format.num_channels)
         return AnnotatedImages(self.name, self.files, self.objects, self.classes, pixel_format)
 
     def subset(self, indices: Sequence[int]) -> AnnotatedImages:

@@ -84,8 +84,8 @@ def count_channels(image: Any) -> int:
     if isinstance(image, Image.Image) or np.ndim(image) != 3:
         return 3
     axis = channel_axis(np.shape(image), None, isinstance(image, torch.Tensor))
-    found = 3 if axis is None else np.shape(image)[axis]
-    return 3 if found == 1 else found
+    num_channels = 3 if axis is None else np.shape(image)[axis]
+    return 3 if num_channels == 1 else num_channels
 
 
 def channel_axis(

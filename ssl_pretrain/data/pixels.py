@@ -168,7 +168,7 @@ def to_gray(rgb: np.ndarray) -> np.ndarray:
 
     A gray image keeps its values.
     """
-    weights = np.array([19595, 38470, 7471], np.uint32)  # of 65,536
+    weights = np.array([19595, 38470, 7471], np.uint32)  # 1 is 65,536
     return ((rgb @ weights + 0x8000) >> 16).astype(np.uint8)[..., None]
 
 

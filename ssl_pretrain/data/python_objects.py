@@ -76,7 +76,7 @@ def open_object(
 
 
 class _ReadAs(NamedTuple):
-    """How images are read, with None for what depends on the images."""
+    """Format of the images, with None for what depends on them."""
 
     num_channels: int | None
     value_range: ValueRange | None

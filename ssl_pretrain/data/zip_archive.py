@@ -63,8 +63,8 @@ def scan_zip(root: str) -> Scan:
                 except (OSError, *_ZIP_ERRORS):
                     return b""
 
-            found = find_images_by_content(others, read_head, skip_counter)
-            images |= {path: others[path] for path in found}
+            paths = find_images_by_content(others, read_head, skip_counter)
+            images |= {path: others[path] for path in paths}
     except (OSError, *_ZIP_ERRORS) as error:
         raise ValueError(f"data.root: {root} cannot be read as a zip: {error}") from None
     arrays = [path for path in images if is_array(path)]

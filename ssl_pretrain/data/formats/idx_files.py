@@ -79,7 +79,7 @@ def open_idx(root: Path, config: DataConfig, cache_dir: Path, split: str) -> Arr
     if config.label_column == "none":
         labels = None
     pair = ArrayPair(read_idx(images), None if labels is None else read_idx(labels))
-    is_fashion = any("fashion" in part.lower() for part in folder.resolve().parts[-3:])
+    is_fashion = any("fashion" in name.lower() for name in folder.resolve().parts[-3:])
     classes = list(_FASHION_CLASSES) if is_fashion and labels is not None else None
     return open_pair(pair, config, cache_dir, classes)
 

@@ -140,7 +140,7 @@ def _walk(folder: Path) -> list[Path]:
     visible = (
         path
         for path in paths
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not any(name.startswith(".") for name in path.relative_to(folder).parts)
     )
     return sorted(visible)
 

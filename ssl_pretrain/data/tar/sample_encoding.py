@@ -18,7 +18,7 @@ from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.tar.tar_source import TarShards
 
 _KEY_DIGITS = 9
-_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}  # of Pillow's formats, else the name
+_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}  # others have the format's name
 
 
 def encode_sample(source: Source, index: int) -> list[tuple[str, bytes]]:

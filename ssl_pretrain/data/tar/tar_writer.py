@@ -36,7 +36,7 @@ class ShardSize:
     """Limits of a shard. A limit of 0 does not apply."""
 
     num_images: int = 0
-    num_bytes: int = 0  # of the tar; a larger image has a shard of its own
+    num_bytes: int = 0  # length of the tar; a larger image has a shard of its own
 
 
 @dataclass(frozen=True)
