@@ -339,8 +339,8 @@ def _describe_data(
         if val is not None and not isinstance(val, (str, Path)):
             raise ValueError("val: is an object, but data is a path; give both in the same way")
         is_built_in = str(data) in ("digits", "cifar10") and not Path(data).exists()
-        values = {"source": str(data)} if is_built_in else {"source": "folder", "root": str(data)}
-        return values | ({} if val is None else {"val": os.path.abspath(val)}), {}
+        location = {"source": str(data)} if is_built_in else {"source": "folder", "root": str(data)}
+        return location | ({} if val is None else {"val": os.path.abspath(val)}), {}
     num_channels, value_range = settings.get("channels"), settings.get("range")
     train = python_objects.open_object(data, "data", num_channels, value_range)
     splits = {"train": train, "val": None}
@@ -349,9 +349,8 @@ def _describe_data(
     if val is not None:
         splits["val"] = python_objects.open_object(val, "val", train.num_channels, value_range)
     reference = f"{user_objects.OBJECT_PREFIX}{DATA_OBJECT}"
-    return {"source": reference, "channels": train.num_channels}, {
-        DATA_OBJECT: splits.get
-    }  # a function of the split's name
+    values = {"source": reference, "channels": train.num_channels}
+    return values, {DATA_OBJECT: splits.get}  # a function of the split's name
 
 
 def _name_of(data: Any) -> str:

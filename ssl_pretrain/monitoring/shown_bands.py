@@ -38,7 +38,7 @@ def to_rgb(images: Tensor, bands: Sequence[int] = ()) -> Tensor:
         images: Images with C channels.
         bands: The setting `log.bands`. If empty, the first three channels are shown.
     """
-    shown = list(bands) or list(range(min(len(COLORS), images.shape[-3])))
+    shown = _choose_bands(bands, images.shape[-3])
     chosen = images.index_select(-3, torch.tensor(shown * (3 if len(shown) == 1 else 1)))
     if len(shown) != 2:
         return chosen
@@ -49,7 +49,12 @@ def describe(bands: Sequence[int], num_channels: int) -> str:
     """Describe how a picture shows the bands, or return an empty string for plain gray and RGB."""
     if not bands and num_channels in (1, 3):
         return ""
-    shown = list(bands) or list(range(min(len(COLORS), num_channels)))
+    shown = _choose_bands(bands, num_channels)
     if len(shown) == 1:
         return f"band {shown[0]} in gray"
     return f"bands {', '.join(map(str, shown))} as {', '.join(COLORS[: len(shown)])}"
+
+
+def _choose_bands(bands: Sequence[int], num_channels: int) -> list[int]:
+    """Return the bands that a picture shows, by default the first three."""
+    return list(bands) or list(range(min(len(COLORS), num_channels)))
