@@ -277,7 +277,7 @@ def test_the_extra_all_holds_what_users_need_and_nothing_that_compiles():
 def test_the_lowest_pins_are_the_lowest_that_pyproject_declares():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    tested_extras = (extras[name] for name in ("wandb", "slurm", "tensorboard", "data"))
+    tested_extras = (extras[name] for name in ("wandb", "slurm", "tensorboard", "data", "tiff"))
     declared = {}
     for requirement in itertools.chain(project["dependencies"], *tested_extras):
         if ">=" in requirement:
