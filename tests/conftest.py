@@ -42,6 +42,18 @@ def shared_data() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture
+def open_split(tmp_path) -> Callable[..., Any]:
+    """Return a function that opens a split of a data set, with a cache of the test's own."""
+    from ssl_pretrain.data.sources import DataConfig, open_source
+
+    def open_split(root, split="train", **options):
+        options = {"cache_dir": str(tmp_path / "cache")} | options
+        return open_source(DataConfig(root=str(root), **options), split)
+
+    return open_split
+
+
 @pytest.fixture(autouse=True)
 def reset_threads():
     """Reset the number of threads, which runs inside a test may change."""
