@@ -14,6 +14,7 @@ from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import ImageHeader
 from ssl_pretrain.data.messages import printable
+from ssl_pretrain.data.source_options import ROOT_HELP, add_source_options, data_config
 from ssl_pretrain.data.source_report import (
     ImageStatistics,
     check_channels,
@@ -57,13 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     # A range per channel tells the number of channels.
     channels = args.channels or (len(args.range) // 2 if len(args.range) in range(4, 66, 2) else 0)
-    config = DataConfig(
-        source=args.source,
-        root=args.root,
+    config = data_config(
+        args,
         train=args.train,
         val=args.val,
-        image_column=args.image_column,
-        label_column=args.label_column,
         range=list(args.range),
         channels=channels or DataConfig.channels,
     )
@@ -132,8 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "root",
         nargs="?",
         default="",
-        help="a folder, a .zip, a .beton, a list (.txt, .csv), or a file or folder of arrays or "
-        "tables (.npy, .npz, IDX, .parquet, .arrow); not needed for the digits",
+        help=f"{ROOT_HELP}; not needed for the digits",
     )
     parser.add_argument(
         "--train",
@@ -146,23 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         help="the validation images, or 'none' (default: found by name)",
     )
-    parser.add_argument(
-        "--source",
-        default="folder",
-        help="digits, cifar10, cifar100, stl10, folder or huggingface (default: folder)",
-    )
-    parser.add_argument(
-        "--image-column",
-        default="",
-        metavar="NAME",
-        help="the column or array with the images (default: found by type and name)",
-    )
-    parser.add_argument(
-        "--label-column",
-        default="",
-        metavar="NAME",
-        help="the column or array with the labels, or 'none' (default: found by type and name)",
-    )
+    add_source_options(parser)
     parser.add_argument(
         "--sample",
         type=NON_NEGATIVE_INT,

@@ -17,8 +17,8 @@ from ssl_pretrain.data.beton.beton_manifest import Manifest
 from ssl_pretrain.data.beton.check import find_problems
 from ssl_pretrain.data.beton.encoder import EncodingSettings
 from ssl_pretrain.data.beton.tables import RAW
-from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.pixels import WrongChannels
+from ssl_pretrain.data.source_options import ROOT_HELP, add_source_options, data_config
 from ssl_pretrain.data.source_report import check_images
 from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.schema import JPEG_QUALITY, NON_NEGATIVE_INT, NUM_THREADS, POSITIVE_INT
@@ -69,8 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
     write.add_argument(
         "root",
-        help="a folder, a .zip, a list of files, another .beton file, or arrays and tables (.npy, "
-        ".npz, IDX, .parquet, .arrow); '' for --source digits, or to download CIFAR-10",
+        help=f"{ROOT_HELP}; '' for --source digits, or to download CIFAR-10",
     )
     write.add_argument(
         "path",
@@ -78,18 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the .beton file to write; if its name is train.beton or val.beton, data.root may be "
         "its folder",
     )
-    write.add_argument(
-        "--source",
-        default="folder",
-        help="digits, cifar10, cifar100, stl10, folder or huggingface (default: folder)",
-    )
-    for kind in ("image", "label"):
-        write.add_argument(
-            f"--{kind}-column",
-            default="",
-            metavar="NAME",
-            help=f"the column or array with the {kind}s (default: found by type and name)",
-        )
+    add_source_options(write)
     write.add_argument(
         "--split",
         choices=("train", "val"),
@@ -156,13 +144,7 @@ def _write(args: argparse.Namespace) -> int:
             f"--page-size {args.page_size}: give a power of two of at least {_MIN_PAGE_BYTES:,}, "
             "FFCV's minimum"
         )
-    config = DataConfig(
-        source=args.source,
-        root=args.root,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        range=list(args.range),
-    )
+    config = data_config(args, range=list(args.range))
     try:
         source = open_source(config, args.split)
         check_images(source)

@@ -14,6 +14,7 @@ from ssl_pretrain.data.file_dataset import SplitName
 from ssl_pretrain.data.image_source import NoSuchSplit, Source
 from ssl_pretrain.data.messages import printable
 from ssl_pretrain.data.pixels import WrongChannels
+from ssl_pretrain.data.source_options import ROOT_HELP, add_source_options, data_config
 from ssl_pretrain.data.source_report import describe_counts
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.data.tar.tar_source import TarShards
@@ -62,13 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     index = commands.add_parser("index", help="make the indexes of shards before a run")
     write.add_argument(
         "root",
-        help="a folder, a .zip, a list of files, a .beton or other shards; '' for --source "
-        "digits, or to download CIFAR-10",
+        help=f"{ROOT_HELP}; '' for --source digits, or to download CIFAR-10",
     )
     write.add_argument("folder", type=Path, help="folder of the shards")
-    write.add_argument(
-        "--source", default="folder", help="digits, cifar10 or folder (default: folder)"
-    )
+    add_source_options(write)
     write.add_argument(
         "--split",
         choices=("train", "val"),
@@ -104,7 +102,7 @@ def parse_size(text: str) -> int:
 
 
 def _write(args: argparse.Namespace) -> int:
-    source = _open_source(DataConfig(source=args.source, root=args.root), args.split)
+    source = _open_source(data_config(args), args.split)
     limits = ShardSize(num_bytes=args.shard_size)
     if args.images_per_shard:
         limits = ShardSize(num_images=args.images_per_shard)

@@ -191,6 +191,21 @@ def test_the_command_writes_both_splits_and_inspect_reads_them(tmp_path, capsys)
     assert "  modes   RGB 6" in result.stdout
 
 
+def test_the_command_writes_the_columns_that_its_options_name(tmp_path):
+    generator = np.random.default_rng(0)
+    left, right = generator.integers(0, 256, (2, 6, 12, 9, 3), dtype=np.uint8)
+    arrays = {"left": left, "right": right, "kind": np.arange(6) % 2, "grade": np.arange(6) % 3}
+    np.savez(tmp_path / "cells.npz", **arrays)
+    root = str(tmp_path / "cells.npz")
+    for column, labels in (("kind", [0, 1] * 3), ("none", [-1] * 6)):
+        folder = tmp_path / column
+        options = ["--image-column", "right", "--label-column", column]
+        assert main(["write", root, str(folder), *options]) == 0
+        shards = open_shards(folder)
+        assert shards.labels.tolist() == labels
+        np.testing.assert_array_equal(shards.read(3), right[3])
+
+
 def test_the_command_refuses_wrong_arguments(tmp_path, capsys):
     assert main(["index", str(make_tar(tmp_path / "a" / "1.tar", []).parent.parent)]) == 2
     assert "error: data.root: " in capsys.readouterr().err
