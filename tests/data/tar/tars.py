@@ -1,11 +1,8 @@
 """Small tar shards for tests, made by tarfile or by our own writer."""
 
 import io
-import sys
 import tarfile
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from betons import encode_jpeg, write_images
 from loaders import build_loader, digest, digests
