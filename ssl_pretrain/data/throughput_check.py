@@ -104,6 +104,6 @@ def suggest_remedy(loader: Loader) -> str:
             "once for all views, or give the rank more cores"
         )
     return (
-        "write the .beton with a smaller --max-side (docs/data.md lists the cost), or give "
-        "the rank more cores"
+        "write the .beton with a smaller --max-side (docs/results/loading.md lists the cost), or "
+        "give the rank more cores"
     )

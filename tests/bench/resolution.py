@@ -1,4 +1,4 @@
-"""Measure the size and the pixel error of smaller stored images, for the table in docs/data.md.
+"""Measure the size and the pixel error of smaller stored images, for docs/results/loading.md.
 
     PYTHONPATH=. python tests/bench/resolution.py
 

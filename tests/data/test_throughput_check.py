@@ -57,8 +57,8 @@ def test_a_slow_loader_is_named_with_the_remedy(loader, four_cores):
     )
     loader.reader = replace(loader.reader, kind=ReaderKind.THREADS)
     assert throughput_check.suggest_remedy(loader) == (
-        "write the .beton with a smaller --max-side (docs/data.md lists the cost), or give "
-        "the rank more cores"
+        "write the .beton with a smaller --max-side (docs/results/loading.md lists the cost), or "
+        "give the rank more cores"
     )
 
 
