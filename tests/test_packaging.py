@@ -218,7 +218,9 @@ def users_folder(tmp_path) -> Path:
     return tmp_path / "user"
 
 
-@pytest.mark.parametrize("kind", ["build_wheel", "build_editable"])
+@pytest.mark.parametrize(
+    "kind", ["build_wheel", pytest.param("build_editable", marks=pytest.mark.full)]
+)
 def test_an_installed_package_runs_beside_the_users_own_eval_and_launch(
     clone, users_folder, tmp_path, kind
 ):

@@ -219,6 +219,7 @@ def test_torchvision_is_refused_for_four_channels(folder_of_run, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_an_onnx_model_takes_four_channels(folder_of_run, tmp_path):
     pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
     run = load(folder_of_run(4))
