@@ -12,6 +12,7 @@ No value is composited or rotated. Values wider than 8 bits become 8 bits by `da
 
 import io
 import logging
+from functools import cache
 
 import numpy as np
 import tifffile
@@ -26,6 +27,7 @@ _ALPHA = (1, 2)  # values of the tag ExtraSamples
 MAX_VALUES = 1 << 29  # per image, as many as Pillow's limit of pixels allows in RGB
 # Compressions that tifffile decodes itself: none, deflate, PackBits and LZMA.
 _PLAIN_COMPRESSIONS = (1, 8, 32773, 32946, 34925)
+_OPTIONAL_COMPRESSIONS = {50000: "zstd", 50001: "webp"}  # by the names that Pillow has for them
 
 # tifffile reports unusual tags of readable files. Without a handler, Python prints the reports. A
 # program that configures logging still gets them.
@@ -57,7 +59,12 @@ def has_bands(content: bytes) -> bool:
             page = file.pages.first
             if page.photometric not in _PLAIN_PHOTOMETRICS:  # palettes, inks and other color spaces
                 return has_pages
-            return has_pages or _has_unusual_bands(page) or not _opens_with_pillow(content)
+            return (
+                has_pages
+                or _has_unusual_bands(page)
+                or not _pillow_has(int(page.compression))
+                or not _opens_with_pillow(content)
+            )
     except Exception:  # Pillow names the damage
         return False
 
@@ -67,6 +74,22 @@ def _has_unusual_bands(page: tifffile.TiffPage) -> bool:
     has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in _ALPHA
     num_colors = page.samplesperpixel - has_alpha
     return num_colors not in (1, 3) or (page.samplesperpixel > 1 and page.bitspersample > 8)
+
+
+@cache
+def _pillow_has(compression: int) -> bool:
+    """Return False for a compression that Pillow knows, but was built without.
+
+    It opens such a TIFF, and cannot decode it.
+    """
+    if compression not in _OPTIONAL_COMPRESSIONS:
+        return True
+    name = _OPTIONAL_COMPRESSIONS[compression]
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), "TIFF", compression=name)
+    except Exception:  # an OSError or a RuntimeError, depending on its version
+        return False
+    return True
 
 
 def _opens_with_pillow(content: bytes) -> bool:

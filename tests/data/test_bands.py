@@ -101,10 +101,10 @@ def test_alpha_is_a_channel_where_there_are_that_many():
     assert [header.can_become(count) for count in (1, 2, 3, 4)] == [True, True, True, False]
 
 
-@pytest.mark.parametrize("kind", ["float64", "int64", "zstd", "jpeg2000"])
+@pytest.mark.parametrize("kind", ["float64", "int64", "zstd", "webp", "jpeg2000"])
 def test_gray_and_color_that_pillow_does_not_know_are_read(kind):
     value_range = (0.0, 4000.0)
-    if kind in ("zstd", "jpeg2000"):
+    if kind in ("zstd", "webp", "jpeg2000"):
         color = BANDS[..., :3]
         pytest.importorskip("imagecodecs", reason="the extra `tiff` is not installed")
         options = {"compression": kind, "photometric": "rgb"}

@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -171,21 +171,33 @@ def _write_classes(classes: list[str], folder: Path) -> None:
 
 
 @contextmanager
-def _lock_folder(folder: Path, split: str) -> Iterator[BinaryIO]:
+def _lock_folder(folder: Path, split: str) -> Iterator[None]:
     """Hold the lock of one write.
 
     Raises:
         ValueError: If another process writes the same shards.
     """
     path = folder / f".{split}.lock"
-    with path.open("ab") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"{folder}: another process is writing the {split} shards; wait until it ends, or "
-                "stop it"
-            ) from None
-        yield file
+    with ExitStack() as files:
+        file = files.enter_context(path.open("ab"))
+        while not _lock(file, path):
+            file = files.enter_context(path.open("ab"))
+        yield
         path.unlink(missing_ok=True)
+
+
+def _lock(file: BinaryIO, path: Path) -> bool:
+    """Lock a file, and return False if a write that just ended has removed it from its path."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        split = path.stem.removeprefix(".")
+        raise ValueError(
+            f"{path.parent}: another process is writing the {split} shards; wait until it ends, or "
+            "stop it"
+        ) from None
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False

@@ -1,5 +1,6 @@
 """`shards write` makes the same bytes whatever interrupts it, from any source."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -155,6 +156,27 @@ def test_two_processes_do_not_write_the_same_shards(written, tmp_path):
         f"{tmp_path}: another process is writing the train shards; wait until it ends, or stop it"
     )
     assert len(list(first)) == 2
+
+
+def test_a_lock_that_another_write_removes_is_taken_again(written, tmp_path, monkeypatch):
+    """A write may end after the next one has opened its lock, and before it has locked it."""
+    path = tmp_path / ".train.lock"
+    path.touch()
+    flock, calls = fcntl.flock, []
+
+    def end_first_write(file, operation):
+        calls.append(operation)
+        if len(calls) == 1:
+            path.unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", end_first_write)
+    second = write_shards(written[0], tmp_path, "train", ShardSize(num_images=20))
+    next(second)
+    with pytest.raises(ValueError, match="another process is writing"):
+        list(write_shards(written[0], tmp_path, "train", ShardSize(num_images=20)))
+    assert len(list(second)) == 2
+    assert not path.exists()
 
 
 def test_the_command_writes_both_splits_and_inspect_reads_them(tmp_path, capsys):
