@@ -200,10 +200,18 @@ def s3_server() -> Iterator[S3Server]:
 
 
 def restart_server(server: S3Server, proxy: FaultyProxy) -> None:
-    """Kill the server and start it again. The proxy refuses until the objects are back."""
+    """Kill the server and start it again.
+
+    The proxy refuses until the objects are back and a request was refused, for at most 30 seconds
+    more. Without the second condition a loader that is far ahead may not notice.
+    """
+    num_refused = proxy.counts["refused"]
     proxy.is_open = False
     server.stop()
     server.start()
+    deadline = time.monotonic() + 30
+    while proxy.counts["refused"] == num_refused and time.monotonic() < deadline:
+        time.sleep(0.01)
     proxy.is_open = True
 
 
