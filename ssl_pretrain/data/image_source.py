@@ -22,6 +22,8 @@ from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.zip_archive import read_span
 from ssl_pretrain.system.platform_support import BINARY, NONBLOCK
 
+_NUM_PROBED_ITEMS = 256  # evenly spaced items whose content is part of the fingerprint
+
 
 class NoSuchSplit(ValueError):
     """The data set has no folder or list for this split."""
@@ -135,7 +137,7 @@ class Source(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the paths, labels and order, but not the pixels, as 16 hexadecimal digits.
+        """Digest of the labels, the classes, the order and the identity, as 16 hexadecimal digits.
 
         A run can only be resumed with a source that has the same fingerprint.
         """
@@ -146,7 +148,10 @@ class Source(ABC):
 
     @abstractmethod
     def _identity(self) -> bytes:
-        """Return bytes that identify the list of images."""
+        """Return bytes that identify the images in their order.
+
+        These are the paths of files, the keys and lengths in shards, or a digest of a few images.
+        """
 
 
 class EncodedSource(Source):
@@ -167,12 +172,16 @@ class EncodedSource(Source):
 class NumberedSource(Source):
     """A source of the items of a table, array or object, whose subsets keep the items' numbers.
 
+    Subclasses set `_digest` to a digest of the content of a few items.
+
     Args:
         full_path: Name of the data set, for messages.
         labels: Index of each item's class, or -1.
         classes: Names of the classes.
         pixel_format: Number of channels and range of the images.
     """
+
+    _digest: bytes
 
     def __init__(
         self,
@@ -193,6 +202,14 @@ class NumberedSource(Source):
         subset = super().take(indices)
         subset._item_numbers = self._item_numbers[indices]
         return subset
+
+    def _probed_indices(self) -> list[int]:
+        """Return the indices of evenly spaced items, for `_digest`."""
+        indices = np.linspace(0, len(self) - 1, _NUM_PROBED_ITEMS).astype(np.int64)
+        return np.unique(indices).tolist()
+
+    def _identity(self) -> bytes:
+        return self._digest + self._item_numbers.tobytes()
 
 
 class ImageFiles(EncodedSource):

@@ -110,9 +110,6 @@ class PythonSource(NumberedSource):
             digest.update(repr(pixels.shape).encode() + pixels.tobytes())
         return digest.digest()
 
-    def _identity(self) -> bytes:
-        return self._digest + self._item_numbers.tobytes()
-
 
 def index_labels(
     name: str,

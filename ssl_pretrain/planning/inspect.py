@@ -230,7 +230,7 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
         modes = [f"{mode} {count:,}" for mode, count in statistics.modes.most_common()]
         lines.append(f"  modes   {', '.join(modes)}")
     lines += _channel_lines(statistics)
-    if statistics.num_colors:
+    if statistics.num_channels:
         names = "red, green, blue" if statistics.num_channels == 3 else "per channel"
         unit = f"({names}, in [0, 1]; each image has equal weight)"
         lines.append(f"  mean    {_format_channels(statistics.mean)} {unit}")
@@ -243,7 +243,7 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
             f"{len(statistics.ranges):,} images wider than 8 bits (excluding the lowest and "
             f"highest 0.1 %{per_channel})"
         )
-        if statistics.num_colors and statistics.num_gray_levels < _MIN_GRAY_LEVELS:
+        if statistics.num_channels and statistics.num_gray_levels < _MIN_GRAY_LEVELS:
             lines.append(
                 "          without data.range, 16-bit images would keep only "
                 f"{statistics.num_gray_levels} of 256 gray levels"
@@ -261,16 +261,18 @@ def _channel_lines(statistics: ImageStatistics) -> list[str]:
     """Return a line with the channels of the views, and one per other number in the files."""
     wanted, lines = statistics.num_channels, []
     total = sum(statistics.stored_channels.values())
-    for (found, has_alpha), count in statistics.stored_channels.most_common():
-        header = ImageHeader("", 0, 0, 1, None, found, has_alpha)
+    for (num_channels, has_alpha), count in statistics.stored_channels.most_common():
+        header = ImageHeader("", 0, 0, 1, None, num_channels, has_alpha)
         if header.num_stored == wanted:
             continue
         if not header.can_become(wanted):
             consequence = f"which cannot become {wanted}, so they are unreadable"
         elif has_alpha:
             consequence = "the last one alpha, which is composited on black"
+        elif num_channels == 1:
+            consequence = "gray, which is repeated"
         else:
-            consequence = "gray, which is repeated" if found == 1 else "color, which becomes gray"
+            consequence = "color, which becomes gray"
         lines.append(
             f"          {count:,} of {total:,} images have {header.num_stored} "
             f"channel{'s' if header.num_stored > 1 else ''}, {consequence}"

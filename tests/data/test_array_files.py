@@ -248,9 +248,9 @@ def test_a_beton_of_an_array_has_its_fingerprint(tmp_path, open_split):
     path = write_npz(tmp_path / "data.npz")
     beton = tmp_path / "train.beton"
     assert beton_command.main(["write", str(path), str(beton), "--workers", "1"]) == 0
-    written = open_split(beton)
-    np.testing.assert_array_equal(read_all(written), TRAIN)
-    assert written.fingerprint == open_split(path).fingerprint
+    source = open_split(beton)
+    np.testing.assert_array_equal(read_all(source), TRAIN)
+    assert source.fingerprint == open_split(path).fingerprint
 
 
 REFUSED = {

@@ -24,7 +24,6 @@ from ssl_pretrain.data.pixels import (
 )
 from ssl_pretrain.system.platform_support import read_into
 
-NUM_PROBED_IMAGES = 256  # evenly spaced images whose values are part of the fingerprint
 _REMEDY = "give (n, height, width), (n, height, width, channels) or (n, channels, height, width)"
 
 
@@ -134,16 +133,12 @@ class ArraySource(NumberedSource):
     def _probe(self) -> bytes:
         """Return a digest of the number of images, their format, and the values of a few."""
         digest = hashlib.sha256()
-        indices = np.linspace(0, len(self) - 1, NUM_PROBED_IMAGES).astype(np.int64)
-        for index in np.unique(indices).tolist():
+        for index in self._probed_indices():
             values = self.values(index)
             values = values.astype(values.dtype.newbyteorder("<"))
             digest.update(f"{index} {values.dtype.str} {values.shape} ".encode())
             digest.update(np.ascontiguousarray(values).data)
         return digest.digest()
-
-    def _identity(self) -> bytes:
-        return self._digest + self._item_numbers.tobytes()
 
 
 def find_axes(array: StoredArray, num_channels: int) -> str:

@@ -19,8 +19,6 @@ from ssl_pretrain.data.images import ImageHeader, decode, read_header
 from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.python_source import PythonSource, index_labels
 
-_NUM_PROBED_IMAGES = 256  # evenly spaced images whose bytes are part of the fingerprint
-
 
 class EncodedColumn(NumberedSource, EncodedSource):
     """Encoded images in a column of a Hugging Face data set.
@@ -94,17 +92,13 @@ class EncodedColumn(NumberedSource, EncodedSource):
     def _probe(self) -> bytes:
         """Return a digest of the bytes of a few images."""
         digest = hashlib.sha256()
-        indices = np.linspace(0, len(self) - 1, _NUM_PROBED_IMAGES).astype(np.int64)
-        for index in np.unique(indices).tolist():
+        for index in self._probed_indices():
             try:
                 content = self._stored_bytes(index)
             except OSError:
                 content = b""
             digest.update(f"{index} {len(content)} ".encode() + content)
         return digest.digest()
-
-    def _identity(self) -> bytes:
-        return self._digest + self._item_numbers.tobytes()
 
 
 def open_table(
