@@ -1,0 +1,1 @@
+"""Vectors of images in files, and nearest-neighbor indexes of them."""
