@@ -54,6 +54,15 @@ def open_split(tmp_path) -> Callable[..., Any]:
     return open_split
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, started once for all tests of pages."""
+    import browser_checks
+
+    with browser_checks.start_browser() as driver:
+        yield driver
+
+
 @pytest.fixture(autouse=True)
 def reset_threads():
     """Reset the number of threads, which runs inside a test may change."""

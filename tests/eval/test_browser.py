@@ -6,66 +6,26 @@ metrics.jsonl.
 
 import json
 import re
-import shutil
 import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
+import browser_checks
 import pytest
+from browser_checks import console_entries, open_page
 from run_with_report import make_run_with_report, write_metrics
 from untrained_run import make_run
 
 from ssl_pretrain.eval import compare
 from ssl_pretrain.eval.html import live, sections
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER),
-    reason="chromium and chromedriver are not installed: apt-get install chromium chromium-driver",
-)
-SIZES = """return [...document.querySelectorAll("img, svg")].map(e => {
-  const box = e.getBoundingClientRect();
-  return [e.tagName, box.width, box.height, e.tagName === "IMG" ? e.naturalWidth : 1]; });"""
-ARGUMENTS = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage"
+pytestmark = browser_checks.needs_browser
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     return make_run_with_report(tmp_path_factory.mktemp("runs") / "digits")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    selenium = pytest.importorskip(
-        "selenium.webdriver", reason="selenium is not installed: pip install selenium"
-    )
-    options = selenium.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in (*ARGUMENTS.split(), "--window-size=1200,2400"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = selenium.Chrome(options=options, service=selenium.ChromeService(DRIVER))
-    driver.set_page_load_timeout(120)
-    yield driver
-    driver.quit()
-
-
-def console_entries(browser, *levels):
-    return [entry for entry in browser.get_log("browser") if entry["level"] in levels]
-
-
-def open_page(browser, address):
-    """Open a page, check what must hold for every page, and return its text."""
-    browser.get(address)
-    sizes = browser.execute_script(SIZES)
-    assert sizes
-    for tag, *lengths in sizes:
-        assert min(lengths) > 0, (tag, lengths)
-    assert console_entries(browser, "SEVERE", "WARNING") == []
-    fits_script = "return document.documentElement.scrollWidth <= window.innerWidth"
-    assert browser.execute_script(fits_script)
-    return browser.find_element("tag name", "body").text
 
 
 def count_points(browser, label):
