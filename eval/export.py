@@ -3,17 +3,24 @@
 `load(OUT)` returns the exported backbone.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ssl_pretrain.data.pixels import PixelFormat
 from ssl_pretrain.eval import command_line, results, spectrum
 from ssl_pretrain.eval.exporting import model_card, onnx
+from ssl_pretrain.eval.exporting.export_folder import (
+    WEIGHTS,
+    is_export,
+    load,
+    read_arguments,
+    sha256,
+)
 from ssl_pretrain.eval.exporting.reference import (
     ARGUMENTS_FILE,
     REFERENCE_FILE,
@@ -22,11 +29,13 @@ from ssl_pretrain.eval.exporting.reference import (
     reference_images,
 )
 from ssl_pretrain.eval.frozen import evaluation_split, features
+from ssl_pretrain.eval.image_transform import ImageTransform
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.models import backbones, components, timm_networks
+from ssl_pretrain.models import timm_networks
 from ssl_pretrain.system import durable_files
 
-WEIGHTS = "model.safetensors"
+__all__ = ["check", "export", "load", "load_transform"]
+
 TORCHVISION_TOLERANCE = 1e-5  # largest difference, relative to the largest feature
 NUM_COLLAPSE_IMAGES = 512  # training images whose features are tested for collapse
 # Smallest accepted effective rank of the centered features, and smallest accepted spread of the
@@ -108,6 +117,9 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
             network, the folder contains something else, or onnx is not installed.
     """
     formats = formats or ["timm"]
+    source = Path(run.config.backbone.init).parent
+    if is_export(source):
+        raise ValueError(f"{source}: is an export already; give the run that it was exported from")
     if "onnx" in formats:
         onnx.require_packages()
     if folder.exists() and any(folder.iterdir()) and not (folder / ARGUMENTS_FILE).exists():
@@ -135,7 +147,7 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     (folder / ARGUMENTS_FILE).touch()
     for name in (WEIGHTS, REFERENCE_FILE):  # safetensors writes files that only the owner can read
         durable_files.copy_permissions(folder / ARGUMENTS_FILE, folder / name)
-    arguments = build_arguments(run) | {"sha256": _sha256(folder / WEIGHTS), "formats": formats}
+    arguments = build_arguments(run) | {"sha256": sha256(folder / WEIGHTS), "formats": formats}
     (folder / ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=1) + "\n")
     load(folder)
     onnx_section = (
@@ -145,35 +157,21 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     return folder
 
 
-def load(folder: str | Path) -> components.Backbone:
-    """Load an exported backbone in evaluation mode on the CPU.
-
-    The features of the reference images are checked against the exported ones.
+def load_transform(folder: str | Path) -> ImageTransform:
+    """Return the transform that turns an image into the input of an exported backbone.
 
     Raises:
-        ValueError: If a file is missing or damaged, a key is missing or unexpected, or the features
-            differ.
+        ValueError: If a file of the export is missing.
     """
-    folder = Path(folder)
-    if missing := [
-        name for name in (WEIGHTS, ARGUMENTS_FILE, REFERENCE_FILE) if not (folder / name).is_file()
-    ]:
-        raise ValueError(
-            f"{folder}: {', '.join(missing)} is missing; give a folder that eval.export wrote"
-        )
-    arguments = json.loads((folder / ARGUMENTS_FILE).read_text())
-    if _sha256(folder / WEIGHTS) != arguments["sha256"]:
-        raise ValueError(
-            f"{folder / WEIGHTS}: is damaged: its SHA-256 differs from the one in {ARGUMENTS_FILE};"
-            " copy or export it again"
-        )
-    config = timm_networks.BackboneConfig(
-        arguments["architecture"], arguments["stem"], args=arguments["args"]
+    view = read_arguments(Path(folder))["input"]
+    return ImageTransform(
+        view["size"],
+        view["crop_ratio"],
+        view["interpolation"],
+        tuple(view["mean"]),
+        tuple(view["std"]),
+        PixelFormat(view["channels"], tuple(map(float, view["range"])) or None),
     )
-    backbone = backbones.build(config, arguments["built_for"])
-    backbones.load_strict(backbone, load_file(folder / WEIGHTS), str(folder / WEIGHTS), exact=True)
-    check(backbone, folder)
-    return backbone.eval()
 
 
 def build_arguments(run: Run) -> dict[str, Any]:
@@ -197,6 +195,7 @@ def build_arguments(run: Run) -> dict[str, Any]:
             "mean": list(config.views.mean),
             "std": list(config.views.std),
         },
+        "precision": config.parallel.precision,
         "method": config.method.name,
         **run.provenance(),
     }
@@ -274,11 +273,6 @@ def find_problems(run: Run) -> list[str]:
             f" {MIN_EFFECTIVE_RANK:g}), spread {spread:.2g} (must be at least {MIN_SPREAD:g})"
         )
     return problems
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.config import RunConfig, channels
 from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.distributed import process_group
+from ssl_pretrain.eval.exporting import export_folder
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
 from ssl_pretrain.parallel.execution import Execution
@@ -93,8 +94,8 @@ def load_run(
     """Load the network to evaluate from the newest intact checkpoint of a run.
 
     Args:
-        run: Folder of the run, a file of weights, or timm:<tag>. With weights, the overrides must
-            set data.* and, unless the tag names the network, backbone.name.
+        run: Folder of the run or of an export, a file of weights, or timm:<tag>. With weights, the
+            overrides must set data.* and, unless the tag names the network, backbone.name.
         checkpoint_path: One of the run's checkpoints. Default: the newest intact one.
         overrides: key=value settings of `RUN_SECTIONS`, such as data.root if the images have moved.
         device: A torch device, or auto for cuda if it is available and cpu otherwise.
@@ -113,6 +114,13 @@ def load_run(
                 " the option out"
             )
         return load_external_weights(str(run), overrides, torch.device(device), is_evaluated)
+    if export_folder.is_export(path):
+        if checkpoint_path:
+            raise ValueError(
+                f"--checkpoint {checkpoint_path}: {run} is an export and has no checkpoints; leave"
+                " the option out"
+            )
+        return load_export(path, overrides, torch.device(device), is_evaluated)
     if not path.is_dir():
         raise ValueError(f"{path}: no such run folder; give the `output` of a run's config")
     folder = Path(checkpoint_path) if checkpoint_path else newest_checkpoint(path)
@@ -209,6 +217,45 @@ def load_external_weights(
         network="published weights",
         checkpoint_path=Path(init),
         view_size=size,
+        image_size=size,
+        device=device,
+    )
+
+
+def load_export(
+    folder: Path, overrides: list[str], device: torch.device, is_evaluated: bool = True
+) -> Run:
+    """Load an exported backbone. Its results go to the folder `output`.
+
+    The transform is that of the run's evaluations.
+
+    Args:
+        folder: Folder of the export.
+        overrides: key=value settings of the sections in `RUN_SECTIONS`, and `output`.
+        device: Device of the network.
+        is_evaluated: True to create the folder of the results.
+
+    Raises:
+        ValueError: If a file of the export is missing or damaged, or a setting is not allowed.
+    """
+    _check_overrides(overrides, (*RUN_SECTIONS, "output"), str(folder))
+    arguments = export_folder.read_arguments(folder)
+    _check_channels(overrides, {"data": {"channels": arguments["input"]["channels"]}})
+    run_config = export_folder.evaluation_config(folder, overrides)
+    size = run_config.evaluation.image_size or arguments["input"]["size"]
+    image_size_check.check(run_config.backbone, {"evaluation.image_size": size})
+    path = Path(run_config.output or f"runs/{folder.resolve().name}")
+    if is_evaluated:
+        _write_config(path, run_config)
+        print_progress(f"{folder}: {arguments['architecture']}; results in {path}")
+    return Run(
+        path=path,
+        config=run_config,
+        backbone=prepare_for_evaluation(export_folder.load(folder), device),
+        step=arguments["step"],
+        network=arguments["network"],
+        checkpoint_path=Path(arguments["checkpoint"]),
+        view_size=arguments["built_for"],
         image_size=size,
         device=device,
     )

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from untrained_run import checkpoint_of, edit_manifest, make_run, renew_manifest
 
+import ssl_pretrain
 from ssl_pretrain import config
 from ssl_pretrain.build import build_method
 from ssl_pretrain.eval import export, knn, runs
 from ssl_pretrain.eval.exporting import onnx, reference
+from ssl_pretrain.eval.image_transform import ImageTransform
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
 
@@ -290,3 +292,28 @@ def test_the_facts_of_a_network_without_attention_have_no_head_count():
     facts = reference.architecture_facts(backbone)
     assert facts["feature_dim"] == backbone.feature_dim
     assert "num_heads" not in facts
+
+
+def test_the_transform_of_an_export_is_that_of_the_run(tmp_path):
+    values = ("data.channels=1", "data.range=[0,4095]", "evaluation.crop_ratio=0.7")
+    run = runs.load_run(make_run(tmp_path / "run", *values), device="cpu")
+    folder = export.export(run, tmp_path / "out", force=True)
+    assert export.load_transform(folder) == ImageTransform.of_run(run)
+
+
+def test_an_export_is_loaded_in_place_of_a_run(vit_export, tmp_path):
+    run = runs.load_run(vit_export, None, [f"output={tmp_path / 'results'}"], device="cpu")
+    assert (run.step, run.network, run.checkpoint_path.name) == (7, "student", "step_00000007")
+    assert ImageTransform.of_run(run) == export.load_transform(vit_export)
+    backbone, transform = ssl_pretrain.load_backbone(vit_export, device="cpu")
+    expected = ssl_pretrain.load_backbone(vit_export.parent / "vit", device="cpu")
+    assert transform == expected[1]
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(backbone(images), expected[0](images), rtol=0, atol=0)
+    assert error_of(runs.load_run, vit_export, "step_00000007") == (
+        f"--checkpoint step_00000007: {vit_export} is an export and has no checkpoints; leave the"
+        " option out"
+    )
+    assert error_of(export.export, run, tmp_path / "again") == (
+        f"{vit_export}: is an export already; give the run that it was exported from"
+    )
