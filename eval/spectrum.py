@@ -6,12 +6,16 @@ eigenvalues as a percentage of the sum of all eigenvalues. It is near 100 for a 
 has collapsed into a few directions. The effective rank is the exponential of the entropy of the
 normalized eigenvalues. The variance is the sum of all eigenvalues as a percentage of its maximum.
 It is 100 for vectors that fill the sphere evenly and 0 for a single point. No labels are needed.
-The result is printed and saved to RUN/eval/spectrum.json.
+The result is printed and saved to RUN/eval/spectrum.json. All eigenvalues are in
+RUN/eval/CHECKPOINT/spectrum_eigenvalues.csv.
 
     python -m ssl_pretrain.eval.spectrum runs/demo
 """
 
+import csv
+import io
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +23,19 @@ from torch import Tensor, nn
 
 from ssl_pretrain import config, rng
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
+from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import command_line, results
 from ssl_pretrain.eval.frozen import features, named_features
 from ssl_pretrain.eval.frozen.evaluation_split import BATCH_SIZE, EvaluationSplit, open_images
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.models import backbones
+from ssl_pretrain.system import durable_files
 
 NUM_TOP = 5  # number of largest eigenvalues in the top-5 share
 MAX_IMAGES = 10000  # training images to embed
+
+# Eigenvalues in descending order, by row of the result and by "embeddings" or "features".
+Eigenvalues = dict[tuple[str, str], list[float]]
 
 
 def main(arguments: list[str]) -> None:
@@ -57,7 +66,8 @@ def evaluate(run: Run, feature: str = named_features.POOLED) -> dict[str, Any]:
     named_features.network_of_feature(run.backbone, feature)  # refuses before anything is computed
     source = open_images(run, "train")
     split = EvaluationSplit(run, source).random_subset(MAX_IMAGES)
-    rows = []
+    rows: list[results.Row] = []
+    eigenvalues: Eigenvalues = {}
     for name in ("random, as built", "pretrained"):
         backbone, projector = build_backbone_and_projector(run, is_pretrained=name == "pretrained")
         pooled_features, _ = features.extract(backbone, split)
@@ -68,6 +78,8 @@ def evaluate(run: Run, feature: str = named_features.POOLED) -> dict[str, Any]:
             values, _ = features.extract(named_features.Feature(backbone, feature), split)
         metrics |= spectrum_metrics("features", values)
         rows.append(results.Row(name, metrics))
+        for vectors, matrix in (("embeddings", embeddings), ("features", values)):
+            eigenvalues[name, vectors] = covariance_spectrum(matrix).tolist()
     origin = "output of the backbone" if feature == named_features.POOLED else feature
     protocol = {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name};"
@@ -82,12 +94,15 @@ def evaluate(run: Run, feature: str = named_features.POOLED) -> dict[str, Any]:
         " eigenvalues; variance: sum of all eigenvalues, in percent of its maximum",
         "images": f"{run.config.data.source}: {len(split)} training images in evaluation views",
     }
+    name, provenance = f"spectrum{results.suffix_of_feature(feature)}", run.provenance()
+    if process_group.is_main():
+        save_eigenvalues(eigenvalues_path(run.path, name, provenance["checkpoint"]), eigenvalues)
     return results.save(
         run.path,
-        f"spectrum{results.suffix_of_feature(feature)}",
+        name,
         protocol,
         rows,
-        run.provenance(),
+        provenance,
         time.monotonic() - start,
         measure=results.measure_of_feature("spectrum", feature),
     )
@@ -148,6 +163,40 @@ def covariance_spectrum(vectors: Tensor) -> Tensor:
     directions = nn.functional.normalize(vectors.double(), dim=1)
     centered = directions - directions.mean(dim=0)
     return torch.linalg.eigvalsh(centered.T @ centered / len(centered)).clamp(min=0).flip(0)
+
+
+def eigenvalues_path(run: Path, name: str, checkpoint: str) -> Path:
+    """Return the path of the file with the eigenvalues of a result.
+
+    Args:
+        run: Folder of the run.
+        name: Name of the result, such as spectrum.
+        checkpoint: Name of the checkpoint.
+    """
+    return run / "eval" / checkpoint / f"{name}_eigenvalues.csv"
+
+
+def save_eigenvalues(path: Path, eigenvalues: Eigenvalues) -> None:
+    """Write eigenvalues as a CSV file with one line per eigenvalue."""
+    content = io.StringIO()
+    writer = csv.writer(content, lineterminator="\n")
+    writer.writerow(["network", "vectors", "index", "eigenvalue"])
+    for (network, vectors), values in eigenvalues.items():
+        for index, value in enumerate(values, start=1):
+            writer.writerow([network, vectors, index, f"{value:.9g}"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durable_files.replace(path, content.getvalue())
+
+
+def read_eigenvalues(path: Path) -> Eigenvalues:
+    """Read a file that `save_eigenvalues` wrote. The result is empty if the file is missing."""
+    eigenvalues: Eigenvalues = {}
+    if path.is_file():
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                key = (line["network"], line["vectors"])
+                eigenvalues.setdefault(key, []).append(float(line["eigenvalue"]))
+    return eigenvalues
 
 
 if __name__ == "__main__":

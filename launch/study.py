@@ -34,9 +34,13 @@ class Study:
     set: list[str] = field(default_factory=list)  # overrides for all variants
     small_heads: bool = False  # apply each method's SMALL_CONFIG and PRESET_OVERRIDES
     every_method: bool = False  # add one variant per method
+    seeds: list[int] = field(default_factory=lambda: [0])  # one run of every variant per seed
+    seed_by_seed: bool = False  # start all variants with one seed before the next seed
     columns: list[str] = field(default_factory=lambda: list(study_table.DEFAULT_COLUMNS))
     plot_against: str = ""  # numeric key on the x-axis; if empty, a bar is drawn per variant
-    curves: bool = False  # also plot the k-NN accuracy during training
+    curves: bool = False  # also plot `curve_metrics` during training
+    curve_metrics: list[str] = field(default_factory=lambda: ["knn"])
+    spectrum: bool = False  # also plot all eigenvalues of the covariance
     runs: list[Variant] = field(default_factory=list)
 
     def evaluation_names(self) -> list[str]:
@@ -91,16 +95,17 @@ def load(path: str | Path) -> Study | None:
 def plan_runs(
     study: Study, path: str | Path, base: str | None, overrides: Sequence[str]
 ) -> list[PlannedRun]:
-    """Plan every variant with every seed, in the order of the table.
+    """Plan every variant with every seed, in the order in which they are run.
 
     Args:
         study: The study.
         path: YAML of the study. Its name is part of the default output folder.
         base: Base configuration to use instead of those of the study and its variants.
-        overrides: key=value settings for all runs. seed=0,1,2 plans three runs per variant.
+        overrides: key=value settings for all runs. seed=0,1,2 plans three runs per variant,
+            instead of one per seed of the study.
     """
     shared_settings = dict(override.partition("=")[::2] for override in overrides)
-    seeds = shared_settings.pop("seed", "0").split(",")
+    seeds = shared_settings.pop("seed", ",".join(map(str, study.seeds))).split(",")
     has_own_bases = base is None and any(variant.base for variant in study.runs)
     base_name = "" if has_own_bases else f"_{Path(base or study.base).stem}"
     folder = shared_settings.pop("output", f"runs/{Path(path).stem}{base_name}")
@@ -122,6 +127,8 @@ def plan_runs(
             config = configuration.load(variant_base, run_overrides)
             config, run_overrides = with_group(config, run_overrides)
             runs.append(PlannedRun(variant.name, variant_base, config, run_overrides))
+    if study.seed_by_seed:
+        runs.sort(key=lambda run: seeds.index(str(run.config.seed)))  # a stable sort
     return runs
 
 

@@ -38,6 +38,11 @@ class Config(MethodConfig):
     without_predictor: bool = setting(
         False, "Omit the predictor. This ablation collapses (table 5b of the paper)."
     )
+    without_momentum: bool = setting(
+        False,
+        "Replace the teacher by a copy of the student after every step, as an ablation (table 5a "
+        "of the paper).",
+    )
     teacher_starts: Literal["copied", "redrawn"] = setting(
         "copied",
         "Initial weights of the teacher. copied: equal to the student's. redrawn: drawn "
@@ -97,7 +102,9 @@ class BYOL(Method):
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
         """Update the teacher with the momentum of the step that was just taken."""
-        self.teacher.update(self, rising_momentum(progress, self.config.momentum), self.step_taken)
+        is_copy = self.config.without_momentum
+        momentum = 0.0 if is_copy else rising_momentum(progress, self.config.momentum)
+        self.teacher.update(self, momentum, self.step_taken)
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
         """Monitor the first view's prediction and the teacher's embedding of the second view."""

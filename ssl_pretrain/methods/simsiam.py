@@ -8,6 +8,8 @@ constant learning rate of the paper, set optim.constant_lr_names: [predictor].
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from ssl_pretrain.losses import distillation
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.components import Backbone, mlp
@@ -29,7 +31,10 @@ class Config(MethodConfig):
         512, "Width of the predictor's hidden layer, a quarter of its output width."
     )
     without_stop_gradient: bool = setting(
-        False, "Ablation: no stop-gradient, which collapses (table 1 of the paper)."
+        False, "Ablation: no stop-gradient, which collapses (figure 2 of the paper)."
+    )
+    without_predictor: bool = setting(
+        False, "Omit the predictor. This ablation collapses (table 1 of the paper)."
     )
 
     def build(self, backbone: Backbone) -> Method:
@@ -46,7 +51,9 @@ class SimSiam(Method):
             backbone.feature_dim, *config.projector_dims, last_batch_norm=True, last_affine=False
         )
         dim = config.projector_dims[-1]
-        self.predictor = mlp(dim, config.predictor_dim, dim)
+        self.predictor = (
+            nn.Identity() if config.without_predictor else mlp(dim, config.predictor_dim, dim)
+        )
 
     def forward(self, batch: Batch) -> Embeddings:
         """Return both views' predictions and embeddings, all (local_batch, dim).

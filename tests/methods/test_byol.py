@@ -76,3 +76,11 @@ def test_the_heads_have_the_authors_biases():
         assert len(head) == 4
         assert head[0].bias is not None
         assert head[-1].bias is None
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_without_momentum_the_teacher_has_the_students_weights_after_every_step(step):
+    method = contract.build("byol", without_momentum=True, teacher_starts="redrawn")
+    contract.take_step(method, OPTIM, contract.random_batch("byol", step), step)
+    for name, parameter in method.teacher.named_parameters():
+        torch.testing.assert_close(parameter, method.get_parameter(name).detach())

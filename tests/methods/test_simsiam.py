@@ -63,3 +63,17 @@ def test_without_stop_gradient_the_targets_are_trained_too():
     weights = list(original.backbone.parameters())
     original_gradients = torch.autograd.grad(original.loss(original(images), {})[0], weights)
     assert not torch.allclose(ours[0], original_gradients[0], rtol=0.01)
+
+
+def test_without_predictor_each_view_is_compared_with_the_other_views_fixed_embedding():
+    method = contract.build("simsiam", without_predictor=True)
+    images = contract.random_batch("simsiam")
+    z_a, z_b = (method.projector(method.backbone(view)) for view in images.views)
+    cosines = [
+        (predicted * target).sum() / predicted.norm() / target.norm()
+        for predicted, target in [*zip(z_a, z_b.detach()), *zip(z_b, z_a.detach())]
+    ]
+    weights = list(method.backbone.parameters())
+    ours = torch.autograd.grad(method.loss(method(images), {})[0], weights)
+    torch.testing.assert_close(ours, torch.autograd.grad(-sum(cosines) / len(cosines), weights))
+    assert not list(method.predictor.parameters())
