@@ -52,6 +52,7 @@ GROUPS: dict[str, dict[str, Subcommand]] = {
         "compare": Subcommand("eval.compare", "write a page that compares runs"),
         "embed": Subcommand("command.embed_images", "write the features of images into a file"),
         "export": Subcommand("eval.export", "export the backbone for timm, torchvision or ONNX"),
+        "serve": Subcommand("eval.serve", "answer over HTTP with vectors, similarities, neighbors"),
         "dashboard": Subcommand("launch.dashboard", "save a W&B view of a project's runs"),
         "replay": Subcommand("replay", "repeat one step and find non-finite values"),
     },
