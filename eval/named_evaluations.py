@@ -14,9 +14,12 @@ from ssl_pretrain.eval import (
     results,
     retrieval,
     robustness,
+    segmentation,
     semi,
 )
 from ssl_pretrain.eval import spectrum as spectrum_module
+from ssl_pretrain.eval.dense.backbone_rows import INITS
+from ssl_pretrain.eval.dense.masked_images import VOID
 from ssl_pretrain.eval.finetuning.selection import FinetuningOptions
 from ssl_pretrain.eval.frozen import cached_linear, named_features, published_linear
 from ssl_pretrain.eval.runs import Run
@@ -128,6 +131,33 @@ def corrupted_images(
     return robustness.evaluate(run, list(corruption_names), max_images)
 
 
+def segment(
+    run: Run,
+    protocol: str = "linear",
+    voc: str | Path | None = None,
+    ade20k: str | Path | None = None,
+    images: str | Path | None = None,
+    masks: str | Path | None = None,
+    classes: Sequence[str] = (),
+    void: Sequence[int] = (VOID,),
+    first_label: int = 0,
+    voc_splits: Sequence[str] = ("train", "val"),
+    voc_masks: str = "SegmentationClass",
+    inits: Sequence[str] = INITS,
+    seeds: Sequence[int] = (0,),
+    resolution: int | None = None,
+    crop_size: int | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+) -> dict[str, Any]:
+    """Segment images with the frozen or the fine-tuned network."""
+    settings = dict(locals())
+    del settings["run"], settings["protocol"]
+    return segmentation.evaluate(run, protocol, **settings)
+
+
 EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "knn": knn.evaluate,
     "linear": linear,
@@ -136,5 +166,6 @@ EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "finetune": fine_tuning,
     "retrieval": retrieval.evaluate,
     "robustness": corrupted_images,
+    "segmentation": segment,
     "spectrum": spectrum_module.evaluate,
 }

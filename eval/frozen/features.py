@@ -4,7 +4,7 @@ The images may be shifted by a few pixels to test invariance to translation. Eac
 batches of a split, so the batches are the same for any number of ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -72,32 +72,42 @@ def networks(
     """
     if "random" in rows:
         yield "random, as built", random_backbone(run)
-        if _batch_norms(run.backbone):
+        if batch_norms(run.backbone):
             yield "random, recalibrated", random_backbone(run, train)
     if "pretrained" in rows:
         yield "pretrained", run.backbone
 
 
-def random_backbone(run: Run, train: EvaluationSplit | None = None) -> nn.Module:
-    """Build the run's backbone as it was before the first step, from the same seed.
+def random_backbone(
+    run: Run, train: EvaluationSplit | None = None, seed: int | None = None
+) -> nn.Module:
+    """Build the run's backbone as it was before the first step.
 
     Args:
         run: Run to evaluate.
         train: Training images to recalibrate batch norm on, or None to keep the initial statistics.
             The running statistics become the mean over shuffled batches of at most
             MAX_RECALIBRATION_IMAGES images.
+        seed: Seed of the weights. Default: the run's.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.derive_seed(run.config.seed, 0, 0))  # the trainer's seed
+        # The trainer derives its seed in the same way.
+        torch.manual_seed(rng.derive_seed(run.config.seed if seed is None else seed, 0, 0))
         architecture = replace(run.config.backbone, init="random")
         backbone = prepare_for_evaluation(backbones.build(architecture, run.view_size), run.device)
     if train is None:
         return backbone
-    for norm in _batch_norms(backbone):
+    batches = recalibration_split(train).batches()
+    return recalibrate(run, backbone, (images for images, _ in batches))
+
+
+def recalibrate(run: Run, backbone: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Set the batch-norm statistics to their mean over batches of uint8 images, in place."""
+    for norm in batch_norms(backbone):
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average, in which every batch has the same weight
         norm.train()
-    for images, _ in recalibration_split(train).batches():
+    for images in batches:
         compute(run, backbone, normalize(run, images))
     return backbone.eval()
 
@@ -107,7 +117,8 @@ def recalibration_split(train: EvaluationSplit) -> EvaluationSplit:
     return train.random_subset(MAX_RECALIBRATION_IMAGES)
 
 
-def _batch_norms(backbone: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+def batch_norms(backbone: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Return the batch norms of a network."""
     return [
         module
         for module in backbone.modules()

@@ -42,6 +42,7 @@ GROUPS: dict[str, dict[str, Subcommand]] = {
         "semi": Subcommand("eval.semi", "accuracy after fine-tuning on few labels"),
         "finetune": Subcommand("eval.finetune", "accuracy after fine-tuning on all labels"),
         "detection": Subcommand("eval.detection.__main__", "object detection with the backbone"),
+        "segmentation": Subcommand("eval.segmentation", "semantic segmentation with the backbone"),
         "retrieval": Subcommand("eval.retrieval", "image retrieval and near-duplicates"),
         "robustness": Subcommand("eval.robustness", "accuracy on corrupted images"),
         "spectrum": Subcommand("eval.spectrum", "rank and spectrum of the features"),

@@ -1,0 +1,1 @@
+"""Semantic segmentation: masks and their layouts, frozen patch tokens, and fine-tuning."""

@@ -1,0 +1,289 @@
+"""Compare segmentation with a run's backbone and with a random one, over seeds."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain import rng
+from ssl_pretrain.eval import results
+from ssl_pretrain.eval.dense import (
+    confusion,
+    patch_segmentation,
+    segmentation_batches,
+    segmenter_training,
+    segmenters,
+)
+from ssl_pretrain.eval.dense.confusion import Scores
+from ssl_pretrain.eval.dense.masked_images import MaskedImages
+from ssl_pretrain.eval.dense.patch_segmentation import PatchGrid
+from ssl_pretrain.eval.dense.segmentation_protocols import (
+    PATCH_PROTOCOLS,
+    TRAINING_PROTOCOLS,
+    PatchProtocol,
+    TrainingProtocol,
+)
+from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.schema.image_sizes import height_and_width
+
+INITS = ("random", "pretrained")
+FINE_TUNED_RANDOM = "trained from random weights"
+AS_BUILT, RECALIBRATED = "random, as built", "random, recalibrated"
+Splits = tuple[MaskedImages, MaskedImages]  # training and test images
+Outcome = tuple[Scores, str]  # scores on the test images, and a note on how they were reached
+
+
+@dataclass(frozen=True)
+class SegmentationOptions:
+    """A protocol and the values to change. None keeps the protocol's."""
+
+    protocol: str = "linear"
+    inits: Sequence[str] = INITS
+    seeds: Sequence[int] = (0,)
+    resolution: int | None = None  # of the protocols on frozen patches
+    crop_size: int | None = None  # of the protocols with training, as all below
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+
+    def adapt(self) -> PatchProtocol | TrainingProtocol:
+        """Return the protocol with the changes.
+
+        Raises:
+            ValueError: If there is no such protocol, or it does not take an option.
+        """
+        if self.protocol not in {**PATCH_PROTOCOLS, **TRAINING_PROTOCOLS}:
+            raise ValueError(
+                f"--protocol {self.protocol}: is not a protocol of segmentation; choose one of: "
+                f"{', '.join([*PATCH_PROTOCOLS, *TRAINING_PROTOCOLS])}"
+            )
+        training = {
+            "crop_size": self.crop_size,
+            "num_steps": self.steps,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+        }
+        patches = {"resolution": self.resolution}
+        is_patch = self.protocol in PATCH_PROTOCOLS
+        refused = training if is_patch else patches
+        if given := [name for name, value in refused.items() if value is not None]:
+            option = given[0].replace("num_steps", "steps").replace("_", "-")
+            fitting = TRAINING_PROTOCOLS if is_patch else PATCH_PROTOCOLS
+            raise ValueError(
+                f"--{option}: --protocol {self.protocol} does not take it; leave it out or give "
+                f"--protocol {', '.join(fitting)}"
+            )
+        if is_patch:
+            return replace(PATCH_PROTOCOLS[self.protocol], **_given(patches))
+        if self.epochs is not None:
+            training["num_steps"] = 0
+        return replace(TRAINING_PROTOCOLS[self.protocol], **_given(training))
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def compare(run: Run, splits: Splits, options: SegmentationOptions) -> dict[str, Any]:
+    """Segment with each backbone and seed, and save the scores.
+
+    Args:
+        run: Run to evaluate. The result is written to eval/segmentation_PROTOCOL.json in its
+            folder.
+        splits: Training and test images.
+        options: Protocol, backbones and seeds.
+
+    Returns:
+        The content of the result file.
+
+    Raises:
+        ValueError: If torchmetrics is missing, the data do not fit, or training fails.
+    """
+    start = time.monotonic()
+    confusion.require_packages()
+    protocol = options.adapt()
+    if isinstance(protocol, PatchProtocol):
+        grid = PatchGrid(run, protocol.resolution or _square(run))
+        rows = _patch_rows(run, splits, protocol, grid, options)
+        settings = describe_patches(protocol, grid, run)
+    else:
+        protocol = replace(protocol, crop_size=protocol.crop_size or _square(run))
+        rows = _training_rows(run, splits, protocol, options)
+        settings = describe_training(run, protocol, len(splits[0]))
+    return results.save(
+        run.path,
+        f"segmentation_{options.protocol}",
+        describe(run, splits, options.seeds) | settings,
+        results.with_better_random_row(rows),
+        run.provenance(),
+        time.monotonic() - start,
+        confusion.MEASURE,
+    )
+
+
+def _square(run: Run) -> int:
+    """Return the side of the square images of an evaluation of the run."""
+    return min(height_and_width(run.image_size))
+
+
+def _patch_rows(
+    run: Run, splits: Splits, protocol: PatchProtocol, grid: PatchGrid, options: SegmentationOptions
+) -> list[results.Row]:
+    def measure(backbone: nn.Module, seed: int) -> Outcome:
+        return patch_segmentation.segment(run, backbone, splits, protocol, grid, seed)
+
+    def as_built(seed: int) -> Outcome:
+        return measure(features.random_backbone(run, seed=seed), seed)
+
+    def recalibrated(seed: int) -> Outcome:
+        backbone = features.random_backbone(run, seed=seed)
+        return measure(features.recalibrate(run, backbone, _batches(splits[0], grid)), seed)
+
+    rows = []
+    if "random" in options.inits:
+        rows.append(_row(AS_BUILT, options.seeds, as_built))
+        if features.batch_norms(run.backbone):
+            rows.append(_row(RECALIBRATED, options.seeds, recalibrated))
+    if "pretrained" in options.inits:
+        rows.append(_row("pretrained", options.seeds, lambda seed: measure(run.backbone, seed)))
+    return rows
+
+
+def _batches(images: MaskedImages, grid: PatchGrid) -> Iterable[Tensor]:
+    """Yield shuffled batches of resized training images, uint8."""
+    order = rng.permutation(0, 0, len(images), rng.Purpose.SUBSET)
+    order = order[: features.MAX_RECALIBRATION_IMAGES]
+    for start in range(0, len(order), patch_segmentation.BATCH_SIZE):
+        rows = order[start : start + patch_segmentation.BATCH_SIZE].tolist()
+        yield torch.stack([grid.square(*images.read(row))[0] for row in rows])
+
+
+def _training_rows(
+    run: Run, splits: Splits, protocol: TrainingProtocol, options: SegmentationOptions
+) -> list[results.Row]:
+    random_name = AS_BUILT if protocol.is_frozen else FINE_TUNED_RANDOM
+    names = {"random": random_name, "pretrained": "pretrained"}
+    return [
+        _row(names[init], options.seeds, partial(train_and_test, run, splits, protocol, init))
+        for init in INITS
+        if init in options.inits
+    ]
+
+
+def train_and_test(
+    run: Run, splits: Splits, protocol: TrainingProtocol, init: str, seed: int
+) -> Outcome:
+    """Train one network, and return its scores and a note on the loss."""
+    train, test = splits
+    network = segmenters.build(run, len(train.classes), protocol, init, seed).to(run.device)
+    pixels = segmentation_batches.Pixels(run.config.views.mean, run.config.views.std)
+    num_workers = run.config.data.num_workers
+    trained, losses = segmenter_training.train(
+        network, train, protocol, pixels, seed, protocol.crop_size, num_workers
+    )
+    scores = segmenter_training.test(trained, test, protocol, pixels)
+    first, last = np.mean(losses[:20]), np.mean(losses[-20:])
+    return scores, f"loss {first:.2f} in the first 20 steps, {last:.2f} in the last 20"
+
+
+def _row(name: str, seeds: Sequence[int], measure: Callable[[int], Outcome]) -> results.Row:
+    """Return the mean and the standard deviation over seeds, and the notes of all seeds."""
+    columns, notes = [], []
+    for seed in seeds:
+        scores, note = measure(seed)
+        results.print_progress(f"{name}, seed {seed}: mIoU {scores.miou:.1f} %, {note}")
+        columns.append(scores.columns())
+        notes.append(note)
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    values = {key: [column[key] for column in columns if key in column] for key in keys}
+    repeated = {key: numbers for key, numbers in values.items() if len(numbers) > 1}
+    return results.Row(
+        name,
+        {key: float(np.mean(numbers)) for key, numbers in values.items()},
+        {key: float(np.std(numbers, ddof=1)) for key, numbers in repeated.items()},
+        {"mIoU": ", ".join(dict.fromkeys(notes))},
+    )
+
+
+def describe(run: Run, splits: Splits, seeds: Sequence[int]) -> dict[str, str]:
+    """Return the entries of the saved protocol that all segmentations share."""
+    train, test = splits
+    spread = "; ± is the standard deviation over seeds" if len(seeds) > 1 else ""
+    return {
+        "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name}; the "
+        "random backbone is initialized from the seed",
+        "precision": run.describe_precision(),
+        "images": f"{train.name}: {len(train)} training; {test.name}: {len(test)} test; "
+        f"{len(train.classes)} classes: {', '.join(train.classes)}",
+        "metric": f"intersection over union by torchmetrics, over the pixels of all test images "
+        f"that are not void; mIoU: {confusion.ABSENT_RULE}",
+        "seeds": f"{', '.join(map(str, seeds))}{spread}",
+    }
+
+
+def describe_patches(protocol: PatchProtocol, grid: PatchGrid, run: Run) -> dict[str, str]:
+    """Describe a classifier of frozen patches, as entries of the saved protocol."""
+    side = grid.resolution
+    classifier = (
+        "k-NN, neighbors vote for each pixel of a patch"
+        if protocol.classifier == "knn"
+        else f"logistic regression by scikit-learn, at most {protocol.max_iterations} iterations"
+    )
+    size = "the size of the mask" if protocol.scores_masks_as_stored else f"{side} x {side} pixels"
+    return {
+        "source": protocol.source,
+        "feature": f"{grid.rows} x {grid.columns} patch tokens of the last layer, frozen and "
+        "standardized over the training patches",
+        "transform": f"images to {side} x {side}, bicubic; masks to the nearest pixel",
+        "classifier": f"{classifier}; scored at {size}",
+        "selection": f"{', '.join(s.name for s in patch_segmentation.settings(protocol))}; by mIoU "
+        "on a tenth of the training images, then fitted to all of them",
+    }
+
+
+def describe_training(run: Run, protocol: TrainingProtocol, num_images: int) -> dict[str, str]:
+    """Describe the training of a network, as entries of the saved protocol."""
+    num_steps = segmenter_training.count_steps(protocol, num_images)
+    heads = {
+        "fcn": "torchvision's FCNHead",
+        "deeplabv3": "torchvision's DeepLabHead",
+        "moco_fcn": "MoCo's two dilated convolutions",
+        "bn_linear": "batch norm and a linear layer",
+    }
+    head = heads[protocol.head]
+    if protocol.aux_weight and segmenters.is_resnet(run.backbone.model):  # type: ignore[arg-type]
+        head += f", FCNHead on layer3 with weight {protocol.aux_weight:g}"
+    if protocol.is_frozen:
+        body = "frozen"
+    elif segmenters.is_dilated(run, protocol):
+        body = f"fine-tuned, dilated to a stride of {protocol.output_stride}"
+    else:
+        body = "fine-tuned"
+    schedule = (
+        "divided by 10 after 70 % and 90 % of the steps"
+        if protocol.schedule == "drops"
+        else f"falling to 0 with power {protocol.power:g}"
+    )
+    base = f"short side {protocol.base_size}" if protocol.base_size else "own size"
+    test = f"short side {protocol.test_size}" if protocol.test_size else "own size"
+    low, high = protocol.scales
+    side, stride = protocol.window
+    return {
+        "source": protocol.source,
+        "model": f"{body}; {head}",
+        "training": f"{num_steps} steps of {protocol.batch_size} images, "
+        f"{protocol.optimizer.upper()}, learning rate {protocol.lr:g}, {schedule}, "
+        f"{protocol.warmup_steps} warm-up steps, weight decay {protocol.weight_decay:g}",
+        "views": f"{base} times {low:g} to {high:g}, crops of {protocol.crop_size}, flips"
+        + (", photometric distortion" if protocol.is_distorted else ""),
+        "test": f"{test}, {f'windows of {side}, stride {stride}' if side else 'whole images'}, "
+        f"scored at {'that size' if protocol.scores_resized_masks else 'the size of the mask'}",
+    }
