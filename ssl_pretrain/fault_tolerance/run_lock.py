@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.fault_tolerance import failure_note
 from ssl_pretrain.fault_tolerance.lock_holder import FolderFlock, LockHolder, device_and_inode
 from ssl_pretrain.system import durable_files, live_line
 from ssl_pretrain.system.exit_status import USER_ERROR
@@ -39,6 +40,8 @@ class RunLock:
     same SLURM job, which was requeued. The lock of another machine or container is stale if it was
     not touched for three minutes, measured by the file system's clock. Entering waits until then.
 
+    If an error ends the run, rank 0 leaves a note in the folder, which the next run there removes.
+
     Raises:
         ValueError: If another run holds the folder. The message names its process, machine and job.
         SaveError: If the disk is full or failing.
@@ -54,13 +57,16 @@ class RunLock:
     def __enter__(self) -> RunLock:
         collectives.run_on_main(self._take)
         if process_group.is_main():
+            failure_note.remove(self.run)
             threading.Thread(target=self._touch_regularly, daemon=True).start()
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         self._exit_event.set()
         with self._check_lock:
             if process_group.is_main() and self._read_holder() == self._this_process:
+                if isinstance(error, Exception):  # not Ctrl-C
+                    failure_note.write(self.run, error)
                 try:
                     self.path.unlink(missing_ok=True)
                 except OSError as error:  # only a warning, which does not hide why the run ended

@@ -57,9 +57,14 @@ class ProgressText:
         fields["data_wait"] = f"data wait {100 * record['data_wait']:.0f} %"
         if record.get("skipped_steps"):
             fields["skipped"] = f"skipped {record['skipped_steps']:.0f}"
-        steps_left = self.last_step - record["step"]
-        fields["eta"] = f"ETA {format_eta(steps_left * (self._seconds_per_step or 0.0))}"
+        fields["eta"] = f"ETA {format_eta(self.seconds_left(record['step']) or 0.0)}"
         return fields
+
+    def seconds_left(self, step: int) -> float | None:
+        """Return the training time left after a step, or None if no step was timed yet."""
+        if self._seconds_per_step is None:
+            return None
+        return (self.last_step - step) * self._seconds_per_step
 
     def plain_line(self, record: Mapping[str, Any]) -> str:
         """Return a record as one line for a file."""
