@@ -1,64 +1,135 @@
-"""Serve a live page about a training run, on this machine only. The page refreshes itself."""
+"""Serve a live page about a training run, on this machine only.
+
+The page asks for changes every few seconds and updates only what changed.
+"""
 
 import hashlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
+from contextlib import suppress
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
 
 from ssl_pretrain import config, schema
-from ssl_pretrain.eval import results
-from ssl_pretrain.eval.html import page, sections
+from ssl_pretrain.eval import results, run_table
+from ssl_pretrain.eval.html import local_server, page, sections
+from ssl_pretrain.eval.html.local_server import Answer, Request
+from ssl_pretrain.eval.run_state import RunState, RunStateReader
 from ssl_pretrain.views import recipe
 
-REFRESH_SECONDS = 5
+REFRESH_SECONDS = 3
+PAGE, CHANGES = "", "main"  # the page, and the content of its <main>
+PATTERNS = ("*.jsonl", "*.json", "*.png", "config.yaml", "neigh*/*", "eval/**/*.json")
 
 
-def template_variables(run_path: Path) -> dict[str, Any]:
-    """Return the variables of the page's templates, computed from the run's files alone."""
+class LivePage:
+    """The live page of a run, whose folder need not exist yet.
+
+    Args:
+        run_path: Folder of the run.
+        name: Name of the run on the page. Default: that of the folder.
+        home: Address of the list of runs, or "" if there is none.
+        report: Address of the run's report, or "" if it is not served.
+    """
+
+    def __init__(self, run_path: Path, name: str = "", home: str = "", report: str = ""):
+        self.run_path, self.name = run_path, name or run_path.resolve().name
+        self._home, self._report = home, report
+        self._reader, self._lock = RunStateReader(run_path), Lock()
+
+    def answer(self, name: str, etag: str = "") -> Answer | None:
+        """Return the page or its changes, or None if there is nothing of this name.
+
+        Args:
+            name: `PAGE` or `CHANGES`.
+            etag: ETag of the changes that the browser has.
+        """
+        if name == PAGE:
+            state = self._read_state()
+            variables = self._variables(state)
+            return Answer(
+                page.render("live.html.jinja", **variables, refresh_seconds=REFRESH_SECONDS)
+            )
+        if name == CHANGES:
+            state = self._read_state()
+            new_etag = self._etag(state)
+            if new_etag == etag:
+                return Answer("", etag=new_etag)
+            body = page.render("run.html.jinja", **self._variables(state))
+            return Answer(body, etag=new_etag)
+        return None
+
+    def _read_state(self) -> RunState:
+        with self._lock:
+            return self._reader.read()
+
+    def _etag(self, state: RunState) -> str:
+        """Return an ETag that changes whenever the state or a file shown on the page changes."""
+        paths = sorted({path for pattern in PATTERNS for path in self.run_path.glob(pattern)})
+        files = []
+        for path in paths:
+            with suppress(FileNotFoundError):  # removed since it was listed
+                status = path.stat()
+                files.append((str(path), status.st_size, status.st_mtime_ns))
+        return f'"{hashlib.sha256(repr((state, files)).encode()).hexdigest()[:16]}"'
+
+    def _variables(self, state: RunState) -> dict[str, Any]:
+        """Return the variables of the page's templates, computed from the run's files alone."""
+        variables = header_variables(state, self.name) | {
+            "home": self._home,
+            "report": self._report if state.has_report else "",
+            "has_files": self.run_path.is_dir(),
+        }
+        return variables | _file_variables(self.run_path) if variables["has_files"] else variables
+
+
+def header_variables(state: RunState, name: str) -> dict[str, Any]:
+    """Return the variables of the top of the page: state, progress and the newest numbers."""
+    percent = run_table.describe_percent(state)
+    parts = [percent if state.state == "running" else state.state, name]
+    return {
+        "title": " · ".join(part for part in parts if part != run_table.NONE),
+        "name": name,
+        "state": state,
+        "percent": percent,
+        "progress": run_table.describe_progress(state),
+        "width": f"{100 * state.fraction:.1f}",
+        "time_left": run_table.describe_time_left(state, time.time()),
+        "facts": _facts(state),
+    }
+
+
+def _facts(state: RunState) -> list[tuple[str, str]]:
+    facts = {
+        "method": state.method,
+        "backbone": state.backbone,
+        "data": state.data,
+        "seed": "" if state.seed is None else str(state.seed),
+        "epoch": f"{state.epoch:.2f} of {run_table.format_epochs(state)}" if state.epoch else "",
+        "loss": f"{state.loss:.4f}" if isinstance(state.loss, float) else "",
+        "best online k-NN": f"{state.best_knn:.1f} %" if state.best_knn is not None else "",
+        "images per second": f"{state.images_per_second:,.0f}" if state.images_per_second else "",
+        "started": run_table.format_time(state.started_at) if state.started_at else "",
+        "last record": run_table.format_time(state.updated_at) if state.updated_at else "",
+        "alerts": str(state.num_alerts) if state.num_alerts else "",
+    }
+    return [(name, value) for name, value in facts.items() if value]
+
+
+def _file_variables(run_path: Path) -> dict[str, Any]:
     metrics, path = sections.read_metrics(run_path), run_path / "config.yaml"
     settings = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
-    last_record: dict[str, Any] = metrics[-1] if metrics else {}
-    facts = [
-        ("method", str(schema.value_at(settings, "method.name") or "-")),
-        ("step", f"{last_record.get('step', 0):,}"),
-    ]
-    if "epoch" in last_record:
-        facts.append(("epoch", f"{last_record['epoch']:.2f} of {settings.get('epochs', '?')}"))
-    if isinstance(last_record.get("loss"), float):
-        facts.append(("loss", f"{last_record['loss']:.4f}"))
-    if "images_per_second" in last_record:
-        facts.append(("images per second", f"{last_record['images_per_second']:,.0f}"))
     view_size: int | list[int] = 0
     if schema.value_at(settings, "views.crops") is not None:
         view_size = recipe.enclosing_size(config.from_dict(settings).views)
     newest_results = [steps[max(steps)] for steps in results.load_by_step(run_path).values()]
     return {
         **sections.run_variables(run_path, metrics, view_size),
-        "title": run_path.resolve().name,
-        "facts": facts,
         "evaluations": [sections.evaluation_variables(result) for result in newest_results],
-        "refresh_milliseconds": 1000 * REFRESH_SECONDS,
     }
-
-
-def _etag(run_path: Path) -> str:
-    """Return an ETag that changes whenever a file shown on the page changes."""
-    patterns = ("*.jsonl", "*.json", "*.png", "config.yaml", "neigh*/*", "eval/**/*.json")
-    paths = sorted({path for pattern in patterns for path in run_path.glob(pattern)})
-    file_states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return f'"{hashlib.sha256(repr(file_states).encode()).hexdigest()[:16]}"'
-
-
-def is_own_host(host: str) -> bool:
-    """Return True if a Host header names this machine.
-
-    Any port is accepted, because tunnels change it. Another site may point its own name to this
-    machine (DNS rebinding). Requests from its pages carry that name and are refused.
-    """
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    return name.lower() in ("127.0.0.1", "localhost", "[::1]")
 
 
 def build_server(run_path: Path, port: int = 0) -> ThreadingHTTPServer:
@@ -69,72 +140,29 @@ def build_server(run_path: Path, port: int = 0) -> ThreadingHTTPServer:
         port: TCP port. 0 chooses a free port, which is the `server_port` of the result.
 
     Raises:
-        OSError: If the port is taken.
+        ValueError: If the port is taken.
     """
+    live_page = LivePage(run_path, report="report.html")
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            try:
-                self._route()
-            except ValueError as error:  # config.yaml cannot be read
-                self._answer(500, page.render("error.html.jinja", message=str(error)))
+    def respond(request: Request) -> Answer:
+        if request.path == "/report.html" and (run_path / "report.html").is_file():
+            return Answer((run_path / "report.html").read_bytes())
+        answer = live_page.answer(request.path.removeprefix("/"), request.etag)
+        return answer or local_server.not_found()
 
-        def _route(self) -> None:
-            if not is_own_host(self.headers.get("Host", "")):
-                self._answer(
-                    403, "This page is served at http://127.0.0.1 and http://localhost only"
-                )
-            elif self.path == "/":
-                self._answer(200, page.render("live.html.jinja", **template_variables(run_path)))
-            elif self.path == "/main":
-                etag = _etag(run_path)
-                if self.headers.get("If-None-Match") == etag:
-                    self._answer(304, "", etag)
-                else:
-                    self._answer(
-                        200, page.render("run.html.jinja", **template_variables(run_path)), etag
-                    )
-            elif self.path == "/favicon.ico":
-                self._answer(204, "")
-            else:
-                self._answer(404, "The page is at /")
-
-        def _answer(self, status: int, body: str, etag: str = "") -> None:
-            headers = {
-                "ETag": etag,
-                "Content-Type": "text/html; charset=utf-8",
-                "Cache-Control": "no-cache",
-                "X-Content-Type-Options": "nosniff",
-                "Content-Security-Policy": "frame-ancestors 'none'",
-                "Content-Length": "" if status in (204, 304) else str(len(body.encode())),
-            }
-            self.send_response(status)
-            for name, value in headers.items():
-                if value:
-                    self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Do not print a line per request."""
-
-    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    return local_server.build(respond, port)
 
 
 def serve(run_path: Path, port: int = 0) -> None:
     """Serve the page of a run until the process is interrupted.
 
     Raises:
-        ValueError: If the folder does not exist.
+        ValueError: If the path is a file, or the port is taken.
     """
-    if not run_path.is_dir():
+    if run_path.exists() and not run_path.is_dir():
         raise ValueError(
-            f"{run_path}: there is no such run folder; give the `output` of a run's config"
+            f"{run_path}: is a file; give the folder of a run, the `output` of its config"
         )
-    with build_server(run_path, port) as page_server:
-        address = f"http://127.0.0.1:{page_server.server_port}/"
-        print(
-            f"live report of {run_path}: {address}   (this machine only; Ctrl-C to stop)",
-            flush=True,
-        )
-        page_server.serve_forever()
+    server = build_server(run_path, port)
+    waiting = "" if run_path.is_dir() else ", which does not exist yet"
+    local_server.serve(server, f"live report of {run_path}{waiting}")

@@ -49,6 +49,7 @@ GROUPS: dict[str, dict[str, Subcommand]] = {
         "attention": Subcommand("eval.attention", "attention maps of a ViT as pictures"),
     },
     "use the results": {
+        "runs": Subcommand("eval.run_list", "show the state and the numbers of all runs, live"),
         "report": Subcommand("eval.report", "write the report page of a run"),
         "compare": Subcommand("eval.compare", "write a page that compares runs"),
         "embed": Subcommand("command.embed_images", "write the features of images into a file"),

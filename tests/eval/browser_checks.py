@@ -81,6 +81,8 @@ def set_window(browser, width, scheme="light", height=WINDOW_HEIGHT):
 def open_page(browser, address, width=1200):
     """Open a page, check what a page must have in any window, and return its text."""
     set_window(browser, width)
+    browser.get("about:blank")  # the page before may still ask a server that has ended
+    browser.get_log("browser")
     browser.get(address)
     check_page(browser, ("pictures", "headings", "controls"))
     check_console(browser)
