@@ -33,7 +33,7 @@ from typing import Literal
 
 from ssl_pretrain.system import durable_files, markdown
 
-MISSING = "-"  # text of a cell without a finite value
+MISSING = "-"
 PLUS_MINUS = "±"
 LATEX_ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -67,6 +67,7 @@ class TableRow:
     title: str
     cells: Sequence[Sequence[float]]
     is_reference: bool = False
+    missing: str = MISSING  # text of a cell without a finite value
 
     def num_seeds(self) -> int:
         """Return the largest number of values in a cell."""
@@ -93,7 +94,8 @@ class MeasureTable:
 
     def cell_text(self, row: TableRow, index: int) -> str:
         """Return the mean of a cell with the standard deviation over seeds, if there is one."""
-        return format_mean(row.cells[index], self.decimals[index])
+        text = format_mean(row.cells[index], self.decimals[index])
+        return row.missing if text == MISSING else text
 
     def is_best(self, row: TableRow, index: int) -> bool:
         """Return True if no other row has a better mean in this column, as it is printed.
@@ -223,4 +225,4 @@ def escape_latex(text: str) -> str:
 
 def _escape_markdown(text: str) -> str:
     """Escape what would end a table's cell or start emphasis, code or HTML."""
-    return re.sub(r"([\\|*_`])", r"\\\1", text).replace("<", "&lt;")
+    return re.sub(r"([\\|*`]|(?<!\w)_|_(?!\w))", r"\\\1", text).replace("<", "&lt;")

@@ -11,7 +11,16 @@ from pathlib import Path
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods, schema
-from ssl_pretrain.launch import local, pretrain, slurm, study_curves, study_table
+from ssl_pretrain.launch import (
+    local,
+    pretrain,
+    slurm,
+    study_columns,
+    study_curves,
+    study_plot,
+    study_spectrum,
+    study_table,
+)
 from ssl_pretrain.system import program
 from ssl_pretrain.system.exit_status import STOPPED, USER_ERROR
 
@@ -36,7 +45,7 @@ class Study:
     every_method: bool = False  # add one variant per method
     seeds: list[int] = field(default_factory=lambda: [0])  # one run of every variant per seed
     seed_by_seed: bool = False  # start all variants with one seed before the next seed
-    columns: list[str] = field(default_factory=lambda: list(study_table.DEFAULT_COLUMNS))
+    columns: list[str] = field(default_factory=lambda: list(study_columns.DEFAULT_COLUMNS))
     plot_against: str = ""  # numeric key on the x-axis; if empty, a bar is drawn per variant
     curves: bool = False  # also plot `curve_metrics` during training
     curve_metrics: list[str] = field(default_factory=lambda: ["knn"])
@@ -45,7 +54,7 @@ class Study:
 
     def evaluation_names(self) -> list[str]:
         """Return the names of the evaluations whose results fill the columns."""
-        names = [study_table.COLUMNS[column].evaluation for column in self.columns]
+        names = [study_columns.COLUMNS[column].evaluation for column in self.columns]
         return list(dict.fromkeys(name for name in names if name))
 
 
@@ -84,10 +93,10 @@ def load(path: str | Path) -> Study | None:
         raise configuration.ConfigError(
             f"{path}: runs: the list is empty; add runs, each with the keys name and set"
         )
-    unknown = [column for column in study.columns if column not in study_table.COLUMNS]
+    unknown = [column for column in study.columns if column not in study_columns.COLUMNS]
     if unknown or not study.columns:
         raise configuration.ConfigError(
-            f"{path}: columns: {unknown}; choose one or more of: {list(study_table.COLUMNS)}"
+            f"{path}: columns: {unknown}; choose one or more of: {list(study_columns.COLUMNS)}"
         )
     return study
 
@@ -160,18 +169,23 @@ def small_model_overrides(overrides: Sequence[str]) -> list[str]:
 def run_all(runs: Sequence[PlannedRun]) -> int:
     """Pretrain and evaluate the runs without results, and return the exit status.
 
-    Raw pixels and the random backbone are the same in all variants of one base configuration, so
-    `linear` evaluates them only once per seed.
+    The random backbone is the same in all variants of one base configuration, so `linear` evaluates
+    it only once per seed. Raw pixels are the same for all seeds as well.
     """
     base_by_output = {run.config.output: run.base for run in runs}
 
     def evaluation_args_for(config: configuration.RunConfig) -> dict[str, list[str]]:
-        has_references = any(
-            run.is_evaluated() and study_table.has_reference_rows(run.config)
+        seeds = [
+            run.config.seed
             for run in runs
-            if run.config.seed == config.seed and run.base == base_by_output[config.output]
-        )
-        return {"linear": ["--rows", "pretrained"]} if has_references else {}
+            if run.base == base_by_output[config.output]
+            and run.is_evaluated()
+            and study_columns.has_random_row(Path(run.config.output))
+        ]
+        if not seeds:
+            return {}
+        rows = ["pretrained"] if config.seed in seeds else ["random", "pretrained"]
+        return {"linear": ["--rows", *rows]}
 
     remaining = [run for run in runs if not run.is_evaluated()]
     exit_status = 0
@@ -208,34 +222,43 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
     if status == STOPPED:
         return status
     folder = Path(runs[0].config.output).parent
-    evaluated_runs = [(run.variant, run.config) for run in runs if run.is_evaluated()]
-    if not evaluated_runs:
+    finished = [(run.variant, run.config) for run in runs if run.is_evaluated()]
+    if not finished:
         print(
             f"error: {folder}: no run of this study has been evaluated, so no table was written; "
             "run the study first",
             file=sys.stderr,
         )
         return USER_ERROR if options.table_only else 1
-    missing_variants = list(dict.fromkeys(run.variant for run in runs if not run.is_evaluated()))
-    table = options.table or folder / f"{Path(path).stem}.md"
     comparison = study_table.Comparison(
-        study.title, study.columns, evaluated_runs, study.plot_against
+        study.title,
+        study.columns,
+        finished,
+        study.plot_against,
+        missing=[(run.variant, run.config) for run in runs if not run.is_evaluated()],
+        variants=[variant.name for variant in study.runs],
     )
+    command = _portable_command(path, options.base, options.overrides)
+    table = options.table or folder / f"{Path(path).stem}.md"
+    files = write_page(study, comparison, command, table)
+    print(f"wrote {table} and {', '.join(file.name for file in files if file != table)}")
+    return status
+
+
+def write_page(
+    study: Study, comparison: study_table.Comparison, command: str, table: Path
+) -> list[Path]:
+    """Write the table and the plots of a study, and return the paths of the files."""
     table.parent.mkdir(parents=True, exist_ok=True)
     plots = [table.with_suffix(".png")]
-    study_table.draw_plot(comparison, plots[0])
+    study_plot.draw(comparison, plots[0])
+    if study.spectrum:
+        path = table.with_name(f"{table.stem}_spectrum.png")
+        plots += [path] if study_spectrum.draw(comparison, path) else []
     if study.curves:
         plots.append(table.with_name(f"{table.stem}_curves.png"))
-        study_curves.draw(comparison, plots[1])
-    study_table.write(
-        comparison,
-        missing_variants,
-        _portable_command(path, options.base, options.overrides),
-        table,
-        plots,
-    )
-    print(f"wrote {table} and {' and '.join(plot.name for plot in plots)}")
-    return status
+        study_curves.draw(comparison, study.curve_metrics, plots[-1])
+    return [*study_table.write(comparison, command, table, plots), *plots]
 
 
 def _portable_command(path: str, base: str | None, overrides: Sequence[str]) -> str:

@@ -88,14 +88,14 @@ def test_a_column_has_one_number_of_decimals_that_suits_its_largest_mean(values,
 
 
 def test_special_characters_are_escaped_in_every_format():
-    row = TableRow(r"a|b_c & 5 % #1 {x} $y$ ~ ^ \z <i>", [[1.0, 3.0]])
+    row = TableRow(r"a|b_c _d & 5 % #1 {x} $y$ ~ ^ \z <i>", [[1.0, 3.0]])
     text = MeasureTable([TableColumn("top-5, %")], [row])
     name = text.markdown().splitlines()[2].removesuffix(" | 2 | 2.00 ± 1.41 |")
-    assert name == r"| a\|b\_c & 5 % #1 {x} $y$ ~ ^ \\z &lt;i>"
+    assert name == r"| a\|b_c \_d & 5 % #1 {x} $y$ ~ ^ \\z &lt;i>"
     lines = text.latex().splitlines()
     assert lines[3] == r"run & seeds & top-5, \% \\"
     assert lines[5] == (
-        r"a$|$b\_c \& 5 \% \#1 \{x\} \$y\$ \textasciitilde{} \textasciicircum{} "
+        r"a$|$b\_c \_d \& 5 \% \#1 \{x\} \$y\$ \textasciitilde{} \textasciicircum{} "
         r"\textbackslash{}z $<$i$>$ & 2 & 2.00 $\pm$ 1.41 \\"
     )
     (read,) = list(csv.DictReader(io.StringIO(text.csv())))
