@@ -7,7 +7,7 @@ import numpy as np
 
 from ssl_pretrain.eval import command_line, knn, report, result_text, results, runs
 from ssl_pretrain.eval.frozen import cached_linear
-from ssl_pretrain.eval.html import sections
+from ssl_pretrain.eval.html import run_files
 from ssl_pretrain.system import program
 
 HELP = """usage: python -m ssl_pretrain.eval.demo_summary RUN [phase=seconds ...]
@@ -70,13 +70,13 @@ def render_summary(run_path: str | Path, phase_seconds: dict[str, float] | None 
 
 def _draw_curves(run_path: Path) -> list[str]:
     """Draw the loss and the k-NN accuracy of the run, one line each."""
-    metrics = sections.read_metrics(run_path)
+    metrics = run_files.read_metrics(run_path)
     lines = []
     for title, key, unit in (
         ("loss", "loss", ""),
         ("k-NN", "knn", " %, of held-out training images"),
     ):
-        if values := [value for _, value in sections.metric_points(metrics, key)]:
+        if values := [value for _, value in run_files.metric_points(metrics, key)]:
             lines.append(f"{title}  {sparkline(values)}  {values[0]:.4g} to {values[-1]:.4g}{unit}")
     return lines
 

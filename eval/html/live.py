@@ -11,14 +11,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import yaml
-
-from ssl_pretrain import config, schema
 from ssl_pretrain.eval import results, run_table
-from ssl_pretrain.eval.html import local_server, page, sections
+from ssl_pretrain.eval.html import local_server, page, run_files, sections
 from ssl_pretrain.eval.html.local_server import Answer, Request
 from ssl_pretrain.eval.run_state import RunState, RunStateReader
-from ssl_pretrain.views import recipe
 
 REFRESH_SECONDS = 3
 PAGE, CHANGES = "", "main"  # the page, and the content of its <main>
@@ -120,15 +116,11 @@ def _facts(state: RunState) -> list[tuple[str, str]]:
 
 
 def _file_variables(run_path: Path) -> dict[str, Any]:
-    metrics, path = sections.read_metrics(run_path), run_path / "config.yaml"
-    settings = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
-    view_size: int | list[int] = 0
-    if schema.value_at(settings, "views.crops") is not None:
-        view_size = recipe.enclosing_size(config.from_dict(settings).views)
+    metrics = run_files.read_metrics(run_path)
     newest_results = [steps[max(steps)] for steps in results.load_by_step(run_path).values()]
     return {
-        **sections.run_variables(run_path, metrics, view_size),
-        "evaluations": [sections.evaluation_variables(result) for result in newest_results],
+        **sections.run_variables(run_path, metrics),
+        "evaluations": sections.evaluation_variables(newest_results),
     }
 
 

@@ -22,6 +22,9 @@ class Figure:
     image: Markup  # empty if nothing was recorded
     caption: str
     legend: tuple[tuple[str, str], ...] = ()  # name and color of each entry
+    note: str = ""  # what the picture shows, below the caption
+    reading: str = ""  # value that the page shows beside the caption
+    file_name: str = ""  # of the downloads, without a suffix; empty for a picture without data
 
 
 @cache
@@ -44,11 +47,11 @@ def render(template: str, **context: Any) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def image_data_url(image: Image.Image) -> str:
+def image_data_url(image: Image.Image, quality: int = 88) -> str:
     """Return a data URL that embeds the picture, as PNG if it is small, else as JPEG."""
     file_type = "png" if image.width * image.height <= 128 * 128 else "jpeg"
     content = io.BytesIO()
-    image.save(content, file_type, optimize=True, quality=88)
+    image.save(content, file_type, optimize=True, quality=quality)
     return f"data:image/{file_type};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
@@ -57,3 +60,8 @@ def pixels_data_url(pixels: np.ndarray) -> str:
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     return image_data_url(image)
+
+
+def capitalize(text: str) -> str:
+    """Return the text with a capital letter at its start, except for the name k-NN."""
+    return text if text.startswith("k-NN") else text[:1].upper() + text[1:]

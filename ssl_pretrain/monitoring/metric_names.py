@@ -138,6 +138,15 @@ METRICS = {
 AXES = ("step", "epoch", "evaluated_step")
 # Start of the title, by prefix of the metrics that exist once per submodule of the method.
 TITLE_BY_PREFIX = {"gradient_norm_": "gradient, ", "update_ratio_": "update over weights, "}
+# Words of metrics that only one method has, if their spelling in a title is not that of the key.
+SPELLINGS = {
+    "nt xent": "NT-Xent",
+    "info nce": "InfoNCE",
+    "n pair": "N-pair",
+    "sigreg": "SIGReg",
+    "koleo": "KoLeo",
+    "ibot": "iBOT",
+}
 
 # Current names of metrics and files, by the names that earlier versions gave them.
 CURRENT_NAMES = {
@@ -150,14 +159,17 @@ CURRENT_NAMES = {
 def metric_info(key: str) -> MetricInfo:
     """Return the group, title and description of a metric.
 
-    Metrics that only one method has are in the group Learning, under their own names.
+    Metrics that only one method has are in the group Learning. Their titles are made of their keys.
     """
     if key in METRICS:
         return METRICS[key]
     for prefix, title in TITLE_BY_PREFIX.items():
         if key.startswith(prefix):
             return MetricInfo(NETWORK, title + key.removeprefix(prefix))
-    return MetricInfo(LEARNING, key.replace("_", " "))
+    title = key.replace("_", " ")
+    for words, spelling in SPELLINGS.items():
+        title = title.replace(words, spelling)
+    return MetricInfo(LEARNING, title)
 
 
 def tracker_name(key: str) -> str:

@@ -12,10 +12,10 @@ from run_with_report import make_run_with_report, write_metrics
 from untrained_run import make_run, write_images
 
 from ssl_pretrain.eval import compare, demo_summary, report, results, runs
-from ssl_pretrain.eval.html import charts, nearest_images, page, sections
+from ssl_pretrain.eval.html import charts, nearest_images, page, run_files, run_groups, sections
 from ssl_pretrain.system import program
 
-SECTIONS = ["Evaluation", "Training", "Views", "Nearest neighbors", "Projection", "Config"]
+SECTIONS = ["Evaluation", "Training", "Views", "Nearest neighbors", "Map", "Config"]
 ALL_SECTIONS = ["Alerts", *SECTIONS[:3], "Neighbors over time", *SECTIONS[3:]]
 VOID_TAGS = {"meta", "img", "br"}
 
@@ -26,7 +26,7 @@ class ParsedPage(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open_tags, self.headings, self.external_urls = [], [], []
-        self.num_images, self.tags = 0, set()
+        self.num_images, self.tags, self.scripts = 0, set(), ""
         self.feed(text)
         assert not self.open_tags, f"tags without an end: {self.open_tags}"
 
@@ -34,9 +34,9 @@ class ParsedPage(HTMLParser):
         self.tags.add(tag)
         for name, value in attrs:
             if name in ("src", "href", "srcset", "data", "action"):
-                embedded = value.startswith("data:image/")
-                self.num_images += embedded
-                self.external_urls += [] if embedded else [value]
+                self.num_images += value.startswith("data:image/")
+                is_own = value.startswith(("data:", "#"))
+                self.external_urls += [] if is_own else [value]
         if tag not in VOID_TAGS:
             self.open_tags.append(tag)
 
@@ -50,12 +50,14 @@ class ParsedPage(HTMLParser):
     def handle_data(self, text):
         if self.open_tags and self.open_tags[-1] == "h2":
             self.headings.append(text)
+        if self.open_tags and self.open_tags[-1] == "script":
+            self.scripts += text
 
 
 def read_curve_points(chart, number=0):
     """Read the points of one curve from a chart's SVG. Heights grow upward."""
-    (path,) = re.findall(rf'<g id="curve-{number}">\s*<path d="([^"]*)"', chart)
-    return [(float(x), -float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)]
+    (path,) = re.findall(rf'<g id="curve-{number}"><path [^>]* d="([^"]*)"', chart)
+    return [(float(x), -float(y)) for x, y in re.findall(r"[ML](\S+) ([\d.]+)", path)]
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +72,12 @@ def test_the_page_holds_every_section_and_fetches_nothing(digits):
     assert parsed_page.external_urls == []
     num_views, num_nearest, num_over_time = 8 * 2, 10 + 2 * 10 * 6, 2
     assert parsed_page.num_images == num_views + num_nearest + num_over_time
-    assert not re.search(r"https?://|url\((?!#)|@import", text)
-    assert not parsed_page.tags & {"script", "link", "iframe"}
-    assert text.count('class="chart"') == 4 + 2 + 1
-    assert text.count('class="scatter"') == 2
+    addresses = re.findall(r"https?://[^\"' ]*", text)
+    assert set(addresses) == {"http://www.w3.org/2000/svg"}  # a name, in the script
+    assert not re.search(r"url\((?!data:)|@import|fetch\(", text)
+    assert not parsed_page.tags & {"link", "iframe"}
+    assert text.count('<svg class="chart"') == 3 + 2 + 1
+    assert text.count('<div class="map dots"') == 2
     for phrase in (
         "prefers-color-scheme: dark",
         "30.0 ± 2.5",
@@ -118,19 +122,19 @@ def test_class_names_and_config_are_escaped(tmp_path):
     parsed_page = ParsedPage(report.write(runs.load_run(run, device="cpu")).read_text())
     assert parsed_page.headings == SECTIONS
     assert parsed_page.external_urls == []
-    assert not parsed_page.tags & {"script", "b"}
+    assert "alert(1)" not in parsed_page.scripts and "img" in parsed_page.tags
     assert "There are no evaluations yet" in (run / "report.html").read_text()
 
 
 def test_the_text_of_a_result_is_escaped():
     html = "<script>x</script>"
     row = {"features": html, "metrics": {html: 1.0}, "spread": {}, "notes": {html: html}}
-    evaluation = sections.evaluation_variables(
-        {"name": html, "protocol": {html: html}, "rows": [row]}
+    evaluations = sections.evaluation_variables(
+        [{"name": html, "protocol": {html: html}, "rows": [row]}]
     )
     empty = {"evaluations_over_steps": [], "views": [], "pixelated": False, "training": []}
     context = empty | {"title": html, "facts": [], "alerts": [], "neighbors_over_time": []}
-    parsed_page = ParsedPage(page.render("run.html.jinja", **context, evaluations=[evaluation]))
+    parsed_page = ParsedPage(page.render("run.html.jinja", **context, evaluations=evaluations))
     assert "script" not in parsed_page.tags
     assert {"table", "dl", "h3"} <= parsed_page.tags
 
@@ -148,10 +152,10 @@ def test_the_latest_record_of_a_step_counts_and_a_truncated_one_does_not(tmp_pat
     losses = [(1, 3), (2, None), (1, 4)]
     lines = [json.dumps({"step": step, "epoch": 0.5, "loss": loss}) for step, loss in losses]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"ste']))
-    records = sections.read_metrics(tmp_path)
+    records = run_files.read_metrics(tmp_path)
     assert [record["step"] for record in records] == [1, 2]
-    assert sections.metric_points(records, "loss") == [(0.5, 4)]
-    assert sections.read_metrics(tmp_path / "none") == []
+    assert run_files.metric_points(records, "loss") == [(0.5, 4)]
+    assert run_files.read_metrics(tmp_path / "none") == []
 
 
 def test_a_curve_shows_the_finite_points_to_scale():
@@ -161,7 +165,7 @@ def test_a_curve_shows_the_finite_points_to_scale():
     assert x0 < x2 and y0 < y2
     assert (x1, y1) == pytest.approx(((x0 + x2) / 2, (y0 + y2) / 2))
     assert charts.line_chart({"": [(1, nan)]}, "y") == ""
-    assert "<use" in charts.line_chart({"": [(1, 2.0)]}, "y")  # a single point has a marker
+    assert "<circle" in charts.line_chart({"": [(1, 2.0)]}, "y")  # a single point has a marker
 
 
 def test_long_curves_are_averaged_to_the_largest_number_of_points():
@@ -184,20 +188,55 @@ def test_results_of_all_steps_are_grouped_by_evaluation(digits):
     assert {name: list(steps) for name, steps in by_name.items()} == {"knn": [3, 7], "linear": [7]}
 
 
-def test_a_comparison_shows_differing_keys_first_and_the_numbers_of_both_runs(digits, tmp_path):
+def test_a_comparison_shows_results_first_and_differing_keys_last(digits, tmp_path):
     other_run = make_run(tmp_path / "other", "optim.base_lr=0.125", "seed=0")
     write_metrics(other_run, num_steps=20)
     text = compare.write([digits, other_run], tmp_path / "both.html").read_text()
     parsed_page = ParsedPage(text)
-    assert parsed_page.headings == ["Config", "Numbers", "Training", "Alerts of digits"]
+    assert parsed_page.headings == ["Results", "Training", "Alerts of digits", "Config"]
     assert parsed_page.external_urls == []
-    assert list(compare.config_differences({"a": digits, "b": other_run})) == ["optim.base_lr"]
+    runs_to_compare = [run_groups.read_run(run.name, run) for run in (digits, other_run)]
+    assert list(compare.config_differences(runs_to_compare)) == ["optim.base_lr"]
     assert "0.125" in text
-    losses = [sections.read_metrics(run)[-1]["loss"] for run in (digits, other_run)]
-    cells = "".join(f"<td>{loss:.6g}</td>" for loss in losses)
-    assert f"<td>Learning: loss</td>{cells}" in text
-    assert "<td>k-NN, clean</td><td>52.0 (step 7)</td><td>-</td>" in text
-    assert text.count('<g id="curve-') == 2 * text.count('class="chart"')
+    last_losses = compare.last_values(runs_to_compare)[2]
+    assert last_losses == ["Learning: loss", "0.25", "0.5"]
+    assert text.count('<g id="curve-') == 2 * text.count('<svg class="chart"')
+    assert "k-NN, clean: digits reaches 52.0 %, 2.0 points above raw pixels (50.0 %)" in text
+
+
+def save_knn(run, seed, pretrained, random):
+    """Write the configuration of a run and its k-NN accuracies, without a checkpoint."""
+    (run / "eval").mkdir(parents=True)
+    (run / "config.yaml").write_text(
+        f"method: {{name: {run.name.partition('_')[0]}}}\nseed: {seed}\noutput: {run}\n"
+        "data: {source: digits}\nbackbone: {name: test_resnet}\n"
+    )
+    numbers = {"raw pixels": 96.8, results.BETTER_RANDOM: random, "pretrained": pretrained}
+    rows = [
+        {"features": name, "metrics": {"clean": value}, "spread": {}, "notes": {}}
+        for name, value in numbers.items()
+    ]
+    result = {"name": "knn", "step": 5, "measure": results.ACCURACY, "rows": rows, "protocol": {}}
+    (run / "eval" / "knn.json").write_text(json.dumps(result))
+
+
+def test_runs_that_differ_by_seed_share_a_row_and_the_best_number_is_bold(tmp_path):
+    numbers = {"simclr": (95.0, 97.0, 99.0), "vicreg": (96.81, 96.84, 96.79)}
+    paths = []
+    for method, accuracies in numbers.items():
+        for seed, accuracy in enumerate(accuracies):
+            paths.append(tmp_path / f"{method}_{seed}")
+            save_knn(paths[-1], seed, accuracy, random=80.0 + seed)
+    runs_to_compare = [run_groups.read_run(path.name, path) for path in paths]
+    groups = run_groups.group_by_seed(runs_to_compare)
+    assert [(group.name, len(group.runs)) for group in groups] == [("simclr", 3), ("vicreg", 3)]
+    table = run_groups.results_table(groups, [("knn", "clean")])
+    assert table.markdown().splitlines()[2:] == [
+        "| simclr | 3 | **97.0 ± 2.0** |",
+        "| vicreg | 3 | 96.8 ± 0.0 |",
+        "| raw pixels | 1 | 96.8 |",
+        "| random network | 3 | 81.0 ± 1.0 |",  # one per seed, not one per run
+    ]
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,9 @@ def test_the_report_and_wandb_show_each_evaluation_at_its_step(run):
     assert evaluate_knn(run) == 0
     by_step = results.load_by_step(run)["knn"]
     figure = sections.draw_evaluation_figures(run)[0]
-    assert figure.caption == "k-NN, accuracy, % of each checkpoint"
-    curve = re.search(r'<g id="curve-0">\s*<path d="([^"]*)"', figure.image)[1]
-    assert len(re.findall(r"[ML] ", curve)) == len(by_step) == 2
+    assert (figure.caption, figure.note) == ("k-NN of each checkpoint", "Accuracy, %")
+    curve = re.search(r'<g id="curve-0"><path [^>]* d="([^"]*)"', figure.image)[1]
+    assert len(re.findall("[ML]", curve)) == len(by_step) == 2
     folders = list((run / "wandb").glob("offline-run-*"))
     assert [folder.name.rpartition("-")[2] for folder in folders] == ["abc12345"]
     (log,) = folders[0].glob("*.wandb")

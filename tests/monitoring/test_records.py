@@ -2,7 +2,7 @@
 
 import json
 
-from ssl_pretrain.eval.html import sections
+from ssl_pretrain.eval.html import run_files
 from ssl_pretrain.monitoring import metric_names, records
 
 
@@ -44,4 +44,4 @@ def test_files_of_an_earlier_version_come_before_those_of_this_version(tmp_path)
     for folder in folders:
         folder.mkdir()
     assert metric_names.existing_paths(tmp_path, "neighbors") == folders
-    assert [alert["text"] for alert in sections.read_alerts(tmp_path)] == ["old", "new"]
+    assert [alert["text"] for alert in run_files.read_alerts(tmp_path)] == ["old", "new"]
