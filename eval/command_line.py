@@ -88,7 +88,7 @@ def evaluate_and_print(
 ) -> None:
     """Open the run on this rank's device, evaluate it, and print the result from the main rank."""
     options = parser.parse_intermixed_args(arguments)
-    with _join_ranks(options.device) as options.device:
+    with join_ranks(options.device) as options.device:
         run = open_run(options)
         result = evaluate(run, options)
         if process_group.is_main():
@@ -112,7 +112,7 @@ def print_result(result: dict[str, Any], run: Run, *, is_verbose: bool) -> None:
 
 
 @contextmanager
-def _join_ranks(device: str) -> Iterator[str]:
+def join_ranks(device: str) -> Iterator[str]:
     """Join the ranks that torchrun started and yield this rank's device.
 
     Without torchrun, `device` is yielded unchanged.

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,20 +17,20 @@ from ssl_pretrain import config as configuration
 from ssl_pretrain import methods, schema
 from ssl_pretrain.checkpoint.folder import is_finished
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.data import python_objects, readers, source_report, sources
-from ssl_pretrain.data.config import DataConfig
+from ssl_pretrain.data import python_objects
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.pixels import PixelFormat
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import report, runs
+from ssl_pretrain.eval.embedding import embedding_network
+from ssl_pretrain.eval.embedding.feature_batches import FeatureExtractor
+from ssl_pretrain.eval.frozen import named_features
 from ssl_pretrain.eval.image_transform import ImageTransform
 from ssl_pretrain.eval.named_evaluations import Evaluation, evaluate
 from ssl_pretrain.monitoring import records
-from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.planning import run_settings
 from ssl_pretrain.system import allocator, output_streams, stop_signals, user_objects
 from ssl_pretrain.train import train_and_report
-from ssl_pretrain.views.batch import upload
 
 DATA_OBJECT = "data"  # name of the images that a program passes to `pretrain`
 
@@ -210,7 +211,8 @@ def load_backbone(
     """Load a pretrained backbone and the transform of its images.
 
     Args:
-        run: A run, its folder, a file of weights, or `timm:TAG` for weights that timm publishes.
+        run: A run, its folder, the folder of an export, a file of weights, or `timm:TAG` for
+            weights that timm publishes.
         device: A torch device, or auto for cuda if it is available and cpu otherwise.
         overrides: For a file of weights, `backbone="resnet50"` and other settings.
 
@@ -240,11 +242,10 @@ def load_backbone(
         )
     objects, path = (run.objects, run.path) if isinstance(run, Run) else ({}, run)
     with user_objects.provide(objects):
-        loaded = runs.load_run(path, None, arguments, device, is_evaluated=False)
-    transform = ImageTransform.of_run(loaded)
-    loaded.backbone.transform = transform  # type: ignore[assignment]
-    loaded.backbone.parallel = loaded.config.parallel  # type: ignore[assignment]
-    return loaded.backbone, transform
+        network = embedding_network.open_network(path, arguments, device)
+    network.backbone.transform = network.transform  # type: ignore[assignment]
+    network.backbone.parallel = network.parallel  # type: ignore[assignment]
+    return network.backbone, network.transform
 
 
 def embed(
@@ -252,6 +253,7 @@ def embed(
     images: Any,
     *,
     transform: ImageTransform | None = None,
+    feature: str = named_features.POOLED,
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> np.ndarray:
@@ -261,14 +263,18 @@ def embed(
         backbone: A backbone of `load_backbone`, a run, or the folder of one.
         images: Path of a folder, zip or list of files, a data set, an array, or a list of images.
         transform: Transform of the images, by default the backbone's own.
+        feature: "pooled", the backbone's output; "prefix", "patch_mean", "cls_mean" or "last4" of
+            its tokens; or "patches", one vector per patch.
         batch_size: Images per forward pass.
         num_workers: Processes that read the images. With 0, this process reads them.
 
     Returns:
-        Features, float32 (n, dim), in the order of the images.
+        Features, float32 (n, dim) or for patches (n, patches, dim), in the order of the images. The
+        features of an unreadable image are NaN, and a warning names it.
 
     Raises:
-        ValueError: If there is no image, too many are unreadable, or the transform is missing.
+        ValueError: If there is no image, too many are unreadable, the transform is missing, or the
+            backbone does not have the feature.
 
     Example:
         >>> ssl_pretrain.embed(run, np.zeros((2, 8, 8), np.uint8)).shape
@@ -288,15 +294,13 @@ def embed(
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} is out of range; give a whole number >= 1")
     source = open_images(images, transform.pixel_format)
-    device = next(network.parameters()).device
-    parallel = getattr(network, "parallel", ParallelConfig(precision="float32"))
-    execution = Execution.resolve(parallel, device)
+    parallel = getattr(network, "parallel", None)
+    extractor = FeatureExtractor(network, transform, feature, parallel)
     features = []
-    with torch.inference_mode():
-        for pixels, _ in readers.read_images(source, None, transform.crop, batch_size, num_workers):
-            views = transform.normalize(upload(pixels, device))
-            with execution.forward_context():
-                features.append(network(views).float().cpu())
+    for batch in extractor.extract(source, batch_size=batch_size, num_workers=num_workers):
+        for reason in batch.unreadable.values():
+            warnings.warn(f"{reason}; its features are NaN", stacklevel=2)
+        features.append(batch.features)
     return torch.cat(features).numpy()
 
 
@@ -338,7 +342,7 @@ def _describe_data(
     if isinstance(data, (str, Path)):
         if val is not None and not isinstance(val, (str, Path)):
             raise ValueError("val: is an object, but data is a path; give both in the same way")
-        is_built_in = str(data) in ("digits", "cifar10") and not Path(data).exists()
+        is_built_in = str(data) in embedding_network.BUILT_IN and not Path(data).exists()
         location = {"source": str(data)} if is_built_in else {"source": "folder", "root": str(data)}
         return location | ({} if val is None else {"val": os.path.abspath(val)}), {}
     num_channels, value_range = settings.get("channels"), settings.get("range")
@@ -369,14 +373,7 @@ def open_images(images: Any, pixel_format: PixelFormat) -> Source:
     if isinstance(images, Source):
         return images
     if isinstance(images, (str, Path)):
-        data = DataConfig(
-            root=str(images),
-            channels=pixel_format.num_channels,
-            range=list(pixel_format.value_range or ()),
-        )
-        source = sources.open_source(data, "train")
-        source_report.check_images(source)
-        return source
+        return embedding_network.open_images(images, pixel_format)[0]
     return python_objects.open_object(
         images, "images", pixel_format.num_channels, pixel_format.value_range
     )

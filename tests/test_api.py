@@ -22,7 +22,7 @@ from ssl_pretrain import api
 from ssl_pretrain import config as config_module
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
-from ssl_pretrain.command import embed_images
+from ssl_pretrain.eval import embed as embed_command
 
 LABELS = np.arange(60) % 3
 COLORS = np.array([[120, 40, 0], [0, 120, 40], [40, 0, 120]])[LABELS]
@@ -371,7 +371,7 @@ def test_an_array_of_16_bits_needs_only_its_range(tmp_path):
     tiffs = write_tiffs(tmp_path / "tiffs", images)
     np.testing.assert_array_equal(ssl_pretrain.embed(run, tiffs), features)
     file = tmp_path / "features.npz"
-    assert embed_images.main([str(run.path), str(tiffs), str(file), "--device=cpu"]) == 0
+    embed_command.main([str(run.path), str(tiffs), str(file), "--device=cpu"])
     np.testing.assert_array_equal(np.load(file)["features"], features)
 
 

@@ -28,6 +28,8 @@ KINDS: tuple[Kind, ...] = ("flat", "ivf", "hnsw")
 RECALL_K = 10  # neighbors per query whose share in the exact result is the recall
 MAX_RECALL_QUERIES = 1000
 MIN_CELL_VECTORS = 39  # vectors per cell of an IVF; faiss warns if k-means has fewer
+# What queries and index must have in common, by the name that a message uses.
+COMPARED = {"weights_sha256": "weights", "feature": "feature", "transform": "transform"}
 HNSW_LINKS, HNSW_BUILD_DEPTH, HNSW_SEARCH_DEPTH = 32, 200, 64
 
 
@@ -125,6 +127,33 @@ class VectorIndex:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def check_network(self, provenance: dict[str, Any], name: str) -> None:
+        """Check that queries come from the network, feature and transform of the index.
+
+        Vectors whose origin is unknown are accepted.
+
+        Args:
+            provenance: Origin of the queries, from `EmbeddingNetwork.provenance` or a file of
+                embeddings.
+            name: Name of the network or file, for the message.
+
+        Raises:
+            ValueError: If they differ. The cosines would have no meaning.
+        """
+        expected = self.facts.provenance
+        for key, noun in COMPARED.items():
+            ours, theirs = expected.get(key), provenance.get(key)
+            if ours is None or theirs is None or ours == theirs:
+                continue
+            shown = [
+                str(value)[:12] if key == "weights_sha256" else value for value in (theirs, ours)
+            ]
+            network = f"{expected.get('network', '')} of {expected.get('origin', '')}".strip()
+            raise ValueError(
+                f"{name}: has the {noun} {shown[0]}, and the index was made with {shown[1]} "
+                f"({network}); give that network, or index the images again with this one"
+            )
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[list[list[str]], list[list[float]]]:
         """Return the ids and the scores of the nearest vectors of each query, nearest first.

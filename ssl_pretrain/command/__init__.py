@@ -1,4 +1,4 @@
 """The parts of the command `ssl-pretrain`: its sub-commands, their help, lists and completion.
 
-Only `reference_files`, which writes the generated files, and `embed_images` import torch.
+Only `reference_files`, which writes the generated files, imports torch.
 """

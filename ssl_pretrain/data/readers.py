@@ -18,7 +18,7 @@ from ssl_pretrain.data.native import ffcv
 from ssl_pretrain.data.native.threads import ThreadPool
 from ssl_pretrain.data.native.view_makers import DecodedImages, FFCVImages, Images
 from ssl_pretrain.data.order import BatchPlan
-from ssl_pretrain.data.replacement import ReplacementLimit
+from ssl_pretrain.data.replacement import Replacement, ReplacementLimit
 from ssl_pretrain.data.shared_memory import Transfer, plan_transfer
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.data.tar.tar_source import TarShards
@@ -196,6 +196,7 @@ def read_images(
     batch_size: int,
     num_workers: int,
     max_replaced: float = DataConfig.max_replaced,
+    report_replaced: Callable[[Sequence[Replacement]], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Read each image once, in the given order and without randomness.
 
@@ -207,6 +208,8 @@ def read_images(
         batch_size: Images per batch. The last batch may be smaller.
         num_workers: Number of worker processes. With 0, this process reads the images.
         max_replaced: Share of the images that may be unreadable, as in `data.max_replaced`.
+        report_replaced: Function that is called with the unreadable images of a batch, before that
+            is yielded, and replaces the warnings.
 
     Yields:
         Pixels uint8 (batch, C, s, s) and labels int64 (batch,), on the CPU. An unreadable image
@@ -248,7 +251,9 @@ def read_images(
         for batch_requests in requests:
             pixels, labels = [], []
             for chunk in islice(chunks, len(batch_requests)):
-                limit.add(chunk.replacements)
+                limit.add(chunk.replacements, warns=report_replaced is None)
+                if report_replaced is not None and chunk.replacements:
+                    report_replaced(chunk.replacements)
                 if chunk.error is not None:
                     raise chunk.error
                 pixels.append(chunk.views()[0])

@@ -27,12 +27,16 @@ class Replacement(NamedTuple):
 
     Attributes:
         spare_index: Index of the replacement.
+        unreadable_index: Index of the unreadable image.
         unreadable_name: Name of the unreadable image.
+        read_error: Message that names the unreadable image and why it cannot be read.
         message: Warning that names the unreadable image, the reason and the replacement.
     """
 
     spare_index: int
+    unreadable_index: int
     unreadable_name: str
+    read_error: str
     message: str
 
     @classmethod
@@ -57,7 +61,8 @@ class Replacement(NamedTuple):
                 "the unreadable images, or give a smaller global_batch_size"
             )
         message = f"{read_error}; {source.name(spare_index)} takes its place"
-        return cls(spare_index, source.name(unreadable_index), message)
+        name = source.name(unreadable_index)
+        return cls(spare_index, unreadable_index, name, read_error, message)
 
 
 def find_spare(plan: BatchPlan, step: int, row: int, try_read: Callable[[int], bool]) -> int | None:
@@ -117,14 +122,18 @@ class ReplacementLimit:
         """Reset the number of images replaced in the pass."""
         self._num_in_pass = 0
 
-    def add(self, replacements: Sequence[Replacement]) -> None:
+    def add(self, replacements: Sequence[Replacement], warns: bool = True) -> None:
         """Count replacements and warn about each new unreadable image.
+
+        Args:
+            replacements: Replacements since the last call.
+            warns: False if the caller reports the unreadable images itself.
 
         Raises:
             ValueError: If this pass has more replacements than the limit.
         """
         for replacement in replacements:
-            if replacement.unreadable_name not in self._warned_names:
+            if warns and replacement.unreadable_name not in self._warned_names:
                 self._warned_names.add(replacement.unreadable_name)
                 warnings.warn(replacement.message, stacklevel=5)
         self.num_replaced += len(replacements)

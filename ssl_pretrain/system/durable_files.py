@@ -5,8 +5,10 @@ File systems that cannot fsync a folder or set a file's mode are tolerated.
 
 import errno
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ssl_pretrain.system.platform_support import BINARY
 
@@ -51,10 +53,24 @@ def replace(path: Path, text: str) -> None:
     Raises:
         OSError: If the file cannot be written. The old file is then unchanged.
     """
+    replace_by_writing(path, lambda file: file.write(text.encode()))
+
+
+def replace_by_writing(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace a file atomically by one that a function writes.
+
+    Args:
+        path: File to replace or create.
+        write: Function that writes the content to an open temporary file in the same folder. The
+            file is fsynced and renamed afterwards.
+
+    Raises:
+        OSError: If the file cannot be written. The old file is then unchanged.
+    """
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("w+b") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
