@@ -100,7 +100,8 @@ def main(arguments: list[str]) -> None:
         service = open_service(Path(options.export), options.index, options.model, limits)
         address = http_server.address_of(bound)
         _print_start(service, address, options.host)
-        http_server.serve(routes.build_app(service), bound, limits.timeout_seconds)
+        app = routes.build_app(service, is_local=not http_server.is_public(options.host))
+        http_server.serve(app, bound, limits.timeout_seconds)
     print("stopped", file=sys.stderr)
 
 

@@ -6,12 +6,22 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 Embed = Callable[[list[Tensor]], np.ndarray]  # normalized images to features (n, dim)
-OnBatch = Callable[[int, float], None]  # told the size and the seconds of each batch
+
+
+class Observer(Protocol):
+    """Receives the measurements of each batch."""
+
+    def observe(self, stage: str, seconds: float) -> None:
+        """Receive the seconds that an image spent in the stage "wait"."""
+
+    def count_batch(self, num_images: int, seconds: float) -> None:
+        """Receive the size of a batch, and the seconds of the network."""
 
 
 @dataclass
@@ -33,7 +43,7 @@ class Batcher:
         embed: Function that embeds a batch.
         max_batch: Largest number of images per batch.
         max_wait_seconds: Longest time that a batch waits for announced images.
-        on_batch: Function that is told the size and the seconds of each batch.
+        observer: Receives the measurements, if there is one.
     """
 
     def __init__(
@@ -41,9 +51,9 @@ class Batcher:
         embed: Embed,
         max_batch: int,
         max_wait_seconds: float,
-        on_batch: OnBatch = lambda size, seconds: None,
+        observer: Observer | None = None,
     ):
-        self._embed, self._max_batch, self._on_batch = embed, max_batch, on_batch
+        self._embed, self._max_batch, self._observer = embed, max_batch, observer
         self._max_wait_seconds = max_wait_seconds
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, "inference")
@@ -86,7 +96,10 @@ class Batcher:
                     if not waiting.vector.done():
                         waiting.vector.set_exception(error)
                 continue
-            self._on_batch(len(batch), time.perf_counter() - start)
+            if self._observer is not None:
+                for waiting in batch:
+                    self._observer.observe("wait", start - waiting.since)
+                self._observer.count_batch(len(batch), time.perf_counter() - start)
             for waiting, vector in zip(batch, features):
                 if not waiting.vector.done():  # the client may have left
                     waiting.vector.set_result(vector)

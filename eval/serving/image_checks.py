@@ -161,7 +161,9 @@ def read_size(content: bytes, kind: str, name: str) -> tuple[int, int, int]:
     try:
         if kind == ".npy":
             return _npy_size(content)
-        if kind == "WebP" and (size := _webp_size(content)):
+        if kind == "WebP" and (canvas := _webp_size(content)):
+            return (*canvas, 1)
+        if kind == "JPEG" and any(size := images.jpeg_size(content)):
             return (*size, 1)
         if kind == "PNG" and len(content) >= 24:
             return int.from_bytes(content[16:20]), int.from_bytes(content[20:24]), 1
@@ -169,9 +171,11 @@ def read_size(content: bytes, kind: str, name: str) -> tuple[int, int, int]:
             return _tiff_size(content)
         with Image.open(io.BytesIO(content), formats=images.image_formats()) as image:
             return image.width, image.height, 1
-    except Image.DecompressionBombError as error:
+    except Image.DecompressionBombError:
         raise Refusal(
-            413, f"{name}: {str(error).rstrip('.')}.", "Send a smaller copy of the image."
+            413,
+            f"{name}: its pixels exceed the limit of {images.MAX_PIXELS:,}.",
+            "Send a smaller copy.",
         ) from None
     except Image.UnidentifiedImageError:
         raise unreadable(name, f"the header of the {kind} is damaged or cut off") from None
@@ -195,7 +199,8 @@ def _npy_size(content: bytes) -> tuple[int, int, int]:
     is_old = version == (1, 0)
     read = np.lib.format.read_array_header_1_0 if is_old else np.lib.format.read_array_header_2_0
     shape = read(file)[0]
-    return 1, max(1, int(np.prod(shape, dtype=object))), 1  # no larger than the file
+    sides = sorted(shape)[-2:] if shape else [0]  # the shortest of three axes has the channels
+    return sides[-1], sides[0], 1
 
 
 def _webp_size(content: bytes) -> tuple[int, int] | None:

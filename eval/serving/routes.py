@@ -11,7 +11,8 @@ from typing import Annotated, Any, TypeAlias
 import numpy as np
 
 import ssl_pretrain
-from ssl_pretrain.eval.serving import answers
+from ssl_pretrain.eval.html import local_server
+from ssl_pretrain.eval.serving import answers, description_page
 from ssl_pretrain.eval.serving.refusals import Refusal
 from ssl_pretrain.eval.serving.service import Service, cosine_similarity
 
@@ -27,8 +28,13 @@ Receive: TypeAlias = Callable[[], Awaitable[Any]]
 Send: TypeAlias = Callable[[Any], Awaitable[None]]
 
 
-def build_app(service: Service) -> Any:
-    """Return the FastAPI application of a service."""
+def build_app(service: Service, *, is_local: bool = True) -> Any:
+    """Return the application of a service, for an ASGI server.
+
+    Args:
+        service: The service, which starts and stops with the application.
+        is_local: True to answer only requests that name this machine as their host.
+    """
     import fastapi
 
     @asynccontextmanager
@@ -42,18 +48,20 @@ def build_app(service: Service) -> Any:
         version=ssl_pretrain.__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # it loads scripts from another site
+        redoc_url=None,
     )
     _add_error_handlers(app)
     _add_state_routes(app, service)
     _add_image_routes(app, service)
-    return RequestRecorder(app, service)
+    return RequestRecorder(app, service, is_local)
 
 
 class RequestRecorder:
-    """Outermost layer of the application, which measures requests and answers failures as JSON."""
+    """Outermost layer of the application, which measures requests and checks their Host header."""
 
-    def __init__(self, app: Any, service: Service):
-        self.app, self._service = app, service
+    def __init__(self, app: Any, service: Service, is_local: bool):
+        self.app, self._service, self._is_local = app, service, is_local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -69,18 +77,26 @@ class RequestRecorder:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_and_record)
-        except Exception:
+            answer = self.app if self._is_allowed(scope) else _refuse_host()
+            await answer(scope, receive, send_and_record)
+        except Exception:  # the client has the answer of `answer_failure`
             _logger.exception("%s %s failed", scope["method"], scope["path"])
-            if status == 0:
-                await _error_response(
-                    500,
-                    "The service failed.",
-                    "Report it to its operator, who finds it in the log.",
-                )(scope, receive, send_and_record)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._service.metrics.count_request(route, status, time.perf_counter() - start)
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        """Return False for a page of another site that points its own name to this machine."""
+        host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+        return not self._is_local or local_server.is_own_host(host.decode("latin-1"))
+
+
+def _refuse_host() -> Any:
+    return _error_response(
+        403,
+        "This service answers at 127.0.0.1 and localhost only.",
+        "Use one of these names, or start the service with --host.",
+    )
 
 
 def _error_response(
@@ -116,6 +132,10 @@ def _add_error_handlers(app: Any) -> None:
         error_text, remedy = texts.get(error.status_code, (f"{error.detail}.", "See /docs."))
         return _error_response(error.status_code, error_text, remedy, error.headers)
 
+    async def answer_failure(request: Any, error: Any) -> Any:
+        remedy = "Report it to the operator of the service, who finds it in the log."
+        return _error_response(500, "The service failed.", remedy)
+
     async def answer_disconnect(request: Any, error: Any) -> Any:
         return Response(status_code=499)  # nobody reads it, but it is counted
 
@@ -123,15 +143,18 @@ def _add_error_handlers(app: Any) -> None:
     app.exception_handler(RequestValidationError)(answer_invalid)
     app.exception_handler(HTTPException)(answer_http)
     app.exception_handler(ClientDisconnect)(answer_disconnect)
+    app.exception_handler(Exception)(answer_failure)
 
 
 def _add_state_routes(app: Any, service: Service) -> None:
-    from starlette.responses import JSONResponse, Response
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response
 
     async def show_facts() -> dict[str, Any]:
-        index = service.index
-        entry = None if index is None else {"count": len(index)}
-        return service.network.facts() | {"index": entry, "docs": "/docs"}
+        return service.facts() | {"docs": "/docs"}
+
+    async def show_description(request: Request) -> Any:
+        return HTMLResponse(description_page.render(app.openapi(), str(request.base_url)))
 
     async def show_life() -> Any:
         return JSONResponse({"state": "live"})
@@ -150,6 +173,7 @@ def _add_state_routes(app: Any, service: Service) -> None:
     add("/", show_facts, summary="Facts about the network and the index")
     add("/healthz", show_life, summary="Is the process alive?", response_model=state)
     add("/readyz", show_readiness, summary="Does it take images?", response_model=state)
+    add("/docs", show_description, include_in_schema=False)
     add("/metrics", show_metrics, summary="Metrics for Prometheus", response_class=Response)
 
 

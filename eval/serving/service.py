@@ -1,7 +1,7 @@
 """What the service does with images: check, decode, transform, embed, compare and find."""
 
 import asyncio
-import time
+import io
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from ssl_pretrain.data.pixels import PixelFormat
+from ssl_pretrain.eval.embedding.vector_index import IndexFacts
 from ssl_pretrain.eval.image_transform import ImageTransform
 from ssl_pretrain.eval.serving.batching import Batcher
 from ssl_pretrain.eval.serving.image_checks import ImageDecoder, ImageLimits
@@ -44,6 +45,14 @@ class ServiceLimits:
     timeout_seconds: float = 30.0
     threads: int = 2
 
+    def __post_init__(self) -> None:
+        """Raise ValueError if a pair of images could never be admitted."""
+        if self.max_queue < 2:
+            raise ValueError(
+                f"--max-queue: {self.max_queue} has no place for the two images of a pair; give 2 "
+                "or more"
+            )
+
     @property
     def max_upload_bytes(self) -> int:
         """Bytes of all uploads that are in memory at a time."""
@@ -71,6 +80,10 @@ class Network(Protocol):
 class Index(Protocol):
     """Named vectors that can be searched, as `VectorIndex`."""
 
+    @property
+    def facts(self) -> IndexFacts:
+        """Metric, kind, size and origin of the vectors."""
+
     def __len__(self) -> int:
         """Return the number of vectors."""
 
@@ -86,13 +99,11 @@ class Service:
         self.is_ready = False
         self.num_images = 0
         self._budget = ByteBudget(limits.max_upload_bytes)
-        self._decoder = ImageDecoder(
-            network.transform.pixel_format or PixelFormat(), ImageLimits(limits.max_pixels)
-        )
+        self._decoder = ImageDecoder(network.transform.pixel_format, ImageLimits(limits.max_pixels))
         self._threads = ThreadPoolExecutor(limits.threads, "decode")
         self.metrics = ServiceMetrics(self)
         self._batcher = Batcher(
-            network.embed, limits.max_batch, limits.max_wait_ms / 1000, self.metrics.count_batch
+            network.embed, limits.max_batch, limits.max_wait_ms / 1000, self.metrics
         )
 
     @property
@@ -100,9 +111,25 @@ class Service:
         """Images that wait for the network."""
         return self._batcher.depth
 
+    def facts(self) -> dict[str, Any]:
+        """Return what identifies the network and the index, as values of JSON."""
+        index = None
+        if self.index is not None:
+            facts = self.index.facts
+            index = {name: getattr(facts, name) for name in ("count", "metric", "kind", "recall")}
+        return self.network.facts() | {"index": index}
+
     async def start(self) -> None:
-        """Accept images."""
+        """Accept images, after a gray one has warmed up decoder, transform and network."""
         self._batcher.start()
+        num_channels = self.network.transform.pixel_format.num_channels
+        if num_channels in (1, 3):
+            file = io.BytesIO()
+            Image.new("RGB", (64, 64), "gray").save(file, "JPEG")
+            image = self._prepare(file.getvalue(), "the first image")
+        else:
+            image = self._transform(np.full((64, 64, num_channels), 128, np.uint8))
+        await self._batcher.embed(image)
         self.is_ready = True
 
     async def stop(self) -> None:
@@ -169,16 +196,16 @@ class Service:
                 )
         finally:
             self._batcher.num_announced -= 1
-        start = time.perf_counter()
-        vector = await self._batcher.embed(image)
-        self.metrics.observe("wait", time.perf_counter() - start)
-        return vector
+        return await self._batcher.embed(image)
 
     def _prepare(self, content: bytes, name: str) -> Tensor:
         """Return the normalized image, float32 (channels, height, width), as offline."""
+        return self._transform(self._decoder.decode(content, name))
+
+    def _transform(self, pixels: np.ndarray) -> Tensor:
         transform = self.network.transform
-        pixels = torch.from_numpy(self._decoder.decode(content, name)).permute(2, 0, 1)
-        return transform.normalize(transform.crop(pixels)[None])[0]
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        return transform.normalize(transform.crop(image)[None])[0]
 
     async def search(self, vector: np.ndarray, k: int) -> list[tuple[str, float]]:
         """Return the ids and the scores of the k nearest vectors of the index.

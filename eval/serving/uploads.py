@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ssl_pretrain.eval.serving.refusals import Refusal, overloaded
 
 MAX_OVERHEAD = 64 << 10  # bytes of a form that belong to no file: boundaries, headers, other fields
+DISCARD_SECONDS = 2.0  # time to read the rest of a body that was refused
 MAX_PARTS = 16  # parts of a form, of which two at most are images
 
 
@@ -76,14 +78,18 @@ class Upload:
                 "Let the HTTP client write the Content-Type of the form.",
             )
         limit = self.max_bytes * len(names) + (MAX_OVERHEAD if is_form else 0)
-        declared = headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > limit:
-            raise self._too_large("The body", limit)
         try:
+            declared = headers.get("content-length", "")
+            if declared.isdecimal() and int(declared) > limit:
+                raise self._too_large("The body", limit)
             async with asyncio.timeout(self.timeout_seconds):
                 if is_form:
                     return await self._read_form(boundary, stream, names, limit)
                 return [await self._read_raw(stream, limit)]
+        except Refusal:
+            if "expect" not in headers:  # a client that expects an answer first sends nothing else
+                await _discard(stream, limit)
+            raise
         except TimeoutError:
             raise Refusal(
                 408,
@@ -144,6 +150,17 @@ class Upload:
             f"Send images of at most {self.max_bytes:,} bytes, or start the service with a larger "
             "--max-bytes.",
         )
+
+
+async def _discard(stream: AsyncIterator[bytes], max_bytes: int) -> None:
+    """Read on for a moment. Many clients only read an answer after they have sent the body."""
+    num_bytes = 0
+    with suppress(TimeoutError, RuntimeError):  # the stream may be at its end
+        async with asyncio.timeout(DISCARD_SECONDS):
+            async for chunk in stream:
+                num_bytes += len(chunk)
+                if num_bytes > max_bytes:
+                    break
 
 
 def _describe(names: list[str]) -> str:

@@ -199,7 +199,7 @@ def _decode_rgb(
 ) -> np.ndarray:
     """Return the RGB pixels of an image by the rules above."""
     if content.startswith(_JPEG_SIGNATURE):
-        width, height = _jpeg_size(content)
+        width, height = jpeg_size(content)
         _check_size(width, height, name)
         if width and (pixels := _decode_plain_jpeg(content)) is not None:
             return pixels
@@ -248,7 +248,7 @@ def _open(content: bytes, name: str) -> Iterator[Image.Image]:
     formats = ("JPEG",) if is_jpeg else image_formats()
     # Pillow's own limit is the same, but its message does not have the size.
     if is_jpeg:
-        _check_size(*_jpeg_size(content), name)
+        _check_size(*jpeg_size(content), name)
     elif content.startswith(_PNG_SIGNATURE):
         _check_size(int.from_bytes(content[16:20]), int.from_bytes(content[20:24]), name)
     try:
@@ -283,7 +283,7 @@ def _check_size(width: int, height: int, name: str) -> None:
         )
 
 
-def _jpeg_size(content: bytes) -> tuple[int, int]:
+def jpeg_size(content: bytes) -> tuple[int, int]:
     """Return width and height from a JPEG's first frame header, or (0, 0) if there is none."""
     position = 2
     while position + 9 <= len(content) and content[position] == 0xFF:
