@@ -4,23 +4,28 @@
 """
 
 import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_pretrain.data.pixels import PixelFormat
 from ssl_pretrain.eval import command_line, results, spectrum
-from ssl_pretrain.eval.exporting import model_card, onnx
+from ssl_pretrain.eval.exporting import export_formats, model_card, onnx, reload
 from ssl_pretrain.eval.exporting.export_folder import (
     WEIGHTS,
+    digests,
     is_export,
     load,
     read_arguments,
     sha256,
 )
+from ssl_pretrain.eval.exporting.export_formats import PREPROCESSING_FILE
 from ssl_pretrain.eval.exporting.reference import (
     ARGUMENTS_FILE,
     REFERENCE_FILE,
@@ -30,13 +35,12 @@ from ssl_pretrain.eval.exporting.reference import (
 )
 from ssl_pretrain.eval.frozen import evaluation_split, features
 from ssl_pretrain.eval.image_transform import ImageTransform
-from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.models import timm_networks
 from ssl_pretrain.system import durable_files
 
 __all__ = ["check", "export", "load", "load_transform"]
 
-TORCHVISION_TOLERANCE = 1e-5  # largest difference, relative to the largest feature
 NUM_COLLAPSE_IMAGES = 512  # training images whose features are tested for collapse
 # Smallest accepted effective rank of the centered features, and smallest accepted spread of the
 # features scaled to length 1. Features below either limit have collapsed to a line or a point.
@@ -44,30 +48,36 @@ MIN_EFFECTIVE_RANK, MIN_SPREAD = 2.0, 0.01
 HELP = f"""Export the backbone of a run, without the projector.
 
 {WEIGHTS}: weights under timm's names, which for ResNets are also torchvision's.
-{ARGUMENTS_FILE}: the arguments that build the network.
+{ARGUMENTS_FILE}: the arguments that build the network, and the checksum of every file.
 {REFERENCE_FILE}: images and their features. Weights can load without an error into the wrong
 network, for example weights for 12 attention heads into a network with 6. The features reveal it.
-README.md: a model card with the configuration, results and checksums.
+{PREPROCESSING_FILE}: the transform of the evaluations, with Pillow, NumPy and torch alone.
+README.md: a model card with the configuration, results and checksums, as the Hugging Face Hub
+shows it.
+Each format is loaded in another process, and a format with other features is an error.
 Untrained weights are refused, and so are features that are the same for all images.
 
-    # write to runs/demo/export
+    # write to runs/demo/export, for timm, transformers and torch.hub
     python -m ssl_pretrain.eval.export runs/demo
     # also check that torchvision loads the weights
-    python -m ssl_pretrain.eval.export runs/imagenet exported/simclr --format torchvision
-    # also write model.onnx and model_int8.onnx, with their checks and measurements
-    python -m ssl_pretrain.eval.export runs/demo exported/demo --format onnx
+    python -m ssl_pretrain.eval.export runs/imagenet exported/simclr --format timm torchvision
+    # a program for torch.export.load, and model.onnx and model_int8.onnx with their measurements
+    python -m ssl_pretrain.eval.export runs/demo exported/demo --format torch_export onnx
 
     >>> from ssl_pretrain.eval import export
     >>> backbone = export.load("exported/demo")    # maps normalized images to features
-    >>> timm.create_model("resnet50", num_classes=0,
-    ...                   checkpoint_path="exported/simclr/model.safetensors")"""
+    >>> transform = export.load_transform("exported/demo")
+    >>> timm.create_model("local-dir:exported/simclr", pretrained=True)
+    >>> transformers.AutoModel.from_pretrained("exported/simclr/transformers")
+    >>> torch.hub.load("exported/simclr", "backbone", source="local")"""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--format": {
         "nargs": "+",
-        "choices": ["timm", "torchvision", "onnx"],
-        "default": ["timm"],
-        "help": "formats to write or check (default: timm)",
+        "choices": list(export_formats.DESCRIPTIONS),
+        "help": "formats to write and verify (default: timm, transformers and torchhub, as far as "
+        "the network has them): "
+        + "; ".join(f"{name}: {text}" for name, text in export_formats.DESCRIPTIONS.items()),
     },
     "--force": {
         "action": "store_true",
@@ -99,31 +109,34 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool = False) -> Path:
+def export(
+    run: Run, folder: Path, formats: Sequence[str] | None = None, force: bool = False
+) -> Path:
     """Write the backbone of a run into a folder.
+
+    Every format is loaded in another process, and its features are compared with the backbone's.
+    An older export is only replaced after that.
 
     Args:
         run: Run to export.
         folder: New folder or older export.
-        formats: "torchvision" checks that torchvision loads the weights. "onnx" also writes ONNX
-            models.
+        formats: Names from `export_formats.DESCRIPTIONS`. None for timm, transformers and torchhub,
+            as far as the network has them. Weights, transform and model card are always written.
         force: Export random or collapsed weights with a warning.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the weights are random, the features have collapsed, torchvision has no such
-            network, the folder contains something else, or onnx is not installed.
+        ValueError: If the weights are random, the features have collapsed, the folder contains
+            something else, or a format is not possible or does not give the same features.
     """
-    formats = formats or ["timm"]
     source = Path(run.config.backbone.init).parent
     if is_export(source):
         raise ValueError(f"{source}: is an export already; give the run that it was exported from")
-    if "onnx" in formats:
-        onnx.require_packages()
     if folder.exists() and any(folder.iterdir()) and not (folder / ARGUMENTS_FILE).exists():
         raise ValueError(f"{folder}: is not empty and contains no export; give a new folder")
+    chosen = export_formats.choose(run, formats)
     problems = find_problems(run)
     for problem in problems:
         if not force:
@@ -132,29 +145,76 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
                 " to export it anyway"
             )
         results.print_progress(f"WARNING: {problem}")
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        _write(run, part, chosen, problems)
+        _replace_export(folder, part)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _write(run: Run, folder: Path, formats: list[str], problems: list[str]) -> None:
+    """Write all files of an export into an empty folder and verify its formats."""
     model: Any = run.backbone.model
     weights = {
         key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()
     }
     images = reference_images(run.image_size, run.config.views.num_channels)
-    with torch.no_grad():
-        image_features = run.backbone(images.to(run.device)).float().cpu().contiguous()
-    if "torchvision" in formats:
-        check_torchvision(run, weights, images, image_features)
-    folder.mkdir(parents=True, exist_ok=True)
+    image_features = _features_on_cpu(run, images)
+    arguments = build_arguments(run) | {"formats": formats}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     save_file({"images": images, "features": image_features}, folder / REFERENCE_FILE)
-    (folder / ARGUMENTS_FILE).touch()
-    for name in (WEIGHTS, REFERENCE_FILE):  # safetensors writes files that only the owner can read
-        durable_files.copy_permissions(folder / ARGUMENTS_FILE, folder / name)
-    arguments = build_arguments(run) | {"sha256": sha256(folder / WEIGHTS), "formats": formats}
-    (folder / ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=1) + "\n")
-    load(folder)
+    arguments["sha256"] = sha256(folder / WEIGHTS)
+    export_formats.write_files(run, folder, formats, arguments, images)
     onnx_section = (
         onnx.write_models(run, folder, images, image_features) if "onnx" in formats else ""
     )
+    _write_arguments(folder, arguments)
+    load(folder)
+    arguments["reloads"] = {
+        name: asdict(result)
+        for name, result in reload.verify(folder, formats, ImageTransform.of_run(run)).items()
+    }
     (folder / "README.md").write_text(model_card.render(run, arguments, problems, onnx_section))
-    return folder
+    written = digests(folder)
+    del written[ARGUMENTS_FILE]  # it has the other checksums and cannot have its own
+    arguments["files"] = written
+    _write_arguments(folder, arguments)
+    for path in folder.rglob("*.*"):  # safetensors writes files that only the owner can read
+        durable_files.copy_permissions(folder / ARGUMENTS_FILE, path)
+
+
+def _write_arguments(folder: Path, arguments: dict[str, Any]) -> None:
+    (folder / ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=1) + "\n")
+
+
+def _features_on_cpu(run: Run, images: Tensor) -> Tensor:
+    """Return the features that every format must give, computed on the CPU in float32."""
+    cpu = torch.device("cpu")
+    backbone = prepare_for_evaluation(run.backbone, cpu, torch.contiguous_format)
+    try:
+        with torch.no_grad():
+            return backbone(images).float().contiguous()
+    finally:
+        prepare_for_evaluation(run.backbone, run.device)
+
+
+def _replace_export(folder: Path, part: Path) -> None:
+    """Move a finished export into its folder. Files of an older export are removed."""
+    if not folder.exists():
+        part.rename(folder)
+        return
+    for name in export_formats.WRITTEN_NAMES:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    for path in part.iterdir():
+        path.rename(folder / path.name)
 
 
 def load_transform(folder: str | Path) -> ImageTransform:
@@ -199,47 +259,6 @@ def build_arguments(run: Run) -> dict[str, Any]:
         "method": config.method.name,
         **run.provenance(),
     }
-
-
-def check_torchvision(
-    run: Run, weights: dict[str, Tensor], images: Tensor, expected_features: Tensor
-) -> None:
-    """Raise ValueError unless torchvision's network of this name computes these features."""
-    import torchvision
-
-    name, stem = run.config.backbone.name, run.config.backbone.stem
-    is_resnet = name.startswith(("resnet", "wide_resnet", "resnext"))
-    if not is_resnet or name not in torchvision.models.list_models(module=torchvision.models):
-        raise ValueError(
-            f"--format torchvision: torchvision has no {name} that takes timm's weights; use this"
-            " format for ResNets, such as resnet50"
-        )
-    if stem != "imagenet":
-        raise ValueError(
-            f"--format torchvision: torchvision's {name} has the imagenet stem, but this backbone"
-            f" has the {stem} stem; load it with eval.export.load"
-        )
-    if run.config.data.channels != 3:
-        raise ValueError(
-            f"--format torchvision: torchvision's {name} takes 3 channels, but this backbone takes"
-            f" {run.config.data.channels} (data.channels); load it with eval.export.load"
-        )
-    model: Any = torchvision.models.get_model(name, weights=None)
-    model.fc = nn.Identity()
-    try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"--format torchvision: torchvision's {name} refuses the weights:"
-            f" {str(error).splitlines()[-1].strip()}; load them with eval.export.load"
-        ) from None
-    with torch.no_grad():
-        difference = (model.eval()(images) - expected_features).abs().max().item()
-    if not difference <= TORCHVISION_TOLERANCE * max(1.0, expected_features.abs().max().item()):
-        raise ValueError(
-            f"--format torchvision: torchvision's {name} loads the weights, but its features differ"
-            f" by {difference:.2g}; load them with eval.export.load"
-        )
 
 
 def find_problems(run: Run) -> list[str]:

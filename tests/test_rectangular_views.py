@@ -118,7 +118,7 @@ def test_a_multi_crop_run_on_rectangles_has_a_report_an_export_and_a_linear_prob
     assert {picture.size for picture in pictures} == {(64, 32)} and len(pictures) == 8 * 4
 
     run = load_run(run_folder)
-    export.export(run, tmp_path / "export", force=True)
+    export.export(run, tmp_path / "export", [], force=True)
     arguments = json.loads((tmp_path / "export" / "timm.json").read_text())
     assert arguments["built_for"] == arguments["input"]["size"] == [32, 64]
     images = torch.randn(2, 3, 32, 64)

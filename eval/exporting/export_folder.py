@@ -97,6 +97,12 @@ def evaluation_config(folder: Path, overrides: list[str]) -> RunConfig:
     return config
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file in the folder of an export, by its path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:

@@ -7,6 +7,7 @@ import yaml
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain.eval import results
+from ssl_pretrain.eval.exporting import loading_section
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema.image_sizes import height_and_width
 from ssl_pretrain.system import markdown
@@ -30,13 +31,29 @@ def render(run: Run, arguments: dict[str, Any], problems: list[str], onnx_sectio
         f"# {arguments['architecture']} {origin}",
         *(f"> **WARNING: exported with --force.** {problem}" for problem in problems),
         _description(run, arguments, is_published),
-        _loading(arguments),
+        loading_section.render(arguments),
         _results(run),
         onnx_section,
         _checks(arguments),
         _config(run),
     ]
-    return "\n\n".join(filter(None, sections)) + "\n"
+    return _front_matter(arguments) + "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _front_matter(arguments: dict[str, Any]) -> str:
+    """Return the metadata that the Hugging Face Hub reads from a card. No license is claimed."""
+    formats = set(arguments["formats"])
+    tags = ["image-feature-extraction", "self-supervised-learning", arguments["architecture"]]
+    if arguments["method"] != configuration.NO_METHOD:
+        tags.append(arguments["method"])
+    tags += [name for name in ("timm", "transformers", "onnx") if name in formats]
+    is_for_timm = bool(formats & {"timm", "timm_wrapper"})
+    values = {
+        "library_name": "timm" if is_for_timm else "pytorch",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": tags,
+    }
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n\n"
 
 
 def _description(run: Run, arguments: dict[str, Any], is_published: bool) -> str:
@@ -72,44 +89,6 @@ def _pixel_values(view: dict[str, Any]) -> str:
     ranges = ", ".join(f"{low:g} to {high:g}" for low, high in pairs)
     kind = "of each channel in turn" if len(view["range"]) > 2 else "of all channels"
     return f"Scale the values {kind} from {ranges} to 0 to 1, and clip them. "
-
-
-def _loading(arguments: dict[str, Any]) -> str:
-    name, stem, weights = arguments["architecture"], arguments["stem"], "model.safetensors"
-    sections = [
-        "## Loading",
-        _code_block(
-            "from ssl_pretrain.eval import export\n\n"
-            'backbone = export.load("this folder")  # also checks the reference features'
-        ),
-    ]
-    if stem != "imagenet":
-        sections.append(
-            f"timm and torchvision have no `{stem}` stem, so their {name} is a different network."
-        )
-        return "\n\n".join(sections)
-    call = ", ".join(f"{key}={value!r}" for key, value in arguments["create_model"].items())
-    sections += [
-        _code_block(
-            "import timm\n\n"
-            f'backbone = timm.create_model("{name}", {call}, checkpoint_path="{weights}")'
-        ),
-        "Then `export.check(backbone, folder)` compares its features with the reference."
-        " `timm.json` contains all arguments.",
-    ]
-    if "torchvision" in arguments["formats"]:
-        sections.append(
-            _code_block(
-                "import torch, torchvision\nfrom safetensors.torch import load_file\n\n"
-                f"model = torchvision.models.{name}()\nmodel.fc = torch.nn.Identity()\n"
-                f'model.load_state_dict(load_file("{weights}"))'
-            )
-        )
-    return "\n\n".join(sections)
-
-
-def _code_block(code: str) -> str:
-    return f"```python\n{code}\n```"
 
 
 def _results(run: Run) -> str:

@@ -193,7 +193,7 @@ def test_attention_is_drawn_on_the_chosen_bands(folder_of_run, tmp_path):
 
 def test_an_export_of_four_channels_is_loaded_by_timm(folder_of_run, tmp_path):
     run = load(folder_of_run(4), "data.range=[0,200]")
-    folder = export.export(run, tmp_path / "export", force=True)
+    folder = export.export(run, tmp_path / "export", [], force=True)
     arguments = json.loads((folder / "timm.json").read_text())
     assert arguments["input"]["channels"] == 4
     model = timm.create_model(

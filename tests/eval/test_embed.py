@@ -336,7 +336,7 @@ def test_numbers_that_float16_cannot_hold_are_refused(run_folder, images, tmp_pa
 
 
 def test_an_export_gives_the_features_and_the_digest_of_its_run(run_folder, images, tmp_path):
-    export.export(load_in_float32(run_folder), tmp_path / "export", force=True)
+    export.export(load_in_float32(run_folder), tmp_path / "export", [], force=True)
     from_run = embed_images(run_folder, images, tmp_path / "run.npz")
     from_export = embed_images(tmp_path / "export", images, tmp_path / "export.npz")
     np.testing.assert_allclose(from_export.vectors, from_run.vectors, atol=1e-6)

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 from untrained_run import checkpoint_of, edit_manifest, make_run, renew_manifest
@@ -18,7 +19,7 @@ import ssl_pretrain
 from ssl_pretrain import config
 from ssl_pretrain.build import build_method
 from ssl_pretrain.eval import export, knn, runs
-from ssl_pretrain.eval.exporting import onnx, reference
+from ssl_pretrain.eval.exporting import export_folder, hubconf, onnx, reference, reload
 from ssl_pretrain.eval.image_transform import ImageTransform
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
@@ -36,7 +37,7 @@ WEIGHTS, ARGUMENTS = "model.safetensors", "timm.json"
 def vit_export(tmp_path_factory):
     """The export of a ViT-S with 12 heads, like MoCo v3's. timm's has 6."""
     path = make_run(tmp_path_factory.mktemp("runs") / "vit", *VIT)
-    return export.export(runs.load_run(path, device="cpu"), path.parent / "exported")
+    return export.export(runs.load_run(path, device="cpu"), path.parent / "exported", [])
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_timm_and_torchvision_load_an_export_strictly_with_the_same_features(nam
     teacher = {"evaluated": "teacher.backbone", "network": "teacher"}
     rename_tensors(path, rename, **(teacher if name == "teacher" else {}))
     run = runs.load_run(path, device="cpu")
-    folder = export.export(run, tmp_path / "exported", ["timm", "torchvision"])
+    folder = export.export(run, tmp_path / "exported", [])
     weights = folder / WEIGHTS
     timm_model = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(weights))
     torchvision_model = torchvision.models.resnet18(weights=None)
@@ -168,12 +169,12 @@ def test_untrained_weights_are_refused_or_flagged(tmp_path, capsys):
         " (step 7)"
     )
     out = tmp_path / "out"
-    assert error_of(export.export, run, out) == (
+    assert error_of(export.export, run, out, []) == (
         f"{run.path}: {problem}. Nothing was written; give another --checkpoint, or --force to"
         " export it anyway"
     )
     assert not out.exists()
-    card = (export.export(run, out, force=True) / "README.md").read_text()
+    card = (export.export(run, out, [], force=True) / "README.md").read_text()
     assert f"> **WARNING: exported with --force.** {problem}" in card
     assert f"WARNING: {problem}" in capsys.readouterr().err
 
@@ -187,7 +188,7 @@ def test_a_collapsed_backbone_is_refused(tiny_run, tmp_path):
                 norm.bias.fill_(1.0)
     reason = r"the features of 512 training images have collapsed: effective rank .* spread"
     with pytest.raises(ValueError, match=reason):
-        export.export(run, tmp_path / "out")
+        export.export(run, tmp_path / "out", [])
 
 
 def test_the_card_has_results_and_checksum_and_no_path(tiny_run, tmp_path, capsys):
@@ -208,7 +209,7 @@ def test_the_card_has_results_and_checksum_and_no_path(tiny_run, tmp_path, capsy
 def test_an_older_export_is_replaced(tiny_run, tmp_path):
     run = runs.load_run(tiny_run, device="cpu")
     for _ in range(2):
-        assert export.export(run, tmp_path / "out") == tmp_path / "out"
+        assert export.export(run, tmp_path / "out", []) == tmp_path / "out"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_a_network_that_torchvision_does_not_have_is_refused(overrides, message,
 
 def test_a_small_stem_loads_only_with_this_project(tmp_path):
     path = make_run(tmp_path / "run", *RESNET, "backbone.stem=no_pool")
-    folder = export.export(runs.load_run(path, device="cpu"), tmp_path / "out")
+    folder = export.export(runs.load_run(path, device="cpu"), tmp_path / "out", [])
     assert isinstance(export.load(folder).model.maxpool, nn.Identity)
     assert "timm and torchvision have no `no_pool` stem" in (folder / "README.md").read_text()
     weights = str(folder / WEIGHTS)
@@ -245,7 +246,7 @@ def test_a_folder_that_holds_something_else_is_left_unchanged(tiny_run, tmp_path
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("text")
-    assert error_of(export.export, runs.load_run(tiny_run, device="cpu"), out) == (
+    assert error_of(export.export, runs.load_run(tiny_run, device="cpu"), out, []) == (
         f"{out}: is not empty and contains no export; give a new folder"
     )
 
@@ -297,7 +298,7 @@ def test_the_facts_of_a_network_without_attention_have_no_head_count():
 def test_the_transform_of_an_export_is_that_of_the_run(tmp_path):
     values = ("data.channels=1", "data.range=[0,4095]", "evaluation.crop_ratio=0.7")
     run = runs.load_run(make_run(tmp_path / "run", *values), device="cpu")
-    folder = export.export(run, tmp_path / "out", force=True)
+    folder = export.export(run, tmp_path / "out", [], force=True)
     assert export.load_transform(folder) == ImageTransform.of_run(run)
 
 
@@ -314,6 +315,117 @@ def test_an_export_is_loaded_in_place_of_a_run(vit_export, tmp_path):
         f"--checkpoint step_00000007: {vit_export} is an export and has no checkpoints; leave the"
         " option out"
     )
-    assert error_of(export.export, run, tmp_path / "again") == (
+    assert error_of(export.export, run, tmp_path / "again", []) == (
         f"{vit_export}: is an export already; give the run that it was exported from"
     )
+
+
+LOADED_BY_OTHERS = {
+    "ResNet-50": ("backbone.name=resnet50", "views.crops.global.size=64"),
+    "ViT-S": ("backbone.name=vit_small_patch16_224", "views.crops.global.size=64"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", LOADED_BY_OTHERS)
+def test_timm_transformers_and_torch_hub_load_an_export_in_their_own_processes(name, tmp_path):
+    pytest.importorskip("transformers")
+    run = runs.load_run(make_run(tmp_path / "run", *LOADED_BY_OTHERS[name]), device="cpu")
+    folder = export.export(run, tmp_path / "out", force=True)
+    expected = ["timm", "transformers", "torchhub"]
+    reloads = json.loads((folder / ARGUMENTS).read_text())["reloads"]
+    assert list(reloads) == expected
+    # Once more, with features that come from the run and not from the export.
+    images = load_file(folder / "reference.safetensors")["images"]
+    with torch.no_grad():
+        save_file(
+            {"images": images, "features": run.backbone(images).contiguous()},
+            folder / "reference.safetensors",
+        )
+    results = reload.verify(folder, [*expected, "timm_wrapper"], ImageTransform.of_run(run))
+    assert all(result.difference <= 1e-5 for result in results.values())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("overrides", [(), VIT])
+def test_a_program_of_torch_export_gives_the_features_of_any_number_of_images(overrides, tmp_path):
+    run = runs.load_run(make_run(tmp_path / "run", *overrides), device="cpu")
+    folder = export.export(run, tmp_path / "out", ["torch_export"])
+    program = torch.export.load(folder / "model.pt2").module()
+    images = torch.randn(5, 3, run.image_size, run.image_size)
+    with torch.no_grad():
+        expected = run.backbone(images)
+        tolerance = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(program(images), expected, rtol=0, atol=tolerance)
+
+
+def test_other_features_in_another_process_fail_the_export_by_name(tiny_run, tmp_path, monkeypatch):
+    run = runs.load_run(tiny_run, device="cpu")
+    out = export.export(run, tmp_path / "out", [])
+    before = export_folder.digests(out)
+    monkeypatch.setattr(reload, "TOLERANCE", -1.0)
+    message = error_of(export.export, run, out, ["torchhub"])
+    assert message.startswith(
+        "--format torchhub: loaded in another process, its features differ by up to "
+    )
+    assert message.endswith("; leave torchhub out of --format")
+    assert export_folder.digests(out) == before
+    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+def test_files_of_an_older_export_are_removed(tiny_run, tmp_path):
+    out = export.export(runs.load_run(tiny_run, device="cpu"), tmp_path / "out", [])
+    (out / "model.onnx").write_text("of other weights")
+    (out / "notes.txt").write_text("the user's")
+    export.export(runs.load_run(tiny_run, device="cpu"), out, [])
+    assert not (out / "model.onnx").exists()
+    assert (out / "notes.txt").read_text() == "the user's"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "message"),
+    [
+        (
+            (*RESNET, "backbone.stem=small"),
+            "timm",
+            "timm's resnet18 has the imagenet stem, but this backbone has the small stem; use"
+            " torchhub, torch_export or onnx, or load it with eval.export.load",
+        ),
+        (
+            ("backbone.name=test_efficientnet", "views.crops.global.size=32"),
+            "transformers",
+            "transformers has no class of its own for test_efficientnet, which has no EfficientNet"
+            " with these weights; use timm_wrapper, for which AutoModel.from_pretrained builds"
+            " timm's network",
+        ),
+    ],
+)
+def test_a_format_that_a_network_does_not_have_is_refused(overrides, name, message, tmp_path):
+    pytest.importorskip("transformers")
+    run = runs.load_run(make_run(tmp_path / "run", *overrides), device="cpu")
+    assert error_of(export.export, run, tmp_path / "out", [name]) == f"--format {name}: {message}"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stem", ["no_pool", "small"])
+def test_the_entry_point_of_torch_hub_builds_a_small_stem(stem, tmp_path):
+    path = make_run(tmp_path / "run", *RESNET, f"backbone.stem={stem}")
+    run = runs.load_run(path, device="cpu")
+    folder = export.export(run, tmp_path / "out", [])
+    shutil.copyfile(hubconf.__file__, folder / "hubconf.py")
+    export.check(torch.hub.load(str(folder), "backbone", source="local"), folder)
+
+
+def test_the_card_has_the_metadata_of_the_hub_and_claims_no_license(vit_export):
+    _, front_matter, card = (vit_export / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front_matter) == {
+        "library_name": "pytorch",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": [
+            "image-feature-extraction",
+            "self-supervised-learning",
+            "vit_small_patch16_224",
+            "simclr",
+        ],
+    }
+    assert card.startswith("\n# vit_small_patch16_224 by simclr\n")

@@ -1,0 +1,139 @@
+"""Sections of a model card: code that loads each format, and its measured differences."""
+
+from typing import Any
+
+from ssl_pretrain.eval.exporting import transformers_folder
+from ssl_pretrain.system import markdown
+
+FOLDER = "FOLDER"  # stands for the folder of the export in the code
+LIBRARIES = {
+    "timm": "timm",
+    "timm_wrapper": "transformers, around timm's network",
+    "transformers": "transformers",
+    "torchhub": "torch.hub",
+    "torch_export": "torch.export",
+    "torchvision": "torchvision",
+    "onnx": "ONNX Runtime",
+}
+
+
+def render(arguments: dict[str, Any]) -> str:
+    """Return the section with code that loads the backbone in every format of an export.
+
+    Args:
+        arguments: Content of timm.json.
+    """
+    sections = [
+        "## Loading",
+        f"`{FOLDER}` is a local copy of these files. Each `backbone` maps normalized images (n,"
+        f" {arguments['input']['channels']}, height, width) to features (n, dim).",
+        "With this project, which also checks the reference features:",
+        _code_block(
+            "from ssl_pretrain.eval import export\n\n"
+            f'backbone = export.load("{FOLDER}")\n'
+            f'transform = export.load_transform("{FOLDER}")'
+        ),
+    ]
+    for name in arguments["formats"]:
+        sections += [f"With {LIBRARIES[name]}:", _code_block(_code(name, arguments))]
+        if name == "transformers":
+            sections.append(_processor_note(arguments))
+    sections += [
+        "The transform without other packages is in `preprocessing.py`:",
+        _code_block(
+            "from preprocessing import transform\n\n"
+            'features = backbone(transform("photo.jpg")[None])'
+        ),
+    ]
+    return "\n\n".join(filter(None, [*sections, _stem_note(arguments), _measurements(arguments)]))
+
+
+def _code(name: str, arguments: dict[str, Any]) -> str:
+    """Return the code that loads a format."""
+    weights, architecture = "model.safetensors", arguments["architecture"]
+    if name == "timm":
+        return (
+            "import timm\n\n"
+            "# Without pretrained=True the weights are random.\n"
+            f'backbone = timm.create_model("local-dir:{FOLDER}", pretrained=True).eval()'
+        )
+    if name == "timm_wrapper":
+        return (
+            "from transformers import AutoModel\n\n"
+            f'model = AutoModel.from_pretrained("{FOLDER}").eval()\n'
+            "features = model(images).pooler_output"
+        )
+    if name == "transformers":
+        is_raw = "hidden_states" in arguments["transformers_features"]
+        states = ", output_hidden_states=True" if is_raw else ""
+        return (
+            "from transformers import AutoModel\n\n"
+            f'model = AutoModel.from_pretrained("{FOLDER}/{transformers_folder.FOLDER_NAME}")'
+            ".eval()\n"
+            f"outputs = model(images{states})\n"
+            f"features = {arguments['transformers_features']}"
+        )
+    if name == "torchhub":
+        return (
+            "import torch\n\n"
+            f'backbone = torch.hub.load("{FOLDER}", "backbone", source="local")\n'
+            f'transform = torch.hub.load("{FOLDER}", "transform", source="local")'
+        )
+    if name == "torch_export":
+        return f'import torch\n\nbackbone = torch.export.load("{FOLDER}/model.pt2").module()'
+    if name == "torchvision":
+        return (
+            "import torch, torchvision\nfrom safetensors.torch import load_file\n\n"
+            f"backbone = torchvision.models.{architecture}()\nbackbone.fc = torch.nn.Identity()\n"
+            f'backbone.load_state_dict(load_file("{FOLDER}/{weights}"))\nbackbone.eval()'
+        )
+    return (
+        "import onnxruntime\n\n"
+        f'session = onnxruntime.InferenceSession("{FOLDER}/model.onnx")\n'
+        '(features,) = session.run(None, {"images": images})'
+    )
+
+
+def _stem_note(arguments: dict[str, Any]) -> str:
+    name, stem = arguments["architecture"], arguments["stem"]
+    if stem == "imagenet":
+        return ""
+    return f"timm and torchvision have no `{stem}` stem, so their {name} is a different network."
+
+
+def _processor_note(arguments: dict[str, Any]) -> str:
+    """Return a sentence if transformers' image processor cannot replace the transform."""
+    problem = transformers_folder.find_processor_problem(arguments["input"])
+    if not problem:
+        return ""
+    return f"Use the transform of `preprocessing.py`. transformers has none: {problem}."
+
+
+def _measurements(arguments: dict[str, Any]) -> str:
+    """Return the table of differences that were measured after a reload in another process."""
+    if not arguments["reloads"]:
+        return ""
+    rows = []
+    for name, result in arguments["reloads"].items():
+        views = "-" if result["views"] is None else _gray_levels(result["views"], arguments)
+        packages = ", ".join(f"{package} {text}" for package, text in result["versions"].items())
+        rows.append([LIBRARIES[name], f"{result['difference']:.1e}", views, packages])
+    table = markdown.table(
+        ["loaded by", "features, largest difference", "its transform, gray levels", "versions"],
+        rows,
+    )
+    notes = (
+        "Each format was loaded in a process of its own. The first difference is that of the"
+        " reference images' features, relative to the largest feature. The second is that of the"
+        " library's own transform from `preprocessing.py`, on one synthetic image, in levels of"
+        " 255: most libraries resize with another rounding, and may crop one pixel beside."
+    )
+    return f"{table}\n\n{notes}"
+
+
+def _gray_levels(difference: float, arguments: dict[str, Any]) -> str:
+    return f"{difference * max(arguments['input']['std']) * 255:.1f}"
+
+
+def _code_block(code: str) -> str:
+    return f"```python\n{code}\n```"
