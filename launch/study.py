@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+import yaml
+
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods, schema
+from ssl_pretrain.config.resume_policy import resume_policy
 from ssl_pretrain.launch import (
     local,
     pretrain,
@@ -166,6 +169,31 @@ def small_model_overrides(overrides: Sequence[str]) -> list[str]:
     return [f"{prefix}{names[-1]}", *small_config, *getattr(method, "PRESET_OVERRIDES", [])]
 
 
+def check_finished(runs: Sequence[PlannedRun]) -> None:
+    """Refuse runs that were finished with other settings than the study has now.
+
+    Raises:
+        ConfigError: If a setting that changes the results differs.
+    """
+    for run in runs:
+        path = Path(run.config.output) / "config.yaml"
+        if run.is_evaluated() and path.is_file():
+            saved = schema.flatten(yaml.safe_load(path.read_text()))
+            planned = schema.flatten(configuration.to_dict(run.config))
+            differences = [
+                f"{key} was {saved[key]!r} and is now {planned[key]!r}"
+                for key in saved.keys() & planned.keys()
+                if saved[key] != planned[key]
+                and resume_policy(key, type(run.config.method)) != "free"
+            ]
+            if differences:
+                raise configuration.ConfigError(
+                    f"{run.config.output} is finished, with a different configuration: "
+                    f"{'; '.join(sorted(differences))}. Give the study another output, or delete "
+                    "this folder"
+                )
+
+
 def run_all(runs: Sequence[PlannedRun]) -> int:
     """Pretrain and evaluate the runs without results, and return the exit status.
 
@@ -218,6 +246,7 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(run.config.output for run in runs))
         return 0
+    check_finished(runs)
     status = 0 if options.table_only else run_all(runs)
     if status == STOPPED:
         return status

@@ -1,10 +1,16 @@
 """Studies of configs/sweeps/: their runs are valid, and the table and plot show their numbers."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 from study_runs import save_results
@@ -209,6 +215,94 @@ def test_raw_pixels_are_evaluated_once_and_the_random_backbone_once_per_seed(tmp
     assert calls == [(0, {}), (1, new_seed), (0, pretrained_only)]
     study.run_all(runs)
     assert calls[3:] == [(1, pretrained_only)]
+
+
+def test_a_stopped_study_continues_with_the_runs_that_are_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    calls = []
+
+    def pretrain_and_evaluate(config, *_):
+        calls.append(Path(config.output).name)
+        if len(calls) == 2:  # SIGTERM during the second run
+            return 75
+        save_results(Path(config.output), 90, 30)
+        return 0
+
+    monkeypatch.setattr(study.pretrain, "pretrain_and_evaluate", pretrain_and_evaluate)
+    arguments = [str(STUDIES["ablation"]), f"output={tmp_path}"]
+    assert sweep.main(arguments) == 75
+    assert calls == ["simclr_0", "simclr_no_projector_0"]
+    assert "stopped in run 2 of 7; run the same command to continue" in capsys.readouterr().out
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: path.touch())
+    assert sweep.main(arguments) == 0
+    assert calls[2:] == [Path(run).name for run in _folders(arguments, capsys)[1:]]
+    assert sweep.main(arguments) == 0
+    assert len(calls) == 8  # nothing is repeated
+
+
+def _folders(arguments, capsys):
+    capsys.readouterr()
+    assert sweep.main([*arguments, "--list"]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_study_with_seeds_may_run_seed_by_seed(capsys):
+    arguments = [str(STUDIES["collapse"]), "output=runs/x"]
+    folders = _folders(arguments, capsys)
+    assert folders[:2] == ["runs/x/simclr_0", "runs/x/simclr_no_projector_0"]
+    assert [folder[-2:] for folder in folders] == ["_0"] * 11 + ["_1"] * 11 + ["_2"] * 11
+    assert len(_folders([*arguments, "seed=5"], capsys)) == 11
+
+
+def test_results_of_other_settings_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    definition = study.load(STUDIES["ablation"])
+    run = study.plan_runs(definition, STUDIES["ablation"], None, [f"output={tmp_path}"])[0]
+    folder = Path(run.config.output)
+    save_results(folder, 90, 30)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(run.config)))
+    arguments = [str(STUDIES["ablation"]), f"output={tmp_path}", "--table-only"]
+    assert sweep.main([*arguments, "epochs=61"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {folder} is finished, with a different configuration: epochs was 60 and is now "
+        "61. Give the study another output, or delete this folder\n"
+    )
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: path.touch())
+    assert sweep.main([*arguments, "launch.ranks=2"]) == 0  # the same numbers
+
+
+@pytest.mark.full
+def test_a_killed_study_ends_with_the_numbers_of_one_that_was_not(tmp_path):
+    data = tiny.write_images(tmp_path / "images")
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "title: Two\nsmall_heads: true\nseeds: [0, 1]\ncolumns: ['k-NN, %', RankMe]\n"
+        "runs: [{name: VICReg, set: [method.name=vicreg]}]\n"
+    )
+    settings = ["data.source=folder", "data.subset=0", "global_batch_size=24", "epochs=4"]
+    settings += [f"data.root={data}", "launch.ranks=1", "parallel.threads=1", "evaluation.k=3"]
+    settings += ["online.k=3", "health.every_steps=1", "views.crops.global.size=16"]
+    settings += ["checkpoint.every_epochs=1", "--base", f"{ROOT}/configs/methods_cifar10_cpu.yaml"]
+
+    def command(name):
+        command = [sys.executable, "-m", "ssl_pretrain.launch.sweep", str(path), *settings]
+        return [*command, f"output={tmp_path / name}"]
+
+    subprocess.run(command("whole"), check=True, cwd=ROOT)
+    process = subprocess.Popen(command("killed"), cwd=ROOT, start_new_session=True)
+    checkpoints = tmp_path / "killed/vicreg_1/checkpoints"
+    while not any(checkpoints.glob("step_*")):  # the second run has begun
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    first = (tmp_path / "killed/vicreg_0/metrics.jsonl").read_bytes()
+    assert not (tmp_path / "killed/vicreg_1/eval").exists()
+    subprocess.run(command("killed"), check=True, cwd=ROOT)
+    assert (tmp_path / "killed/vicreg_0/metrics.jsonl").read_bytes() == first
+    tables = [(tmp_path / name / "study.csv").read_text() for name in ("whole", "killed")]
+    assert tables[0] == tables[1]
+    assert "VICReg,2," in tables[0]
 
 
 @pytest.mark.full
