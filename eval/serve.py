@@ -119,6 +119,7 @@ def open_service(
     index = None
     if index_folder is not None:
         index = VectorIndex.load(index_folder)
+        index.check_network(network.provenance(), str(folder))
         if index.facts.dim != network.dim:
             raise ValueError(
                 f"--index {index_folder}: has vectors of {index.facts.dim} numbers, and the "

@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 import ssl_pretrain
+from ssl_pretrain.eval.embedding.embedding_network import describe_transform
+from ssl_pretrain.eval.embedding.weights_digest import digest_of_tensors
 from ssl_pretrain.eval.export import load_transform
 from ssl_pretrain.eval.exporting import onnx
-from ssl_pretrain.eval.exporting.export_folder import read_arguments
+from ssl_pretrain.eval.exporting.export_folder import WEIGHTS, read_arguments
 from ssl_pretrain.eval.exporting.reference import REFERENCE_FILE
+from ssl_pretrain.eval.frozen import named_features
 from ssl_pretrain.eval.image_transform import ImageTransform
 
 Precision = Literal["float", "int8"]
@@ -99,6 +102,14 @@ class ServedNetwork:
                 "ssl_pretrain": ssl_pretrain.__version__,
                 "onnxruntime": version("onnxruntime"),
             },
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what an index must have been made with: weights, feature and transform."""
+        return {
+            "weights_sha256": digest_of_tensors(load_file(self.folder / WEIGHTS)),
+            "feature": named_features.POOLED,
+            "transform": describe_transform(self.transform),
         }
 
 

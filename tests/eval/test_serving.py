@@ -27,8 +27,10 @@ from small_service import (
 )
 
 from ssl_pretrain.eval import serve
+from ssl_pretrain.eval.embedding.vector_index import build_index
 from ssl_pretrain.eval.serving import routes
 from ssl_pretrain.eval.serving.served_network import ServedNetwork
+from ssl_pretrain.eval.serving.service import ServiceLimits
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +354,29 @@ def test_models_of_another_network_are_refused(export_folder, tmp_path):
     message = error_of(ServedNetwork.load, folder, "int8")
     assert "have a cosine of" in message
     assert "start with --model float" in message
+
+
+def test_an_index_of_another_network_is_refused(export_folder, tmp_path):
+    pytest.importorskip("faiss")
+    provenance = ServedNetwork.load(export_folder, "float").provenance()
+    vectors = np.random.default_rng(0).standard_normal((5, DIM))
+    folder, ids = tmp_path / "index", list("abcde")
+    build_index(vectors, ids, provenance=provenance).save(folder)
+    service = serve.open_service(export_folder, str(folder), "float", ServiceLimits())
+    assert len(service.index) == 5
+    other = {"network": "resnet50", "origin": "runs/other", "weights_sha256": "0" * 64}
+    build_index(vectors, ids, provenance=provenance | other).save(folder)
+    arguments = (export_folder, str(folder), "float", ServiceLimits())
+    assert error_of(serve.open_service, *arguments) == (
+        f"{export_folder}: has the weights {provenance['weights_sha256'][:12]}, and the index was "
+        "made with 000000000000 (resnet50 of runs/other); give that network, or index the images "
+        "again with this one"
+    )
+    build_index(vectors[:, :-1], ids).save(folder)
+    assert error_of(serve.open_service, *arguments) == (
+        f"--index {folder}: has vectors of {DIM - 1} numbers, and the network of {export_folder} "
+        f"computes {DIM}; embed and index the images with this network"
+    )
 
 
 def test_a_missing_package_is_named(export_folder, monkeypatch):
