@@ -1,6 +1,5 @@
 """Build torchvision's FCN or DeepLabV3, MoCo's FCN or DINOv2's linear head on a backbone."""
 
-import copy
 from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
@@ -179,7 +178,8 @@ def _build_backbone(run: Run, protocol: TrainingProtocol, init: str, seed: int) 
     backbone: Any = backbones.build(config, run.view_size)
     if init == "pretrained":
         # A dilated network has the same weights.
-        backbone.load_state_dict(copy.deepcopy(source.state_dict()), strict=True)
+        origin = f"{run.checkpoint_path}, for segmentation"
+        backbones.load_strict(backbone, source.state_dict(), origin, exact=True)
     if is_dilated(run, protocol) and protocol.dilates_first_block:
         _dilate_first_block(backbone.model, protocol.output_stride)
     return backbone
