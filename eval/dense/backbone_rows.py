@@ -21,7 +21,7 @@ from ssl_pretrain.eval.dense import (
 )
 from ssl_pretrain.eval.dense.confusion import Scores
 from ssl_pretrain.eval.dense.masked_images import MaskedImages
-from ssl_pretrain.eval.dense.patch_segmentation import PatchGrid
+from ssl_pretrain.eval.dense.patch_segmentation import ImagePatches, PatchGrid
 from ssl_pretrain.eval.dense.segmentation_protocols import (
     PATCH_PROTOCOLS,
     TRAINING_PROTOCOLS,
@@ -111,7 +111,7 @@ def compare(run: Run, splits: Splits, options: SegmentationOptions) -> dict[str,
     confusion.require_packages()
     protocol = options.adapt()
     if isinstance(protocol, PatchProtocol):
-        grid = PatchGrid(run, protocol.resolution or _square(run))
+        grid = PatchGrid(run, protocol.resolution or whole_patches(run))
         rows = _patch_rows(run, splits, protocol, grid, options)
         settings = describe_patches(protocol, grid, run)
     else:
@@ -134,18 +134,33 @@ def _square(run: Run) -> int:
     return min(height_and_width(run.image_size))
 
 
+def whole_patches(run: Run) -> int:
+    """Return the side of the run's images, rounded up to whole patches."""
+    backbone: Any = run.backbone
+    side, patch_size = _square(run), int(backbone.patch_size)
+    return -(-side // patch_size) * patch_size
+
+
 def _patch_rows(
     run: Run, splits: Splits, protocol: PatchProtocol, grid: PatchGrid, options: SegmentationOptions
 ) -> list[results.Row]:
-    def measure(backbone: nn.Module, seed: int) -> Outcome:
-        return patch_segmentation.segment(run, backbone, splits, protocol, grid, seed)
+    train, test = splits
+
+    def embed(backbone: nn.Module) -> tuple[ImagePatches, ImagePatches]:
+        return (
+            patch_segmentation.embed(run, backbone, train, grid),
+            patch_segmentation.embed(run, backbone, test, grid),
+        )
+
+    def measure(patches: tuple[ImagePatches, ImagePatches], seed: int) -> Outcome:
+        return patch_segmentation.segment(patches, splits, protocol, grid, seed)
 
     def as_built(seed: int) -> Outcome:
-        return measure(features.random_backbone(run, seed=seed), seed)
+        return measure(embed(features.random_backbone(run, seed=seed)), seed)
 
     def recalibrated(seed: int) -> Outcome:
         backbone = features.random_backbone(run, seed=seed)
-        return measure(features.recalibrate(run, backbone, _batches(splits[0], grid)), seed)
+        return measure(embed(features.recalibrate(run, backbone, _batches(train, grid))), seed)
 
     rows = []
     if "random" in options.inits:
@@ -153,7 +168,8 @@ def _patch_rows(
         if features.batch_norms(run.backbone):
             rows.append(_row(RECALIBRATED, options.seeds, recalibrated))
     if "pretrained" in options.inits:
-        rows.append(_row("pretrained", options.seeds, lambda seed: measure(run.backbone, seed)))
+        patches = embed(run.backbone)  # the same for all seeds
+        rows.append(_row("pretrained", options.seeds, partial(measure, patches)))
     return rows
 
 

@@ -39,6 +39,7 @@ TEST_SHARE = 0.2  # of the photographs and of the digits
 NUM_OBJECTS = (2, 4)  # pasted into each image
 OBJECT_SIDES = (0.3, 0.6)  # side of an object's square, as a share of the image's
 FOREGROUND = 24  # lowest gray value of an object's pixels, of 255
+NUM_PICTURED, PICTURED_SIDE, PICTURE_GAP = 8, 168, 6  # images of a picture, and pixels
 GREEN = 1  # channel in which stained cells are darker than the background
 Objects = tuple[np.ndarray, np.ndarray]  # gray pixels (n, side, side), uint8, and labels from 1
 
@@ -76,6 +77,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--size", type=POSITIVE_INT, default=96, help="side of the images in pixels (default: 96)"
     )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="also show the first test images here"
+    )
     parser.add_argument("--seed", type=NON_NEGATIVE_INT, default=0, help="seed (default: 0)")
     options = parser.parse_args(arguments)
     out = Path(options.out)
@@ -99,6 +103,8 @@ def main(arguments: list[str]) -> None:
             options.size,
             options.seed,
         )
+    if options.picture:
+        draw_picture(out, options.picture)
     print(f"{out}: wrote {counts['train']} training and {counts['val']} test images with masks")
 
 
@@ -259,6 +265,20 @@ def save(out: Path, split: str, name: str, pixels: np.ndarray, mask: np.ndarray)
         content = io.BytesIO()
         image.save(content, format="PNG")
         (folder / f"{name}.png").write_bytes(content.getvalue())
+
+
+def draw_picture(root: Path, path: Path) -> None:
+    """Draw the first test images above their masks."""
+    files = sorted((root / "images/val").iterdir())[:NUM_PICTURED]
+    side = PICTURED_SIDE + PICTURE_GAP
+    picture = Image.new("RGB", (side * len(files) - PICTURE_GAP, 2 * side - PICTURE_GAP), "white")
+    for column, file in enumerate(files):
+        for row, kind in enumerate(("images", "masks")):
+            with Image.open(root / kind / "val" / file.name) as image:
+                filter_ = Image.Resampling.NEAREST if kind == "masks" else Image.Resampling.BICUBIC
+                shown = image.convert("RGB").resize((PICTURED_SIDE, PICTURED_SIDE), filter_)
+            picture.paste(shown, (column * side, row * side))
+    picture.save(path)
 
 
 def _with_palette(mask: np.ndarray) -> Image.Image:

@@ -59,7 +59,11 @@ class Confusion:
         self.classes, self._void = tuple(classes), len(classes)
         # Void is one more class for torchmetrics, which leaves out its pixels.
         self._metric = MulticlassJaccardIndex(
-            len(classes) + 1, average="none", ignore_index=self._void, sync_on_compute=False
+            len(classes) + 1,
+            average="none",
+            ignore_index=self._void,
+            validate_args=False,  # it looks for unknown labels in every map, which are read checked
+            sync_on_compute=False,
         )
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
@@ -70,7 +74,7 @@ class Confusion:
             labels: Classes or VOID, of the same shape.
         """
         values = (tensor.detach().cpu().long().flatten() for tensor in (predictions, labels))
-        predicted, true = (value.masked_fill_(value == VOID, self._void) for value in values)
+        predicted, true = (value.masked_fill(value == VOID, self._void) for value in values)
         self._metric.update(predicted, true)
 
     def counts(self) -> Tensor:

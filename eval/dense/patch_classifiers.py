@@ -58,6 +58,10 @@ class NearestNeighbors:
     k: int
     distance: str
 
+    def __post_init__(self) -> None:
+        if self.distance == "cosine":
+            self.tokens = F.normalize(self.tokens, dim=1)
+
     def logits(self, tokens: Tensor) -> None:
         """Return None, because neighbors vote per pixel."""
 
@@ -80,7 +84,7 @@ class NearestNeighbors:
     def _distances(self, queries: Tensor, bank: Tensor) -> Tensor:
         if self.distance == "L2":
             return torch.cdist(queries, bank)
-        return 1 - F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
+        return 1 - F.normalize(queries, dim=1) @ bank.T
 
 
 class LogisticRegression:

@@ -73,16 +73,13 @@ class PatchGrid:
         backbone: Any = run.backbone
         if problem := backbone.find_token_problem():
             raise ValueError(f"segmentation: {problem}; choose a network with patches or a map")
-        try:
-            self.rows, self.columns = backbone.grid(resolution)
-        except Exception:  # networks refuse a size in many ways
-            self.rows = self.columns = 0
-        if not self.rows or resolution % self.rows or resolution % self.columns:
+        if resolution % backbone.patch_size:
             raise ValueError(
                 f"--resolution {resolution}: its patches are not whole for "
                 f"{run.config.backbone.name}; give a multiple of {backbone.patch_size}"
             )
         self.resolution = resolution
+        self.rows, self.columns = backbone.grid(resolution)
         self.patch_height, self.patch_width = resolution // self.rows, resolution // self.columns
 
     def square(self, pixels: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -157,8 +154,7 @@ def settings(protocol: PatchProtocol) -> list[Setting]:
 
 
 def segment(
-    run: Run,
-    backbone: nn.Module,
+    patches: tuple[ImagePatches, ImagePatches],
     splits: tuple[MaskedImages, MaskedImages],
     protocol: PatchProtocol,
     grid: PatchGrid,
@@ -167,22 +163,20 @@ def segment(
     """Return the scores on the test images and the selected setting.
 
     Args:
-        run: Run to evaluate.
-        backbone: Frozen network, in evaluation mode.
+        patches: Patches of the training and the test images.
         splits: Training and test images.
         protocol: Protocol of the classifier.
         grid: Patches of the resized images.
         seed: Seed of the choice of the held-out images.
     """
-    train_images, test_images = splits
-    train = embed(run, backbone, train_images, grid)
-    test = embed(run, backbone, test_images, grid)
+    (train, test), (train_images, test_images) = patches, splits
     order = rng.permutation(seed, 0, len(train), rng.Purpose.SPLIT)
     num_held_out = max(1, len(train) // 10)
     held_out, fitted = train.rows(order[:num_held_out]), train.rows(order[num_held_out:])
     standardize = fit_standardization(fitted.tokens.flatten(0, 1))
-    for patches in (held_out, fitted, test):
-        patches.tokens = standardize(patches.tokens)
+    held_out, fitted, test = (
+        ImagePatches(standardize(part.tokens), part.pixels) for part in (held_out, fitted, test)
+    )
     check_classes(fitted, protocol)
     choices = settings(protocol)
     build = partial(_fit, protocol, train_images.classes)

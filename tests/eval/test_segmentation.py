@@ -90,7 +90,9 @@ def test_frozen_protocols_know_objects_by_their_color(run, data, name):
     grid = patch_segmentation.PatchGrid(run, 64)
     grid.rows = grid.columns = 16
     grid.patch_height = grid.patch_width = 4
-    scores, note = patch_segmentation.segment(run, Colors(), data.open(run), protocol, grid, 0)
+    splits = data.open(run)
+    patches = tuple(patch_segmentation.embed(run, Colors(), part, grid) for part in splits)
+    scores, note = patch_segmentation.segment(patches, splits, protocol, grid, 0)
     assert scores.miou > 75, (scores, note)
     assert list(scores.class_iou) == CLASSES
 
@@ -152,15 +154,17 @@ def test_void_values_in_the_training_and_test_masks_change_nothing(run, data, tm
 
 
 def _miou_by_protocol(folder, data, names):
-    """Return the scores of protocols in float64, in which the order of sums does not matter."""
-    torch.set_default_dtype(torch.float64)
+    """Return the rows of protocols.
+
+    Networks are trained in float64, in which the order of sums over ranks does not matter.
+    """
     patch_segmentation.BATCH_SIZE = 4  # so that every rank has images
-    run = runs.load_run(folder, overrides=["parallel.precision=float32"], device="cpu")
-    splits = data.open(run)
     rows = {}
     for name in names:
+        torch.set_default_dtype(torch.float64 if name in TRAINING else torch.float32)
+        run = runs.load_run(folder, overrides=["parallel.precision=float32"], device="cpu")
         options = SegmentationOptions(name, inits=["pretrained"], **SMALL[name])
-        rows[name] = backbone_rows.compare(run, splits, options)["rows"]
+        rows[name] = backbone_rows.compare(run, data.open(run), options)["rows"]
     return rows
 
 
@@ -342,6 +346,16 @@ def test_the_command_compares_both_backbones_and_the_result_is_a_row_of_the_repo
     )  # fmt: skip
     assert list(evaluation.table) == ["trained from random weights", "pretrained"]
     assert evaluation.path.is_file()
+
+
+def test_weights_in_a_file_are_evaluated_like_a_run(run, data, tmp_path):
+    torch.save(run.backbone.model.state_dict(), tmp_path / "weights.pth")
+    overrides = ["backbone.name=test_resnet", f"output={tmp_path / 'published'}"]
+    published = runs.load_run(tmp_path / "weights.pth", overrides=overrides, device="cpu")
+    options = SegmentationOptions("capi_knn", inits=["pretrained"], resolution=64)
+    result = backbone_rows.compare(published, data.open(published), options)
+    assert [row["features"] for row in result["rows"]] == ["pretrained"]
+    assert (tmp_path / "published/eval/segmentation_capi_knn.json").is_file()
 
 
 def test_mistakes_in_the_options_are_reported(run):
