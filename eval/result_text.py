@@ -13,7 +13,7 @@ EVALUATION_TITLES = {
     "finetune_deit": "fine-tuning, DeiT",
 }
 # Number of columns that a summary shows of these evaluations. It shows every column of the others.
-NUM_SUMMARY_COLUMNS = {"retrieval": 2, "robustness": 1}
+NUM_SUMMARY_COLUMNS = {"retrieval": 2, "robustness": 1, "segmentation": 1}
 FEATURES_BY_COLUMN = {  # `features` entries of a result's rows, by column of a summary
     "raw pixels": ("raw pixels",),
     "random backbone": (results.BETTER_RANDOM, "trained from random weights"),
@@ -52,7 +52,8 @@ def summary_table(evaluations: list[dict[str, Any]]) -> str:
         title = EVALUATION_TITLES.get(base, base.replace("_", ", "))
         title += f", {feature}" if feature else ""
         columns = results.column_names(result)
-        for column in columns[: NUM_SUMMARY_COLUMNS.get(base)]:
+        kind = base.partition("_")[0]  # each protocol of segmentation has a result of its own
+        for column in columns[: NUM_SUMMARY_COLUMNS.get(kind)]:
             is_whole_name = len(columns) == 1 and column in ("clean", "all labels", "all")
             name = title if is_whole_name else f"{title}, {column}"
             rows.append([name, *_format_numbers(result, column)])

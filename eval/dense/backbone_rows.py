@@ -225,7 +225,7 @@ def _row(name: str, seeds: Sequence[int], measure: Callable[[int], Outcome]) -> 
         name,
         {key: float(np.mean(numbers)) for key, numbers in values.items()},
         {key: float(np.std(numbers, ddof=1)) for key, numbers in repeated.items()},
-        {"mIoU": ", ".join(dict.fromkeys(notes))},
+        {"mIoU": ", then ".join(dict.fromkeys(notes))},
     )
 
 
@@ -260,7 +260,7 @@ def describe_patches(protocol: PatchProtocol, grid: PatchGrid, run: Run) -> dict
         "standardized over the training patches",
         "transform": f"images to {side} x {side}, bicubic; masks to the nearest pixel",
         "classifier": f"{classifier}; scored at {size}",
-        "selection": f"{', '.join(s.name for s in patch_segmentation.settings(protocol))}; by mIoU "
+        "selection": f"{'; '.join(s.name for s in patch_segmentation.settings(protocol))}: by mIoU "
         "on a tenth of the training images, then fitted to all of them",
     }
 
