@@ -3,7 +3,7 @@
 setup := bash docker/setup.sh
 python := .venv/bin/python
 
-.PHONY: help demo test test-lowest test-slurm test-reliability test-full gpu-kit lint docs docs-serve env ffcv requirements clean
+.PHONY: help demo test test-lowest test-slurm test-reliability test-full gpu-kit lint docs docs-serve pictures env ffcv requirements clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -45,6 +45,9 @@ docs: env  ## build the docs site into site/, where any warning is an error
 
 docs-serve: env  ## show the docs site while you write it
 	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs serve
+
+pictures: env  ## make every picture of README and docs again, from the runs in runs/; prints which runs are missing
+	@PYTHONPATH=.:tests/eval $(python) tests/docs/pictures.py
 
 env: .venv/.package  ## install what is missing
 	@:

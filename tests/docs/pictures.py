@@ -1,0 +1,250 @@
+"""Make every picture of README and docs with the present code: `make pictures`.
+
+PYTHONPATH=.:tests/eval .venv/bin/python tests/docs/pictures.py [--runs runs] [--list] [NAME ...]
+
+Each picture comes from finished runs. Those of `runs/` are reused. A picture whose runs are missing
+is not made, and the command that trains them is printed with its time. The exit status is then 1.
+`--train` trains them first.
+"""
+
+import argparse
+import io
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import browser_checks
+from page_runs import serve
+from PIL import Image
+
+from ssl_pretrain.eval import compare
+from ssl_pretrain.eval.html import live, run_list_server
+from ssl_pretrain.eval.run_folders import RunFolders
+from ssl_pretrain.fault_tolerance import failure_note
+from ssl_pretrain.fault_tolerance.run_lock import RunLock
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, PAGES = Path("docs/results"), Path("docs/results/pages")
+HEIGHTS = {1400: 1000, 400: 900}  # of the screenshots, by their width
+NUM_COLORS = 128  # of a screenshot, which keeps it below 200 KB
+SWEEP = "launch/sweep.py configs/sweeps/"
+LEARNING = f"{SWEEP}learning.yaml output={{runs}}/learning data.root=cifar10.zip seed=0,1,2"
+CIFAR10 = "--base configs/methods_cifar10_cpu.yaml data.root=cifar10.zip"
+
+
+STUDY = tuple(f"{method}_{seed}" for seed in range(3) for method in ("simclr", "vicreg"))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, or several that one command makes.
+
+    Attributes:
+        paths: Files that are made.
+        runs: Folders below `runs/` that must exist.
+        training: Commands that train these runs, without the interpreter.
+        training_time: Time of the training on two cores.
+        command: Command that makes the pictures, without the interpreter. `{runs}` is the folder.
+        draw: Function that makes them instead.
+    """
+
+    paths: tuple[Path, ...]
+    runs: tuple[str, ...]
+    training: tuple[str, ...]
+    training_time: str
+    command: str = ""
+    draw: Callable[[Path], None] | None = None
+
+
+def main() -> int:
+    """Run the command and return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="pictures to make (default: all)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--list", action="store_true", help="print the pictures and their runs")
+    parser.add_argument("--train", action="store_true", help="train the runs that are missing")
+    options = parser.parse_args()
+    pictures = build_list()
+    if unknown := set(options.names) - pictures.keys():
+        parser.error(
+            f"{', '.join(sorted(unknown))}: no such picture; choose from {', '.join(pictures)}"
+        )
+    is_complete = True
+    for name in options.names or pictures:
+        picture = pictures[name]
+        if options.list:
+            print(f"{name}: {', '.join(map(str, picture.paths))} from {', '.join(picture.runs)}")
+            continue
+        missing = [run for run in picture.runs if not (options.runs / run).exists()]
+        if missing and options.train:
+            for command in picture.training:
+                run(command, options.runs)
+        elif missing:
+            commands = "; ".join(f"python {command}" for command in picture.training)
+            print(
+                f"{name}: not made, because {', '.join(missing)} is missing in {options.runs}. "
+                f"Train it ({picture.training_time}): {commands}"
+            )
+            is_complete = False
+            continue
+        start = time.perf_counter()
+        if picture.draw:
+            picture.draw(options.runs)
+        else:
+            run(picture.command, options.runs)
+        print(
+            f"{name}: {', '.join(map(str, picture.paths))} in {time.perf_counter() - start:.0f} s"
+        )
+    return 0 if is_complete else 1
+
+
+def build_list() -> dict[str, Picture]:
+    """Return the pictures by name, in the order in which they are made."""
+    demo = ("launch/demo.py",), "2 min"
+    pictures = {
+        "neighbors": Picture(
+            (RESULTS / "neighbors.png",),
+            ("demo",),
+            *demo,
+            command=f"tests/bench/neighbors.py {{runs}}/demo {RESULTS}/neighbors.png",
+        ),
+        "health": Picture(
+            tuple(
+                RESULTS / f"health/{name}.png"
+                for name in (
+                    "byol_without_predictor",
+                    "simsiam_without_stop_gradient",
+                    "vicreg_without_variance",
+                )
+            ),
+            ("collapse",),
+            ("tests/bench/collapse.py --output {runs}/collapse",),
+            "about 2 h",
+            command=f"tests/bench/collapse.py --output {{runs}}/collapse --draw {RESULTS}/health",
+        ),
+        "learning": Picture(
+            (RESULTS / "learning_curves.png",),
+            ("learning",),
+            (LEARNING,),
+            "about 3 h",
+            draw=draw_learning_curves,
+        ),
+    }
+    for study in ("temperature", "ablation"):
+        for suffix, base in (("", ""), ("_cifar10", f" {CIFAR10}")):
+            name = f"sweep_{study}{suffix}"
+            command = f"{SWEEP}{study}.yaml output={{runs}}/{name}{base}"
+            pictures[name] = Picture(
+                (RESULTS / f"{name}.png",),
+                (name,),
+                (command,),
+                "20 min to 2 h",
+                command=f"{command} --table-only --table {RESULTS}/{name}.md",
+            )
+    pages = tuple(
+        PAGES / f"{page}_{width}_{scheme}.png"
+        for page in ("report", "compare", "runs", "live")
+        for width in HEIGHTS
+        for scheme in browser_checks.SCHEMES
+    )
+    pictures["pages"] = Picture(
+        pages,
+        ("demo", *STUDY),
+        (*demo[0], *map(study_command, STUDY)),
+        "8 min",
+        draw=photograph_pages,
+    )
+    return pictures
+
+
+def study_command(name: str) -> str:
+    """Return the command that trains a run of the compared methods, without the interpreter."""
+    method, seed = name.rsplit("_", 1)
+    keys = f"output={{runs}}/{name} seed={seed} method.name={method} epochs=10"
+    if method == "vicreg":
+        keys += " method.projector_dims=[256,256]"
+    return f"launch/pretrain.py configs/methods_digits.yaml {keys} online.knn_every_epochs=2"
+
+
+def run(command: str, runs: Path) -> None:
+    """Run a command of the clone with this interpreter."""
+    words = shlex.split(command.replace("{runs}", str(runs)))
+    subprocess.run([sys.executable, *words], check=True, cwd=ROOT)
+
+
+def draw_learning_curves(runs: Path) -> None:
+    """Draw the curves beside the study's own table. The page in docs was written by hand."""
+    run(f"{LEARNING} --table-only --table {{runs}}/learning/learning.md", runs)
+    shutil.copy(runs / "learning" / "learning_curves.png", ROOT / RESULTS)
+
+
+def photograph_pages(runs: Path) -> None:
+    """Save screenshots of the report, the comparison, the list and the live page."""
+    (ROOT / PAGES).mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        browser = stack.enter_context(browser_checks.start_browser())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs"
+        folder.mkdir()
+        for name in ("demo", *STUDY):
+            (folder / name).symlink_to((runs / name).resolve())
+        stack.enter_context(play_training(runs / "demo", folder / "demo_seed_1", seed=1))
+        fail(runs / "demo", folder / "demo_large_batch")
+        study = [folder / name for name in STUDY]
+        page = compare.write(study, folder.parent / "compare.html")
+        photograph(browser, (runs / "demo" / "report.html").resolve().as_uri(), "report")
+        photograph(browser, page.as_uri(), "compare")
+        with serve(run_list_server.build_server(RunFolders(folder))) as address:
+            photograph(browser, address, "runs")
+        with serve(live.build_server(folder / "demo_seed_1")) as address:
+            photograph(browser, address, "live")
+
+
+def copy_beginning(source: Path, run: Path, num_records: int, seed: int = 0) -> None:
+    """Copy a run without its end, as if it had just trained that far."""
+    shutil.copytree(
+        source, run, ignore=shutil.ignore_patterns("eval", "checkpoints", "report.html")
+    )
+    lines = (run / "metrics.jsonl").read_text().splitlines()[:num_records]
+    records = [json.loads(line) for line in lines]
+    shift = time.time() - records[-1]["time"]
+    texts = [json.dumps(record | {"time": record["time"] + shift}) for record in records]
+    (run / "metrics.jsonl").write_text("\n".join(texts) + "\n")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("\nseed: 0\n", f"\nseed: {seed}\n"))
+
+
+@contextmanager
+def play_training(source: Path, run: Path, seed: int) -> Iterator[None]:
+    """Copy the first half of a run and hold its lock, as its training would."""
+    copy_beginning(source, run, num_records=17, seed=seed)
+    with RunLock(run):
+        yield
+
+
+def fail(source: Path, run: Path) -> None:
+    """Copy the first records of a run, with the note of an error."""
+    copy_beginning(source, run, num_records=3)
+    failure_note.write(run, RuntimeError("CUDA out of memory. Tried to allocate 18.20 GiB"))
+
+
+def photograph(browser, address: str, name: str) -> None:
+    """Save screenshots of a page at both widths, in light and dark."""
+    for width, height in HEIGHTS.items():
+        for scheme in browser_checks.SCHEMES:
+            browser_checks.set_window(browser, width, scheme, height)
+            browser.get(address)
+            picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+            path = ROOT / PAGES / f"{name}_{width}_{scheme}.png"
+            picture.quantize(NUM_COLORS).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
