@@ -105,7 +105,7 @@ def _render(
     evaluations = run_table.evaluation_names(states, MAX_EVALUATIONS)
     return page.render(
         "run_list.html.jinja",
-        title=f"Runs in {folder.resolve().name}",
+        title=_title(folder),
         folder=folder,
         counts=run_table.describe_counts(states),
         states=STATES,
@@ -119,6 +119,11 @@ def _render(
         version=version,
         refresh_seconds=refresh_seconds,
     )
+
+
+def _title(folder: Path) -> str:
+    name = folder.resolve().name
+    return "Runs" if name == "runs" else f"Runs in {name}"
 
 
 def _facts(state: RunState) -> list[tuple[str, str]]:

@@ -189,6 +189,7 @@ def draw_learning_curves(runs: Path) -> None:
 def photograph_pages(runs: Path) -> None:
     """Save screenshots of the report, the comparison, the list and the live page."""
     (ROOT / PAGES).mkdir(parents=True, exist_ok=True)
+    run("-m ssl_pretrain.eval.report {runs}/demo", runs)
     with ExitStack() as stack:
         browser = stack.enter_context(browser_checks.start_browser())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs"
