@@ -136,7 +136,7 @@ def _select_informative(
     """Return the metrics to draw, and sentences about the others.
 
     A curve is not drawn if it is constant, has a single point, or is proportional to an earlier
-    one.
+    one and has no healthy range.
     """
     drawn: list[str] = []
     constants, copies = [], []
@@ -151,8 +151,10 @@ def _select_informative(
             constants.append(f"{title} {axes.format_value(float(values[0]))}{unit}")
         elif max(map(len, curves)) == 1 and len(series) == 1:
             constants.append(f"{title} {axes.format_value(float(values[0]))} (measured once)")
-        elif copy := next(
-            (c for other in drawn if (c := _describe_copy(series, curves_by_key[other], other))), ""
+        elif not healthy_ranges.healthy_range(key) and (
+            copy := next(
+                (c for k in drawn if (c := _describe_copy(series, curves_by_key[k], k))), ""
+            )
         ):
             copies.append(f"{title} is {copy}")
         else:
