@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+MAX_PNG_PIXELS = 256 * 256  # larger pictures are embedded as JPEG
 MAX_PICTURE_SIDE = 88  # largest side in pixels, for pictures in a strip of neighbors
 
 
@@ -49,7 +50,7 @@ def render(template: str, **context: Any) -> str:
 
 def image_data_url(image: Image.Image, quality: int = 88) -> str:
     """Return a data URL that embeds the picture, as PNG if it is small, else as JPEG."""
-    file_type = "png" if image.width * image.height <= 128 * 128 else "jpeg"
+    file_type = "png" if image.width * image.height <= MAX_PNG_PIXELS else "jpeg"
     content = io.BytesIO()
     image.save(content, file_type, optimize=True, quality=quality)
     return f"data:image/{file_type};base64,{base64.b64encode(content.getvalue()).decode()}"

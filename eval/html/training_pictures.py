@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from markupsafe import Markup
 from PIL import Image
@@ -13,7 +14,7 @@ from ssl_pretrain import config, schema
 from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.eval.html import page
 from ssl_pretrain.eval.html.training_figures import evenly_spaced
-from ssl_pretrain.monitoring import metric_names, shown_bands
+from ssl_pretrain.monitoring import image_grids, metric_names, online_knn, shown_bands
 from ssl_pretrain.schema.image_sizes import height_and_width
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.recipe import ViewsConfig
@@ -116,7 +117,7 @@ def read_neighbor_figures(run_path: Path) -> list[page.Figure]:
     paths = [path for folder in folders for path in sorted(folder.glob("step_*.png"))]
     figures = []
     for path in evenly_spaced(paths, NUM_NEIGHBOR_PICTURES):
-        picture = Image.open(path).convert("RGB")
+        picture = _without_gaps(Image.open(path).convert("RGB"))
         step = f"Step {int(path.stem.removeprefix('step_')):,}"
         css_class = "picture pixel" if picture.width < 2 * page.MAX_PICTURE_SIDE else "picture"
         image = Markup('<img class="{}" alt="Neighbors at {}" src="{}">').format(
@@ -124,3 +125,29 @@ def read_neighbor_figures(run_path: Path) -> list[page.Figure]:
         )
         figures.append(page.Figure(image, step))
     return figures
+
+
+def _without_gaps(picture: Image.Image) -> Image.Image:
+    """Make the white gaps between the pictures of `image_grids.neighbor_grid` transparent.
+
+    A large picture stays as it is, because it is embedded without transparency.
+    """
+    num_columns = online_knn.NUM_NEIGHBORS + 1
+    width, rest = divmod(picture.width - VIEW_GAP, num_columns)
+    if rest or picture.width * picture.height > page.MAX_PNG_PIXELS:
+        return picture
+    pixels = np.array(picture)
+    is_white = (pixels == 255).all(axis=-1)
+    x = np.arange(picture.width)
+    in_gap = x % width < VIEW_GAP  # between two columns
+    in_query = (x < width + VIEW_GAP) & ~in_gap
+    opaque = np.ones_like(is_white)
+    opaque[:, in_gap] = False
+    opaque[is_white.all(axis=1)] = False  # between two rows
+    query_border = in_query & (
+        (x < VIEW_GAP + image_grids.BORDER) | (x >= width - image_grids.BORDER)
+    )
+    opaque[:, query_border] = False
+    is_white_in_query = is_white[:, in_query].all(axis=1)
+    opaque[np.ix_(is_white_in_query, in_query)] = False
+    return Image.fromarray(np.dstack([pixels, 255 * opaque.astype(np.uint8)]))

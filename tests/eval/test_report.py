@@ -12,7 +12,19 @@ from run_with_report import make_run_with_report, write_metrics
 from untrained_run import make_run, write_images
 
 from ssl_pretrain.eval import compare, demo_summary, report, results, runs
-from ssl_pretrain.eval.html import charts, nearest_images, page, run_files, run_groups, sections
+from ssl_pretrain.eval.html import (
+    axes,
+    charts,
+    colors,
+    headline,
+    image_maps,
+    nearest_images,
+    page,
+    run_files,
+    run_groups,
+    sections,
+    training_figures,
+)
 from ssl_pretrain.system import program
 
 SECTIONS = ["Evaluation", "Training", "Views", "Nearest neighbors", "Map", "Config"]
@@ -283,3 +295,63 @@ def test_the_demo_needs_both_evaluations(tmp_path):
 def test_the_perplexity_is_below_the_number_of_images():
     assert nearest_images.tsne_perplexity(500) == 30
     assert nearest_images.tsne_perplexity(10) == 3
+
+
+def test_the_headline_says_how_far_the_features_are_from_each_baseline(digits):
+    (knn,) = [result for result in results.load_newest(digits) if result["name"] == "knn"]
+    assert headline.describe_result(knn) == (
+        "k-NN reaches 52.0 % of 500 test images, 2.0 points above raw pixels (50.0 %) and "
+        "1.0 points above the random network (51.0 %)."
+    )
+    rows = [
+        {"features": "raw pixels", "metrics": {"clean": 96.8}, "spread": {}},
+        {"features": "pretrained", "metrics": {"clean": 96.4}, "spread": {}},
+    ]
+    assert headline.describe_result(knn | {"rows": rows}) == (
+        "k-NN reaches 96.4 % of 500 test images, 0.4 points below raw pixels (96.8 %)."
+    )
+    assert headline.describe_results([]) == ""
+    assert headline.describe_progress(50, 200) == (
+        "The run is not finished: its newest checkpoint is of step 50 of 200 (25 %)."
+    )
+
+
+def test_a_small_change_does_not_look_like_a_crash():
+    axis = axes.fit(np.array([0.9975, 0.9985]), (178, 12))
+    assert axis.high - axis.low >= axes.MIN_RELATIVE_SPAN * 0.99
+    assert [text for _, text in axis.labels()] == ["0.98", "1.00", "1.02"]
+    assert axes.format_ticks([0.0, 1e-4, 2e-4], axis) == ["0", "1e-4", "2e-4"]
+
+
+def test_curves_without_information_are_named_instead_of_drawn():
+    records = [
+        {"step": i, "epoch": i, "loss": 10 / i, "nt_xent": 5 / i, "weight_decay": 1e-6}
+        for i in range(1, 6)
+    ]
+    (group,) = training_figures.draw_run_groups({"": records}, "run")
+    assert [figure.caption for figure in group.figures] == ["Loss"]
+    assert group.notes == ["Constant: weight decay 1e-6.", "NT-Xent is 0.5 times loss."]
+
+
+def test_healthy_ranges_and_limits_of_alerts_are_drawn():
+    records = [{"step": i, "epoch": i, "embedding_std": 0.9 - i / 100} for i in range(1, 6)]
+    (group,) = training_figures.draw_run_groups({"": records}, "run")
+    (figure,) = group.figures
+    assert 'class="healthy"' in figure.image and 'class="limit"' in figure.image
+    assert figure.note.endswith("Healthy: 0.2 to 1, alert below 0.2")
+
+
+def test_every_thumbnail_of_a_map_has_a_cell_of_its_own_near_its_place():
+    positions = np.random.default_rng(0).normal(size=(60, 2))
+    cells = image_maps.assign_cells(positions, num_columns=12, num_rows=8)
+    assert len({tuple(cell) for cell in cells}) == 60
+    correlations = [np.corrcoef(positions[:, axis], cells[:, axis])[0, 1] for axis in (0, 1)]
+    assert min(correlations) > 0.9
+
+
+def test_colors_are_legible_on_both_pages():
+    for number in (10, 200):
+        for index in range(number):
+            shown = colors.color(index, number)
+            assert colors.contrast(shown, "#fdfdfc") >= 3, shown
+            assert colors.contrast(shown, "#16181a") >= 3, shown
