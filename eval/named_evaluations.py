@@ -9,6 +9,7 @@ from typing import Any
 from ssl_pretrain.eval import (
     attentive,
     corruptions,
+    fewshot,
     finetune,
     knn,
     results,
@@ -162,6 +163,7 @@ EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "knn": knn.evaluate,
     "linear": linear,
     "attentive": attentive.evaluate,
+    "fewshot": fewshot.evaluate,
     "semi": few_label_fine_tuning,
     "finetune": fine_tuning,
     "retrieval": retrieval.evaluate,

@@ -16,7 +16,7 @@ import csv
 import io
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,36 @@ from torch import Tensor, nn
 from ssl_pretrain import config, rng
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.eval import command_line, results
-from ssl_pretrain.eval.frozen import features, named_features
+from ssl_pretrain.eval import command_line, results, training_views
+from ssl_pretrain.eval.frozen import features, named_features, view_rank
 from ssl_pretrain.eval.frozen.evaluation_split import BATCH_SIZE, EvaluationSplit, open_images
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.models import backbones
+from ssl_pretrain.models.components import Backbone
+from ssl_pretrain.monitoring.collapse_metrics import effective_rank, singular_values
+from ssl_pretrain.schema import NON_NEGATIVE_INT, POSITIVE_INT
 from ssl_pretrain.system import durable_files
 
 NUM_TOP = 5  # number of largest eigenvalues in the top-5 share
 MAX_IMAGES = 10000  # training images to embed
+OPTIONS: dict[str, dict[str, Any]] = {
+    **named_features.OPTION,
+    "--lidar-images": {
+        "type": POSITIVE_INT,
+        "default": view_rank.NUM_IMAGES,
+        "metavar": "N",
+        "help": f"images of LiDAR (default: {view_rank.NUM_IMAGES})",
+    },
+    "--lidar-views": {
+        "type": NON_NEGATIVE_INT,
+        "default": view_rank.NUM_VIEWS,
+        "metavar": "N",
+        "help": (
+            f"training views per image of LiDAR (default: {view_rank.NUM_VIEWS}; the paper: 50;"
+            " 0: none)"
+        ),
+    },
+}
 
 # Eigenvalues in descending order, by row of the result and by "embeddings" or "features".
 Eigenvalues = dict[tuple[str, str], list[float]]
@@ -41,28 +62,43 @@ Eigenvalues = dict[tuple[str, str], list[float]]
 def main(arguments: list[str]) -> None:
     """Run the command-line interface."""
     command_line.evaluate_and_print(
-        command_line.build_parser("ssl_pretrain.eval.spectrum", __doc__, named_features.OPTION),
+        command_line.build_parser("ssl_pretrain.eval.spectrum", __doc__, OPTIONS),
         arguments,
-        lambda run, options: evaluate(run, options.feature),
+        lambda run, options: evaluate(
+            run, options.feature, options.lidar_images, options.lidar_views
+        ),
     )
 
 
 @torch.no_grad()
-def evaluate(run: Run, feature: str = named_features.POOLED) -> dict[str, Any]:
+def evaluate(
+    run: Run,
+    feature: str = named_features.POOLED,
+    lidar_images: int = view_rank.NUM_IMAGES,
+    lidar_views: int = view_rank.NUM_VIEWS,
+) -> dict[str, Any]:
     """Measure the random and the pretrained network and save RUN/eval/spectrum.json.
 
     Args:
         run: Run to evaluate.
         feature: Name of the backbone's feature, see `named_features`. The projector's input is
             always the pooled one.
+        lidar_images: Number of training images for LiDAR.
+        lidar_views: Number of training views of each, at least 2, or 0 to leave LiDAR out.
 
     Returns:
         The content of the result file.
 
     Raises:
-        ValueError: If the method has no projector, or the backbone does not have the feature.
+        ValueError: If the method has no projector, the backbone does not have the feature, or there
+            is a single view.
     """
     start = time.monotonic()
+    if lidar_views == 1:
+        raise ValueError(
+            "--lidar-views 1: one view does not show how views differ; give at least 2, or 0 to "
+            "leave LiDAR out"
+        )
     named_features.network_of_feature(run.backbone, feature)  # refuses before anything is computed
     source = open_images(run, "train")
     split = EvaluationSplit(run, source).random_subset(MAX_IMAGES)
@@ -77,6 +113,10 @@ def evaluate(run: Run, feature: str = named_features.POOLED) -> dict[str, Any]:
         if feature != named_features.POOLED:
             values, _ = features.extract(named_features.Feature(backbone, feature), split)
         metrics |= spectrum_metrics("features", values)
+        if lidar_views:
+            metrics |= _lidar_metrics(
+                split.random_subset(lidar_images), backbone, projector, feature, lidar_views
+            )
         rows.append(results.Row(name, metrics))
         for vectors, matrix in (("embeddings", embeddings), ("features", values)):
             eigenvalues[name, vectors] = covariance_spectrum(matrix).tolist()
@@ -92,8 +132,16 @@ def evaluate(run: Run, feature: str = named_features.POOLED) -> dict[str, Any]:
         "measure": f"top-{NUM_TOP}: sum of the {NUM_TOP} largest eigenvalues of the covariance, in"
         " percent of the sum of all; rank: exponential of the entropy of the normalized"
         " eigenvalues; variance: sum of all eigenvalues, in percent of its maximum",
+        "RankMe": "exponential of the entropy of the singular values of the vectors, neither scaled"
+        " nor centered (arXiv:2210.02885)",
         "images": f"{run.config.data.source}: {len(split)} training images in evaluation views",
     }
+    if lidar_views:
+        view = training_views.describe_train_view(view_rank.view_of_run(split))
+        protocol["LiDAR"] = (
+            f"{min(lidar_images, len(split))} images, {lidar_views} training views each (first kind"
+            f" of view: {view}; the run's colors), delta {view_rank.DELTA:g} (arXiv:2312.04000)"
+        )
     name, provenance = f"spectrum{results.suffix_of_feature(feature)}", run.provenance()
     if process_group.is_main():
         save_eigenvalues(eigenvalues_path(run.path, name, provenance["checkpoint"]), eigenvalues)
@@ -106,6 +154,31 @@ def evaluate(run: Run, feature: str = named_features.POOLED) -> dict[str, Any]:
         time.monotonic() - start,
         measure=results.measure_of_feature("spectrum", feature),
     )
+
+
+def _lidar_metrics(
+    images: EvaluationSplit,
+    backbone: nn.Module,
+    projector: nn.Module,
+    feature: str,
+    num_views: int,
+) -> dict[str, float]:
+    """Return LiDAR of the embeddings and of the features."""
+    run, network = images.run, cast(Backbone, backbone)
+
+    def embed(views: Tensor) -> Tensor:
+        pooled = features.compute(run, backbone, views)
+        values = pooled
+        if feature != named_features.POOLED:
+            values = features.compute(run, named_features.Feature(backbone, feature), views)
+        return torch.cat([projector(pooled), values], dim=1)
+
+    both = view_rank.embed_views(images, embed, num_views)
+    dim = projector(torch.zeros(2, network.feature_dim, device=run.device)).shape[1]
+    return {
+        "embeddings, LiDAR": view_rank.lidar(both[..., :dim]),
+        "features, LiDAR": view_rank.lidar(both[..., dim:]),
+    }
 
 
 def build_backbone_and_projector(run: Run, is_pretrained: bool) -> tuple[nn.Module, nn.Module]:
@@ -143,7 +216,7 @@ def build_backbone_and_projector(run: Run, is_pretrained: bool) -> tuple[nn.Modu
 
 
 def spectrum_metrics(name: str, vectors: Tensor) -> dict[str, float]:
-    """Return the top-5 share, the effective rank and the variance of vectors (n, dim)."""
+    """Return the top-5 share, the effective rank, the variance and RankMe of vectors (n, dim)."""
     eigenvalues = covariance_spectrum(vectors)
     total = eigenvalues.sum()
     shares = eigenvalues / total.clamp(min=1e-30)
@@ -152,6 +225,7 @@ def spectrum_metrics(name: str, vectors: Tensor) -> dict[str, float]:
         f"{name}, top-{NUM_TOP} of all": 100 * shares[:NUM_TOP].sum().item(),
         f"{name}, rank": torch.exp(entropy).item(),
         f"{name}, variance": 100 * total.item(),
+        f"{name}, RankMe": effective_rank(singular_values(vectors)).item(),
     }
 
 

@@ -102,8 +102,8 @@ class Run:
         """Evaluate the newest checkpoint, and for comparison raw pixels and a random backbone.
 
         Args:
-            name: "knn", "linear", "attentive", "semi", "finetune", "retrieval", "robustness" or
-                "spectrum".
+            name: "knn", "linear", "attentive", "fewshot", "semi", "finetune", "retrieval",
+                "robustness" or "spectrum".
             settings: Settings of that evaluation, such as `k=20` of "knn".
 
         Returns:

@@ -1,8 +1,10 @@
 """Measure the accuracy when only a few images per class have a label."""
 
 import warnings
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ssl_pretrain import rng
@@ -72,18 +74,23 @@ def accuracy_and_deviation(
 
     The features must be standardized.
     """
+    scale = train_features.shape[1] ** -0.5  # so that C means the same at any width
+    train, test = train_features * scale, (test_features * scale).cpu().numpy()
+    truth, accuracies = test_labels.cpu().numpy(), []
+    for draw in draws:
+        rows = torch.from_numpy(draw).to(train.device)
+        classifier = fit_classifier(train[rows], train_labels[rows])
+        accuracies.append(100 * float((classifier.predict(test) == truth).mean()))
+    return float(np.mean(accuracies)), float(np.std(accuracies))
+
+
+def fit_classifier(features: Tensor, labels: Tensor) -> Any:
+    """Return scikit-learn's logistic regression of standardized features, with the C above."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    scale = train_features.shape[1] ** -0.5  # so that C means the same at any width
-    train, labels, test, truth = (
-        values.cpu().numpy()
-        for values in (train_features * scale, train_labels, test_features * scale, test_labels)
-    )
-    accuracies = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for rows in draws:
-            classifier = LogisticRegression(C=C, max_iter=1000).fit(train[rows], labels[rows])
-            accuracies.append(100 * float((classifier.predict(test) == truth).mean()))
-    return float(np.mean(accuracies)), float(np.std(accuracies))
+        return LogisticRegression(C=C, max_iter=1000).fit(
+            features.cpu().numpy(), labels.cpu().numpy()
+        )

@@ -39,6 +39,7 @@ GROUPS: dict[str, dict[str, Subcommand]] = {
         "knn": Subcommand("eval.knn", "k-NN accuracy of frozen features"),
         "linear": Subcommand("eval.linear", "accuracy of a linear classifier"),
         "attentive": Subcommand("eval.attentive", "accuracy of an attentive probe of the patches"),
+        "fewshot": Subcommand("eval.fewshot", "accuracy with few labels on several data sets"),
         "semi": Subcommand("eval.semi", "accuracy after fine-tuning on few labels"),
         "finetune": Subcommand("eval.finetune", "accuracy after fine-tuning on all labels"),
         "detection": Subcommand("eval.detection.__main__", "object detection with the backbone"),
