@@ -70,8 +70,10 @@ function showValues(svg, index) {
     line.append(mark, `${point.name || data.y_label} `, value);
     return line;
   });
-  const matrix = svg.getScreenCTM();
-  showTip([head, ...lines], matrix.a * x + matrix.e, matrix.d * (top + 8) + matrix.f);
+  showTip([head, ...lines], () => {
+    const matrix = svg.getScreenCTM();
+    return [matrix.a * x + matrix.e, matrix.d * (top + 8) + matrix.f];
+  });
 }
 
 function follow(event) {

@@ -8,14 +8,22 @@ tip.setAttribute("role", "tooltip");
 tip.setAttribute("aria-live", "polite");
 tip.hidden = true;
 
-function showTip(content, x, y) {
-  tip.replaceChildren(...content);
-  tip.hidden = false;
-  const gap = 14, box = tip.getBoundingClientRect(), width = document.documentElement.clientWidth;
+let anchor = null;  // returns the point of the window that the tip belongs to
+
+function placeTip() {
+  if (tip.hidden) return;
+  const [x, y] = anchor(), gap = 14, box = tip.getBoundingClientRect(), width = document.documentElement.clientWidth;
   const left = x + gap + box.width > width ? x - gap - box.width : x + gap;
   const top = y + gap + box.height > innerHeight ? y - gap - box.height : y + gap;
   tip.style.left = `${Math.max(4, Math.min(left, width - box.width - 4))}px`;
   tip.style.top = `${Math.max(4, top)}px`;
+}
+
+function showTip(content, findAnchor) {
+  tip.replaceChildren(...content);
+  tip.hidden = false;
+  anchor = findAnchor;
+  placeTip();
 }
 
 function hideTip() {
@@ -33,7 +41,7 @@ function takeTitle(item) {
 }
 
 function showItem(item) {
-  const text = takeTitle(item), content = [], box = item.getBoundingClientRect();
+  const text = takeTitle(item), content = [];
   hideTip();
   item.classList.add("current");
   if (item.matches(".map i")) {
@@ -43,7 +51,10 @@ function showItem(item) {
     content.push(picture);
   }
   content.push(document.createTextNode(text));
-  showTip(content, box.right - 8, box.bottom - 8);
+  showTip(content, () => {
+    const box = item.getBoundingClientRect();
+    return [box.right - 8, box.bottom - 8];
+  });
 }
 
 const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
@@ -72,7 +83,7 @@ document.addEventListener("pointerout", event => {
   if (event.target.closest?.("[data-tip]")) hideTip();
 });
 document.addEventListener("focusout", hideTip);
-document.addEventListener("scroll", hideTip, {passive: true});
+document.addEventListener("scroll", placeTip, {passive: true, capture: true});  // focus scrolls, too
 document.addEventListener("focusin", event => {
   if (!event.target.matches("[data-roving]:focus-visible")) return;
   const first = event.target.querySelector("[title], [data-tip]");
@@ -87,5 +98,5 @@ document.addEventListener("keydown", event => {
   const item = current ? neighbor(items, current, ARROWS[event.key]) : items[0];
   event.preventDefault();
   item.scrollIntoView({block: "nearest", inline: "nearest"});
-  requestAnimationFrame(() => requestAnimationFrame(() => showItem(item)));
+  showItem(item);
 });
