@@ -13,6 +13,7 @@ import yaml
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods, schema
+from ssl_pretrain.checkpoint.folder import is_finished
 from ssl_pretrain.config.resume_policy import resume_policy
 from ssl_pretrain.launch import (
     local,
@@ -71,7 +72,9 @@ class PlannedRun:
     overrides: list[str]
 
     def is_evaluated(self) -> bool:
-        """Return True if every evaluation of the run has a result."""
+        """Return True if the run is finished and every evaluation has a result."""
+        if not self.config.evaluation.at_end:  # the columns are all from training
+            return is_finished(self.config.output)
         results = Path(self.config.output) / "eval"
         return all((results / f"{name}.json").exists() for name in self.config.evaluation.at_end)
 

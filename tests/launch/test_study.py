@@ -271,38 +271,41 @@ def test_results_of_other_settings_are_refused(tmp_path, monkeypatch, capsys):
     assert sweep.main([*arguments, "launch.ranks=2"]) == 0  # the same numbers
 
 
-@pytest.mark.full
-def test_a_killed_study_ends_with_the_numbers_of_one_that_was_not(tmp_path):
-    data = tiny.write_images(tmp_path / "images")
+def test_runs_are_trained_even_if_every_column_is_a_training_metric(tmp_path, monkeypatch):
     path = tmp_path / "study.yaml"
+    path.write_text("title: x\ncolumns: [RankMe]\nruns: [{name: a}]\n")
+    monkeypatch.chdir(ROOT)
+    (run,) = study.plan_runs(study.load(path), path, None, [f"output={tmp_path}"])
+    assert run.config.evaluation.at_end == []
+    assert not run.is_evaluated()
+
+
+@pytest.mark.full
+def test_a_killed_study_is_continued_and_finished_runs_are_not_repeated(tmp_path):
+    data = tiny.write_images(tmp_path / "images")
+    path, output = tmp_path / "study.yaml", tmp_path / "runs"
     path.write_text(
-        "title: Two\nsmall_heads: true\nseeds: [0, 1]\ncolumns: ['k-NN, %', RankMe]\n"
+        "title: Two\nsmall_heads: true\nseeds: [0, 1]\ncolumns: [RankMe]\n"
         "runs: [{name: VICReg, set: [method.name=vicreg]}]\n"
     )
     settings = ["data.source=folder", "data.subset=0", "global_batch_size=24", "epochs=4"]
-    settings += [f"data.root={data}", "launch.ranks=1", "parallel.threads=1", "evaluation.k=3"]
+    settings += [f"data.root={data}", "launch.ranks=1", "parallel.threads=1", f"output={output}"]
     settings += ["online.k=3", "health.every_steps=1", "views.crops.global.size=16"]
     settings += ["checkpoint.every_epochs=1", "--base", f"{ROOT}/configs/methods_cifar10_cpu.yaml"]
-
-    def command(name):
-        command = [sys.executable, "-m", "ssl_pretrain.launch.sweep", str(path), *settings]
-        return [*command, f"output={tmp_path / name}"]
-
-    subprocess.run(command("whole"), check=True, cwd=ROOT)
-    process = subprocess.Popen(command("killed"), cwd=ROOT, start_new_session=True)
-    checkpoints = tmp_path / "killed/vicreg_1/checkpoints"
-    while not any(checkpoints.glob("step_*")):  # the second run has begun
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    first = (tmp_path / "killed/vicreg_0/metrics.jsonl").read_bytes()
-    assert not (tmp_path / "killed/vicreg_1/eval").exists()
-    subprocess.run(command("killed"), check=True, cwd=ROOT)
-    assert (tmp_path / "killed/vicreg_0/metrics.jsonl").read_bytes() == first
-    tables = [(tmp_path / name / "study.csv").read_text() for name in ("whole", "killed")]
-    assert tables[0] == tables[1]
-    assert "VICReg,2," in tables[0]
+    command = [sys.executable, "-m", "ssl_pretrain.launch.sweep", str(path), *settings]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        while not any((output / "vicreg_1/checkpoints").glob("step_*")):  # the second run has begun
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    first = (output / "vicreg_0/metrics.jsonl").read_bytes()
+    assert not (output / "study.csv").exists()
+    subprocess.run(command, check=True, cwd=ROOT)
+    assert (output / "vicreg_0/metrics.jsonl").read_bytes() == first
+    assert "VICReg,2," in (output / "study.csv").read_text()
 
 
 @pytest.mark.full
