@@ -171,7 +171,7 @@ def _miou_by_protocol(folder, data, names):
     return rows
 
 
-RANK_PROTOCOLS = ["linear", "capi_knn", "finetune", "dinov2_linear"]
+RANK_PROTOCOLS = ["capi_knn", "finetune"]
 
 
 def test_three_ranks_have_the_scores_of_one_process(run_folder, data):
