@@ -25,6 +25,7 @@ from ssl_pretrain.eval.html import (
     run_files,
     sections,
 )
+from ssl_pretrain.eval.run_state import RunStateReader
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import PORT
 from ssl_pretrain.system import durable_files
@@ -72,7 +73,7 @@ def write(run: Run) -> Path:
         **_evaluation_variables(run, has_labels),
         title=f"{run.path.name} · {run.config.method.name}",
         name=run.path.name,
-        progress=headline.describe_progress(run.step, origin.get("last_step")),
+        progress=headline.describe_state(RunStateReader(run.path).read(), run.step),
         network=run.network,
         checkpoint=run.checkpoint_path.name,
         facts=run_facts.main_facts(run, metrics, num_train),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ssl_pretrain.eval import result_text, results
 from ssl_pretrain.eval.html import page, sections
 from ssl_pretrain.eval.html.run_files import Record
+from ssl_pretrain.eval.run_state import RunState
 
 PRETRAINED = "pretrained"
 BASELINES = {  # `features` entries of a row, by the words of the sentence
@@ -21,6 +22,11 @@ SUBJECTS = {
 }
 MAX_EVALUATIONS = 2  # in the headline
 WHOLE_COLUMNS = ("clean", "all labels", "all")  # names of a result's main column
+SENTENCES = {
+    "running": "The run is not finished: it still trained",
+    "stopped": "The run is not finished: it stopped",
+    "failed": "The run failed",
+}
 EQUAL_POINTS = 0.05  # difference that one decimal does not show
 
 
@@ -85,12 +91,18 @@ def _join(texts: Sequence[str]) -> str:
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
-def describe_progress(step: int, last_step: int | None) -> str:
-    """Return a sentence about a run that has not reached its last step, else ""."""
-    if last_step is None or step >= last_step:
+def describe_state(state: RunState, checkpoint_step: int) -> str:
+    """Return a sentence about a run that has not reached its last step, else "".
+
+    Args:
+        state: State of the run.
+        checkpoint_step: Step of the weights that the report is about.
+    """
+    if state.state not in SENTENCES:
         return ""
-    share = 100 * step / last_step
+    reason = f": {state.reason.rstrip('.')}" if state.state == "failed" and state.reason else ""
+    progress = f" of {state.num_steps:,} steps" if state.num_steps else " steps"
     return (
-        f"The run is not finished: its newest checkpoint is of step {step:,} of {last_step:,}"
-        f" ({share:.0f} %)."
+        f"{SENTENCES[state.state]} after {state.step:,}{progress}{reason}."
+        f" The weights are those of step {checkpoint_step:,}."
     )

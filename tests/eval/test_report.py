@@ -18,6 +18,7 @@ from ssl_pretrain.eval.html import (
     colors,
     headline,
     image_maps,
+    live,
     nearest_images,
     page,
     run_files,
@@ -25,6 +26,7 @@ from ssl_pretrain.eval.html import (
     sections,
     training_figures,
 )
+from ssl_pretrain.eval.run_state import RunState
 from ssl_pretrain.system import program
 
 SECTIONS = ["Evaluation", "Training", "Views", "Nearest neighbors", "Map", "Config"]
@@ -145,7 +147,12 @@ def test_the_text_of_a_result_is_escaped():
         [{"name": html, "protocol": {html: html}, "rows": [row]}]
     )
     empty = {"evaluations_over_steps": [], "views": [], "pixelated": False, "training": []}
-    context = empty | {"title": html, "facts": [], "alerts": [], "neighbors_over_time": []}
+    header = live.header_variables(RunState("failed", html), html) | {"home": "", "report": ""}
+    context = (
+        empty
+        | header
+        | {"has_files": True, "title": html, "facts": [], "alerts": [], "neighbors_over_time": []}
+    )
     parsed_page = ParsedPage(page.render("run.html.jinja", **context, evaluations=evaluations))
     assert "script" not in parsed_page.tags
     assert {"table", "dl", "h3"} <= parsed_page.tags
@@ -311,9 +318,20 @@ def test_the_headline_says_how_far_the_features_are_from_each_baseline(digits):
         "k-NN reaches 96.4 % of 500 test images, 0.4 points below raw pixels (96.8 %)."
     )
     assert headline.describe_results([]) == ""
-    assert headline.describe_progress(50, 200) == (
-        "The run is not finished: its newest checkpoint is of step 50 of 200 (25 %)."
+
+
+def test_the_headline_says_if_the_run_is_not_finished_or_failed():
+    failed = RunState("failed", "RuntimeError: out of memory", step=60, num_steps=200)
+    assert headline.describe_state(failed, checkpoint_step=50) == (
+        "The run failed after 60 of 200 steps: RuntimeError: out of memory. "
+        "The weights are those of step 50."
     )
+    stopped = RunState("stopped", "the same command resumes the run", step=60, num_steps=200)
+    assert headline.describe_state(stopped, checkpoint_step=60) == (
+        "The run is not finished: it stopped after 60 of 200 steps. "
+        "The weights are those of step 60."
+    )
+    assert headline.describe_state(RunState("finished"), checkpoint_step=200) == ""
 
 
 def test_a_small_change_does_not_look_like_a_crash():
