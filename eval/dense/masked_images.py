@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ssl_pretrain.data.images import UnreadableImage, decode, image_suffixes
+from ssl_pretrain.data.file_types import is_array, is_picture
+from ssl_pretrain.data.images import UnreadableImage, decode
 from ssl_pretrain.data.pixels import RGB, PixelFormat
 
 VOID = 255  # label of pixels that are neither trained on nor scored
@@ -51,13 +52,14 @@ class FileTree:
         return self._zip.read(path)
 
     def images_below(self, folder: str) -> dict[str, str]:
-        """Return the paths of the images in a folder by their paths in it without a suffix."""
-        suffixes = image_suffixes()
+        """Return the paths of the images in a folder by their paths in it without a suffix.
+
+        A .npy is an image where there are no images in other formats.
+        """
         inside = [path for path in self.paths if path.startswith(folder)]
+        paths = list(filter(is_picture, inside)) or filter(is_array, inside)
         return {
-            str(PurePosixPath(path.removeprefix(folder)).with_suffix("")): path
-            for path in inside
-            if PurePosixPath(path).suffix.lower() in suffixes
+            str(PurePosixPath(path.removeprefix(folder)).with_suffix("")): path for path in paths
         }
 
 
