@@ -211,8 +211,13 @@ def test_embed_writes_one_row_per_image(tmp_path, capsys):
     assert features.dtype == np.float32
     assert Path(names[0]).is_file()
     assert f"features of {len(names)} images, 12 numbers each" in capsys.readouterr().out
-    assert cli.main(["embed", str(EARLIER_RUN), str(images), "features.csv"]) == 2
-    assert "FILE: features.csv is not an .npz" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        cli.main(["embed", str(EARLIER_RUN), str(images), "features.csv"])
+    assert error.value.code == 2
+    assert (
+        "OUT: features.csv ends in none of .npz, .npy, .parquet, .safetensors; give a name that "
+        "does, such as features.npz" in capsys.readouterr().err
+    )
 
 
 def test_completion_follows_the_configuration():

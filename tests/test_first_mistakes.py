@@ -578,8 +578,8 @@ CALLS = {
     ),
     'Run("runs/mine").evaluate("knnn")': (
         lambda: ssl_pretrain.Run("runs/mine").evaluate("knnn"),
-        "evaluate: 'knnn' is not an evaluation; choose one of: knn, linear, attentive, semi, "
-        "finetune, retrieval, robustness, spectrum",
+        "evaluate: 'knnn' is not an evaluation; choose one of: knn, linear, attentive, fewshot, "
+        "semi, finetune, retrieval, robustness, segmentation, spectrum",
     ),
 }
 
