@@ -116,7 +116,9 @@ def test_sharded_tokens_have_the_gradients_of_replicated_ones():
             assert any("mask_token" in key for key in expected) and len(expected) > 20
             (ddp, replicated_targets), (sharded, sharded_targets) = rank[name]
             for key, value in sharded_targets.items():  # such as the teacher's tokens
-                assert torch.equal(value, replicated_targets[key])
+                # Gathered weights lie elsewhere in memory, for which some processors multiply
+                # matrices in another order. The teacher's weights are 1.1 times the student's.
+                torch.testing.assert_close(value, replicated_targets[key], rtol=1e-5, atol=1e-6)
             for gradients in (ddp, sharded):
                 assert gradients.keys() == expected.keys()
                 for key, value in gradients.items():
