@@ -41,6 +41,7 @@ def count_points(browser, label):
 
 def read_by_keyboard(browser, label):
     """Return what a chart's tooltip says, from the last point to the first."""
+    browser_checks.press(browser, "Tab")  # the last input decides whether focus is visible
     chart = browser.execute_script(
         "const chart = document.querySelector(`svg[aria-label^='${arguments[0]} against']`);"
         "chart.focus({focusVisible: true}); return chart",
@@ -119,7 +120,7 @@ def test_the_pointer_reads_the_values_of_all_runs(browser, comparison):
 
 def test_the_arrow_keys_show_the_name_of_every_image(browser, digits):
     open_page(browser, (digits / "report.html").as_uri())
-    browser_checks.press(browser, "Tab")  # the last input decides whether focus is visible
+    browser_checks.press(browser, "Tab")  # as in `read_by_keyboard`
     names = browser.execute_async_script(
         """const done = arguments[0], map = document.querySelector(".map");
         map.focus({focusVisible: true});
