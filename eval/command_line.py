@@ -104,7 +104,9 @@ def print_result(result: dict[str, Any], run: Run, *, is_verbose: bool) -> None:
         is_verbose: Print the protocol before the table, and the table of all settings tried.
     """
     if is_verbose:
-        grid = run.path / "eval" / result["checkpoint"] / f"{result['name']}_grid.json"
+        grid = (
+            run.path / "eval" / result["checkpoint"] / f"{result['name']}{results.GRID_SUFFIX}.json"
+        )
         shown = [json.loads(grid.read_text())] if grid.exists() else []
         for each in (*shown, result):
             print(f"\n{results.format_fully(each)}")

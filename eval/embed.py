@@ -28,7 +28,6 @@ from ssl_pretrain.eval.embedding import embedding_file, embedding_network
 from ssl_pretrain.eval.embedding.embedding_job import JobOptions, embed_to_file
 from ssl_pretrain.eval.embedding.feature_batches import check_feature
 from ssl_pretrain.eval.frozen.named_features import POOLED
-from ssl_pretrain.schema import NON_NEGATIVE_INT, POSITIVE_INT
 from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
 
@@ -104,14 +103,7 @@ def _build_parser() -> argparse.ArgumentParser:
         default="float32",
         help="type of the numbers in the file (default: float32)",
     )
-    add("--device", default="auto", help="cpu or cuda (default: cuda where available)")
-    add("--batch-size", type=POSITIVE_INT, default=64, help="images per forward pass (default: 64)")
-    add(
-        "--num-workers",
-        type=NON_NEGATIVE_INT,
-        default=0,
-        help="processes that read the images (default: 0, which reads in this process)",
-    )
+    embedding_network.add_options(parser)
     add(
         "--overwrite",
         action="store_true",

@@ -35,7 +35,7 @@ from ssl_pretrain.eval.exporting.reference import (
 )
 from ssl_pretrain.eval.frozen import evaluation_split, features
 from ssl_pretrain.eval.image_transform import ImageTransform
-from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
+from ssl_pretrain.eval.runs import Run, on_cpu
 from ssl_pretrain.models import timm_networks
 from ssl_pretrain.system import durable_files
 
@@ -145,14 +145,14 @@ def export(
                 " to export it anyway"
             )
         results.print_progress(f"WARNING: {problem}")
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        _write(run, part, chosen, problems)
-        _replace_export(folder, part)
+        temporary.mkdir(parents=True)
+        _write(run, temporary, chosen, problems)
+        _replace_export(folder, temporary)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -179,9 +179,9 @@ def _write(run: Run, folder: Path, formats: list[str], problems: list[str]) -> N
         for name, result in reload.verify(folder, formats, ImageTransform.of_run(run)).items()
     }
     (folder / "README.md").write_text(model_card.render(run, arguments, problems, onnx_section))
-    written = digests(folder)
-    del written[ARGUMENTS_FILE]  # it has the other checksums and cannot have its own
-    arguments["files"] = written
+    checksums = digests(folder)
+    del checksums[ARGUMENTS_FILE]  # it has the other checksums and cannot have its own
+    arguments["files"] = checksums
     _write_arguments(folder, arguments)
     for path in folder.rglob("*.*"):  # safetensors writes files that only the owner can read
         durable_files.copy_permissions(folder / ARGUMENTS_FILE, path)
@@ -193,19 +193,15 @@ def _write_arguments(folder: Path, arguments: dict[str, Any]) -> None:
 
 def _features_on_cpu(run: Run, images: Tensor) -> Tensor:
     """Return the features that every format must give, computed on the CPU in float32."""
-    cpu = torch.device("cpu")
-    backbone = prepare_for_evaluation(run.backbone, cpu, torch.contiguous_format)
-    try:
-        with torch.no_grad():
-            return backbone(images).float().contiguous()
-    finally:
-        prepare_for_evaluation(run.backbone, run.device)
+    with on_cpu(run) as backbone, torch.no_grad():
+        features: Tensor = backbone(images)
+    return features.float().contiguous()
 
 
-def _replace_export(folder: Path, part: Path) -> None:
+def _replace_export(folder: Path, temporary: Path) -> None:
     """Move a finished export into its folder. Files of an older export are removed."""
     if not folder.exists():
-        part.rename(folder)
+        temporary.rename(folder)
         return
     for name in export_formats.WRITTEN_NAMES:
         path = folder / name
@@ -213,7 +209,7 @@ def _replace_export(folder: Path, part: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    for path in part.iterdir():
+    for path in temporary.iterdir():
         path.rename(folder / path.name)
 
 

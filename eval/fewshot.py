@@ -20,16 +20,13 @@ RUN/eval/fewshot.json, or RUN/eval/fewshot_CLASSIFIER.json for another classifie
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from ssl_pretrain.data.config import DataConfig
+from ssl_pretrain.data.config import DataConfig, locate
 from ssl_pretrain.eval import command_line, results
-from ssl_pretrain.eval.embedding.embedding_network import BUILT_IN
-from ssl_pretrain.eval.frozen import features, few_shot, named_features
+from ssl_pretrain.eval.frozen import features, few_labels, few_shot, named_features
 from ssl_pretrain.eval.frozen.evaluation_split import (
     EvaluationSplit,
     describe_splits,
@@ -66,12 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": "big_vision",
         "help": "classifier, described above (default: big_vision)",
     },
-    "--rows": {
-        "nargs": "+",
-        "choices": features.ROWS,
-        "default": features.ROWS,
-        "help": "features to evaluate (default: all three)",
-    },
+    **features.ROWS_OPTION,
     **named_features.OPTION,
 }
 
@@ -165,12 +157,14 @@ def _measure(
     classifier: str,
 ) -> None:
     """Add the accuracies on one data set to a row."""
-    train_set = _embed(representation, train)
-    test_set = _embed(representation, test)
+    train_set, test_set = (
+        features.embed_split(representation.embed, split) for split in (train, test)
+    )
     num_classes = len(train.classes)
     for shot in shots:
         subsets = [
-            few_shot.draw_rows(train.labels, shot, num_classes, seed) for seed in range(num_draws)
+            few_labels.draw_per_class(train.labels, shot, num_classes, seed)
+            for seed in range(num_draws)
         ]
         values = few_shot.accuracies(
             few_shot.CLASSIFIERS[classifier], train_set, test_set, num_classes, subsets
@@ -189,12 +183,6 @@ def _add_means(row: results.Row, names: list[str], shots: Sequence[int]) -> None
         row.spread[_column("mean", shot)] = float(np.sqrt(variance))
 
 
-def _embed(
-    representation: features.Representation, split: EvaluationSplit
-) -> tuple[Tensor, Tensor]:
-    return features.embed_split(representation.embed, split)
-
-
 def _column(name: str, shot: int) -> str:
     return f"{name}, {shot}-shot"
 
@@ -211,10 +199,8 @@ def _runs_by_name(run: Run, data: Sequence[str]) -> dict[str, Run]:
         if name in runs or name == "mean":
             raise ValueError(f"--data {text}: the name {name} is taken; give another one")
         own = run.config.data
-        is_built_in = root in BUILT_IN and not Path(root).exists()
         config = DataConfig(
-            source=root if is_built_in else "folder",
-            root="" if is_built_in else root,
+            **locate(root),
             channels=own.channels,
             range=own.range,
             num_workers=own.num_workers,

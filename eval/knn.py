@@ -74,12 +74,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": "auto",
         "help": "auto uses faiss if it is installed; both backends are exact",
     },
-    "--rows": {
-        "nargs": "+",
-        "choices": features.ROWS,
-        "default": features.ROWS,
-        "help": "features to evaluate (default: all three)",
-    },
+    **features.ROWS_OPTION,
     **named_features.OPTION,
 }
 

@@ -19,8 +19,6 @@ from ssl_pretrain.eval import (
     semi,
 )
 from ssl_pretrain.eval import spectrum as spectrum_module
-from ssl_pretrain.eval.dense.backbone_rows import INITS
-from ssl_pretrain.eval.dense.masked_images import VOID
 from ssl_pretrain.eval.finetuning.selection import FinetuningOptions
 from ssl_pretrain.eval.frozen import cached_linear, named_features, published_linear
 from ssl_pretrain.eval.runs import Run
@@ -70,7 +68,7 @@ def evaluate(run: Run, name: str, **settings: Any) -> Evaluation:
             f"evaluate: {name!r} is not an evaluation; choose one of: {', '.join(EVALUATIONS)}"
         )
     function = EVALUATIONS[name]
-    allowed = list(inspect.signature(function).parameters)[1:]
+    allowed = _setting_names(function)
     if unknown := [setting for setting in settings if setting not in allowed]:
         allowed_text = f"choose among: {', '.join(allowed)}" if allowed else "it has none"
         raise ValueError(f"evaluate: {name} has no setting {unknown[0]!r}; {allowed_text}")
@@ -82,6 +80,13 @@ def evaluate(run: Run, name: str, **settings: Any) -> Evaluation:
         result["protocol"],
         run.path / "eval" / result["checkpoint"] / f"{result['name']}.json",
     )
+
+
+def _setting_names(function: Callable[..., dict[str, Any]]) -> list[str]:
+    """Return the settings of an evaluation, which are its arguments after the run."""
+    if function is segmentation.evaluate:  # takes the fields of two dataclasses
+        return segmentation.SETTINGS
+    return list(inspect.signature(function).parameters)[1:]
 
 
 def linear(
@@ -132,33 +137,6 @@ def corrupted_images(
     return robustness.evaluate(run, list(corruption_names), max_images)
 
 
-def segment(
-    run: Run,
-    protocol: str = "linear",
-    voc: str | Path | None = None,
-    ade20k: str | Path | None = None,
-    images: str | Path | None = None,
-    masks: str | Path | None = None,
-    classes: Sequence[str] = (),
-    void: Sequence[int] = (VOID,),
-    first_label: int = 0,
-    voc_splits: Sequence[str] = ("train", "val"),
-    voc_masks: str = "SegmentationClass",
-    inits: Sequence[str] = INITS,
-    seeds: Sequence[int] = (0,),
-    resolution: int | None = None,
-    crop_size: int | None = None,
-    steps: int | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-) -> dict[str, Any]:
-    """Segment images with the frozen or the fine-tuned network."""
-    settings = dict(locals())
-    del settings["run"], settings["protocol"]
-    return segmentation.evaluate(run, protocol, **settings)
-
-
 EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "knn": knn.evaluate,
     "linear": linear,
@@ -168,6 +146,6 @@ EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "finetune": fine_tuning,
     "retrieval": retrieval.evaluate,
     "robustness": corrupted_images,
-    "segmentation": segment,
+    "segmentation": segmentation.evaluate,
     "spectrum": spectrum_module.evaluate,
 }

@@ -3,10 +3,13 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import result_trackers
@@ -14,6 +17,7 @@ from ssl_pretrain.system import durable_files
 
 BETTER_RANDOM = "random (better of two)"  # name of the baseline's row
 ACCURACY = "accuracy, %"
+GRID_SUFFIX = "_grid"  # end of the names of results that list every setting tried
 MAX_WIDTH = 80  # columns of a terminal
 # End of a result's name if the evaluation took another feature than the pooled one.
 FEATURE_SUFFIX = re.compile(r"_(prefix|patch_mean|cls_mean|last\d+)(?=_grid$|_test_selected|$)")
@@ -27,6 +31,33 @@ class Row:
     metrics: dict[str, float]
     spread: dict[str, float] = field(default_factory=dict)  # standard deviation by column
     notes: dict[str, str] = field(default_factory=dict)  # selected hyperparameters by column
+
+    @classmethod
+    def over_seeds(
+        cls, features: str, outcomes: Sequence[dict[str, float]], notes: dict[str, str]
+    ) -> "Row":
+        """Return the mean and the standard deviation over the numbers of several seeds.
+
+        Args:
+            features: The features that were evaluated.
+            outcomes: Numbers of each seed by column. A column may be missing in some.
+            notes: Notes of the row by column.
+        """
+        columns = dict.fromkeys(column for outcome in outcomes for column in outcome)
+        values = {
+            column: [outcome[column] for outcome in outcomes if column in outcome]
+            for column in columns
+        }
+        return cls(
+            features,
+            {column: float(np.mean(numbers)) for column, numbers in values.items()},
+            {
+                column: float(np.std(numbers, ddof=1))
+                for column, numbers in values.items()
+                if len(numbers) > 1
+            },
+            notes,
+        )
 
     def summary(self) -> str:
         """Return the row as one line of text."""
@@ -140,7 +171,7 @@ def save_with_grid(
         seconds: Duration of the evaluation.
         measure: Name and unit of the numbers.
     """
-    save(run_path, f"{name}_grid", *grid, provenance, seconds, measure)
+    save(run_path, f"{name}{GRID_SUFFIX}", *grid, provenance, seconds, measure)
     protocol, rows = table
     rows = with_better_random_row(rows)
     return save(run_path, name, protocol, rows, provenance, seconds, measure)

@@ -14,6 +14,7 @@ import yaml
 from ssl_pretrain import schema
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.checkpoint.manifest import read_manifest
+from ssl_pretrain.data.config import short_name
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.appended_lines import AppendedLines
 from ssl_pretrain.fault_tolerance import failure_note
@@ -34,12 +35,13 @@ SILENT_SECONDS = 300.0  # a training without a record for longer is called silen
 SILENT_INTERVALS = 10  # but only after this many of its usual intervals between records
 NUM_TIMED_RECORDS = 100  # the newest records; older ones have no weight in the time left
 SETTLED_SECONDS = 2.0  # a folder changed more recently may have changed again unnoticed
-HIDDEN_RESULTS = ("_grid", "_test_selected")  # ends of the names of results that repeat another
+# Ends of the names of results that repeat another
+HIDDEN_RESULTS = (results.GRID_SUFFIX, "_test_selected")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a list of runs says about one run. Times are seconds since 1970."""
+    """State, progress and best numbers of a run. Times are seconds since 1970."""
 
     state: State
     reason: str = ""  # a sentence without its period
@@ -182,7 +184,10 @@ class RunStateReader:
             num_alerts=_count_alerts(self.run),
             method=str(schema.value_at(settings, "method.name") or ""),
             backbone=str(schema.value_at(settings, "backbone.name") or ""),
-            data=_name_data(settings),
+            data=short_name(
+                str(schema.value_at(settings, "data.source") or ""),
+                str(schema.value_at(settings, "data.root") or ""),
+            ),
             seed=schema.value_at(settings, "seed"),
             started_at=records.started_at,
             updated_at=records.last_time,
@@ -298,10 +303,3 @@ def _read_evaluations(run: Path) -> dict[str, float]:
 def _count_alerts(run: Path) -> int:
     paths = metric_names.existing_paths(run, "alerts.jsonl")
     return sum(path.read_bytes().count(b"\n") for path in paths)
-
-
-def _name_data(settings: Mapping[str, Any]) -> str:
-    """Return a short name of the training images."""
-    source = str(schema.value_at(settings, "data.source") or "")
-    root = str(schema.value_at(settings, "data.root") or "")
-    return Path(root).name if root and source in ("", "folder") else source

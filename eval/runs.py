@@ -1,5 +1,7 @@
 """Open a pretraining run, or weights that this project did not train, for evaluation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -241,7 +243,7 @@ def load_export(
     _check_overrides(overrides, (*RUN_SECTIONS, "output"), str(folder))
     arguments = export_folder.read_arguments(folder)
     _check_channels(overrides, {"data": {"channels": arguments["input"]["channels"]}})
-    run_config = export_folder.evaluation_config(folder, overrides)
+    run_config = export_folder.evaluation_config(folder, arguments, overrides)
     size = run_config.evaluation.image_size or arguments["input"]["size"]
     image_size_check.check(run_config.backbone, {"evaluation.image_size": size})
     path = Path(run_config.output or f"runs/{folder.resolve().name}")
@@ -269,6 +271,15 @@ def prepare_for_evaluation(
     """Move a network to the device and to evaluation mode, by default channels-last for speed."""
     layout: Any = {"memory_format": memory_format}  # torch's annotations lack this argument
     return backbone.eval().to(device, **layout)
+
+
+@contextmanager
+def on_cpu(run: Run) -> Iterator[nn.Module]:
+    """Yield the run's backbone on the CPU in PyTorch's default layout, and move it back."""
+    try:
+        yield prepare_for_evaluation(run.backbone, torch.device("cpu"), torch.contiguous_format)
+    finally:
+        prepare_for_evaluation(run.backbone, run.device)
 
 
 def _check_overrides(overrides: list[str], sections: tuple[str, ...], weights: str = "") -> None:

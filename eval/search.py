@@ -25,7 +25,7 @@ from ssl_pretrain.eval.embed import NETWORK_HELP
 from ssl_pretrain.eval.embedding import embedding_file, embedding_network
 from ssl_pretrain.eval.embedding.vector_index import VectorIndex
 from ssl_pretrain.eval.frozen.named_features import POOLED
-from ssl_pretrain.schema import NON_NEGATIVE_INT, POSITIVE_INT
+from ssl_pretrain.schema import POSITIVE_INT
 from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
 
@@ -68,7 +68,7 @@ def print_neighbors(
         as_json: Print JSON.
     """
     rows, scores = index.search_rows(vectors, k)
-    found: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
     for name, query_rows, query_scores in zip(names, rows, scores):
         neighbors = [
             {"id": index.ids[row], "score": round(float(score), 6)}
@@ -76,12 +76,12 @@ def print_neighbors(
             for row, score in zip(query_rows, query_scores)
             if row >= 0
         ]
-        found.append({"query": name, "neighbors": neighbors})
+        answers.append({"query": name, "neighbors": neighbors})
     if as_json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(json.dumps(answers, indent=1, ensure_ascii=False))
         return
     measure = {"cosine": "cosine", "ip": "product", "l2": "distance"}[index.facts.metric]
-    for item in found:
+    for item in answers:
         columns = ["", measure, *(["class"] if index.classes else []), "image"]
         lines = [
             [
@@ -172,14 +172,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help=f"neighbors per query (default: {DEFAULT_K})",
     )
     add("--json", action="store_true", help="print JSON")
-    add("--device", default="auto", help="cpu or cuda (default: cuda where available)")
-    add("--batch-size", type=POSITIVE_INT, default=64, help="images per forward pass (default: 64)")
-    add(
-        "--num-workers",
-        type=NON_NEGATIVE_INT,
-        default=0,
-        help="processes that read the images (default: 0, which reads in this process)",
-    )
+    embedding_network.add_options(parser)
     return parser
 
 

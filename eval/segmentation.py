@@ -36,6 +36,8 @@ The result is printed and saved to RUN/eval/segmentation_PROTOCOL.json.
     torchrun --nproc-per-node 8 -m ssl_pretrain.eval.segmentation runs/moco --protocol moco_fcn \\
         --voc VOCdevkit/VOC2012 --voc-splits trainaug val --voc-masks SegmentationClassAug"""
 
+SOURCE_SETTINGS = [field.name for field in fields(MaskSources)]
+SETTINGS = [*(field.name for field in fields(SegmentationOptions)), *SOURCE_SETTINGS]
 TRAIN_TEST = ("TRAIN", "TEST")
 DATA_OPTIONS: dict[str, dict[str, Any]] = {
     "--voc": {"metavar": "ROOT", "help": "folder or zip in Pascal VOC's layout"},
@@ -132,17 +134,15 @@ def main(arguments: list[str]) -> None:
 
 
 def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    names = [field.name for field in (*fields(MaskSources), *fields(SegmentationOptions))]
-    return evaluate(run, **{name: getattr(options, name) for name in names})
+    return evaluate(run, **{name: getattr(options, name) for name in SETTINGS})
 
 
-def evaluate(run: Run, protocol: str = "linear", **settings: Any) -> dict[str, Any]:
+def evaluate(run: Run, **settings: Any) -> dict[str, Any]:
     """Segment images with a run's backbone and with a random one, and save the scores.
 
     Args:
         run: Run to evaluate.
-        protocol: A key of `PATCH_PROTOCOLS` or `TRAINING_PROTOCOLS`.
-        settings: Fields of `MaskSources` and of `SegmentationOptions`.
+        settings: Fields of `SegmentationOptions` and of `MaskSources`.
 
     Returns:
         The content of the result file.
@@ -150,10 +150,9 @@ def evaluate(run: Run, protocol: str = "linear", **settings: Any) -> dict[str, A
     Raises:
         ValueError: If the data or the settings do not fit.
     """
-    source_names = {field.name for field in fields(MaskSources)}
-    sources = {name: value for name, value in settings.items() if name in source_names}
-    options = {name: value for name, value in settings.items() if name not in source_names}
-    chosen = SegmentationOptions(protocol, **options)
+    sources = {name: value for name, value in settings.items() if name in SOURCE_SETTINGS}
+    options = {name: value for name, value in settings.items() if name not in SOURCE_SETTINGS}
+    chosen = SegmentationOptions(**options)
     chosen.adapt()  # refuses before the data are opened
     return backbone_rows.compare(run, MaskSources(**sources).open(run), chosen)
 

@@ -108,18 +108,19 @@ def evaluate(
         backbone, projector = build_backbone_and_projector(run, is_pretrained=name == "pretrained")
         pooled_features, _ = features.extract(backbone, split)
         embeddings = torch.cat([projector(batch) for batch in pooled_features.split(BATCH_SIZE)])
-        metrics = spectrum_metrics("embeddings", embeddings)
         values = pooled_features
         if feature != named_features.POOLED:
             values, _ = features.extract(named_features.Feature(backbone, feature), split)
-        metrics |= spectrum_metrics("features", values)
+        metrics: dict[str, float] = {}
+        for vectors, matrix in (("embeddings", embeddings), ("features", values)):
+            spectrum = covariance_spectrum(matrix)
+            eigenvalues[name, vectors] = spectrum.tolist()
+            metrics |= spectrum_metrics(vectors, matrix, spectrum)
         if lidar_views:
             metrics |= _lidar_metrics(
                 split.random_subset(lidar_images), backbone, projector, feature, lidar_views
             )
         rows.append(results.Row(name, metrics))
-        for vectors, matrix in (("embeddings", embeddings), ("features", values)):
-            eigenvalues[name, vectors] = covariance_spectrum(matrix).tolist()
     origin = "output of the backbone" if feature == named_features.POOLED else feature
     protocol = {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name};"
@@ -215,9 +216,18 @@ def build_backbone_and_projector(run: Run, is_pretrained: bool) -> tuple[nn.Modu
     return prepare_for_evaluation(method.backbone, run.device), projector
 
 
-def spectrum_metrics(name: str, vectors: Tensor) -> dict[str, float]:
-    """Return the top-5 share, the effective rank, the variance and RankMe of vectors (n, dim)."""
-    eigenvalues = covariance_spectrum(vectors)
+def spectrum_metrics(
+    name: str, vectors: Tensor, eigenvalues: Tensor | None = None
+) -> dict[str, float]:
+    """Return the top-5 share, the effective rank, the variance and RankMe of vectors (n, dim).
+
+    Args:
+        name: Name of the vectors, with which the columns begin.
+        vectors: The vectors.
+        eigenvalues: Their `covariance_spectrum`, if it is known.
+    """
+    if eigenvalues is None:
+        eigenvalues = covariance_spectrum(vectors)
     total = eigenvalues.sum()
     shares = eigenvalues / total.clamp(min=1e-30)
     entropy = -(shares * shares.clamp(min=1e-30).log()).sum()

@@ -17,7 +17,7 @@ from ssl_pretrain.monitoring import metric_names
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PANELS_PER_ROW = 2  # of a single metric
+PANELS_PER_ROW = 2  # if there is a single metric
 PANEL_HEIGHT = 2.6  # inches
 NOT_RECORDED = "not recorded"
 TEST_IMAGES = "k-NN on test images"

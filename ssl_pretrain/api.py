@@ -18,6 +18,7 @@ from ssl_pretrain import methods, schema
 from ssl_pretrain.checkpoint.folder import is_finished
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import python_objects
+from ssl_pretrain.data.config import locate
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.pixels import PixelFormat
 from ssl_pretrain.distributed import process_group
@@ -103,7 +104,7 @@ class Run:
 
         Args:
             name: "knn", "linear", "attentive", "fewshot", "semi", "finetune", "retrieval",
-                "robustness" or "spectrum".
+                "robustness", "segmentation" or "spectrum".
             settings: Settings of that evaluation, such as `k=20` of "knn".
 
         Returns:
@@ -342,9 +343,7 @@ def _describe_data(
     if isinstance(data, (str, Path)):
         if val is not None and not isinstance(val, (str, Path)):
             raise ValueError("val: is an object, but data is a path; give both in the same way")
-        is_built_in = str(data) in embedding_network.BUILT_IN and not Path(data).exists()
-        location = {"source": str(data)} if is_built_in else {"source": "folder", "root": str(data)}
-        return location | ({} if val is None else {"val": os.path.abspath(val)}), {}
+        return dict(locate(data)) | ({} if val is None else {"val": os.path.abspath(val)}), {}
     num_channels, value_range = settings.get("channels"), settings.get("range")
     train = python_objects.open_object(data, "data", num_channels, value_range)
     splits = {"train": train, "val": None}

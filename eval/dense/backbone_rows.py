@@ -46,8 +46,9 @@ class SegmentationOptions:
     protocol: str = "linear"
     inits: Sequence[str] = INITS
     seeds: Sequence[int] = (0,)
-    resolution: int | None = None  # of the protocols on frozen patches
-    crop_size: int | None = None  # of the protocols with training, as all below
+    resolution: int | None = None  # only for the protocols on frozen patches
+    # Only for the protocols with training
+    crop_size: int | None = None
     steps: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
@@ -218,15 +219,7 @@ def _row(name: str, seeds: Sequence[int], measure: Callable[[int], Outcome]) -> 
         results.print_progress(f"{name}, seed {seed}: mIoU {scores.miou:.1f} %, {note}")
         columns.append(scores.columns())
         notes.append(note)
-    keys = list(dict.fromkeys(key for column in columns for key in column))
-    values = {key: [column[key] for column in columns if key in column] for key in keys}
-    repeated = {key: numbers for key, numbers in values.items() if len(numbers) > 1}
-    return results.Row(
-        name,
-        {key: float(np.mean(numbers)) for key, numbers in values.items()},
-        {key: float(np.std(numbers, ddof=1)) for key, numbers in repeated.items()},
-        {"mIoU": ", then ".join(dict.fromkeys(notes))},
-    )
+    return results.Row.over_seeds(name, columns, {"mIoU": ", then ".join(dict.fromkeys(notes))})
 
 
 def describe(run: Run, splits: Splits, seeds: Sequence[int]) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Make images with masks from real pixels: `python -m ssl_pretrain.eval.dense.composed_masks`."""
 
-import gzip
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ssl_pretrain import rng
+from ssl_pretrain.data.formats.idx_files import read_idx
 from ssl_pretrain.data.images import decode
 from ssl_pretrain.eval import command_line
 from ssl_pretrain.eval.dense.masked_images import VOID, FileTree
@@ -35,7 +35,7 @@ CLOTHES = [  # in the order of the labels
     *("t-shirt", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 ]
-TEST_SHARE = 0.2  # of the photographs and of the digits
+TEST_SHARE = 0.2  # share of the photographs and the digits that is for testing
 NUM_OBJECTS = (2, 4)  # pasted into each image
 OBJECT_SIDES = (0.3, 0.6)  # side of an object's square, as a share of the image's
 FOREGROUND = 24  # lowest gray value of an object's pixels, of 255
@@ -124,18 +124,14 @@ def load_objects(name: str, split: str, folder: Path) -> Objects:
         gray = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
         return gray, digits.target[rows].astype(np.uint8) + 1
     prefix = "t10k" if split == "val" else "train"
-    try:
-        pixels, labels = (
-            gzip.decompress((folder / f"{prefix}-{kind}-ubyte.gz").read_bytes())
-            for kind in ("images-idx3", "labels-idx1")
-        )
-    except OSError as error:
+    paths = [folder / f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+    if missing := [path.name for path in paths if not path.is_file()]:
         raise ValueError(
-            f"--fashion-mnist {folder}: {error}; install Debian's dataset-fashion-mnist, give the "
-            "folder of its four files, or give --objects digits"
-        ) from None
-    gray = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28)
-    return gray, np.frombuffer(labels, np.uint8, offset=8) + 1
+            f"--fashion-mnist {folder}: {missing[0]} is missing; install Debian's "
+            "dataset-fashion-mnist, give the folder of its four files, or give --objects digits"
+        )
+    pixels, labels = (read_idx(path).load() for path in paths)
+    return pixels, labels + 1
 
 
 def write_composed(

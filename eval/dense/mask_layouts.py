@@ -1,6 +1,7 @@
 """Find images and masks in the layouts of Pascal VOC and ADE20K, or in two plain folders."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -20,7 +21,7 @@ VOC_CLASSES = [
     *("motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 ]
 NUM_ADE20K_CLASSES = 150
-HELD_OUT_SHARE = 0.2  # of the images in folders without train and val
+HELD_OUT_SHARE = 0.2  # share for testing in folders without train and val
 SPLIT_NAMES = ("train", "val")
 _VOC_LISTS, _ADE20K_NAMES = "ImageSets/Segmentation/", "objectInfo150.txt"
 
@@ -64,9 +65,9 @@ def open_voc(
     tree = FileTree(root)
     prefixes = {path.partition(_VOC_LISTS)[0] for path in tree.paths if _VOC_LISTS in path}
     if len(prefixes) != 1:
-        found = "has no" if not prefixes else f"has {', '.join(sorted(prefixes))} with their"
+        contents = "has no" if not prefixes else f"has {', '.join(sorted(prefixes))} with their"
         raise ValueError(
-            f"{root}: {found} ImageSets/Segmentation; give one folder or zip in Pascal VOC's "
+            f"{root}: {contents} ImageSets/Segmentation; give one folder or zip in Pascal VOC's "
             "layout, with ImageSets/Segmentation, JPEGImages and SegmentationClass"
         )
     (prefix,) = prefixes
@@ -157,9 +158,9 @@ def open_folders(
     image_tree, mask_tree = FileTree(images), FileTree(masks)
     name, rule = image_tree.root.name, LabelRule(("", "unknown"), first_label, tuple(void))
     image_files, mask_files = image_tree.images_below(""), mask_tree.images_below("")
-    parts = {path.split("/")[0] for path in image_files if "/" in path}
+    top_folders = {path.split("/")[0] for path in image_files if "/" in path}
     splits = {}
-    for split in SPLIT_NAMES if parts >= set(SPLIT_NAMES) else ("",):
+    for split in SPLIT_NAMES if top_folders >= set(SPLIT_NAMES) else ("",):
         prefix = f"{split}/" if split else ""
         chosen = {path: file for path, file in image_files.items() if path.startswith(prefix)}
         splits[split] = _pair(
@@ -178,7 +179,7 @@ def open_folders(
     train, test = splits["train"], splits["val"]
     names = tuple(classes) or _numbered_classes(train)
     rule = LabelRule(names, first_label, tuple(void))
-    return tuple(MaskedImages(s.name, s.images, s.masks, s.pairs, rule) for s in (train, test))  # type: ignore[return-value]
+    return replace(train, rule=rule), replace(test, rule=rule)
 
 
 def _numbered_classes(images: MaskedImages) -> tuple[str, ...]:

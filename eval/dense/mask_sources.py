@@ -1,4 +1,4 @@
-"""Where the images and masks of an evaluation are, and how they are opened."""
+"""Locations of the images and masks of an evaluation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

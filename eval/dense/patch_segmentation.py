@@ -54,8 +54,8 @@ class ImagePatches:
     def flat(self) -> tuple[Tensor, Tensor]:
         """Return the tokens and the labels of all patches that have mostly a class."""
         tokens, pixels = self.tokens.flatten(0, 1), self.pixels.flatten(0, 1)
-        kept = labeled_rows(pixels)
-        return tokens[kept.to(tokens.device)], pixels[kept].to(tokens.device)
+        is_labeled = labeled_rows(pixels)
+        return tokens[is_labeled.to(tokens.device)], pixels[is_labeled].to(tokens.device)
 
 
 class PatchGrid:
@@ -175,7 +175,8 @@ def segment(
     held_out, fitted = train.rows(order[:num_held_out]), train.rows(order[num_held_out:])
     standardize = fit_standardization(fitted.tokens.flatten(0, 1))
     held_out, fitted, test = (
-        ImagePatches(standardize(part.tokens), part.pixels) for part in (held_out, fitted, test)
+        ImagePatches(standardize(images.tokens), images.pixels)
+        for images in (held_out, fitted, test)
     )
     check_classes(fitted, protocol)
     choices = settings(protocol)

@@ -13,9 +13,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from ssl_pretrain import rng
-from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval.dense.masked_images import VOID, MaskedImages
 from ssl_pretrain.eval.dense.segmentation_protocols import TrainingProtocol
+from ssl_pretrain.eval.training_order import TrainingOrder, batch_slots
 
 CROP_ATTEMPTS = 10  # positions tried for a crop without too much of one class
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18 / 180
@@ -63,29 +63,24 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
     ):
         self.images, self.protocol, self.pixels, self.seed = images, protocol, pixels, seed
         self.crop_size, self.num_steps = crop_size, num_steps
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # cached order of one epoch
+        self._order = TrainingOrder(len(images), seed)
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         examples = [
-            self._example(*divmod(slot, len(self.images)))
+            self._example(*self._order.image(slot))
             for slot in batch_slots(step, self.protocol.batch_size)
         ]
         images, labels = zip(*examples)
         return torch.stack(images), torch.stack(labels)
 
-    def _example(self, epoch: int, position: int) -> Example:
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = rng.permutation(self.seed, epoch, len(self.images))
-        index = int(self._order[position])
+    def _example(self, epoch: int, index: int) -> Example:
         pixels, labels = self.images.read(index)
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-        numbers = rng.uniform(self.seed, epoch, index, 0, rng.Purpose.CROP, 1 + 2 * CROP_ATTEMPTS)[
-            0
-        ]
+        num_values = 1 + 2 * CROP_ATTEMPTS
+        (numbers,) = rng.uniform(self.seed, epoch, index, 0, rng.Purpose.CROP, num_values)
         image, mask = self._scale(image, torch.from_numpy(labels), numbers[0])
         if rng.uniform(self.seed, epoch, index, 0, rng.Purpose.FLIP, 1)[0, 0] < 0.5:
             image, mask = image.flip(-1), mask.flip(-1)
@@ -120,12 +115,6 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         black = self.pixels.normalize(torch.zeros(len(image), 1, 1))
         fill = torch.zeros_like(black) if self.protocol.pads_with_mean else black
         return F.pad(image - fill, padding) + fill, F.pad(mask, padding, value=VOID)
-
-
-def batch_slots(step: int, batch_size: int) -> range:
-    """Return this rank's slots in the sequence of all training images."""
-    start = step * batch_size
-    return range(start + process_group.rank(), start + batch_size, process_group.world_size())
 
 
 def resize(image: Tensor, mask: Tensor, scale: float) -> Example:

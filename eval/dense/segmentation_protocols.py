@@ -38,8 +38,8 @@ class TrainingProtocol:
     source: str
     head: Head
     is_frozen: bool = False  # train the head only
-    output_stride: int = 0  # of a dilated ResNet; 0 keeps the network's own
-    dilates_first_block: bool = False  # of the first stage without a stride
+    output_stride: int = 0  # a ResNet is dilated to it; 0 keeps the network's own
+    dilates_first_block: bool = False  # in the first stage without a stride
     aux_weight: float = 0.0  # weight of the loss of a second head, on a ResNet's layer3
     epochs: int = 0  # unused if `num_steps` is set
     num_steps: int = 0
@@ -50,13 +50,13 @@ class TrainingProtocol:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: Literal["poly", "drops"] = "poly"
-    power: float = 0.9  # of the schedule "poly"
+    power: float = 0.9  # exponent of the schedule "poly"
     warmup_steps: int = 0
     # Views
     base_size: int = 0  # short side before the random scale; 0 takes each image's own size
     scales: tuple[float, float] = (0.5, 2.0)
     crop_size: int = 0  # pixels of a square; 0 takes the run's evaluation size
-    max_class_share: float = 1.0  # of a crop; up to ten crops are tried
+    max_class_share: float = 1.0  # largest share in a crop; up to ten crops are tried
     is_distorted: bool = False  # photometric distortion of MMSegmentation
     pads_with_mean: bool = False  # instead of black
     # Test
@@ -112,5 +112,5 @@ TRAINING_PROTOCOLS = {
     ),
 }  # fmt: skip
 PROTOCOLS = [*PATCH_PROTOCOLS, *TRAINING_PROTOCOLS]
-DROP_FRACTIONS = (0.7, 0.9)  # of the steps, after which "drops" divides the learning rate by 10
+DROP_FRACTIONS = (0.7, 0.9)  # "drops" divides the learning rate by 10 after these shares
 WARMUP_RATIO = 1e-6  # share of the learning rate at the first warm-up step

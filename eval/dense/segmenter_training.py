@@ -10,13 +10,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.eval import results
 from ssl_pretrain.eval.dense.confusion import Confusion, Scores
 from ssl_pretrain.eval.dense.masked_images import VOID, MaskedImages
 from ssl_pretrain.eval.dense.segmentation_batches import (
     Pixels,
     TrainingBatches,
-    batch_slots,
     resize,
 )
 from ssl_pretrain.eval.dense.segmentation_protocols import (
@@ -25,6 +23,8 @@ from ssl_pretrain.eval.dense.segmentation_protocols import (
     TrainingProtocol,
 )
 from ssl_pretrain.eval.dense.segmenters import ImageDropout
+from ssl_pretrain.eval.training_loss import TrainingLoss
+from ssl_pretrain.eval.training_order import batch_slots
 from ssl_pretrain.parallel import batch_norm
 
 PROGRESS_STEPS = 50  # steps per progress line
@@ -102,7 +102,7 @@ def train(
     dataset = TrainingBatches(images, protocol, pixels, seed, crop_size, num_steps)
     batches = iter(DataLoader(dataset, batch_size=None, num_workers=num_workers))
     weight = next(network.parameters())
-    losses: list[float] = []
+    losses = TrainingLoss(num_steps, protocol.lr, PROGRESS_STEPS)
     for step in range(num_steps):
         set_training_mode(network, protocol)
         place_dropout(network, seed, step, protocol.batch_size)
@@ -112,19 +112,11 @@ def train(
         views, labels = next(batches)
         outputs = model(views.to(weight))
         loss = segmentation_loss(outputs, labels.long().to(weight.device), protocol.aux_weight)
-        losses.append(collectives.reduce_sum(loss.detach()).item() / world_size)
-        if not np.isfinite(losses[-1]):
-            raise ValueError(
-                f"--lr {protocol.lr:g}: the loss of step {step + 1} is not finite; give a smaller"
-                " learning rate"
-            )
+        losses.add(loss)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if (step + 1) % PROGRESS_STEPS == 0 or step + 1 == num_steps:
-            mean_loss = np.mean(losses[-PROGRESS_STEPS:])
-            results.print_progress(f"  step {step + 1} of {num_steps}: loss {mean_loss:.3f}")
-    return network, losses
+    return network, losses.values
 
 
 def set_training_mode(network: Any, protocol: TrainingProtocol) -> None:

@@ -84,8 +84,8 @@ class ImageDropout(nn.Module):
         """Drop numbers of x, (B, ...), in training mode."""
         if not self.training or not self.probability:
             return x
-        kept = [self._draw(slot, x) for slot in self.slots]
-        return x * torch.stack(kept).to(x) / (1 - self.probability)
+        masks = [self._draw(slot, x) for slot in self.slots]
+        return x * torch.stack(masks).to(x) / (1 - self.probability)
 
     def _draw(self, slot: int, x: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(rng.derive_seed(self.seed, self.step, slot))

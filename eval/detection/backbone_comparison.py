@@ -80,15 +80,11 @@ def _compare_seeds(
         numbers = ", ".join(f"{name} {value:.1f}" for name, value in precision.items())
         results.print_progress(f"{label}: {numbers}")
         outcomes.append((precision, losses))
-    precisions = {name: [precision[name] for precision, _ in outcomes] for name in outcomes[0][0]}
-    mean = {name: float(np.mean(values)) for name, values in precisions.items()}
-    spread = {
-        name: float(np.std(values, ddof=1)) for name, values in precisions.items() if len(seeds) > 1
-    }
     first_loss = np.mean([losses[:20] for _, losses in outcomes])
     last_loss = np.mean([losses[-20:] for _, losses in outcomes])
     note = f"loss {first_loss:.2f} in the first 20 steps, {last_loss:.2f} in the last 20"
-    return results.Row(init, mean, spread, {"AP": note})
+    precisions = [precision for precision, _ in outcomes]
+    return results.Row.over_seeds(init, precisions, {"AP": note})
 
 
 def train_and_test(

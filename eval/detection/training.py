@@ -12,11 +12,12 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ssl_pretrain import rng
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.eval import results
 from ssl_pretrain.eval.detection import detectors
 from ssl_pretrain.eval.detection.annotations import AnnotatedImages
 from ssl_pretrain.eval.detection.metrics import Detections
 from ssl_pretrain.eval.detection.published_protocols import Protocol
+from ssl_pretrain.eval.training_loss import TrainingLoss
+from ssl_pretrain.eval.training_order import TrainingOrder, batch_slots
 
 PROGRESS_STEPS = 20  # steps per progress line
 Target = dict[str, Tensor]  # the objects of one image, as torchvision's detectors expect them
@@ -27,25 +28,16 @@ class TrainingBatches(Dataset[list[tuple[Tensor, Target]]]):
 
     def __init__(self, images: AnnotatedImages, protocol: Protocol, seed: int):
         self.images, self.protocol, self.seed = images, protocol, seed
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # cached order of one epoch
+        self._order = TrainingOrder(len(images), seed)
 
     def __len__(self) -> int:
         return self.protocol.num_steps + self.protocol.num_precise_bn_batches
 
     def __getitem__(self, step: int) -> list[tuple[Tensor, Target]]:
-        start = step * self.protocol.global_batch_size
-        slots = range(
-            start + process_group.rank(),
-            start + self.protocol.global_batch_size,
-            process_group.world_size(),
-        )
-        return [self._example(*divmod(slot, len(self.images))) for slot in slots]
+        slots = batch_slots(step, self.protocol.global_batch_size)
+        return [self._example(*self._order.image(slot)) for slot in slots]
 
-    def _example(self, epoch: int, position: int) -> tuple[Tensor, Target]:
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = rng.permutation(self.seed, epoch, len(self.images))
-        index = int(self._order[position])
+    def _example(self, epoch: int, index: int) -> tuple[Tensor, Target]:
         image = torch.from_numpy(self.images.read(index)).permute(2, 0, 1)
         target = self._target(index, *image.shape[1:])
         if rng.uniform(self.seed, epoch, index, 0, rng.Purpose.FLIP, 1)[0, 0] < 0.5:
@@ -129,7 +121,7 @@ def train(
     model = nn.parallel.DistributedDataParallel(detector) if world_size > 1 else detector
     dataset = TrainingBatches(images.trainable_subset(), protocol, seed)
     batches = iter(DataLoader(dataset, batch_size=None, num_workers=num_workers))
-    losses: list[float] = []
+    losses = TrainingLoss(protocol.num_steps, protocol.lr, PROGRESS_STEPS)
     for step in range(protocol.num_steps):
         detectors.set_training_mode(detector, protocol.norm)
         for group in optimizer.param_groups:
@@ -138,24 +130,14 @@ def train(
         torch.manual_seed(rng.derive_seed(seed, step, process_group.rank()))
         loss_terms = model(*batch_to_device(next(batches), device))
         loss = torch.stack([*loss_terms.values()]).sum()
-        losses.append(collectives.reduce_sum(loss.detach()).item() / world_size)
-        if not np.isfinite(losses[-1]):
-            raise ValueError(
-                f"--lr {protocol.lr:g}: the loss of step {step + 1} is not finite; give a smaller"
-                " learning rate"
-            )
+        losses.add(loss)
         optimizer.zero_grad()
         loss.backward()
         if protocol.max_gradient_norm:
             nn.utils.clip_grad_norm_(parameters, protocol.max_gradient_norm)
         optimizer.step()
-        if (step + 1) % PROGRESS_STEPS == 0 or step + 1 == protocol.num_steps:
-            mean_loss = np.mean(losses[-PROGRESS_STEPS:])
-            results.print_progress(
-                f"  step {step + 1} of {protocol.num_steps}: loss {mean_loss:.3f}"
-            )
     recalibrate_batch_norms(model, detector, batches, protocol, device)
-    return losses
+    return losses.values
 
 
 def learning_rate(protocol: Protocol, step: int) -> float:

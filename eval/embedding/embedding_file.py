@@ -21,15 +21,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ssl_pretrain.data.formats.stored_array import write_npy_header
 from ssl_pretrain.system import durable_files, optional_packages
 
 SUFFIXES = (".npz", ".npy", ".parquet", ".safetensors")
-METADATA_KEY = "ssl_pretrain"  # of a table's schema and of a .safetensors
+METADATA_KEY = "ssl_pretrain"  # key in the metadata of a table's schema and of a .safetensors
 
 
 @dataclass
 class Entries:
-    """What a file of embeddings has beside the vectors.
+    """Names, labels and origin of the vectors in a file.
 
     Attributes:
         names: Name of each image.
@@ -51,6 +52,16 @@ class Entries:
     def class_names(self) -> list[str | None]:
         """Return the name of each image's class, or None."""
         return [self.classes[label] if label >= 0 else None for label in self.labels.tolist()]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """Content of a file to write: the vectors, a few rows at a time, and what belongs to them."""
+
+    blocks: Iterable[np.ndarray]
+    shape: tuple[int, ...]  # of all vectors together
+    dtype: np.dtype[Any]
+    entries: Entries
 
 
 @dataclass
@@ -112,7 +123,7 @@ def write(
         ".safetensors": _write_safetensors,
     }[path.suffix]
     durable_files.replace_by_writing(
-        path, lambda file: writer(file, blocks(), shape, dtype, entries)
+        path, lambda file: writer(file, _Content(blocks(), shape, dtype, entries))
     )
 
 
@@ -183,13 +194,8 @@ def _entries(
     return Entries(list(names), np.asarray(labels, np.int64), list(classes), metadata)
 
 
-def _write_npz(
-    file: BinaryIO,
-    blocks: Iterable[np.ndarray],
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    entries: Entries,
-) -> None:
+def _write_npz(file: BinaryIO, content: _Content) -> None:
+    entries = content.entries
     arrays = {"names": np.array(entries.names), "metadata": np.array(json.dumps(entries.metadata))}
     if entries.has_labels:
         arrays |= {"labels": entries.labels, "classes": np.array(entries.classes)}
@@ -198,34 +204,22 @@ def _write_npz(
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
         with archive.open("features.npy", "w", force_zip64=True) as member:
-            _write_npy(member, blocks, shape, dtype, entries)
+            _write_npy(member, content)
 
 
-def _write_npy(
-    file: Any,
-    blocks: Iterable[np.ndarray],
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    _entries: Entries,
-) -> None:
-    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    for block in blocks:
+def _write_npy(file: Any, content: _Content) -> None:
+    write_npy_header(file, content.shape, content.dtype)
+    for block in content.blocks:
         file.write(np.ascontiguousarray(block).data)
 
 
-def _write_parquet(
-    file: BinaryIO,
-    blocks: Iterable[np.ndarray],
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    entries: Entries,
-) -> None:
+def _write_parquet(file: BinaryIO, content: _Content) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    value_type = pa.float16() if dtype == np.float16 else pa.float32()
-    for length in reversed(shape[1:]):
+    entries = content.entries
+    value_type = pa.float16() if content.dtype == np.float16 else pa.float32()
+    for length in reversed(content.shape[1:]):
         value_type = pa.list_(value_type, length)
     fields = [pa.field("name", pa.string())]
     if entries.has_labels:
@@ -235,11 +229,11 @@ def _write_parquet(
     schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(saved)})
     class_names, start = entries.class_names() if entries.has_labels else [], 0
     with pq.ParquetWriter(file, schema) as writer:
-        for block in blocks:
+        for block in content.blocks:
             rows = slice(start, start + len(block))
             start += len(block)
             values = pa.array(np.ascontiguousarray(block).reshape(-1))
-            for length in reversed(shape[1:]):
+            for length in reversed(content.shape[1:]):
                 values = pa.FixedSizeListArray.from_arrays(values, length)
             columns = [pa.array(entries.names[rows], pa.string())]
             if entries.has_labels:
@@ -269,27 +263,22 @@ def _read_parquet(path: Path) -> Embeddings:
     )
 
 
-def _write_safetensors(
-    file: BinaryIO,
-    blocks: Iterable[np.ndarray],
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    entries: Entries,
-) -> None:
+def _write_safetensors(file: BinaryIO, content: _Content) -> None:
     """Write the header of the format, and then the tensors one after the other."""
+    entries = content.entries
     names = np.frombuffer(json.dumps(entries.names).encode(), np.uint8)
     small = {"labels": entries.labels, "names": names} if entries.has_labels else {"names": names}
     saved = {"metadata": entries.metadata, "classes": entries.classes}
     header: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps(saved)}}
     types = {"labels": "I64", "names": "U8"}
-    sizes = {"features": int(np.prod(shape)) * dtype.itemsize}
+    sizes = {"features": int(np.prod(content.shape)) * content.dtype.itemsize}
     sizes |= {name: array.nbytes for name, array in small.items()}
     offset = 0
     for name in ("labels", "features", "names"):  # so that every tensor is aligned
         if name not in sizes:
             continue
         kind, dims = (
-            ("F16" if dtype == np.float16 else "F32", shape)
+            ("F16" if content.dtype == np.float16 else "F32", content.shape)
             if name == "features"
             else (types[name], small[name].shape)
         )
@@ -301,7 +290,7 @@ def _write_safetensors(
     file.write(len(text).to_bytes(8, "little") + text)
     if "labels" in small:
         file.write(small["labels"].tobytes())
-    for block in blocks:
+    for block in content.blocks:
         file.write(np.ascontiguousarray(block).data)
     file.write(names.tobytes())
 

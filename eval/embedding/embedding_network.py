@@ -11,7 +11,7 @@ import ssl_pretrain
 from ssl_pretrain import config
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import source_report, sources
-from ssl_pretrain.data.config import DataConfig
+from ssl_pretrain.data.config import DataConfig, locate
 from ssl_pretrain.data.file_dataset import SplitName
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.pixels import PixelFormat
@@ -20,8 +20,8 @@ from ssl_pretrain.eval.embedding.feature_batches import FeatureExtractor
 from ssl_pretrain.eval.embedding.weights_digest import digest_of_network
 from ssl_pretrain.eval.image_transform import ImageTransform
 from ssl_pretrain.parallel.execution import ParallelConfig
-
-BUILT_IN = ("digits", "cifar10")  # data sets that need no path
+from ssl_pretrain.schema import NON_NEGATIVE_INT, POSITIVE_INT
+from ssl_pretrain.schema.argument_parser import ArgumentParser
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def open_network(
     Raises:
         ValueError: If there is no such network, or the weights do not fit it.
     """
-    kept = [text for text in overrides if not text.startswith("data.") or _is_format(text)]
-    run = runs.load_run(network, None, kept, device, is_evaluated=False)
+    used = [text for text in overrides if not text.startswith("data.") or _is_format(text)]
+    run = runs.load_run(network, None, used, device, is_evaluated=False)
     origin = {
         "network": run.config.backbone.name,
         "origin": str(run.checkpoint_path),
@@ -100,10 +100,8 @@ def open_images(
     Raises:
         ValueError: If they are no images, or most have other channels (`WrongChannels`).
     """
-    is_built_in = str(images) in BUILT_IN and not Path(images).exists()
     data = DataConfig(
-        source=str(images) if is_built_in else "folder",
-        root="" if is_built_in else str(images),
+        **locate(images),
         channels=pixel_format.num_channels,
         range=list(pixel_format.value_range or ()),
     )
@@ -111,6 +109,19 @@ def open_images(
     source = sources.open_source(data, split)
     source_report.check_images(source)
     return source, data
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the options that say where and how features are computed."""
+    add = parser.add_argument
+    add("--device", default="auto", help="cpu or cuda (default: cuda where available)")
+    add("--batch-size", type=POSITIVE_INT, default=64, help="images per forward pass (default: 64)")
+    add(
+        "--num-workers",
+        type=NON_NEGATIVE_INT,
+        default=0,
+        help="processes that read the images (default: 0, which reads in this process)",
+    )
 
 
 def describe_transform(transform: ImageTransform) -> dict[str, Any]:

@@ -170,9 +170,9 @@ class VectorIndex:
             ValueError: If the vectors have another width, or a value that is not finite.
         """
         rows, scores = self.search_rows(vectors, k)
-        is_found = rows >= 0
-        ids = [[self.ids[row] for row in query[found]] for query, found in zip(rows, is_found)]
-        return ids, [query[found].tolist() for query, found in zip(scores, is_found)]
+        is_neighbor = rows >= 0
+        ids = [[self.ids[row] for row in query[mask]] for query, mask in zip(rows, is_neighbor)]
+        return ids, [query[mask].tolist() for query, mask in zip(scores, is_neighbor)]
 
     def search_rows(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows, int64 (n, k), and the scores, float32 (n, k), of the nearest vectors.
@@ -262,10 +262,10 @@ def measure_recall(index: VectorIndex, values: np.ndarray) -> float:
     _, exact = faiss.knn(values[queries], values, k, metric=code)
     rows, _ = index.search_rows(values[queries], k)
     num_exact = num_found = 0
-    for query, expected, found in zip(queries, exact, rows):
+    for query, expected, retrieved in zip(queries, exact, rows):
         neighbors = set(expected.tolist()) - {int(query)}
         num_exact += len(neighbors)
-        num_found += len(neighbors & set(found.tolist()))
+        num_found += len(neighbors & set(retrieved.tolist()))
     return num_found / max(1, num_exact)
 
 

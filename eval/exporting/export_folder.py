@@ -61,17 +61,17 @@ def load(folder: str | Path) -> components.Backbone:
     return backbone.eval()
 
 
-def evaluation_config(folder: Path, overrides: list[str]) -> RunConfig:
+def evaluation_config(folder: Path, arguments: dict[str, Any], overrides: list[str]) -> RunConfig:
     """Return the configuration that evaluates an exported backbone as its run was evaluated.
 
     Args:
         folder: Folder of the export.
+        arguments: Content of timm.json.
         overrides: key=value settings, which take precedence over the exported ones.
 
     Raises:
-        ValueError: If a setting is not allowed, or a file of the export is missing.
+        ValueError: If a setting is not allowed.
     """
-    arguments = read_arguments(folder)
     view = arguments["input"]
     config = configuration.without_method(overrides, str(folder))
     config.backbone = replace(

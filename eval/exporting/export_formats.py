@@ -12,7 +12,7 @@ from ssl_pretrain.eval.exporting import onnx, timm_config, transformers_folder
 from ssl_pretrain.eval.exporting.export_folder import WEIGHTS
 from ssl_pretrain.eval.exporting.reference import ARGUMENTS_FILE, REFERENCE_FILE
 from ssl_pretrain.eval.results import print_progress
-from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
+from ssl_pretrain.eval.runs import Run, on_cpu
 from ssl_pretrain.models import custom_network
 from ssl_pretrain.system import optional_packages
 
@@ -156,11 +156,8 @@ def write_files(
 
 def write_program(run: Run, path: Path, images: Tensor) -> None:
     """Write the program of torch.export that maps images (n, C, h, w) to features, for any n."""
-    cpu = torch.device("cpu")
-    model = prepare_for_evaluation(run.backbone, cpu, torch.contiguous_format)
-    with torch.no_grad():
+    with on_cpu(run) as model, torch.no_grad():
         program = torch.export.export(
             model, (images,), dynamic_shapes=({0: torch.export.Dim("n", min=1)},)
         )
-    torch.export.save(program, path)
-    prepare_for_evaluation(run.backbone, run.device)
+        torch.export.save(program, path)  # the program shares the weights, which move back

@@ -12,7 +12,7 @@ from ssl_pretrain.eval.exporting.reference import ARGUMENTS_FILE
 
 @dataclass(frozen=True)
 class Upload:
-    """What an upload would send.
+    """Repository and files of an upload.
 
     Attributes:
         folder: Folder of the export.

@@ -16,8 +16,8 @@ from ssl_pretrain.eval.exporting.transformers_mapping import (
 
 KINDS = (resnet.Bottleneck, resnet.BasicBlock)
 POOLED = "outputs.pooler_output.flatten(1)"
-NORM_EPS = 1e-6  # of the norms inside transformers' ConvNeXt, where it cannot be set
-BATCH_NORM_EPS = 1e-5  # of transformers' ResNet
+NORM_EPS = 1e-6  # transformers' ConvNeXt has it in all inner norms, where it cannot be set
+BATCH_NORM_EPS = 1e-5  # transformers' ResNet has it in all norms
 
 
 def find_resnet_problem(model: Any) -> str:

@@ -90,14 +90,8 @@ def map_vit(model: Any, image_size: ImageSize) -> MappedNetwork:
         model_type, class_name = _add_dino_settings(model, config)
     else:
         config["intermediate_size"] = _mlp_width(model.blocks[0])
-        model_type, class_name = (
-            ("vit", "ViTModel")
-            if model.cls_token is not None
-            else (
-                "ijepa",
-                "IJepaModel",
-            )
-        )
+        has_class = model.cls_token is not None
+        model_type, class_name = ("vit", "ViTModel") if has_class else ("ijepa", "IJepaModel")
     if model_type == "vit":  # a pooler that returns the class token unchanged
         config["pooler_act"] = "linear"
         weights["pooler.dense.weight"] = torch.eye(model.embed_dim)

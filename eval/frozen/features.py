@@ -7,6 +7,7 @@ batches of a split, so the batches are the same for any number of ranks.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,14 @@ MAX_RECALIBRATION_IMAGES = 10000
 RAW_SIZE = 32  # pixels; larger views are averaged down to this height and width
 MIN_UNSHIFTED_SIDE = 32  # pixels; images with a smaller shorter side are shifted by default
 ROWS: tuple[str, ...] = ("raw", "random", "pretrained")
+ROWS_OPTION: dict[str, dict[str, Any]] = {
+    "--rows": {
+        "nargs": "+",
+        "choices": ROWS,
+        "default": ROWS,
+        "help": "features to evaluate (default: all three)",
+    },
+}
 
 Offset = tuple[int, int]  # pixels to the right and down
 # (split, offset) -> features (n, dim), labels (n,)

@@ -57,9 +57,26 @@ def balanced_rows(
             f"{option}: takes {num_per_class} images per class, but {classes[counts.argmin()]!r}"
             f" has {counts.min()}; give a smaller number"
         )
+    return draw_per_class(labels, num_per_class, len(classes), seed)
+
+
+def draw_per_class(
+    labels: np.ndarray, num_per_class: int, num_classes: int, seed: int
+) -> np.ndarray:
+    """Draw the rows of at most `num_per_class` images of each class, ordered by class.
+
+    Fewer images of a class are all taken, as in big_vision. More images per class contain those of
+    fewer. A draw only depends on its seed.
+
+    Args:
+        labels: Class of each image.
+        num_per_class: Number of images per class.
+        num_classes: Number of classes.
+        seed: Seed of the draw.
+    """
     order = rng.permutation(seed, 0, len(labels), rng.Purpose.SUBSET)
     return np.concatenate(
-        [order[labels[order] == label][:num_per_class] for label in range(len(classes))]
+        [order[labels[order] == label][:num_per_class] for label in range(num_classes)]
     )
 
 

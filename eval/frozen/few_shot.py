@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain import rng
 from ssl_pretrain.eval.frozen import few_labels
 
 # google-research/big_vision at 0127fb6b, evaluators/fewshot_lsr.py and configs/common_fewshot.py.
@@ -16,24 +15,6 @@ STD_EPSILON = 1e-5
 # Features and labels of the few images, features of the test images, number of classes. The result
 # is the predicted class of each test image.
 Classifier = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-
-
-def draw_rows(labels: np.ndarray, num_per_class: int, num_classes: int, seed: int) -> np.ndarray:
-    """Draw the rows of at most `num_per_class` images of each class, ordered by class.
-
-    Fewer images of a class are all taken, as in big_vision. More images per class contain those of
-    fewer. A draw only depends on its seed.
-
-    Args:
-        labels: Class of each image.
-        num_per_class: Number of images per class.
-        num_classes: Number of classes.
-        seed: Seed of the draw.
-    """
-    order = rng.permutation(seed, 0, len(labels), rng.Purpose.SUBSET)
-    return np.concatenate(
-        [order[labels[order] == label][:num_per_class] for label in range(num_classes)]
-    )
 
 
 def least_squares(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:

@@ -19,7 +19,7 @@ from ssl_pretrain.monitoring.healthy_ranges import Range
 Points = Sequence[tuple[float, float]]
 
 MAX_POINTS = 600  # longer curves are averaged in this many bins
-WIDTH, HEIGHT = 400, 216  # of the drawing; the page scales it
+WIDTH, HEIGHT = 400, 216  # units of the drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 54, 390, 12, 178  # the frame, the same in every chart
 BASELINE = 4  # from the middle of a line of text to its baseline
 LABEL_GAP = 7  # from the frame to the labels of its ticks
@@ -28,7 +28,7 @@ MARKER_RADIUS = 2.6
 
 @dataclass(frozen=True)
 class Guides:
-    """What a chart shows besides its curves, in the unit of the vertical axis.
+    """Healthy values, limits and ranges of a chart, in the unit of the vertical axis.
 
     Attributes:
         healthy: Values of healthy runs, drawn as a band.
@@ -117,7 +117,9 @@ def _drawable_points(points: Points, is_log: bool) -> np.ndarray:
     if is_log:
         values = values[(values > 0).all(axis=1)]
     if len(values) > MAX_POINTS:
-        values = np.array([part.mean(axis=0) for part in np.array_split(values, MAX_POINTS)])
+        values = np.array(
+            [points_in_bin.mean(axis=0) for points_in_bin in np.array_split(values, MAX_POINTS)]
+        )
     return values
 
 

@@ -47,7 +47,7 @@ def describe_result(result: Record) -> str:
     """Return the sentence about the main column of a result, or "" if it has no accuracy."""
     measure = result.get("measure", results.ACCURACY)
     rows = {row["features"]: row for row in result["rows"]}
-    if not measure.endswith("%") or result["name"].endswith(sections.GRID_SUFFIX):
+    if not measure.endswith("%") or result["name"].endswith(results.GRID_SUFFIX):
         return ""
     column = next(iter(results.column_names(result)), "")
     if column not in rows.get(PRETRAINED, {"metrics": {}})["metrics"]:

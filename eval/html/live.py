@@ -85,9 +85,9 @@ class LivePage:
 def header_variables(state: RunState, name: str) -> dict[str, Any]:
     """Return the variables of the top of the page: state, progress and the newest numbers."""
     percent = run_table.describe_percent(state)
-    parts = [percent if state.state == "running" else state.state, name]
+    words = [percent if state.state == "running" else state.state, name]
     return {
-        "title": " · ".join(part for part in parts if part != run_table.NONE),
+        "title": " · ".join(word for word in words if word != run_table.NONE),
         "name": name,
         "state": state,
         "percent": percent,

@@ -19,7 +19,7 @@ class Request:
 
     path: str  # decoded, without the query
     query: Mapping[str, list[str]] = field(default_factory=dict)
-    etag: str = ""  # of the answer that the browser already has
+    etag: str = ""  # identifies the answer that the browser already has
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Answer:
     status: int = 200
     content_type: str = "text/html; charset=utf-8"
     etag: str = ""
-    location: str = ""  # of a redirection
+    location: str = ""  # new address, in a redirection
 
 
 def not_found(text: str = "The page is at /") -> Answer:

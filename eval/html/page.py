@@ -25,7 +25,7 @@ class Figure:
     legend: tuple[tuple[str, str], ...] = ()  # name and color of each entry
     note: str = ""  # what the picture shows, below the caption
     reading: str = ""  # value that the page shows beside the caption
-    file_name: str = ""  # of the downloads, without a suffix; empty for a picture without data
+    file_name: str = ""  # name of the downloads without a suffix; empty for a picture without data
 
 
 @cache

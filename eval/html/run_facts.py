@@ -1,10 +1,10 @@
 """Facts about a run for the top of its report: what was trained, on what, and by which code."""
 
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from ssl_pretrain.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from ssl_pretrain.data.config import short_name
 from ssl_pretrain.eval.html import sections
 from ssl_pretrain.eval.html.run_files import Record
 from ssl_pretrain.eval.runs import Run
@@ -23,14 +23,13 @@ def read_origin(run: Run) -> dict[str, Any]:
 def main_facts(run: Run, metrics: list[Record], num_images: int) -> Facts:
     """Return the facts in large type: method, backbone, data and amount of training."""
     config = run.config
-    root = Path(config.data.root).name
     last_record = metrics[-1] if metrics else {}
     num_parameters = sum(parameter.numel() for parameter in run.backbone.parameters())
     facts = [
         ("method", config.method.name),
         ("backbone", config.backbone.name),
         ("parameters", _format_count(num_parameters)),
-        ("data", root if config.data.source == "folder" else config.data.source),
+        ("data", short_name(config.data.source, config.data.root)),
         ("training images", f"{num_images:,}"),
         *([("channels", str(config.data.channels))] if config.data.channels != 3 else []),
         ("steps", f"{run.step:,}"),

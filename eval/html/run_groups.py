@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ssl_pretrain import schema
+from ssl_pretrain.data.config import short_name
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.html import run_files, sections
 from ssl_pretrain.eval.html.run_files import Record
@@ -46,9 +47,8 @@ class ComparedRun:
 
     def describe_data(self) -> str:
         """Return the name of the data set."""
-        source = str(self.config.get("data.source", ""))
-        root = Path(str(self.config.get("data.root") or "")).name
-        return root if source == "folder" and root else source
+        source, root = (str(self.config.get(f"data.{key}") or "") for key in ("source", "root"))
+        return short_name(source, root)
 
     @property
     def num_steps(self) -> int:
@@ -106,11 +106,13 @@ def result_columns(runs: Sequence[ComparedRun], main_only: bool) -> list[Column]
     names = dict.fromkeys(name for run in runs for name in run.results)
     columns: list[Column] = []
     for name in sorted(names, key=sections.order_of_evaluation):
-        found = [run.results[name] for run in runs if name in run.results]
-        is_percentage = found[0].get("measure", results.ACCURACY).endswith("%")
-        if main_only and (name.endswith(sections.GRID_SUFFIX) or not is_percentage):
+        evaluated = [run.results[name] for run in runs if name in run.results]
+        is_percentage = evaluated[0].get("measure", results.ACCURACY).endswith("%")
+        if main_only and (name.endswith(results.GRID_SUFFIX) or not is_percentage):
             continue
-        titles = dict.fromkeys(title for result in found for title in results.column_names(result))
+        titles = dict.fromkeys(
+            title for result in evaluated for title in results.column_names(result)
+        )
         columns += [(name, title) for title in list(titles)[: 1 if main_only else None]]
     return columns
 

@@ -24,7 +24,6 @@ TITLES = {
 }
 # Evaluations in the order of a page. The others follow by name.
 ORDER = ("knn", "linear", "attentive", "finetune", "semi")
-GRID_SUFFIX = "_grid"  # end of the names of results that list every setting tried
 
 
 def evaluation_title(name: str) -> str:
@@ -49,7 +48,7 @@ def run_variables(run_path: Path, metrics: list[Record]) -> dict[str, Any]:
 
 def order_of_evaluation(name: str) -> tuple[int, str]:
     """Return a key that sorts results: the main evaluations first, each before its grid."""
-    base = results.split_name(name)[0].removesuffix(GRID_SUFFIX)
+    base = results.split_name(name)[0].removesuffix(results.GRID_SUFFIX)
     position = next((i for i, start in enumerate(ORDER) if base.startswith(start)), len(ORDER))
     return position, name
 
@@ -59,9 +58,9 @@ def evaluation_variables(evaluations: list[Record]) -> list[Record]:
     by_name = {result["name"]: result for result in evaluations}
     variables = []
     for name in sorted(by_name, key=order_of_evaluation):
-        if name.endswith(GRID_SUFFIX) and name.removesuffix(GRID_SUFFIX) in by_name:
+        if name.endswith(results.GRID_SUFFIX) and name.removesuffix(results.GRID_SUFFIX) in by_name:
             continue
-        grid = by_name.get(f"{name}{GRID_SUFFIX}")
+        grid = by_name.get(f"{name}{results.GRID_SUFFIX}")
         variables.append(
             _result_variables(by_name[name]) | {"grid": _result_variables(grid) if grid else None}
         )
@@ -107,7 +106,7 @@ def draw_evaluation_figures(run_path: Path) -> list[page.Figure]:
                 if row["features"] == "pretrained":
                     for column, value in row["metrics"].items():
                         series.setdefault(column, []).append((step, value))
-        if len(steps) > 1 and not name.endswith(GRID_SUFFIX):
+        if len(steps) > 1 and not name.endswith(results.GRID_SUFFIX):
             title = evaluation_title(name)
             measure = steps[max(steps)].get("measure", results.ACCURACY)
             figures.append(

@@ -43,7 +43,7 @@ class StateAnswer:
 
 @dataclass
 class ErrorAnswer:
-    """What is wrong with a request, and what to do."""
+    """Error in a request, and its remedy."""
 
     error: str
     remedy: str

@@ -138,8 +138,8 @@ def recognize(content: bytes, name: str) -> str:
     if content[4:12] in (b"ftypavif", b"ftypavis"):
         return "AVIF"
     start = content[:512].lstrip()
-    found = next((other for sign, other in _OTHERS.items() if start.startswith(sign)), "")
-    looks = f" It looks like {found}." if found else ""
+    kind = next((kind for sign, kind in _OTHERS.items() if start.startswith(sign)), "")
+    looks = f" It looks like {kind}." if kind else ""
     raise Refusal(415, f"{name}: is not a known image format.{looks}", f"Send {_ALLOWED}.")
 
 

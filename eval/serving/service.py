@@ -1,4 +1,4 @@
-"""What the service does with images: check, decode, transform, embed, compare and find."""
+"""Check, decode, transform and embed uploaded images, and search for their neighbors."""
 
 import asyncio
 import io

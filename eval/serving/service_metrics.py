@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-STAGES = ("read", "decode", "wait", "network")  # of a request, in this order
+STAGES = ("read", "decode", "wait", "network")  # stages of a request in order
 
 
 class Gauged(Protocol):
-    """What the gauges read when the metrics are scraped."""
+    """Values that the gauges read when the metrics are scraped."""
 
     @property
     def depth(self) -> int:

@@ -122,15 +122,16 @@ class Upload:
                 "Let an HTTP client write the form.",
             ) from None
         contents = [content for name, content in form.parts]
-        found = [name for name, _ in form.parts]
-        if sorted(found) != sorted(names):
+        form_names = [name for name, _ in form.parts]
+        if sorted(form_names) != sorted(names):
             raise Refusal(
                 422,
-                f"The form has {_describe(found)}, but this route takes {_describe(list(names))}.",
+                f"The form has {_describe(form_names)}, but this route takes "
+                f"{_describe(list(names))}.",
                 f"Send {'one file' if len(names) == 1 else 'one file each'} as "
                 f"{' and '.join(names)}.",
             )
-        images = dict(zip(found, contents))
+        images = dict(zip(form_names, contents))
         for name in names:
             if len(images[name]) > self.max_bytes:
                 raise self._too_large(name, self.max_bytes)

@@ -3,11 +3,13 @@
 import math
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypedDict
 
 from ssl_pretrain.data.pixels import PixelFormat
 from ssl_pretrain.schema import DIMENSIONLESS, setting
 
+BUILT_IN_SOURCES = ("digits", "cifar10")  # can be named in place of a path
 NAMED_SOURCES = ("digits", "cifar10", "cifar100", "stl10", "folder", "huggingface")
 
 
@@ -128,6 +130,25 @@ class DataConfig:
         minimum=0,
         unit="GB (10^9 bytes)",
     )
+
+
+class Location(TypedDict, total=False):
+    """The settings that say where images are."""
+
+    source: str
+    root: str
+
+
+def locate(data: str | Path) -> Location:
+    """Return the settings `source` and `root` of images at a path, or of a built-in data set."""
+    if str(data) in BUILT_IN_SOURCES and not Path(data).exists():
+        return {"source": str(data)}
+    return {"source": "folder", "root": str(data)}
+
+
+def short_name(source: str, root: str) -> str:
+    """Return a short name of the images with these settings: that of the path, or the source."""
+    return Path(root).name if root and source in ("", "folder") else source
 
 
 def pixel_format(config: DataConfig) -> PixelFormat:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 FILE_NAME = "failure.json"
-MAX_CHARACTERS = 400  # of the error's text
+MAX_CHARACTERS = 400  # longer texts of errors are cut off
 
 
 def write(run: Path, error: BaseException) -> None:

@@ -43,9 +43,9 @@ from ssl_pretrain.eval.embedding.vector_index import VectorIndex, build_index
 from ssl_pretrain.eval.exporting import onnx
 from ssl_pretrain.eval.serving.served_network import FILES
 
-TOLERANCE = 1e-4  # of a vector relative to its largest value, and of a cosine
+TOLERANCE = 1e-4  # for a vector relative to its largest value, and for a cosine
 NUM_NEIGHBORS = 5
-PAIRS_PER_ROUND = 10  # of the single client, and of the direct calls
+PAIRS_PER_ROUND = 10  # for the single client, and for the direct calls
 MIX = ("embed",) * 4 + ("similarity",) * 4 + ("neighbors",) * 2
 
 
@@ -54,8 +54,8 @@ class Truth:
     """Images and what the service must answer for them."""
 
     contents: list[bytes]
-    vectors: np.ndarray  # of the served model, computed offline
-    float_vectors: np.ndarray  # of torch
+    vectors: np.ndarray  # features of the served model, computed offline
+    float_vectors: np.ndarray  # features of torch
     index: VectorIndex
 
     def cosine(self, first: int, second: int, vectors: np.ndarray | None = None) -> float:

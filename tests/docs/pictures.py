@@ -33,8 +33,8 @@ from ssl_pretrain.fault_tolerance.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGES = Path("docs/results"), Path("docs/results/pages")
-HEIGHTS = {1400: 1000, 400: 900}  # of the screenshots, by their width
-NUM_COLORS = 128  # of a screenshot, which keeps it below 200 KB
+HEIGHTS = {1400: 1000, 400: 900}  # height of the screenshots by their width
+NUM_COLORS = 128  # colors of a screenshot, which keep it below 200 KB
 SWEEP = "launch/sweep.py configs/sweeps/"
 LEARNING = f"{SWEEP}learning.yaml output={{runs}}/learning data.root=cifar10.zip seed=0,1,2"
 CIFAR10 = "--base configs/methods_cifar10_cpu.yaml data.root=cifar10.zip"

@@ -7,7 +7,6 @@ A test module takes the browser from the fixture `browser` and skips without one
     def test_the_page_is_sound(browser, page):
         browser_checks.open_page(browser, page.as_uri())
         browser_checks.check_in_all_windows(browser)
-        browser_checks.check_hover_values(browser, "[data-tip]")
 """
 
 import functools
@@ -138,42 +137,3 @@ def unreachable_by_tab(browser, selector):
         .filter(e => pageChecks.shown(e) && !window.reached.has(e)).map(pageChecks.name)""",
         selector,
     )
-
-
-def hover_and_focus_texts(browser, selector, max_elements=12):
-    """Return what the tooltip says for elements: under the pointer, and with the focus.
-
-    At most `max_elements` of the shown elements are tried, evenly spaced.
-    """
-    from selenium.webdriver.common.action_chains import ActionChains
-
-    browser.execute_script(_page_checks())
-    script = "return [...document.querySelectorAll(arguments[0])].filter(pageChecks.shown)"
-    elements = browser.execute_script(script, selector)
-    texts = []
-    for element in elements[:: -(-len(elements) // max_elements) or 1]:
-        browser.execute_script(
-            "document.activeElement.blur(); arguments[0].scrollIntoView({block: 'center'})", element
-        )
-        ActionChains(browser, duration=0).move_to_element(element).perform()
-        hovered = browser.execute_script(TOOLTIP)
-        ActionChains(browser, duration=0).move_by_offset(0, 0).perform()
-        browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 0, "y": 0})
-        browser.execute_script("arguments[0].focus({focusVisible: true})", element)
-        texts.append((hovered, browser.execute_script(TOOLTIP)))
-    return texts
-
-
-def check_hover_values(browser, selector):
-    """Check that elements show their value on hover, and the same value with the keyboard's focus.
-
-    Args:
-        browser: The driver.
-        selector: Selects the elements that have a value on hover.
-    """
-    unreachable = unreachable_by_tab(browser, selector)
-    assert not unreachable, unreachable
-    texts = hover_and_focus_texts(browser, selector)
-    assert texts, f"no element shown matches {selector}"
-    for hovered, focused in texts:
-        assert hovered and hovered == focused, (hovered, focused)

@@ -8,7 +8,7 @@ import torch
 from untrained_run import load_in_float32, make_run, write_images
 
 from ssl_pretrain.eval import fewshot
-from ssl_pretrain.eval.frozen import few_shot
+from ssl_pretrain.eval.frozen import few_labels, few_shot
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,14 @@ def test_separated_classes_are_told_apart_from_one_label_each(name):
 
 def test_more_labels_contain_fewer_and_small_classes_give_all_images():
     labels = np.array([0, 1, 0, 0, 1, 0, 2, 1, 0, 1])
-    draws = [few_shot.draw_rows(labels, number, 3, seed=1) for number in (1, 2, 4)]
+    draws = [few_labels.draw_per_class(labels, number, 3, seed=1) for number in (1, 2, 4)]
     assert [labels[rows].tolist() for rows in draws] == [
         [0, 1, 2],
         [0, 0, 1, 1, 2],
         [0, 0, 0, 0, 1, 1, 1, 1, 2],
     ]
     assert set(draws[0]) < set(draws[1]) < set(draws[2])
-    other = few_shot.draw_rows(labels, 2, 3, seed=2)
+    other = few_labels.draw_per_class(labels, 2, 3, seed=2)
     assert sorted(other) != sorted(draws[1])
 
 
