@@ -1,5 +1,6 @@
 """Fixtures for all tests, and a helper that runs a function on several gloo ranks."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -112,6 +113,7 @@ def _run_rank(
 ) -> None:
     import torch.distributed as dist
 
+    faulthandler.enable()  # a rank that crashes in native code prints where
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}

@@ -6,7 +6,7 @@ import tempfile
 import time
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 
 from ssl_pretrain.eval import compare, run_table
 from ssl_pretrain.eval.html import local_server, run_list_page
@@ -35,6 +35,14 @@ class RunListServer:
         self._versions: dict[str, int] = {}
         self._version = self._names_version = time.time_ns() // 1_000_000
         self._pages: dict[str, LivePage] = {}
+
+    def start_reading(self) -> None:
+        """Begin to read the runs, so that the first page seldom has to wait for it."""
+        Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        with self._lock:
+            self._scan()
 
     def respond(self, request: Request) -> Answer:
         """Answer a request."""
@@ -126,7 +134,9 @@ class RunListServer:
 
 
 def build_server(folders: RunFolders, port: int = 0) -> ThreadingHTTPServer:
-    """Return a server of the runs below a folder, bound to the loopback address.
+    """Return a server of the runs below a folder, which already reads them.
+
+    It is bound to the loopback address.
 
     Args:
         folders: The runs.
@@ -135,7 +145,10 @@ def build_server(folders: RunFolders, port: int = 0) -> ThreadingHTTPServer:
     Raises:
         ValueError: If the port is taken.
     """
-    return local_server.build(RunListServer(folders).respond, port)
+    pages = RunListServer(folders)
+    server = local_server.build(pages.respond, port)
+    pages.start_reading()
+    return server
 
 
 def serve(folders: RunFolders, port: int = 0) -> None:

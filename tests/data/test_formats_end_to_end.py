@@ -93,7 +93,11 @@ FOLDERS = {
 CHANNELS = {"13 bands": 13, "npy": 5, "two pages": 2}
 
 
-@pytest.mark.parametrize("kind", ROOTS)
+SHORT = ["folder of npy", "Parquet", "STL-10"]  # one of each kind of file, in the default suite
+KINDS = [pytest.param(kind, marks=[] if kind in SHORT else pytest.mark.full) for kind in ROOTS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_resumed_and_evaluated(kind, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(

@@ -19,6 +19,7 @@ def printed_text(content) -> str:
     return "".join(output.get("text", "") for output in outputs)
 
 
+@pytest.mark.full
 def test_the_first_tutorial_ends_with_a_report_of_300_photos(tmp_path, shared_data):
     with zipfile.ZipFile(shared_data("imagenet_sample.zip")) as archive:
         names = [name for name in archive.namelist() if name.endswith(".JPEG")]

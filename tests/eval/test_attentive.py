@@ -278,6 +278,7 @@ def test_ranks_agree_with_one_process_on_cached_tokens():
             torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-10, msg=name)
 
 
+@pytest.mark.full
 def test_ranks_agree_with_one_process_by_a_published_protocol(run_folder):
     accuracies, query = train_and_score(run_folder, "vjepa")
     for rank_accuracies, rank_query in run_ranks(
