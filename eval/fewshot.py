@@ -4,7 +4,7 @@ The network stays as it is. A classifier of its features learns from 1, 5 and 10
 class, drawn at random several times, and is tested on all test images. Each number is the mean over
 the draws, with their standard deviation. The last columns are the means over the data sets.
 
---classifier big_vision, the default, is the few-shot evaluation of the ViT, BiT and SigLIP papers:
+--classifier big_vision, the default, is the few-shot evaluation of the ViT and SigLIP papers:
 least squares with a fixed regularization, 3 draws (google-research/big_vision at 0127fb6b,
 evaluators/fewshot_lsr.py). Its data sets are Caltech-101, Cars, CIFAR-100, DTD, Pets and UC Merced,
 which --data takes as folders. `logistic` is a logistic regression, and `centroid` the nearest class
@@ -89,7 +89,7 @@ def evaluate(
     run: Run,
     data: Sequence[str] = (),
     shots: Sequence[int] = SHOTS,
-    draws: int = NUM_DRAWS,
+    num_draws: int = NUM_DRAWS,
     classifier: str = "big_vision",
     rows: Sequence[str] = features.ROWS,
     feature: str = named_features.POOLED,
@@ -100,7 +100,7 @@ def evaluate(
         run: Run to evaluate.
         data: Data sets as NAME=ROOT. None for that of the run.
         shots: Numbers of labeled images per class.
-        draws: Number of draws of the labeled images.
+        num_draws: Number of draws of the labeled images.
         classifier: Name of the classifier, from `few_shot.CLASSIFIERS`.
         rows: Names of the features to evaluate, from `features.ROWS`.
         feature: Name of the networks' feature, see `named_features`.
@@ -124,15 +124,15 @@ def evaluate(
         protocol = entries | protocol | {f"images of {name}": images}
         for representation in features.representations(data_run, train, rows, feature):
             row = table.setdefault(representation.name, results.Row(representation.name, {}))
-            _measure(row, representation, name, train, test, shots, draws, classifier)
+            _measure(row, representation, name, train, test, shots, num_draws, classifier)
             results.print_progress(f"{name}, {row.summary()}")
     if len(runs) > 1:
         for row in table.values():
             _add_means(row, [*runs], shots)
     protocol |= {
         "classifier": few_shot.DESCRIPTIONS[classifier],
-        "draws": f"mean ± deviation over {draws} fixed draws of the labeled images, the same for"
-        " all rows; a class with fewer images gives all of them",
+        "draws": f"mean ± deviation over {num_draws} fixed draws of the labeled images, the same"
+        " for all rows; a class with fewer images gives all of them",
     }
     suffix = "" if classifier == "big_vision" else f"_{classifier}"
     return results.save(

@@ -1,11 +1,12 @@
 """Spectrum of a run's embeddings (the projector's output) and features.
 
-Both are computed for training images in evaluation views and scaled to length 1. Three numbers
-describe the covariance of the resulting vectors. The top-5 share is the sum of the 5 largest
+Both are computed for training images in evaluation views. Three numbers describe the covariance of
+the vectors scaled to length 1. The top-5 share is the sum of the 5 largest
 eigenvalues as a percentage of the sum of all eigenvalues. It is near 100 for a representation that
 has collapsed into a few directions. The effective rank is the exponential of the entropy of the
 normalized eigenvalues. The variance is the sum of all eigenvalues as a percentage of its maximum.
-It is 100 for vectors that fill the sphere evenly and 0 for a single point. No labels are needed.
+It is 100 for vectors that fill the sphere evenly and 0 for a single point. RankMe and LiDAR are
+the ranks of the papers that are named below the table. No labels are needed.
 The result is printed and saved to RUN/eval/spectrum.json. All eigenvalues are in
 RUN/eval/CHECKPOINT/spectrum_eigenvalues.csv.
 
@@ -49,8 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": view_rank.NUM_VIEWS,
         "metavar": "N",
         "help": (
-            f"training views per image of LiDAR (default: {view_rank.NUM_VIEWS}; the paper: 50;"
-            " 0: none)"
+            f"training views per image of LiDAR (default: {view_rank.NUM_VIEWS}; 0 leaves it out)"
         ),
     },
 }
@@ -139,9 +139,10 @@ def evaluate(
     }
     if lidar_views:
         view = training_views.describe_train_view(view_rank.view_of_run(split))
+        num_images = view_rank.num_measured(min(lidar_images, len(split)))
         protocol["LiDAR"] = (
-            f"{min(lidar_images, len(split))} images, {lidar_views} training views each (first kind"
-            f" of view: {view}; the run's colors), delta {view_rank.DELTA:g} (arXiv:2312.04000)"
+            f"{num_images} images, {lidar_views} training views each (first kind of view: {view};"
+            f" the run's colors), delta {view_rank.DELTA:g} (arXiv:2312.04000)"
         )
     name, provenance = f"spectrum{results.suffix_of_feature(feature)}", run.provenance()
     if process_group.is_main():

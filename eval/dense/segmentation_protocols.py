@@ -89,8 +89,8 @@ _TORCHVISION_FCN = TrainingProtocol(
 )  # fmt: skip
 TRAINING_PROTOCOLS = {
     "dinov2_linear": TrainingProtocol(
-        "DINOv2, dinov2_vitb14_voc2012_linear_config.py and BNHead: facebookresearch/dinov2 at "
-        "b8931f7b",
+        "DINOv2, BNHead and notebooks/semantic_segmentation.ipynb: facebookresearch/dinov2 at "
+        "b8931f7b; the notebook's configuration as copied by Jiawei-Yang/Denoising-ViT at 2d08bd84",
         "bn_linear", is_frozen=True, num_steps=40_000, optimizer="adamw", lr=1e-3,
         weight_decay=1e-4, power=1.0, warmup_steps=1500, base_size=512, crop_size=512,
         max_class_share=0.75, is_distorted=True, pads_with_mean=True, test_size=512,
@@ -101,7 +101,7 @@ TRAINING_PROTOCOLS = {
         **{**vars(_TORCHVISION_FCN), "head": "deeplabv3"}
     ),
     "moco_fcn": TrainingProtocol(
-        "MoCo, semantic segmentation on VOC: arXiv:1911.05722, appendix",
+        "MoCo, semantic segmentation on VOC: arXiv:1911.05722, appendix A.5",
         "moco_fcn", output_stride=16, dilates_first_block=True, num_steps=30_000, lr=0.003,
         schedule="drops", crop_size=513, pads_with_mean=True,
     ),

@@ -64,7 +64,9 @@ def test_rankme_is_that_of_the_singular_values_of_the_vectors_as_they_are():
     assert spectrum.spectrum_metrics("z", vectors)["z, RankMe"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_each_image_gets_its_own_views(tmp_path):
+def test_each_image_gets_its_own_views_and_incomplete_batches_are_not_counted(
+    tmp_path, monkeypatch
+):
     (tmp_path / "images").mkdir()
     for level in range(20):  # flat images, whose crops are as bright as the image
         image = Image.new("RGB", (12, 12), 3 * (12 * level,))
@@ -76,6 +78,9 @@ def test_each_image_gets_its_own_views(tmp_path):
     assert levels.shape == (20, 5, 1)
     expected = [int(Path(split.source.name(index)).stem) for index in split.indices.tolist()]
     assert np.corrcoef(levels[..., 0].mean(1).numpy(), expected)[0, 1] > 0.9
+    monkeypatch.setattr(view_rank, "MAX_BATCH_SIZE", 6)
+    levels = view_rank.embed_views(split, lambda views: views.mean((1, 2, 3))[:, None], 2)
+    assert len(levels) == view_rank.num_measured(20) == 18
 
 
 def test_one_view_is_refused(tmp_path):
