@@ -91,8 +91,9 @@ def with_better_random_row(rows: list[Row]) -> list[Row]:
     if not random_rows:
         return rows
     baseline = Row(BETTER_RANDOM, {})
-    for column in random_rows[0].metrics:
-        best = max(random_rows, key=lambda row: row.metrics[column])
+    for column in dict.fromkeys(name for row in random_rows for name in row.metrics):
+        having = [row for row in random_rows if column in row.metrics]
+        best = max(having, key=lambda row: row.metrics[column])
         baseline.metrics[column] = best.metrics[column]
         baseline.notes[column] = best.features.partition(", ")[2]
         if column in best.spread:

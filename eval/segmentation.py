@@ -8,7 +8,11 @@ from ssl_pretrain.eval import command_line
 from ssl_pretrain.eval.dense import backbone_rows
 from ssl_pretrain.eval.dense.backbone_rows import INITS, SegmentationOptions
 from ssl_pretrain.eval.dense.mask_sources import MaskSources
-from ssl_pretrain.eval.dense.segmentation_protocols import PATCH_PROTOCOLS, TRAINING_PROTOCOLS
+from ssl_pretrain.eval.dense.segmentation_protocols import (
+    PATCH_PROTOCOLS,
+    PROTOCOLS,
+    TRAINING_PROTOCOLS,
+)
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import NON_NEGATIVE_INT, POSITIVE_FLOAT, POSITIVE_INT
 
@@ -90,7 +94,7 @@ DATA_OPTIONS: dict[str, dict[str, Any]] = {
 }
 PROTOCOL_OPTIONS: dict[str, dict[str, Any]] = {
     "--protocol": {
-        "choices": [*PATCH_PROTOCOLS, *TRAINING_PROTOCOLS],
+        "choices": PROTOCOLS,
         "default": "linear",
         "help": "protocol, described above (default: linear)",
     },

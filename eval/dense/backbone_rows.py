@@ -24,6 +24,7 @@ from ssl_pretrain.eval.dense.masked_images import MaskedImages
 from ssl_pretrain.eval.dense.patch_segmentation import ImagePatches, PatchGrid
 from ssl_pretrain.eval.dense.segmentation_protocols import (
     PATCH_PROTOCOLS,
+    PROTOCOLS,
     TRAINING_PROTOCOLS,
     PatchProtocol,
     TrainingProtocol,
@@ -60,10 +61,10 @@ class SegmentationOptions:
         Raises:
             ValueError: If there is no such protocol, or it does not take an option.
         """
-        if self.protocol not in {**PATCH_PROTOCOLS, **TRAINING_PROTOCOLS}:
+        if self.protocol not in PROTOCOLS:
             raise ValueError(
                 f"--protocol {self.protocol}: is not a protocol of segmentation; choose one of: "
-                f"{', '.join([*PATCH_PROTOCOLS, *TRAINING_PROTOCOLS])}"
+                f"{', '.join(PROTOCOLS)}"
             )
         training = {
             "crop_size": self.crop_size,
@@ -84,6 +85,10 @@ class SegmentationOptions:
             )
         if is_patch:
             return replace(PATCH_PROTOCOLS[self.protocol], **_given(patches))
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"--epochs {self.epochs}: --steps {self.steps} is given, too; give one of them"
+            )
         if self.epochs is not None:
             training["num_steps"] = 0
         return replace(TRAINING_PROTOCOLS[self.protocol], **_given(training))
@@ -111,11 +116,18 @@ def compare(run: Run, splits: Splits, options: SegmentationOptions) -> dict[str,
     start = time.monotonic()
     confusion.require_packages()
     protocol = options.adapt()
+    segmenters.check_tokens(run)
     if isinstance(protocol, PatchProtocol):
         grid = PatchGrid(run, protocol.resolution or whole_patches(run))
         rows = _patch_rows(run, splits, protocol, grid, options)
         settings = describe_patches(protocol, grid, run)
     else:
+        num_channels = run.config.data.channels
+        if protocol.is_distorted and num_channels != 3:
+            raise ValueError(
+                f"--protocol {options.protocol}: its color distortion needs 3 channels, but "
+                f"data.channels is {num_channels}; choose another protocol"
+            )
         protocol = replace(protocol, crop_size=protocol.crop_size or _square(run))
         rows = _training_rows(run, splits, protocol, options)
         settings = describe_training(run, protocol, len(splits[0]))
@@ -203,9 +215,7 @@ def train_and_test(
     network = segmenters.build(run, len(train.classes), protocol, init, seed).to(run.device)
     pixels = segmentation_batches.Pixels(run.config.views.mean, run.config.views.std)
     num_workers = run.config.data.num_workers
-    trained, losses = segmenter_training.train(
-        network, train, protocol, pixels, seed, protocol.crop_size, num_workers
-    )
+    trained, losses = segmenter_training.train(network, train, protocol, pixels, seed, num_workers)
     scores = segmenter_training.test(trained, test, protocol, pixels)
     first, last = np.mean(losses[:20]), np.mean(losses[-20:])
     return scores, f"loss {first:.2f} in the first 20 steps, {last:.2f} in the last 20"

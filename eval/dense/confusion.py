@@ -45,8 +45,8 @@ class Scores:
 class Confusion:
     """Number of pixels per true and predicted class, as integers that are summed over ranks.
 
-    Void pixels do not count. A prediction may be void, as that of an image's neighbor. It is wrong
-    for the true class and belongs to no other.
+    Void pixels do not count. A prediction may be void, for example if the nearest training patch
+    is. It is wrong for the true class and belongs to no other.
 
     Args:
         classes: Names of the classes.
@@ -62,7 +62,7 @@ class Confusion:
             len(classes) + 1,
             average="none",
             ignore_index=self._void,
-            validate_args=False,  # it looks for unknown labels in every map, which are read checked
+            validate_args=False,  # labels were checked when the masks were read
             sync_on_compute=False,
         )
 
@@ -101,10 +101,12 @@ class Confusion:
     def _scores(self, total: Tensor) -> Scores:
         if not total.sum():
             raise ValueError("segmentation: all pixels of the masks are void; give other masks")
-        self._metric.confmat = total
+        metric = self._metric.clone()  # more pixels may be counted later
+        metric.reset()
+        metric.confmat = total
         with warnings.catch_warnings():  # a rank without images has not called update
             warnings.simplefilter("ignore", UserWarning)
-            ious = self._metric.compute()
+            ious = metric.compute()
         is_present = (total.sum(0) + total.sum(1) > 0)[: self._void]
         present = ious[: self._void][is_present]
         names = [name for name, shown in zip(self.classes, is_present.tolist()) if shown]

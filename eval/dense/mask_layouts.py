@@ -8,12 +8,12 @@ import numpy as np
 
 from ssl_pretrain import rng
 from ssl_pretrain.eval.dense.masked_images import (
+    MAX_CLASSES,
     VOID,
-    FileTree,
     LabelRule,
     MaskedImages,
-    decode_mask,
 )
+from ssl_pretrain.eval.file_tree import FileTree
 
 VOC_CLASSES = [
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus"),
@@ -30,18 +30,20 @@ def read_classes(names: Sequence[str]) -> tuple[str, ...]:
     """Return the class names: those given, or the lines of the file if a single file is given.
 
     Raises:
-        ValueError: If the file cannot be read as text.
+        ValueError: If the file cannot be read as text, or has no names.
     """
     if len(names) != 1:
         return tuple(names)
     path = Path(names[0])
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--classes {path}: cannot be read as a list of classes ({type(error).__name__}); give "
             "a text file with one name per line, or two or more names"
         ) from None
+    if not any(map(str.strip, lines)):
+        raise ValueError(f"--classes {path}: has no names; write one per line")
     return tuple(line.strip() for line in lines if line.strip())
 
 
@@ -81,7 +83,7 @@ def open_voc(
             f"{root}: {_VOC_LISTS} has no split {split!r}; choose one of: "
             f"{', '.join(sorted(lists))}"
         )
-    lines = tree.read(lists[split]).decode().splitlines()
+    lines = tree.read_text(lists[split]).splitlines()
     names = [line.split()[0] for line in lines if line.strip()]
     images = tree.images_below(f"{prefix}JPEGImages/")
     if absent := [name for name in names if name not in images]:
@@ -113,14 +115,15 @@ def open_ade20k(root: str | Path, split: str, classes: Sequence[str] = ()) -> Ma
     folder = f"annotations/{split}/"
     prefixes = {path.partition(folder)[0] for path in tree.paths if folder in path}
     if len(prefixes) != 1:
+        contents = "has no" if not prefixes else f"has {', '.join(sorted(prefixes))} with their"
         raise ValueError(
-            f"{root}: has no annotations/{split}; give a folder or zip in ADE20K's layout, "
+            f"{root}: {contents} annotations/{split}; give one folder or zip in ADE20K's layout, "
             "ADEChallengeData2016 with images/ and annotations/, each with training/ and "
             "validation/"
         )
     (prefix,) = prefixes
     if not classes and prefix + _ADE20K_NAMES in tree.paths:
-        lines = tree.read(prefix + _ADE20K_NAMES).decode().splitlines()
+        lines = tree.read_text(prefix + _ADE20K_NAMES).splitlines()
         classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:] if line.strip()]
         classes = _distinct(classes)
     return _pair(
@@ -186,9 +189,16 @@ def _numbered_classes(images: MaskedImages) -> tuple[str, ...]:
     """Return the numbers of the classes up to the highest one in the masks."""
     first, void = images.rule.first, images.rule.void
     highest = first
-    for _, path in images.pairs:
-        values = decode_mask(images.masks.read(path), path)
+    for index in range(len(images)):
+        values = images.mask_values(index)
         highest = max(highest, int(values[~np.isin(values, void)].max(initial=first)))
+    if not first < highest < first + MAX_CLASSES:
+        found = f"only the class {first}" if highest == first else f"values up to {highest}"
+        raise ValueError(
+            f"{images.masks.root}: beside the void values {', '.join(map(str, void)) or '(none)'} "
+            f"the masks have {found}; store classes as consecutive numbers, such as 0 and 1, or "
+            "give --void other values"
+        )
     return tuple(map(str, range(first, highest + 1)))
 
 

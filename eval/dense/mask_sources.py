@@ -9,6 +9,9 @@ from ssl_pretrain.eval.dense import mask_layouts
 from ssl_pretrain.eval.dense.masked_images import VOID, MaskedImages
 from ssl_pretrain.eval.runs import Run
 
+# Layouts of the options that only one layout takes
+_OWNERS = {"voc_splits": "--voc", "voc_masks": "--voc", "void": "--masks", "first_label": "--masks"}
+
 
 @dataclass(frozen=True)
 class MaskSources:
@@ -42,7 +45,8 @@ class MaskSources:
         """Return the training and the test images, in the channels that the network takes.
 
         Raises:
-            ValueError: Unless exactly one data set is given, or if it cannot be opened.
+            ValueError: Unless exactly one data set is given, if it does not take an option, or if
+                it cannot be opened.
         """
         if self.images and not self.masks:
             raise ValueError(
@@ -54,6 +58,7 @@ class MaskSources:
                 "segmentation: needs one data set with masks; give --voc ROOT, --ade20k ROOT, or "
                 "--images FOLDER with --masks FOLDER"
             )
+        self._check_options()
         classes = mask_layouts.read_classes(self.classes)
         if self.voc:
             train, test = (
@@ -74,3 +79,15 @@ class MaskSources:
             train = test = train.subset(range(min(self.subset, len(train))))
         pixels = pixel_format(run.config.data)
         return train.read_as(pixels), test.read_as(pixels)
+
+    def _check_options(self) -> None:
+        """Refuse options that the layout does not take."""
+        layout = "--voc" if self.voc else "--ade20k" if self.ade20k else "--masks"
+        for option, owner in _OWNERS.items():
+            value, default = getattr(self, option), getattr(MaskSources, option)
+            is_given = (tuple(value) if isinstance(value, list) else value) != default
+            if is_given and owner != layout:
+                raise ValueError(
+                    f"--{option.replace('_', '-')}: {layout} does not take it, only {owner} does; "
+                    "leave it out"
+                )

@@ -6,61 +6,19 @@ import io
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ssl_pretrain.data.file_types import is_array, is_picture
+from ssl_pretrain.data.file_types import is_array
 from ssl_pretrain.data.images import UnreadableImage, decode
 from ssl_pretrain.data.pixels import RGB, PixelFormat
+from ssl_pretrain.eval.file_tree import FileTree
 
 VOID = 255  # label of pixels that are neither trained on nor scored
 MAX_CLASSES = 255  # labels are uint8, and VOID is one of their values
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes of one number
-
-
-class FileTree:
-    """The files of a folder or a zip, by their paths relative to it.
-
-    Raises:
-        ValueError: If the path is neither a folder nor a zip.
-    """
-
-    def __init__(self, root: str | Path):
-        self.root = Path(root)
-        if self.root.is_dir():
-            files = (path for path in self.root.rglob("*") if path.is_file())
-            self.paths = sorted(path.relative_to(self.root).as_posix() for path in files)
-        elif zipfile.is_zipfile(self.root):
-            with zipfile.ZipFile(self.root) as archive:
-                self.paths = sorted(path for path in archive.namelist() if not path.endswith("/"))
-        else:
-            raise ValueError(f"{root}: neither a folder nor a zip; give one that has the images")
-        self._zip: zipfile.ZipFile | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_zip": None}  # open files cannot be shared between processes
-
-    def read(self, path: str) -> bytes:
-        """Return the content of a file."""
-        if self.root.is_dir():
-            return (self.root / path).read_bytes()
-        if self._zip is None:
-            self._zip = zipfile.ZipFile(self.root)
-        return self._zip.read(path)
-
-    def images_below(self, folder: str) -> dict[str, str]:
-        """Return the paths of the images in a folder by their paths in it without a suffix.
-
-        A .npy is an image where there are no images in other formats.
-        """
-        inside = [path for path in self.paths if path.startswith(folder)]
-        paths = list(filter(is_picture, inside)) or filter(is_array, inside)
-        return {
-            str(PurePosixPath(path.removeprefix(folder)).with_suffix("")): path for path in paths
-        }
+_STRETCH = {"L;2": 85, "L;4": 17}  # factor by which Pillow stretches gray of 2 and 4 bits
 
 
 @dataclass(frozen=True)
@@ -115,9 +73,12 @@ def decode_mask(content: bytes, name: str) -> np.ndarray:
     Raises:
         ValueError: If the file is not an image, is a JPEG, or has colors instead of class numbers.
     """
+    if is_array(name):
+        raise ValueError(f"{name}: the mask is a .npy; save masks as PNG with one number per pixel")
     try:
         with Image.open(io.BytesIO(content)) as image:
             kind, mode = image.format, image.mode
+            stretch = _STRETCH.get(str(image.tile[0][3]), 1) if image.tile else 1
             values = np.asarray(image) if mode in _LABEL_MODES and kind != "JPEG" else None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).split(" <")[0]  # Pillow adds the address of the file object
@@ -132,7 +93,7 @@ def decode_mask(content: bytes, name: str) -> np.ndarray:
             f"{name}: the mask is in Pillow's mode {mode}, with colors instead of class numbers; "
             "give masks with one number per pixel, such as PNG in mode L or P"
         )
-    return values.astype(np.int64)
+    return values.astype(np.int64) // stretch
 
 
 @dataclass(frozen=True)
@@ -168,12 +129,12 @@ class MaskedImages:
 
         Raises:
             UnreadableImage: If the image cannot be decoded.
-            ValueError: If the mask is not one, its size differs from the image's, or it has a value
-                without a class.
+            ValueError: If the file is not a mask, its size differs from the image's, or it has a
+                value without a class.
         """
         image_path, mask_path = self.pairs[index]
         pixels = decode(self._read(self.images, image_path), image_path, self.pixel_format)
-        values = decode_mask(self._read(self.masks, mask_path), mask_path)
+        values = self.mask_values(index)
         if values.shape != pixels.shape[:2]:
             height, width = pixels.shape[:2]
             raise ValueError(
@@ -181,6 +142,23 @@ class MaskedImages:
                 f"image {image_path} has {width} x {height}; give both in one size"
             )
         return pixels, self.rule.apply(values, mask_path)
+
+    def mask_values(self, index: int) -> np.ndarray:
+        """Return the values of a mask as stored, int64 (height, width).
+
+        Raises:
+            ValueError: If the file is not a mask.
+        """
+        path = self.pairs[index][1]
+        return decode_mask(self._read(self.masks, path), path)
+
+    def labels(self, index: int) -> np.ndarray:
+        """Return the labels of an image, uint8 (height, width), without reading its pixels.
+
+        Raises:
+            ValueError: If the file is not a mask, or has a value without a class.
+        """
+        return self.rule.apply(self.mask_values(index), self.pairs[index][1])
 
     def subset(self, indices: Sequence[int]) -> MaskedImages:
         """Return the images at `indices`, in that order."""

@@ -20,12 +20,12 @@ BANK_ROWS = 262_144  # rows of the bank per product
 class PatchClassifier(Protocol):
     """A fitted classifier of tokens."""
 
-    def predict(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+    def predict(self, tokens: Tensor, num_pixels: int) -> Tensor:
         """Return the labels of the patches' pixels, uint8 (num_patches, num_pixels).
 
         Args:
             tokens: Standardized tokens, (num_patches, dim).
-            pixels: Anything with the number of pixels per patch as its second size.
+            num_pixels: Number of pixels per patch.
         """
 
     def logits(self, tokens: Tensor) -> Tensor | None:
@@ -65,7 +65,7 @@ class NearestNeighbors:
     def logits(self, tokens: Tensor) -> None:
         """Return None, because neighbors vote per pixel."""
 
-    def predict(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+    def predict(self, tokens: Tensor, num_pixels: int) -> Tensor:
         """Return the labels of the patches' pixels, uint8 (num_patches, num_pixels)."""
         return torch.cat([self._vote(chunk) for chunk in tokens.split(QUERIES)])
 
@@ -121,21 +121,24 @@ class LogisticRegression:
         with warnings.catch_warnings():  # the authors' tolerance is never reached
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(tokens.cpu().numpy(), labels.cpu().numpy())
-        weights = torch.from_numpy(model.coef_).to(tokens)
-        bias = torch.from_numpy(model.intercept_).to(tokens)
+        # On the CPU, because the main rank sends them to ranks with other devices.
+        weights = torch.from_numpy(model.coef_).to(tokens.dtype)
+        bias = torch.from_numpy(model.intercept_).to(tokens.dtype)
         if len(present) == 2:  # scikit-learn keeps the logit of the second class only
             weights = torch.cat([torch.zeros_like(weights), weights])
             bias = torch.cat([torch.zeros_like(bias), bias])
         self._weights, self._bias = weights, bias
-        self._classes, self._num_classes = present.long(), num_classes
+        self._classes, self._num_classes = present.cpu().long(), num_classes
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the logits, (num_patches, num_classes). Classes without a patch have -inf."""
         values = tokens.new_full((len(tokens), self._num_classes), -torch.inf)
-        values[:, self._classes] = F.linear(tokens, self._weights, self._bias)
+        values[:, self._classes.to(tokens.device)] = F.linear(
+            tokens, self._weights.to(tokens), self._bias.to(tokens)
+        )
         return values
 
-    def predict(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+    def predict(self, tokens: Tensor, num_pixels: int) -> Tensor:
         """Return the class of each patch for all its pixels, uint8 (num_patches, num_pixels)."""
         classes = self.logits(tokens).argmax(dim=1).to(torch.uint8)
-        return classes[:, None].expand(-1, pixels.shape[1])
+        return classes[:, None].expand(-1, num_pixels)

@@ -1,6 +1,6 @@
 """Segment images by a classifier of their frozen patch tokens, which are computed once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as transforms
 from ssl_pretrain import rng
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.dense.confusion import Confusion, Scores
-from ssl_pretrain.eval.dense.masked_images import MaskedImages
+from ssl_pretrain.eval.dense.masked_images import VOID, MaskedImages
 from ssl_pretrain.eval.dense.patch_classifiers import (
     LogisticRegression,
     NearestNeighbors,
@@ -66,13 +66,11 @@ class PatchGrid:
         resolution: Side of the square in pixels.
 
     Raises:
-        ValueError: If the backbone has no patches, or they do not divide the square.
+        ValueError: If the patches do not divide the square.
     """
 
     def __init__(self, run: Run, resolution: int):
         backbone: Any = run.backbone
-        if problem := backbone.find_token_problem():
-            raise ValueError(f"segmentation: {problem}; choose a network with patches or a map")
         if resolution % backbone.patch_size:
             raise ValueError(
                 f"--resolution {resolution}: its patches are not whole for "
@@ -81,6 +79,11 @@ class PatchGrid:
         self.resolution = resolution
         self.rows, self.columns = backbone.grid(resolution)
         self.patch_height, self.patch_width = resolution // self.rows, resolution // self.columns
+
+    @property
+    def num_pixels(self) -> int:
+        """Number of pixels of a patch."""
+        return self.patch_height * self.patch_width
 
     def square(self, pixels: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return an image, uint8 (C, side, side), and its labels, uint8 (side, side)."""
@@ -114,13 +117,15 @@ def embed(run: Run, backbone: nn.Module, images: MaskedImages, grid: PatchGrid) 
         views = features.normalize(run, torch.stack([image for image, _ in squares]))
         tokens.append(features.compute(run, lambda x: network.tokens(x).patches, views))
         pixels.append(grid.split(torch.stack([mask for _, mask in squares])))
-    num_patches, num_pixels = grid.rows * grid.columns, grid.patch_height * grid.patch_width
+    num_patches = grid.rows * grid.columns
     empty = torch.empty(0, num_patches, network.token_dim, device=run.device)
     order = np.argsort(
         np.concatenate([rank_indices(len(images), r) for r in range(process_group.world_size())])
     )
     all_tokens = features.gather_rows(torch.cat(tokens or [empty]))
-    own_pixels = torch.cat(pixels or [torch.empty(0, num_patches, num_pixels, dtype=torch.uint8)])
+    own_pixels = torch.cat(
+        pixels or [torch.empty(0, num_patches, grid.num_pixels, dtype=torch.uint8)]
+    )
     all_pixels = features.gather_rows(own_pixels.to(run.device)).cpu()
     return ImagePatches(all_tokens, all_pixels).rows(order)
 
@@ -168,11 +173,24 @@ def segment(
         protocol: Protocol of the classifier.
         grid: Patches of the resized images.
         seed: Seed of the choice of the held-out images.
+
+    Raises:
+        ValueError: If there are too few training images or classes.
     """
     (train, test), (train_images, test_images) = patches, splits
+    if len(train) < 2:
+        raise ValueError(
+            f"segmentation: {train_images.name} has {len(train)} training image, and one is held "
+            "out to select the setting; give at least two"
+        )
     order = rng.permutation(seed, 0, len(train), rng.Purpose.SPLIT)
     num_held_out = max(1, len(train) // 10)
     held_out, fitted = train.rows(order[:num_held_out]), train.rows(order[num_held_out:])
+    if (held_out.pixels == VOID).all():
+        raise ValueError(
+            f"segmentation: the {num_held_out} held-out training images of seed {seed} have only "
+            "void pixels; give another of --seeds, or more images"
+        )
     standardize = fit_standardization(fitted.tokens.flatten(0, 1))
     held_out, fitted, test = (
         ImagePatches(standardize(images.tokens), images.pixels)
@@ -193,11 +211,11 @@ def segment(
     confusion = Confusion(test_images.classes)
     for index in rank_indices(len(test)).tolist():
         if protocol.scores_masks_as_stored:
-            labels = torch.from_numpy(test_images.read(index)[1])
+            labels = torch.from_numpy(test_images.labels(index))
             prediction = predict_as_stored(classifier, test.tokens[index], labels.shape, grid)
         else:
             labels = grid.join(test.pixels[index])
-            prediction = grid.join(classifier.predict(test.tokens[index], test.pixels[index]))
+            prediction = grid.join(classifier.predict(test.tokens[index], grid.num_pixels))
         confusion.update(prediction, labels)
     note = f"{best.name} ({max(scores_by_setting):.1f} % on held-out training images)"
     return confusion.scores(), note
@@ -214,7 +232,7 @@ def check_classes(patches: ImagePatches, protocol: PatchProtocol) -> None:
 
 
 def _try_settings(
-    build: Any,
+    build: Callable[[Setting, ImagePatches], PatchClassifier],
     choices: Sequence[Setting],
     fitted: ImagePatches,
     held_out: ImagePatches,
@@ -227,7 +245,7 @@ def _try_settings(
         classifier = build(choices[number], fitted)
         confusion = Confusion(classes)
         for tokens, pixels in zip(held_out.tokens, held_out.pixels):
-            confusion.update(classifier.predict(tokens, pixels), pixels)
+            confusion.update(classifier.predict(tokens, pixels.shape[1]), pixels)
         own[number] = confusion.rank_scores().miou
     results = {n: score for ranks in collectives.gather_objects(own) for n, score in ranks.items()}
     return [results[number] for number in range(len(choices))]
@@ -258,8 +276,7 @@ def predict_as_stored(
     """
     logits = classifier.logits(tokens)
     if logits is None:
-        pixels = tokens.new_empty(len(tokens), grid.patch_height * grid.patch_width)
-        labels = grid.join(classifier.predict(tokens, pixels))[None]
+        labels = grid.join(classifier.predict(tokens, grid.num_pixels))[None]
         return transforms.resize(labels, list(shape), InterpolationMode.NEAREST)[0]
     maps = logits.T.reshape(1, -1, grid.rows, grid.columns)
     lowest = torch.finfo(maps.dtype).min / 4  # interpolation turns -inf into NaN

@@ -24,7 +24,7 @@ Example = tuple[Tensor, Tensor]  # image (C, height, width) and labels (height, 
 
 @dataclass(frozen=True)
 class Pixels:
-    """How images become the input of the network.
+    """Normalization of the network's input.
 
     Attributes:
         mean: Mean per channel in [0, 1].
@@ -45,10 +45,9 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         images: Training images.
-        protocol: Scales, crops and batch size.
+        protocol: Scales, crops and batch size. Its `crop_size` is not 0.
         pixels: Normalization.
         seed: Seed of the order and of the crops.
-        crop_size: Side of the crops in pixels.
         num_steps: Number of batches.
     """
 
@@ -58,11 +57,10 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         protocol: TrainingProtocol,
         pixels: Pixels,
         seed: int,
-        crop_size: int,
         num_steps: int,
     ):
         self.images, self.protocol, self.pixels, self.seed = images, protocol, pixels, seed
-        self.crop_size, self.num_steps = crop_size, num_steps
+        self.num_steps, self.crop_size = num_steps, protocol.crop_size
         self._order = TrainingOrder(len(images), seed)
 
     def __len__(self) -> int:

@@ -85,7 +85,6 @@ def train(
     protocol: TrainingProtocol,
     pixels: Pixels,
     seed: int,
-    crop_size: int,
     num_workers: int = 0,
 ) -> tuple[nn.Module, list[float]]:
     """Train a network and return it with the loss of every step, averaged over the ranks.
@@ -98,8 +97,12 @@ def train(
     local_batch_size = protocol.batch_size // world_size
     network = batch_norm.convert(network, local_batch_size, protocol.batch_size)
     optimizer = build_optimizer(network, protocol)
-    model = nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
-    dataset = TrainingBatches(images, protocol, pixels, seed, crop_size, num_steps)
+    model = network
+    if world_size > 1:  # tokens do not use every parameter, such as ConvNeXt's last norm
+        model = nn.parallel.DistributedDataParallel(
+            network, find_unused_parameters=not protocol.is_frozen
+        )
+    dataset = TrainingBatches(images, protocol, pixels, seed, num_steps)
     batches = iter(DataLoader(dataset, batch_size=None, num_workers=num_workers))
     weight = next(network.parameters())
     losses = TrainingLoss(num_steps, protocol.lr, PROGRESS_STEPS)

@@ -119,6 +119,13 @@ def linear_head(in_channels: int, num_classes: int) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm2d(in_channels), classifier)
 
 
+def check_tokens(run: Run) -> None:
+    """Raise ValueError unless the backbone has patch tokens or a feature map."""
+    backbone: Any = run.backbone
+    if problem := backbone.find_token_problem():
+        raise ValueError(f"segmentation: {problem}; choose a network with patches or a map")
+
+
 def is_resnet(network: nn.Module) -> bool:
     """Return True if the network has the stem and the stages of a timm ResNet."""
     return all(hasattr(network, name) for name in (*STEM, "layer1", "layer4", "feature_info"))
@@ -139,7 +146,7 @@ def build(
         seed: Seed of the random weights.
 
     Raises:
-        ValueError: If the backbone cannot be dilated or has no tokens.
+        ValueError: If the backbone cannot be dilated.
     """
     backbone = _build_backbone(run, protocol, init, seed)
     torch.manual_seed(rng.derive_seed(seed, 0, 1))
@@ -169,8 +176,6 @@ def build(
 def _build_backbone(run: Run, protocol: TrainingProtocol, init: str, seed: int) -> Any:
     """Return the backbone, dilated if it is a ResNet and the protocol says so."""
     source: Any = run.backbone
-    if problem := source.find_token_problem():
-        raise ValueError(f"segmentation: {problem}; choose a network with patches or a map")
     config = replace(run.config.backbone, init="random", init_key="", init_prefix="")
     if is_dilated(run, protocol):
         config = replace(config, args={**config.args, "output_stride": protocol.output_stride})
@@ -192,7 +197,10 @@ def is_dilated(run: Run, protocol: TrainingProtocol) -> bool:
 
 
 def _dilate_first_block(resnet: Any, output_stride: int) -> None:
-    """Give all 3x3 convolutions of layer4 its dilation. The first has that of layer3 otherwise."""
+    """Give the 3x3 convolutions of all blocks of layer4 the same dilation.
+
+    timm gives the first block that of layer3.
+    """
     for block in resnet.layer4:
         for module in block.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):

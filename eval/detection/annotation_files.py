@@ -1,13 +1,13 @@
 """Read annotated images in the format of Pascal VOC (XML) or COCO (JSON)."""
 
 import json
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from ssl_pretrain.eval.detection.annotations import AnnotatedImages, Objects, build_objects
+from ssl_pretrain.eval.file_tree import FileTree, read_file
 
 
 def load_coco(
@@ -138,14 +138,7 @@ class _VocTree:
     """A folder or zip in VOC's layout. The layout may start in a subfolder."""
 
     def __init__(self, root: Path):
-        self._root, self._zip = root, None
-        if root.is_dir():
-            paths = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
-        elif zipfile.is_zipfile(root):
-            self._zip = zipfile.ZipFile(root)
-            paths = [path for path in self._zip.namelist() if not path.endswith("/")]
-        else:
-            raise ValueError(f"{root}: neither a folder nor a zip; give one in Pascal VOC's layout")
+        self._root, paths = root, FileTree(root).paths
         split_files = [path for path in paths if "ImageSets/Main/" in path]
         if not split_files:
             raise ValueError(
@@ -176,7 +169,7 @@ class _VocTree:
         """Return the content of a file, given its path in VOC's layout."""
         path = f"{self._prefix}{name}"
         try:
-            return self._zip.read(path) if self._zip else (self._root / path).read_bytes()
+            return read_file(self._root, path)
         except (KeyError, FileNotFoundError):
             raise ValueError(
                 f"{self._root}: {path} is missing; add it, or remove its image from the lists in "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from ssl_pretrain.data.images import decode, read_header
 from ssl_pretrain.data.pixels import RGB, PixelFormat, check_conversion
+from ssl_pretrain.eval.file_tree import read_file
 
 
 @dataclass
@@ -74,13 +74,9 @@ class AnnotatedImages:
     ):
         self.name, self.files, self.objects, self.classes = name, files, objects, classes
         self.pixel_format = pixel_format
-        self._zips: dict[Path, zipfile.ZipFile] = {}
 
     def __len__(self) -> int:
         return len(self.files)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_zips": {}}  # open files cannot be shared between processes
 
     def read(self, index: int) -> np.ndarray:
         """Return the pixels of an image, uint8 (height, width, channels).
@@ -91,12 +87,7 @@ class AnnotatedImages:
         return decode(self._read_file(index), self.files[index][1], self.pixel_format)
 
     def _read_file(self, index: int) -> bytes:
-        container, name = self.files[index]
-        if container.is_dir():
-            return (container / name).read_bytes()
-        if container not in self._zips:
-            self._zips[container] = zipfile.ZipFile(container)
-        return self._zips[container].read(name)
+        return read_file(*self.files[index])
 
     def read_as(self, pixel_format: PixelFormat) -> AnnotatedImages:
         """Return the same images, read in another number of channels.

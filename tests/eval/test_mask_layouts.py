@@ -1,7 +1,12 @@
 """Images with masks: each layout is read right, and each mistake has its message."""
 
+import multiprocessing
+import os
 import pickle
 import shutil
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +22,29 @@ from masked_folders import (
 )
 from PIL import Image
 
+from ssl_pretrain.eval import file_tree
 from ssl_pretrain.eval.dense import composed_masks, mask_layouts
-from ssl_pretrain.eval.dense.masked_images import FileTree, LabelRule, decode_mask
+from ssl_pretrain.eval.dense.mask_sources import MaskSources
+from ssl_pretrain.eval.dense.masked_images import LabelRule, decode_mask
+from ssl_pretrain.eval.file_tree import FileTree
 
 
 def error_message(function, *arguments, **options) -> str:
     with pytest.raises(ValueError) as error:
         function(*arguments, **options)
     return str(error.value)
+
+
+def png_of_bits(values: np.ndarray, bits: int) -> bytes:
+    """Return a gray PNG of 2 or 4 bits per pixel, with the values as they are."""
+    digits = np.unpackbits(values[..., None], axis=-1)[..., 8 - bits :]
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in digits)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
 
 
 def test_vocs_palette_masks_are_read_as_class_numbers(tmp_path):
@@ -118,7 +138,7 @@ def test_mistakes_in_a_layout_are_reported(tmp_path):
         "with ImageSets/Segmentation, JPEGImages and SegmentationClass"
     )
     assert error_message(mask_layouts.open_ade20k, empty, "training") == (
-        f"{empty}: has no annotations/training; give a folder or zip in ADE20K's layout, "
+        f"{empty}: has no annotations/training; give one folder or zip in ADE20K's layout, "
         "ADEChallengeData2016 with images/ and annotations/, each with training/ and validation/"
     )
     assert error_message(FileTree, tmp_path / "none") == (
@@ -209,3 +229,78 @@ def test_composed_data_are_written_read_and_the_same_for_a_seed(tmp_path, capsys
     assert opened[0].classes[:2] == ("background", "0")
     message = error_message(composed_masks.main, [str(tmp_path / "a"), "--photos", str(photos)])
     assert message == f"{tmp_path / 'a'}: exists already; give a new folder"
+
+
+def test_a_forked_process_does_not_move_the_parents_position_in_a_zip(tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "voc"), "zip", write_voc(tmp_path))
+    images = mask_layouts.open_voc(archive, "train")
+    images.read(0)
+    descriptor = file_tree._open_zip(Path(archive), os.getpid()).fp.fileno()
+    position = os.lseek(descriptor, 0, os.SEEK_CUR)
+    reader = multiprocessing.get_context("fork").Process(target=images.read, args=(1,))
+    reader.start()
+    reader.join()
+    assert reader.exitcode == 0
+    assert os.lseek(descriptor, 0, os.SEEK_CUR) == position
+
+
+def test_gray_masks_of_few_bits_keep_their_numbers(tmp_path):
+    values = np.array([[0, 1, 2, 3]], dtype=np.uint8)
+    for bits in (2, 4):
+        content = png_of_bits(values, bits)
+        np.testing.assert_array_equal(decode_mask(content, "m.png"), values)
+
+
+def test_system_files_are_left_out_and_links_to_folders_are_followed(tmp_path):
+    root = write_folders(tmp_path / "data", 3, 2)
+    (root / "images/._0.png").write_bytes(b"\0\5\x16\7")
+    (root / "masks/__MACOSX").mkdir()
+    (root / "masks/__MACOSX/._0.png").write_bytes(b"\0\5\x16\7")
+    (root / "images/train").rename(tmp_path / "elsewhere")
+    (root / "images/train").symlink_to(tmp_path / "elsewhere")
+    train, test = mask_layouts.open_folders(root / "images", root / "masks")
+    assert (len(train), len(test)) == (3, 2)
+
+
+def test_images_and_masks_that_cannot_be_paired_or_counted_are_named(tmp_path):
+    root = write_folders(tmp_path, 3, 2)
+    images, masks = root / "images", root / "masks"
+    save(images / "train/0.jpg", draw(0)[0])
+    assert error_message(mask_layouts.open_folders, images, masks) == (
+        f"{images}: train/0.jpg and train/0.png differ only in their suffix, so images and their "
+        "annotations cannot be paired; remove or rename one"
+    )
+    (images / "train/0.jpg").unlink()
+    for path in masks.rglob("*.png"):
+        save(path, np.where(draw(0)[1] == 1, 255, 0).astype(np.uint8))
+    assert error_message(mask_layouts.open_folders, images, masks) == (
+        f"{masks}: beside the void values 255 the masks have only the class 0; store classes as "
+        "consecutive numbers, such as 0 and 1, or give --void other values"
+    )
+    assert error_message(mask_layouts.open_folders, images, masks, void=()) == (
+        f"{masks}: beside the void values (none) the masks have values up to 255; store classes as "
+        "consecutive numbers, such as 0 and 1, or give --void other values"
+    )
+
+
+def test_lists_of_classes_without_names_or_in_another_encoding_are_refused(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufeffsky\nroad\n".encode())
+    assert mask_layouts.read_classes([str(path)]) == ("sky", "road")
+    path.write_text("\n")
+    assert error_message(mask_layouts.read_classes, [str(path)]) == (
+        f"--classes {path}: has no names; write one per line"
+    )
+    root = write_voc(tmp_path) / "VOC2012"
+    (root / "ImageSets/Segmentation/train.txt").write_bytes("ä".encode("latin-1"))
+    assert error_message(mask_layouts.open_voc, root, "train") == (
+        f"{root}: ImageSets/Segmentation/train.txt is not UTF-8 text; save it as UTF-8"
+    )
+
+
+def test_options_of_another_layout_are_refused(tmp_path):
+    for options, message in (
+        ({"voc": "x", "void": [7]}, "--void: --voc does not take it, only --masks does; "),
+        ({"ade20k": "x", "voc_masks": "y"}, "--voc-masks: --ade20k does not take it, only --voc"),
+    ):
+        assert error_message(MaskSources(**options).open, None).startswith(message)

@@ -102,7 +102,7 @@ def test_neighbors_vote_as_in_a_loop_over_queries():
     bank, queries = torch.randn(40, 5, generator=generator), torch.randn(7, 5, generator=generator)
     pixels = torch.randint(3, (40, 6), generator=generator, dtype=torch.uint8)
     for k, distance in ((1, "cosine"), (3, "L2"), (30, "L2"), (90, "cosine")):
-        votes = NearestNeighbors(bank, pixels, k, distance).predict(queries, pixels)
+        votes = NearestNeighbors(bank, pixels, k, distance).predict(queries, 6)
         for row, query in enumerate(queries):
             if distance == "L2":
                 order = (bank - query).norm(dim=1).argsort()[:k]
@@ -249,7 +249,7 @@ def test_a_frozen_backbone_keeps_its_weights_and_a_fine_tuned_one_does_not(vit_r
     train, test = data.open(vit_run)
     protocol = tiny(name, crop_size=30, test_size=0)
     network = segmenters.build(vit_run, 3, protocol, "pretrained", 0)
-    network, _ = segmenter_training.train(network, train, protocol, PIXELS, 0, 30)
+    network, _ = segmenter_training.train(network, train, protocol, PIXELS, 0)
     segmenter_training.test(network, test, protocol, PIXELS)
     before = vit_run.backbone.state_dict()
     after = network.backbone.backbone.state_dict()
@@ -262,7 +262,7 @@ def test_training_batches_are_crops_with_their_masks(run, data):
     train, _ = data.open(run)
     protocol = tiny("moco_fcn", scales=(1.0, 1.0), crop_size=44)
     identity = segmentation_batches.Pixels([0.0] * 3, [1.0] * 3)
-    batches = segmentation_batches.TrainingBatches(train, protocol, identity, 0, 44, 9)
+    batches = segmentation_batches.TrainingBatches(train, protocol, identity, 0, 9)
     images, labels = batches[5]
     again = batches[5]
     assert torch.equal(images, again[0])

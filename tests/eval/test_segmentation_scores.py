@@ -100,3 +100,12 @@ def test_three_ranks_one_of_them_without_images_have_the_scores_of_one_process()
     predictions, labels = random_maps(shape=(2, 20, 30))
     by_rank = run_ranks(_score_images_of_this_rank, predictions, labels, world_size=3)
     assert by_rank == [score(predictions, labels)] * 3
+
+
+def test_pixels_may_be_counted_after_scores_were_read():
+    predictions, labels = random_maps()
+    confusion = Confusion(CLASSES)
+    confusion.update(predictions[:2], labels[:2])
+    confusion.rank_scores()
+    confusion.update(predictions[2:], labels[2:])
+    assert confusion.rank_scores() == score(predictions, labels)
