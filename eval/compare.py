@@ -53,6 +53,7 @@ def write(paths: list[Path], output: Path | None = None) -> Path:
     Raises:
         ValueError: If there are fewer than two runs, or one of the folders contains no run.
     """
+    paths = list({path.resolve(): path for path in paths}.values())
     if len(paths) < 2:
         raise ValueError(
             f"{', '.join(map(str, paths))}: a comparison needs two or more runs; "
@@ -209,7 +210,9 @@ def _text_variables(header: list[str], rows: list[list[str]], file_name: str) ->
 
 
 def _describe_steps(groups: Sequence[RunGroup]) -> str:
-    """Return a sentence about the length of the runs."""
+    """Return a sentence about the length of the runs, or "" if none has records."""
+    if not any(run.num_steps for group in groups for run in group.runs):
+        return ""
     steps = {group.name: sorted({run.num_steps for run in group.runs}) for group in groups}
     lengths = {tuple(numbers) for numbers in steps.values()}
     if len(lengths) == 1 and len(next(iter(lengths))) == 1:

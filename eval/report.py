@@ -64,15 +64,15 @@ def write(run: Run) -> Path:
     mapped, mapped_kind = (
         (query_candidates, image_kind) if has_labels else (bank, "training images")
     )
-    num_train = len(bank.source)
+    num_train, name = len(bank.source), run.path.resolve().name
     variables = sections.run_variables(run.path, metrics)
     text = page.render(
         "report.html.jinja",
         **variables,
         contents=_contents(bool(variables["neighbors_over_time"])),
         **_evaluation_variables(run, has_labels),
-        title=f"{run.path.name} · {run.config.method.name}",
-        name=run.path.name,
+        title=f"{name} · {run.config.method.name}",
+        name=name,
         progress=headline.describe_state(RunStateReader(run.path).read(), run.step),
         network=run.network,
         checkpoint=run.checkpoint_path.name,

@@ -28,7 +28,7 @@ class RunFolders:
         self._readers = {
             name: self._readers.get(name) or RunStateReader(path) for name, path in paths.items()
         }
-        return {name: reader.read() for name, reader in self._readers.items()}
+        return {name: _read(reader) for name, reader in self._readers.items()}
 
     def path(self, name: str) -> Path | None:
         """Return the folder of a run that the last `read` found, or None."""
@@ -42,9 +42,14 @@ class RunFolders:
 
     def _find(self) -> Iterator[Path]:
         known = {str(reader.run) for reader in self._readers.values()}
-        pending = [(str(self.folder), 0)]
+        pending, seen = [(str(self.folder), 0)], set[tuple[int, int]]()
         while pending:
             folder, depth = pending.pop()
+            with suppress(OSError):
+                status = os.stat(folder)  # a link, such as latest, adds no second run
+                if (status.st_dev, status.st_ino) in seen:
+                    continue
+                seen.add((status.st_dev, status.st_ino))
             if folder in known and os.path.isdir(folder):
                 yield Path(folder)
                 continue
@@ -58,3 +63,11 @@ class RunFolders:
                         for entry in entries
                         if entry.is_dir() and not entry.name.startswith(".")
                     ]
+
+
+def _read(reader: RunStateReader) -> RunState:
+    """Return the state of a run. Files that are damaged in an unknown way hide no other run."""
+    try:
+        return reader.read()
+    except Exception as error:
+        return RunState("failed", f"its files cannot be read ({type(error).__name__}: {error})")

@@ -164,6 +164,8 @@ class RunStateReader:
     def _describe(self, state: State, reason: str) -> RunState:
         records, settings = self._records, self._settings
         num_epochs = schema.value_at(settings, "epochs")
+        if not isinstance(num_epochs, int | float):
+            num_epochs = None
         num_steps = self._last_step or records.estimate_num_steps(num_epochs)
         seconds_left = records.seconds_left(num_steps) if state == "running" else None
         ends_at = None
@@ -289,14 +291,15 @@ def _read_evaluations(run: Path) -> dict[str, float]:
     """Return the first number of the pretrained features in each result that is a percentage."""
     values = {}
     for path in sorted((run / "eval").glob("*.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             result = json.loads(path.read_text(encoding="utf-8"))
             name, measure = result["name"], result.get("measure", results.ACCURACY)
             if name.endswith(HIDDEN_RESULTS) or not measure.endswith("%"):
                 continue
             for row in result["rows"]:
                 if row["features"] == "pretrained" and row["metrics"]:
-                    values[name] = float(next(iter(row["metrics"].values())))
+                    value = float(next(iter(row["metrics"].values())))
+                    values |= {name: value} if math.isfinite(value) else {}
     return values
 
 

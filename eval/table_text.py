@@ -70,8 +70,8 @@ class TableRow:
     missing: str = MISSING  # text of a cell without a finite value
 
     def num_seeds(self) -> int:
-        """Return the largest number of values in a cell."""
-        return max((len(values) for values in self.cells), default=0)
+        """Return the largest number of finite values in a cell."""
+        return max((sum(map(math.isfinite, values)) for values in self.cells), default=0)
 
 
 @dataclass

@@ -1,19 +1,16 @@
 """Pretrain the variants of a study and compare them. configs/sweeps/ has the studies' YAMLs."""
 
 import argparse
-import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 import yaml
 
 from ssl_pretrain import config as configuration
-from ssl_pretrain import methods, schema
-from ssl_pretrain.checkpoint.folder import is_finished
+from ssl_pretrain import schema
 from ssl_pretrain.config.resume_policy import resume_policy
 from ssl_pretrain.launch import (
     local,
@@ -21,6 +18,7 @@ from ssl_pretrain.launch import (
     slurm,
     study_columns,
     study_curves,
+    study_plan,
     study_plot,
     study_spectrum,
     study_table,
@@ -29,150 +27,7 @@ from ssl_pretrain.system import program
 from ssl_pretrain.system.exit_status import STOPPED, USER_ERROR
 
 
-@dataclass
-class Variant:
-    """One row of a study's table."""
-
-    name: str = "???"
-    set: list[str] = field(default_factory=list)  # overrides, applied after those of the study
-    base: str = ""  # configuration to use instead of the study's
-
-
-@dataclass
-class Study:
-    """Contents of a study's YAML."""
-
-    title: str = ""
-    base: str = "configs/methods_digits.yaml"
-    set: list[str] = field(default_factory=list)  # overrides for all variants
-    small_heads: bool = False  # apply each method's SMALL_CONFIG and PRESET_OVERRIDES
-    every_method: bool = False  # add one variant per method
-    seeds: list[int] = field(default_factory=lambda: [0])  # one run of every variant per seed
-    seed_by_seed: bool = False  # start all variants with one seed before the next seed
-    columns: list[str] = field(default_factory=lambda: list(study_columns.DEFAULT_COLUMNS))
-    plot_against: str = ""  # numeric key on the x-axis; if empty, a bar is drawn per variant
-    curves: bool = False  # also plot `curve_metrics` during training
-    curve_metrics: list[str] = field(default_factory=lambda: ["knn"])
-    spectrum: bool = False  # also plot all eigenvalues of the covariance
-    runs: list[Variant] = field(default_factory=list)
-
-    def evaluation_names(self) -> list[str]:
-        """Return the names of the evaluations whose results fill the columns."""
-        names = [study_columns.COLUMNS[column].evaluation for column in self.columns]
-        return list(dict.fromkeys(name for name in names if name))
-
-
-@dataclass
-class PlannedRun:
-    """One variant of a study with one seed."""
-
-    variant: str
-    base: str  # the configuration that `overrides` apply to
-    config: configuration.RunConfig
-    overrides: list[str]
-
-    def is_evaluated(self) -> bool:
-        """Return True if the run is finished and every evaluation has a result."""
-        if not self.config.evaluation.at_end:  # the columns are all from training
-            return is_finished(self.config.output)
-        results = Path(self.config.output) / "eval"
-        return all((results / f"{name}.json").exists() for name in self.config.evaluation.at_end)
-
-
-def load(path: str | Path) -> Study | None:
-    """Return the study in a YAML, or None if the file is missing or configures a single run.
-
-    Raises:
-        ConfigError: If a key or column is unknown, or the study has no runs.
-    """
-    tree = configuration.read_yaml(Path(path))
-    if "runs" not in tree:
-        return None
-    try:
-        study: Study = schema.build(Study, tree)
-    except ValueError as error:
-        raise configuration.ConfigError(f"{path}: {error}") from None
-    if study.every_method:
-        method_variants = [Variant(name, [f"method.name={name}"]) for name in methods.names()]
-        study.runs = [*method_variants, *study.runs]
-    if not study.runs:
-        raise configuration.ConfigError(
-            f"{path}: runs: the list is empty; add runs, each with the keys name and set"
-        )
-    unknown = [column for column in study.columns if column not in study_columns.COLUMNS]
-    if unknown or not study.columns:
-        raise configuration.ConfigError(
-            f"{path}: columns: {unknown}; choose one or more of: {list(study_columns.COLUMNS)}"
-        )
-    return study
-
-
-def plan_runs(
-    study: Study, path: str | Path, base: str | None, overrides: Sequence[str]
-) -> list[PlannedRun]:
-    """Plan every variant with every seed, in the order in which they are run.
-
-    Args:
-        study: The study.
-        path: YAML of the study. Its name is part of the default output folder.
-        base: Base configuration to use instead of those of the study and its variants.
-        overrides: key=value settings for all runs. seed=0,1,2 plans three runs per variant,
-            instead of one per seed of the study.
-    """
-    shared_settings = dict(override.partition("=")[::2] for override in overrides)
-    seeds = shared_settings.pop("seed", ",".join(map(str, study.seeds))).split(",")
-    has_own_bases = base is None and any(variant.base for variant in study.runs)
-    base_name = "" if has_own_bases else f"_{Path(base or study.base).stem}"
-    folder = shared_settings.pop("output", f"runs/{Path(path).stem}{base_name}")
-    runs = []
-    for variant in study.runs:
-        variant_base = base or variant.base or study.base
-        slug = re.sub(r"[^a-z0-9.]+", "_", variant.name.lower()).strip("_")
-        settings = [*study.set, *variant.set]
-        small_model = small_model_overrides(settings) if study.small_heads else []
-        for seed in seeds:
-            run_overrides = [
-                *small_model,
-                *settings,
-                *(f"{key}={value}" for key, value in shared_settings.items()),
-                f"seed={seed}",
-                f"output={folder}/{slug}_{seed}",
-                f"evaluation.at_end=[{','.join(study.evaluation_names())}]",
-            ]
-            config = configuration.load(variant_base, run_overrides)
-            config, run_overrides = with_group(config, run_overrides)
-            runs.append(PlannedRun(variant.name, variant_base, config, run_overrides))
-    if study.seed_by_seed:
-        runs.sort(key=lambda run: seeds.index(str(run.config.seed)))  # a stable sort
-    return runs
-
-
-def with_group(
-    config: configuration.RunConfig, overrides: list[str]
-) -> tuple[configuration.RunConfig, list[str]]:
-    """Group the runs of a study in W&B by the folder that they share, unless they have a group."""
-    if config.log.group:
-        return config, overrides
-    config.log.group = Path(config.output).parent.name
-    return config, [*overrides, f"log.group={config.log.group}"]
-
-
-def small_model_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that adapt a small CPU configuration to the method in `overrides`.
-
-    They are the method's SMALL_CONFIG and PRESET_OVERRIDES. The list is empty if `overrides` names
-    no method.
-    """
-    prefix = "method.name="
-    names = [text.removeprefix(prefix) for text in overrides if text.startswith(prefix)]
-    if not names:
-        return []
-    method = methods.find(names[-1])
-    small_config = [f"method.{key}={value}" for key, value in method.SMALL_CONFIG.items()]
-    return [f"{prefix}{names[-1]}", *small_config, *getattr(method, "PRESET_OVERRIDES", [])]
-
-
-def check_finished(runs: Sequence[PlannedRun]) -> None:
+def check_finished(runs: Sequence[study_plan.PlannedRun]) -> None:
     """Refuse runs that were finished with other settings than the study has now.
 
     Raises:
@@ -181,7 +36,7 @@ def check_finished(runs: Sequence[PlannedRun]) -> None:
     for run in runs:
         path = Path(run.config.output) / "config.yaml"
         if run.is_evaluated() and path.is_file():
-            saved = schema.flatten(yaml.safe_load(path.read_text()))
+            saved = schema.flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
             planned = schema.flatten(configuration.to_dict(run.config))
             differences = [
                 f"{key} was {saved[key]!r} and is now {planned[key]!r}"
@@ -197,7 +52,7 @@ def check_finished(runs: Sequence[PlannedRun]) -> None:
                 )
 
 
-def run_all(runs: Sequence[PlannedRun]) -> int:
+def run_all(runs: Sequence[study_plan.PlannedRun]) -> int:
     """Pretrain and evaluate the runs without results, and return the exit status.
 
     The random backbone is the same in all variants of one base configuration, so `linear` evaluates
@@ -229,7 +84,7 @@ def run_all(runs: Sequence[PlannedRun]) -> int:
     return exit_status
 
 
-def run_and_compare(study: Study, options: argparse.Namespace) -> int:
+def run_and_compare(study: study_plan.Study, options: argparse.Namespace) -> int:
     """Run a study, write its table and plot, and return the exit status.
 
     Args:
@@ -237,7 +92,7 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
         options: Options of launch/sweep.py.
     """
     path = options.config
-    runs = plan_runs(study, path, options.base, options.overrides)
+    runs = study_plan.plan_runs(study, path, options.base, options.overrides)
     for run in runs:
         if run.config.launch.cluster == "slurm":
             raise configuration.ConfigError(
@@ -278,7 +133,7 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
 
 
 def write_page(
-    study: Study, comparison: study_table.Comparison, command: str, table: Path
+    study: study_plan.Study, comparison: study_table.Comparison, command: str, table: Path
 ) -> list[Path]:
     """Write the table and the plots of a study, and return the paths of the files."""
     table.parent.mkdir(parents=True, exist_ok=True)

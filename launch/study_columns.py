@@ -1,6 +1,7 @@
 """Columns of a study's table, and the results of a run that fill them."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,9 @@ class RunResults:
         )
 
     def minutes(self) -> float:
-        """Return the minutes from the first record to the last."""
+        """Return the minutes from the first record to the last, or NaN without records."""
+        if not self.records:
+            return math.nan
         return float(self.records[-1]["time"] - self.records[0]["time"]) / 60
 
     def last_value(self, metric: str) -> float:

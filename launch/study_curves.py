@@ -117,10 +117,14 @@ def _draw_test_accuracy(
         capsize=3,
         label=TEST_IMAGES,
     )
-    random = [table[results.BETTER_RANDOM]["clean"] for table in tables]
-    study_style.draw_reference(
-        panel.axhline, mean(random), study_style.RANDOM_BACKBONE, TEST_IMAGES_RANDOM
-    )
+    rows = [table[results.BETTER_RANDOM] for table in tables if results.BETTER_RANDOM in table]
+    if rows:
+        study_style.draw_reference(
+            panel.axhline,
+            mean([row["clean"] for row in rows]),
+            study_style.RANDOM_BACKBONE,
+            TEST_IMAGES_RANDOM,
+        )
 
 
 def mean_curve(runs: Sequence[RunResults], metric: str) -> list[tuple[float, float, float]]:

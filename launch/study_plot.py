@@ -106,7 +106,7 @@ def _draw_against(panel: "Axes", comparison: Comparison, column: str, color: str
     limits = _limits(comparison, column)
     panel.set_ylim(*limits)
     panel.set_ylabel(_label(column, limits))
-    panel.set_xscale("log")
+    panel.set_xscale("log" if min(ticks) > 0 else "linear")
     panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
     panel.minorticks_off()
     panel.set_xlabel(comparison.plot_against.rpartition(".")[2])

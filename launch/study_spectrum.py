@@ -53,6 +53,7 @@ def _draw_panel(
 ) -> None:
     """Draw the spectrum of each variant, and of the random backbone's features."""
     random_style = study_style.REFERENCE_STYLES[RANDOM_BACKBONE]
+    random_key, has_random = ("random, as built", vectors), False
     for number, variant in enumerate(variants):
         runs = [run.eigenvalues() for run in comparison.results_of(variant)]
         spectra = [run["pretrained", vectors] for run in runs if ("pretrained", vectors) in run]
@@ -73,8 +74,9 @@ def _draw_panel(
         if len(spectra) > 1:
             lower, upper = ([max(FLOOR, bound(c)) for c in columns] for bound in (min, max))
             panel.fill_between(index, lower, upper, color=style.color, alpha=0.2, linewidth=0)
-        if vectors == "features" and number == 0:
-            random = runs[0]["random, as built", vectors]
+        random = next((run[random_key] for run in runs if random_key in run), None)
+        if random and not has_random and vectors == "features":
+            has_random = True
             panel.plot(
                 range(1, len(random) + 1),
                 [max(FLOOR, value) for value in random],

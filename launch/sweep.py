@@ -17,7 +17,7 @@ if not __package__:  # run as a file from a clone
     interruption.report_in_one_line()
 
 from ssl_pretrain import config as configuration
-from ssl_pretrain.launch import local, pretrain, slurm, slurm_job, study
+from ssl_pretrain.launch import local, pretrain, slurm, slurm_job, study, study_plan
 from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names
 from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.schema.config_file import split_values
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = _parse(arguments)
     path, overrides = options.config, options.overrides
-    definition = study.load(path)
+    definition = study_plan.load(path)
     if definition is not None:
         return study.run_and_compare(definition, options)
     if not overrides:
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "in configs/sweeps/"
         )
     runs = [
-        study.with_group(configuration.load(path, run_overrides), run_overrides)
+        study_plan.with_group(configuration.load(path, run_overrides), run_overrides)
         for run_overrides in combine_values(path, overrides)
     ]
     on_slurm = slurm.uses_slurm(runs[0][0].launch)

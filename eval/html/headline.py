@@ -1,5 +1,6 @@
 """Sentences that say first what a run reached, against which baselines."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -50,10 +51,10 @@ def describe_result(result: Record) -> str:
     if not measure.endswith("%") or result["name"].endswith(results.GRID_SUFFIX):
         return ""
     column = next(iter(results.column_names(result)), "")
-    if column not in rows.get(PRETRAINED, {"metrics": {}})["metrics"]:
+    value = rows.get(PRETRAINED, {"metrics": {}})["metrics"].get(column, math.nan)
+    if not math.isfinite(value):
         return ""
     base, feature = results.split_name(result["name"])
-    value = rows[PRETRAINED]["metrics"][column]
     subject = SUBJECTS.get(base) or result_text.EVALUATION_TITLES.get(
         base, sections.evaluation_title(base).lower()
     )
@@ -64,7 +65,7 @@ def describe_result(result: Record) -> str:
         compare(value, rows[row_name]["metrics"][column], name)
         for name, row_names in BASELINES.items()
         for row_name in row_names
-        if column in rows.get(row_name, {"metrics": {}})["metrics"]
+        if math.isfinite(rows.get(row_name, {"metrics": {}})["metrics"].get(column, math.nan))
     ]
     sentence = f"{subject} reaches {reached}{_describe_images(result['protocol'])}"
     return f"{sentence}, {_join(comparisons)}." if comparisons else f"{sentence}."

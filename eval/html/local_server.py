@@ -69,15 +69,15 @@ def build(respond: Callable[[Request], Answer], port: int = 0) -> ThreadingHTTPS
             if not is_own_host(self.headers.get("Host", "")):
                 text = "This page is served at http://127.0.0.1 and http://localhost only"
                 return Answer(text, 403, "text/plain; charset=utf-8")
-            parts = urlsplit(self.path)
-            if parts.path == "/favicon.ico":
-                return Answer("", 204)
             etag = self.headers.get("If-None-Match", "")
-            request = Request(unquote(parts.path), parse_qs(parts.query), etag)
             try:
-                answer = respond(request)
-            except (ValueError, OSError) as error:  # such as a file that cannot be read
-                return Answer(page.render("error.html.jinja", message=str(error)), 500)
+                parts = urlsplit(self.path)
+                if parts.path == "/favicon.ico":
+                    return Answer("", 204)
+                answer = respond(Request(unquote(parts.path), parse_qs(parts.query), etag))
+            except Exception as error:  # such as a file that cannot be read
+                message = f"{type(error).__name__}: {error}"
+                return Answer(page.render("error.html.jinja", message=message), 500)
             if answer.etag and answer.etag == etag:
                 return Answer("", 304, etag=etag)
             return answer

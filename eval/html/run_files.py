@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ def metric_points(metrics: list[Record], key: str) -> list[tuple[float, float]]:
     return [
         (record["epoch"], factor * record[key])
         for record in metrics
-        if isinstance(record.get(key), int | float) and math.isfinite(record[key])
+        if isinstance(record.get(key), int | float)
+        and math.isfinite(record[key])
+        and "epoch" in record
     ]
 
 
@@ -35,6 +38,12 @@ def recorded_keys(metrics: list[Record], group: str) -> list[str]:
 
 
 def read_alerts(run_path: Path) -> list[Record]:
-    """Read the alerts raised during the run."""
-    paths = metric_names.existing_paths(run_path, "alerts.jsonl")
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    """Read the alerts raised during the run. One that is still being written is left out."""
+    alerts = []
+    for path in metric_names.existing_paths(run_path, "alerts.jsonl"):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                alerts.append(json.loads(line))
+    return [
+        alert for alert in alerts if isinstance(alert, dict) and {"title", "text"} <= alert.keys()
+    ]

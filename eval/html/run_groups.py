@@ -66,7 +66,7 @@ class RunGroup:
 
 def read_run(name: str, path: Path) -> ComparedRun:
     """Read the files of a run."""
-    config = schema.flatten(yaml.safe_load((path / "config.yaml").read_text()))
+    config = schema.flatten(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
     newest = {key: steps[max(steps)] for key, steps in results.load_by_step(path).items()}
     return ComparedRun(name, path, config, run_files.read_metrics(path), newest)
 
@@ -83,7 +83,12 @@ def group_by_seed(runs: Sequence[ComparedRun]) -> list[RunGroup]:
             )
         )
         members.setdefault(key, []).append(run)
-    return [RunGroup(_group_name(group), group) for group in members.values()]
+    groups = [RunGroup(_group_name(group), group) for group in members.values()]
+    names = [group.name for group in groups]
+    for group in groups:
+        if names.count(group.name) > 1:
+            group.name += f" (from {group.runs[0].name})"
+    return groups
 
 
 def _group_name(runs: Sequence[ComparedRun]) -> str:

@@ -81,7 +81,8 @@ class RunListServer:
     def _changes(self, request: Request) -> str:
         """Return the rows that are newer than the version `since` of the request, as JSON."""
         text = request.query.get("since", ["0"])[0]
-        since = int(text) if text.isdecimal() and int(text) <= self._version else 0
+        is_number = text.isdecimal() and len(text) <= len(str(self._version))
+        since = int(text) if is_number and int(text) <= self._version else 0
         evaluations = run_table.evaluation_names(self._states, run_list_page.MAX_EVALUATIONS)
         changed = {
             name: run_list_page.render_row(

@@ -52,7 +52,9 @@ def _downloads(
         ("CSV", "csv", "text/csv", csv_text),
         ("LaTeX", "tex", "application/x-tex", latex_text),
     )
-    return [
-        (name, f"{file_name}.{suffix}", f"data:{media_type};charset=utf-8,{quote(text)}")
-        for name, suffix, media_type, text in contents
-    ]
+    downloads = []
+    for name, suffix, media_type, text in contents:
+        quoted = quote(text.encode(errors="backslashreplace"))  # names may have bytes of no letter
+        address = f"data:{media_type};charset=utf-8,{quoted}"
+        downloads.append((name, f"{file_name}.{suffix}", address))
+    return downloads

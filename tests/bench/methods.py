@@ -22,7 +22,7 @@ from measure import (
 )
 
 from ssl_pretrain import config, methods
-from ssl_pretrain.launch import study
+from ssl_pretrain.launch import study_plan
 from ssl_pretrain.models import backbones
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import ParallelConfig
@@ -35,7 +35,7 @@ VIT = ["backbone.name=test_vit", "backbone.stem=imagenet", "backbone.args.patch_
 
 def build_step(name: str, options: argparse.Namespace, device: torch.device):
     torch.manual_seed(0)
-    overrides = study.small_model_overrides([f"method.name={name}"])
+    overrides = study_plan.small_model_overrides([f"method.name={name}"])
     network = VIT if options.vit else []
     run = config.load(PRESET, [*network, *overrides, f"views.crops.global.size={options.size}"])
     method = run.method.build(backbones.build(run.backbone, options.size))

@@ -127,12 +127,14 @@ def update_list(browser, folder: ServedFolder) -> float:
     The server reads the runs once per second at most, so an update may come too early.
     """
     folder.write()
-    while True:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
         milliseconds = browser.execute_async_script(UPDATE)
         shown = browser.find_element("css selector", ".runs .done").text
         if f"{folder.step} of" in shown:
             return milliseconds
         time.sleep(0.3)
+    raise SystemExit(f"{folder.address}: step {folder.step} was not shown within 30 s")
 
 
 def open_list(browser, folder: ServedFolder) -> tuple[float, float, int]:

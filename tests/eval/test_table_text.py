@@ -63,8 +63,8 @@ def test_nothing_is_bold_where_nothing_is_better(cells):
 def test_missing_and_infinite_values_are_no_numbers():
     gaps = table([[math.nan, 40.0, 42.0]], [[math.inf]], [[]])
     assert gaps.markdown().splitlines()[2:] == [
-        "| a | 3 | 41.0 ± 1.4 |",
-        "| b | 1 | - |",
+        "| a | 2 | 41.0 ± 1.4 |",
+        "| b | 0 | - |",
         "| c | 0 | - |",
     ]
     assert gaps.csv().splitlines()[2:] == ["b,1,,", "c,0,,"]
@@ -113,3 +113,7 @@ def test_the_files_are_written_beside_the_markdown_file(tmp_path):
     assert [path.name for path in paths] == ["study.of.csv", "study.of.tex"]
     assert [path.read_text() for path in paths] == [numbers.csv(), numbers.latex()]
     assert not (tmp_path / "study.of.md").exists()
+
+
+def test_values_that_are_not_finite_are_not_counted_as_seeds():
+    assert TableRow("a", [[float("nan"), 44.2], [1.0]]).num_seeds() == 1

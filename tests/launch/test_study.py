@@ -16,7 +16,7 @@ from PIL import Image
 from study_runs import save_results
 
 from ssl_pretrain import config, methods
-from ssl_pretrain.launch import study, study_columns, study_table, sweep
+from ssl_pretrain.launch import study, study_columns, study_plan, study_table, sweep
 
 ROOT = Path(__file__).parents[2]
 LEARNING = ROOT / "configs/sweeps/learning.yaml"  # its variants have base configurations
@@ -29,10 +29,10 @@ BASES = ["configs/methods_digits.yaml", "configs/methods_cifar10_cpu.yaml"]
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_run_is_a_valid_configuration_with_its_own_folder(name, base):
     path = STUDIES[name]
-    definition = study.load(path)
+    definition = study_plan.load(path)
     if name == "methods":
         base = definition.base  # the digits are too small for CPC's patches
-    runs = study.plan_runs(definition, path, str(ROOT / base), ["seed=0,1", "epochs=2"])
+    runs = study_plan.plan_runs(definition, path, str(ROOT / base), ["seed=0,1", "epochs=2"])
     assert len(runs) == 2 * len(definition.runs)
     assert len({run.config.output for run in runs}) == len(runs)
     settings = {variant.name: variant.set for variant in definition.runs}
@@ -51,8 +51,8 @@ def test_every_run_is_a_valid_configuration_with_its_own_folder(name, base):
 
 def test_variants_may_have_base_configurations_of_their_own(monkeypatch):
     monkeypatch.chdir(ROOT)
-    definition = study.load(LEARNING)
-    runs = study.plan_runs(definition, LEARNING, None, ["seed=0,1"])
+    definition = study_plan.load(LEARNING)
+    runs = study_plan.plan_runs(definition, LEARNING, None, ["seed=0,1"])
     assert [run.config.method.name for run in runs[::2]] == [
         "lejepa",
         "mae",
@@ -65,14 +65,14 @@ def test_variants_may_have_base_configurations_of_their_own(monkeypatch):
         config.check(run.config, 1)
         assert config.load(run.base, run.overrides) == run.config
     definition.runs.pop()  # the one that sets a method's name
-    every_base = study.plan_runs(definition, LEARNING, "configs/mae_cifar10.yaml", [])
+    every_base = study_plan.plan_runs(definition, LEARNING, "configs/mae_cifar10.yaml", [])
     assert {run.config.backbone.name for run in every_base} == {"vit_tiny_patch16_224"}
 
 
 def test_reference_rows_are_shared_within_one_base_only(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    definition = study.load(LEARNING)
-    runs = study.plan_runs(definition, LEARNING, None, [f"output={tmp_path}"])
+    definition = study_plan.load(LEARNING)
+    runs = study_plan.plan_runs(definition, LEARNING, None, [f"output={tmp_path}"])
     calls = []
 
     def pretrain_and_evaluate(config, base, _overrides, options):
@@ -88,8 +88,8 @@ def test_reference_rows_are_shared_within_one_base_only(tmp_path, monkeypatch):
 
 def test_variants_with_different_recipes_are_described_one_by_one(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    definition = study.load(LEARNING)
-    runs = study.plan_runs(definition, LEARNING, None, [f"output={tmp_path}"])[1:3]
+    definition = study_plan.load(LEARNING)
+    runs = study_plan.plan_runs(definition, LEARNING, None, [f"output={tmp_path}"])[1:3]
     for run in runs:
         save_results(Path(run.config.output), 90, 30)
     comparison = study_table.Comparison(
@@ -106,18 +106,18 @@ def test_variants_with_different_recipes_are_described_one_by_one(tmp_path, monk
 
 def test_the_runs_of_a_study_are_one_group_in_wandb_unless_they_have_one():
     path = STUDIES["ablation"]
-    definition = study.load(path)
+    definition = study_plan.load(path)
     base = str(ROOT / "configs/methods_digits.yaml")
-    runs = study.plan_runs(definition, path, base, ["seed=0,1"])
+    runs = study_plan.plan_runs(definition, path, base, ["seed=0,1"])
     assert {run.config.log.group for run in runs} == {"ablation_methods_digits"}
     assert all(config.load(base, run.overrides) == run.config for run in runs)
-    runs = study.plan_runs(definition, path, base, ["log.group=mine", "output=runs/other"])
+    runs = study_plan.plan_runs(definition, path, base, ["log.group=mine", "output=runs/other"])
     assert {run.config.log.group for run in runs} == {"mine"}
 
 
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_fits_the_cpu_preset(name):
-    overrides = study.small_model_overrides([f"method.name={name}"])
+    overrides = study_plan.small_model_overrides([f"method.name={name}"])
     run = config.load(ROOT / "configs/methods_cifar10_cpu.yaml", overrides)
     config.check(run, 2)
     assert run.method.name == name
@@ -125,7 +125,7 @@ def test_every_method_fits_the_cpu_preset(name):
 
 
 def test_the_studies_have_the_variants_that_the_documentation_discusses():
-    variants = {name: study.load(path).runs for name, path in STUDIES.items()}
+    variants = {name: study_plan.load(path).runs for name, path in STUDIES.items()}
     assert {"0.03", "0.2"} <= {variant.name for variant in variants["temperature"]}
     assert [variant.name for variant in variants["methods"]] == methods.names()
     assert {
@@ -138,9 +138,9 @@ def test_the_studies_have_the_variants_that_the_documentation_discusses():
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_table_has_means_over_seeds_and_names_missing_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    definition = study.load(STUDIES[name])
+    definition = study_plan.load(STUDIES[name])
     arguments = ["seed=0,1", f"output={tmp_path / 'runs'}"]
-    runs = study.plan_runs(definition, STUDIES[name], None, arguments)
+    runs = study_plan.plan_runs(definition, STUDIES[name], None, arguments)
     runs.sort(key=lambda run: [variant.name for variant in definition.runs].index(run.variant))
     for number, run in enumerate(runs[:-2]):
         save_results(Path(run.config.output), accuracy=90 + number, spectrum_number=30 + number)
@@ -173,7 +173,7 @@ def test_the_table_has_means_over_seeds_and_names_missing_runs(name, tmp_path, m
 def test_the_columns_of_the_methods_study_show_the_saved_results(tmp_path):
     save_results(tmp_path, accuracy=92.5, spectrum_number=12.5)
     run = study_columns.RunResults(tmp_path)
-    columns = study.load(STUDIES["methods"]).columns
+    columns = study_plan.load(STUDIES["methods"]).columns
     assert {column: study_columns.COLUMNS[column].value(run) for column in columns} == {
         "k-NN, %": 92.5,
         "RankMe": 12.5,
@@ -198,9 +198,9 @@ def test_a_table_without_rows_is_not_written(tmp_path, monkeypatch, capsys):
 
 def test_raw_pixels_are_evaluated_once_and_the_random_backbone_once_per_seed(tmp_path, monkeypatch):
     path = STUDIES["ablation"]
-    definition = study.load(path)
+    definition = study_plan.load(path)
     overrides = ["seed=0,1", f"output={tmp_path}"]
-    runs = study.plan_runs(definition, path, str(ROOT / definition.base), overrides)[:4]
+    runs = study_plan.plan_runs(definition, path, str(ROOT / definition.base), overrides)[:4]
     calls = []
 
     def pretrain_and_evaluate(config, _base, _overrides, options):
@@ -256,8 +256,8 @@ def test_a_study_with_seeds_may_run_seed_by_seed(capsys):
 
 def test_results_of_other_settings_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    definition = study.load(STUDIES["ablation"])
-    run = study.plan_runs(definition, STUDIES["ablation"], None, [f"output={tmp_path}"])[0]
+    definition = study_plan.load(STUDIES["ablation"])
+    run = study_plan.plan_runs(definition, STUDIES["ablation"], None, [f"output={tmp_path}"])[0]
     folder = Path(run.config.output)
     save_results(folder, 90, 30)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(run.config)))
@@ -275,7 +275,7 @@ def test_runs_are_trained_even_if_every_column_is_a_training_metric(tmp_path, mo
     path = tmp_path / "study.yaml"
     path.write_text("title: x\ncolumns: [RankMe]\nruns: [{name: a}]\n")
     monkeypatch.chdir(ROOT)
-    (run,) = study.plan_runs(study.load(path), path, None, [f"output={tmp_path}"])
+    (run,) = study_plan.plan_runs(study_plan.load(path), path, None, [f"output={tmp_path}"])
     assert run.config.evaluation.at_end == []
     assert not run.is_evaluated()
 
@@ -356,3 +356,60 @@ def test_a_mistake_is_reported_in_one_line(tmp_path, capsys):
         f"error: {path}: there are no values to combine; add some, such as seed=0,1, or give a "
         "study in configs/sweeps/\n"
     )
+
+
+def write_study(path, *names, **entries):
+    """Write a study of one run per name."""
+    runs = [{"name": name, "set": ["method.name=simclr"]} for name in names]
+    path.write_text(yaml.safe_dump({"runs": runs, **entries}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "entries", "overrides", "message"),
+    [
+        (
+            ["a-b", "a b"],
+            {},
+            [],
+            "{path}: runs: 'a-b' and 'a b' have the same output "
+            "runs/study_methods_digits/a_b_0; give them names that differ in letters or digits",
+        ),
+        (
+            ["a"],
+            {"plot_against": "method.temprature"},
+            [],
+            "{path}: plot_against: method.temprature is None for 'a'; give a key that is a number "
+            "in every run, such as method.temperature",
+        ),
+        (
+            ["a"],
+            {},
+            ["seed=0,00"],
+            "seed: '0,00' is not a list of distinct whole numbers; give such as seed=0,1,2",
+        ),
+        (
+            ["a"],
+            {"seeds": []},
+            [],
+            "seed: '' is not a list of distinct whole numbers; give such as seed=0,1,2",
+        ),
+    ],
+)
+def test_a_study_whose_table_could_not_be_written_is_refused_before_training(
+    names, entries, overrides, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    path = write_study(tmp_path / "study.yaml", *names, **entries)
+    with pytest.raises(config.ConfigError) as error:
+        study_plan.plan_runs(study_plan.load(path), path, None, overrides)
+    assert str(error.value) == message.format(path=path)
+
+
+def test_seeds_may_have_spaces_and_names_letters_of_any_alphabet(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = write_study(tmp_path / "study.yaml", "ö=1", "ü=1", seed_by_seed=True)
+    runs = study_plan.plan_runs(study_plan.load(path), path, None, ["seed=0, 1", "output=runs/s"])
+    assert [run.config.output for run in runs] == [
+        f"runs/s/{name}_{seed}" for seed in (0, 1) for name in ("ö_1", "ü_1")
+    ]

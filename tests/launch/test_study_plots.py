@@ -7,7 +7,13 @@ import pytest
 from matplotlib.figure import Figure
 from study_runs import save_results
 
-from ssl_pretrain.launch import study, study_curves, study_plot, study_spectrum, study_table
+from ssl_pretrain.launch import (
+    study_curves,
+    study_plan,
+    study_plot,
+    study_spectrum,
+    study_table,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,12 +34,12 @@ def compare(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
 
     def comparison(name, accuracies, missing=0, columns=("linear, %", "effective rank")):
-        definition = study.load(f"configs/sweeps/{name}.yaml")
+        definition = study_plan.load(f"configs/sweeps/{name}.yaml")
         seeds = ",".join(map(str, range(len(accuracies[0]))))
         arguments = [f"seed={seeds}", f"output={tmp_path}"]
         definition.runs = definition.runs[: len(accuracies)]
         definition.seed_by_seed = False
-        runs = study.plan_runs(definition, Path(name), None, arguments)
+        runs = study_plan.plan_runs(definition, Path(name), None, arguments)
         numbers = [number for row in accuracies for number in row]
         finished = runs[: len(runs) - missing]
         for run, number in zip(finished, numbers):
