@@ -67,7 +67,7 @@ def test_missing_and_infinite_values_are_no_numbers():
         "| b | 0 | - |",
         "| c | 0 | - |",
     ]
-    assert gaps.csv().splitlines()[2:] == ["b,1,,", "c,0,,"]
+    assert gaps.csv().splitlines()[2:] == ["b,0,,", "c,0,,"]
 
 
 @pytest.mark.parametrize(
