@@ -289,7 +289,7 @@ def _read_last_step(run: Path) -> int | None:
 
 def _read_evaluations(run: Path) -> dict[str, float]:
     """Return the first number of the pretrained features in each result that is a percentage."""
-    values = {}
+    values: dict[str, float] = {}
     for path in sorted((run / "eval").glob("*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             result = json.loads(path.read_text(encoding="utf-8"))
