@@ -165,8 +165,8 @@ def read_size(content: bytes, kind: str, name: str) -> tuple[int, int, int]:
             return (*canvas, 1)
         if kind == "JPEG" and any(size := images.jpeg_size(content)):
             return (*size, 1)
-        if kind == "PNG" and len(content) >= 24:
-            return int.from_bytes(content[16:20]), int.from_bytes(content[20:24]), 1
+        if kind == "PNG" and any(size := images.png_size(content)):
+            return (*size, 1)
         if kind == "TIFF":
             return _tiff_size(content)
         with Image.open(io.BytesIO(content), formats=images.image_formats()) as image:

@@ -249,9 +249,9 @@ def _open(content: bytes, name: str) -> Iterator[Image.Image]:
     # Pillow's own limit is the same, but its message does not have the size.
     if is_jpeg:
         _check_size(*jpeg_size(content), name)
-    elif content.startswith(_PNG_SIGNATURE):
-        _check_size(int.from_bytes(content[16:20]), int.from_bytes(content[20:24]), name)
     try:
+        if content.startswith(_PNG_SIGNATURE):
+            _check_size(*png_size(content), name)
         with Image.open(io.BytesIO(content), formats=formats) as image:
             _check_size(image.width, image.height, name)
             yield image
@@ -283,8 +283,25 @@ def _check_size(width: int, height: int, name: str) -> None:
         )
 
 
+def png_size(content: bytes) -> tuple[int, int]:
+    """Return width and height from the header of a PNG, or (0, 0) if it is cut off.
+
+    Raises:
+        ValueError: If another chunk comes first. Pillow would skip it and read the size later.
+    """
+    if len(content) < 24:
+        return 0, 0
+    if content[12:16] != b"IHDR":
+        raise ValueError("the PNG does not begin with IHDR")
+    return int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
+
+
 def jpeg_size(content: bytes) -> tuple[int, int]:
-    """Return width and height from a JPEG's first frame header, or (0, 0) if there is none."""
+    """Return width and height from a JPEG's first frame header, or (0, 0) if there is none.
+
+    Where libjpeg would not skip a segment by its length, the result is (0, 0) as well, because the
+    next header could be another than the one that libjpeg reads.
+    """
     position = 2
     while position + 9 <= len(content) and content[position] == 0xFF:
         marker = content[position + 1]
@@ -293,7 +310,7 @@ def jpeg_size(content: bytes) -> tuple[int, int]:
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header
             height = int.from_bytes(content[position + 5 : position + 7])
             return int.from_bytes(content[position + 7 : position + 9]), height
-        elif marker == 0xDA:  # start of scan
+        elif marker in (0x00, 0xD9, 0xDA):  # no marker, end of the image, start of a scan
             break
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a length
             position += 2

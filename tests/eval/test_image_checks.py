@@ -237,6 +237,34 @@ def test_more_pixels_than_the_limit_are_refused_before_decoding(name):
     assert refusal.remedy == SMALLER
 
 
+def test_a_size_that_libjpeg_does_not_read_is_not_taken_for_that_of_a_jpeg():
+    content = save(photo(size=(2000, 2000)), "JPEG")
+    scan = content.index(b"\xff\xda")
+    headers, rest = content[2:scan], content[scan:]
+    small = b"\xff\xc0" + struct.pack(">HBHHB", 11, 8, 1, 1, 1) + b"\x01\x11\0"
+    comment = b"\xff\xfe" + struct.pack(">H", 2 + len(small)) + small
+    length = struct.pack(">H", 2 + len(headers) + 4)  # would end in the comment
+    hidden = b"\xff\xd8\xff\x00" + length + headers + comment + rest
+    assert images.jpeg_size(hidden) == (0, 0)
+    refusal = refusal_of(hidden)
+    assert refusal.status == 413
+    assert refusal.error == "image: 2,000 x 2,000 pixels exceed the limit of 1,000,000."
+
+
+def test_a_png_must_begin_with_its_header():
+    content = save(photo(size=(2000, 2000)), "PNG")
+    data = struct.pack(">II", 1, 1)
+    chunk = struct.pack(">I", len(data)) + b"prVt" + data
+    chunk += struct.pack(">I", zlib.crc32(b"prVt" + data))
+    hidden = content[:8] + chunk + content[8:]
+    refusal = refusal_of(hidden)
+    assert refusal.status == 422
+    assert refusal.error == ("image: cannot be read as an image: the PNG does not begin with IHDR.")
+    with pytest.raises(images.UnreadableImage) as error:
+        images.decode(hidden, "image")
+    assert str(error.value) == "image: the PNG does not begin with IHDR"
+
+
 @pytest.mark.parametrize("make", [huge_gif, huge_bmp])
 def test_sizes_beyond_pillows_own_limit_are_refused(make):
     refusal = refusal_of(make())
