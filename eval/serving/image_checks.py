@@ -1,16 +1,18 @@
 """Check an uploaded image before it is decoded, and decode it as offline.
 
 A few bytes can describe an image that fills the memory or keeps a processor busy for hours. The
-checks read only headers and tables of contents.
+checks read headers and tables of contents, and inflate the segments of deflate TIFFs up to a limit.
 """
 
 import io
+import math
+import re
 import struct
 import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import tifffile
@@ -23,6 +25,7 @@ from ssl_pretrain.system.optional_packages import is_installed
 
 MAX_JPEG_SCANS = 100  # a camera's progressive JPEG has about 10; each scan costs a pass
 MAX_TIFF_PAGES = 64  # twice the largest number of channels
+PIXEL_BYTES = 4  # bytes that count as one pixel; a wider pixel counts as several
 _ALLOWED = "JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF, PNM or .npy"
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 # Beginnings of the formats that are accepted. WebP and AVIF have theirs at a later position.
@@ -53,31 +56,41 @@ _OTHERS = {
 # Compressions of TIFFs that decode to a size that is known before: none, LZW, deflate, PackBits.
 _BOUNDED_COMPRESSIONS = (1, 5, 8, 32773, 32946)
 _DEFLATE = (8, 32946)
+# JPEG markers that are followed by the length of their segment, and the end of the image. Bytes
+# that decoders pass over in search of the next marker do not match.
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 
-@dataclass(frozen=True)
-class ImageLimits:
-    """Largest images that are decoded.
+class DeclaredSize(NamedTuple):
+    """Size of an image according to its header."""
 
-    Attributes:
-        max_pixels: Width times height, and times the pages of a TIFF.
-        pixels_at_once: Pixels of all images that are decoded at a time, or None for `max_pixels`.
-    """
+    width: int
+    height: int
+    num_pages: int = 1
+    pixel_bytes: int = PIXEL_BYTES  # bytes per decoded pixel of the largest page
 
-    max_pixels: int
-    pixels_at_once: int | None = None
+    @property
+    def num_pixels(self) -> int:
+        """Number of pixels of all pages. One of more than 4 bytes counts as several."""
+        widths = max(1.0, self.pixel_bytes / PIXEL_BYTES)
+        return math.ceil(self.width * self.height * self.num_pages * widths)
 
 
 class ImageDecoder:
     """Decodes uploaded images to pixels in the format of a network. Threads may share it.
 
-    Images whose pixels together exceed `pixels_at_once` are decoded one after another, so that
-    memory does not grow with the number of threads.
+    Images that exceed `max_pixels` together are decoded one after another, so that memory does not
+    grow with the number of threads.
+
+    Args:
+        pixel_format: Format of the network's images.
+        max_pixels: Largest number of pixels of an image, by `DeclaredSize.num_pixels`.
     """
 
-    def __init__(self, pixel_format: PixelFormat, limits: ImageLimits):
-        self._pixel_format, self._limits = pixel_format, limits
-        self._free_pixels = limits.pixels_at_once or limits.max_pixels
+    def __init__(self, pixel_format: PixelFormat, max_pixels: int):
+        self._pixel_format, self._max_pixels = pixel_format, max_pixels
+        self._free_pixels = max_pixels
         self._changed = threading.Condition()
 
     def decode(self, content: bytes, name: str) -> np.ndarray:
@@ -91,18 +104,11 @@ class ImageDecoder:
             Refusal: If the file is no image, is damaged, or exceeds a limit.
         """
         kind = recognize(content, name)
-        width, height, num_pages = read_size(content, kind, name)
-        num_pixels = width * height * num_pages
-        if num_pixels > self._limits.max_pixels:
-            pages = f" in {num_pages} pages" if num_pages > 1 else ""
-            raise Refusal(
-                413,
-                f"{name}: {width:,} x {height:,} pixels{pages} exceed the limit of "
-                f"{self._limits.max_pixels:,}.",
-                "Send a smaller copy, or start the service with a larger --max-pixels.",
-            )
+        size = read_size(content, kind, name)
+        if size.num_pixels > self._max_pixels:
+            raise _too_large(size, self._max_pixels, name)
         check_structure(content, kind, name)
-        with self._reserve(num_pixels):
+        with self._reserve(size.num_pixels):
             try:
                 return images.decode(content, name, self._pixel_format)
             except (images.UnreadableImage, images.UnreachableSource) as error:
@@ -152,8 +158,21 @@ def unreadable(name: str, reason: str) -> Refusal:
     )
 
 
-def read_size(content: bytes, kind: str, name: str) -> tuple[int, int, int]:
-    """Return the width, the height and the number of pages that a file declares.
+def _too_large(size: DeclaredSize, max_pixels: int, name: str) -> Refusal:
+    is_wide = size.pixel_bytes > PIXEL_BYTES
+    of_bytes = f" of {size.pixel_bytes:,} bytes" if is_wide else ""
+    of_limit = f" pixels of {PIXEL_BYTES} bytes" if is_wide else ""
+    pages = f" in {size.num_pages} pages" if size.num_pages > 1 else ""
+    return Refusal(
+        413,
+        f"{name}: {size.width:,} x {size.height:,} pixels{of_bytes}{pages} exceed the limit of "
+        f"{max_pixels:,}{of_limit}.",
+        "Send a smaller copy, or start the service with a larger --max-pixels.",
+    )
+
+
+def read_size(content: bytes, kind: str, name: str) -> DeclaredSize:
+    """Return the size that a file declares.
 
     Raises:
         Refusal: If the header is damaged.
@@ -162,15 +181,15 @@ def read_size(content: bytes, kind: str, name: str) -> tuple[int, int, int]:
         if kind == ".npy":
             return _npy_size(content)
         if kind == "WebP" and (canvas := _webp_size(content)):
-            return (*canvas, 1)
+            return DeclaredSize(*canvas)
         if kind == "JPEG" and any(size := images.jpeg_size(content)):
-            return (*size, 1)
+            return DeclaredSize(*size)
         if kind == "PNG" and any(size := images.png_size(content)):
-            return (*size, 1)
+            return DeclaredSize(*size)
         if kind == "TIFF":
             return _tiff_size(content)
         with Image.open(io.BytesIO(content), formats=images.image_formats()) as image:
-            return image.width, image.height, 1
+            return DeclaredSize(image.width, image.height)
     except Image.DecompressionBombError:
         raise Refusal(
             413,
@@ -184,8 +203,8 @@ def read_size(content: bytes, kind: str, name: str) -> tuple[int, int, int]:
 
 
 def check_structure(content: bytes, kind: str, name: str) -> None:
-    """Refuse files whose decoding would cost much more than their pixels."""
-    if kind == "JPEG" and (num_scans := content.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+    """Refuse files whose decoding would cost much more than the pixels that `max_pixels` counts."""
+    if kind == "JPEG" and (num_scans := _count_scans(content)) > MAX_JPEG_SCANS:
         raise unreadable(
             name, f"the JPEG has {num_scans:,} scans, more than the limit of {MAX_JPEG_SCANS}"
         )
@@ -193,14 +212,31 @@ def check_structure(content: bytes, kind: str, name: str) -> None:
         _check_tiff_segments(content, name)
 
 
-def _npy_size(content: bytes) -> tuple[int, int, int]:
+def _count_scans(content: bytes) -> int:
+    """Return the number of scans of a JPEG's first image.
+
+    Phones append a film or further images, and headers hold a thumbnail. Neither is decoded.
+    """
+    num_scans, position = 0, 2
+    while match := _JPEG_MARKER.search(content, position):
+        start = match.start()
+        marker = content[start + 1]
+        if marker == _END_OF_IMAGE:
+            break
+        num_scans += marker == _START_OF_SCAN
+        position = start + 2 + int.from_bytes(content[start + 2 : start + 4])
+    return num_scans
+
+
+def _npy_size(content: bytes) -> DeclaredSize:
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     is_old = version == (1, 0)
     read = np.lib.format.read_array_header_1_0 if is_old else np.lib.format.read_array_header_2_0
-    shape = read(file)[0]
+    shape, _, dtype = read(file)
     sides = sorted(shape)[-2:] if shape else [0]  # the shortest of three axes has the channels
-    return sides[-1], sides[0], 1
+    num_channels = math.prod(sorted(shape)[:-2])
+    return DeclaredSize(sides[-1], sides[0], 1, num_channels * dtype.itemsize)
 
 
 def _webp_size(content: bytes) -> tuple[int, int] | None:
@@ -217,8 +253,10 @@ def _webp_size(content: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _tiff_size(content: bytes) -> tuple[int, int, int]:
+def _tiff_size(content: bytes) -> DeclaredSize:
     """Return the size of the largest page, and the number of pages.
+
+    Tiles that exceed the page count in full, because decoders allocate them.
 
     Raises:
         ValueError: If there are too many pages, or the file is cut off.
@@ -229,9 +267,23 @@ def _tiff_size(content: bytes) -> tuple[int, int, int]:
     with tifffile.TiffFile(io.BytesIO(content), _multifile=False) as file:
         if not file.pages:
             raise ValueError("the TIFF has no page")
-        sizes = [(page.imagewidth, page.imagelength) for page in map(_as_page, file.pages)]
-    width, height = max(sizes, key=lambda size: size[0] * size[1])
-    return width, height, len(sizes)
+        sizes = [
+            DeclaredSize(page.imagewidth, page.imagelength, num_pages, _count_pixel_bytes(page))
+            for page in map(_as_page, file.pages)
+        ]
+    return max(sizes, key=lambda size: size.num_pixels)
+
+
+def _count_pixel_bytes(page: tifffile.TiffPage) -> int:
+    """Return the bytes per decoded pixel of a page, rounded up. Tiles count with their padding."""
+    if not page.is_tiled:
+        return page.samplesperpixel * page.imagedepth * _item_bytes(page)
+    num_bytes = math.prod(page.chunked) * math.prod(page.chunks) * _item_bytes(page)
+    return math.ceil(num_bytes / max(1, page.imagewidth * page.imagelength))
+
+
+def _item_bytes(page: tifffile.TiffPage) -> int:
+    return page.dtype.itemsize if page.dtype is not None else 1
 
 
 def _as_page(page: tifffile.TiffPage | tifffile.TiffFrame) -> tifffile.TiffPage:
@@ -257,6 +309,13 @@ def _check_tiff_segments(content: bytes, name: str) -> None:
     """Refuse a TIFF for tifffile whose segments could decode to more than the image needs."""
     with tifffile.TiffFile(io.BytesIO(content), _multifile=False) as file:
         for page in map(_as_page, file.pages):
+            num_offsets, num_segments = len(page.dataoffsets), math.prod(page.chunked)
+            if num_offsets > num_segments:
+                raise unreadable(
+                    name,
+                    f"a page of the TIFF has {num_offsets:,} segments, and its size needs "
+                    f"{num_segments:,}",
+                )
             compression = int(page.compression)
             if compression not in _BOUNDED_COMPRESSIONS:
                 method = tifffile.COMPRESSION(compression).name
@@ -270,9 +329,11 @@ def _check_tiff_segments(content: bytes, name: str) -> None:
 
 
 def _check_deflate(content: bytes, page: tifffile.TiffPage, name: str) -> None:
-    limit = page.nbytes  # no segment is larger than the image
+    limit = math.prod(page.chunks) * _item_bytes(page)
     for offset, size in zip(page.dataoffsets, page.databytecounts):
         decompressor = zlib.decompressobj()
         decompressor.decompress(content[offset : offset + size], limit + 1)
         if decompressor.unconsumed_tail:
-            raise unreadable(name, "a part of the TIFF decompresses to more than the whole image")
+            raise unreadable(
+                name, f"a segment of the TIFF inflates to more than its {limit:,} bytes"
+            )

@@ -15,7 +15,7 @@ from torch import Tensor
 from ssl_pretrain.eval.embedding.vector_index import IndexFacts
 from ssl_pretrain.eval.image_transform import ImageTransform
 from ssl_pretrain.eval.serving.batching import Batcher
-from ssl_pretrain.eval.serving.image_checks import ImageDecoder, ImageLimits
+from ssl_pretrain.eval.serving.image_checks import ImageDecoder
 from ssl_pretrain.eval.serving.refusals import Refusal, overloaded
 from ssl_pretrain.eval.serving.service_metrics import ServiceMetrics
 from ssl_pretrain.eval.serving.uploads import ByteBudget, Upload
@@ -29,7 +29,7 @@ class ServiceLimits:
 
     Attributes:
         max_bytes: Bytes per image file.
-        max_pixels: Pixels per image.
+        max_pixels: Pixels per image. One of more than 4 bytes counts as several.
         max_batch: Images per batch of the network.
         max_queue: Images that are decoded or wait at a time. More are refused with status 503.
         max_wait_ms: Longest time in milliseconds that a batch waits for images in decoding.
@@ -99,7 +99,7 @@ class Service:
         self.is_ready = False
         self.num_images = 0
         self._budget = ByteBudget(limits.max_upload_bytes)
-        self._decoder = ImageDecoder(network.transform.pixel_format, ImageLimits(limits.max_pixels))
+        self._decoder = ImageDecoder(network.transform.pixel_format, limits.max_pixels)
         self._threads = ThreadPoolExecutor(limits.threads, "decode")
         self.metrics = ServiceMetrics(self)
         self._batcher = Batcher(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ssl_pretrain.data import images
 from ssl_pretrain.data.pixels import RGB, PixelFormat
-from ssl_pretrain.eval.serving.image_checks import ImageDecoder, ImageLimits
+from ssl_pretrain.eval.serving.image_checks import ImageDecoder
 from ssl_pretrain.eval.serving.refusals import Refusal
 
 LIMIT = 1_000_000
@@ -23,7 +23,7 @@ SMALLER = "Send a smaller copy, or start the service with a larger --max-pixels.
 
 
 def decode(content: bytes, pixel_format=RGB) -> np.ndarray:
-    return ImageDecoder(pixel_format, ImageLimits(LIMIT)).decode(content, "image")
+    return ImageDecoder(pixel_format, LIMIT).decode(content, "image")
 
 
 def refusal_of(content: bytes, pixel_format=RGB) -> Refusal:
@@ -80,6 +80,15 @@ def tiff(pixels: np.ndarray, **options) -> bytes:
     return file.getvalue()
 
 
+INTERLEAVED = {"planarconfig": "contig", "photometric": "minisblack"}
+
+
+@pytest.fixture
+def no_imagecodecs(monkeypatch):
+    name = "ssl_pretrain.eval.serving.image_checks.is_installed"
+    monkeypatch.setattr(name, lambda package: False)
+
+
 ACCEPTED = {
     "JPEG": lambda: save(photo(), "JPEG"),
     "progressive JPEG": lambda: save(photo(), "JPEG", progressive=True),
@@ -114,7 +123,7 @@ def test_every_format_is_decoded_as_offline(name):
 @pytest.mark.parametrize("compression", [None, "deflate"])
 def test_bands_are_decoded_as_offline(compression):
     bands = np.random.default_rng(0).integers(0, 256, (32, 48, 5), dtype=np.uint8)
-    content = tiff(bands, planarconfig="contig", photometric="minisblack", compression=compression)
+    content = tiff(bands, compression=compression, **INTERLEAVED)
     five = PixelFormat(5)
     np.testing.assert_array_equal(decode(content, five), bands)
 
@@ -294,7 +303,27 @@ def test_a_jpeg_of_a_thousand_scans_is_refused():
     scan = content[start : content.index(b"\xff", start + 2)]
     refusal = refusal_of(content[:start] + scan * 1000 + content[start:])
     assert refusal.status == 422
-    assert "scans, more than the limit of 100." in refusal.error
+    assert refusal.error == (
+        "image: cannot be read as an image: the JPEG has 1,010 scans, more than the limit of 100."
+    )
+
+
+@pytest.mark.parametrize("place", ["after the image", "in a header"])
+def test_only_the_scans_of_the_first_image_count(place):
+    content, others = save(photo(), "JPEG"), b"\xff\xda" * 200
+    if place == "after the image":  # such as the film of a phone
+        content += others
+    else:  # such as a thumbnail
+        content = content[:2] + b"\xff\xe5" + struct.pack(">H", 402) + others + content[2:]
+    np.testing.assert_array_equal(decode(content), images.decode(content, "image", RGB))
+
+
+def test_scans_cannot_hide_behind_a_marker_without_a_length():
+    content = save(photo(), "JPEG")
+    start = content.index(b"\xff\xda")
+    scans = b"\xff\x02\xff\xff" + content[start : start + 20] * 200
+    refusal = refusal_of(content[:start] + scans + content[start:])
+    assert refusal.error.endswith("the JPEG has 201 scans, more than the limit of 100.")
 
 
 def test_a_tiff_of_many_pages_is_refused():
@@ -315,28 +344,75 @@ def test_the_pages_of_a_tiff_count_together():
     assert refusal.error == ("image: 500 x 500 pixels in 5 pages exceed the limit of 1,000,000.")
 
 
-def test_a_strip_that_unpacks_to_more_than_the_image_is_refused(monkeypatch):
-    monkeypatch.setattr(
-        "ssl_pretrain.eval.serving.image_checks.is_installed", lambda package: False
+def test_wide_pixels_count_by_their_bytes():
+    bands = np.zeros((40, 40, 32))
+    content = tiff(bands, compression="deflate", **INTERLEAVED)
+    decoder = ImageDecoder(PixelFormat(32), max_pixels=100_000)
+    with pytest.raises(Refusal) as refusal:
+        decoder.decode(content, "image")
+    assert refusal.value.status == 413
+    assert refusal.value.error == (
+        "image: 40 x 40 pixels of 256 bytes exceed the limit of 100,000 pixels of 4 bytes."
     )
+    file = io.BytesIO()
+    np.save(file, bands)
+    with pytest.raises(Refusal, match=r"40 x 40 pixels of 256 bytes exceed"):
+        decoder.decode(file.getvalue(), "image")
+
+
+def test_a_tile_that_exceeds_the_image_counts_in_full():
+    content = bytearray(tiff(np.zeros((8, 8, 5), np.uint8), tile=(16, 16), **INTERLEAVED))
+    page = tifffile.TiffFile(io.BytesIO(bytes(content))).pages[0]
+    for code in (322, 323):
+        size = 4 if page.tags[code].dtype == 4 else 2
+        offset = page.tags[code].valueoffset
+        content[offset : offset + size] = (16_000).to_bytes(size, "little")
+    refusal = refusal_of(bytes(content), PixelFormat(5))
+    assert refusal.status == 413
+    assert refusal.error.startswith("image: 8 x 8 pixels of 20,000,000 bytes exceed the limit")
+
+
+def test_a_tile_at_the_edge_may_exceed_the_image(no_imagecodecs):
+    bands = np.random.default_rng(0).integers(0, 256, (10, 12, 5), dtype=np.uint8)
+    content = tiff(bands, tile=(16, 16), compression="deflate", **INTERLEAVED)
+    np.testing.assert_array_equal(decode(content, PixelFormat(5)), bands)
+
+
+def test_more_segments_than_the_image_needs_are_refused():
+    content = bytearray(
+        tiff(np.zeros((64, 64, 5), np.uint8), tile=(16, 16), compression="deflate", **INTERLEAVED)
+    )
+    page = tifffile.TiffFile(io.BytesIO(bytes(content))).pages[0]
+    for code in (256, 257):  # 4 of the 16 tiles are enough for 32 x 32 pixels
+        size = 4 if page.tags[code].dtype == 4 else 2
+        offset = page.tags[code].valueoffset
+        content[offset : offset + size] = (32).to_bytes(size, "little")
+    refusal = refusal_of(bytes(content), PixelFormat(5))
+    assert refusal.status == 422
+    assert refusal.error == (
+        "image: cannot be read as an image: a page of the TIFF has 16 segments, and its size "
+        "needs 4."
+    )
+
+
+def test_a_strip_that_unpacks_to_more_than_its_share_is_refused(no_imagecodecs):
     bands = np.zeros((32, 32, 5), np.uint8)
-    options = {"planarconfig": "contig", "photometric": "minisblack", "compression": "deflate"}
-    content = bytearray(tiff(bands, **options))
+    content = bytearray(tiff(bands, rowsperstrip=8, compression="deflate", **INTERLEAVED))
     with tifffile.TiffFile(io.BytesIO(bytes(content))) as file:
         page = file.pages[0]
         offset_tag, count_tag = page.tags[273], page.tags[279]
-    bomb = zlib.compress(bytes(20_000_000), 9)
-    content[offset_tag.valueoffset : offset_tag.valueoffset + 4] = len(content).to_bytes(
-        4, "little"
-    )
-    content[count_tag.valueoffset : count_tag.valueoffset + 4] = len(bomb).to_bytes(4, "little")
+    bomb = zlib.compress(bytes(32 * 32 * 5), 9)  # the size of the whole image
+    start, size = offset_tag.valueoffset, 4 if count_tag.dtype == 4 else 2
+    content[start : start + 4] = len(content).to_bytes(4, "little")
+    start = count_tag.valueoffset
+    content[start : start + size] = len(bomb).to_bytes(size, "little")
     refusal = refusal_of(bytes(content) + bomb, PixelFormat(5))
     assert refusal.status == 422
-    assert refusal.error.endswith("a part of the TIFF decompresses to more than the whole image.")
+    assert refusal.error.endswith("a segment of the TIFF inflates to more than its 1,280 bytes.")
 
 
 def test_images_that_exceed_the_memory_together_are_decoded_one_after_another(monkeypatch):
-    decoder = ImageDecoder(RGB, ImageLimits(max_pixels=48 * 32))
+    decoder = ImageDecoder(RGB, max_pixels=48 * 32)
     running, most = 0, 0
     lock = threading.Lock()
 
