@@ -27,7 +27,7 @@ DESCRIPTION = """Serve an exported network over HTTP: vectors, similarities and 
     curl -F image_a=@cat.jpg -F image_b=@dog.jpg http://127.0.0.1:8000/similarity
     curl --data-binary @cat.jpg "http://127.0.0.1:8000/neighbors?k=5"    # with --index
 
-Open http://127.0.0.1:8000/docs for all routes. SIGTERM or Ctrl-C finishes the running requests."""
+Open http://127.0.0.1:8000/docs for all routes. SIGTERM or Ctrl-C lets requests in progress finish."""
 _DEFAULTS = ServiceLimits()
 OPTIONS: dict[str, dict[str, Any]] = {
     "--index": {"metavar": "INDEX", "help": "folder of an index, for /neighbors"},
@@ -139,8 +139,8 @@ def _print_start(service: Service, address: str, host: str) -> None:
     )
     if http_server.is_public(host):
         print(
-            f"WARNING: --host {host}: other machines reach this service, and it asks nobody for a "
-            "password; put it behind a proxy that does, or leave --host out",
+            f"WARNING: --host {host}: other machines can reach this service, and it has no "
+            "authentication; put it behind a proxy that authenticates, or drop --host",
             file=sys.stderr,
             flush=True,
         )

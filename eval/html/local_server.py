@@ -1,6 +1,8 @@
 """An HTTP server for pages on this machine only."""
 
 import errno
+import ipaddress
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -38,14 +40,28 @@ def not_found(text: str = "The page is at /") -> Answer:
     return Answer(page.render("error.html.jinja", message=text), 404)
 
 
+def is_loopback(host: str) -> bool:
+    """Return True for localhost and the addresses that only this machine reaches.
+
+    Args:
+        host: Name or address without a port. IPv6 addresses may have brackets.
+    """
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
+
+
 def is_own_host(host: str) -> bool:
     """Return True if a Host header names this machine.
 
     Any port is accepted, because tunnels change it. Another site may point its own name to this
     machine (DNS rebinding). Requests from its pages carry that name and are refused.
     """
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    return name.lower() in ("127.0.0.1", "localhost", "[::1]")
+    is_bare_ipv6 = host.count(":") > 1 and not host.startswith("[")
+    return is_loopback(host if is_bare_ipv6 else re.sub(r":\d*$", "", host))
 
 
 def build(respond: Callable[[Request], Answer], port: int = 0) -> ThreadingHTTPServer:

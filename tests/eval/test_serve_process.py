@@ -1,5 +1,7 @@
 """The command starts a server, answers on a socket, keeps its limits, and stops cleanly."""
 
+import asyncio
+import errno
 import json
 import re
 import signal
@@ -167,7 +169,7 @@ def test_sigterm_finishes_what_runs_and_ends_with_status_0(server):
     client.join()
     assert answers == [200]
     assert status == 0
-    assert errors.splitlines() == ["stopping: running requests are finished", "stopped"]
+    assert errors.splitlines() == ["stopping: finishing the requests in progress", "stopped"]
 
 
 def error_of(function, *arguments) -> str:
@@ -186,13 +188,82 @@ def test_a_taken_port_and_a_wrong_host_are_named():
     message = error_of(http_server.bind, "no.such.host.invalid", 0)
     assert message.startswith("--host no.such.host.invalid: is no address of this machine (")
     assert message.endswith("; give 127.0.0.1, or 0.0.0.0 for all its addresses")
+    assert error_of(http_server.bind, "203.0.113.1", 0) == (  # an address for documentation
+        "--host 203.0.113.1: is no address of this machine; give 127.0.0.1, or 0.0.0.0 for all its "
+        "addresses"
+    )
+
+
+def test_a_reserved_port_is_named(monkeypatch):
+    class Reserved(socket.socket):
+        def bind(self, address):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket, "socket", Reserved)
+    assert error_of(http_server.bind, "127.0.0.1", 80) == (
+        "--port 80: cannot be used on 127.0.0.1 (Permission denied); ports below 1024 are reserved "
+        "for the system; give another --port, or --port 0 for any free one"
+    )
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_the_printed_address_can_be_opened(host):
+    with http_server.bind(host, 0) as bound:
+        name = socket.gethostname() if host == "0.0.0.0" else host
+        expected = f"http://{name}:{bound.getsockname()[1]}"
+        assert http_server.address_of(bound) == expected
+
+
+def test_a_service_that_fails_to_start_exits_with_an_error():
+    async def app(scope, receive, send):
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": "out of memory"})
+
+    with http_server.bind("127.0.0.1", 0) as bound, pytest.raises(SystemExit) as error:
+        http_server.serve(app, bound, 1)
+    assert error.value.code == "the service did not start; the reason is above"
+
+
+def test_a_connection_that_begins_a_second_request_is_closed_as_well(monkeypatch):
+    import uvicorn
+    from uvicorn.server import ServerState
+
+    monkeypatch.setattr(http_server, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(http_server, "KEEP_ALIVE_SECONDS", 0.3)
+
+    async def app(scope, receive, send):
+        start = {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-length", b"0")],
+        }
+        await send(start)
+        await send({"type": "http.response.body"})
+
+    async def use_connection() -> bytes:
+        config = uvicorn.Config(app, ws="none", log_level="error")
+        build, state = http_server._build_protocol(), ServerState()
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: build(config, state, {}), "127.0.0.1", 0)
+        async with server, asyncio.timeout(5):
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.write(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            answer = await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"G")
+            assert await reader.read() == b""  # until the server closes it
+            writer.close()
+        return answer
+
+    assert asyncio.run(use_connection()).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(
     ("host", "is_public"),
     [
         ("127.0.0.1", False),
+        ("127.0.0.2", False),
         ("localhost", False),
+        ("LOCALHOST", False),
         ("::1", False),
         ("0.0.0.0", True),
         ("192.168.1.5", True),
@@ -207,8 +278,8 @@ def test_a_public_address_is_announced(export_folder, monkeypatch, capsys):
     monkeypatch.setattr(http_server, "serve", lambda *arguments: None)
     serve.main([str(export_folder), "--host", "0.0.0.0", "--port", "0", "--threads", "1"])
     assert capsys.readouterr().err.splitlines()[0] == (
-        "WARNING: --host 0.0.0.0: other machines reach this service, and it asks nobody for a "
-        "password; put it behind a proxy that does, or leave --host out"
+        "WARNING: --host 0.0.0.0: other machines can reach this service, and it has no "
+        "authentication; put it behind a proxy that authenticates, or drop --host"
     )
     serve.main([str(export_folder), "--port", "0", "--threads", "1"])
     assert "WARNING" not in capsys.readouterr().err

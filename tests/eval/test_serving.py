@@ -186,6 +186,19 @@ def test_a_name_of_another_site_is_refused(client):
     assert answer.json()["error"] == "This service answers at 127.0.0.1 and localhost only."
 
 
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "127.0.0.2:8000", "LOCALHOST", "localhost:", "localhost:80", "[::1]:80", "::1"],
+)
+def test_names_of_this_machine_are_answered(client, host):
+    assert client.get("/healthz", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["", "192.168.1.5", "127.0.0.1.example", "localhost:80:80", "::2"])
+def test_other_names_are_refused(client, host):
+    assert client.get("/healthz", headers={"host": host}).status_code == 403
+
+
 def test_state_and_facts(client):
     assert client.get("/healthz").json() == {"state": "live"}
     assert client.get("/readyz").json() == {"state": "ready"}
