@@ -27,7 +27,7 @@ DESCRIPTION = """Serve an exported network over HTTP: vectors, similarities and 
     curl -F image_a=@cat.jpg -F image_b=@dog.jpg http://127.0.0.1:8000/similarity
     curl --data-binary @cat.jpg "http://127.0.0.1:8000/neighbors?k=5"    # with --index
 
-Open http://127.0.0.1:8000/docs for all routes. SIGTERM or Ctrl-C lets requests in progress finish."""
+Open http://127.0.0.1:8000/docs for all routes. SIGTERM or Ctrl-C finishes running requests."""
 _DEFAULTS = ServiceLimits()
 OPTIONS: dict[str, dict[str, Any]] = {
     "--index": {"metavar": "INDEX", "help": "folder of an index, for /neighbors"},
