@@ -77,7 +77,8 @@ class VectorIndex:
         """Load the index in a folder.
 
         Raises:
-            ValueError: If the folder has no index, or faiss is not installed.
+            ValueError: If the folder has no index, a file of it is damaged, or faiss is not
+                installed.
         """
         folder = Path(folder)
         missing = [
@@ -89,16 +90,26 @@ class VectorIndex:
                 "index` wrote"
             )
         faiss = import_faiss()
-        facts = IndexFacts(**json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")))
-        names = json.loads((folder / IDS_FILE).read_text(encoding="utf-8"))
-        index = faiss.read_index(str(folder / INDEX_FILE))
-        if not index.ntotal == len(names["ids"]) == facts.count or index.d != facts.dim:
+        try:
+            file = FACTS_FILE
+            facts = IndexFacts(**json.loads((folder / file).read_text(encoding="utf-8")))
+            file = IDS_FILE
+            names = json.loads((folder / file).read_text(encoding="utf-8"))
+            ids, classes = list(names["ids"]), list(names["classes"])
+            file = INDEX_FILE
+            index = faiss.read_index(str(folder / file))
+        except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"{folder / file}: is damaged or not of an index ({type(error).__name__}); copy the"
+                " folder again, or index the embeddings again with `ssl-pretrain index`"
+            ) from None
+        if not index.ntotal == len(ids) == facts.count or index.d != facts.dim:
             raise ValueError(
                 f"{folder}: {INDEX_FILE} has {index.ntotal:,} vectors of {index.d} numbers, "
-                f"{IDS_FILE} {len(names['ids']):,} names, and {FACTS_FILE} says {facts.count:,} "
+                f"{IDS_FILE} {len(ids):,} names, and {FACTS_FILE} says {facts.count:,} "
                 f"vectors of {facts.dim}; the files are of different indexes, so write it again"
             )
-        return cls(index, names["ids"], facts, names["classes"])
+        return cls(index, ids, facts, classes)
 
     def save(self, folder: Path) -> None:
         """Write the index to a new folder, or in place of an older index.
@@ -212,11 +223,18 @@ def build_index(
         provenance: Network, weights, feature and transform of the vectors.
 
     Raises:
-        ValueError: If there is no vector, a value is not finite, or faiss is not installed.
+        ValueError: If there is no vector or not one per name, a value is not finite, or faiss is
+            not installed.
     """
     faiss = import_faiss()
     if not len(vectors):
         raise ValueError("the embeddings have no vector to index; embed some images first")
+    if vectors.ndim != 2 or len(ids) != len(vectors):
+        raise ValueError(
+            f"the embeddings have shape {tuple(vectors.shape)} and {len(ids):,} names, and an "
+            "index takes one vector (n, dim) and one name per image; embed the images with "
+            "--feature pooled or patch_mean"
+        )
     values = prepare_vectors(vectors, metric)
     count, dim = values.shape
     flat = faiss.IndexFlatL2(dim) if metric == "l2" else faiss.IndexFlatIP(dim)
@@ -279,7 +297,8 @@ def prepare_vectors(vectors: np.ndarray, metric: Metric) -> np.ndarray:
     if not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
         raise ValueError(
-            f"vector {row} has a value that is not finite, as an unreadable image has; leave it out"
+            f"vector {row} has a value that is not finite, as an unreadable image has; remove that "
+            "vector, or index the file with `ssl-pretrain index`, which leaves such vectors out"
         )
     if metric != "cosine":
         return values

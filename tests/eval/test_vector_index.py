@@ -91,7 +91,37 @@ def test_the_vector_of_an_unreadable_image_is_refused():
     with pytest.raises(ValueError) as error:
         build_index(vectors, names(3))
     assert str(error.value) == (
-        "vector 1 has a value that is not finite, as an unreadable image has; leave it out"
+        "vector 1 has a value that is not finite, as an unreadable image has; remove that"
+        " vector, or index the file with `ssl-pretrain index`, which leaves such vectors out"
+    )
+
+
+def test_several_vectors_per_image_are_refused():
+    with pytest.raises(ValueError) as error:
+        build_index(np.zeros((3, 4, 16), np.float32), names(3))
+    assert str(error.value) == (
+        "the embeddings have shape (3, 4, 16) and 3 names, and an index takes one vector (n, dim)"
+        " and one name per image; embed the images with --feature pooled or patch_mean"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error"),
+    [
+        ("index.faiss", "not of faiss", "RuntimeError"),
+        ("index.json", "{", "JSONDecodeError"),
+        ("index.json", '{"other": 1}', "TypeError"),
+        ("ids.json", "{}", "KeyError"),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path, file, content, error):
+    build_index(random_vectors(3), names(3)).save(tmp_path / "index")
+    (tmp_path / "index" / file).write_text(content)
+    with pytest.raises(ValueError) as raised:
+        VectorIndex.load(tmp_path / "index")
+    assert str(raised.value) == (
+        f"{tmp_path / 'index' / file}: is damaged or not of an index ({error}); copy the folder"
+        " again, or index the embeddings again with `ssl-pretrain index`"
     )
 
 
