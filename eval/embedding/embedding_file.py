@@ -14,54 +14,39 @@ give the same bytes.
 
 import json
 import zipfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from ssl_pretrain.data.formats.stored_array import write_npy_header
+from ssl_pretrain.eval.embedding.embedding_writers import METADATA_KEY, WRITERS, Content, Entries
 from ssl_pretrain.system import durable_files, optional_packages
 
-SUFFIXES = (".npz", ".npy", ".parquet", ".safetensors")
-METADATA_KEY = "ssl_pretrain"  # key in the metadata of a table's schema and of a .safetensors
+__all__ = [
+    "SUFFIXES",
+    "Embeddings",
+    "Entries",
+    "check_names",
+    "check_path",
+    "read",
+    "read_metadata",
+    "sidecar_path",
+    "write",
+]
 
-
-@dataclass
-class Entries:
-    """Names, labels and origin of the vectors in a file.
-
-    Attributes:
-        names: Name of each image.
-        labels: Index of each image's class, int64 (n,), or -1.
-        classes: Names of the classes.
-        metadata: Network, weights, feature, transform and images.
-    """
-
-    names: list[str]
-    labels: np.ndarray
-    classes: list[str] = field(default_factory=list)
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def has_labels(self) -> bool:
-        """True if some image has a label."""
-        return bool((self.labels >= 0).any())
-
-    def class_names(self) -> list[str | None]:
-        """Return the name of each image's class, or None."""
-        return [self.classes[label] if label >= 0 else None for label in self.labels.tolist()]
-
-
-@dataclass(frozen=True)
-class _Content:
-    """Content of a file to write: the vectors, a few rows at a time, and what belongs to them."""
-
-    blocks: Iterable[np.ndarray]
-    shape: tuple[int, ...]  # of all vectors together
-    dtype: np.dtype[Any]
-    entries: Entries
+SUFFIXES = tuple(WRITERS)
+MAX_NPZ_CHARACTERS = 2**28  # of all names in an .npz, 1 GiB, where each has the longest one's width
+REMEDY = "give one that `ssl-pretrain embed` wrote"
+# Errors that the readers raise for files of other programs and for damaged ones.
+DAMAGES = (
+    *(AttributeError, KeyError, IndexError, TypeError, ValueError, EOFError, MemoryError),
+    *(NotImplementedError, RecursionError, OSError, SafetensorError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 @dataclass
@@ -81,6 +66,18 @@ def check_path(path: Path) -> None:
         )
     if path.suffix == ".parquet":
         optional_packages.require(str(path), "pyarrow", "data", "write an .npz")
+
+
+def check_names(path: Path, names: Sequence[str]) -> None:
+    """Raise ValueError if the names would need too much memory in the format of the path."""
+    if path.suffix != ".npz" or not names:
+        return
+    longest = max(map(len, names))
+    if longest * len(names) > MAX_NPZ_CHARACTERS:
+        raise ValueError(
+            f"OUT: {path} would store {len(names):,} names with the {longest:,} characters of the "
+            "longest one each; give OUT as .parquet"
+        )
 
 
 def sidecar_path(path: Path) -> Path:
@@ -105,8 +102,11 @@ def write(
         entries: Names, labels and metadata.
 
     Raises:
-        OSError: If the file cannot be written. An older file is then unchanged.
+        OSError: If the file cannot be written. An older file is then unchanged, except that an
+            older .npy may be removed, because its names are in another file.
+        ValueError: If the names are too long for the format.
     """
+    check_names(path, entries.names)
     shape = (len(entries.names), *row_shape)
     if path.suffix == ".npy":
         content = {
@@ -115,15 +115,13 @@ def write(
             "classes": entries.classes,
             "metadata": entries.metadata,
         }
+        # A kill must not leave the new names beside the old vectors.
+        path.unlink(missing_ok=True)
+        durable_files.sync_folder(path.parent)
         durable_files.replace(sidecar_path(path), f"{json.dumps(content, indent=1)}\n")
-    writer = {
-        ".npz": _write_npz,
-        ".npy": _write_npy,
-        ".parquet": _write_parquet,
-        ".safetensors": _write_safetensors,
-    }[path.suffix]
     durable_files.replace_by_writing(
-        path, lambda file: writer(file, _Content(blocks(), shape, dtype, entries))
+        path,
+        lambda file: WRITERS[path.suffix](file, Content(blocks(), shape, dtype, entries)),
     )
 
 
@@ -131,25 +129,27 @@ def read(path: str | Path) -> Embeddings:
     """Read a file of embeddings.
 
     Raises:
-        ValueError: If the file is none.
+        ValueError: If the file is missing, damaged, or not a file of embeddings.
     """
     path = Path(path)
     _check_readable(path)
-    if path.suffix == ".npz":
-        with np.load(path) as file:
-            labels = file.get("labels")
-            classes = file["classes"].tolist() if "classes" in file else []
-            metadata = json.loads(str(file["metadata"])) if "metadata" in file else {}
-            names = file["names"].tolist()
-            return Embeddings(file["features"], _entries(names, labels, classes, metadata))
-    if path.suffix == ".npy":
-        content = json.loads(sidecar_path(path).read_text(encoding="utf-8"))
-        vectors = np.load(path, mmap_mode="r")
-        return Embeddings(
-            vectors,
-            _entries(content["names"], content["labels"], content["classes"], content["metadata"]),
-        )
-    return _read_parquet(path) if path.suffix == ".parquet" else _read_safetensors(path)
+    reader = {
+        ".npz": _read_npz,
+        ".npy": _read_npy,
+        ".parquet": _read_parquet,
+        ".safetensors": _read_safetensors,
+    }[path.suffix]
+    try:
+        embeddings = reader(path)
+        problem = _find_problem(embeddings)
+    except DAMAGES as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # an error of the disk or the permissions
+        lines = str(error).strip().splitlines()
+        problem = "cannot be read as embeddings: " + ": ".join([type(error).__name__, *lines[:1]])
+    if problem:
+        raise ValueError(f"{path}: {problem}; {REMEDY}") from None
+    return embeddings
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -167,18 +167,20 @@ def read_metadata(path: Path) -> dict[str, Any]:
             text = (pq.read_schema(path).metadata or {})[METADATA_KEY.encode()]
             return dict(json.loads(text)["metadata"])
         return dict(json.loads(_safetensors_header(path)["__metadata__"][METADATA_KEY])["metadata"])
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile):
+    except DAMAGES:
         return {}
 
 
 def _check_readable(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give one that `ssl-pretrain embed` wrote")
+        raise ValueError(f"{path}: no such file; {REMEDY}")
     if path.suffix not in SUFFIXES:
         raise ValueError(
             f"{path}: ends in none of {', '.join(SUFFIXES)}; give a file that `ssl-pretrain embed` "
             "wrote"
         )
+    if path.suffix == ".parquet":
+        optional_packages.require(str(path), "pyarrow", "data", "write an .npz")
     if path.suffix == ".npy" and not sidecar_path(path).is_file():
         raise ValueError(
             f"{path}: {sidecar_path(path).name} is missing, which has the names; copy it beside "
@@ -194,59 +196,47 @@ def _entries(
     return Entries(list(names), np.asarray(labels, np.int64), list(classes), metadata)
 
 
-def _write_npz(file: BinaryIO, content: _Content) -> None:
-    entries = content.entries
-    arrays = {"names": np.array(entries.names), "metadata": np.array(json.dumps(entries.metadata))}
-    if entries.has_labels:
-        arrays |= {"labels": entries.labels, "classes": np.array(entries.classes)}
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-        with archive.open("features.npy", "w", force_zip64=True) as member:
-            _write_npy(member, content)
+def _find_problem(embeddings: Embeddings) -> str:
+    """Return why vectors and entries do not belong together, or an empty string."""
+    vectors, entries = embeddings.vectors, embeddings.entries
+    if vectors.dtype.kind != "f" or vectors.ndim not in (2, 3):
+        return (
+            f"has {vectors.dtype} features of shape {tuple(vectors.shape)}, and not float vectors "
+            "(n, dim) or (n, patches, dim)"
+        )
+    if not len(vectors) == len(entries.names) == len(entries.labels):
+        return (
+            f"has {len(vectors):,} vectors, {len(entries.names):,} names and "
+            f"{len(entries.labels):,} labels"
+        )
+    if entries.has_labels and entries.labels.max() >= len(entries.classes):
+        return f"has the label {entries.labels.max()}, and {len(entries.classes):,} classes"
+    if not all(isinstance(name, str) for name in entries.names):
+        return "has names that are not texts"
+    return "" if isinstance(entries.metadata, dict) else "has metadata that are not a JSON object"
 
 
-def _write_npy(file: Any, content: _Content) -> None:
-    write_npy_header(file, content.shape, content.dtype)
-    for block in content.blocks:
-        file.write(np.ascontiguousarray(block).data)
+def _read_npz(path: Path) -> Embeddings:
+    with np.load(path) as file:
+        labels = file.get("labels")
+        classes = file["classes"].tolist() if "classes" in file else []
+        metadata = json.loads(str(file["metadata"])) if "metadata" in file else {}
+        names = file["names"].tolist()
+        return Embeddings(file["features"], _entries(names, labels, classes, metadata))
 
 
-def _write_parquet(file: BinaryIO, content: _Content) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    entries = content.entries
-    value_type = pa.float16() if content.dtype == np.float16 else pa.float32()
-    for length in reversed(content.shape[1:]):
-        value_type = pa.list_(value_type, length)
-    fields = [pa.field("name", pa.string())]
-    if entries.has_labels:
-        fields += [pa.field("label", pa.int64()), pa.field("class", pa.string())]
-    fields.append(pa.field("features", value_type))
-    saved = {"metadata": entries.metadata, "classes": entries.classes}
-    schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(saved)})
-    class_names, start = entries.class_names() if entries.has_labels else [], 0
-    with pq.ParquetWriter(file, schema) as writer:
-        for block in content.blocks:
-            rows = slice(start, start + len(block))
-            start += len(block)
-            values = pa.array(np.ascontiguousarray(block).reshape(-1))
-            for length in reversed(content.shape[1:]):
-                values = pa.FixedSizeListArray.from_arrays(values, length)
-            columns = [pa.array(entries.names[rows], pa.string())]
-            if entries.has_labels:
-                labels = entries.labels[rows]
-                columns.append(pa.array(labels, pa.int64(), mask=labels < 0))
-                columns.append(pa.array(class_names[rows], pa.string()))
-            writer.write_table(pa.Table.from_arrays([*columns, values], schema=schema))
+def _read_npy(path: Path) -> Embeddings:
+    content = json.loads(sidecar_path(path).read_text(encoding="utf-8"))
+    vectors = np.load(path, mmap_mode="r")
+    return Embeddings(
+        vectors,
+        _entries(content["names"], content["labels"], content["classes"], content["metadata"]),
+    )
 
 
 def _read_parquet(path: Path) -> Embeddings:
     import pyarrow.parquet as pq
 
-    optional_packages.require(str(path), "pyarrow", "data", "write an .npz")
     table = pq.read_table(path)
     saved = json.loads((table.schema.metadata or {}).get(METADATA_KEY.encode(), b"{}"))
     values, lengths = table["features"].combine_chunks(), []
@@ -263,41 +253,7 @@ def _read_parquet(path: Path) -> Embeddings:
     )
 
 
-def _write_safetensors(file: BinaryIO, content: _Content) -> None:
-    """Write the header of the format, and then the tensors one after the other."""
-    entries = content.entries
-    names = np.frombuffer(json.dumps(entries.names).encode(), np.uint8)
-    small = {"labels": entries.labels, "names": names} if entries.has_labels else {"names": names}
-    saved = {"metadata": entries.metadata, "classes": entries.classes}
-    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps(saved)}}
-    types = {"labels": "I64", "names": "U8"}
-    sizes = {"features": int(np.prod(content.shape)) * content.dtype.itemsize}
-    sizes |= {name: array.nbytes for name, array in small.items()}
-    offset = 0
-    for name in ("labels", "features", "names"):  # so that every tensor is aligned
-        if name not in sizes:
-            continue
-        kind, dims = (
-            ("F16" if content.dtype == np.float16 else "F32", content.shape)
-            if name == "features"
-            else (types[name], small[name].shape)
-        )
-        end = offset + sizes[name]
-        header[name] = {"dtype": kind, "shape": list(dims), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    if "labels" in small:
-        file.write(small["labels"].tobytes())
-    for block in content.blocks:
-        file.write(np.ascontiguousarray(block).data)
-    file.write(names.tobytes())
-
-
 def _read_safetensors(path: Path) -> Embeddings:
-    from safetensors import safe_open
-
     with safe_open(path, "np") as file:
         saved = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
         keys = set(file.keys())
@@ -312,4 +268,6 @@ def _read_safetensors(path: Path) -> Embeddings:
 def _safetensors_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size - 8:
+            raise ValueError("the header is longer than the file")
         return dict(json.loads(file.read(length)))

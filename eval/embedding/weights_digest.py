@@ -24,7 +24,8 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(
-        (name.removeprefix(PREFIX), tensor) for name, tensor in tensors.items()
+        ((name.removeprefix(PREFIX), tensor) for name, tensor in tensors.items()),
+        key=lambda item: item[0],
     ):
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
