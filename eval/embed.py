@@ -74,6 +74,11 @@ def _embed(options: argparse.Namespace) -> None:
     )
     for reason in metadata["unreadable"].values():
         results.print_progress(f"unreadable, its features are NaN: {reason}")
+    if not_finite := metadata.get("not_finite"):
+        results.print_progress(
+            f"not finite: the network computed NaN or infinite features of {len(not_finite):,}"
+            f" readable images, such as {not_finite[0]}"
+        )
     shape = " x ".join(f"{length:,}" for length in extractor.describe_shape())
     process_group.print_once(
         f"{options.out}: features of {metadata['count']:,} images, {shape} numbers each"

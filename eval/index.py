@@ -21,6 +21,8 @@ from ssl_pretrain.eval.embedding.vector_index import Kind, Metric, VectorIndex
 from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
 
+PER_IMAGE = ("unreadable", "not_finite")  # metadata of embeddings that an index does not keep
+
 
 def main(arguments: list[str]) -> None:
     """Run the command-line interface."""
@@ -107,7 +109,7 @@ def write_index(
         )
     rows = np.flatnonzero(is_finite).tolist()
     class_names = entries.class_names() if entries.has_labels else []
-    provenance = {key: value for key, value in entries.metadata.items() if key != "unreadable"}
+    provenance = {key: value for key, value in entries.metadata.items() if key not in PER_IMAGE}
     index = vector_index.build_index(
         vectors[is_finite],
         [entries.names[row] for row in rows],

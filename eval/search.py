@@ -20,6 +20,7 @@ import torch
 
 from ssl_pretrain.data.file_types import is_picture
 from ssl_pretrain.data.image_values import to_pixels
+from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.eval import command_line, results
 from ssl_pretrain.eval.embed import NETWORK_HELP
 from ssl_pretrain.eval.embedding import embedding_file, embedding_network
@@ -132,7 +133,7 @@ def _embed_queries(
             source,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
-            max_replaced=data.max_replaced,
+            limit=ReplacementLimit(source, len(source), data.max_replaced),
         ):
             features.append(batch.features.numpy())
             for reason in batch.unreadable.values():

@@ -1,14 +1,11 @@
 """Compute the vectors of many images in blocks, so that a killed command continues where it was.
 
-Beside the file OUT, the folder OUT.job has the finished blocks. Each is fsynced and renamed, so it
-is whole or absent. Once all are there, OUT is written, appears at once, and the folder is removed.
-`job.json` says what the blocks depend on. Nothing is continued with other images, weights, feature
-or transform.
+Finished blocks are kept in the folder OUT.job. Each is fsynced and renamed, so it is complete or
+absent. When all blocks exist, OUT is written atomically and the folder is removed. A job is only
+continued with the same images, weights, feature and transform.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,30 +15,24 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ssl_pretrain.data.config import DataConfig
-from ssl_pretrain.data.image_source import ImageFiles, Source
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.embedding import embedding_file
 from ssl_pretrain.eval.embedding.embedding_file import Entries
 from ssl_pretrain.eval.embedding.feature_batches import FeatureExtractor
+from ssl_pretrain.eval.embedding.job_identity import find_difference, fingerprint
 from ssl_pretrain.eval.embedding.progress_line import ProgressLine
 from ssl_pretrain.fault_tolerance.lock_holder import FolderFlock
 from ssl_pretrain.system import durable_files
 
 JOB_FILE = "job.json"
 BATCHES_PER_BLOCK = 4
-NUM_STAMPED_FILES = 256  # files of a folder whose size and time are part of the fingerprint
+# Ranks wait for the slowest one and for the file as a multiple of the process group's time limit:
+# 24 hours for 10 minutes.
+TIMEOUT_FACTOR = 144.0
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
-# What the vectors depend on, by the name that a message uses.
-IDENTITY = {
-    "weights_sha256": "weights",
-    "feature": "feature",
-    "transform": "transform",
-    "precision": "precision",
-    "dtype": "dtype",
-    "count": "number of images",
-    "images_fingerprint": "images",
-}
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,9 @@ def embed_to_file(
         options: How the vectors are computed and stored.
 
     Returns:
-        The metadata of the file. `unreadable` has the reason for each image whose vector is NaN.
+        The metadata of the file. `unreadable` has the reason for each image that could not be read
+        and whose vector is therefore NaN. `not_finite` has the names of the readable images for
+        which the network computed a value that is NaN or infinite.
 
     Raises:
         ValueError: If the file exists with other vectors, an unfinished job has other settings,
@@ -97,24 +90,42 @@ def embed_to_file(
         "count": len(source),
         "dtype": options.dtype,
     }
-    if out.exists() and not options.overwrites:
-        existing = embedding_file.read_metadata(out)
-        if difference := _find_difference(existing, metadata):
-            raise ValueError(
-                f"OUT: {out} exists with other vectors ({difference}); give another name, or "
-                "--overwrite to replace it"
-            )
-        results.print_progress(f"{out}: is complete, nothing to do")
-        shutil.rmtree(_job_folder(out), ignore_errors=True)
+    embedding_file.check_names(out, _names(source))
+    group = process_group.new_cpu_group(TIMEOUT_FACTOR)
+    existing = None
+    if not options.overwrites:
+        existing = collectives.run_on_main(lambda: _find_complete_file(out, metadata), group)
+    if existing is not None:
         return existing
-    job = EmbeddingJob(out, metadata, row_shape, options)
+    job = EmbeddingJob(out, metadata, row_shape, options, group)
     with job:
         job.compute(extractor, source)
-        collectives.barrier()
-        if process_group.is_main():
-            job.finish(source)
-        collectives.barrier()
-    return embedding_file.read_metadata(out)
+        collectives.barrier(group)
+        return collectives.run_on_main(lambda: job.finish(source), group)
+
+
+def _find_complete_file(out: Path, metadata: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the metadata of the file if it has these vectors, or None if there is no file.
+
+    The blocks of a job that was killed after it wrote the file are removed.
+
+    Raises:
+        ValueError: If the file has other vectors.
+    """
+    if not out.exists():
+        return None
+    existing = embedding_file.read_metadata(out)
+    if difference := find_difference(existing, metadata):
+        raise ValueError(
+            f"OUT: {out} exists with other vectors ({difference}); give another name, or "
+            "--overwrite to replace it"
+        )
+    results.print_progress(f"{out}: is complete, nothing to do")
+    flock = FolderFlock(_job_folder(out))
+    if flock.try_take():  # otherwise another process may be computing a new file
+        shutil.rmtree(flock.folder, ignore_errors=True)
+        flock.release()
+    return existing
 
 
 class EmbeddingJob:
@@ -125,6 +136,7 @@ class EmbeddingJob:
         metadata: What the vectors depend on, and more entries for the file.
         row_shape: Shape of the vectors of one image.
         options: How the vectors are computed and stored.
+        group: Process group on which the ranks wait for each other, or None for the usual one.
     """
 
     def __init__(
@@ -133,15 +145,16 @@ class EmbeddingJob:
         metadata: dict[str, Any],
         row_shape: tuple[int, ...],
         options: JobOptions,
+        group: Any = None,
     ):
         self.out, self.folder = out, _job_folder(out)
         self.metadata, self.row_shape, self.options = metadata, row_shape, options
         self.block_images = BATCHES_PER_BLOCK * options.batch_size
-        self._flock = FolderFlock(self.folder)
+        self._flock, self._group = FolderFlock(self.folder), group
 
     def __enter__(self) -> "EmbeddingJob":
         try:
-            collectives.run_on_main(self._open)
+            collectives.run_on_main(self._open, self._group)
         except BaseException:
             self._flock.release()
             raise
@@ -159,8 +172,11 @@ class EmbeddingJob:
 
     def compute(self, extractor: FeatureExtractor, source: Source) -> None:
         """Compute this rank's share of the blocks that are not there yet."""
-        blocks = list(range(self.num_blocks))
-        missing = [block for block in blocks if not self._is_finished(block)]
+        # All ranks share one list. A late rank would already find blocks of the others.
+        missing = collectives.run_on_main(
+            lambda: [block for block in range(self.num_blocks) if not self._is_finished(block)],
+            self._group,
+        )
         num_done = len(source) - sum(len(self._indices(block)) for block in missing)
         if num_done:
             results.print_progress(
@@ -170,16 +186,15 @@ class EmbeddingJob:
         if not own:
             return
         indices = np.concatenate([self._indices(block) for block in own])
-        num_own = len(source) if process_group.world_size() == 1 else num_done + len(indices)
         rows: list[np.ndarray] = []
         unreadable: dict[int, str] = {}
-        with ProgressLine(num_own, num_done) as progress:
+        with ProgressLine(num_done + len(indices), num_done) as progress:
             for batch in extractor.extract(
                 source,
                 indices,
                 batch_size=self.options.batch_size,
                 num_workers=self.options.num_workers,
-                max_replaced=self.options.max_replaced,
+                limit=ReplacementLimit(source, len(source), self.options.max_replaced),
             ):
                 rows.append(batch.features.numpy())
                 unreadable |= batch.unreadable
@@ -190,19 +205,29 @@ class EmbeddingJob:
                 if process_group.is_main():
                     progress.add(len(batch.features))
 
-    def finish(self, source: Source) -> None:
-        """Write the file from the blocks, and remove the folder."""
-        names = [encodable(source.name(index)) for index in range(len(source))]
+    def finish(self, source: Source) -> dict[str, Any]:
+        """Write the file from the blocks, remove the folder, and return the file's metadata.
+
+        Raises:
+            ValueError: If too many images of all blocks together are unreadable. The blocks remain.
+        """
+        names = _names(source)
         unreadable: dict[str, str] = {}
+        not_finite: list[str] = []
         for block in range(self.num_blocks):
             with np.load(self._path(block)) as file:
                 saved = json.loads(str(file["unreadable"]))
+                rows = file.get("not_finite", ())
+                not_finite += [names[index] for index in self._indices(block)[list(rows)]]
             unreadable |= {names[int(index)]: reason for index, reason in saved.items()}
-        metadata = self.metadata | {"unreadable": unreadable}
+        limit = ReplacementLimit(source, len(source), self.options.max_replaced)
+        limit.check(len(unreadable), next(reversed(unreadable.values()), ""))
+        metadata = self.metadata | {"unreadable": unreadable, "not_finite": not_finite}
         entries = Entries(names, source.labels, [*map(encodable, source.classes)], metadata)
         dtype = np.dtype(self.options.dtype)
         embedding_file.write(self.out, self._read_blocks, self.row_shape, dtype, entries)
         shutil.rmtree(self.folder, ignore_errors=True)
+        return metadata
 
     def _open(self) -> None:
         """Create the folder, or check that it belongs to the same vectors."""
@@ -215,7 +240,7 @@ class EmbeddingJob:
         file = self.folder / JOB_FILE
         if file.is_file():
             saved = json.loads(file.read_text(encoding="utf-8"))["metadata"]
-            difference = _find_difference(saved, self.metadata)
+            difference = find_difference(saved, self.metadata)
             if not difference:
                 return
             if not self.options.overwrites:
@@ -254,12 +279,15 @@ class EmbeddingJob:
                     "--dtype float32"
                 )
         own = {str(index): unreadable[index] for index in indices.tolist() if index in unreadable}
+        is_finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        not_finite = np.flatnonzero(~is_finite & [index not in unreadable for index in indices])
 
         def write(file: BinaryIO) -> None:
             np.savez(
                 file,
                 features=values.astype(self.options.dtype),
                 unreadable=np.array(json.dumps(own)),
+                not_finite=not_finite,
             )
 
         durable_files.replace_by_writing(self._path(block), write)
@@ -270,42 +298,14 @@ class EmbeddingJob:
                 yield file["features"]
 
 
-def fingerprint(source: Source) -> str:
-    """Return a fingerprint of the images that also changes with most changes of their content.
-
-    It has the names, the labels and the order, the size and time of a file that has all images, and
-    those of some of the files in a folder.
-    """
-    digest = hashlib.sha256(source.fingerprint.encode())
-    paths = [source.full_path]
-    if isinstance(source, ImageFiles) and not len(source.files.spans):
-        chosen = np.unique(np.linspace(0, len(source) - 1, NUM_STAMPED_FILES).astype(np.int64))
-        paths = [source.name(index) for index in chosen.tolist()]
-    for path in paths:
-        if os.path.isfile(path):
-            status = os.stat(path)
-            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
-
-
 def encodable(name: str) -> str:
     r"""Return a name in which bytes that are no UTF-8 are written as \x.., as tables need it."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def _names(source: Source) -> list[str]:
+    return [encodable(source.name(index)) for index in range(len(source))]
+
+
 def _job_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.job")
-
-
-def _find_difference(saved: dict[str, Any], metadata: dict[str, Any]) -> str:
-    """Return which vectors differ, and how, or an empty string if none does."""
-    differences = []
-    for key, name in IDENTITY.items():
-        old, new = saved.get(key), metadata[key]
-        if old != new:
-            shown_old, shown_new = (
-                str(value)[:12] if key.endswith(("sha256", "fingerprint")) else value
-                for value in (old, new)
-            )
-            differences.append(f"{name}: {shown_old} there, {shown_new} here")
-    return "; ".join(differences)

@@ -1,7 +1,7 @@
 """Open a network to embed images with: a run, an export, a file of weights, or `timm:TAG`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def describe_transform(transform: ImageTransform) -> dict[str, Any]:
     """Return a transform as plain values that survive JSON."""
-    values = asdict(replace(transform, pixel_format=PixelFormat()))
+    values = asdict(transform)
     del values["pixel_format"]
     return {
         **{

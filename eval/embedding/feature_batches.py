@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.data import readers
-from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.data.image_source import Source
-from ssl_pretrain.data.replacement import Replacement
+from ssl_pretrain.data.replacement import Replacement, ReplacementLimit
 from ssl_pretrain.eval.frozen import named_features
 from ssl_pretrain.eval.frozen.patch_tokens import PATCHES, TokenSequence
 from ssl_pretrain.eval.image_transform import ImageTransform
@@ -87,7 +86,7 @@ class FeatureExtractor:
         *,
         batch_size: int = 64,
         num_workers: int = 0,
-        max_replaced: float = DataConfig.max_replaced,
+        limit: ReplacementLimit | None = None,
     ) -> Iterator[FeatureBatch]:
         """Yield the features of images in order.
 
@@ -96,7 +95,7 @@ class FeatureExtractor:
             indices: Indices of the images, or None for all.
             batch_size: Images per forward pass.
             num_workers: Processes that read the images.
-            max_replaced: Share of the images that may be unreadable.
+            limit: Limit on the unreadable images, or None for that of these images alone.
 
         Raises:
             ValueError: If more images are unreadable, or the source has no image.
@@ -111,7 +110,13 @@ class FeatureExtractor:
 
         start = 0
         for pixels, _ in readers.read_images(
-            source, order, self.transform.crop, batch_size, num_workers, max_replaced, record
+            source,
+            order,
+            self.transform.crop,
+            batch_size,
+            num_workers,
+            report_replaced=record,
+            limit=limit,
         ):
             features = self(pixels)
             batch_indices = order[start : start + len(features)]

@@ -197,6 +197,7 @@ def read_images(
     num_workers: int,
     max_replaced: float = DataConfig.max_replaced,
     report_replaced: Callable[[Sequence[Replacement]], None] | None = None,
+    limit: ReplacementLimit | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Read each image once, in the given order and without randomness.
 
@@ -210,6 +211,8 @@ def read_images(
         max_replaced: Share of the images that may be unreadable, as in `data.max_replaced`.
         report_replaced: Function that is called with the unreadable images of a batch, before that
             is yielded, and replaces the warnings.
+        limit: Limit on the unreadable images, in place of `max_replaced` of these images. It is for
+            images that are read in several calls.
 
     Yields:
         Pixels uint8 (batch, C, s, s) and labels int64 (batch,), on the CPU. An unreadable image
@@ -217,7 +220,7 @@ def read_images(
         names the unreadable file.
 
     Raises:
-        ValueError: If more images are unreadable than `max_replaced` allows.
+        ValueError: If more images are unreadable than the limit allows.
     """
     order = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -244,7 +247,7 @@ def read_images(
         ]
         for batch in batches
     ]
-    limit = ReplacementLimit(source, len(order), max_replaced)
+    limit = limit or ReplacementLimit(source, len(order), max_replaced)
     pool = ProcessPool(dataset, num_workers, transfer, pin_memory=False)
     try:
         chunks = pool.make_chunks(chain.from_iterable(requests))

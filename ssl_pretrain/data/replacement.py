@@ -139,7 +139,7 @@ class ReplacementLimit:
         self.num_replaced += len(replacements)
         self._num_in_pass += len(replacements)
         if replacements:
-            self._check(self._num_in_pass, replacements[-1].message)
+            self.check(self._num_in_pass, replacements[-1].message)
 
     def count_over_ranks(self, is_reported: bool) -> int:
         """Count the replacements of all ranks and apply the limit, in a collective on the CPU.
@@ -155,12 +155,18 @@ class ReplacementLimit:
         """
         num_unreported = self.num_replaced - self._num_reported
         counts = collectives.gather_objects((self._num_in_pass, num_unreported))
-        self._check(sum(num_in_pass for num_in_pass, _ in counts))
+        self.check(sum(num_in_pass for num_in_pass, _ in counts))
         if is_reported:
             self._num_reported = self.num_replaced
         return sum(num_unreported for _, num_unreported in counts)
 
-    def _check(self, num_replaced: int, example: str = "") -> None:
+    def check(self, num_replaced: int, example: str = "") -> None:
+        """Raise ValueError if this many replacements in one pass are more than the limit.
+
+        Args:
+            num_replaced: Number of replacements in the pass.
+            example: Message about one of them.
+        """
         if num_replaced <= self._max_per_pass:
             return
         remedy = "restore the files, remove them from the data set, or raise data.max_replaced"

@@ -158,10 +158,10 @@ def run_on_main(function: Callable[[], T], group: Any = None) -> T:
     return cast(T, result)
 
 
-def barrier() -> None:
+def barrier(group: Any = None) -> None:
     """Wait for all ranks."""
     if process_group.world_size() > 1:
-        dist.barrier(group=process_group.cpu_group())
+        dist.barrier(group=group or process_group.cpu_group())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import warnings
 from pathlib import Path
 
@@ -22,9 +23,8 @@ from ssl_pretrain.eval.embedding import (
     embedding_network,
     progress_line,
 )
-from ssl_pretrain.eval.embedding.embedding_file import Entries
 from ssl_pretrain.eval.embedding.progress_line import ProgressLine
-from ssl_pretrain.eval.embedding.weights_digest import digest_of_network
+from ssl_pretrain.eval.embedding.weights_digest import digest_of_network, digest_of_tensors
 
 NAMES = [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(5)]
 SETTINGS = ["--device=cpu", "--batch-size=1", "parallel.precision=float32"]  # blocks of 4 images
@@ -78,45 +78,6 @@ def test_features_are_those_of_load_backbone_in_every_format(run_folder, images,
     assert not (tmp_path / f"out{suffix}.job").exists()
 
 
-@pytest.mark.parametrize("suffix", embedding_file.SUFFIXES)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_file_gives_back_what_was_written(tmp_path, suffix, dtype):
-    vectors = np.arange(5 * 3 * 2, dtype=dtype).reshape(5, 3, 2) / 7
-    vectors[2] = np.nan
-    names = ["a", "b\n", "c\\udc80", "ä", "e"]
-    written = Entries(names, np.array([0, 1, -1, 0, 1]), ["x", "y"], {"feature": "patches"})
-    path = tmp_path / f"file{suffix}"
-    embedding_file.write(path, lambda: [vectors[:4], vectors[4:]], (3, 2), vectors.dtype, written)
-    read = embedding_file.read(path)
-    assert read.vectors.dtype == dtype
-    np.testing.assert_array_equal(read.vectors, vectors)
-    assert (read.entries.names, read.entries.classes) == (names, ["x", "y"])
-    assert read.entries.labels.tolist() == [0, 1, -1, 0, 1]
-    assert read.entries.class_names() == ["x", "y", None, "x", "y"]
-    assert read.entries.metadata == {"feature": "patches"}
-
-
-def test_other_programs_read_the_files(tmp_path):
-    import pyarrow.parquet as pq
-    from safetensors.numpy import load_file
-
-    vectors = np.arange(6, dtype=np.float32).reshape(3, 2)
-    written = Entries(["a", "b", "c"], np.array([0, -1, 1]), ["x", "y"], {})
-    for suffix in embedding_file.SUFFIXES:
-        path = tmp_path / f"file{suffix}"
-        embedding_file.write(path, lambda: [vectors], (2,), vectors.dtype, written)
-    np.testing.assert_array_equal(np.load(tmp_path / "file.npy"), vectors)
-    with np.load(tmp_path / "file.npz") as file:
-        np.testing.assert_array_equal(file["features"], vectors)
-        assert file["names"].tolist() == ["a", "b", "c"]
-    tensors = load_file(tmp_path / "file.safetensors")
-    np.testing.assert_array_equal(tensors["features"], vectors)
-    assert tensors["labels"].tolist() == [0, -1, 1]
-    table = pq.read_table(tmp_path / "file.parquet").to_pydict()
-    assert table["features"] == vectors.tolist()
-    assert (table["label"], table["class"]) == ([0, None, 1], ["x", None, "y"])
-
-
 @pytest.mark.parametrize("feature", ["prefix", "patch_mean", "cls_mean", "last2", "patches"])
 def test_a_named_feature_is_written_and_the_python_api_gives_the_same(
     run_folder, images, tmp_path, feature
@@ -155,6 +116,49 @@ def test_more_unreadable_images_than_allowed_end_the_command(run_folder, images,
     with pytest.raises(ValueError) as error:
         embed_images(run_folder, images, tmp_path / "out.npz")
     assert str(error.value).startswith("data.max_replaced: 2 of 10 images of ")
+
+
+def test_the_limit_of_unreadable_images_is_that_of_the_whole_data_set_after_a_kill(
+    run_folder, images, tmp_path, monkeypatch
+):
+    for name in ("dog/3.png", "dog/4.png"):  # both of the third and last block
+        (images / name).write_bytes(b"\x89PNG\r\n\x1a\n")
+    whole = embed_images(run_folder, images, tmp_path / "whole.npz", "data.max_replaced=0.2")
+    stop_after_blocks(monkeypatch, 2)
+    with pytest.raises(SystemExit):
+        embed_images(run_folder, images, tmp_path / "out.npz", "data.max_replaced=0.2")
+    monkeypatch.undo()
+    continued = embed_images(run_folder, images, tmp_path / "out.npz", "data.max_replaced=0.2")
+    assert continued.entries.metadata["unreadable"] == whole.entries.metadata["unreadable"]
+
+
+def test_the_unreadable_images_of_all_blocks_are_counted_together(
+    run_folder, images, tmp_path, monkeypatch
+):
+    out = tmp_path / "out.npz"
+    for name in ("cat/0.png", "dog/4.png"):  # of the first and of the last block
+        (images / name).write_bytes(b"\x89PNG\r\n\x1a\n")
+    stop_after_blocks(monkeypatch, 2)
+    with pytest.raises(SystemExit):
+        embed_images(run_folder, images, out, "data.max_replaced=0.1")
+    monkeypatch.undo()
+    with pytest.raises(ValueError) as error:
+        embed_images(run_folder, images, out, "data.max_replaced=0.1")
+    assert str(error.value).startswith("data.max_replaced: 2 of 10 images of ")
+    assert not out.exists()
+    embed_images(run_folder, images, out, "data.max_replaced=0.2")
+
+
+def stop_after_blocks(monkeypatch, number):
+    """Let a command stop after it wrote some blocks, as Ctrl-C does."""
+    write_block = embedding_job.EmbeddingJob._write_block
+
+    def stop(job, block, *arguments):
+        write_block(job, block, *arguments)
+        if block == number - 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedding_job.EmbeddingJob, "_write_block", stop)
 
 
 def fork(function):
@@ -225,13 +229,7 @@ def test_finished_blocks_are_not_computed_again(run_folder, images, tmp_path, ca
     out, calls = tmp_path / "out.npz", []
     whole = embed_images(run_folder, images, tmp_path / "whole.npz")
     write_block = embedding_job.EmbeddingJob._write_block
-
-    def stop_after_two(job, block, *arguments):
-        write_block(job, block, *arguments)
-        if block == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(embedding_job.EmbeddingJob, "_write_block", stop_after_two)
+    stop_after_blocks(monkeypatch, 2)
     with pytest.raises(SystemExit) as status:
         embed_images(run_folder, images, out)
     assert status.value.code == 130
@@ -267,11 +265,12 @@ def test_a_job_is_not_continued_with_other_features_or_images(run_folder, images
     with pytest.raises(ValueError) as error:
         embed_images(run_folder, images, out)
     assert str(error.value) == (
-        f"{folder}: is an unfinished job with other vectors (feature: patch_mean there, pooled"
-        " here); give what it was started with, another OUT, or --overwrite to start again"
+        f"{folder}: is an unfinished job with other vectors (feature: patch_mean in the file,"
+        " pooled in this command); give what it was started with, another OUT, or --overwrite to"
+        " start again"
     )
     Image.new("RGB", (12, 12)).save(images / "cat/0.png")
-    with pytest.raises(ValueError, match=r"with other vectors \(images: \w{12} there, \w{12} here"):
+    with pytest.raises(ValueError, match=r"\(images: \w{12} in the file, \w{12} in this command"):
         embed_images(run_folder, images, out, "--feature=patch_mean")
     embed_images(run_folder, images, out, "--overwrite")
     assert not folder.exists()
@@ -284,9 +283,9 @@ def test_a_job_is_not_continued_with_other_weights(run_folder, images, tmp_path)
     with pytest.raises(ValueError) as error:
         embed_images(other, images, tmp_path / "out.npz")
     assert str(error.value) == (
-        f"{folder}: is an unfinished job with other vectors (weights: {digests[0][:12]} there,"
-        f" {digests[1][:12]} here); give what it was started with, another OUT, or --overwrite to"
-        " start again"
+        f"{folder}: is an unfinished job with other vectors (weights: {digests[0][:12]} in the"
+        f" file, {digests[1][:12]} in this command); give what it was started with, another OUT, or"
+        " --overwrite to start again"
     )
 
 
@@ -299,12 +298,64 @@ def test_a_finished_file_is_kept_and_only_replaced_on_request(run_folder, images
     with pytest.raises(ValueError) as error:
         embed_images(run_folder, images, out, "--dtype=float16")
     assert str(error.value) == (
-        f"OUT: {out} exists with other vectors (dtype: float32 there, float16 here); give another"
-        " name, or --overwrite to replace it"
+        f"OUT: {out} exists with other vectors (dtype: float32 in the file, float16 in this"
+        " command); give another name, or --overwrite to replace it"
     )
     assert out.read_bytes() == content
     embedded = embed_images(run_folder, images, out, "--dtype=float16", "--overwrite")
     assert embedded.vectors.dtype == np.float16
+
+
+def test_blocks_that_another_process_computes_survive_a_command_that_finds_the_file_complete(
+    run_folder, images, tmp_path
+):
+    out = tmp_path / "out.npz"
+    embed_images(run_folder, images, out)
+    flock = embedding_job.FolderFlock(tmp_path / "out.npz.job")
+    flock.folder.mkdir()
+    assert flock.try_take()  # as a process with --overwrite does
+    embed_images(run_folder, images, out)
+    assert flock.folder.exists()
+    flock.release()
+    embed_images(run_folder, images, out)
+    assert not flock.folder.exists()
+
+
+def test_names_that_an_npz_stores_at_the_longest_ones_width_are_refused(
+    run_folder, images, tmp_path, monkeypatch
+):
+    longest = len(str(images / NAMES[0]))
+    monkeypatch.setattr(embedding_file, "MAX_NPZ_CHARACTERS", 10 * longest - 1)
+    with pytest.raises(ValueError) as error:
+        embed_images(run_folder, images, tmp_path / "out.npz")
+    assert str(error.value) == (
+        f"OUT: {tmp_path / 'out.npz'} would store 10 names with the {longest} characters of the"
+        " longest one each; give OUT as .parquet"
+    )
+    assert not (tmp_path / "out.npz.job").exists()
+    embed_images(run_folder, images, tmp_path / "out.parquet")
+
+
+def test_features_that_the_network_could_not_compute_are_named(
+    run_folder, images, tmp_path, monkeypatch, capsys
+):
+    call = embedding_job.FeatureExtractor.__call__
+    black = images / "dog/1.png"
+    Image.new("RGB", (12, 12)).save(black)
+
+    def overflow(extractor, pixels):
+        features = call(extractor, pixels)
+        features[(pixels == 0).flatten(1).all(dim=1)] = torch.inf
+        return features
+
+    monkeypatch.setattr(embedding_job.FeatureExtractor, "__call__", overflow)
+    (images / "cat/3.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    embeddings = embed_images(run_folder, images, tmp_path / "out.npz", "data.max_replaced=0.1")
+    assert embeddings.entries.metadata["not_finite"] == [str(black)]
+    assert (
+        "not finite: the network computed NaN or infinite features of 1 readable images, such as"
+        f" {black}"
+    ) in capsys.readouterr().err
 
 
 def test_two_processes_do_not_write_the_same_file(run_folder, images, tmp_path):
@@ -366,6 +417,27 @@ def test_ranks_write_the_bytes_of_one_process(run_folder, images, tmp_path):
     assert (tmp_path / "three.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
 
 
+def embed_on_a_late_rank(run_folder, images, out):
+    """Let rank 1 look for missing blocks only after rank 0 has written one."""
+    is_finished = embedding_job.EmbeddingJob._is_finished
+
+    def look_late(job, block):
+        deadline = time.monotonic() + 20
+        while not job._path(0).is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return is_finished(job, block)
+
+    if torch.distributed.get_rank() == 1:
+        embedding_job.EmbeddingJob._is_finished = look_late
+    embed_on_a_rank(run_folder, images, out)
+
+
+def test_a_late_rank_computes_its_share_of_the_same_blocks(run_folder, images, tmp_path):
+    embed_images(run_folder, images, tmp_path / "one.npz")
+    run_ranks(embed_on_a_late_rank, run_folder, images, tmp_path / "two.npz", world_size=2)
+    assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+
+
 def test_the_progress_line_has_the_speed_and_the_time_left(monkeypatch, capsys):
     seconds = iter([0.0, 2.0, 4.0])
     monkeypatch.setattr(progress_line.time, "monotonic", lambda: next(seconds))
@@ -384,3 +456,8 @@ def test_photographs_in_a_zip_are_embedded_as_by_hand(shared_data, run_folder, t
     names = [os.path.relpath(name, archive) for name in embeddings.entries.names]
     expected = features_by_hand(run_folder, folder, names)
     np.testing.assert_array_equal(embeddings.vectors, expected)
+
+
+def test_the_digest_accepts_a_name_with_and_without_the_prefix():
+    tensors = {"model.norm.bias": torch.zeros(2), "norm.bias": torch.ones(2)}
+    assert len(digest_of_tensors(tensors)) == 64
