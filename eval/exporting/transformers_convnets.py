@@ -52,8 +52,9 @@ def _has_plain_stem(model: Any) -> bool:
 
 def _find_resnet_block_problem(block: Any, kind: type, stride: tuple[int, int]) -> str:
     is_bottleneck = kind is resnet.Bottleneck
-    has_extras = block.se is not None or not isinstance(block.aa, nn.Identity)
-    if not is_exactly(block, kind) or kind not in KINDS or has_extras:
+    if not is_exactly(block, kind) or kind not in KINDS:
+        return "has blocks of another kind"
+    if block.se is not None or not isinstance(block.aa, nn.Identity):
         return "has blocks of another kind"
     if not isinstance(block.act1, nn.ReLU):
         return f"has the activation {type(block.act1).__name__}"
@@ -108,7 +109,7 @@ def find_convnext_problem(model: Any) -> str:
         "has an overlapping stem": len(stem) != 2 or stem[0].kernel_size != stem[0].stride,
         "has convolutions without a bias": stem[0].bias is None,
         "normalizes before pooling": not isinstance(model.norm_pre, nn.Identity),
-        "has a hidden layer in its head": not isinstance(model.head.pre_logits, nn.Identity),
+        "has a hidden layer in its head": _has_hidden_layer(model.head),
         "pools by another operation than the mean": model.head.global_pool.pool_type != "avg",
         "has another downsampling than a 2x2 convolution between stages": any(
             not isinstance(stage.downsample, nn.Identity)
@@ -131,6 +132,11 @@ def find_convnext_problem(model: Any) -> str:
         ),
     }
     return next((problem for problem, applies in problems.items() if applies), "")
+
+
+def _has_hidden_layer(head: Any) -> bool:
+    layer = getattr(head, "pre_logits", None)  # missing if the norm is before pooling
+    return layer is not None and not isinstance(layer, nn.Identity)
 
 
 def map_convnext(model: Any) -> MappedNetwork:

@@ -149,6 +149,8 @@ REFUSED = {
     "wide_resnet50_2": ({}, "has grouped or wide convolutions"),
     "resnext50_32x4d": ({}, "has grouped or wide convolutions"),
     "seresnet18": ({}, "has blocks of another kind"),
+    "skresnet18": ({}, "has blocks of another kind"),
+    "convnext_tiny_hnf": ({}, "normalizes before pooling"),
     "convnext_atto_ols": ({}, "has an overlapping stem"),
     "vit_small_patch16_dinov3": ({"depth": 1}, "has no Eva with these weights"),
     "vit_base_patch16_clip_224": ({"depth": 1}, "applies a norm before the blocks"),
