@@ -31,12 +31,12 @@ def transform(image: Any, folder: Path = FOLDER) -> Tensor:
 
     Args:
         image: A PIL image, the path of an image file, an array (height, width, channels), or a
-            tensor (channels, height, width). Arrays and tensors are uint8, except if the export has
-            a range of values.
+            tensor (channels, height, width). Arrays and tensors are bool, uint8 or integers of 16
+            bits, and others only if the export has a range of values.
         folder: Folder of the export.
 
     Raises:
-        ValueError: If the object is not an image of this kind.
+        ValueError: If the object is not an image of this kind, or has a value that is not finite.
     """
     settings = _read_settings(folder)
     size = settings["size"]
@@ -74,7 +74,9 @@ def _to_pixels(image: Any, channels: int, value_range: Sequence[float]) -> np.nd
         raise ValueError(
             f"the image has {values.shape[2]} channels, but the backbone takes {channels}"
         )
-    if values.dtype != np.uint8:
+    if values.dtype == np.bool_:
+        values = values.astype(np.uint8) * np.uint8(255)
+    elif values.dtype != np.uint8:
         values = _to_levels(values, value_range)
     return np.array(_convert_channels(values, channels))
 
@@ -94,6 +96,8 @@ def _to_levels(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
     if value_range:
         low, high = np.asarray(value_range[0::2]), np.asarray(value_range[1::2])
         fractions = (values.astype(np.float64) - low) / (high - low)
+        if not np.isfinite(fractions).all():
+            raise ValueError("the image has values that are not finite; replace them")
         return np.rint(255 * fractions.clip(0, 1)).astype(np.uint8)
     if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"{values.dtype} values have no agreed range; give uint8 from 0 to 255")

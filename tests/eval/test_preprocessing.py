@@ -48,9 +48,10 @@ def test_every_mode_of_pillow_gives_equal_bits(recipe, tmp_path):
     levels = rng.integers(1, 256, (61, 47), dtype=np.uint8)
     images = [Image.fromarray(levels).convert(mode) for mode in MODES]
     images += [Image.fromarray(levels.astype(np.uint16) * 200)]
+    images += [levels > 100, torch.from_numpy(levels > 100)]
     for image in images:
         exported = preprocessing.transform(image, tmp_path)
-        assert torch.equal(exported, transform(image)), image.mode
+        assert torch.equal(exported, transform(image)), image
 
 
 def test_a_file_is_turned_upright(tmp_path):
@@ -61,6 +62,18 @@ def test_a_file_is_turned_upright(tmp_path):
     image.save(tmp_path / "turned.png", exif=exif)
     path = tmp_path / "turned.png"
     assert torch.equal(preprocessing.transform(path, tmp_path), transform(path))
+
+
+def test_values_that_are_not_finite_are_refused_as_by_the_evaluations(tmp_path):
+    transform = write_settings(tmp_path, 32, 0.875, "bilinear", 1, (0.0, 1.0))
+    values = np.ones((8, 8), np.float32)
+    values[3, 3] = np.nan
+    for image in (values, Image.fromarray(values)):
+        with pytest.raises(ValueError, match="values that are not finite"):
+            transform(image)
+        with pytest.raises(ValueError) as error:
+            preprocessing.transform(image, tmp_path)
+        assert str(error.value) == "the image has values that are not finite; replace them"
 
 
 def test_another_number_of_channels_is_named(tmp_path):
