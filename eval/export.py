@@ -178,7 +178,8 @@ def _write(run: Run, folder: Path, formats: list[str], problems: list[str]) -> N
         name: asdict(result)
         for name, result in reload.verify(folder, formats, ImageTransform.of_run(run)).items()
     }
-    (folder / "README.md").write_text(model_card.render(run, arguments, problems, onnx_section))
+    card = model_card.render(run, arguments, problems, onnx_section)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     checksums = digests(folder)
     del checksums[ARGUMENTS_FILE]  # it has the other checksums and cannot have its own
     arguments["files"] = checksums
@@ -188,7 +189,8 @@ def _write(run: Run, folder: Path, formats: list[str], problems: list[str]) -> N
 
 
 def _write_arguments(folder: Path, arguments: dict[str, Any]) -> None:
-    (folder / ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=1) + "\n")
+    text = json.dumps(arguments, indent=1)
+    (folder / ARGUMENTS_FILE).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _features_on_cpu(run: Run, images: Tensor) -> Tensor:

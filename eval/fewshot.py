@@ -2,14 +2,15 @@
 
 The network stays as it is. A classifier of its features learns from 1, 5 and 10 images of each
 class, drawn at random several times, and is tested on all test images. Each number is the mean over
-the draws, with their standard deviation. The last columns are the means over the data sets.
+the draws, with their standard deviation if there are several. The last columns are the means over
+the data sets.
 
 --classifier big_vision, the default, is the few-shot evaluation of the ViT and SigLIP papers:
 least squares with a fixed regularization, 3 draws (google-research/big_vision at 0127fb6b,
 evaluators/fewshot_lsr.py). Its data sets are Caltech-101, Cars, CIFAR-100, DTD, Pets and UC Merced,
 which --data takes as folders. `logistic` is a logistic regression, and `centroid` the nearest class
 mean. Raw pixels and a random network are evaluated too. The result is printed and saved to
-RUN/eval/fewshot.json, or RUN/eval/fewshot_CLASSIFIER.json for another classifier.
+RUN/eval/fewshot[_CLASSIFIER][_FEATURE].json, without the names of the defaults.
 
     # the run's own data
     python -m ssl_pretrain.eval.fewshot runs/demo
@@ -94,13 +95,15 @@ def evaluate(
     rows: Sequence[str] = features.ROWS,
     feature: str = named_features.POOLED,
 ) -> dict[str, Any]:
-    """Measure the accuracy in percent with few labels and save it to RUN/eval/fewshot.json.
+    """Measure the accuracy in percent with few labels and save it.
+
+    The file is RUN/eval/fewshot[_CLASSIFIER][_FEATURE].json, without the names of the defaults.
 
     Args:
         run: Run to evaluate.
-        data: Data sets as NAME=ROOT. None for that of the run.
+        data: Data sets as NAME=ROOT. Empty for the run's own.
         shots: Numbers of labeled images per class.
-        num_draws: Number of draws of the labeled images.
+        num_draws: Number of draws of the labeled images. With one draw, there is no deviation.
         classifier: Name of the classifier, from `few_shot.CLASSIFIERS`.
         rows: Names of the features to evaluate, from `features.ROWS`.
         feature: Name of the networks' feature, see `named_features`.
@@ -109,10 +112,11 @@ def evaluate(
         The content of the result file.
 
     Raises:
-        ValueError: If a data set has no labels or no test images, or the backbone does not have the
-            feature.
+        ValueError: If an argument is not allowed, a data set has no labels or no test images, or
+            the backbone does not have the feature.
     """
     start = time.monotonic()
+    _check_arguments(shots, num_draws, classifier)
     named_features.network_of_feature(run.backbone, feature)
     runs = _runs_by_name(run, data)
     table: dict[str, results.Row] = {}
@@ -131,8 +135,8 @@ def evaluate(
             _add_means(row, [*runs], shots)
     protocol |= {
         "classifier": few_shot.DESCRIPTIONS[classifier],
-        "draws": f"mean ± deviation over {num_draws} fixed draws of the labeled images, the same"
-        " for all rows; a class with fewer images gives all of them",
+        "draws": f"{_describe_draws(num_draws)} of the labeled images, the same for all rows; a"
+        " class with fewer images gives all of them",
     }
     suffix = "" if classifier == "big_vision" else f"_{classifier}"
     return results.save(
@@ -144,6 +148,27 @@ def evaluate(
         time.monotonic() - start,
         results.measure_of_feature(results.ACCURACY, feature),
     )
+
+
+def _check_arguments(shots: Sequence[int], num_draws: int, classifier: str) -> None:
+    """Raise ValueError unless the arguments of `evaluate` are allowed."""
+    if classifier not in few_shot.CLASSIFIERS:
+        raise ValueError(
+            f"classifier: {classifier!r} is not a classifier; give one of "
+            f"{', '.join(few_shot.CLASSIFIERS)}"
+        )
+    if not shots or min(shots) < 1:
+        raise ValueError(
+            f"shots: {list(shots)} are not numbers of images; give at least one, each >= 1"
+        )
+    if num_draws < 1:
+        raise ValueError(f"num_draws: {num_draws} is out of range; give a whole number >= 1")
+
+
+def _describe_draws(num_draws: int) -> str:
+    if num_draws == 1:
+        return "one fixed draw"
+    return f"mean ± standard deviation over {num_draws} fixed draws"
 
 
 def _measure(
@@ -170,7 +195,9 @@ def _measure(
             few_shot.CLASSIFIERS[classifier], train_set, test_set, num_classes, subsets
         )
         column = _column(name, shot)
-        row.metrics[column], row.spread[column] = float(np.mean(values)), float(np.std(values))
+        row.metrics[column] = float(np.mean(values))
+        if len(values) > 1:
+            row.spread[column] = float(np.std(values, ddof=1))
 
 
 def _add_means(row: results.Row, names: list[str], shots: Sequence[int]) -> None:
@@ -178,9 +205,10 @@ def _add_means(row: results.Row, names: list[str], shots: Sequence[int]) -> None
     for shot in shots:
         columns = [_column(name, shot) for name in names]
         row.metrics[_column("mean", shot)] = float(np.mean([row.metrics[key] for key in columns]))
-        # The draws of different data sets are independent.
-        variance = sum(row.spread[key] ** 2 for key in columns) / len(columns) ** 2
-        row.spread[_column("mean", shot)] = float(np.sqrt(variance))
+        if all(key in row.spread for key in columns):
+            # The draws of different data sets are independent.
+            variance = sum(row.spread[key] ** 2 for key in columns) / len(columns) ** 2
+            row.spread[_column("mean", shot)] = float(np.sqrt(variance))
 
 
 def _column(name: str, shot: int) -> str:

@@ -12,8 +12,9 @@ from ssl_pretrain.system import program
 HELP = """Upload the folder of an export to the Hugging Face Hub.
 
 Every file is compared with its checksum first, and the features with the exported ones. The
-repository, the files with their sizes and digests, and the head of the card are printed. Without a
-token, nothing is uploaded. A token is that of `hf auth login`, or HF_TOKEN.
+repository, the files with their sizes and digests, and the metadata and title of the model card are
+printed. Files that the export did not write are not uploaded. The token comes from `hf auth login`
+or HF_TOKEN. Without a token, nothing is uploaded.
 
     # print what would be uploaded, and upload it if there is a token
     python -m ssl_pretrain.eval.hub push runs/demo/export USER/NAME

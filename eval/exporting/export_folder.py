@@ -1,7 +1,5 @@
 """Read the folder of an exported backbone: its arguments, its network and its transform."""
 
-import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,30 +8,24 @@ from safetensors.torch import load_file
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.eval.exporting.reference import ARGUMENTS_FILE, REFERENCE_FILE, check
+from ssl_pretrain.eval.exporting.reference import ARGUMENTS_FILE, WEIGHTS, check, read_arguments
 from ssl_pretrain.models import backbones, components, timm_networks
+from ssl_pretrain.system.durable_files import sha256
 
-WEIGHTS = "model.safetensors"
+__all__ = [
+    "WEIGHTS",
+    "digests",
+    "evaluation_config",
+    "is_export",
+    "load",
+    "read_arguments",
+    "sha256",
+]
 
 
 def is_export(path: Path) -> bool:
     """Return True if the folder is an export. A run that contains one is not."""
     return (path / ARGUMENTS_FILE).is_file() and not (path / "checkpoints").exists()
-
-
-def read_arguments(folder: Path) -> dict[str, Any]:
-    """Return the entries of ARGUMENTS_FILE: the network, its input format and its origin.
-
-    Raises:
-        ValueError: If a file of the export is missing.
-    """
-    files = (WEIGHTS, ARGUMENTS_FILE, REFERENCE_FILE)
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise ValueError(
-            f"{folder}: {', '.join(missing)} is missing; give a folder that eval.export wrote"
-        )
-    arguments: dict[str, Any] = json.loads((folder / ARGUMENTS_FILE).read_text())
-    return arguments
 
 
 def load(folder: str | Path) -> components.Backbone:
@@ -101,9 +93,3 @@ def digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in the folder of an export, by its path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.eval.exporting import onnx, timm_config, transformers_folder
-from ssl_pretrain.eval.exporting.export_folder import WEIGHTS
-from ssl_pretrain.eval.exporting.reference import ARGUMENTS_FILE, REFERENCE_FILE
+from ssl_pretrain.eval.exporting.reference import ARGUMENTS_FILE, REFERENCE_FILE, WEIGHTS
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.eval.runs import Run, on_cpu
 from ssl_pretrain.models import custom_network
@@ -65,7 +64,7 @@ def choose(run: Run, requested: Sequence[str] | None) -> list[str]:
 def find_problem(run: Run, name: str) -> str:
     """Return why a format is not possible for a run, with a remedy, or an empty string."""
     if name == "onnx":
-        return _find_missing_package(("onnx", "onnxruntime", "onnxscript"), "onnx")
+        return _find_missing_package(onnx.PACKAGES, "onnx")
     if name == "torch_export":
         return ""
     if name == "torchvision":

@@ -6,8 +6,13 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from ssl_pretrain.eval.exporting.export_folder import digests, load, read_arguments
-from ssl_pretrain.eval.exporting.reference import ARGUMENTS_FILE
+from ssl_pretrain.eval.exporting.export_folder import load
+from ssl_pretrain.eval.exporting.reference import ARGUMENTS_FILE, read_arguments
+from ssl_pretrain.system import durable_files
+
+# HfHubHTTPError is derived from all errors of the HTTP client, whose package depends on the version
+# of huggingface_hub: requests, httpx or httpx2.
+CLIENT_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Upload:
         return f"{huggingface_hub.constants.ENDPOINT}/{self.repository}"
 
     def describe(self) -> str:
-        """Return the repository, every file with its size and digest, and the card."""
+        """Return the repository, each file's size and digest, the card's metadata and title."""
         visibility = "private" if self.is_private else "public"
         width = max(len(f"{size:,}") for size, _ in self.files.values())
         total = sum(size for size, _ in self.files.values())
@@ -63,8 +68,8 @@ class Upload:
                 allow_patterns=list(self.files),
                 commit_message="Export of ssl_pretrain",
             )
-        except (HfHubHTTPError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except CLIENT_ERRORS as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"{self.repository}: the Hub did not accept the upload: {reason}; check the token"
                 " (`hf auth whoami`), the name and the network, and run the same command again"
@@ -73,7 +78,9 @@ class Upload:
 
 
 def prepare(folder: Path, repository: str, is_private: bool) -> Upload:
-    """Check every file of an export and describe its upload. Files of others are left out.
+    """Check every file of an export and describe its upload.
+
+    Files that the export did not write are not uploaded.
 
     Raises:
         ValueError: If a file is missing or changed, the features differ from the exported ones, or
@@ -87,21 +94,25 @@ def prepare(folder: Path, repository: str, is_private: bool) -> Upload:
         raise ValueError(f"{folder}: no such folder; give one that eval.export wrote")
     expected = read_arguments(folder).get("files")
     if expected is None:
-        raise ValueError(f"{folder}: has no checksums, as it is of an older version; export again")
-    actual = digests(folder)
+        raise ValueError(
+            f"{folder}: was exported by an older version, which wrote no checksums; export again"
+        )
+    names = sorted([*expected, ARGUMENTS_FILE])
+    actual = {
+        name: durable_files.sha256(folder / name) for name in names if (folder / name).is_file()
+    }
     if changed := sorted(name for name in expected if actual.get(name) != expected[name]):
         raise ValueError(
             f"{folder}: {', '.join(changed)} changed after the export or is missing. Nothing was"
             " uploaded; export again"
         )
     load(folder)
-    names = sorted([*expected, ARGUMENTS_FILE])
     files = {name: ((folder / name).stat().st_size, actual[name]) for name in names}
     return Upload(folder, repository, is_private, files)
 
 
 def _card_head(folder: Path) -> list[str]:
-    """Return the metadata and the title of the card."""
-    lines = (folder / "README.md").read_text().splitlines()
+    """Return the metadata and the title of the model card."""
+    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
     titles = [number for number, line in enumerate(lines) if line.startswith("# ")]
     return lines[: titles[0] + 1] if titles else lines[:1]

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from ssl_pretrain.eval.exporting import transformers_folder
+from ssl_pretrain.eval.exporting import onnx, transformers_folder
+from ssl_pretrain.eval.exporting.export_formats import PREPROCESSING_FILE, PROGRAM_FILE
+from ssl_pretrain.eval.exporting.reference import WEIGHTS
 from ssl_pretrain.system import markdown
 
 FOLDER = "FOLDER"  # stands for the folder of the export in the code
@@ -39,7 +41,7 @@ def render(arguments: dict[str, Any]) -> str:
         if name == "transformers":
             sections.append(_processor_note(arguments))
     sections += [
-        "The transform without other packages is in `preprocessing.py`:",
+        f"The transform without other packages is in `{PREPROCESSING_FILE}`:",
         _code_block(
             "from preprocessing import transform\n\n"
             'features = backbone(transform("photo.jpg")[None])'
@@ -50,7 +52,6 @@ def render(arguments: dict[str, Any]) -> str:
 
 def _code(name: str, arguments: dict[str, Any]) -> str:
     """Return the code that loads a format."""
-    weights, architecture = "model.safetensors", arguments["architecture"]
     if name == "timm":
         return (
             "import timm\n\n"
@@ -80,16 +81,17 @@ def _code(name: str, arguments: dict[str, Any]) -> str:
             f'transform = torch.hub.load("{FOLDER}", "transform", source="local")'
         )
     if name == "torch_export":
-        return f'import torch\n\nbackbone = torch.export.load("{FOLDER}/model.pt2").module()'
+        return f'import torch\n\nbackbone = torch.export.load("{FOLDER}/{PROGRAM_FILE}").module()'
     if name == "torchvision":
         return (
             "import torch, torchvision\nfrom safetensors.torch import load_file\n\n"
-            f"backbone = torchvision.models.{architecture}()\nbackbone.fc = torch.nn.Identity()\n"
-            f'backbone.load_state_dict(load_file("{FOLDER}/{weights}"))\nbackbone.eval()'
+            f"backbone = torchvision.models.{arguments['architecture']}()\n"
+            "backbone.fc = torch.nn.Identity()\n"
+            f'backbone.load_state_dict(load_file("{FOLDER}/{WEIGHTS}"))\nbackbone.eval()'
         )
     return (
         "import onnxruntime\n\n"
-        f'session = onnxruntime.InferenceSession("{FOLDER}/model.onnx")\n'
+        f'session = onnxruntime.InferenceSession("{FOLDER}/{onnx.FLOAT_MODEL}")\n'
         '(features,) = session.run(None, {"images": images})'
     )
 
@@ -106,7 +108,7 @@ def _processor_note(arguments: dict[str, Any]) -> str:
     problem = transformers_folder.find_processor_problem(arguments["input"])
     if not problem:
         return ""
-    return f"Use the transform of `preprocessing.py`. transformers has none: {problem}."
+    return f"Use the transform of `{PREPROCESSING_FILE}`. transformers has none: {problem}."
 
 
 def _measurements(arguments: dict[str, Any]) -> str:
@@ -125,8 +127,8 @@ def _measurements(arguments: dict[str, Any]) -> str:
     notes = (
         "Each format was loaded in a process of its own. The first difference is that of the"
         " reference images' features, relative to the largest feature. The second is that of the"
-        " library's own transform from `preprocessing.py`, on one synthetic image, in levels of"
-        " 255: most libraries resize with another rounding, and may crop one pixel beside."
+        f" library's own transform from `{PREPROCESSING_FILE}`, on one synthetic image, in levels"
+        " of 255: most libraries resize with another rounding, and may crop one pixel beside."
     )
     return f"{table}\n\n{notes}"
 

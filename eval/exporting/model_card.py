@@ -1,6 +1,7 @@
 """Write the model card of an exported backbone: how to load it, its results and its checksum."""
 
 from importlib.metadata import version
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -12,8 +13,8 @@ from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema.image_sizes import height_and_width
 from ssl_pretrain.system import markdown
 
-# Keys whose values may be paths on the training machine. The card leaves such paths empty.
-PATH_KEYS = (("data", "root"), ("data", "cache_dir"), ("backbone", "init"))
+PRIVATE_SECTIONS = ("launch", "log")  # machines, accounts and trackers of the training
+HIDDEN = "***"  # stands for the values of data.args, which may be tokens
 
 
 def render(run: Run, arguments: dict[str, Any], problems: list[str], onnx_section: str = "") -> str:
@@ -123,9 +124,30 @@ def _checks(arguments: dict[str, Any]) -> str:
 
 
 def _config(run: Run) -> str:
-    """Return the section with the configuration, without paths on the training machine."""
+    """Return the section with the configuration, without what belongs to the training machine."""
     values = configuration.to_dict(run.config) | {"output": ""}
-    for section, key in PATH_KEYS:
-        if "/" in str(values[section][key]):
-            values[section][key] = ""
-    return f"## Configuration\n\n```yaml\n{yaml.safe_dump(values, sort_keys=False).strip()}\n```"
+    for section in PRIVATE_SECTIONS:
+        values.pop(section, None)
+    values["data"]["args"] = dict.fromkeys(values["data"]["args"], HIDDEN)
+    text = yaml.safe_dump(_without_paths(values), sort_keys=False).strip()
+    return f"## Configuration\n\n```yaml\n{text}\n```"
+
+
+def _without_paths(value: Any) -> Any:
+    """Return a value of the configuration in which the paths of the machine are empty texts."""
+    if isinstance(value, dict):
+        return {key: _without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(entry) for entry in value]
+    return "" if isinstance(value, str) and _is_path(value) else value
+
+
+def _is_path(text: str) -> bool:
+    """Return True for an absolute path, an address, or a relative path that exists.
+
+    Names on the Hugging Face Hub such as uoft-cs/cifar10 and names of columns are none.
+    """
+    if PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute():
+        return True
+    has_separator = "/" in text or "\\" in text
+    return has_separator and (text.startswith("~") or "://" in text or Path(text).exists())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from ssl_pretrain.eval.frozen import features, knn_search
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits, open_images
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
+from ssl_pretrain.models import tokens
 from ssl_pretrain.schema.image_sizes import describe
 from ssl_pretrain.system import markdown, optional_packages
 
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 FLOAT_MODEL, INT8_MODEL = "model.onnx", "model_int8.onnx"
 TOLERANCE = 1e-4  # largest accepted difference from torch, relative to the largest feature
 NUM_CALIBRATION_IMAGES = 256  # training images that set the ranges of 8-bit activations
@@ -29,7 +32,7 @@ ImageEmbedder = Callable[[Tensor], Tensor]  # maps normalized images to features
 
 def require_packages() -> None:
     """Raise ValueError with the install command if a package is missing."""
-    for package in ("onnx", "onnxruntime", "onnxscript"):
+    for package in PACKAGES:
         optional_packages.require("--format onnx", package, "onnx")
 
 
@@ -121,10 +124,16 @@ def open_session(path: Path) -> ImageEmbedder:
     return embed
 
 
+def computes_ranges_per_input(backbone: nn.Module) -> bool:
+    """Return True if an 8-bit model of this backbone needs no calibration images."""
+    model: Any = backbone.model
+    return tokens.is_transformer(model)
+
+
 def quantize(folder: Path, run: Run) -> str:
     """Write the 8-bit model, and describe how the ranges of its activations are set.
 
-    Calibration images fix the ranges of a convolutional network. A ViT computes them per input.
+    A ViT computes them from each input. For other networks, calibration images fix them.
     """
     import onnxruntime.quantization as quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -133,7 +142,7 @@ def quantize(folder: Path, run: Run) -> str:
     quant_pre_process(str(folder / FLOAT_MODEL), prepared_path, skip_symbolic_shape=True)
     int8_type = quantization.QuantType.QInt8
     try:
-        if hasattr(run.backbone.model, "blocks"):
+        if computes_ranges_per_input(run.backbone):
             quantization.quantize_dynamic(
                 prepared_path, int8_path, weight_type=int8_type, per_channel=True
             )

@@ -1,4 +1,4 @@
-"""Reference features and architecture facts that identify an exported network."""
+"""Arguments, reference features and architecture facts that identify an exported network."""
 
 import json
 from collections.abc import Sequence
@@ -13,11 +13,32 @@ from torch import Tensor, nn
 from ssl_pretrain import rng
 from ssl_pretrain.schema.image_sizes import ImageSize, height_and_width
 
-REFERENCE_FILE, ARGUMENTS_FILE = "reference.safetensors", "timm.json"
+WEIGHTS, REFERENCE_FILE = "model.safetensors", "reference.safetensors"
+ARGUMENTS_FILE = "timm.json"
 NUM_IMAGES = 2
 # Largest accepted difference, relative to the largest feature. Rounding on another processor causes
 # a hundredth of this difference, and another network causes a hundred times as much.
 TOLERANCE = 1e-3
+
+
+def read_arguments(folder: Path) -> dict[str, Any]:
+    """Return the entries of ARGUMENTS_FILE: the network, its input format and its origin.
+
+    Raises:
+        ValueError: If a file of the export is missing, or ARGUMENTS_FILE is damaged.
+    """
+    files = (WEIGHTS, ARGUMENTS_FILE, REFERENCE_FILE)
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise ValueError(
+            f"{folder}: {', '.join(missing)} is missing; give a folder that eval.export wrote"
+        )
+    try:
+        arguments = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or no UTF-8
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{folder / ARGUMENTS_FILE}: is damaged; export again")
+    return arguments
 
 
 def reference_images(size: ImageSize, channels: int = 3) -> Tensor:
@@ -57,7 +78,7 @@ def check(model: nn.Module, folder: str | Path) -> None:
     difference = (features - reference_features).abs().max().item()
     largest_feature = reference_features.abs().max().item()
     if not difference <= TOLERANCE * largest_feature:
-        arguments = json.loads((Path(folder) / ARGUMENTS_FILE).read_text())
+        arguments = read_arguments(Path(folder))
         facts = ", ".join(f"{key} {value}" for key, value in arguments["facts"].items())
         raise ValueError(
             f"{folder}: the weights loaded, but the features differ by up to {difference:.2g}, and"

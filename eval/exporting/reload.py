@@ -87,7 +87,8 @@ def _run_processes(folder: Path, formats: Sequence[str]) -> dict[str, Reload]:
             [sys.executable, "-P", str(SCRIPT), name, str(folder.resolve())],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=environment,
         )
         for name in formats

@@ -27,7 +27,7 @@ def write(folder: Path, model: Any, arguments: dict[str, Any]) -> None:
         model: Network of timm.
         arguments: Content of timm.json.
     """
-    view = arguments["input"]
+    view, timms_config = arguments["input"], pretrained_cfg(arguments["architecture"])
     height, width = height_and_width(view["size"])
     builds_for_size = "img_size" in arguments["create_model"]
     model_args = {
@@ -48,8 +48,8 @@ def write(folder: Path, model: Any, arguments: dict[str, Any]) -> None:
             "crop_mode": "center",
             "mean": view["mean"],
             "std": view["std"],
-            "first_conv": pretrained_cfg(arguments["architecture"]).first_conv,
-            "classifier": pretrained_cfg(arguments["architecture"]).classifier,
+            "first_conv": timms_config.first_conv,
+            "classifier": timms_config.classifier,
         },
     }
     (folder / FILE).write_text(json.dumps(config, indent=2) + "\n")

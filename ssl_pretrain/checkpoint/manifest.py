@@ -95,7 +95,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
             size = file.stat().st_size
             if size != entry["bytes"]:
                 raise ValueError(f"{label} is truncated: {size} bytes of {entry['bytes']}")
-            if _file_hash(file) != entry["sha256"]:
+            if durable_files.sha256(file) != entry["sha256"]:
                 raise ValueError(f"{label} is damaged: its SHA-256 differs from the manifest")
         except FileNotFoundError:
             raise ValueError(f"{label} is missing") from None
@@ -115,7 +115,10 @@ def to_json(manifest: dict[str, Any]) -> str:
 
 def describe_files(paths: list[Path]) -> dict[str, dict[str, Any]]:
     """Return the manifest's entry for each file, with the size in bytes and the SHA-256."""
-    return {path.name: {"bytes": path.stat().st_size, "sha256": _file_hash(path)} for path in paths}
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": durable_files.sha256(path)}
+        for path in paths
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -188,11 +191,6 @@ def _describe_wrong_folder(path: Path, manifest: dict[str, Any]) -> str | None:
     tensor_files = {file.name for file in path.glob("*.safetensors")}
     unlisted = sorted(tensor_files - manifest["files"].keys())
     return f"files: {unlisted[0]} is in the folder but not in the manifest" if unlisted else None
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cpu_name() -> str:

@@ -1,9 +1,10 @@
-"""Write small files that survive a crash or a power cut.
+"""Write small files that survive a crash or a power cut, and verify files by their SHA-256.
 
 File systems that cannot fsync a folder or set a file's mode are tolerated.
 """
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -126,6 +127,12 @@ def sync_folder(path: Path) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED_ERRORS:
             raise
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def copy_permissions(source: Path, target: Path) -> None:

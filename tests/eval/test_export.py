@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,14 @@ import ssl_pretrain
 from ssl_pretrain import config
 from ssl_pretrain.build import build_method
 from ssl_pretrain.eval import export, knn, runs
-from ssl_pretrain.eval.exporting import export_folder, hubconf, onnx, reference, reload
+from ssl_pretrain.eval.exporting import (
+    export_folder,
+    hubconf,
+    model_card,
+    onnx,
+    reference,
+    reload,
+)
 from ssl_pretrain.eval.image_transform import ImageTransform
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
@@ -156,6 +164,12 @@ def test_a_damaged_or_incomplete_folder_is_named(vit_export, tmp_path):
         f"{folder / WEIGHTS}: is damaged: its SHA-256 differs from the one in timm.json; copy or"
         " export it again"
     )
+    text = (folder / ARGUMENTS).read_text()
+    for content in (text[:100], "[]"):
+        (folder / ARGUMENTS).write_text(content)
+        for function in (export.load, export.load_transform):
+            message = f"{folder / ARGUMENTS}: is damaged; export again"
+            assert error_of(function, folder) == message
     (folder / "reference.safetensors").unlink()
     assert error_of(export.load, folder) == (
         f"{folder}: reference.safetensors is missing; give a folder that eval.export wrote"
@@ -204,6 +218,35 @@ def test_the_card_has_results_and_checksum_and_no_path(tiny_run, tmp_path, capsy
     assert "test_resnet by simclr" in card
     assert "temperature: 0.2" in card
     assert str(tmp_path) not in card
+
+
+def configuration_on_the_card(run, **data):
+    """Return the configuration on the card of a run whose settings of `data` are changed."""
+    run = replace(run, config=replace(run.config, data=replace(run.config.data, **data)))
+    return yaml.safe_load(model_card._config(run).split("```")[1].removeprefix("yaml"))
+
+
+def test_the_card_has_nothing_of_the_training_machine(tiny_run, tmp_path, monkeypatch):
+    run = runs.load_run(tiny_run, device="cpu")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "relative/data").mkdir(parents=True)
+    for path in (
+        "/home/me/images",
+        r"C:\Users\me\images",
+        r"\\server\share",
+        "s3://bucket/{0..9}.tar",
+        "~/images",
+        "relative/data",
+    ):
+        values = configuration_on_the_card(
+            run, root=path, train=path, val=path, args={"token": "hf_secret", "path": path}
+        )
+        assert [values["data"][key] for key in ("root", "train", "val")] == 3 * [""]
+        assert values["data"]["args"] == {"token": "***", "path": "***"}
+        assert not {"launch", "log"} & values.keys()
+    values = configuration_on_the_card(run, root="uoft-cs/cifar10", train="train", val="test")
+    assert values["data"]["root"] == "uoft-cs/cifar10"
+    assert (values["data"]["train"], values["data"]["val"]) == ("train", "test")
 
 
 def test_an_older_export_is_replaced(tiny_run, tmp_path):
@@ -259,6 +302,16 @@ def test_a_missing_onnx_is_an_error(tiny_run, tmp_path, monkeypatch):
         "clone, or with `pip install 'ssl_pretrain-0.1.0-py3-none-any.whl[onnx]'` where the wheel "
         "is"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "is_vit"),
+    [("test_vit", True), ("test_efficientnet", False), ("mobilenetv3_small_050", False)],
+)
+def test_only_a_vit_is_quantized_without_calibration_images(name, is_vit):
+    backbone = backbones.build(BackboneConfig(name=name), 32)
+    assert hasattr(backbone.model, "blocks")
+    assert onnx.computes_ranges_per_input(backbone) == is_vit
 
 
 @pytest.mark.full

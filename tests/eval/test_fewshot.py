@@ -92,6 +92,43 @@ def test_one_table_has_all_data_sets_their_mean_and_the_baselines(run_folder, tm
     assert "big_vision at 0127fb6b" in result["protocol"]["classifier"]
 
 
+def test_the_deviation_is_that_of_a_sample_and_one_draw_has_none(run_folder):
+    run, column = load_in_float32(run_folder), "digits, 1-shot"
+    outcomes = [
+        fewshot.evaluate(run, [], [1], num_draws, "centroid", ["raw"]) for num_draws in (1, 2)
+    ]
+    (one,), (two,) = (outcome["rows"] for outcome in outcomes)
+    assert one["spread"] == {}
+    assert outcomes[0]["protocol"]["draws"].startswith("one fixed draw of the labeled images")
+    # Half of the difference between the draws is their distance from the mean.
+    half = abs(one["metrics"][column] - two["metrics"][column])
+    assert two["spread"][column] == pytest.approx(half * 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"classifier": "svm"},
+            "classifier: 'svm' is not a classifier; give one of big_vision, logistic, centroid",
+        ),
+        ({"shots": []}, "shots: [] are not numbers of images; give at least one, each >= 1"),
+        (
+            {"shots": [5, 0]},
+            "shots: [5, 0] are not numbers of images; give at least one, each >= 1",
+        ),
+        ({"num_draws": 0}, "num_draws: 0 is out of range; give a whole number >= 1"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_any_image_is_embedded(
+    run_folder, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(fewshot, "labeled_splits", None)
+    with pytest.raises(ValueError) as error:
+        fewshot.evaluate(load_in_float32(run_folder), **arguments)
+    assert str(error.value) == message
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -6,6 +6,7 @@ file in the commit itself instead of in its large-file storage.
 
 import base64
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from untrained_run import make_run
 
 from ssl_pretrain.eval import export, hub, runs
+from ssl_pretrain.system import durable_files
 
 REPOSITORY = "someone/digits"
 NAMES = [
@@ -156,6 +158,48 @@ def test_a_changed_folder_is_refused(folder, fake_hub, no_token):
     assert str(error.value) == (
         f"{folder}: model.safetensors changed after the export or is missing. Nothing was"
         " uploaded; export again"
+    )
+
+
+def test_an_unreachable_hub_and_an_error_without_text_are_explained(folder, monkeypatch, fake_hub):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    end = (
+        "; check the token (`hf auth whoami`), the name and the network, and run the same command"
+        " again"
+    )
+    with pytest.raises(ValueError) as error:
+        hub.main(["push", str(folder), REPOSITORY])
+    start = f"{REPOSITORY}: the Hub did not accept the upload: "
+    assert str(error.value).startswith(start) and str(error.value).endswith(end)
+
+    def fail(*arguments, **options):
+        raise OSError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
+    with pytest.raises(ValueError) as error:
+        hub.main(["push", str(folder), REPOSITORY])
+    assert str(error.value) == f"{start}OSError{end}"
+
+
+def test_files_that_the_export_did_not_write_are_not_read(folder, no_token, monkeypatch):
+    digest, paths = durable_files.sha256, []
+    monkeypatch.setattr(
+        durable_files, "sha256", lambda path: (paths.append(path.name), digest(path))[1]
+    )
+    hub.main(["push", str(folder), REPOSITORY])
+    assert "model.safetensors" in paths and "notes.txt" not in paths
+
+
+def test_an_export_without_checksums_is_refused(folder, tmp_path, no_token):
+    old = shutil.copytree(folder, tmp_path / "old")
+    arguments = json.loads((old / "timm.json").read_text())
+    del arguments["files"]
+    (old / "timm.json").write_text(json.dumps(arguments))
+    with pytest.raises(ValueError) as error:
+        hub.main(["push", str(old), REPOSITORY])
+    assert str(error.value) == (
+        f"{old}: was exported by an older version, which wrote no checksums; export again"
     )
 
 
