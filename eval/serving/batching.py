@@ -25,7 +25,7 @@ class Observer(Protocol):
 
 
 @dataclass
-class _Waiting:
+class _PendingImage:
     """An image in the queue."""
 
     image: Tensor
@@ -55,9 +55,10 @@ class Batcher:
     ):
         self._embed, self._max_batch, self._observer = embed, max_batch, observer
         self._max_wait_seconds = max_wait_seconds
-        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._queue: asyncio.Queue[_PendingImage] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, "inference")
         self._task: asyncio.Task[None] | None = None
+        self._batch: list[_PendingImage] = []  # images that the thread is embedding
         self.num_announced = 0  # images that are being decoded
 
     @property
@@ -66,47 +67,67 @@ class Batcher:
         return self._queue.qsize()
 
     def start(self) -> None:
-        """Start to answer, in the running event loop."""
+        """Start the batching task in the running event loop."""
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """End the thread, after the batch that it is embedding."""
+        """Finish the current batch and end the thread. Images that still wait are cancelled."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
+        while not self._queue.empty():
+            self._batch.append(self._queue.get_nowait())
+        for pending in self._batch:
+            pending.vector.cancel()
         await asyncio.to_thread(self._thread.shutdown)
 
     async def embed(self, image: Tensor) -> np.ndarray:
         """Return the features, float32 (dim,), of a normalized image (channels, height, width)."""
-        waiting = _Waiting(image, asyncio.get_running_loop().create_future())
-        self._queue.put_nowait(waiting)
-        return await waiting.vector
+        pending = _PendingImage(image, asyncio.get_running_loop().create_future())
+        self._queue.put_nowait(pending)
+        return await pending.vector
 
     async def _run(self) -> None:
         while True:
-            batch = await self._next_batch()
+            self._batch = await self._next_batch()
             start = time.perf_counter()
+            for pending in self._batch:
+                if self._observer is not None:
+                    self._observer.observe("wait", start - pending.since)
             try:
-                features = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, self._embed, [waiting.image for waiting in batch]
-                )
-            except Exception as error:  # the requests of this batch fail, and the service goes on
-                for waiting in batch:
-                    if not waiting.vector.done():
-                        waiting.vector.set_exception(error)
-                continue
+                await self._answer(self._batch)
+            except Exception as error:
+                await self._answer_one_by_one(error)
             if self._observer is not None:
-                for waiting in batch:
-                    self._observer.observe("wait", start - waiting.since)
-                self._observer.count_batch(len(batch), time.perf_counter() - start)
-            for waiting, vector in zip(batch, features):
-                if not waiting.vector.done():  # the client may have left
-                    waiting.vector.set_result(vector)
+                self._observer.count_batch(len(self._batch), time.perf_counter() - start)
 
-    async def _next_batch(self) -> list[_Waiting]:
+    async def _answer(self, batch: list[_PendingImage]) -> None:
+        """Embed images together and resolve their futures."""
+        features = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._embed, [pending.image for pending in batch]
+        )
+        assert len(features) == len(batch), "embed returns one row per image"
+        for pending, vector in zip(batch, features):
+            if not pending.vector.done():  # the client may have left
+                pending.vector.set_result(vector)
+
+    async def _answer_one_by_one(self, error: Exception) -> None:
+        """Embed the images of a batch that failed alone, so that one cannot fail the others."""
+        for pending in self._batch:
+            reason = error
+            if len(self._batch) > 1:
+                try:
+                    await self._answer([pending])
+                    continue
+                except Exception as own_error:
+                    reason = own_error
+            if not pending.vector.done():
+                pending.vector.set_exception(reason)
+
+    async def _next_batch(self) -> list[_PendingImage]:
         """Return the images of the next batch. Those whose clients have left are skipped."""
-        batch: list[_Waiting] = []
+        batch: list[_PendingImage] = []
         while not batch:
             batch = self._without_cancelled([await self._queue.get()])
         deadline = time.perf_counter() + self._max_wait_seconds
@@ -125,5 +146,5 @@ class Batcher:
         return batch
 
     @staticmethod
-    def _without_cancelled(images: list[_Waiting]) -> list[_Waiting]:
+    def _without_cancelled(images: list[_PendingImage]) -> list[_PendingImage]:
         return [waiting for waiting in images if not waiting.vector.cancelled()]

@@ -1,6 +1,5 @@
 """Routes of the service: a FastAPI application."""
 
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,6 +17,7 @@ from ssl_pretrain.eval.serving.service import Service, cosine_similarity
 
 IMAGE = ("image",)
 PAIR = ("image_a", "image_b")
+NO_ANSWER = 499  # status in the metrics of a request that was cancelled
 DESCRIPTION = """Embeds, compares and finds images with a pretrained network.
 
 Send an image as the file `image` of a form, or as the raw body of the request, and a pair as the
@@ -83,7 +83,9 @@ class RequestRecorder:
             _logger.exception("%s %s failed", scope["method"], scope["path"])
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self._service.metrics.count_request(route, status, time.perf_counter() - start)
+            self._service.metrics.count_request(
+                route, status or NO_ANSWER, time.perf_counter() - start
+            )
 
     def _is_allowed(self, scope: Scope) -> bool:
         """Return False for a page of another site that points its own name to this machine."""
@@ -173,6 +175,8 @@ def _add_state_routes(app: Any, service: Service) -> None:
     add("/", show_facts, summary="Facts about the network and the index")
     add("/healthz", show_life, summary="Is the process alive?", response_model=state)
     add("/readyz", show_readiness, summary="Does it take images?", response_model=state)
+    for path, function in (("/", show_facts), ("/healthz", show_life), ("/readyz", show_readiness)):
+        add(path, function, methods=["HEAD"], include_in_schema=False)  # for load balancers
     add("/docs", show_description, include_in_schema=False)
     add("/metrics", show_metrics, summary="Metrics for Prometheus", response_class=Response)
 
@@ -180,7 +184,7 @@ def _add_state_routes(app: Any, service: Service) -> None:
 def _add_image_routes(app: Any, service: Service) -> None:
     import fastapi
     from starlette.requests import Request
-    from starlette.responses import Response
+    from starlette.responses import JSONResponse, Response
 
     async def embed(request: Any, names: tuple[str, ...]) -> np.ndarray:
         return await service.embed_upload(request.headers, request.stream(), names)
@@ -190,7 +194,7 @@ def _add_image_routes(app: Any, service: Service) -> None:
         return Response(format_vector(vector), media_type="application/json")
 
     async def compare_images(request: Request) -> Any:
-        return _json({"cosine": cosine_similarity(await embed(request, PAIR))})
+        return JSONResponse({"cosine": cosine_similarity(await embed(request, PAIR))})
 
     async def find_neighbors(
         request: Request, k: Annotated[int, fastapi.Query(description="Number of neighbors")] = 10
@@ -198,7 +202,9 @@ def _add_image_routes(app: Any, service: Service) -> None:
         service.check_k(k)
         (vector,) = await embed(request, IMAGE)
         neighbors = await service.search(vector, k)
-        return _json({"neighbors": [{"id": name, "score": score} for name, score in neighbors]})
+        return JSONResponse(
+            {"neighbors": [{"id": name, "score": score} for name, score in neighbors]}
+        )
 
     no_index = {404: {"model": answers.ErrorAnswer, "description": "The service has no index."}}
     for path, function, summary, names, example, others in (
@@ -221,12 +227,6 @@ def format_vector(vector: np.ndarray) -> bytes:
     """Return the JSON of a vector. Nine digits restore each float32 exactly."""
     numbers = ",".join(["%.9g"] * len(vector)) % tuple(vector.tolist())
     return f'{{"vector":[{numbers}],"dimension":{len(vector)}}}'.encode()
-
-
-def _json(content: dict[str, Any]) -> Any:
-    from starlette.responses import Response
-
-    return Response(json.dumps(content, ensure_ascii=False), media_type="application/json")
 
 
 def _describe_answers(example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:

@@ -88,10 +88,12 @@ class ServiceMetrics:
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
-        """Measure a stage of a request."""
+        """Measure a stage of a request, also if it fails."""
         start = time.perf_counter()
-        yield
-        self.observe(stage, time.perf_counter() - start)
+        try:
+            yield
+        finally:
+            self.observe(stage, time.perf_counter() - start)
 
     def render(self) -> tuple[bytes, str]:
         """Return the metrics as text, and its content type."""

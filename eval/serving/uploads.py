@@ -107,15 +107,15 @@ class Upload:
     async def _read_form(
         self, boundary: bytes, stream: AsyncIterator[bytes], names: tuple[str, ...], limit: int
     ) -> list[bytes]:
-        from python_multipart.exceptions import MultipartParseError
+        from python_multipart.exceptions import FormParserError
 
-        form = _Form(boundary)
         try:
+            form = _Form(boundary)
             async for chunk in stream:
                 self._count(chunk, limit)
                 form.feed(chunk)
             form.finish()
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise Refusal(
                 422,
                 f"The form is damaged: {str(error).rstrip('.')}.",
@@ -198,7 +198,6 @@ class _Form:
             "on_header_end": self._end_header,
         }
         self._parser = MultipartParser(boundary, callbacks)
-        self._is_complete = False
 
     def feed(self, chunk: bytes) -> None:
         """Parse the next bytes of the body."""

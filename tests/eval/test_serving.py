@@ -161,6 +161,10 @@ def test_a_damaged_form_is_named(client):
         assert answer.json()["error"].startswith(start)
     answer = client.post("/embed", content=b"", headers={"content-type": "multipart/form-data"})
     assert answer.json()["error"] == "The form has no boundary in its Content-Type."
+    headers = {"content-type": f"multipart/form-data; boundary={'x' * 300}"}
+    answer = client.post("/embed", content=b"--x", headers=headers)
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith("The form is damaged: ")
 
 
 def test_a_pair_needs_a_form(client):
@@ -178,6 +182,12 @@ def test_unknown_routes_and_methods_are_json(client):
     assert client.get("/embeds").json()["error"] == "There is no route /embeds."
     answer = client.get("/embed")
     assert (answer.status_code, answer.json()["error"]) == (405, "/embed does not take GET.")
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz"])
+def test_load_balancers_may_ask_for_the_head_of_a_state(client, path):
+    answer = client.head(path)
+    assert (answer.status_code, answer.text) == (200, "")
 
 
 def test_a_name_of_another_site_is_refused(client):
