@@ -14,7 +14,6 @@ clients send the mix.
 import argparse
 import asyncio
 import io
-import itertools
 import json
 import re
 import signal
@@ -24,9 +23,10 @@ import tempfile
 import time
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import aiohttp
 import numpy as np
@@ -146,7 +146,7 @@ def compute_truth(
 
 
 def start_server(
-    options: argparse.Namespace, index: Path, log: "tempfile._TemporaryFileWrapper[str]"
+    options: argparse.Namespace, index: Path, log: TextIO
 ) -> tuple["subprocess.Popen[str]", str]:
     """Start the service on a free port and return it with its address."""
     command = [sys.executable, "-m", "ssl_pretrain.cli", "serve", str(options.export)]
@@ -172,6 +172,11 @@ async def run_rounds(
     """Run all rounds and return the metrics of the service."""
     rng = np.random.default_rng(0)
     per_round = options.requests // options.rounds - PAIRS_PER_ROUND
+    if per_round < 1:
+        fewest = options.rounds * (PAIRS_PER_ROUND + 1)
+        raise SystemExit(
+            f"--requests {options.requests}: give at least {fewest}, or fewer --rounds"
+        )
     transform = export.load_transform(options.export)
     timeout = aiohttp.ClientTimeout(total=120)
     connector = aiohttp.TCPConnector(limit=0)
@@ -226,13 +231,13 @@ async def work(
     client: aiohttp.ClientSession,
     truth: Truth,
     record: Record,
-    queue: "itertools.chain[tuple[str, int, int]]",
+    queue: Iterator[tuple[str, int, int]],
 ) -> None:
     """Send requests one after another until none is left."""
     for kind, first, second in queue:
         try:
             if kind == "malformed":
-                await send_malformed(client, truth, record, first)
+                await send_malformed(client, truth, record, first, second)
             elif kind == "embed":
                 await embed(client, truth, record, first)
             elif kind == "similarity":
@@ -334,10 +339,10 @@ MALFORMED: list[tuple[str, Callable[[bytes], object], int]] = [
 
 
 async def send_malformed(
-    client: aiohttp.ClientSession, truth: Truth, record: Record, number: int
+    client: aiohttp.ClientSession, truth: Truth, record: Record, number: int, image: int
 ) -> None:
     path, make, expected = MALFORMED[number]
-    body = make(truth.contents[number % len(truth.contents)])
+    body = make(truth.contents[image])
     async with client.post(path, data=body) as answer:
         content = await answer.json()
     record.statuses[answer.status] += 1
