@@ -90,7 +90,7 @@ class Batcher:
 
     async def _run(self) -> None:
         while True:
-            self._batch = await self._next_batch()
+            await self._collect()
             start = time.perf_counter()
             for pending in self._batch:
                 if self._observer is not None:
@@ -125,26 +125,24 @@ class Batcher:
             if not pending.vector.done():
                 pending.vector.set_exception(reason)
 
-    async def _next_batch(self) -> list[_PendingImage]:
-        """Return the images of the next batch. Those whose clients have left are skipped."""
-        batch: list[_PendingImage] = []
-        while not batch:
-            batch = self._without_cancelled([await self._queue.get()])
+    async def _collect(self) -> None:
+        """Fill the next batch. Images whose clients have left are skipped."""
+        self._batch = []  # filled in place, so that `stop` finds what was taken from the queue
+        while not self._batch:
+            self._add(await self._queue.get())
         deadline = time.perf_counter() + self._max_wait_seconds
-        while len(batch) < self._max_batch:
+        while len(self._batch) < self._max_batch:
             if self._queue.empty():
                 remaining = deadline - time.perf_counter()
                 if self.num_announced == 0 or remaining <= 0:
                     break
                 try:
-                    waiting = await asyncio.wait_for(self._queue.get(), remaining)
+                    self._add(await asyncio.wait_for(self._queue.get(), remaining))
                 except TimeoutError:
                     break
             else:
-                waiting = self._queue.get_nowait()
-            batch += self._without_cancelled([waiting])
-        return batch
+                self._add(self._queue.get_nowait())
 
-    @staticmethod
-    def _without_cancelled(images: list[_PendingImage]) -> list[_PendingImage]:
-        return [waiting for waiting in images if not waiting.vector.cancelled()]
+    def _add(self, pending: _PendingImage) -> None:
+        if not pending.vector.cancelled():
+            self._batch.append(pending)

@@ -210,8 +210,7 @@ class Service:
     async def search(self, vector: np.ndarray, k: int) -> list[tuple[str, float]]:
         """Return the ids and the scores of the k nearest vectors of the index.
 
-        Raises:
-            Refusal: If there is no index, or k is out of range.
+        Call `check_k` first.
         """
         index = self.index
         assert index is not None, "check_k refuses searches without an index"

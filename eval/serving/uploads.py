@@ -1,4 +1,7 @@
-"""Read the images of a request, in memory and never more than the limits allow."""
+"""Read the images of a request into memory, within limits.
+
+Up to twice the bytes that are counted are in memory while a body is copied.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping

@@ -40,14 +40,18 @@ def test_a_network_that_returns_too_few_rows_is_an_error_and_not_a_wait():
     assert [str(error) for error in outcomes] == ["embed returns one row per image"] * 2
 
 
-def test_images_that_wait_at_the_end_are_cancelled():
+@pytest.mark.parametrize("num_announced", [0, 1])
+def test_images_that_wait_at_the_end_are_cancelled(num_announced):
     async def stop_early():
-        batcher = Batcher(embed, 1, 0.0)
+        batcher = Batcher(embed, 4, 60.0)
+        batcher.num_announced = num_announced  # with one, a batch waits for it
+        if num_announced:
+            batcher.start()
         waiting = [asyncio.ensure_future(batcher.embed(torch.ones(2))) for _ in range(3)]
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
         await batcher.stop()
         async with asyncio.timeout(20):
-            await asyncio.gather(*waiting)
+            return await asyncio.gather(*waiting, return_exceptions=True)
 
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(stop_early())
+    outcomes = asyncio.run(stop_early())
+    assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError] * 3
