@@ -231,7 +231,7 @@ def test_the_card_has_nothing_of_the_training_machine(tiny_run, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "relative/data").mkdir(parents=True)
     for path in (
-        "/home/me/images",
+        "/data/images",
         r"C:\Users\me\images",
         r"\\server\share",
         "s3://bucket/{0..9}.tar",
