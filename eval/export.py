@@ -17,20 +17,15 @@ from torch import Tensor
 from ssl_pretrain.data.pixels import PixelFormat
 from ssl_pretrain.eval import command_line, results, spectrum
 from ssl_pretrain.eval.exporting import export_formats, model_card, onnx, reload
-from ssl_pretrain.eval.exporting.export_folder import (
-    WEIGHTS,
-    digests,
-    is_export,
-    load,
-    read_arguments,
-    sha256,
-)
+from ssl_pretrain.eval.exporting.export_folder import digests, is_export, load
 from ssl_pretrain.eval.exporting.export_formats import PREPROCESSING_FILE
 from ssl_pretrain.eval.exporting.reference import (
     ARGUMENTS_FILE,
     REFERENCE_FILE,
+    WEIGHTS,
     architecture_facts,
     check,
+    read_arguments,
     reference_images,
 )
 from ssl_pretrain.eval.frozen import evaluation_split, features
@@ -167,7 +162,7 @@ def _write(run: Run, folder: Path, formats: list[str], problems: list[str]) -> N
     arguments = build_arguments(run) | {"formats": formats}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     save_file({"images": images, "features": image_features}, folder / REFERENCE_FILE)
-    arguments["sha256"] = sha256(folder / WEIGHTS)
+    arguments["sha256"] = durable_files.sha256(folder / WEIGHTS)
     export_formats.write_files(run, folder, formats, arguments, images)
     onnx_section = (
         onnx.write_models(run, folder, images, image_features) if "onnx" in formats else ""

@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -21,11 +21,12 @@ class FileTree:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
+        paths: Iterable[str]
         if self.root.is_dir():
             paths = _paths_below(self.root)
         elif zipfile.is_zipfile(self.root):
             with zipfile.ZipFile(self.root) as archive:
-                paths = iter([path for path in archive.namelist() if not path.endswith("/")])
+                paths = [path for path in archive.namelist() if not path.endswith("/")]
         else:
             raise ValueError(f"{root}: neither a folder nor a zip; give one that has the images")
         self.paths = sorted(path for path in paths if not any(map(is_skipped, path.split("/"))))

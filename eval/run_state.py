@@ -299,7 +299,8 @@ def _read_evaluations(run: Path) -> dict[str, float]:
             for row in result["rows"]:
                 if row["features"] == "pretrained" and row["metrics"]:
                     value = float(next(iter(row["metrics"].values())))
-                    values |= {name: value} if math.isfinite(value) else {}
+                    if math.isfinite(value):
+                        values[name] = value
     return values
 
 

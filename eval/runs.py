@@ -17,7 +17,7 @@ from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.config import RunConfig, channels
 from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.eval.exporting import export_folder
+from ssl_pretrain.eval.exporting import export_folder, reference
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
 from ssl_pretrain.parallel.execution import Execution
@@ -241,7 +241,7 @@ def load_export(
         ValueError: If a file of the export is missing or damaged, or a setting is not allowed.
     """
     _check_overrides(overrides, (*RUN_SECTIONS, "output"), str(folder))
-    arguments = export_folder.read_arguments(folder)
+    arguments = reference.read_arguments(folder)
     _check_channels(overrides, {"data": {"channels": arguments["input"]["channels"]}})
     run_config = export_folder.evaluation_config(folder, arguments, overrides)
     size = run_config.evaluation.image_size or arguments["input"]["size"]

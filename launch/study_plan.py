@@ -1,4 +1,4 @@
-"""What a study trains: its YAML, and one run per variant and seed."""
+"""Read the YAML of a study, and plan one run per variant and seed."""
 
 import re
 from collections.abc import Sequence

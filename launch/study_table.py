@@ -117,14 +117,14 @@ def write(comparison: Comparison, command: str, path: Path, plots: Sequence[Path
         plots: Images in the same folder, each with an .svg beside it.
     """
     table = measure_table(comparison)
-    kept = KEPT_PART.search(path.read_text(encoding="utf-8")) if path.is_file() else None
+    conclusions = KEPT_PART.search(path.read_text(encoding="utf-8")) if path.is_file() else None
     csv_path, latex_path = table_text.write_csv_and_latex(table, path)
     files = [(csv_path, "CSV"), (latex_path, "LaTeX")]
     files += [(plot.with_suffix(".svg"), f"{_plot_name(path, plot)} as SVG") for plot in plots]
     missing = describe_missing(comparison)
     blocks = [
         f"# {comparison.title}",
-        *([kept[0]] if kept else []),
+        *([conclusions[0]] if conclusions else []),
         f"Command: `{command}`",
         table.markdown(),
         *([missing] if missing else []),

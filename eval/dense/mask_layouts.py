@@ -193,10 +193,10 @@ def _numbered_classes(images: MaskedImages) -> tuple[str, ...]:
         values = images.mask_values(index)
         highest = max(highest, int(values[~np.isin(values, void)].max(initial=first)))
     if not first < highest < first + MAX_CLASSES:
-        found = f"only the class {first}" if highest == first else f"values up to {highest}"
+        content = f"only the class {first}" if highest == first else f"values up to {highest}"
         raise ValueError(
             f"{images.masks.root}: beside the void values {', '.join(map(str, void)) or '(none)'} "
-            f"the masks have {found}; store classes as consecutive numbers, such as 0 and 1, or "
+            f"the masks have {content}; store classes as consecutive numbers, such as 0 and 1, or "
             "give --void other values"
         )
     return tuple(map(str, range(first, highest + 1)))

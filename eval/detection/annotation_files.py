@@ -7,7 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ssl_pretrain.eval.detection.annotations import AnnotatedImages, Objects, build_objects
-from ssl_pretrain.eval.file_tree import FileTree, read_file
+from ssl_pretrain.eval.file_tree import FileTree
 
 
 def load_coco(
@@ -138,7 +138,8 @@ class _VocTree:
     """A folder or zip in VOC's layout. The layout may start in a subfolder."""
 
     def __init__(self, root: Path):
-        self._root, paths = root, FileTree(root).paths
+        self._root, self._tree = root, FileTree(root)
+        paths = self._tree.paths
         split_files = [path for path in paths if "ImageSets/Main/" in path]
         if not split_files:
             raise ValueError(
@@ -169,7 +170,7 @@ class _VocTree:
         """Return the content of a file, given its path in VOC's layout."""
         path = f"{self._prefix}{name}"
         try:
-            return read_file(self._root, path)
+            return self._tree.read(path)
         except (KeyError, FileNotFoundError):
             raise ValueError(
                 f"{self._root}: {path} is missing; add it, or remove its image from the lists in "

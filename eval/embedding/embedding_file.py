@@ -15,7 +15,7 @@ give the same bytes.
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,6 @@ from safetensors import SafetensorError, safe_open
 
 from ssl_pretrain.eval.embedding.embedding_writers import METADATA_KEY, WRITERS, Content, Entries
 from ssl_pretrain.system import durable_files, optional_packages
-
-__all__ = [
-    "SUFFIXES",
-    "Embeddings",
-    "Entries",
-    "check_names",
-    "check_path",
-    "read",
-    "read_metadata",
-    "sidecar_path",
-    "write",
-]
 
 SUFFIXES = tuple(WRITERS)
 MAX_NPZ_CHARACTERS = 2**28  # of all names in an .npz, 1 GiB, where each has the longest one's width
@@ -68,15 +56,16 @@ def check_path(path: Path) -> None:
         optional_packages.require(str(path), "pyarrow", "data", "write an .npz")
 
 
-def check_names(path: Path, names: Sequence[str]) -> None:
+def check_names(path: Path, names: Iterable[str]) -> None:
     """Raise ValueError if the names would need too much memory in the format of the path."""
-    if path.suffix != ".npz" or not names:
+    if path.suffix != ".npz":
         return
-    longest = max(map(len, names))
-    if longest * len(names) > MAX_NPZ_CHARACTERS:
+    lengths = [len(name) for name in names]
+    longest = max(lengths, default=0)
+    if longest * len(lengths) > MAX_NPZ_CHARACTERS:
         raise ValueError(
-            f"OUT: {path} would store {len(names):,} names with the {longest:,} characters of the "
-            "longest one each; give OUT as .parquet"
+            f"OUT: {path} would store {len(lengths):,} names with the {longest:,} characters of "
+            "the longest one each; give OUT as .parquet"
         )
 
 

@@ -20,7 +20,7 @@ from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.embedding import embedding_file
-from ssl_pretrain.eval.embedding.embedding_file import Entries
+from ssl_pretrain.eval.embedding.embedding_writers import Entries
 from ssl_pretrain.eval.embedding.feature_batches import FeatureExtractor
 from ssl_pretrain.eval.embedding.job_identity import find_difference, fingerprint
 from ssl_pretrain.eval.embedding.progress_line import ProgressLine
@@ -37,7 +37,7 @@ MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class JobOptions:
-    """How the vectors are computed and stored.
+    """Settings of the computation and of the file.
 
     Attributes:
         dtype: "float32" or "float16", the type in the file.
@@ -211,7 +211,7 @@ class EmbeddingJob:
         Raises:
             ValueError: If too many images of all blocks together are unreadable. The blocks remain.
         """
-        names = _names(source)
+        names = list(_names(source))
         unreadable: dict[str, str] = {}
         not_finite: list[str] = []
         for block in range(self.num_blocks):
@@ -303,8 +303,8 @@ def encodable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _names(source: Source) -> list[str]:
-    return [encodable(source.name(index)) for index in range(len(source))]
+def _names(source: Source) -> Iterator[str]:
+    return (encodable(source.name(index)) for index in range(len(source)))
 
 
 def _job_folder(out: Path) -> Path:

@@ -12,16 +12,6 @@ from ssl_pretrain.eval.exporting.reference import ARGUMENTS_FILE, WEIGHTS, check
 from ssl_pretrain.models import backbones, components, timm_networks
 from ssl_pretrain.system.durable_files import sha256
 
-__all__ = [
-    "WEIGHTS",
-    "digests",
-    "evaluation_config",
-    "is_export",
-    "load",
-    "read_arguments",
-    "sha256",
-]
-
 
 def is_export(path: Path) -> bool:
     """Return True if the folder is an export. A run that contains one is not."""

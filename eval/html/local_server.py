@@ -87,10 +87,10 @@ def build(respond: Callable[[Request], Answer], port: int = 0) -> ThreadingHTTPS
                 return Answer(text, 403, "text/plain; charset=utf-8")
             etag = self.headers.get("If-None-Match", "")
             try:
-                parts = urlsplit(self.path)
-                if parts.path == "/favicon.ico":
+                address = urlsplit(self.path)
+                if address.path == "/favicon.ico":
                     return Answer("", 204)
-                answer = respond(Request(unquote(parts.path), parse_qs(parts.query), etag))
+                answer = respond(Request(unquote(address.path), parse_qs(address.query), etag))
             except Exception as error:  # such as a file that cannot be read
                 message = f"{type(error).__name__}: {error}"
                 return Answer(page.render("error.html.jinja", message=message), 500)

@@ -58,7 +58,7 @@ class Batcher:
         self._queue: asyncio.Queue[_PendingImage] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, "inference")
         self._task: asyncio.Task[None] | None = None
-        self._batch: list[_PendingImage] = []  # images that the thread is embedding
+        self._batch: list[_PendingImage] = []  # images taken from the queue
         self.num_announced = 0  # images that are being decoded
 
     @property
@@ -71,7 +71,7 @@ class Batcher:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Finish the current batch and end the thread. Images that still wait are cancelled."""
+        """Cancel the images without an answer, and end the thread after its current batch."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -92,8 +92,8 @@ class Batcher:
         while True:
             await self._collect()
             start = time.perf_counter()
-            for pending in self._batch:
-                if self._observer is not None:
+            if self._observer is not None:
+                for pending in self._batch:
                     self._observer.observe("wait", start - pending.since)
             try:
                 await self._answer(self._batch)
@@ -115,15 +115,13 @@ class Batcher:
     async def _answer_one_by_one(self, error: Exception) -> None:
         """Embed the images of a batch that failed alone, so that one cannot fail the others."""
         for pending in self._batch:
-            reason = error
-            if len(self._batch) > 1:
-                try:
-                    await self._answer([pending])
-                    continue
-                except Exception as own_error:
-                    reason = own_error
-            if not pending.vector.done():
-                pending.vector.set_exception(reason)
+            try:
+                if len(self._batch) == 1:  # it has been tried alone
+                    raise error
+                await self._answer([pending])
+            except Exception as reason:
+                if not pending.vector.done():
+                    pending.vector.set_exception(reason)
 
     async def _collect(self) -> None:
         """Fill the next batch. Images whose clients have left are skipped."""

@@ -14,8 +14,7 @@ from ssl_pretrain.eval.embedding.embedding_network import describe_transform
 from ssl_pretrain.eval.embedding.weights_digest import digest_of_tensors
 from ssl_pretrain.eval.export import load_transform
 from ssl_pretrain.eval.exporting import onnx
-from ssl_pretrain.eval.exporting.export_folder import WEIGHTS, read_arguments
-from ssl_pretrain.eval.exporting.reference import REFERENCE_FILE
+from ssl_pretrain.eval.exporting.reference import REFERENCE_FILE, WEIGHTS, read_arguments
 from ssl_pretrain.eval.frozen import named_features
 from ssl_pretrain.eval.image_transform import ImageTransform
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ssl_pretrain.eval.dense.mask_sources import MaskSources
+
 COLORS = {"ball": (220, 40, 40), "box": (40, 200, 60)}
 HEIGHT, WIDTH = 40, 48
 CLASSES = ["background", *COLORS]
@@ -80,3 +82,9 @@ def write_ade20k(root: Path) -> Path:
     rows.append("3\t0.1\t9\t9\tscreen")
     (folder / "objectInfo150.txt").write_text("\n".join(rows) + "\n")
     return folder
+
+
+def write_sources(root: Path) -> MaskSources:
+    """Write images and masks of both splits and return their locations."""
+    write_folders(root)
+    return MaskSources(images=str(root / "images"), masks=str(root / "masks"), classes=CLASSES)

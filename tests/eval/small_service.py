@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from ssl_pretrain.eval.embedding.vector_index import IndexFacts
 from ssl_pretrain.eval.export import load_transform
-from ssl_pretrain.eval.exporting.export_folder import sha256
 from ssl_pretrain.eval.serving import routes
 from ssl_pretrain.eval.serving.served_network import ServedNetwork
 from ssl_pretrain.eval.serving.service import Service, ServiceLimits
+from ssl_pretrain.system.durable_files import sha256
 
 SIDE, DIM = 16, 24
 ADDRESS = "http://127.0.0.1"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ssl_pretrain.eval.embedding import embedding_file, embedding_writers
-from ssl_pretrain.eval.embedding.embedding_file import Entries
+from ssl_pretrain.eval.embedding.embedding_writers import Entries
 
 
 @pytest.mark.parametrize("suffix", embedding_file.SUFFIXES)

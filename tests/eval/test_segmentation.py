@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import run_ranks
-from masked_folders import CLASSES, write_folders
+from masked_folders import CLASSES, write_folders, write_sources
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 from torchvision.models import resnet as torchvision_resnet
@@ -43,8 +43,7 @@ PIXELS = segmentation_batches.Pixels([0.5] * 3, [0.25] * 3)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = write_folders(tmp_path_factory.mktemp("data"))
-    return MaskSources(images=str(root / "images"), masks=str(root / "masks"), classes=CLASSES)
+    return write_sources(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

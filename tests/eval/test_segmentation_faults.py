@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import run_ranks
-from masked_folders import CLASSES, write_folders
+from masked_folders import write_sources
 from untrained_run import make_run
 
 from ssl_pretrain.eval import results, runs
@@ -17,7 +17,6 @@ from ssl_pretrain.eval.dense import (
     segmenters,
 )
 from ssl_pretrain.eval.dense.backbone_rows import SegmentationOptions
-from ssl_pretrain.eval.dense.mask_sources import MaskSources
 from ssl_pretrain.eval.dense.masked_images import VOID
 from ssl_pretrain.eval.dense.segmentation_protocols import TRAINING_PROTOCOLS
 
@@ -27,8 +26,7 @@ PIXELS = segmentation_batches.Pixels([0.5] * 3, [0.25] * 3)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = write_folders(tmp_path_factory.mktemp("data"))
-    return MaskSources(images=str(root / "images"), masks=str(root / "masks"), classes=CLASSES)
+    return write_sources(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
