@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ssl_pretrain.eval import saved_settings
 from ssl_pretrain.monitoring import metric_names, tensorboard_tracker
 from ssl_pretrain.system import durable_files, optional_packages
 
@@ -31,8 +30,7 @@ def track(run_path: Path, result: dict[str, Any], load_results: Callable[[], Res
         result: The new result.
         load_results: Returns all results of the run. It is called only for the table.
     """
-    path = run_path / "config.yaml"
-    settings = yaml.safe_load(path.read_text()).get("log", {}) if path.exists() else {}
+    settings = saved_settings.read(run_path).get("log", {})
     if settings.get("tensorboard") and optional_packages.is_installed("tensorboard"):
         _write_events(run_path / TENSORBOARD_FOLDER, result)
     if settings.get("csv"):

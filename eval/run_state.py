@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from ssl_pretrain import schema
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.checkpoint.manifest import read_manifest
 from ssl_pretrain.data.config import short_name
-from ssl_pretrain.eval import results
+from ssl_pretrain.eval import results, saved_settings
 from ssl_pretrain.eval.appended_lines import AppendedLines
 from ssl_pretrain.fault_tolerance import failure_note
 from ssl_pretrain.fault_tolerance.run_lock import EMPTY_LOCK_SECONDS, find_holder
@@ -111,7 +109,7 @@ class RunStateReader:
 
     def _read_changes(self) -> RunState:
         if self._has_changed("config.yaml"):
-            self._settings = _read_settings(self.run / "config.yaml")
+            self._settings = saved_settings.read_if_intact(self.run)
         if self._has_changed("eval"):
             self._evaluations = _read_evaluations(self.run)
         if self._has_changed("checkpoints"):
@@ -269,14 +267,6 @@ def _modification_time(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def _read_settings(path: Path) -> Mapping[str, Any]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is ten times faster
-    with suppress(OSError, yaml.YAMLError), path.open(encoding="utf-8") as file:
-        settings = yaml.load(file, loader)
-        return settings if isinstance(settings, dict) else {}
-    return {}
 
 
 def _read_last_step(run: Path) -> int | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from ssl_pretrain import config, schema
@@ -17,6 +16,7 @@ from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.config import RunConfig, channels
 from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.distributed import process_group
+from ssl_pretrain.eval import saved_settings
 from ssl_pretrain.eval.exporting import export_folder, reference
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
@@ -296,15 +296,14 @@ def _check_overrides(overrides: list[str], sections: tuple[str, ...], weights: s
 
 def _check_architecture(path: Path, run_config: RunConfig, checkpoint_path: Path) -> None:
     """Raise ValueError if the checkpoint's network differs from that in the run's config.yaml."""
-    file = path / "config.yaml"
-    saved_config = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    saved_config = saved_settings.read(path)
     for key in ("name", "stem"):
         value = getattr(run_config.backbone, key)
         saved_value = schema.value_at(saved_config, f"backbone.{key}")
         if saved_value not in (None, value):
             raise ValueError(
-                f"{checkpoint_path}: has backbone.{key} {value}, but {file} has {saved_value};"
-                " give a checkpoint of this run"
+                f"{checkpoint_path}: has backbone.{key} {value}, but {path}/config.yaml has "
+                f"{saved_value}; give a checkpoint of this run"
             )
 
 
@@ -340,11 +339,8 @@ def _write_config(path: Path, run_config: RunConfig) -> None:
     Raises:
         ValueError: If the folder contains a run or the results of other weights.
     """
-    file = path / "config.yaml"
-    previous = yaml.safe_load(file.read_text()) if file.is_file() else None
-    has_other_weights = previous is not None and previous.get("backbone") != asdict(
-        run_config.backbone
-    )
+    previous = saved_settings.read(path)
+    has_other_weights = bool(previous) and previous.get("backbone") != asdict(run_config.backbone)
     if (path / "checkpoints").exists() or has_other_weights:
         raise ValueError(
             f"output: {path} contains a run or the results of other weights; give another folder"
@@ -352,4 +348,4 @@ def _write_config(path: Path, run_config: RunConfig) -> None:
         )
     if process_group.is_main():
         path.mkdir(parents=True, exist_ok=True)
-        file.write_text(config.to_yaml(run_config))
+        (path / saved_settings.FILE_NAME).write_text(config.to_yaml(run_config))

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-import yaml
-
 from ssl_pretrain import config as configuration
 from ssl_pretrain import schema
 from ssl_pretrain.config.resume_policy import resume_policy
+from ssl_pretrain.eval import saved_settings
 from ssl_pretrain.launch import (
     local,
     pretrain,
@@ -34,9 +33,8 @@ def check_finished(runs: Sequence[study_plan.PlannedRun]) -> None:
         ConfigError: If a setting that changes the results differs.
     """
     for run in runs:
-        path = Path(run.config.output) / "config.yaml"
-        if run.is_evaluated() and path.is_file():
-            saved = schema.flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+        if run.is_evaluated():
+            saved = schema.flatten(saved_settings.read(Path(run.config.output)))
             planned = schema.flatten(configuration.to_dict(run.config))
             differences = [
                 f"{key} was {saved[key]!r} and is now {planned[key]!r}"

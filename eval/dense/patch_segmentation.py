@@ -26,6 +26,7 @@ from ssl_pretrain.eval.dense.patch_classifiers import (
 from ssl_pretrain.eval.dense.segmentation_protocols import PatchProtocol
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.cached_linear import fit_standardization
+from ssl_pretrain.eval.frozen.rank_batches import gather_in_order, rank_rows
 from ssl_pretrain.eval.runs import Run
 
 BATCH_SIZE = 32  # images per forward pass; each rank takes whole batches
@@ -110,7 +111,7 @@ class PatchGrid:
 def embed(run: Run, backbone: nn.Module, images: MaskedImages, grid: PatchGrid) -> ImagePatches:
     """Return the patches of all images in order, the same on every rank."""
     network: Any = backbone
-    own = rank_indices(len(images))
+    own = rank_rows(len(images), BATCH_SIZE)
     tokens, pixels = list[Tensor](), list[Tensor]()
     for start in range(0, len(own), BATCH_SIZE):
         squares = [grid.square(*images.read(i)) for i in own[start : start + BATCH_SIZE].tolist()]
@@ -118,23 +119,11 @@ def embed(run: Run, backbone: nn.Module, images: MaskedImages, grid: PatchGrid) 
         tokens.append(features.compute(run, lambda x: network.tokens(x).patches, views))
         pixels.append(grid.split(torch.stack([mask for _, mask in squares])))
     num_patches = grid.rows * grid.columns
-    empty = torch.empty(0, num_patches, network.token_dim, device=run.device)
-    order = np.argsort(
-        np.concatenate([rank_indices(len(images), r) for r in range(process_group.world_size())])
-    )
-    all_tokens = features.gather_rows(torch.cat(tokens or [empty]))
-    own_pixels = torch.cat(
-        pixels or [torch.empty(0, num_patches, grid.num_pixels, dtype=torch.uint8)]
-    )
-    all_pixels = features.gather_rows(own_pixels.to(run.device)).cpu()
-    return ImagePatches(all_tokens, all_pixels).rows(order)
-
-
-def rank_indices(num_images: int, rank: int | None = None) -> np.ndarray:
-    """Return the images of a rank, by default this one: every world_size-th batch."""
-    rank = process_group.rank() if rank is None else rank
-    indices = np.arange(num_images)
-    return indices[indices // BATCH_SIZE % process_group.world_size() == rank]
+    no_tokens = torch.empty(0, num_patches, network.token_dim, device=run.device)
+    no_pixels = torch.empty(0, num_patches, grid.num_pixels, dtype=torch.uint8)
+    all_tokens = gather_in_order(torch.cat(tokens or [no_tokens]), len(images), BATCH_SIZE)
+    own_pixels = torch.cat(pixels or [no_pixels]).to(run.device)
+    return ImagePatches(all_tokens, gather_in_order(own_pixels, len(images), BATCH_SIZE).cpu())
 
 
 @dataclass(frozen=True)
@@ -209,7 +198,7 @@ def segment(
     else:
         classifier = collectives.run_on_main(lambda: build(best, everything))
     confusion = Confusion(test_images.classes)
-    for index in rank_indices(len(test)).tolist():
+    for index in rank_rows(len(test), BATCH_SIZE).tolist():
         if protocol.scores_masks_as_stored:
             labels = torch.from_numpy(test_images.labels(index))
             prediction = predict_as_stored(classifier, test.tokens[index], labels.shape, grid)

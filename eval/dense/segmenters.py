@@ -12,7 +12,7 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 from ssl_pretrain import rng
 from ssl_pretrain.eval.dense.segmentation_protocols import TrainingProtocol
-from ssl_pretrain.eval.detection.detectors import STEM, ResNetStages, stage_channels
+from ssl_pretrain.eval.detection.detectors import ResNetStages, is_resnet, stage_channels
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.models import backbones
 
@@ -124,11 +124,6 @@ def check_tokens(run: Run) -> None:
     backbone: Any = run.backbone
     if problem := backbone.find_token_problem():
         raise ValueError(f"segmentation: {problem}; choose a network with patches or a map")
-
-
-def is_resnet(network: nn.Module) -> bool:
-    """Return True if the network has the stem and the stages of a timm ResNet."""
-    return all(hasattr(network, name) for name in (*STEM, "layer1", "layer4", "feature_info"))
 
 
 def build(

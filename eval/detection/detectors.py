@@ -76,9 +76,14 @@ def stage_channels(resnet: nn.Module) -> list[int]:
     return [info["num_chs"] for info in resnet.feature_info[-4:]]  # type: ignore[index]
 
 
+def is_resnet(network: nn.Module) -> bool:
+    """Return True if the network has the stem and the stages of a timm ResNet."""
+    return all(hasattr(network, name) for name in (*STEM, "layer1", "layer4", "feature_info"))
+
+
 def check_backbone(backbone: nn.Module, name: str) -> None:
     """Raise ValueError unless the backbone is a timm ResNet."""
-    if not all(hasattr(backbone, module) for module in (*STEM, "layer1", "layer4", "feature_info")):
+    if not is_resnet(backbone):
         raise ValueError(
             "backbone.name: detection needs a timm ResNet with the stages layer1 to layer4, but "
             f"{name} has no such stages; evaluate it with eval.linear"

@@ -18,6 +18,7 @@ from ssl_pretrain.data.source_report import check_images, layout_lines
 from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.frozen.named_features import POOLED, Feature
+from ssl_pretrain.eval.frozen.rank_batches import rank_rows
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema.image_sizes import ImageSize, area, describe
 from ssl_pretrain.views import crops
@@ -66,7 +67,7 @@ class EvaluationSplit:
         """The images that this rank evaluates. On a single rank this is the split itself."""
         if process_group.world_size() == 1:
             return self
-        return self.subset(rank_rows(process_group.rank(), len(self)))
+        return self.subset(rank_rows(len(self), BATCH_SIZE))
 
     @property
     def cache_bytes(self) -> int:
@@ -95,15 +96,6 @@ class EvaluationSplit:
                 cache.append((images.clone(), labels))
             yield images, labels
         self._cache = cache
-
-
-def rank_rows(rank: int, num_images: int) -> np.ndarray:
-    """Return the rows that a rank evaluates, every world_size-th batch.
-
-    Ranks take whole batches, so the results do not depend on the number of ranks.
-    """
-    rows = np.arange(num_images)
-    return rows[rows // BATCH_SIZE % process_group.world_size() == rank]
 
 
 def open_images(run: Run, split: Literal["train", "val"]) -> Source:

@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ssl_pretrain import rng
 from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, rank_rows
+from ssl_pretrain.eval.frozen.evaluation_split import BATCH_SIZE, EvaluationSplit
 from ssl_pretrain.eval.frozen.named_features import POOLED, network_of_feature
+from ssl_pretrain.eval.frozen.rank_batches import gather_in_order
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.models import backbones
 from ssl_pretrain.schema.image_sizes import ImageSize, height_and_width
@@ -205,25 +204,10 @@ def embed_split(
 ) -> tuple[Tensor, Tensor]:
     """Return the features and labels of the shifted images in order, the same on every rank."""
     features, labels = embed(split.rank_subset, offset)
-    world_size = process_group.world_size()
-    if world_size == 1:
-        return features, labels
-    gathered_rows = np.concatenate([rank_rows(rank, len(split)) for rank in range(world_size)])
-    order = torch.from_numpy(np.argsort(gathered_rows)).to(features.device)
-    return gather_rows(features)[order], gather_rows(labels)[order]
-
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all ranks. Ranks may have different numbers of rows."""
-    if process_group.world_size() == 1:
-        return rows
-    shapes = collectives.gather_objects(tuple(rows.shape))
-    longest = max(shape[0] for shape in shapes)
-    row_shape = next(shape[1:] for shape in shapes if shape[0])
-    padded_rows = rows.new_zeros(longest, *row_shape)
-    padded_rows[: len(rows)] = rows.view(len(rows), *row_shape)
-    rows_by_rank = collectives.gather(padded_rows).split(longest)
-    return torch.cat([padded[: shape[0]] for padded, shape in zip(rows_by_rank, shapes)])
+    return (
+        gather_in_order(features, len(split), BATCH_SIZE),
+        gather_in_order(labels, len(split), BATCH_SIZE),
+    )
 
 
 def shift(images: Tensor, dx: int, dy: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen.rank_batches import gather_rows
 from ssl_pretrain.monitoring import weighted_knn
 from ssl_pretrain.system import optional_packages
 
@@ -131,7 +131,7 @@ def _global_mean(bank: Tensor) -> Tensor:
     """Return the mean over all ranks, summed in float64 to be the same for any number of ranks."""
     # On a rank without images the sum is a row of zeros, which the slice removes.
     rank_sum = bank.sum(dim=0, keepdim=True, dtype=torch.float64)[: len(bank)]
-    total = features.gather_rows(rank_sum).sum(dim=0)
+    total = gather_rows(rank_sum).sum(dim=0)
     return (total / sum(collectives.gather_objects(len(bank)))).to(bank.dtype)
 
 

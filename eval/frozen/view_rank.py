@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
+from ssl_pretrain.eval.frozen.rank_batches import gather_rows
 from ssl_pretrain.eval.training_views import build_train_loader
 from ssl_pretrain.monitoring.collapse_metrics import effective_rank
 from ssl_pretrain.views.mask_recipe import Mask
@@ -94,8 +94,8 @@ def embed_views(
             batch = next(batches)
             rows.append(embed(batch.views[0]))
             indices.append(batch.indices)
-    embeddings = features.gather_rows(torch.cat(rows))
+    embeddings = gather_rows(torch.cat(rows))
     # The embeddings of one image are neighbors after a stable sort by image.
-    order = np.argsort(features.gather_rows(torch.cat(indices)).cpu().numpy(), kind="stable")
+    order = np.argsort(gather_rows(torch.cat(indices)).cpu().numpy(), kind="stable")
     ordered = embeddings[torch.from_numpy(order).to(embeddings.device)]
     return ordered.unflatten(0, (len(source), num_views))

@@ -6,11 +6,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssl_pretrain import schema
 from ssl_pretrain.data.config import short_name
-from ssl_pretrain.eval import results
+from ssl_pretrain.eval import results, saved_settings
 from ssl_pretrain.eval.html import run_files, sections
 from ssl_pretrain.eval.html.run_files import Record
 from ssl_pretrain.eval.table_text import MeasureTable, TableColumn, TableRow
@@ -66,7 +64,7 @@ class RunGroup:
 
 def read_run(name: str, path: Path) -> ComparedRun:
     """Read the files of a run."""
-    config = schema.flatten(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+    config = schema.flatten(saved_settings.read(path))
     newest = {key: steps[max(steps)] for key, steps in results.load_by_step(path).items()}
     return ComparedRun(name, path, config, run_files.read_metrics(path), newest)
 

@@ -3,15 +3,14 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 from markupsafe import Markup
 from PIL import Image
 
 from ssl_pretrain import config, schema
 from ssl_pretrain.data.config import DataConfig
+from ssl_pretrain.eval import saved_settings
 from ssl_pretrain.eval.html import page
 from ssl_pretrain.eval.html.training_figures import evenly_spaced
 from ssl_pretrain.monitoring import image_grids, metric_names, online_knn, shown_bands
@@ -34,15 +33,9 @@ class View:
     description: str  # the random choices that produced it
 
 
-def read_settings(run_path: Path) -> dict[str, Any]:
-    """Read RUN/config.yaml. Return an empty configuration if there is none."""
-    path = run_path / "config.yaml"
-    return (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
-
-
 def read_views_config(run_path: Path) -> ViewsConfig | None:
     """Return the recipe of the run's views, or None for published weights, which have none."""
-    settings = read_settings(run_path)
+    settings = saved_settings.read_if_intact(run_path)
     if not schema.value_at(settings, "views.crops"):
         return None
     return config.from_dict(settings).views
@@ -53,7 +46,7 @@ def describe_training_bands(run_path: Path) -> str:
 
     Return an empty string for plain gray and RGB.
     """
-    settings = read_settings(run_path)
+    settings = saved_settings.read_if_intact(run_path)
     num_channels = schema.value_at(settings, "data.channels") or DataConfig().channels
     return shown_bands.describe(schema.value_at(settings, "log.bands") or [], num_channels)
 

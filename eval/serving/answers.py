@@ -36,7 +36,7 @@ class NeighborsAnswer:
 
 @dataclass
 class StateAnswer:
-    """State of the service: "live", "ready" or "stopping"."""
+    """State of the service: "live" or "ready"."""
 
     state: str
 

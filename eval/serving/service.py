@@ -96,7 +96,6 @@ class Service:
 
     def __init__(self, network: Network, index: Index | None, limits: ServiceLimits):
         self.network, self.index, self.limits = network, index, limits
-        self.is_ready = False
         self.num_images = 0
         self._budget = ByteBudget(limits.max_upload_bytes)
         self._decoder = ImageDecoder(network.transform.pixel_format, limits.max_pixels)
@@ -130,11 +129,9 @@ class Service:
         else:
             image = self._transform(np.full((64, 64, num_channels), 128, np.uint8))
         await self._batcher.embed(image)
-        self.is_ready = True
 
     async def stop(self) -> None:
         """Finish what is being computed, and end the threads."""
-        self.is_ready = False
         await self._batcher.stop()
         self._threads.shutdown(cancel_futures=True)
 
