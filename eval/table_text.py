@@ -120,23 +120,8 @@ class MeasureTable:
 
     def latex(self) -> str:
         """Return the table as a LaTeX `tabular` that needs the package booktabs."""
-
-        def line(cells: Sequence[str]) -> str:
-            return f"{' & '.join(cells)} \\\\"
-
         rows = self._text_rows(escape_latex, lambda text: f"\\textbf{{{text}}}")
-        return "\n".join(
-            [
-                "% needs \\usepackage{booktabs}",
-                f"\\begin{{tabular}}{{lr{'r' * len(self.columns)}}}",
-                "\\toprule",
-                line([escape_latex(title) for title in self._header()]),
-                "\\midrule",
-                *map(line, rows),
-                "\\bottomrule",
-                "\\end{tabular}\n",
-            ]
-        )
+        return latex_table([escape_latex(title) for title in self._header()], rows)
 
     def csv(self) -> str:
         """Return the table as CSV, with the mean and the deviation in columns of their own."""
@@ -216,6 +201,26 @@ def format_mean(values: Sequence[float], decimals: int) -> str:
         return MISSING
     text = f"{center:.{decimals}f}"
     return f"{text} {PLUS_MINUS} {spread:.{decimals}f}" if math.isfinite(spread) else text
+
+
+def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return cells of LaTeX as a `tabular` that needs the package booktabs."""
+
+    def line(cells: Sequence[str]) -> str:
+        return f"{' & '.join(cells)} \\\\"
+
+    return "\n".join(
+        [
+            "% needs \\usepackage{booktabs}",
+            f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            "\\toprule",
+            line(header),
+            "\\midrule",
+            *map(line, rows),
+            "\\bottomrule",
+            "\\end{tabular}\n",
+        ]
+    )
 
 
 def escape_latex(text: str) -> str:

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from ssl_pretrain.eval.table_text import MeasureTable, escape_latex
+from ssl_pretrain.eval.table_text import MeasureTable, escape_latex, latex_table
 from ssl_pretrain.system import markdown
 
 Download = tuple[str, str, str]  # name of the format, name of the file, and data URL
@@ -28,19 +28,12 @@ def text_downloads(
     content = io.StringIO()
     csv.writer(content, lineterminator="\n").writerows([header, *rows])
     escaped_rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in (header, *rows)]
-    latex = [
-        rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-        lines[0],
-        r"\hline",
-        *lines[1:],
-        r"\end{tabular}",
-    ]
+    latex_header, *latex_rows = [list(map(escape_latex, row)) for row in (header, *rows)]
     return _downloads(
         file_name,
         f"{markdown.table(header, escaped_rows)}\n",
         content.getvalue(),
-        "\n".join(latex) + "\n",
+        latex_table(latex_header, latex_rows),
     )
 
 
