@@ -1,6 +1,6 @@
 """A training step on a pretended GPU never makes the host wait and never mixes devices.
 
-The step is that of `Stepper`, with autocast on: forward pass, targets, loss, backward pass, masked
+The step is that of `Stepper` in two micro-batches, with autocast on: forward pass, targets, loss, backward pass, masked
 optimizer step, batch norm's snapshots and `after_step`.
 """
 
@@ -17,22 +17,16 @@ from ssl_pretrain.views import masks
 from ssl_pretrain.views.mask_recipe import Mask
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
-# Methods have the same losses on CIFAR-10 as on ImageNet, with smaller networks.
+# Methods that couple the images of a batch in different ways.
 STEMS = fake_step.quick_and_full(
-    [*fake_step.CIFAR10, "simclr_imagenet", "dino_imagenet"],
-    fake_step.IMAGENET,
+    [f"{name}_cifar10" for name in ("simclr", "moco", "byol", "vicreg", "swav", "ijepa", "cpc")],
+    [*fake_step.CIFAR10, *fake_step.IMAGENET],
 )
 
 
 def test_every_method_has_a_configuration():
     names = {fake_step.load(stem).method.name for stem in fake_step.CIFAR10}
     assert sorted(names) == methods.names()
-
-
-@pytest.mark.parametrize("stem", STEMS)
-def test_a_step_never_waits_and_stays_on_the_gpu(stem):
-    launches = fake_step.launches_per_step(stem)  # raises an error otherwise
-    assert launches.keys() >= {"color", "forward", "loss", "backward", "optimizer", "other"}
 
 
 @pytest.mark.parametrize("stem", STEMS)

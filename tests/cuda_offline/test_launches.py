@@ -1,4 +1,4 @@
-"""Kernel launches per step equal the committed table, and color takes few of them."""
+"""A step on a pretended GPU never waits, and its kernel launches equal the committed table."""
 
 import fake_step
 import pytest
@@ -10,6 +10,7 @@ from launches import count_launches
 from ssl_pretrain.optim import optimizers
 from ssl_pretrain.views import color
 
+# Methods have the same losses on CIFAR-10 as on ImageNet, with smaller networks.
 STEMS = fake_step.quick_and_full(
     [*fake_step.CIFAR10, "simclr_imagenet", "dino_imagenet"],
     fake_step.IMAGENET,
@@ -19,9 +20,10 @@ COLOR_LIMITS = {"simclr_imagenet": 12, "dino_imagenet": 20}
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_launches_equal_those_of_the_table(stem):
+def test_a_step_never_waits_and_has_the_launches_of_the_table(stem):
+    counts = fake_step.launches_per_step(stem)  # raises an error if the host waits
+    assert counts.keys() >= {"color", "forward", "loss", "backward", "optimizer", "other"}
     tables.skip_unless_version("launches")
-    counts = fake_step.launches_per_step(stem)
     assert tables.read("launches").get(stem) == tables.format_launches(counts), tables.REMEDY
 
 

@@ -17,7 +17,10 @@ from traffic import predict_bytes
 
 from ssl_pretrain.parallel import batch_norm
 
-STEMS = fake_step.quick_and_full(fake_step.CIFAR10, fake_step.IMAGENET)
+STEMS = fake_step.quick_and_full(
+    [f"{name}_cifar10" for name in ("simclr", "moco", "byol", "vicreg", "swav", "dino", "cpc")],
+    [*fake_step.CIFAR10, *fake_step.IMAGENET],
+)
 # Dimension of an embedding, and calls of the networks per step.
 CONTRASTIVE = {
     "simclr_cifar10": (128, 1),
