@@ -13,6 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 
 MAX_PNG_PIXELS = 256 * 256  # larger pictures are embedded as JPEG
+NO_BREAK = "\N{NO-BREAK SPACE}"
 MAX_PICTURE_SIDE = 88  # largest side in pixels, for pictures in a strip of neighbors
 
 
@@ -30,13 +31,15 @@ class Figure:
 
 @cache
 def _templates() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=lambda name: name is not None and name.endswith(".jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["unbroken"] = keep_units
+    return environment
 
 
 def render(template: str, **context: Any) -> str:
@@ -46,6 +49,11 @@ def render(template: str, **context: Any) -> str:
     """
     text = _templates().get_template(template).render(context)
     return text.encode(errors="backslashreplace").decode()
+
+
+def keep_units(text: str) -> str:
+    """Return text in which no line ends between a number and its percent sign or deviation."""
+    return text.replace(" %", f"{NO_BREAK}%").replace(" ± ", f"{NO_BREAK}±{NO_BREAK}")
 
 
 def image_data_url(image: Image.Image, quality: int = 88) -> str:
