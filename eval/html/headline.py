@@ -81,11 +81,11 @@ def compare(value: float, baseline: float, name: str) -> str:
 
 
 def _describe_images(protocol: dict[str, object]) -> str:
-    """Return " of 500 test images", or "" if the protocol does not say how many there were."""
+    """Return " on 500 test images", or "" if the protocol does not say how many there were."""
     match = re.search(
         r"([\d,]+) (test images|held-out training images)", str(protocol.get("images", ""))
     )
-    return f" of {int(match[1].replace(',', '')):,} {match[2]}" if match else ""
+    return f" on {int(match[1].replace(',', '')):,} {match[2]}" if match else ""
 
 
 def _join(texts: Sequence[str]) -> str:

@@ -166,7 +166,7 @@ def test_the_demo_needs_both_evaluations(tmp_path):
 def test_the_headline_says_how_far_the_features_are_from_each_baseline(digits):
     (knn,) = [result for result in results.load_newest(digits) if result["name"] == "knn"]
     assert headline.describe_result(knn) == (
-        "k-NN reaches 52.0 % of 500 test images, 2.0 points above raw pixels (50.0 %) and "
+        "k-NN reaches 52.0 % on 500 test images, 2.0 points above raw pixels (50.0 %) and "
         "1.0 points above the random network (51.0 %)."
     )
     rows = [
@@ -174,7 +174,7 @@ def test_the_headline_says_how_far_the_features_are_from_each_baseline(digits):
         {"features": "pretrained", "metrics": {"clean": 96.4}, "spread": {}},
     ]
     assert headline.describe_result(knn | {"rows": rows}) == (
-        "k-NN reaches 96.4 % of 500 test images, 0.4 points below raw pixels (96.8 %)."
+        "k-NN reaches 96.4 % on 500 test images, 0.4 points below raw pixels (96.8 %)."
     )
     assert headline.describe_results([]) == ""
 
