@@ -51,7 +51,7 @@ def _describe_route(path: str, method: str, entry: dict[str, Any], address: str)
             for parameter in entry.get("parameters", [])
         ],
         "example": json.dumps(example),
-        "errors": [
+        "errors": sorted(
             (status, answer["description"]) for status, answer in answers.items() if status != "200"
-        ],
+        ),
     }
