@@ -1,4 +1,4 @@
-"""The report and the comparison in headless Chromium.
+"""The report, the comparison and the service's page in headless Chromium.
 
 The browser's console stays empty, every picture has a size, and the numbers are those of
 metrics.jsonl.
@@ -10,6 +10,7 @@ import browser_checks
 import pytest
 from browser_checks import open_page
 from run_with_report import make_run_with_report, write_metrics
+from small_service import open_client, open_service, write_export
 from untrained_run import make_run
 
 from ssl_pretrain.eval import compare
@@ -29,6 +30,14 @@ def comparison(digits, tmp_path_factory):
     other = make_run(folder / "other", "optim.base_lr=0.125")
     write_metrics(other, num_steps=20)
     return compare.write([digits, other], folder / "compare.html")
+
+
+@pytest.fixture(scope="module")
+def service_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("service")
+    with open_client(open_service(write_export(folder / "export"))) as client:
+        (folder / "docs.html").write_text(client.get("/docs").text, encoding="utf-8")
+    return folder / "docs.html"
 
 
 def count_points(browser, label):
@@ -97,6 +106,15 @@ def test_the_comparison_fits_every_window_and_is_legible(browser, comparison):
     browser_checks.check_in_all_windows(browser)
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     browser_checks.check_in_all_windows(browser, schemes=("light",))
+
+
+def test_the_page_of_the_service_fits_every_window_and_is_legible(browser, service_page):
+    open_page(browser, service_page.as_uri())
+    browser_checks.check_in_all_windows(browser)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    browser_checks.check_in_all_windows(browser, schemes=("light",))
+    unreachable = browser_checks.unreachable_by_tab(browser, "input, button, summary")
+    assert not unreachable, unreachable
 
 
 def test_the_keyboard_reads_every_value_of_a_curve(browser, digits):

@@ -21,7 +21,7 @@ def test_a_comparison_shows_results_first_and_differing_keys_last(digits, tmp_pa
     write_metrics(other_run, num_steps=20)
     text = compare.write([digits, other_run], tmp_path / "both.html").read_text()
     parsed_page = ParsedPage(text)
-    assert parsed_page.headings == ["Results", "Training", "Alerts of digits", "Config"]
+    assert parsed_page.headings == ["Results", "Alerts of digits", "Training", "Config"]
     assert parsed_page.external_urls == []
     runs_to_compare = [run_groups.read_run(run.name, run) for run in (digits, other_run)]
     assert list(compare.config_differences(runs_to_compare)) == ["optim.base_lr"]
