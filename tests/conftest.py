@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from case_table import (  # noqa: F401
@@ -25,8 +26,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # tensors it is no slower.
 torch.set_num_threads(1)
 _context = multiprocessing.get_context("forkserver")
-# The fork server imports these once, so that a test takes under a second instead of 20.
-_context.set_forkserver_preload(["torch", "torch._dynamo", "ssl_pretrain.train", "pytest", "warm"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> None:
+    fork_server.start()
 
 
 @pytest.fixture

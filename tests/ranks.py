@@ -50,7 +50,7 @@ class Ranks:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         variables = {**address, **(environment or {})}
         command = [str(path), *arguments]
-        context = multiprocessing.get_context("forkserver")  # preloaded by tests/conftest.py
+        context = multiprocessing.get_context("forkserver")  # preloaded by tests/fork_server.py
         self.processes = []
         for rank in range(size):
             options = (rank, size, variables, self.log / str(rank), command, fault, marker, prepare)

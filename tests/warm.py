@@ -1,6 +1,6 @@
 """Preload the modules and compiled code that take half of a small run's CPU time.
 
-conftest.py makes the fork server import this module, so that forked ranks inherit them.
+fork_server.py makes the fork server import this module, so that forked ranks inherit them.
 """
 
 import torch

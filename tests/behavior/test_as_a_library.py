@@ -27,6 +27,7 @@ def write_script(tmp_path):
     return write_script
 
 
+@pytest.mark.full
 def test_a_script_without_a_guard_trains_once(write_script):
     result = commands.run(
         write_script("print('imported', flush=True)\ntrain_run('unguarded', 2)\n")

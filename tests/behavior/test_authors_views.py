@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from commands import CONFIG, run_modules, write_class_folders, write_config
 
 OPTIONS = (
@@ -10,6 +11,7 @@ OPTIONS = (
 )
 
 
+@pytest.mark.full
 def test_a_run_trains_on_both_kinds_of_views_and_describes_them(tmp_path):
     root = write_class_folders(tmp_path / "data", "train", images_per_class=4)
     write_class_folders(tmp_path / "data", "val", images_per_class=4)

@@ -49,7 +49,7 @@ def server():
         ("WANDB_MODE", "disabled", "log.wandb=auto"),
         pytest.param("WANDB_MODE", "offline", "log.wandb=auto", marks=pytest.mark.full),
         pytest.param("WANDB_DISABLED", "true", "log.wandb=auto", marks=pytest.mark.full),
-        ("WANDB_DISABLED", "true", "log.wandb=online"),
+        pytest.param("WANDB_DISABLED", "true", "log.wandb=online", marks=pytest.mark.full),
     ],
 )
 def test_wandb_sends_nothing_if_its_variables_forbid_it(

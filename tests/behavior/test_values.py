@@ -28,6 +28,7 @@ KEYS = ["output", "data.root", "data.cache_dir", "data.train", "data.val"]
 KEYS += ["log.name", "log.project", "log.group"]
 
 
+@pytest.mark.full
 def test_text_keys_take_overrides_verbatim(config):
     for first in range(0, len(TEXTS), len(KEYS)):
         expected = dict(zip(KEYS, TEXTS[first:]))
@@ -78,6 +79,7 @@ def test_a_run_and_its_evaluation_accept_a_folder_with_a_number_sign(config):
     assert evaluation.status == 0, evaluation.text
 
 
+@pytest.mark.full
 def test_a_sweep_keeps_its_folder_verbatim_and_splits_only_at_unescaped_commas(config):
     values = ("output=runs/010,b #1", r"log.name=a\,b,c", "seed=0,1")
     result = run("launch/sweep.py", config, *values, "--list")

@@ -40,6 +40,7 @@ def public_folder(tmp_path):
     return folder
 
 
+@pytest.mark.full
 @needs_root
 def test_help_works_without_a_home_or_a_passwd_entry(public_folder):
     result = run_as_stranger(

@@ -4,7 +4,6 @@ A step is the whole of `Stepper.__call__`: forward pass, targets, loss, backward
 optimizer step, batch norm's snapshots and `after_step`.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from fake_cuda import DEVICE, pretend_cuda
 from host_waits import RefuseHostWaits
@@ -38,12 +36,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 STEPS = [Progress(step, 1000, 10) for step in (500, 501)]
 CIFAR10 = sorted(path.stem for path in CONFIGS.glob("*_cifar10.yaml"))
 IMAGENET = sorted(path.stem for path in CONFIGS.glob("*_imagenet.yaml"))
-
-
-def quick_and_full(quick: Sequence[str], full: Sequence[str]) -> list[Any]:
-    """Return parameters of a test, of which those not in `quick` are in the full suite only."""
-    rest = [stem for stem in full if stem not in quick]
-    return [*quick, *(pytest.param(stem, marks=pytest.mark.full) for stem in rest)]
 
 
 def load(stem: str, *overrides: str) -> RunConfig:

@@ -1,7 +1,7 @@
 """A training step on a pretended GPU never makes the host wait and never mixes devices.
 
-The step is that of `Stepper` in two micro-batches, with autocast on: forward pass, targets, loss, backward pass, masked
-optimizer step, batch norm's snapshots and `after_step`.
+The step is that of `Stepper` in two micro-batches, with autocast on: forward pass, targets, loss,
+backward pass, masked optimizer step, batch norm's snapshots and `after_step`.
 """
 
 import fake_step
@@ -10,6 +10,7 @@ import pytest
 import torch
 from fake_cuda import DEVICE, pretend_cuda
 from host_waits import HostWaitError, MixedDeviceError, RefuseHostWaits
+from suites import quick_and_full
 
 from ssl_pretrain import methods
 from ssl_pretrain.step import Stepper
@@ -18,7 +19,7 @@ from ssl_pretrain.views.mask_recipe import Mask
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 # Methods that couple the images of a batch in different ways.
-STEMS = fake_step.quick_and_full(
+STEMS = quick_and_full(
     [f"{name}_cifar10" for name in ("simclr", "moco", "byol", "vicreg", "swav", "ijepa", "cpc")],
     [*fake_step.CIFAR10, *fake_step.IMAGENET],
 )

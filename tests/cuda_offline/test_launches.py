@@ -6,14 +6,15 @@ import tables
 import torch
 from fake_cuda import DEVICE, pretend_cuda
 from launches import count_launches
+from suites import quick_and_full
 
 from ssl_pretrain.optim import optimizers
 from ssl_pretrain.views import color
 
 # Methods have the same losses on CIFAR-10 as on ImageNet, with smaller networks.
-STEMS = fake_step.quick_and_full(
+STEMS = quick_and_full(
     [*fake_step.CIFAR10, "simclr_imagenet", "dino_imagenet"],
-    fake_step.IMAGENET,
+    [*fake_step.CIFAR10, *fake_step.IMAGENET],
 )
 # Without the fused kernels, color takes 575 and 2,916 launches.
 COLOR_LIMITS = {"simclr_imagenet": 12, "dino_imagenet": 20}

@@ -13,11 +13,12 @@ import torch
 from fake_cuda import DEVICE
 from fake_ranks import NUM_RANKS, pretend_ranks, traffic_per_step
 from host_waits import HostWaitError
+from suites import quick_and_full
 from traffic import predict_bytes
 
 from ssl_pretrain.parallel import batch_norm
 
-STEMS = fake_step.quick_and_full(
+STEMS = quick_and_full(
     [f"{name}_cifar10" for name in ("simclr", "moco", "byol", "vicreg", "swav", "dino", "cpc")],
     [*fake_step.CIFAR10, *fake_step.IMAGENET],
 )
@@ -39,7 +40,7 @@ def test_a_step_never_waits_and_sends_the_bytes_of_the_table(stem):
 
 
 @pytest.mark.parametrize(
-    "stem", fake_step.quick_and_full(["simclr_cifar10", "moco_v3_cifar10"], [*CONTRASTIVE])
+    "stem", quick_and_full(["simclr_cifar10", "moco_v3_cifar10"], [*CONTRASTIVE])
 )
 def test_bytes_equal_the_formulas(stem):
     dim, calls = CONTRASTIVE[stem]

@@ -15,6 +15,7 @@ import torch
 from fake_cuda import DEVICE, pretend_cuda
 from fused_optimizers import check_match, strides
 from safetensors.torch import load_file
+from suites import quick_and_full
 
 from ssl_pretrain.checkpoint import state
 from ssl_pretrain.checkpoint.manifest import METHOD_FILE, OPTIMIZER_FILE
@@ -47,9 +48,7 @@ def check_states(optimizer: torch.optim.Optimizer, name: str) -> None:
     assert any(strides(p) != strides(torch.empty(p.shape)) for p in parameters)
 
 
-@pytest.mark.parametrize(
-    "name", fake_step.quick_and_full(["sgd", "lars", "adamw", "adan"], OPTIMIZERS)
-)
+@pytest.mark.parametrize("name", quick_and_full(["sgd", "lars", "adamw", "adan"], OPTIMIZERS))
 @pytest.mark.parametrize("case", CASES)
 def test_states_have_the_strides_of_their_parameters(case, name, tmp_path):
     optimizer = SETTINGS | (ADAN if name == "adan" else {"name": name})

@@ -105,6 +105,7 @@ class TestRealData:
             )
         assert find_problems(beton.samples, num_threads=2) == []
 
+    @pytest.mark.full
     def test_larger_images_are_resized_once_and_counted(self, shared_data, tmp_path):
         source = open_train(shared_data("imagenet_sample.zip"))
         manifest = beton_writer.write(

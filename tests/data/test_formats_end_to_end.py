@@ -22,6 +22,7 @@ from format_files import (
     write_tar,
 )
 from known_time import fix_step_time
+from suites import quick_and_full
 
 from ssl_pretrain import config
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
@@ -93,8 +94,7 @@ FOLDERS = {
 CHANNELS = {"13 bands": 13, "npy": 5, "two pages": 2}
 
 
-SHORT = ["folder of npy", "Parquet", "STL-10"]  # one of each kind of file, in the default suite
-KINDS = [pytest.param(kind, marks=[] if kind in SHORT else pytest.mark.full) for kind in ROOTS]
+KINDS = quick_and_full(["folder of npy", "STL-10"], ROOTS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,7 +110,7 @@ def test_a_run_is_resumed_and_evaluated(kind, tmp_path):
     assert accuracy > (10 if kind == "Fashion-MNIST" else 100 / 3)
 
 
-@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("kind", quick_and_full(["13 bands", "16 bits"], FOLDERS))
 def test_inspect_writes_the_yaml_of_a_run(kind, tmp_path, monkeypatch, capsys):
     fix_step_time(0.01, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # listings are cached below it

@@ -2,7 +2,7 @@
 
 import gc
 import itertools
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import re
 import signal
@@ -54,13 +54,6 @@ VIEWS = ViewsConfig(
     mean=[0.5, 0.4, 0.3],
     std=[0.2, 0.3, 0.4],
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _end_forkserver():
-    """End the loader's forkserver, whose processes would ignore signals that other tests send."""
-    yield
-    multiprocessing.forkserver._forkserver._stop()
 
 
 def write_images(root: Path, n: int) -> DataConfig:
@@ -456,6 +449,7 @@ class TestFailures:
             str(caught.value),
         )
 
+    @pytest.mark.full
     def test_workers_outlive_the_signals_that_stop_a_run(self):
         """Train in a separate process, because the forkserver of this one may obey signals."""
         pipe = subprocess.PIPE

@@ -559,6 +559,7 @@ def test_memory_does_not_grow_over_50_epochs(beton):
     assert after_50 <= 1.02 * after_2
 
 
+@pytest.mark.full
 def test_compiled_code_is_cached_on_disk(kind, beton, expected):
     """Another process loads the code that this one compiled, and compiles nothing."""
     assert digests(make_loader(beton), 0, 1) == expected[:1]

@@ -51,6 +51,7 @@ def test_segments_stay_as_they_are_in_the_windows_subsystem(unconfigured, monkey
     assert NEW_NAME not in os.environ
 
 
+@pytest.mark.full
 @LINUX
 @pytest.mark.promise
 def test_the_allocator_accepts_the_setting_after_torch_was_imported():

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import _context
 from ranks import free_port
@@ -64,6 +65,7 @@ def run_three_ranks(folder: Path, watchdog_seconds: float) -> list[str]:
     return [(log.read_text().splitlines() or [""])[-1] for log in logs]
 
 
+@pytest.mark.full
 def test_ranks_that_wait_in_a_collective_name_the_rank_that_hangs(tmp_path):
     """The collective times out before the watchdog ends the process."""
     messages = run_three_ranks(tmp_path, watchdog_seconds=60.0)

@@ -370,6 +370,7 @@ def _train_one_step(path):
     return weights, statistics, len(detections)
 
 
+@pytest.mark.full
 def test_ranks_share_their_statistics_and_their_weights(voc_zip):
     """The first norm sees whole images, not regions, so its statistics equal one process's.
 

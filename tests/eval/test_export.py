@@ -13,6 +13,7 @@ import torch
 import torchvision
 import yaml
 from safetensors.torch import load_file, save_file
+from suites import quick_and_full
 from torch import nn
 from untrained_run import checkpoint_of, edit_manifest, make_run, renew_manifest
 
@@ -84,7 +85,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", [*WRAPPERS, "compiled"])
+@pytest.mark.parametrize("name", quick_and_full(["student"], [*WRAPPERS, "compiled"]))
 @torch.no_grad()
 def test_timm_and_torchvision_load_an_export_strictly_with_the_same_features(name, tmp_path):
     path = make_run(tmp_path / "run", *RESNET)
@@ -205,6 +206,7 @@ def test_a_collapsed_backbone_is_refused(tiny_run, tmp_path):
         export.export(run, tmp_path / "out", [])
 
 
+@pytest.mark.full
 def test_the_card_has_results_and_checksum_and_no_path(tiny_run, tmp_path, capsys):
     knn.evaluate(runs.load_run(tiny_run, device="cpu"), shift_distances=[], rows=["pretrained"])
     out = tmp_path / "out"
@@ -412,6 +414,7 @@ def test_a_program_of_torch_export_gives_the_features_of_any_number_of_images(ov
         torch.testing.assert_close(program(images), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.full
 def test_other_features_in_another_process_fail_the_export_by_name(tiny_run, tmp_path, monkeypatch):
     run = runs.load_run(tiny_run, device="cpu")
     out = export.export(run, tmp_path / "out", [])
@@ -460,7 +463,7 @@ def test_a_format_that_a_network_does_not_have_is_refused(overrides, name, messa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("stem", ["no_pool", "small"])
+@pytest.mark.parametrize("stem", quick_and_full(["small"], ["no_pool", "small"]))
 def test_the_entry_point_of_torch_hub_builds_a_small_stem(stem, tmp_path):
     path = make_run(tmp_path / "run", *RESNET, f"backbone.stem={stem}")
     run = runs.load_run(path, device="cpu")

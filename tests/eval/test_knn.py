@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import run_ranks
 from sklearn.neighbors import NearestNeighbors
+from suites import quick_and_full
 from torch.nn import functional as F
 from untrained_run import make_run, write_images
 
@@ -73,7 +74,7 @@ def evaluate_digits(path):
 
 
 # There are two batches of test images, so one of 3 ranks has none.
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", quick_and_full([3], [2, 3]))
 def test_ranks_agree_with_one_process(run_folder, world_size):
     expected = evaluate_digits(run_folder)
     assert len(expected[1][0]["metrics"]) == len(VOTE_SETTINGS)

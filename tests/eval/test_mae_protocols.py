@@ -170,8 +170,8 @@ def test_fine_tuning_has_the_published_numbers():
         ("vit_small_patch16_224", "mae_vit_b"),
         ("vit_base_patch16_224", "mae_vit_b"),
         ("vit_large_patch16_224", "mae_vit_l"),
-        ("vit_huge_patch14_224", "mae_vit_h"),
-        ("vit_giant_patch14_224", "mae_vit_h"),
+        pytest.param("vit_huge_patch14_224", "mae_vit_h", marks=pytest.mark.full),
+        pytest.param("vit_giant_patch14_224", "mae_vit_h", marks=pytest.mark.full),
     ],
 )
 def test_the_width_of_the_network_decides(network, protocol):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from suites import quick_and_full
 from untrained_run import make_run
 
 from ssl_pretrain.eval import attentive, knn, linear, result_text, results, retrieval, runs
@@ -241,13 +242,17 @@ SEQUENCE = (
 )
 
 
-@pytest.mark.parametrize("config", SEQUENCES, ids=lambda config: config.name)
+@pytest.mark.parametrize(
+    "config", quick_and_full([MIXER, SEQUENCES[2]], SEQUENCES), ids=lambda config: config.name
+)
 def test_sequences_of_other_networks_are_refused(config):
     backbone = backbones.build_on_meta(config, 224)
     assert backbone.find_token_problem() == SEQUENCE.format(config.name)
 
 
-@pytest.mark.parametrize("name", ["coat_tiny", "crossvit_9_240", "efficientvim_m1"])
+@pytest.mark.parametrize(
+    "name", quick_and_full(["coat_tiny"], ["coat_tiny", "crossvit_9_240", "efficientvim_m1"])
+)
 def test_networks_with_several_outputs_are_refused(name):
     backbone = backbones.build_on_meta(BackboneConfig(name), 240 if "crossvit" in name else 224)
     assert backbone.find_token_problem() == (

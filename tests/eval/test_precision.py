@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from suites import quick_and_full
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from untrained_run import make_run
@@ -58,7 +59,7 @@ def recorded_autocast():
         handle.remove()
 
 
-@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize("name", quick_and_full(["knn", "linear"], EVALUATIONS))
 def test_every_evaluation_follows_the_runs_precision(name, case):
     run, uses_autocast, entry = case
     with recorded_autocast() as states:
@@ -78,6 +79,7 @@ def test_features_are_float32_values_of_the_runs_precision(case):
     assert torch.equal(values[: len(expected)], expected)
 
 
+@pytest.mark.full
 def test_embeddings_and_the_report_follow_the_runs_precision(case):
     run, uses_autocast, _ = case
     images = np.zeros((3, 8, 8), np.uint8)

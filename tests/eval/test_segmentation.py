@@ -173,6 +173,7 @@ def _miou_by_protocol(folder, data, names):
 RANK_PROTOCOLS = ["capi_knn", "finetune"]
 
 
+@pytest.mark.full
 def test_three_ranks_have_the_scores_of_one_process(run_folder, data):
     (alone,) = run_ranks(_miou_by_protocol, run_folder, data, RANK_PROTOCOLS, world_size=1)
     by_rank = run_ranks(_miou_by_protocol, run_folder, data, RANK_PROTOCOLS, world_size=3)

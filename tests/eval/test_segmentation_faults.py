@@ -78,6 +78,7 @@ def _train_convnext(folder, data):
     return segmenter_training.train(network, data.open(run)[0], protocol, PIXELS, 0)[1]
 
 
+@pytest.mark.full
 def test_networks_with_parameters_that_tokens_do_not_use_train_on_two_ranks(tmp_path, data):
     folder = make_run(tmp_path / "run", "backbone.name=convnext_atto", SIZE)
     losses = run_ranks(_train_convnext, folder, data, world_size=2)

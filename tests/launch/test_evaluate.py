@@ -98,6 +98,7 @@ def test_every_checkpoint_is_evaluated_once_and_saved_by_step(run, capsys):
     assert not (run / "eval" / ".held").exists()
 
 
+@pytest.mark.full
 def test_the_report_and_wandb_show_each_evaluation_at_its_step(run):
     assert evaluate_knn(run) == 0
     by_step = results.load_by_step(run)["knn"]
@@ -183,6 +184,7 @@ def test_a_failure_is_reported_and_not_repeated(run, capsys, monkeypatch):
     assert "error: failed: knn of step_00000010" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_watching_evaluates_new_checkpoints_and_ends_with_the_training(run, monkeypatch):
     last = list_checkpoints(run)[-1]
     future = last.rename(run / "future")

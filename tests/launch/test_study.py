@@ -14,6 +14,7 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 from study_runs import save_results
+from suites import quick_and_full
 
 from ssl_pretrain import config, methods
 from ssl_pretrain.launch import study, study_columns, study_plan, study_table, sweep
@@ -25,7 +26,7 @@ STUDIES = {path.stem: path for path in PATHS if path != LEARNING}
 BASES = ["configs/methods_digits.yaml", "configs/methods_cifar10_cpu.yaml"]
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", quick_and_full(BASES[:1], BASES))
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_run_is_a_valid_configuration_with_its_own_folder(name, base):
     path = STUDIES[name]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from suites import quick_and_full
 from test_configs import FILES, reduce_recipe
 
 from ssl_pretrain import methods
@@ -47,7 +48,7 @@ def check_run(config, num_steps):
     assert channels == [config.data.channels]
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", quick_and_full(["dino", "mae", "moco"], methods.names()))
 def test_every_method_trains_on_thirteen_channels(method, tmp_path):
     config = configure(method, 13, tmp_path)
     assert train(config, CPU, stop_after=1) == 1
@@ -64,7 +65,9 @@ def test_every_method_resumes_on_any_number_of_channels(method, channels, tmp_pa
     check_run(config, num_steps=2)
 
 
-@pytest.mark.parametrize(("method", "channels"), [("simclr", 1), ("mae", 4)])
+@pytest.mark.parametrize(
+    ("method", "channels"), quick_and_full([("mae", 4)], [("simclr", 1), ("mae", 4)])
+)
 def test_all_parts_of_a_run_take_other_channels(method, channels, tmp_path, capsys):
     """The cache, micro-batches found by trial, half precision, k-NN, pictures and the estimate."""
     settings = ["data.cache=device", "parallel.precision=bfloat16", "micro_batch_size=auto"]

@@ -76,6 +76,7 @@ def test_another_number_of_views_is_refused():
     )
 
 
+@pytest.mark.full
 def test_ten_steps_have_the_golden_losses(tmp_path):
     golden = contract.read_golden("simclr")
     path = tiny.write_config(tmp_path)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import run_ranks
+from suites import quick_and_full
 from timm.layers import DropPath
 from torch import nn
 
@@ -95,7 +96,7 @@ def _push_three_batches():
     return queue.rows.flatten().tolist()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", quick_and_full([3], [2, 3]))
 def test_the_queue_holds_the_global_batch_in_order_on_every_rank(world_size):
     results = run_ranks(_push_three_batches, world_size=world_size)
     newest = [20.0 + row for row in range(2 * world_size)]

@@ -118,6 +118,7 @@ def test_in_chans_that_contradicts_the_images_is_refused(value, tmp_path):
     assert ("set data.channels=4" in str(error.value)) == (value == "4")
 
 
+@pytest.mark.full
 def test_weights_of_timm_are_adapted_and_the_notes_say_how():
     def notes(name, channels, **settings):
         config = BackboneConfig(name, args={"in_chans": channels}, **settings)

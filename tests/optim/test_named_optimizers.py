@@ -8,6 +8,7 @@ import pytest
 import timm.optim
 import torch
 from conftest import run_ranks
+from suites import quick_and_full
 from torch import nn
 
 from ssl_pretrain import config as configuration
@@ -240,11 +241,8 @@ def _train_on_two_ranks(folder, name):
 
 
 @pytest.mark.parametrize(
-    "name",  # the other cases take a quarter of a minute each
-    [
-        pytest.param(name, marks=() if name in ("lamb", "timm:lion") else pytest.mark.full)
-        for name in NAMES
-    ],
+    "name",
+    quick_and_full(["lamb"], NAMES),  # the other cases take a quarter of a minute each
 )
 def test_ranks_agree_with_one_process_and_resume_exactly(name, tmp_path):
     settings = network_settings(name)

@@ -110,6 +110,7 @@ def test_a_signed_url_is_read_and_its_signature_never_shown(url, tmp_path):
     assert printable_url("s3://user:word@host/x.tar") == "s3://host/x.tar"
 
 
+@pytest.mark.full
 def test_a_missing_package_is_named_with_its_extra():
     packages = [("s3", "s3fs"), ("gs", "gcsfs"), ("https", "aiohttp"), ("s3", "fsspec")]
     program = (

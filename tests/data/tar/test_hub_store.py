@@ -44,6 +44,7 @@ def hub():
     server.server_close()
 
 
+@pytest.mark.full
 def test_shards_of_the_hub_are_read_by_ranges_and_refusals_are_named(hub, tmp_path):
     members = [(f"{number}.jpg", JPEG + b"%d" % number) for number in range(4)]
     content = make_tar(tmp_path / "a.tar", members).read_bytes()

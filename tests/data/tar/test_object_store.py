@@ -5,7 +5,6 @@ resets connections, delays requests and truncates responses.
 """
 
 import importlib.util
-import multiprocessing.forkserver
 import os
 import pickle
 import subprocess
@@ -13,6 +12,7 @@ import sys
 import threading
 import time
 
+import fork_server
 import pytest
 from servers import (
     CREDENTIALS,
@@ -72,9 +72,10 @@ def expected(shards) -> list[str]:
 @pytest.fixture
 def forkserver(store):
     """Start a fork server that has the settings of the store, for worker processes."""
-    multiprocessing.forkserver._forkserver._stop()
+    fork_server.stop()
     yield
-    multiprocessing.forkserver._forkserver._stop()
+    fork_server.stop()
+    fork_server.start()
 
 
 @pytest.mark.full
@@ -203,6 +204,7 @@ def test_an_outage_ends_the_run_with_a_message(store, shards, tmp_path, monkeypa
     )
 
 
+@pytest.mark.full
 def test_missing_credentials_are_named_without_their_values(store, tmp_path):
     variables = {name: value for name, value in os.environ.items() if name not in CREDENTIALS}
     variables |= {"AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"), "HOME": str(tmp_path)}

@@ -118,7 +118,8 @@ def test_a_full_disk_is_reported_once_and_images_are_read_by_ranges(shards, tmp_
     )
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_the_quasi_random_order_reads_two_blocks_at_a_time(world_size, server, tmp_path):
     """A window of 128 images has two blocks of 64 neighbors, on any number of ranks.
 

@@ -1,7 +1,6 @@
 """Batches from tar shards equal those of the folder, whatever reads and wherever a run began."""
 
 import itertools
-import multiprocessing.forkserver
 import shutil
 
 import numpy as np
@@ -22,13 +21,6 @@ from ssl_pretrain.data.tar.tar_source import TarShards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 NUM_STEPS = 9  # two epochs of 50 images and a step
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _end_forkserver():
-    """End the loader's forkserver, whose processes would ignore signals that other tests send."""
-    yield
-    multiprocessing.forkserver._forkserver._stop()
 
 
 @pytest.fixture(scope="module")

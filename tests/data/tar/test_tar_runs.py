@@ -68,6 +68,7 @@ def undisturbed(shards) -> dict[int, list[str]]:
     return train_undisturbed(shards, NUM_STEPS, 12, *OPTIONS)
 
 
+@pytest.mark.full
 @needs_store
 def test_a_run_over_a_faulty_store_continues_on_2_ranks_and_on_1(
     shards,
