@@ -14,6 +14,7 @@ import tiny
 import torch
 from conftest import run_ranks
 from PIL import Image
+from suites import quick_and_full
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -86,7 +87,7 @@ def stop_after(steps, monkeypatch, *arguments, **settings):
             ssl_pretrain.pretrain(*arguments, **settings)
 
 
-@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize("kind", quick_and_full([*DATA][:1], DATA))
 def test_python_images_are_resumed_bit_for_bit_and_evaluated(kind, config, tmp_path, monkeypatch):
     data = DATA[kind]()
     settings = {"config": config, "epochs": 2, "val": (IMAGES[:9], LABELS[:9])}
@@ -336,6 +337,7 @@ def write_tiffs(folder, images):
     return folder
 
 
+@pytest.mark.full
 def test_an_array_of_four_channels_needs_no_setting(tmp_path):
     run = ssl_pretrain.pretrain(BANDS, output=tmp_path / "run", **SETTINGS)
     assert run.config.data.channels == 4
@@ -360,6 +362,7 @@ def test_an_array_of_four_channels_needs_no_setting(tmp_path):
         assert message in str(error.value)
 
 
+@pytest.mark.full
 def test_an_array_of_16_bits_needs_only_its_range(tmp_path):
     images = np.random.default_rng(2).integers(0, 4096, (16, 20, 20), dtype=np.uint16)
     run = ssl_pretrain.pretrain(images, output=tmp_path / "run", data__range=[0, 4095], **SETTINGS)
@@ -411,6 +414,7 @@ def test_ranks_of_torchrun_train_with_the_same_chosen_settings(tmp_path):
     assert outcomes[0] == outcomes[1] and outcomes[0][1]
 
 
+@pytest.mark.full
 def test_the_examples_of_the_docstrings_run(tmp_path):
     """They use the settings that are chosen for the built-in digits."""
     variables = {"ssl_pretrain": ssl_pretrain, "np": np, "folder": str(tmp_path / "run")}

@@ -277,6 +277,7 @@ def test_a_key_that_does_not_exist_is_not_explained():
         config.explain_key("optim.base_lrr")
 
 
+@pytest.mark.full
 def test_printing_the_help_of_a_key_into_a_closed_pipe_ends_quietly():
     """A user may run `--help optim | head -1`."""
     command = f"set -o pipefail; {sys.executable} -m ssl_pretrain.train --help optim | true"

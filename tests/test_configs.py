@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from suites import quick_and_full
 
 from ssl_pretrain import config, methods
 from ssl_pretrain.models import backbones
@@ -89,11 +90,17 @@ def reduce_recipe(path, folder, overrides=()):
     return config.from_dict(values | {"output": str(folder / "run"), "global_batch_size": 16})
 
 
-def mark_unless_representative(path):
-    return path if path in REPRESENTATIVES else pytest.param(path, marks=pytest.mark.full)
+QUICK = [
+    f"{name}_imagenet"
+    for name in ("simclr", "moco_v3_vit", "byol", "swav", "dino", "mae", "ijepa", "cpc")
+]
 
 
-@pytest.mark.parametrize("path", map(mark_unless_representative, FILES), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    quick_and_full([path for path in FILES if path.stem in QUICK], FILES),
+    ids=lambda path: path.stem,
+)
 def test_each_config_takes_a_reduced_step(path, tmp_path):
     assert train(reduce_recipe(path, tmp_path), torch.device("cpu"), stop_after=1) == 1
 

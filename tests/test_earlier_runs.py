@@ -38,6 +38,7 @@ def digest(run: Path) -> str:
     return sha256.hexdigest()
 
 
+@pytest.mark.full
 def test_an_earlier_run_continues_to_its_end(run):
     recipe = EARLIER / "recipe.yaml"
     output = train_with_avx2(recipe, f"output={run}", f"data.cache_dir={run.parent}")

@@ -183,6 +183,7 @@ def test_the_wheel_built_from_the_sdist_is_the_same(clone, wheel, tmp_path):
         assert all(second.read(name) == first.read(name) for name in list_contents(wheel))
 
 
+@pytest.mark.full
 def test_a_checkout_without_symbolic_links_runs_and_builds_the_same_wheel(clone, wheel, tmp_path):
     folder = tmp_path / "repository"
     shutil.copytree(clone, folder, symlinks=True)
@@ -193,6 +194,7 @@ def test_a_checkout_without_symbolic_links_runs_and_builds_the_same_wheel(clone,
     assert "usage: python -m ssl_pretrain.eval.knn" in environment.run("-m", "eval.knn", "--help")
 
 
+@pytest.mark.full
 def test_a_clone_that_is_not_installed_runs_as_documented(clone, tmp_path):
     environment = create_environment(tmp_path / "venv", clone)
     assert "usage" in environment.run("launch/pretrain.py", "--help")

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from suites import quick_and_full
 
 from ssl_pretrain import config
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
@@ -79,7 +80,7 @@ def train_run(path, *overrides, stop_after=None):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [(SIMCLR, [32, 96]), (MAE, [32, 64]), (DINO, [32, 64])],
+    quick_and_full([(MAE, [32, 64])], [(SIMCLR, [32, 96]), (MAE, [32, 64]), (DINO, [32, 64])]),
     ids=["simclr", "mae", "dino"],
 )
 def test_a_run_on_rectangles_resumes_bit_for_bit_and_is_evaluated(text, size, tmp_path):
@@ -130,6 +131,7 @@ def test_a_multi_crop_run_on_rectangles_has_a_report_an_export_and_a_linear_prob
     assert "Input: float32 (n, 3, 32, 64). Resize the image to cover 32 x 64 pixels" in card
 
 
+@pytest.mark.full
 def test_a_plan_names_the_heights_and_widths(tmp_path):
     settings = config.load(write_config(tmp_path, DINO))
     settings.plan.gpu = "H100"  # with the estimates of memory and time

@@ -4,6 +4,7 @@ import networks
 import pytest
 import torch
 from conftest import run_ranks
+from suites import quick_and_full
 
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.initial_weights import read_evaluated_weights
@@ -23,7 +24,7 @@ def _train_and_resume(folder, strategy):
     return results | {"resumed": networks.run(NAME, 3, folder, strategy=strategy)["state"]}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", quick_and_full(["ddp"], ["ddp", "fsdp"]))
 def test_two_ranks_equal_one_and_resume_bit_for_bit(strategy, tmp_path):
     expected = networks.run(NAME, NUM_STEPS, **FLOAT64)["state"]
     for prefix in NETWORKS:

@@ -52,6 +52,7 @@ def _run_torchrun(path, ranks, *arguments):
     )
 
 
+@pytest.mark.full
 def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
     path, float64 = tiny.write_config(tmp_path), "parallel.precision=float64"
     _, one_process = _train(path, [float64, f"output={tmp_path / 'one'}"], stop_after=20)

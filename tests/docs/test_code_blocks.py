@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from blocks import ROOT, find_blocks, run
 from PIL import Image
+from suites import quick_and_full
 
 PAGES = [
     "README.md",
@@ -12,6 +13,7 @@ PAGES = [
     "docs/quickstart.md",
     *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "tutorials").glob("*.md")),
 ]
+LONG = ["docs/configuration.md", "docs/data.md"]  # many commands, which take a minute together
 NUM_PHOTOS = 24
 
 
@@ -42,7 +44,7 @@ def test_every_block_runs_or_says_why_not(page):
     assert unmarked == [], f"{page}: no comment before the blocks at these lines"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", quick_and_full([p for p in PAGES if p not in LONG], PAGES))
 def test_the_short_blocks_of_a_page_run_in_order(page, folder):
     run_blocks(page, folder, ["run"])
 

@@ -305,6 +305,7 @@ assert "wandb" in sys.modules
 """
 
 
+@pytest.mark.full
 def test_a_run_starts_without_wandb_and_timm_imports_it_on_demand():
     process = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

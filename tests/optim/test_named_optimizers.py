@@ -338,14 +338,15 @@ def test_optimizers_that_need_whole_tensors_are_refused_for_shards(overrides, me
     ("name", "moments", "note"),
     [
         ("timm:lion", 1, []),
-        ("lamb", 2, []),
-        (
+        pytest.param("lamb", 2, [], marks=pytest.mark.full),
+        pytest.param(
             "torch:nadam",
             2,
             [
                 "optimizer: torch:nadam is estimated as lamb, because its operations depend on "
                 "values"
             ],
+            marks=pytest.mark.full,
         ),
     ],
 )

@@ -64,13 +64,20 @@ def count_graphs(monkeypatch, preset, sizes, overrides=()):
         # Two sizes of the student's views and one of the teacher's.
         ("dino_imagenet", (32, 32, 16, 16), HEADS["dino"], {"block": 3, "stem": 3, "head": 4}),
         # The blocks of a ResNet-50 have eight shapes.
-        ("simclr_imagenet", (32, 32), HEADS["simclr"], {"block": 8, "stem": 1, "head": 1}),
+        pytest.param(
+            "simclr_imagenet",
+            (32, 32),
+            HEADS["simclr"],
+            {"block": 8, "stem": 1, "head": 1},
+            marks=pytest.mark.full,
+        ),
         # Student and teacher. The student's stem is not trained.
-        (
+        pytest.param(
             "moco_v3_vit_imagenet",
             (32, 32),
             HEADS["moco_v3"],
             {"block": 2, "stem": 2, "head": 3},
+            marks=pytest.mark.full,
         ),
     ],
 )
@@ -138,6 +145,7 @@ BFLOAT16 = {"precision": "bfloat16"}
 RECOMPUTED = {"activation_checkpointing": "blocks"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

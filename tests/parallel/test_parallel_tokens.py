@@ -129,8 +129,8 @@ def test_sharded_tokens_have_the_gradients_of_replicated_ones():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"activation_checkpointing": "blocks"},
-        {"compile": True},
+        pytest.param({"activation_checkpointing": "blocks"}, marks=pytest.mark.full),
+        pytest.param({"compile": True}, marks=pytest.mark.full),
         {"compile": True, "activation_checkpointing": "blocks"},
     ],
     ids=["recomputed", "compiled", "both"],

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from suites import quick_and_full
 from test_configs import REPRESENTATIVES, reduce_recipe
 
 from ssl_pretrain import config
@@ -26,7 +27,9 @@ def load_run(tmp_path, stem):
     return reduce_recipe(path, tmp_path)
 
 
-@pytest.mark.parametrize("stem", ["simclr_imagenet", "moco_v3_imagenet"])
+@pytest.mark.parametrize(
+    "stem", quick_and_full(["simclr_imagenet"], ["simclr_imagenet", "moco_v3_imagenet"])
+)
 def test_the_planned_size_is_that_of_the_tensors_on_the_disk(stem, tmp_path):
     run = load_run(tmp_path, stem)
     method = build_method(run)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import traffic
+from suites import quick_and_full
 from test_configs import REPRESENTATIVES, reduce_recipe
 
 from ssl_pretrain import config, schema
@@ -96,7 +97,10 @@ def test_weights_and_optimizer_take_the_bytes_of_the_built_run(run, optimizer_na
     assert sizes["buffers"] == sum(buffer.nbytes for buffer in method.buffers())
 
 
-@pytest.mark.parametrize(("precision", "has_copies"), [("bfloat16", True), ("float32", False)])
+@pytest.mark.parametrize(
+    ("precision", "has_copies"),
+    quick_and_full([("bfloat16", True)], [("bfloat16", True), ("float32", False)]),
+)
 def test_a_teachers_weights_are_also_kept_in_bfloat16(tmp_path, precision, has_copies):
     path = next(path for path in REPRESENTATIVES if path.stem == "byol_imagenet")
     run = reduce_recipe(path, tmp_path)

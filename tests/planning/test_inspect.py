@@ -150,6 +150,7 @@ def test_a_missing_folder_is_reported(tmp_path, capsys):
     )
 
 
+@pytest.mark.full
 def test_help_shows_options_and_examples():
     command = [sys.executable, "-m", "ssl_pretrain.planning.inspect"]
     result = subprocess.run(

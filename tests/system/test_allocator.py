@@ -39,6 +39,7 @@ def _measure(*arguments):
     return [int(number) for number in result.stdout.split()]
 
 
+@pytest.mark.full
 def test_a_step_reuses_the_memory_that_the_steps_before_have_freed():
     faults_by_default, _ = _measure()
     faults, resident = _measure("keep")
