@@ -217,7 +217,6 @@ ROLLBACK_CASES = [
 ]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(("optimizer", "size"), ROLLBACK_CASES)
 def test_a_rollback_equals_a_skipped_step_bit_for_bit(optimizer, size, tmp_path):
     """Step 15 has NaN images. One run skips the step, the other rolls back to step 14."""
