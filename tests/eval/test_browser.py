@@ -10,7 +10,6 @@ import browser_checks
 import pytest
 from browser_checks import open_page
 from run_with_report import make_run_with_report, write_metrics
-from small_service import open_client, open_service, write_export
 from untrained_run import make_run
 
 from ssl_pretrain.eval import compare
@@ -34,6 +33,10 @@ def comparison(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service_page(tmp_path_factory):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("onnx")
+    from small_service import open_client, open_service, write_export
+
     folder = tmp_path_factory.mktemp("service")
     with open_client(open_service(write_export(folder / "export"))) as client:
         (folder / "docs.html").write_text(client.get("/docs").text, encoding="utf-8")
