@@ -4,6 +4,7 @@ Each run is the command `python -m ssl_pretrain.train`, on 1 and on 3 ranks.
 `reduce_recipe` makes a recipe small enough for that.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ import tiny
 import torch
 import yaml
 from omegaconf import OmegaConf
+from suites import quick_and_full
 
 from ssl_pretrain import methods
 from ssl_pretrain.optim.optimizers import OptimConfig
@@ -177,13 +179,8 @@ def resume_cases() -> list:
     `make test` runs the representatives once, those of ImageNet on three ranks. The other cases are
     in the long suite.
     """
-    cases = []
-    for name in list_recipes():
-        for size in (1, 3):
-            is_quick = name in QUICK and size == (3 if name.endswith("_imagenet") else 1)
-            marks = () if is_quick else pytest.mark.full
-            cases.append(pytest.param(name, size, id=f"{name}-{size}", marks=marks))
-    return cases
+    cases = [(name, size) for name in list_recipes() for size in (1, 3)]
+    return quick_and_full([(name, 3 if name.endswith("_imagenet") else 1) for name in QUICK], cases)
 
 
 @pytest.mark.parametrize(("name", "size"), resume_cases())
@@ -210,11 +207,7 @@ def test_the_demo_resumed_after_14_steps_has_the_same_bits_after_20(optimizer, s
     assert_resumes(CONFIGS / "simclr_digits.yaml", tmp_path, (14, 6), overrides, size)
 
 
-ROLLBACK_CASES = [
-    (name, size) if (name, size) == ("sgd", 1) else pytest.param(name, size, marks=pytest.mark.full)
-    for name in OPTIMIZERS
-    for size in SIZES
-]
+ROLLBACK_CASES = quick_and_full([("sgd", 1)], itertools.product(OPTIMIZERS, SIZES))
 
 
 @pytest.mark.parametrize(("optimizer", "size"), ROLLBACK_CASES)

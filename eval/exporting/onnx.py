@@ -141,8 +141,8 @@ def quantize(folder: Path, run: Run) -> str:
 
     prepared_path, int8_path = str(folder / ".prepared.onnx"), str(folder / INT8_MODEL)
     quant_pre_process(str(folder / FLOAT_MODEL), prepared_path, skip_symbolic_shape=True)
-    # Weights have 7 bits: the products of two pairs with 8 bits overflow the 16 bits in which
-    # processors without VNNI add them.
+    # Weights have 7 bits, because processors without VNNI add two products in 16 bits, which
+    # overflow with weights of 8 bits.
     weights: dict[str, Any] = {
         "weight_type": quantization.QuantType.QInt8,
         "per_channel": True,
@@ -178,9 +178,9 @@ class _CalibrationReader:
 
     def __init__(self, split: EvaluationSplit):
         self.batches: Iterator[Tensor] = (
-            features.normalize(split.run, part)
+            features.normalize(split.run, batch)
             for images, _ in split.batches()
-            for part in images.split(CALIBRATION_BATCH_SIZE)
+            for batch in images.split(CALIBRATION_BATCH_SIZE)
         )
 
     def get_next(self) -> dict[str, np.ndarray] | None:

@@ -120,7 +120,7 @@ def _add_error_handlers(app: Any) -> None:
 
     async def answer_invalid(request: Any, error: Any) -> Any:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][1:])
+        name = ".".join(str(key) for key in first["loc"][1:])
         return _error_response(
             422, f"{name}: {first['msg']}.", "Correct the parameter; /docs describes it."
         )

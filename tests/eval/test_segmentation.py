@@ -90,7 +90,7 @@ def test_frozen_protocols_know_objects_by_their_color(run, data, name):
     grid.rows = grid.columns = 16
     grid.patch_height = grid.patch_width = 4
     splits = data.open(run)
-    patches = tuple(patch_segmentation.embed(run, Colors(), part, grid) for part in splits)
+    patches = tuple(patch_segmentation.embed(run, Colors(), split, grid) for split in splits)
     scores, note = patch_segmentation.segment(patches, splits, protocol, grid, 0)
     assert scores.miou > 75, (scores, note)
     assert list(scores.class_iou) == CLASSES
@@ -217,8 +217,8 @@ def test_pretrained_weights_are_loaded_and_new_layers_are_equal_for_both_backbon
     expected = list(run.backbone.state_dict().values())
     assert len(pretrained) == len(loaded) == len(expected)
     assert sum(v.double().sum() for v in loaded) == sum(v.double().sum() for v in expected)
-    for part in ("classifier", "aux_classifier"):
-        first, second = (getattr(network, part) for network in networks.values())
+    for name in ("classifier", "aux_classifier"):
+        first, second = (getattr(network, name) for network in networks.values())
         assert (first is None) == (second is None)
         if first is not None:
             torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
@@ -264,8 +264,7 @@ def test_training_batches_are_crops_with_their_masks(run, data):
     identity = segmentation_batches.Pixels([0.0] * 3, [1.0] * 3)
     batches = segmentation_batches.TrainingBatches(train, protocol, identity, 0, 9)
     images, labels = batches[5]
-    again = batches[5]
-    assert torch.equal(images, again[0])
+    assert torch.equal(images, batches[5][0])
     assert images.shape == (3, 3, 44, 44)
     assert (labels[:, 40:] == VOID).all()  # below the images, which are 40 pixels high
     red = (images[:, 0] - 220 / 255).abs() < 1e-6

@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from suites import quick_and_full
 from torch import nn
 
 from ssl_pretrain.eval.exporting import transformers_folder
@@ -113,11 +114,7 @@ def view_of(size, channels: int = 3) -> dict:
     }
 
 
-def mark_full(case: str) -> object:
-    return case if case in QUICK_CASES else pytest.param(case, marks=pytest.mark.full)
-
-
-@pytest.mark.parametrize("case", map(mark_full, MAPPED))
+@pytest.mark.parametrize("case", quick_and_full(QUICK_CASES, MAPPED))
 def test_the_features_are_those_of_timm(case, tmp_path):
     transformers = pytest.importorskip("transformers")
     name, arguments, size, class_name = MAPPED[case]

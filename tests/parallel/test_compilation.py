@@ -8,6 +8,7 @@ import timm
 import torch
 from conftest import run_ranks
 from networks import run
+from suites import quick_and_full
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain.models import backbones
@@ -58,28 +59,23 @@ def count_graphs(monkeypatch, preset, sizes, overrides=()):
     return counts
 
 
+GRAPHS = [
+    # Two sizes of the student's views and one of the teacher's.
+    ("dino_imagenet", (32, 32, 16, 16), HEADS["dino"], {"block": 3, "stem": 3, "head": 4}),
+    # The blocks of a ResNet-50 have eight shapes.
+    ("simclr_imagenet", (32, 32), HEADS["simclr"], {"block": 8, "stem": 1, "head": 1}),
+    # Student and teacher. The student's stem is not trained.
+    (
+        "moco_v3_vit_imagenet",
+        (32, 32),
+        HEADS["moco_v3"],
+        {"block": 2, "stem": 2, "head": 3},
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    ("preset", "sizes", "overrides", "expected"),
-    [
-        # Two sizes of the student's views and one of the teacher's.
-        ("dino_imagenet", (32, 32, 16, 16), HEADS["dino"], {"block": 3, "stem": 3, "head": 4}),
-        # The blocks of a ResNet-50 have eight shapes.
-        pytest.param(
-            "simclr_imagenet",
-            (32, 32),
-            HEADS["simclr"],
-            {"block": 8, "stem": 1, "head": 1},
-            marks=pytest.mark.full,
-        ),
-        # Student and teacher. The student's stem is not trained.
-        pytest.param(
-            "moco_v3_vit_imagenet",
-            (32, 32),
-            HEADS["moco_v3"],
-            {"block": 2, "stem": 2, "head": 3},
-            marks=pytest.mark.full,
-        ),
-    ],
+    ("preset", "sizes", "overrides", "expected"), quick_and_full(GRAPHS[:1], GRAPHS)
 )
 def test_blocks_of_one_shape_share_a_graph(monkeypatch, preset, sizes, overrides, expected):
     assert count_graphs(monkeypatch, preset, sizes, overrides) == expected

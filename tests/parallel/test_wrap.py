@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import run_ranks
 from networks import CASES, run
+from suites import quick_and_full
 from traffic import Traffic, predict_bytes
 
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
@@ -50,7 +51,7 @@ def _assert_close(tensors, expected, tolerance=1e-9):
 
 
 # The other cases take a minute each.
-NAMES = [pytest.param(name, marks=() if name == "dino" else pytest.mark.full) for name in CASES]
+NAMES = quick_and_full(["dino"], CASES)
 
 
 def _resume_on_four_ranks(folder, name):

@@ -50,12 +50,14 @@ def make_trace(flops, bytes_moved, kinds, without_tensor_cores) -> Trace:
     return Trace(*columns, collectives=[], batch_norm_channels={})
 
 
-def mark_if_slow(path):
-    quick = path.stem.split("_imagenet")[0] in QUICK
-    return path if quick else pytest.param(path, marks=pytest.mark.full)
-
-
-@pytest.mark.parametrize("path", map(mark_if_slow, REPRESENTATIVES), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    quick_and_full(
+        [path for path in REPRESENTATIVES if path.stem.split("_imagenet")[0] in QUICK],
+        REPRESENTATIVES,
+    ),
+    ids=lambda path: path.stem,
+)
 def test_every_method_has_a_plan(path, tmp_path):
     run = reduce_recipe(path, tmp_path)
     run = replace(
