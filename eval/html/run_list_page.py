@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,22 +81,40 @@ def render_row(name: str, state: RunState, links: Links, evaluations: list[str])
     )
 
 
-def render(states: Mapping[str, RunState], folder: Path, version: int, refresh_seconds: int) -> str:
-    """Return the page for the server."""
-    links = {name: served_links(name, state) for name, state in states.items()}
-    return _render(states, folder, links, version=version, refresh_seconds=refresh_seconds)
+def render(
+    states: Mapping[str, RunState],
+    folder: Path,
+    version: int,
+    refresh_seconds: int,
+    row_of: Callable[[str, list[str]], str],
+) -> str:
+    """Return the page for the server.
+
+    Args:
+        states: States of the runs by name.
+        folder: Folder that holds them.
+        version: Version of the states, from which the page asks for changes.
+        refresh_seconds: Seconds between two such requests.
+        row_of: Function that returns the row of a run, given its name and the names of the results
+            that have a column.
+    """
+    return _render(states, folder, row_of, version=version, refresh_seconds=refresh_seconds)
 
 
 def render_file(states: Mapping[str, RunState], folder: Path, output: Path) -> str:
     """Return the page as a file, which has links to the reports and does not change."""
-    links = {name: _file_links(folder, output, name, state) for name, state in states.items()}
-    return _render(states, folder, links, version=0, refresh_seconds=0)
+
+    def row_of(name: str, evaluations: list[str]) -> str:
+        links = _file_links(folder, output, name, states[name])
+        return render_row(name, states[name], links, evaluations)
+
+    return _render(states, folder, row_of, version=0, refresh_seconds=0)
 
 
 def _render(
     states: Mapping[str, RunState],
     folder: Path,
-    links: Mapping[str, Links],
+    row_of: Callable[[str, list[str]], str],
     *,
     version: int,
     refresh_seconds: int,
@@ -112,10 +130,7 @@ def _render(
         written_at=run_table.format_time(time.time()),
         methods=sorted({state.method for state in states.values() if state.method}),
         evaluations=[(name, sections.evaluation_title(name)) for name in evaluations],
-        rows=[
-            Markup(render_row(name, state, links[name], evaluations))
-            for name, state in states.items()
-        ],
+        rows=[Markup(row_of(name, evaluations)) for name in states],
         version=version,
         refresh_seconds=refresh_seconds,
     )

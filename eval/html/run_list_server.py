@@ -34,6 +34,7 @@ class RunListServer:
         self._states: dict[str, RunState] = {}
         self._versions: dict[str, int] = {}
         self._version = self._names_version = time.time_ns() // 1_000_000
+        self._rows: dict[str, tuple[int, list[str], str]] = {}  # version, columns, HTML
         self._pages: dict[str, LivePage] = {}
 
     def start_reading(self) -> None:
@@ -53,7 +54,11 @@ class RunListServer:
             if request.path == "/":
                 return Answer(
                     run_list_page.render(
-                        self._states, self.folders.folder, self._version, REFRESH_SECONDS
+                        self._states,
+                        self.folders.folder,
+                        self._version,
+                        REFRESH_SECONDS,
+                        self._row,
                     )
                 )
             if request.path == "/changes":
@@ -85,10 +90,8 @@ class RunListServer:
         since = int(text) if is_number and int(text) <= self._version else 0
         evaluations = run_table.evaluation_names(self._states, run_list_page.MAX_EVALUATIONS)
         changed = {
-            name: run_list_page.render_row(
-                name, state, run_list_page.served_links(name, state), evaluations
-            )
-            for name, state in self._states.items()
+            name: self._row(name, evaluations)
+            for name in self._states
             if self._versions[name] > since
         }
         changes = {
@@ -99,6 +102,19 @@ class RunListServer:
             "names": list(self._states) if self._names_version > since else None,
         }
         return json.dumps(changes, ensure_ascii=True)
+
+    def _row(self, name: str, evaluations: list[str]) -> str:
+        """Return the row of a run, which is rendered again only if the run or the columns change.
+
+        Its time left may be old. The page counts it down by itself.
+        """
+        version, columns, row = self._rows.get(name, (0, [], ""))
+        if (version, columns) != (self._versions[name], evaluations):
+            state = self._states[name]
+            links = run_list_page.served_links(name, state)
+            row = run_list_page.render_row(name, state, links, evaluations)
+            self._rows[name] = self._versions[name], evaluations, row
+        return row
 
     def _run_page(self, request: Request) -> Answer:
         """Answer with a page of one run, /run/NAME/, /run/NAME/main or /run/NAME/report.html."""

@@ -3,13 +3,23 @@
 const body = document.querySelector(".runs tbody"), heads = [...document.querySelectorAll(".runs th")];
 const controls = ["filter", "state", "method"].map(id => document.getElementById(id));
 const compareButton = document.getElementById("compare"), options = new URLSearchParams(location.search);
-const rows = new Map();  // version of a row that the server sent, by the run's name
+// Version of a row that the server sent, by the run's name. A row that has not changed since the
+// page was opened has none yet.
+const rows = new Map([...body.rows].map(row => [row.dataset.key, null]));
 let newest = version;
 
-for (const row of body.rows) {
+body.parentElement.hidden = false;  // the table is complete
+
+// Return the version of a row that the server sent: what is shown, without the reader's changes.
+function sourceOf(row) {
   const source = row.cloneNode(true);
+  source.hidden = source.querySelector("details").open = false;
   link(source, row);
-  rows.set(row.dataset.key, source);
+  return source;
+}
+
+function rowOf(name) {
+  return rows.get(name) ? shownNodes.get(rows.get(name)) : [...body.rows].find(row => row.dataset.key === name);
 }
 
 function filterRows() {
@@ -115,15 +125,15 @@ async function refresh() {
   document.getElementById("counts").textContent = changes.counts;
   for (const [name, html] of Object.entries(changes.rows)) {
     const fresh = parse(`<table><tbody>${html}</tbody></table>`).querySelector("tr");
-    if (rows.has(name)) update(rows.get(name), fresh);
+    if (rows.has(name)) update(rows.get(name) ?? sourceOf(rowOf(name)), fresh);
     else body.append(take(fresh));
     rows.set(name, fresh);
   }
   if (changes.names) {
     const names = new Set(changes.names);
-    for (const [name, row] of rows) {
+    for (const name of [...rows.keys()]) {
       if (names.has(name)) continue;
-      shownNodes.get(row).remove();
+      rowOf(name).remove();
       rows.delete(name);
     }
     addMethods();
