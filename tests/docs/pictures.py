@@ -2,6 +2,7 @@
 
 PYTHONPATH=.:tests/eval .venv/bin/python tests/docs/pictures.py [--runs runs] [--list] [NAME ...]
 
+The folder $SSL_PRETRAIN_DATA (by default ../shared/data) has cifar10.zip and imagenet_sample.zip.
 Each picture comes from finished runs. Those of `runs/` are reused. A picture whose runs are missing
 is not made, and the command that trains them is printed with its time. The exit status is then 1.
 `--train` trains them first.
@@ -10,6 +11,7 @@ is not made, and the command that trains them is printed with its time. The exit
 import argparse
 import io
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -32,14 +34,14 @@ from ssl_pretrain.fault_tolerance import failure_note
 from ssl_pretrain.fault_tolerance.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("SSL_PRETRAIN_DATA", ROOT.parent / "shared" / "data"))
 RESULTS, PAGES = Path("docs/results"), Path("docs/results/pages")
 HEIGHTS = {1400: 1000, 400: 900}  # height of the screenshots by their width
 NUM_COLORS = 128  # colors of a screenshot, which keep it below 200 KB
 SWEEP = "launch/sweep.py configs/sweeps/"
-LEARNING = f"{SWEEP}learning.yaml output={{runs}}/learning data.root=cifar10.zip seed=0,1,2"
-CIFAR10 = "--base configs/methods_cifar10_cpu.yaml data.root=cifar10.zip"
-
-
+ON_CIFAR10 = f"data.root={shlex.quote(str(DATA / 'cifar10.zip'))} seed=0,1,2"
+LEARNING = f"{SWEEP}learning.yaml output={{runs}}/learning {ON_CIFAR10}"
+COLLAPSING = ("byol_without_predictor", "simsiam_without_stop_gradient", "vicreg_without_variance")
 STUDY = tuple(f"{method}_{seed}" for seed in range(3) for method in ("simclr", "vicreg"))
 
 
@@ -50,7 +52,8 @@ class Picture:
     Attributes:
         paths: Files that are made.
         runs: Folders below `runs/` that must exist.
-        training: Commands that train these runs, without the interpreter.
+        training: Commands that train these runs, without the interpreter. None are needed for a
+            picture without runs.
         training_time: Time of the training on two cores.
         command: Command that makes the pictures, without the interpreter. `{runs}` is the folder.
         draw: Function that makes them instead.
@@ -81,7 +84,8 @@ def main() -> int:
     for name in options.names or pictures:
         picture = pictures[name]
         if options.list:
-            print(f"{name}: {', '.join(map(str, picture.paths))} from {', '.join(picture.runs)}")
+            source = ", ".join(picture.runs) or "data alone"
+            print(f"{name}: {', '.join(map(str, picture.paths))} from {source}")
             continue
         missing = [run for run in picture.runs if not (options.runs / run).exists()]
         if missing and options.train:
@@ -117,18 +121,11 @@ def build_list() -> dict[str, Picture]:
             command=f"tests/bench/neighbors.py {{runs}}/demo {RESULTS}/neighbors.png",
         ),
         "health": Picture(
-            tuple(
-                RESULTS / f"health/{name}.png"
-                for name in (
-                    "byol_without_predictor",
-                    "simsiam_without_stop_gradient",
-                    "vicreg_without_variance",
-                )
-            ),
-            ("collapse",),
-            ("tests/bench/collapse.py --output {runs}/collapse",),
-            "about 2 h",
-            command=f"tests/bench/collapse.py --output {{runs}}/collapse --draw {RESULTS}/health",
+            tuple(RESULTS / f"health/{name}.png" for name in COLLAPSING),
+            ("health",),
+            (f"tests/bench/collapse.py --cases {' '.join(COLLAPSING)} --output {{runs}}/health",),
+            "10 min",
+            command=f"tests/bench/collapse.py --output {{runs}}/health --draw {RESULTS}/health",
         ),
         "learning": Picture(
             (RESULTS / "learning_curves.png",),
@@ -139,16 +136,27 @@ def build_list() -> dict[str, Picture]:
         ),
     }
     for study in ("temperature", "ablation"):
-        for suffix, base in (("", ""), ("_cifar10", f" {CIFAR10}")):
-            name = f"sweep_{study}{suffix}"
-            command = f"{SWEEP}{study}.yaml output={{runs}}/{name}{base}"
-            pictures[name] = Picture(
-                (RESULTS / f"{name}.png",),
-                (name,),
-                (command,),
-                "20 min to 2 h",
-                command=f"{command} --table-only --table {RESULTS}/{name}.md",
-            )
+        name = f"sweep_{study}"
+        command = f"{SWEEP}{study}.yaml output={{runs}}/{name}"
+        pictures[name] = Picture(
+            (RESULTS / f"{name}.png",),
+            (name,),
+            (command,),
+            "20 min",
+            command=f"{command} --table-only --table {RESULTS}/{name}.md",
+        )
+    for study in ("temperature_spectrum", "collapse"):
+        command = f"{SWEEP}{study}.yaml output={{runs}}/{study} {ON_CIFAR10} parallel.threads=1"
+        pictures[study] = Picture(
+            tuple(RESULTS / f"{study}{plot}.png" for plot in ("", "_spectrum", "_curves")),
+            (study,),
+            (command,),
+            "1 to 3 h",
+            command=f"{command} --table-only --table {RESULTS}/{study}.md",
+        )
+    pictures["segmentation"] = Picture(
+        (RESULTS / "segmentation_images.png",), (), (), "", draw=draw_composed_images
+    )
     pages = tuple(
         PAGES / f"{page}_{width}_{scheme}.png"
         for page in ("report", "compare", "runs", "live")
@@ -184,6 +192,17 @@ def draw_learning_curves(runs: Path) -> None:
     """Draw the curves beside the study's own table. The page in docs was written by hand."""
     run(f"{LEARNING} --table-only --table {{runs}}/learning/learning.md", runs)
     shutil.copy(runs / "learning" / "learning_curves.png", ROOT / RESULTS)
+
+
+def draw_composed_images(_: Path) -> None:
+    """Draw images and masks of the segmentation study, which come from real pixels."""
+    photos = shlex.quote(str(DATA / "imagenet_sample.zip"))
+    with tempfile.TemporaryDirectory() as folder:
+        run(
+            f"-m ssl_pretrain.eval.dense.composed_masks {folder}/data --photos {photos} "
+            f"--count 400 100 --picture {RESULTS}/segmentation_images.png",
+            Path(folder),
+        )
 
 
 def photograph_pages(runs: Path) -> None:
