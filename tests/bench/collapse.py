@@ -1,7 +1,7 @@
 """Compare when the collapse alert is raised with when the run collapses, on digits.
 
 PYTHONPATH=. .venv/bin/python tests/bench/collapse.py [--cases byol_without_predictor vicreg ...]
-    [--steps 1000] [--output runs/collapse]
+    [--steps 1000] [--output runs/health]
 PYTHONPATH=. .venv/bin/python tests/bench/collapse.py --draw docs/results/health
 
 The second command prints a table of the finished runs and draws them. An oracle that shares no code
@@ -197,7 +197,7 @@ def plot(
     from matplotlib import pyplot
 
     figure, (loss_axes, monitor_axes, oracle_axes) = pyplot.subplots(
-        1, 3, figsize=(11, 3), layout="constrained", dpi=80
+        1, 3, figsize=(11, 3.6), layout="constrained", dpi=80
     )
     steps = [record["step"] for record in metrics]
     loss_axes.plot(steps, [record["loss"] for record in metrics], color="#63686e")
@@ -210,23 +210,27 @@ def plot(
         )
     monitor_axes.set_title("metrics of the monitor")
     monitor_axes.set_ylim(0, 1.25)
-    monitor_axes.legend(fontsize=7)
     steps = [entry["step"] for entry in entries]
     oracle_axes.plot(steps, [entry["knn"] for entry in entries], color="#2f8f5b", label="k-NN")
     ranks = [entry["rank"] / entry["dim"] for entry in entries]
     oracle_axes.plot(steps, ranks, color="#c8443c", label="rank / dim")
     oracle_axes.set_title("the oracle")
     oracle_axes.set_ylim(0, 1)
-    oracle_axes.legend(fontsize=8)
+    for axes in (monitor_axes, oracle_axes):
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     for axes in (loss_axes, monitor_axes, oracle_axes):
         axes.set_xlabel("step")
         if alert_step is not None:
             axes.axvline(alert_step, color="#c8443c", linestyle="--", linewidth=1)
         if collapse_step is not None:
             axes.axvline(collapse_step, color="black", linewidth=1)
-    alert_text = "none" if alert_step is None else alert_step
-    collapse_text = "never" if collapse_step is None else f"from {collapse_step}"
-    figure.suptitle(f"{name}: alert (dashed) at {alert_text}, collapsed (solid) {collapse_text}")
+    alert_text = "no alert" if alert_step is None else f"first alert at step {alert_step} (dashed)"
+    collapse_text = (
+        "the oracle reports no collapse"
+        if collapse_step is None
+        else f"collapsed from step {collapse_step} (solid)"
+    )
+    figure.suptitle(f"{name}: {alert_text}, {collapse_text}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)
@@ -239,7 +243,7 @@ def main() -> None:
     cases = [*COLLAPSING, *HEALTHY]
     parser.add_argument("--cases", nargs="+", default=cases, choices=cases, metavar="CASE")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--output", type=Path, default=Path("runs/collapse"))
+    parser.add_argument("--output", type=Path, default=Path("runs/health"))
     parser.add_argument(
         "--draw",
         type=Path,

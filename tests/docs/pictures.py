@@ -1,6 +1,6 @@
 """Make every picture of README and docs with the present code: `make pictures`.
 
-PYTHONPATH=.:tests/eval .venv/bin/python tests/docs/pictures.py [--runs runs] [--list] [NAME ...]
+PYTHONPATH=.:tests/eval .venv/bin/python tests/docs/pictures.py [--list] [--train] [NAME ...]
 
 The folder $SSL_PRETRAIN_DATA (by default ../shared/data) has cifar10.zip and imagenet_sample.zip.
 Each picture comes from finished runs. Those of `runs/` are reused. A picture whose runs are missing
@@ -34,13 +34,13 @@ from ssl_pretrain.fault_tolerance import failure_note
 from ssl_pretrain.fault_tolerance.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
+RUNS = Path("runs")
 DATA = Path(os.environ.get("SSL_PRETRAIN_DATA", ROOT.parent / "shared" / "data"))
 RESULTS, PAGES = Path("docs/results"), Path("docs/results/pages")
 HEIGHTS = {1400: 1000, 400: 900}  # height of the screenshots by their width
 NUM_COLORS = 128  # colors of a screenshot, which keep it below 200 KB
-SWEEP = "launch/sweep.py configs/sweeps/"
-ON_CIFAR10 = f"data.root={shlex.quote(str(DATA / 'cifar10.zip'))} seed=0,1,2"
-LEARNING = f"{SWEEP}learning.yaml output={{runs}}/learning {ON_CIFAR10}"
+ON_CIFAR10 = f"data.root={shlex.quote(str(DATA / 'cifar10.zip'))}"
+LEARNING = f"launch/sweep.py learning output={RUNS}/learning {ON_CIFAR10} seed=0,1,2"
 COLLAPSING = ("byol_without_predictor", "simsiam_without_stop_gradient", "vicreg_without_variance")
 STUDY = tuple(f"{method}_{seed}" for seed in range(3) for method in ("simclr", "vicreg"))
 
@@ -55,7 +55,7 @@ class Picture:
         training: Commands that train these runs, without the interpreter. None are needed for a
             picture without runs.
         training_time: Time of the training on two cores.
-        command: Command that makes the pictures, without the interpreter. `{runs}` is the folder.
+        command: Command that makes the pictures, without the interpreter.
         draw: Function that makes them instead.
     """
 
@@ -64,17 +64,17 @@ class Picture:
     training: tuple[str, ...]
     training_time: str
     command: str = ""
-    draw: Callable[[Path], None] | None = None
+    draw: Callable[[], None] | None = None
 
 
 def main() -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="pictures to make (default: all)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--list", action="store_true", help="print the pictures and their runs")
     parser.add_argument("--train", action="store_true", help="train the runs that are missing")
     options = parser.parse_args()
+    os.chdir(ROOT)
     pictures = build_list()
     if unknown := set(options.names) - pictures.keys():
         parser.error(
@@ -87,23 +87,23 @@ def main() -> int:
             source = ", ".join(picture.runs) or "data alone"
             print(f"{name}: {', '.join(map(str, picture.paths))} from {source}")
             continue
-        missing = [run for run in picture.runs if not (options.runs / run).exists()]
+        missing = [run for run in picture.runs if not (RUNS / run).exists()]
         if missing and options.train:
             for command in picture.training:
-                run(command, options.runs)
+                run(command)
         elif missing:
             commands = "; ".join(f"python {command}" for command in picture.training)
             print(
-                f"{name}: not made, because {', '.join(missing)} is missing in {options.runs}. "
+                f"{name}: not made, because {', '.join(missing)} is missing in {RUNS}. "
                 f"Train it ({picture.training_time}): {commands}"
             )
             is_complete = False
             continue
         start = time.perf_counter()
         if picture.draw:
-            picture.draw(options.runs)
+            picture.draw()
         else:
-            run(picture.command, options.runs)
+            run(picture.command)
         print(
             f"{name}: {', '.join(map(str, picture.paths))} in {time.perf_counter() - start:.0f} s"
         )
@@ -118,14 +118,14 @@ def build_list() -> dict[str, Picture]:
             (RESULTS / "neighbors.png",),
             ("demo",),
             *demo,
-            command=f"tests/bench/neighbors.py {{runs}}/demo {RESULTS}/neighbors.png",
+            command=f"tests/bench/neighbors.py {RUNS}/demo {RESULTS}/neighbors.png",
         ),
         "health": Picture(
             tuple(RESULTS / f"health/{name}.png" for name in COLLAPSING),
             ("health",),
-            (f"tests/bench/collapse.py --cases {' '.join(COLLAPSING)} --output {{runs}}/health",),
+            (f"tests/bench/collapse.py --cases {' '.join(COLLAPSING)} --output {RUNS}/health",),
             "10 min",
-            command=f"tests/bench/collapse.py --output {{runs}}/health --draw {RESULTS}/health",
+            command=f"tests/bench/collapse.py --output {RUNS}/health --draw {RESULTS}/health",
         ),
         "learning": Picture(
             (RESULTS / "learning_curves.png",),
@@ -137,7 +137,7 @@ def build_list() -> dict[str, Picture]:
     }
     for study in ("temperature", "ablation"):
         name = f"sweep_{study}"
-        command = f"{SWEEP}{study}.yaml output={{runs}}/{name}"
+        command = f"launch/sweep.py {study} output={RUNS}/{name}"
         pictures[name] = Picture(
             (RESULTS / f"{name}.png",),
             (name,),
@@ -146,7 +146,7 @@ def build_list() -> dict[str, Picture]:
             command=f"{command} --table-only --table {RESULTS}/{name}.md",
         )
     for study in ("temperature_spectrum", "collapse"):
-        command = f"{SWEEP}{study}.yaml output={{runs}}/{study} {ON_CIFAR10} parallel.threads=1"
+        command = f"launch/sweep.py {study} output={RUNS}/{study} {ON_CIFAR10} parallel.threads=1"
         pictures[study] = Picture(
             tuple(RESULTS / f"{study}{plot}.png" for plot in ("", "_spectrum", "_curves")),
             (study,),
@@ -176,50 +176,48 @@ def build_list() -> dict[str, Picture]:
 def study_command(name: str) -> str:
     """Return the command that trains a run of the compared methods, without the interpreter."""
     method, seed = name.rsplit("_", 1)
-    keys = f"output={{runs}}/{name} seed={seed} method.name={method} epochs=10"
+    keys = f"output={RUNS}/{name} seed={seed} method.name={method} epochs=10"
     if method == "vicreg":
         keys += " method.projector_dims=[256,256]"
     return f"launch/pretrain.py configs/methods_digits.yaml {keys} online.knn_every_epochs=2"
 
 
-def run(command: str, runs: Path) -> None:
+def run(command: str) -> None:
     """Run a command of the clone with this interpreter."""
-    words = shlex.split(command.replace("{runs}", str(runs)))
-    subprocess.run([sys.executable, *words], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, *shlex.split(command)], check=True)
 
 
-def draw_learning_curves(runs: Path) -> None:
+def draw_learning_curves() -> None:
     """Draw the curves beside the study's own table. The page in docs was written by hand."""
-    run(f"{LEARNING} --table-only --table {{runs}}/learning/learning.md", runs)
-    shutil.copy(runs / "learning" / "learning_curves.png", ROOT / RESULTS)
+    run(f"{LEARNING} --table-only --table {RUNS}/learning/learning.md")
+    shutil.copy(RUNS / "learning" / "learning_curves.png", RESULTS)
 
 
-def draw_composed_images(_: Path) -> None:
+def draw_composed_images() -> None:
     """Draw images and masks of the segmentation study, which come from real pixels."""
     photos = shlex.quote(str(DATA / "imagenet_sample.zip"))
     with tempfile.TemporaryDirectory() as folder:
         run(
             f"-m ssl_pretrain.eval.dense.composed_masks {folder}/data --photos {photos} "
-            f"--count 400 100 --picture {RESULTS}/segmentation_images.png",
-            Path(folder),
+            f"--count 400 100 --picture {RESULTS}/segmentation_images.png"
         )
 
 
-def photograph_pages(runs: Path) -> None:
+def photograph_pages() -> None:
     """Save screenshots of the report, the comparison, the list and the live page."""
-    (ROOT / PAGES).mkdir(parents=True, exist_ok=True)
-    run("-m ssl_pretrain.eval.report {runs}/demo", runs)
+    PAGES.mkdir(parents=True, exist_ok=True)
+    run(f"-m ssl_pretrain.eval.report {RUNS}/demo")
     with ExitStack() as stack:
         browser = stack.enter_context(browser_checks.start_browser())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs"
         folder.mkdir()
         for name in ("demo", *STUDY):
-            (folder / name).symlink_to((runs / name).resolve())
-        stack.enter_context(play_training(runs / "demo", folder / "demo_seed_1", seed=1))
-        fail(runs / "demo", folder / "demo_large_batch")
+            (folder / name).symlink_to((RUNS / name).resolve())
+        stack.enter_context(play_training(RUNS / "demo", folder / "demo_seed_1", seed=1))
+        fail(RUNS / "demo", folder / "demo_large_batch")
         study = [folder / name for name in STUDY]
         page = compare.write(study, folder.parent / "compare.html")
-        photograph(browser, (runs / "demo" / "report.html").resolve().as_uri(), "report")
+        photograph(browser, (RUNS / "demo" / "report.html").resolve().as_uri(), "report")
         photograph(browser, page.as_uri(), "compare")
         with serve(run_list_server.build_server(RunFolders(folder))) as address:
             photograph(browser, address, "runs")
@@ -262,7 +260,7 @@ def photograph(browser, address: str, name: str) -> None:
             browser_checks.set_window(browser, width, scheme, height)
             browser.get(address)
             picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-            path = ROOT / PAGES / f"{name}_{width}_{scheme}.png"
+            path = PAGES / f"{name}_{width}_{scheme}.png"
             picture.quantize(NUM_COLORS).save(path, optimize=True)
 
 
