@@ -192,6 +192,18 @@ def test_an_update_keeps_filters_order_selection_folds_and_focus(browser, runs):
 
 
 @needs_browser
+def test_the_list_is_shown_without_javascript(browser, runs):
+    with serve_list(runs) as address:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+        try:
+            browser.get(address)
+            links = browser.find_elements("css selector", ".runs .name a")
+            assert len(links) == 3 and all(link.is_displayed() for link in links)
+        finally:
+            browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+@needs_browser
 def test_rows_are_sorted_and_selected_by_keyboard(browser, runs):
     with serve_list(runs) as address:
         open_page(browser, address)
