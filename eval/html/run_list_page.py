@@ -84,41 +84,21 @@ def render_row(name: str, state: RunState, links: Links, evaluations: list[str])
 def render(
     states: Mapping[str, RunState],
     folder: Path,
-    version: int,
-    refresh_seconds: int,
     row_of: Callable[[str, list[str]], str],
+    *,
+    version: int = 0,
+    refresh_seconds: float = 0,
 ) -> str:
-    """Return the page for the server.
+    """Return the page.
 
     Args:
         states: States of the runs by name.
         folder: Folder that holds them.
-        version: Version of the states, from which the page asks for changes.
-        refresh_seconds: Seconds between two such requests.
         row_of: Function that returns the row of a run, given its name and the names of the results
             that have a column.
+        version: Version of the states, from which the page asks for changes.
+        refresh_seconds: Seconds between two such requests. With 0 the page does not change.
     """
-    return _render(states, folder, row_of, version=version, refresh_seconds=refresh_seconds)
-
-
-def render_file(states: Mapping[str, RunState], folder: Path, output: Path) -> str:
-    """Return the page as a file, which has links to the reports and does not change."""
-
-    def row_of(name: str, evaluations: list[str]) -> str:
-        links = _file_links(folder, output, name, states[name])
-        return render_row(name, states[name], links, evaluations)
-
-    return _render(states, folder, row_of, version=0, refresh_seconds=0)
-
-
-def _render(
-    states: Mapping[str, RunState],
-    folder: Path,
-    row_of: Callable[[str, list[str]], str],
-    *,
-    version: int,
-    refresh_seconds: int,
-) -> str:
     states = run_table.sort_by_state(states)
     evaluations = run_table.evaluation_names(states, MAX_EVALUATIONS)
     return page.render(
@@ -134,6 +114,16 @@ def _render(
         version=version,
         refresh_seconds=refresh_seconds,
     )
+
+
+def render_file(states: Mapping[str, RunState], folder: Path, output: Path) -> str:
+    """Return the page as a file, which has links to the reports and does not change."""
+
+    def row_of(name: str, evaluations: list[str]) -> str:
+        links = _file_links(folder, output, name, states[name])
+        return render_row(name, states[name], links, evaluations)
+
+    return render(states, folder, row_of)
 
 
 def _title(folder: Path) -> str:

@@ -56,9 +56,9 @@ class RunListServer:
                     run_list_page.render(
                         self._states,
                         self.folders.folder,
-                        self._version,
-                        REFRESH_SECONDS,
                         self._row,
+                        version=self._version,
+                        refresh_seconds=REFRESH_SECONDS,
                     )
                 )
             if request.path == "/changes":
