@@ -2,7 +2,7 @@
 
 PYTHONPATH=.:tests/eval .venv/bin/python tests/docs/pictures.py [--list] [--train] [NAME ...]
 
-The folder $SSL_PRETRAIN_DATA (by default ../shared/data) has cifar10.zip and imagenet_sample.zip.
+The folder $SSL_PRETRAIN_DATA has cifar10.zip and imagenet_sample.zip.
 Each picture comes from finished runs. Those of `runs/` are reused. A picture whose runs are missing
 is not made, and the command that trains them is printed with its time. The exit status is then 1.
 `--train` trains them first.
