@@ -164,17 +164,21 @@ def describe_best(groups: Sequence[RunGroup], columns: Sequence[run_groups.Colum
         return f"{table.cell_text(row, 0)} %{seeds}"
 
     comparisons = [
-        headline.compare(numbers[best.title][0], value, row.title)
+        headline.compare(numbers[best.title][0], value, _with_article(row.title))
         for value, row in numbers.values()
         if row.is_reference and math.isfinite(value)
     ]
     lead = f"{table.columns[0].title}: {best.title} reaches {describe(best)}"
-    sentence = ", ".join([lead, *comparisons])
+    sentence = f"{lead}, {headline.join(comparisons)}" if comparisons else lead
     if not others:
         return f"{sentence}."
     rest = [f"{row.title} {describe(row)}" for row in others[:MAX_OTHERS]]
     rest += [f"{len(others) - MAX_OTHERS} more"] if len(others) > MAX_OTHERS else []
     return f"{sentence}. Then {', '.join(rest)}."
+
+
+def _with_article(baseline: str) -> str:
+    return f"the {baseline}" if baseline.startswith("random network") else baseline
 
 
 def _measure_variables(table: MeasureTable, file_name: str) -> dict[str, object]:

@@ -68,7 +68,7 @@ def describe_result(result: Record) -> str:
         if math.isfinite(rows.get(row_name, {"metrics": {}})["metrics"].get(column, math.nan))
     ]
     sentence = f"{subject} reaches {reached}{_describe_images(result['protocol'])}"
-    return f"{sentence}, {_join(comparisons)}." if comparisons else f"{sentence}."
+    return f"{sentence}, {join(comparisons)}." if comparisons else f"{sentence}."
 
 
 def compare(value: float, baseline: float, name: str) -> str:
@@ -88,7 +88,8 @@ def _describe_images(protocol: dict[str, object]) -> str:
     return f" on {int(match[1].replace(',', '')):,} {match[2]}" if match else ""
 
 
-def _join(texts: Sequence[str]) -> str:
+def join(texts: Sequence[str]) -> str:
+    """Return the texts with commas, and "and" before the last one."""
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
