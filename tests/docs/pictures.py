@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ NUM_COLORS = 128  # colors of a screenshot, which keep it below 200 KB
 ON_CIFAR10 = f"data.root={shlex.quote(str(DATA / 'cifar10.zip'))}"
 LEARNING = f"launch/sweep.py learning output={RUNS}/learning {ON_CIFAR10} seed=0,1,2"
 COLLAPSING = ("byol_without_predictor", "simsiam_without_stop_gradient", "vicreg_without_variance")
-STUDY = tuple(f"{method}_{seed}" for seed in range(3) for method in ("simclr", "vicreg"))
+COMPARED_RUNS = tuple(f"{method}_{seed}" for seed in range(3) for method in ("simclr", "vicreg"))
 
 
 @dataclass(frozen=True)
@@ -136,23 +136,14 @@ def build_list() -> dict[str, Picture]:
         ),
     }
     for study in ("temperature", "ablation"):
-        name = f"sweep_{study}"
-        command = f"launch/sweep.py {study} output={RUNS}/{name}"
-        pictures[name] = Picture(
-            (RESULTS / f"{name}.png",),
-            (name,),
-            (command,),
-            "20 min",
-            command=f"{command} --table-only --table {RESULTS}/{name}.md",
-        )
+        pictures[f"sweep_{study}"] = study_picture(study, f"sweep_{study}", "20 min")
     for study in ("temperature_spectrum", "collapse"):
-        command = f"launch/sweep.py {study} output={RUNS}/{study} {ON_CIFAR10} parallel.threads=1"
-        pictures[study] = Picture(
-            tuple(RESULTS / f"{study}{plot}.png" for plot in ("", "_spectrum", "_curves")),
-            (study,),
-            (command,),
+        pictures[study] = study_picture(
+            study,
+            study,
             "1 to 3 h",
-            command=f"{command} --table-only --table {RESULTS}/{study}.md",
+            plots=("", "_spectrum", "_curves"),
+            keys=(ON_CIFAR10, "parallel.threads=1"),
         )
     pictures["segmentation"] = Picture(
         (RESULTS / "segmentation_images.png",), (), (), "", draw=draw_composed_images
@@ -165,15 +156,33 @@ def build_list() -> dict[str, Picture]:
     )
     pictures["pages"] = Picture(
         pages,
-        ("demo", *STUDY),
-        (*demo[0], *map(study_command, STUDY)),
+        ("demo", *COMPARED_RUNS),
+        (*demo[0], *map(compared_run_command, COMPARED_RUNS)),
         "8 min",
         draw=photograph_pages,
     )
     return pictures
 
 
-def study_command(name: str) -> str:
+def study_picture(
+    study: str,
+    page: str,
+    training_time: str,
+    plots: Sequence[str] = ("",),
+    keys: Sequence[str] = (),
+) -> Picture:
+    """Return the plots of a study of configs/sweeps/, whose page in docs is written with them."""
+    command = " ".join(["launch/sweep.py", study, f"output={RUNS}/{page}", *keys])
+    return Picture(
+        tuple(RESULTS / f"{page}{plot}.png" for plot in plots),
+        (page,),
+        (command,),
+        training_time,
+        command=f"{command} --table-only --table {RESULTS}/{page}.md",
+    )
+
+
+def compared_run_command(name: str) -> str:
     """Return the command that trains a run of the compared methods, without the interpreter."""
     method, seed = name.rsplit("_", 1)
     keys = f"output={RUNS}/{name} seed={seed} method.name={method} epochs=10"
@@ -211,11 +220,11 @@ def photograph_pages() -> None:
         browser = stack.enter_context(browser_checks.start_browser())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs"
         folder.mkdir()
-        for name in ("demo", *STUDY):
+        for name in ("demo", *COMPARED_RUNS):
             (folder / name).symlink_to((RUNS / name).resolve())
         stack.enter_context(play_training(RUNS / "demo", folder / "demo_seed_1", seed=1))
         fail(RUNS / "demo", folder / "demo_large_batch")
-        study = [folder / name for name in STUDY]
+        study = [folder / name for name in COMPARED_RUNS]
         page = compare.write(study, folder.parent / "compare.html")
         photograph(browser, (RUNS / "demo" / "report.html").resolve().as_uri(), "report")
         photograph(browser, page.as_uri(), "compare")

@@ -1,6 +1,7 @@
 """`ssl-pretrain runs`: the runs below a folder as a page, a table and data."""
 
 import json
+import shutil
 import urllib.error
 import urllib.request
 
@@ -101,8 +102,8 @@ def test_only_the_rows_that_changed_are_sent(runs):
     with serve_list(runs) as address:
         first = json.loads(get(address + "changes?since=0"))
         assert len(first["rows"]) == len(first["names"]) == 3
-        again = json.loads(get(f"{address}changes?since={first['version']}"))
-        assert (again["rows"], again["names"]) == ({}, None)
+        unchanged = json.loads(get(f"{address}changes?since={first['version']}"))
+        assert (unchanged["rows"], unchanged["names"]) == ({}, None)
         with train(runs / "first"):
             add_records(runs / "first", 40)
         later = json.loads(get(f"{address}changes?since={first['version']}"))
@@ -167,10 +168,10 @@ def test_an_update_keeps_filters_order_selection_folds_and_focus(browser, runs):
         assert names_on(browser) == ["a <b> & 50% #1", "study/lr=0.1", "first"]
         filters = browser.find_element("id", "filter")
         filters.send_keys("digits stopped")
-        kept = """[document.activeElement.id, document.getElementById("compare").textContent,
+        choices = """[document.activeElement.id, document.getElementById("compare").textContent,
             document.getElementById("filter").value,
             document.querySelector("[data-key=first] details").open]"""
-        state = browser.execute_script(f"return {kept}")
+        state = browser.execute_script(f"return {choices}")
         assert state == ["filter", "Compare 2 runs", "digits stopped", True]
         make_small_run(runs / "fourth", seed=7)
         with train(runs / "first"):
@@ -178,7 +179,7 @@ def test_an_update_keeps_filters_order_selection_folds_and_focus(browser, runs):
         wait_until(browser, "document.body.innerText.includes('60 of 300')")
         wait_until(browser, "document.body.innerText.includes('4 runs')")
         assert names_on(browser) == ["fourth", "a <b> & 50% #1", "study/lr=0.1", "first"]
-        assert browser.execute_script(f"return {kept}") == state
+        assert browser.execute_script(f"return {choices}") == state
         filters.clear()
         filters.send_keys("dino")
         assert names_on(browser) == ["study/lr=0.1"]
@@ -189,6 +190,21 @@ def test_an_update_keeps_filters_order_selection_folds_and_focus(browser, runs):
         browser_checks.check_console(browser)
         compare.click()
         wait_until(browser, "location.pathname === '/compare'")
+
+
+@needs_browser
+def test_deleted_runs_leave_the_page_and_others_are_updated_again(browser, runs):
+    with serve_list(runs) as address:
+        open_page(browser, address)
+        with train(runs / "first"):
+            for step in (60, 70):
+                add_records(runs / "first", step)
+                wait_until(browser, f"document.body.innerText.includes('{step} of 300')")
+        shutil.rmtree(runs / "first")
+        shutil.rmtree(runs / "study")
+        wait_until(browser, "document.body.innerText.includes('1 run:')")
+        assert names_on(browser) == ["a <b> & 50% #1"]
+        browser_checks.check_console(browser)
 
 
 @needs_browser

@@ -3,9 +3,9 @@
 const body = document.querySelector(".runs tbody"), heads = [...document.querySelectorAll(".runs th")];
 const controls = ["filter", "state", "method"].map(id => document.getElementById(id));
 const compareButton = document.getElementById("compare"), options = new URLSearchParams(location.search);
-// Version of a row that the server sent, by the run's name. A row that has not changed since the
-// page was opened has none yet.
-const rows = new Map([...body.rows].map(row => [row.dataset.key, null]));
+// Rows on the screen, and the versions of them that the server sent, by the run's name. A row that has
+// not changed since the page was opened has no such version yet.
+const rows = new Map([...body.rows].map(row => [row.dataset.key, row])), sources = new Map();
 let newest = version;
 
 body.parentElement.hidden = false;  // the table is complete
@@ -16,10 +16,6 @@ function sourceOf(row) {
   source.hidden = source.querySelector("details").open = false;
   link(source, row);
   return source;
-}
-
-function rowOf(name) {
-  return rows.get(name) ? shownNodes.get(rows.get(name)) : [...body.rows].find(row => row.dataset.key === name);
 }
 
 function filterRows() {
@@ -125,16 +121,18 @@ async function refresh() {
   document.getElementById("counts").textContent = changes.counts;
   for (const [name, html] of Object.entries(changes.rows)) {
     const fresh = parse(`<table><tbody>${html}</tbody></table>`).querySelector("tr");
-    if (rows.has(name)) update(rows.get(name) ?? sourceOf(rowOf(name)), fresh);
-    else body.append(take(fresh));
-    rows.set(name, fresh);
+    const row = rows.get(name);
+    if (row) update(sources.get(name) ?? sourceOf(row), fresh);
+    else rows.set(name, body.appendChild(take(fresh)));
+    sources.set(name, fresh);
   }
   if (changes.names) {
     const names = new Set(changes.names);
-    for (const name of [...rows.keys()]) {
+    for (const [name, row] of rows) {
       if (names.has(name)) continue;
-      rowOf(name).remove();
+      row.remove();
       rows.delete(name);
+      sources.delete(name);
     }
     addMethods();
   }
