@@ -135,7 +135,7 @@ step_pin() {
     while read -r name; do skip+=(--no-emit-package "$name"); done < <(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' docker/requirements.txt | sort -u)
     "${newest[@]}" - -c docker/requirements.txt "${skip[@]}" -o docker/requirements-ffcv.txt >/dev/null <<<"$(sed -n 's/^ffcv = \["\([^"]*\)".*/\1/p' pyproject.toml)"
     "${newest[@]}" - -o docker/requirements-uv.txt >/dev/null <<<"uv"
-    "${compile[@]}" pyproject.toml --extra wandb --extra slurm --extra tensorboard --extra data --extra tiff --extra segmentation --extra dev --python-version 3.12 --resolution lowest-direct -o docker/requirements-lowest.txt >/dev/null
+    "${compile[@]}" pyproject.toml --extra wandb --extra slurm --extra tensorboard --extra data --extra tiff --extra segmentation --extra text --extra dev --python-version 3.12 --resolution lowest-direct -o docker/requirements-lowest.txt >/dev/null
 }
 
 main() {
