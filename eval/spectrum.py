@@ -204,7 +204,8 @@ def build_backbone_and_projector(run: Run, is_pretrained: bool) -> tuple[nn.Modu
     with torch.random.fork_rng(devices=[]):
         # The same seed as in training, so that the random network has the run's initial weights.
         torch.manual_seed(rng.derive_seed(run.config.seed, 0, 0))
-        method = run.config.method.build(backbones.build(run.config.backbone, run.view_size))
+        backbone = backbones.build(run.config.backbone, run.view_size)
+        method = config.assemble_method(run.config, backbone)
     if not hasattr(method, "projector"):
         raise ValueError(
             f"{run.path}: this evaluation measures the projector's output, and method"

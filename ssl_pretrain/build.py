@@ -209,6 +209,7 @@ def build_loader(config: RunConfig, execution: Execution) -> Loader:
         global_batch_size=config.global_batch_size,
         device=execution.device,
         view_dtype=execution.view_dtype,
+        text=configuration.text_settings(config),
     )
 
 
@@ -223,7 +224,7 @@ def build_method(config: RunConfig, source: Source | None = None) -> Method:
     backbone = backbones.build(config.backbone, recipe.crop_per_view(config.views)[0].size)
     if notes := initial_weights.initialize(backbone, config.backbone):
         process_group.print_once(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}")
-    method: Method = config.method.build(backbone)
+    method = configuration.assemble_method(config, backbone)
     if method.needs_labels and source is not None:
         require_labels(source, f"method {config.method.name}")
     return method
@@ -240,7 +241,9 @@ def build_run_stepper(method: Method, config: RunConfig, execution: Execution) -
         seed=config.seed,
         micro_batch_size=micro_batch_size,
         global_batch_size=config.global_batch_size,
-        example=micro_batch.blank_batch(config.views, micro_batch_size, execution),
+        example=micro_batch.blank_batch(
+            config.views, micro_batch_size, execution, configuration.text_lengths(config, method)
+        ),
     )
 
 
@@ -260,6 +263,7 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
             config.parallel,
             config.views,
             execution,
+            text_lengths=configuration.text_lengths(config, method),
             local_batch_size=local_batch_size,
             global_batch_size=config.global_batch_size,
         )

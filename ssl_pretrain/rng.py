@@ -45,6 +45,7 @@ class Purpose(IntEnum):
     MASK_SIZES = 17
     MASK_ORDER = 18
     SLICES = 19
+    CAPTION = 20
 
 
 @njit(cache=True, nogil=True)

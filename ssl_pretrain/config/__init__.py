@@ -16,6 +16,7 @@ from ssl_pretrain.config.loading import (
     to_yaml,
     without_method,
 )
+from ssl_pretrain.config.method_assembly import assemble_method, text_lengths, text_settings
 from ssl_pretrain.config.resume_policy import check_resume_config
 from ssl_pretrain.config.run_config import EvaluationConfig, LaunchConfig, PlanConfig, RunConfig
 from ssl_pretrain.schema.config_file import ConfigError, read_yaml
@@ -29,6 +30,7 @@ __all__ = [
     "PlanConfig",
     "RunConfig",
     "apply_overrides",
+    "assemble_method",
     "build_method_on_meta",
     "check",
     "check_resume_config",
@@ -40,6 +42,8 @@ __all__ = [
     "from_dict",
     "load",
     "read_yaml",
+    "text_lengths",
+    "text_settings",
     "to_dict",
     "to_yaml",
     "without_method",

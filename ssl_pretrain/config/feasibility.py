@@ -5,17 +5,18 @@ import dataclasses
 import torch
 
 from ssl_pretrain import schema
+from ssl_pretrain.config.method_assembly import assemble_method, text_lengths
 from ssl_pretrain.config.run_config import RunConfig
 from ssl_pretrain.data import order, sources
 from ssl_pretrain.methods.base import Method
-from ssl_pretrain.models import backbones, image_size_check, timm_networks
+from ssl_pretrain.models import backbones, image_size_check, text_encoders, timm_networks
 from ssl_pretrain.monitoring import log_config
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel import execution
 from ssl_pretrain.schema import image_sizes
 from ssl_pretrain.schema.config_file import ConfigError
-from ssl_pretrain.views import masks, recipe
-from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views import masks, recipe, text_recipe
+from ssl_pretrain.views.batch import Batch, blank_texts
 from ssl_pretrain.views.recipe import Crop
 
 
@@ -29,6 +30,7 @@ def check(config: RunConfig, world_size: int) -> None:
         schema.check(config)
         recipe.check(config.views)
         recipe.check_batch(config.views, config.global_batch_size)
+        text_recipe.check(config.text)
         sources.check(config.data)
         execution.bn_group_images(config.parallel, config.global_batch_size)
         execution.check(config.parallel)
@@ -90,7 +92,8 @@ def build_method_on_meta(config: RunConfig) -> Method:
     """Build the run's method on the meta device, where its weights take no memory."""
     image_size = recipe.crop_per_view(config.views)[0].size
     with torch.device("meta"):
-        method = config.method.build(backbones.build_on_meta(config.backbone, image_size))
+        backbone = backbones.build_on_meta(config.backbone, image_size)
+        method = assemble_method(config, backbone, text_encoders.build_on_meta)
     if not isinstance(method, Method):
         raise ValueError(
             f"method.name: Config.build of {config.method.name} returns a "
@@ -124,7 +127,13 @@ def _try_method(config: RunConfig) -> None:
             images = [
                 torch.zeros(num_images, channels, crop.height, crop.width) for crop in view_crops
             ]
-            batch = Batch(images, zeros, zeros, masks.blank(config.views, num_images, "meta"))
+            batch = Batch(
+                images,
+                zeros,
+                zeros,
+                masks.blank(config.views, num_images, "meta"),
+                blank_texts(text_lengths(config, method), num_images, "meta"),
+            )
             try:
                 _check_embeddings(config, method(batch), num_images)
             except (IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -8,6 +8,7 @@ from ssl_pretrain.config import channels
 from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.fault_tolerance.nan_guard import GuardConfig
 from ssl_pretrain.methods.base import MethodConfig
+from ssl_pretrain.models.text_encoders import TextEncoderConfig
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.monitoring.collapse import HealthConfig
 from ssl_pretrain.monitoring.log_config import LogConfig
@@ -16,6 +17,7 @@ from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import ParallelConfig
 from ssl_pretrain.schema import DIMENSIONLESS, image_sizes, setting
 from ssl_pretrain.views.recipe import ViewsConfig
+from ssl_pretrain.views.text_recipe import TextConfig
 
 
 @dataclass
@@ -155,6 +157,10 @@ class RunConfig:
     )
     data: DataConfig = setting(DataConfig(), "The images and how they are read.")
     views: ViewsConfig = setting(ViewsConfig(), "Crops and augmentations.")
+    text: TextConfig = setting(TextConfig(), "Captions and sentences, for methods that take texts.")
+    text_encoder: TextEncoderConfig = setting(
+        TextEncoderConfig(), "The network that encodes texts, for methods that take them."
+    )
     optim: OptimConfig = setting(OptimConfig(), "The optimizer and its schedule.")
     parallel: ParallelConfig = setting(ParallelConfig(), "How the ranks share the computation.")
     checkpoint: CheckpointConfig = setting(

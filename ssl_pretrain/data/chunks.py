@@ -1,4 +1,4 @@
-"""Chunks of crops, the loader's unit of work, and the data set that cuts them from images."""
+"""Chunks of crops and texts, the loader's unit of work, and the data set that makes them."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +16,8 @@ from ssl_pretrain.data.images import UnreachableSource, UnreadableImage
 from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.replacement import Replacement, find_spare
 from ssl_pretrain.data.shared_memory import SharedMemoryFull, allocate
+from ssl_pretrain.data.text_maker import TextMaker
+from ssl_pretrain.views.tokenizers import TokenArrays
 
 # A picklable function that cuts all crops, uint8 (3, height, width), from one image of the same
 # layout. Its other arguments are the epoch and the image's index.
@@ -40,7 +42,7 @@ class ChunkRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """The crops of a few images.
+    """The crops of a few images, and their texts.
 
     Attributes:
         pixels: Flat uint8 tensor with view 0 of all images, then view 1, and so on. A single tensor
@@ -51,6 +53,7 @@ class Chunk:
         seconds: Time spent on the chunk.
         error: Error that left the chunk incomplete, or None. The trainer raises it, so the user
             sees its message instead of a worker's traceback.
+        tokens: Tokens of the texts, one set per text of an item.
     """
 
     pixels: Tensor
@@ -59,6 +62,7 @@ class Chunk:
     replacements: list[Replacement]
     seconds: float = 0.0
     error: Exception | None = None
+    tokens: tuple[TokenArrays, ...] = ()
 
     def pin_memory(self) -> Self:
         """Copy the pixels to pinned memory. PyTorch's DataLoader calls this method."""
@@ -95,21 +99,30 @@ class CropDataset(Dataset[Chunk]):
         crop_image: Function that cuts all crops of one image.
         plan: Order of the run, which determines the replacements of unreadable images. Without a
             plan, as in a single pass, the next image of the source is the replacement.
+        text_maker: The texts of the images. By default they have none.
     """
 
-    def __init__(self, source: Source, crop_image: CropFunction, plan: BatchPlan | None = None):
+    def __init__(
+        self,
+        source: Source,
+        crop_image: CropFunction,
+        plan: BatchPlan | None = None,
+        text_maker: TextMaker | None = None,
+    ):
         self.source, self.crop_image, self.plan = source, crop_image, plan
+        self.text_maker = text_maker or TextMaker(source)
 
     def __getitem__(self, request: ChunkRequest) -> Chunk:
         start = time.perf_counter()
         labels = np.empty(len(request.indices), np.int64)
         chunk = Chunk(torch.empty(0, dtype=torch.uint8), [], labels, replacements=[])
+        shown_indices = np.empty(len(labels), np.int64)
         for row, index in enumerate(request.indices.tolist()):
             try:
                 pixels, shown_index = self._read_or_replace(request, row, chunk.replacements)
             except (FileNotFoundError, ValueError) as error:
                 return replace(chunk, error=error)
-            labels[row] = self.source.label(shown_index)
+            labels[row], shown_indices[row] = self.source.label(shown_index), shown_index
             with self._name_image_in_errors(shown_index):
                 image = torch.from_numpy(pixels).permute(2, 0, 1)
                 crops = self.crop_image(image, request.epoch, index)
@@ -119,7 +132,8 @@ class CropDataset(Dataset[Chunk]):
                     chunk = replace(chunk, pixels=allocate(num_bytes), shapes=shapes)
                 for crop, view in zip(crops, chunk.views()):
                     view[row] = crop
-        return replace(chunk, seconds=time.perf_counter() - start)
+        tokens = self.text_maker.make(shown_indices, request.epoch, request.indices)
+        return replace(chunk, tokens=tokens, seconds=time.perf_counter() - start)
 
     def _read_or_replace(
         self, request: ChunkRequest, row: int, replacements: list[Replacement]
@@ -153,8 +167,11 @@ class CropDataset(Dataset[Chunk]):
         return pixels, replacements[-1].spare_index
 
     def _read(self, index: int) -> np.ndarray:
+        """Return the pixels of an image, if it has its texts."""
         try:
             with self._name_image_in_errors(index):
+                if problem := self.text_maker.find_problem(index):
+                    raise UnreadableImage(problem)
                 return self.source.read(index)
         except UnreadableImage:
             self.source.check_present()

@@ -15,9 +15,11 @@ from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.replacement import Replacement, find_spare
+from ssl_pretrain.data.text_maker import TextMaker
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.batch import upload
 from ssl_pretrain.views.recipe import Crop
+from ssl_pretrain.views.tokenizers import TokenArrays
 
 
 class DeviceCache:
@@ -28,20 +30,25 @@ class DeviceCache:
     """
 
     def __init__(
-        self, source: Source, view_crops: list[Crop], plan: BatchPlan, device: torch.device
+        self,
+        source: Source,
+        view_crops: list[Crop],
+        plan: BatchPlan,
+        device: torch.device,
+        text_maker: TextMaker | None = None,
     ):
-        """Read all images and upload them.
+        """Read all images and upload them. Texts are read for each chunk.
 
         Raises:
             ValueError: If the images do not fit into half of the device's free memory.
         """
         self._view_crops, self._plan, self._device = view_crops, plan, device
-        self._source = source
+        self._source, self._text_maker = source, text_maker or TextMaker(source)
         self._pixels, self._sizes, self._unreadable = _upload_images(source, device)
 
     def make_chunks(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
         """Yield one chunk per request."""
-        for _, (image_indices, replacements, boxes_by_view) in draw_ahead(
+        for _, (image_indices, replacements, boxes_by_view, tokens) in draw_ahead(
             self._draw, requests, self._device
         ):
             device_indices = upload(torch.from_numpy(image_indices), self._device)
@@ -55,35 +62,41 @@ class DeviceCache:
                 shapes=[view.shape[1:] for view in views],
                 labels=self._source.labels[image_indices],
                 replacements=replacements,
+                tokens=tokens,
             )
 
     def _draw(
         self, request: ChunkRequest
-    ) -> tuple[np.ndarray, list[Replacement], list[np.ndarray]]:
-        """Return the image indices of a chunk's rows, the replacements and each view's boxes."""
+    ) -> tuple[np.ndarray, list[Replacement], list[np.ndarray], tuple[TokenArrays, ...]]:
+        """Return the indices of a chunk's images, the replacements, the boxes and the texts."""
         image_indices, replacements = self._choose_readable(request)
         sizes = self._sizes[image_indices]
         boxes_by_view = [
             crops.draw_boxes(crop, self._plan.seed, request.epoch, request.indices, view, sizes)
             for view, crop in enumerate(self._view_crops)
         ]
-        return image_indices, replacements, boxes_by_view
+        tokens = self._text_maker.make(image_indices, request.epoch, request.indices)
+        return image_indices, replacements, boxes_by_view, tokens
 
     def _choose_readable(self, request: ChunkRequest) -> tuple[np.ndarray, list[Replacement]]:
         """Return the image indices of a chunk's rows, int64 (n,), and the replacements."""
         image_indices = request.indices.astype(np.int64)
         replacements = []
         for row, index in enumerate(request.indices.tolist()):
-            if reason := self._unreadable.get(index):
+            if reason := self._find_problem(index):
                 spare = find_spare(
                     self._plan,
                     request.step,
                     request.first_row + row,
-                    lambda candidate: candidate not in self._unreadable,
+                    lambda candidate: not self._find_problem(candidate),
                 )
                 replacements.append(Replacement.create(self._source, index, reason, spare))
                 image_indices[row] = replacements[-1].spare_index
         return image_indices, replacements
+
+    def _find_problem(self, index: int) -> str:
+        """Return why an image or its text is missing, or an empty string."""
+        return self._unreadable.get(index) or self._text_maker.find_problem(index)
 
     def close(self) -> None:
         """Free the memory of the images."""

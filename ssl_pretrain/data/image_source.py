@@ -45,9 +45,14 @@ class Source(ABC):
         notes: Lines to print at the start of a run, about the layout and skipped files.
         pixel_format: Number of channels, and range of the values that become 0 and 255.
         supports_range: True if images with more than 8 bits per value are read by that range.
+        num_texts: Number of texts per item. Images with captions have 1, and pairs of sentences 2
+            or, with a hard negative, 3.
+        has_images: False if the items consist of texts only.
     """
 
     supports_range = False
+    num_texts: int = 0
+    has_images: bool = True
 
     def __init__(
         self,
@@ -85,6 +90,17 @@ class Source(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """Return the name of the image's file, for messages."""
+
+    def texts(self, index: int) -> list[list[str]]:
+        """Return the alternatives of each text of an item, `num_texts` lists.
+
+        An image with five captions has one list of five. A missing caption is an empty list.
+        """
+        return []
+
+    def has_texts(self, index: int) -> bool:
+        """Return True if an item has at least one alternative of each of its texts."""
+        return all(self.texts(index))
 
     def header(self, index: int) -> ImageHeader:
         """Return the format, size and range of values of one image, if ranges are supported.

@@ -1,4 +1,4 @@
-"""Yield the same batches of views for any number of workers and ranks, and from any first step.
+"""Yield the same batches for any number of workers and ranks, and from any first step.
 
 A reader reads each image once and cuts all of its crops as uint8. Threads of compiled code do this
 if the images are in a .beton file and FFCV is installed. Otherwise worker processes do it. Both use
@@ -27,11 +27,13 @@ from ssl_pretrain.data.readers import Reader
 from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.data.source_report import check_images, layout_lines
 from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.data.text_maker import TextMaker
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.views import color, crops, masks, recipe
-from ssl_pretrain.views.batch import Batch, MaskSet, upload
+from ssl_pretrain.views.batch import Batch, MaskSet, TextSet, upload
 from ssl_pretrain.views.color_parameters import ColorParameters, describe_view, draw_colors
 from ssl_pretrain.views.recipe import ViewsConfig
+from ssl_pretrain.views.text_recipe import TextConfig
 
 # Files of fewer images are soon read, so that the hint to write a .beton would only distract.
 MIN_IMAGES_OF_LOADER_HINT = 100_000
@@ -175,6 +177,7 @@ class Loader:
                 upload(labels, device),
                 upload(index_tensor, device),
                 tuple(mask_set.upload(device) for mask_set in mask_sets),
+                tuple(texts.upload(device) for texts in _join_texts(device_chunks)),
             )
 
     def _upload(self, chunk: Chunk) -> Chunk:
@@ -241,6 +244,7 @@ def build(
     global_batch_size: int,
     device: torch.device | str,
     view_dtype: torch.dtype = torch.float32,
+    text: TextConfig | None = None,
 ) -> Loader:
     """Build the loader of this rank. One rank per machine lists the files first.
 
@@ -251,6 +255,7 @@ def build(
         global_batch_size: Images per step, over all ranks.
         device: Device of the batches.
         view_dtype: Type of the views on a GPU.
+        text: How texts are chosen and tokenized. None for batches without texts.
 
     Raises:
         ValueError: If a key of `data` or `views` is invalid, there are fewer images than in a
@@ -281,10 +286,29 @@ def build(
             file=sys.stderr,
         )
         num_workers = 0
-    reader = readers.build_reader(source, views, plan, kind, num_workers=num_workers, device=device)
+    reader = readers.build_reader(
+        source,
+        views,
+        plan,
+        kind,
+        num_workers=num_workers,
+        device=device,
+        text_maker=TextMaker(source, text, seed),
+    )
     if reader.note:
         process_group.print_once(reader.note, file=sys.stderr)
     return Loader(reader, view_dtype=view_dtype, max_replaced=data.max_replaced)
+
+
+def _join_texts(chunks: list[Chunk]) -> list[TextSet]:
+    """Return the texts of all chunks' items, one set per text of an item."""
+    return [
+        TextSet(
+            torch.from_numpy(np.concatenate([tokens.ids for tokens in sets])).long(),
+            torch.from_numpy(np.concatenate([tokens.valid for tokens in sets])),
+        )
+        for sets in zip(*(chunk.tokens for chunk in chunks))
+    ]
 
 
 def _request_chunks(plan: BatchPlan, chunk_size: int, first_step: int) -> Iterator[ChunkRequest]:

@@ -22,6 +22,7 @@ from ssl_pretrain.data.replacement import Replacement, ReplacementLimit
 from ssl_pretrain.data.shared_memory import Transfer, plan_transfer
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.data.tar.tar_source import TarShards
+from ssl_pretrain.data.text_maker import TextMaker
 from ssl_pretrain.data.workers import ProcessPool
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.views import crops, recipe
@@ -82,6 +83,7 @@ def build_reader(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
     augment: ViewAugmentation | None = None,
+    text_maker: TextMaker | None = None,
 ) -> Reader:
     """Build the pool that reads the images and cuts their crops.
 
@@ -93,6 +95,7 @@ def build_reader(
         num_workers: Number of processes or threads.
         device: Device of the batches.
         augment: Function that changes each crop. Only processes support it.
+        text_maker: The texts of the images. By default they have none.
 
     Raises:
         ValueError: If a key of `views` is invalid, or the images do not fit in memory.
@@ -104,7 +107,7 @@ def build_reader(
     chunk_size, note = plan.local_batch_size, ""
     pool: ChunkPool
     if kind is ReaderKind.DEVICE_CACHE:
-        pool = DeviceCache(source, view_crops, plan, device)
+        pool = DeviceCache(source, view_crops, plan, device, text_maker)
     elif kind in (ReaderKind.THREADS, ReaderKind.FFCV):
         images: Images
         if kind is ReaderKind.FFCV:
@@ -112,7 +115,9 @@ def build_reader(
             images = FFCVImages(source, view_crops, plan.local_batch_size, plan.seed)
         else:
             images = DecodedImages(source, view_crops, plan.local_batch_size, plan.seed)
-        pool = ThreadPool(source, images, view_crops, plan, num_workers, NUM_BATCHES_AHEAD, device)
+        pool = ThreadPool(
+            source, images, view_crops, plan, num_workers, NUM_BATCHES_AHEAD, device, text_maker
+        )
     else:
         if num_workers:
             chunk_size = min(MAX_CHUNK_SIZE, max(MIN_CHUNK_SIZE, -(-chunk_size // num_workers)))
@@ -126,7 +131,7 @@ def build_reader(
         )
         chunk_size, note = transfer.chunk_size, transfer.note
         cut = partial(_cut_crops, view_crops, plan.seed, augment)
-        dataset = CropDataset(source, cut, plan)
+        dataset = CropDataset(source, cut, plan, text_maker)
         pool = ProcessPool(dataset, num_workers, transfer, pin_memory=device.type == "cuda")
     return Reader(kind, source, views, plan, device, num_workers, chunk_size, pool, note)
 

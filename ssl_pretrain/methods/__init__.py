@@ -12,10 +12,13 @@ from types import ModuleType
 from ssl_pretrain.schema.method_name import is_user_module, unknown_method_error
 from ssl_pretrain.system.user_objects import import_user_module
 
+_SHARED = ("base", "image_text_pairs")  # modules that methods share
+
 
 def names() -> list[str]:
     """Return the sorted names of the methods in this package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    modules = {module.name for module in pkgutil.iter_modules(__path__)}
+    return sorted(modules - set(_SHARED))
 
 
 def find(name: str) -> ModuleType:
@@ -35,7 +38,7 @@ def find(name: str) -> ModuleType:
 
 def _check_config(module: ModuleType) -> None:
     """Raise ValueError unless the module has a `Config` that builds a method."""
-    from ssl_pretrain.methods.base import MethodConfig
+    from ssl_pretrain.methods.base import MethodConfig, TextMethodConfig
 
     config = getattr(module, "Config", None)
     remedy = "see CONTRIBUTING.md, `Add a method`"
@@ -48,8 +51,13 @@ def _check_config(module: ModuleType) -> None:
         raise ValueError(
             f"method.name: {module.__name__}.Config is not a dataclass; put @dataclass above it"
         )
-    if config.build is MethodConfig.build:
+    takes_texts = issubclass(config, TextMethodConfig)
+    name, arguments = (
+        ("build_with_texts", "backbone, text_encoder") if takes_texts else ("build", "backbone")
+    )
+    base = TextMethodConfig if takes_texts else MethodConfig
+    if getattr(config, name) is getattr(base, name):
         raise ValueError(
-            f"method.name: {module.__name__}.Config has no method build(backbone) that returns the "
-            f"method; {remedy}"
+            f"method.name: {module.__name__}.Config has no method {name}({arguments}) that returns "
+            f"the method; {remedy}"
         )

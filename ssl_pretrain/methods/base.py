@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.models.components import Backbone, mlp
+from ssl_pretrain.models.text_encoders import TextEncoder
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 from ssl_pretrain.schema.image_sizes import describe, simplify
 from ssl_pretrain.views import mask_recipe
-from ssl_pretrain.views.batch import Batch, MaskSet
+from ssl_pretrain.views.batch import Batch, MaskSet, TextSet
 
 Embeddings = dict[str, Tensor]
 
@@ -58,6 +59,7 @@ class Method(nn.Module):
         transient: Names of embeddings and targets that are dropped between `loss` and
             `after_step`, because they are too large to keep for every micro-batch.
         needs_labels: True if the data set must have labels.
+        num_texts: Number of texts per item that the method takes, such as 1 for captions.
         evaluated_module: Name of the submodule that is evaluated and exported.
         evaluated_network: Name of that network in tables.
         step_taken: 1.0 if the optimizer took the step, or 0.0 if it skipped the step because the
@@ -69,6 +71,7 @@ class Method(nn.Module):
     negatives: Literal["none", "embeddings", "images", "mined", "patches", "queue"] = "none"
     transient: tuple[str, ...] = ()
     needs_labels: bool = False
+    num_texts: int = 0
     evaluated_module: str = "backbone"
     evaluated_network: str = "student"
     step_taken: Tensor | float = 1.0
@@ -193,6 +196,19 @@ class Method(nn.Module):
             )
         return batch.views[0]
 
+    def text(self, batch: Batch) -> TextSet:
+        """Return the only text of each item.
+
+        Raises:
+            ValueError: If there is another number of texts.
+        """
+        if len(batch.texts) != 1:
+            raise ValueError(
+                f"{self.config.name}: takes 1 text per item, got {len(batch.texts)}; give data "
+                "with one caption per image"
+            )
+        return batch.texts[0]
+
     def masks(self, batch: Batch, name: str) -> list[MaskSet]:
         """Return the masks that the method needs, one set per view that has them.
 
@@ -222,8 +238,19 @@ class MethodConfig:
         """Raise ValueError, naming key and remedy, if the `RunConfig` does not suit the method."""
 
     def build(self, backbone: Backbone) -> Method:
-        """Build the method on top of a backbone. Every method's `Config` overrides it."""
+        """Build the method on top of a backbone. The `Config` of a method without texts does so."""
         raise NotImplementedError(f"{type(self).__module__}: Config must override `build`")
+
+
+@dataclass
+class TextMethodConfig(MethodConfig):
+    """Fields that the configurations of all methods with texts share."""
+
+    def build_with_texts(self, backbone: Backbone, text_encoder: TextEncoder) -> Method:
+        """Build the method on top of a backbone and a text encoder. Every `Config` overrides it."""
+        raise NotImplementedError(
+            f"{type(self).__module__}: Config must override `build_with_texts`"
+        )
 
 
 class SeparatePairs(Method):

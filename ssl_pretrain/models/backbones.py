@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ssl_pretrain.models import image_size_check, published_weights, timm_networks
 from ssl_pretrain.models.components import Backbone
+from ssl_pretrain.models.text_encoders import TextEncoder
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.models.transformer import TransformerBlocks
 from ssl_pretrain.schema.image_sizes import ImageSize
@@ -127,12 +128,17 @@ def networks(module: nn.Module) -> list[Backbone]:
     return [child for child in module.modules() if isinstance(child, Backbone)]
 
 
+def text_encoders(module: nn.Module) -> list[TextEncoder]:
+    """Return every text encoder in `module`."""
+    return [child for child in module.modules() if isinstance(child, TextEncoder)]
+
+
 def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the names and modules of the repeated blocks of every network in `module`.
 
     They are in `blocks` of a ViT, in `layer1` to `layer4` of a ResNet, in `stages` of other timm
-    networks, and in the `TransformerBlocks` of predictors and decoders. Each block is sharded,
-    compiled or recomputed as a unit. Some networks have none.
+    networks, in the `TransformerBlocks` of predictors and decoders, and in text encoders. Each
+    block is sharded, compiled or recomputed as a unit. Some networks have none.
     """
     return [
         (f"{name}.{block_name}".lstrip("."), block)
@@ -144,6 +150,8 @@ def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
 def _own_blocks(network: nn.Module) -> list[tuple[str, nn.Module]]:
     if isinstance(network, TransformerBlocks):
         return list(network.named_children())
+    if isinstance(network, TextEncoder):
+        return network.blocks()
     if not isinstance(network, Backbone):
         return []
     return [

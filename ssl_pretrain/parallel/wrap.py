@@ -135,7 +135,7 @@ def warm_up(model: nn.Module, execution: Execution, example: object) -> None:
 
 
 def _shard(method: nn.Module, config: ParallelConfig, execution: Execution) -> None:
-    """Shard each block, then each backbone, which evaluations call by itself, then the rest.
+    """Shard each block, then each network, which evaluations call by itself, then the rest.
 
     A teacher has the same units as the student and thus the same shards, so its moving average
     needs no collective. Buffers such as statistics, queues and centers are not sharded.
@@ -145,7 +145,8 @@ def _shard(method: nn.Module, config: ParallelConfig, execution: Execution) -> N
         dist.broadcast(tensor.detach(), src=0)
     mesh = _build_mesh(config, execution.device.type)
     networks = backbones.networks(method)
-    for unit in [*(block for _, block in backbones.blocks(method)), *networks, method]:
+    towers = [*networks, *backbones.text_encoders(method)]
+    for unit in [*(block for _, block in backbones.blocks(method)), *towers, method]:
         sharded: Any = fully_shard(
             unit,
             mesh=mesh,

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from ssl_pretrain.config import RunConfig, build_method_on_meta
+from ssl_pretrain.config import RunConfig, build_method_on_meta, text_lengths
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.parallel import micro_batch
 from ssl_pretrain.parallel.execution import Execution
@@ -200,7 +200,8 @@ def count_flops_per_image(config: RunConfig) -> float:
     execution = Execution.resolve(config.parallel, torch.device("meta"))
     method = build_method_on_meta(config)
     execution.place_module(method)
-    return flops_per_image(method, micro_batch.blank_batch(config.views, 2, execution))
+    lengths = text_lengths(config, method)
+    return flops_per_image(method, micro_batch.blank_batch(config.views, 2, execution, lengths))
 
 
 def flops_per_image(method: Method, batch: Batch) -> float:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ssl_pretrain.config import RunConfig
+from ssl_pretrain.config import RunConfig, assemble_method, text_settings
 from ssl_pretrain.data import readers
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.loader import Loader
 from ssl_pretrain.data.order import BatchPlan
+from ssl_pretrain.data.text_maker import TextMaker
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
@@ -75,7 +76,8 @@ def measure_reading(config: RunConfig, source: Source) -> Reading:
     execution = Execution.resolve(config.parallel, device)
     num_images = math.gcd(config.global_batch_size, READ_BATCH_SIZE)
     plan = BatchPlan(config.seed, len(source), num_images, rank=0, world_size=1, window_size=0)
-    reader = readers.build_reader(source, config.views, plan, device=device)
+    text_maker = TextMaker(source, text_settings(config), config.seed)
+    reader = readers.build_reader(source, config.views, plan, device=device, text_maker=text_maker)
     batches: list[Batch] = []
     worker_seconds: list[float] = []
     color_seconds: list[float] = []
@@ -147,7 +149,7 @@ class _Trial:
     def build(cls, config: RunConfig, device: torch.device) -> "_Trial":
         execution = Execution.resolve(config.parallel, device)
         image_size = recipe.crop_per_view(config.views)[0].size
-        method = config.method.build(backbones.build(config.backbone, image_size))
+        method = assemble_method(config, backbones.build(config.backbone, image_size))
         execution.place_module(method)
         optimizer = optimizers.build(config.optim, method)
         optimizers.set_rates(

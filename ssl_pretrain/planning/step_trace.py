@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain.config import RunConfig
+from ssl_pretrain.config import RunConfig, text_lengths
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.losses.backend import BACKENDS, use_backend
 from ssl_pretrain.methods.base import Method
@@ -23,7 +23,7 @@ from ssl_pretrain.planning.recorder import BeginPhase, make_fake, record_trace
 from ssl_pretrain.planning.trace import LinearTrace, TensorSpec, Trace
 from ssl_pretrain.schema.image_sizes import ImageSize, height_and_width
 from ssl_pretrain.views import masks, recipe
-from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views.batch import Batch, blank_texts
 
 STAND_IN: Literal["lamb"] = "lamb"  # optimizer that is traced in place of some others
 HALFWAY = Progress(500, 1000, 10)  # progress at the traced step
@@ -96,7 +96,8 @@ def _trace_images(
         ]
         zeros = torch.zeros(num_images, dtype=torch.int64)
         mask_sets = masks.blank(run.views, num_images, "cpu")
-        return network, Batch(views, labels=zeros, indices=zeros, masks=mask_sets)
+        texts = blank_texts(text_lengths(run, method), num_images, "cpu")
+        return network, Batch(views, zeros, zeros, mask_sets, texts)
 
     def embed(inputs: tuple[Method, Batch], begin_phase: BeginPhase) -> OutputSpecs:
         network, batch = inputs

@@ -1,4 +1,4 @@
-"""The batch of views that a method takes, its masks, and copies of tensors to a device."""
+"""The batch of views, masks and texts that a method takes, and copies of tensors to a device."""
 
 from __future__ import annotations
 
@@ -52,8 +52,31 @@ class MaskSet:
 
 
 @dataclass(frozen=True)
+class TextSet:
+    """One text of each item, such as the caption of an image or a sentence of a pair, as tokens.
+
+    The configuration fixes the number of tokens. Longer texts are cut and shorter ones are padded.
+
+    Attributes:
+        ids: Numbers of the tokens in the tokenizer's vocabulary, int64 (B, T).
+        valid: False for padding, bool (B, T).
+    """
+
+    ids: Tensor
+    valid: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TextSet:
+        """Return the texts with a function applied to both tensors."""
+        return TextSet(function(self.ids), function(self.valid))
+
+    def upload(self, device: torch.device | str) -> TextSet:
+        """Return the texts on a device, without waiting for the copies."""
+        return self.map(lambda tensor: upload(tensor, device))
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One rank's images of one step, on the device.
+    """One rank's items of one step, on the device. An item is an image, a text, or both.
 
     Attributes:
         views: One tensor per view, global views first, each (B, C, height, width) and normalized.
@@ -62,12 +85,15 @@ class Batch:
         indices: int64 (B,), indices of the images in the source. An unreadable image keeps its
             index, but has the pixels and the label of its replacement.
         masks: The masks of all views whose crop has `mask.kind`, in the order of the views.
+        texts: The texts of the items, such as one caption per image, or the two or three sentences
+            of a pair.
     """
 
     views: list[Tensor]
     labels: Tensor
     indices: Tensor
     masks: tuple[MaskSet, ...] = ()
+    texts: tuple[TextSet, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -94,7 +120,7 @@ class Batch:
         return self.rows(builtins.slice(index * size, (index + 1) * size))
 
     def rows(self, rows: builtins.slice) -> Batch:
-        """Return some of the images, with their masks."""
+        """Return some of the items, with their masks and texts."""
         return self._map(lambda tensor: tensor[rows])
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -104,11 +130,12 @@ class Batch:
             function(self.labels),
             function(self.indices),
             tuple(masks.map(function) for masks in self.masks),
+            tuple(texts.map(function) for texts in self.texts),
         )
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:
-    """Return one batch of the images of all batches, which have the same views and masks."""
+    """Return one batch of the items of all batches, which have the same views, masks and texts."""
     return Batch(
         [torch.cat(views) for views in zip(*(batch.views for batch in batches))],
         torch.cat([batch.labels for batch in batches]),
@@ -121,6 +148,25 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
             )
             for sets in zip(*(batch.masks for batch in batches))
         ),
+        tuple(
+            TextSet(
+                torch.cat([texts.ids for texts in sets]), torch.cat([texts.valid for texts in sets])
+            )
+            for sets in zip(*(batch.texts for batch in batches))
+        ),
+    )
+
+
+def blank_texts(
+    lengths: Sequence[int], num_items: int, device: torch.device | str
+) -> tuple[TextSet, ...]:
+    """Return texts of zeros in the shapes of a run, one per length in tokens."""
+    return tuple(
+        TextSet(
+            torch.zeros(num_items, length, dtype=torch.int64, device=device),
+            torch.ones(num_items, length, dtype=torch.bool, device=device),
+        )
+        for length in lengths
     )
 
 

@@ -6,6 +6,8 @@ of optimizer that its authors use). If they differ from the usual, it also defin
     VIEWS       sizes of the views
     BACKBONE    function without arguments that returns a small Backbone, such as a ViT
     MASKS       function of the number of images and the step that returns a tuple of MaskSets
+    TEXT_ENCODER    function without arguments that returns a small TextEncoder
+    TEXTS       function of the number of images and the step that returns a tuple of TextSets
     HAS_PAIR    False if the method has no two embeddings of an image to compare
 
 `test_contract.py` runs every method that `methods.names()` lists.
@@ -69,6 +71,8 @@ def build(name: str, **overrides: Any) -> Any:
     test_file = import_test_file(name)
     config = methods.find(name).Config(**{**test_file.METHOD, **overrides})
     backbone = test_file.BACKBONE() if hasattr(test_file, "BACKBONE") else Backbone(Network())
+    if hasattr(test_file, "TEXT_ENCODER"):
+        return config.build_with_texts(backbone, test_file.TEXT_ENCODER()).double()
     return config.build(backbone).double()
 
 
@@ -87,7 +91,8 @@ def random_batch(name: str, step: int = 0, rows: int = ROWS) -> Batch:
     test_file = import_test_file(name)
     views = [colors + noise(size) for size in getattr(test_file, "VIEWS", (8, 8))]
     masks = test_file.MASKS(rows, step) if hasattr(test_file, "MASKS") else ()
-    return Batch(views, labels, torch.arange(rows) + step * rows, masks)
+    texts = test_file.TEXTS(rows, step) if hasattr(test_file, "TEXTS") else ()
+    return Batch(views, labels, torch.arange(rows) + step * rows, masks, texts)
 
 
 def train(

@@ -22,7 +22,9 @@ from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.native.view_makers import Images, ViewMaker
 from ssl_pretrain.data.order import BLOCK_SIZE, BatchPlan
 from ssl_pretrain.data.replacement import Replacement, find_spare
+from ssl_pretrain.data.text_maker import TextMaker
 from ssl_pretrain.views.recipe import Crop
+from ssl_pretrain.views.tokenizers import TokenArrays
 
 # Largest number of rows that a thread fills at a time. They take some tens of milliseconds, and a
 # request to stop has no effect until they are done.
@@ -46,6 +48,7 @@ class _Batch:
     request: ChunkRequest
     buffer: _Buffer
     labels: np.ndarray  # int64 (n,)
+    tokens: tuple[TokenArrays, ...]  # one set per text of an item
     num_rows_claimed: int = 0
     num_rows_done: int = 0
     working_seconds: float = 0.0  # summed over the threads
@@ -72,6 +75,7 @@ class ThreadPool:
         num_threads: int,
         num_batches_ahead: int,
         device: torch.device,
+        text_maker: TextMaker | None = None,
     ):
         """Prepare the threads without starting them.
 
@@ -83,7 +87,9 @@ class ThreadPool:
             num_threads: Number of threads. At least one is started.
             num_batches_ahead: Number of batches to make before they are needed.
             device: Device of the pixels.
+            text_maker: The texts of the images. By default they have none.
         """
+        self.text_maker = text_maker or TextMaker(source)
         self.source, self.images, self.plan, self.device = source, images, plan, device
         self.num_threads = max(1, num_threads)
         self.rows_per_turn = max(1, min(MAX_ROWS, -(-plan.local_batch_size // self.num_threads)))
@@ -188,7 +194,14 @@ class _Session:
                 trainer_stream.wait_event(copy_event)
                 pixels.record_stream(trainer_stream)
             replacements = [replacement for _, replacement in sorted(batch.replacements)]
-            yield Chunk(pixels, self.pool.shapes, batch.labels, replacements, batch.working_seconds)
+            yield Chunk(
+                pixels,
+                self.pool.shapes,
+                batch.labels,
+                replacements,
+                batch.working_seconds,
+                tokens=batch.tokens,
+            )
             with self.condition:
                 self.free_buffers.append(_Buffer(batch.buffer.pixels, copy_event))
                 self.condition.notify_all()
@@ -235,7 +248,10 @@ class _Session:
                         return None
                     labels = np.empty(len(request.indices), np.int64)
                     assert len(labels) == self.pool.plan.local_batch_size, "a request is one batch"
-                    self.batches.append(_Batch(request, self.free_buffers.popleft(), labels))
+                    tokens = self.pool.text_maker.empty(len(labels))
+                    self.batches.append(
+                        _Batch(request, self.free_buffers.popleft(), labels, tokens)
+                    )
                 batch = self.batches[-1]
                 first = batch.num_rows_claimed
                 batch.num_rows_claimed = min(first + self.pool.rows_per_turn, len(batch))
@@ -249,12 +265,14 @@ class _Session:
         indices = batch.request.indices[first:end].astype(np.int64)
         numbers, pixels = indices.copy(), batch.buffer.pixels.numpy()
         reasons = maker.make_views(numbers, indices, first, batch.request.epoch, pixels)
+        reasons |= self._find_missing_texts(indices)
         replacements = []
         for row, reason in reasons.items():
             replacement = self._replace(batch, first + row, reason, maker)
             numbers[row] = replacement.spare_index
             replacements.append((first + row, replacement))
         batch.labels[first:end] = self.pool.source.labels[numbers]
+        self._make_texts(batch, first, numbers, indices)
         with self.condition:
             batch.working_seconds += time.perf_counter() - start
             batch.replacements += replacements
@@ -266,11 +284,32 @@ class _Session:
                 batch.output = output
                 self.condition.notify_all()
 
+    def _find_missing_texts(self, indices: np.ndarray) -> dict[int, str]:
+        """Return the reason for each image without its texts, by its position in `indices`."""
+        problems = {
+            position: self.pool.text_maker.find_problem(index)
+            for position, index in enumerate(indices.tolist())
+        }
+        return {position: problem for position, problem in problems.items() if problem}
+
+    def _make_texts(
+        self, batch: _Batch, first: int, numbers: np.ndarray, indices: np.ndarray
+    ) -> None:
+        """Write the tokens of images to consecutive rows of a batch."""
+        rows = slice(first, first + len(indices))
+        new_tokens = self.pool.text_maker.make(numbers, batch.request.epoch, indices)
+        for tokens, new in zip(batch.tokens, new_tokens, strict=True):
+            tokens.ids[rows], tokens.valid[rows] = new
+
     def _replace(self, batch: _Batch, row: int, reason: str, maker: ViewMaker) -> Replacement:
         """Replace an unreadable image with the one that worker processes would choose."""
         source, request = self.pool.source, batch.request
         indices = request.indices[row : row + 1].astype(np.int64)
-        spare_index = find_spare(self.pool.plan, request.step, row, maker.can_read)
+
+        def can_read(number: int) -> bool:
+            return not self.pool.text_maker.find_problem(number) and maker.can_read(number)
+
+        spare_index = find_spare(self.pool.plan, request.step, row, can_read)
         replacement = Replacement.create(source, int(indices[0]), reason, spare_index)
         spare_indices, pixels = np.array([replacement.spare_index]), batch.buffer.pixels.numpy()
         reasons = maker.make_views(spare_indices, indices, row, request.epoch, pixels)

@@ -1,0 +1,90 @@
+"""An image tower and a text tower in one space, as CLIP and SigLIP share them."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain.methods.base import Embeddings, Method, TextMethodConfig
+from ssl_pretrain.models.components import Backbone
+from ssl_pretrain.models.text_encoders import TextEncoder
+from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
+
+
+@dataclass
+class ImageTextConfig(TextMethodConfig):
+    """Fields that the configurations of CLIP and SigLIP share."""
+
+    dim: int = setting(512, "Width of the space that images and texts share.")
+    image_tower: Literal["trained", "frozen"] = setting(
+        "trained",
+        "trained: train the backbone. frozen: keep its weights and statistics, as in LiT, where it "
+        "was pretrained (backbone.init).",
+    )
+
+
+class ImageTextPairs(Method):
+    """A method that compares the embeddings of images with those of their texts.
+
+    A linear layer without bias maps the features of either tower to the shared space. Its weights
+    have the standard deviation width^-0.5, as in CLIP.
+
+    Args:
+        config: Configuration of the method.
+        backbone: The image tower.
+        text_encoder: The text tower.
+        initial_scale: Initial value of the scale of the cosine similarities.
+    """
+
+    couples = "embeddings"
+    negatives = "images"
+    num_texts = 1
+
+    def __init__(
+        self,
+        config: ImageTextConfig,
+        backbone: Backbone,
+        text_encoder: TextEncoder,
+        initial_scale: float,
+    ):
+        super().__init__(config, backbone)
+        self.text_encoder = text_encoder
+        self.image_projection = _projection(backbone.feature_dim, config.dim)
+        self.text_projection = _projection(text_encoder.feature_dim, config.dim)
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(initial_scale)))
+        self.image_tower_is_frozen = config.image_tower == "frozen"
+        self.backbone.requires_grad_(not self.image_tower_is_frozen)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all parts, except that a frozen backbone keeps its statistics."""
+        super().train(mode)
+        if self.image_tower_is_frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, batch: Batch) -> Embeddings:
+        """Return the embeddings of images and texts, (local_batch, dim), and one scale per image.
+
+        All images have the same scale. One value per image lets the step split it like embeddings.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_tower_is_frozen):
+            features = self.backbone(self.single_view(batch))
+        return {
+            "z_a": self.image_projection(features),
+            "z_b": self.text_projection(self.text_encoder(self.text(batch))),
+            "logit_scale": self.logit_scale.exp().expand(len(batch)),
+        }
+
+
+def _projection(width: int, dim: int) -> nn.Linear:
+    layer = nn.Linear(width, dim, bias=False)
+    nn.init.normal_(layer.weight, std=width**-0.5)
+    return layer
+
+
+def mean_scale(embeddings: Embeddings) -> Tensor:
+    """Return the scale of the cosine similarities, for the logs."""
+    return embeddings["logit_scale"].detach().mean()

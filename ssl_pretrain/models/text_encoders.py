@@ -1,0 +1,185 @@
+"""Text encoders: transformers of open_clip and of transformers that return one vector per text."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain.schema import DIMENSIONLESS, setting
+from ssl_pretrain.system import optional_packages
+from ssl_pretrain.views.batch import TextSet
+
+CLIP = "clip"
+BERT = "bert"
+
+
+@dataclass
+class TextEncoderConfig:
+    """Network that encodes texts."""
+
+    name: str = setting(
+        CLIP,
+        "clip: the causal transformer of CLIP, by open_clip. bert: a BERT with random weights, by "
+        "transformers. Otherwise the name of a model on the Hugging Face Hub, such as "
+        "bert-base-uncased, or its folder, with its weights.",
+    )
+    width: int = setting(512, "Channels per token of clip and bert.", minimum=1, unit="channels")
+    layers: int = setting(12, "Blocks of clip and bert.", minimum=1, unit="blocks")
+    heads: int = setting(8, "Attention heads of clip and bert.", minimum=1, unit="heads")
+    causal: bool = setting(
+        True, "clip: let a token attend only to those before it, as in CLIP but not in SigLIP."
+    )
+    pool: Literal["auto", "end", "first", "last", "mean"] = setting(
+        "auto",
+        "Token whose vector stands for the text. end: the end token (CLIP). first: the first "
+        "(BERT). last: the last one, padding or not (SigLIP). mean: the mean without padding. "
+        "auto: end for clip, else first.",
+    )
+    dropout: float = setting(
+        0.1, "Rate of dropout in bert and in models of the Hub.", below=1, unit=DIMENSIONLESS
+    )
+
+
+class TextEncoder(nn.Module):
+    """A transformer that maps texts to features (batch, feature_dim).
+
+    Args:
+        model: The network. It maps token numbers, and which of them are valid, to one vector per
+            token.
+        feature_dim: Width of the features.
+        pool: Token whose vector stands for the text, as in `TextEncoderConfig.pool`.
+    """
+
+    def __init__(self, model: nn.Module, feature_dim: int, pool: str):
+        super().__init__()
+        self.model, self.feature_dim, self.pool = model, feature_dim, pool
+
+    def forward(self, texts: TextSet) -> Tensor:
+        """Return one vector per text."""
+        vectors = self.model(texts.ids, texts.valid)
+        if self.pool == "first":
+            return vectors[:, 0]
+        if self.pool == "last":
+            return vectors[:, -1]
+        if self.pool == "mean":
+            weights = texts.valid.to(vectors.dtype)[:, :, None]
+            return (vectors * weights).sum(1) / weights.sum(1).clamp(min=1)
+        ends = texts.valid.sum(1).clamp(min=1) - 1
+        return vectors[torch.arange(len(ends), device=ends.device), ends]
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """Return the names and modules of the network's blocks."""
+        return [
+            (f"{name}.{block_name}", block)
+            for name, stack in self.named_modules()
+            if isinstance(stack, nn.ModuleList) and name.endswith(("resblocks", "layer"))
+            for block_name, block in stack.named_children()
+        ]
+
+
+class _ClipTransformer(nn.Module):
+    """The text transformer of open_clip, with the vectors of all tokens as its output."""
+
+    def __init__(self, config: TextEncoderConfig, vocabulary_size: int, length: int):
+        super().__init__()
+        from open_clip.transformer import TextTransformer
+
+        self.transformer = TextTransformer(
+            context_length=length,
+            vocab_size=vocabulary_size,
+            width=config.width,
+            heads=config.heads,
+            layers=config.layers,
+            output_dim=None,
+            no_causal_mask=not config.causal,
+            pool_type="none",
+        )
+
+    def forward(self, ids: Tensor, valid: Tensor) -> Tensor:
+        """Return one vector per token, (batch, length, width)."""
+        return self.transformer(ids)
+
+
+class _HuggingFaceEncoder(nn.Module):
+    """An encoder of transformers, with the vectors of all tokens as its output."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, ids: Tensor, valid: Tensor) -> Tensor:
+        """Return one vector per token, (batch, length, width)."""
+        # A mask of two dimensions would be read by the host, which waits for the device.
+        mask = valid[:, None, None, :].expand(-1, -1, ids.shape[1], -1)
+        return self.network(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+def build(config: TextEncoderConfig, vocabulary_size: int, length: int) -> TextEncoder:
+    """Build a text encoder, with random weights or those of a model of the Hub.
+
+    Args:
+        config: The network.
+        vocabulary_size: Number of different tokens.
+        length: Tokens per text.
+
+    Raises:
+        ValueError: If a package is missing, or the network cannot be built or loaded.
+    """
+    if config.name in (CLIP, BERT) and config.width % config.heads:
+        raise ValueError(
+            f"text_encoder.heads: {config.heads} heads do not divide text_encoder.width "
+            f"{config.width}; give a divisor, such as {config.width // 64 or 1}"
+        )
+    if config.name == CLIP:
+        optional_packages.require("text_encoder.name", "open_clip", "text")
+        model: nn.Module = _ClipTransformer(config, vocabulary_size, length)
+        pool = "end" if config.pool == "auto" else config.pool
+        return TextEncoder(model, config.width, pool)
+    optional_packages.require("text_encoder.name", "transformers", "text")
+    network = _build_transformers(config, vocabulary_size, length)
+    pool = "first" if config.pool == "auto" else config.pool
+    return TextEncoder(_HuggingFaceEncoder(network), network.config.hidden_size, pool)
+
+
+def build_on_meta(config: TextEncoderConfig, vocabulary_size: int, length: int) -> TextEncoder:
+    """Build a text encoder on the meta device, where its weights take no memory.
+
+    The weights of a model of the Hub are not downloaded, only its configuration is.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build(config, vocabulary_size, length).to("meta")
+
+
+def _build_transformers(config: TextEncoderConfig, vocabulary_size: int, length: int) -> Any:
+    """Return a network of transformers without its pooling layer."""
+    from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+
+    dropouts: dict[str, Any] = {
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+    }
+    if config.name == BERT:
+        return BertModel(
+            BertConfig(
+                vocab_size=vocabulary_size,
+                hidden_size=config.width,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                intermediate_size=4 * config.width,
+                max_position_embeddings=length,
+                **dropouts,
+            ),
+            add_pooling_layer=False,
+        )
+    try:
+        if torch.get_default_device().type == "meta":
+            settings = AutoConfig.from_pretrained(config.name, **dropouts)
+            return AutoModel.from_config(settings)
+        return AutoModel.from_pretrained(config.name, **dropouts)
+    except Exception as error:  # the library raises many kinds of errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"text_encoder.name: {config.name!r} cannot be loaded ({reason}); give clip, bert, the "
+            "name of a model on the Hugging Face Hub, or its folder"
+        ) from error
