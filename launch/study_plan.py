@@ -28,7 +28,7 @@ class Study:
     base: str = "configs/methods_digits.yaml"
     set: list[str] = field(default_factory=list)  # overrides for all variants
     small_heads: bool = False  # apply each method's SMALL_CONFIG and PRESET_OVERRIDES
-    every_method: bool = False  # add one variant per method
+    every_method: bool = False  # add one variant per method of images alone
     seeds: list[int] = field(default_factory=lambda: [0])  # one run of every variant per seed
     seed_by_seed: bool = False  # start all variants with one seed before the next seed
     columns: list[str] = field(default_factory=lambda: list(study_columns.DEFAULT_COLUMNS))
@@ -75,7 +75,9 @@ def load(path: str | Path) -> Study | None:
     except ValueError as error:
         raise configuration.ConfigError(f"{path}: {error}") from None
     if study.every_method:
-        method_variants = [Variant(name, [f"method.name={name}"]) for name in methods.names()]
+        method_variants = [
+            Variant(name, [f"method.name={name}"]) for name in methods.image_methods()
+        ]
         study.runs = [*method_variants, *study.runs]
     if not study.runs:
         raise configuration.ConfigError(

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import small_texts
 import torch
 
 from ssl_pretrain import methods
 from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints, RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.methods.base import TextMethodConfig
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
@@ -56,6 +58,8 @@ CASES: dict[str, Any] = {  # backbone, settings of the method and the optimizer,
         {**ADAMW, "clip_norm": 0.3, "clip_by": "tensor"},
         (16, 16, 8),
     ),
+    "clip": (RESNET, {"dim": 9}, ADAMW, (16,)),
+    "siglip": (VIT, {"dim": 9}, ADAMW, (16,)),
     "several_networks": (
         BackboneConfig(name="test_vit", args={"depth": 2, "patch_size": 4}),
         {},
@@ -70,7 +74,8 @@ def random_batch(step: int, sizes: tuple[int, ...], rows: int = ROWS) -> Batch:
     views = [
         torch.randn(rows, 3, size, size, dtype=torch.float64, generator=generator) for size in sizes
     ]
-    return Batch(views, torch.arange(rows) % 3, torch.arange(rows) + step * rows)
+    texts = small_texts.random_texts(rows, step)  # which methods of images alone ignore
+    return Batch(views, torch.arange(rows) % 3, torch.arange(rows) + step * rows, (), texts)
 
 
 def build_case(
@@ -86,7 +91,11 @@ def build_case(
     torch.manual_seed(0)
     network = backbones.build(BackboneConfig(**{**vars(network), **(backbone or {})}), SIZE)
     module = methods.find(name) if name in methods.names() else importlib.import_module(name)
-    method: Any = module.Config(**method_settings).build(network)
+    method_config: Any = module.Config(**method_settings)
+    if isinstance(method_config, TextMethodConfig):
+        method: Any = method_config.build_with_texts(network, small_texts.build_text_encoder())
+    else:
+        method = method_config.build(network)
     config = ParallelConfig(**settings)
     world_size = process_group.world_size()
     micro_batch_size = rows // world_size // num_micro_batches

@@ -1,9 +1,10 @@
 """Every method on a small network with small heads, and noise in the views and masks it takes."""
 
+import small_texts
 import torch
 
 from ssl_pretrain import methods
-from ssl_pretrain.methods.base import Method
+from ssl_pretrain.methods.base import Method, TextMethodConfig
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.views import masks
@@ -18,6 +19,8 @@ VIEWS = {
     "cpc": [SIZE],
     "ijepa": [SIZE],
     "mae": [SIZE],
+    "clip": [SIZE],
+    "siglip": [SIZE],
 }
 VIT = BackboneConfig(name="test_vit", args={"patch_size": 4, "depth": 2})
 MASKS = {  # these methods need a ViT
@@ -33,15 +36,20 @@ def build_method(name: str, backbone: str = "test_resnet") -> Method:
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
     resnet = BackboneConfig(name=backbone, stem="no_pool", args=args)
     network = backbones.build(VIT if name in MASKS else resnet, SIZE)
-    return module.Config(**module.SMALL_CONFIG).build(network)
+    config = module.Config(**module.SMALL_CONFIG)
+    if isinstance(config, TextMethodConfig):
+        return config.build_with_texts(network, small_texts.build_text_encoder())
+    return config.build(network)
 
 
 def random_batch(name: str, num_images: int) -> Batch:
-    """Return seeded noise in the views that the method takes, with masks of the first patches."""
+    """Return seeded noise in the views that the method takes, with its masks and texts."""
     generator = torch.Generator().manual_seed(1)
     sizes = VIEWS.get(name, [SIZE, SIZE])
     views = [torch.randn(num_images, 3, size, size, generator=generator) for size in sizes]
     numbers, mask = torch.arange(num_images), MASKS.get(name, Mask())
     crops = {str(view): Crop(count=1, size=size, mask=mask) for view, size in enumerate(sizes)}
     mask_sets = masks.blank(ViewsConfig(crops=crops), num_images, "cpu")
-    return Batch(views, numbers % 4, numbers, mask_sets)
+    takes_texts = issubclass(methods.find(name).Config, TextMethodConfig)
+    texts = small_texts.random_texts(num_images, step=0) if takes_texts else ()
+    return Batch(views, numbers % 4, numbers, mask_sets, texts)

@@ -27,6 +27,8 @@ BACKBONE_PARAMETERS = {
     "vit_large_patch16_224 imagenet": 303_301_632,
     "vit_small_patch8_224 imagenet": 21_467_520,  # at 128 pixels
     "vit_large_patch14_224 imagenet": 303_178_752,
+    "resnet50_clip imagenet": 36_218_720,
+    "vit_base_patch16_224 imagenet": 92_884_224,  # with attention pooling
     "test_resnet imagenet": 372_688,
     "test_resnet no_pool": 372_688,
 }
@@ -70,6 +72,8 @@ def reduce_recipe(path, folder, overrides=()):
         crop |= {"size": 16 if crop["size"] in (96, 98) else 32, "blur_kernel": 3}
         crop["mask"] |= {"patch_size": 4, "min_keep": 5, "context_patches": 0}  # 8 x 8 patches
     values["method"] |= methods.find(values["method"]["name"]).SMALL_CONFIG
+    values["text"] |= {"captions": "class_names", "length": 16}
+    values["text_encoder"] |= {"width": 32, "layers": 2, "heads": 2}
     values["backbone"]["init"] = "random"  # nothing is downloaded
     if values["backbone"]["name"].startswith("vit"):
         kept = ("class_token", "global_pool", "fc_norm")

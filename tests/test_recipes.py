@@ -65,6 +65,7 @@ def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Pa
       arguments. No layer of a head is wider than 32.
     - Image size: global views have 32 pixels at most, others 16. Patches shrink by the same factor.
       Views with masks have 8 x 8 patches.
+    - Texts: the names of the classes. Their transformer has 2 blocks and 32 dimensions.
     - Weights: random.
     - Batch: 24 images, 3 steps per epoch. Batch norm groups smaller than the batch have 8 images.
     - Queue: 48 embeddings. Online k-NN: at most 20 neighbors.
@@ -81,6 +82,9 @@ def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Pa
     if data["source"] != "digits":
         data |= {"source": "folder", "root": str(tiny.write_images(folder / "images")), "subset": 0}
     data |= {"cache_dir": str(folder / "cache"), "num_workers": 0}
+    if "text" in values:
+        values["text"] |= {"captions": "class_names", "length": min(values["text"]["length"], 16)}
+        values["text_encoder"] |= {"width": 32, "layers": 2, "heads": 2}
     masks = [crop["mask"] for crop in values["views"]["crops"].values() if "mask" in crop]
     for mask in masks:
         mask |= {"patch_size": 4, "min_keep": 5, "context_patches": 0}

@@ -21,6 +21,13 @@ def names() -> list[str]:
     return sorted(modules - set(_SHARED))
 
 
+def image_methods() -> list[str]:
+    """Return the sorted names of the methods that learn from images alone, without texts."""
+    from ssl_pretrain.methods.base import TextMethodConfig
+
+    return [name for name in names() if not issubclass(find(name).Config, TextMethodConfig)]
+
+
 def find(name: str) -> ModuleType:
     """Return the module of a method, whose `Config` builds it.
 

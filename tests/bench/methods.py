@@ -83,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = [name for name in methods.names() if not (options.vit and name == "cpc")]
+    names = [name for name in methods.image_methods() if not (options.vit and name == "cpc")]
     steps = {name: build_step(name, options, device) for name in names}
     for step in steps.values():  # warm up
         step()

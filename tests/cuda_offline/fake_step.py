@@ -58,6 +58,7 @@ def build(run: RunConfig, num_micro_batches: int = 1) -> tuple[Stepper, Batch]:
         method = build_method_on_meta(run)
     method.to_empty(device=DEVICE)
     micro_batch_size = local_batch_size // num_micro_batches
+    text_lengths = config.text_lengths(run, method)
     stepper = build_stepper(
         method,
         run.parallel,
@@ -65,10 +66,11 @@ def build(run: RunConfig, num_micro_batches: int = 1) -> tuple[Stepper, Batch]:
         execution,
         micro_batch_size=micro_batch_size,
         global_batch_size=run.global_batch_size,
-        example=micro_batch.blank_batch(run.views, micro_batch_size, execution),
+        example=micro_batch.blank_batch(run.views, micro_batch_size, execution, text_lengths),
     )
     optimizers.set_rates(stepper.optimizer, run.optim, STEPS[0], run.epochs, run.global_batch_size)
-    return stepper, micro_batch.blank_batch(run.views, local_batch_size, execution)
+    batch = micro_batch.blank_batch(run.views, local_batch_size, execution, text_lengths)
+    return stepper, batch
 
 
 @cache

@@ -116,7 +116,7 @@ def test_the_runs_of_a_study_are_one_group_in_wandb_unless_they_have_one():
     assert {run.config.log.group for run in runs} == {"mine"}
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", methods.image_methods())
 def test_every_method_fits_the_cpu_preset(name):
     overrides = study_plan.small_model_overrides([f"method.name={name}"])
     run = config.load(ROOT / "configs/methods_cifar10_cpu.yaml", overrides)
@@ -128,7 +128,7 @@ def test_every_method_fits_the_cpu_preset(name):
 def test_the_studies_have_the_variants_that_the_documentation_discusses():
     variants = {name: study_plan.load(path).runs for name, path in STUDIES.items()}
     assert {"0.03", "0.2"} <= {variant.name for variant in variants["temperature"]}
-    assert [variant.name for variant in variants["methods"]] == methods.names()
+    assert [variant.name for variant in variants["methods"]] == methods.image_methods()
     assert {
         "method.without_projector=true",
         "method.without_stop_gradient=true",

@@ -26,6 +26,7 @@ LOSSES = {
         rows_ahead=m.config.rows_ahead,
         scale=m.config.scale,
     ),
+    "clip": lambda m, z, t: losses.image_text(z["z_a"], z["z_b"], z["logit_scale"]),
     "debiased": lambda m, z, t: _views(
         losses.debiased, z, temperature=m.config.temperature, tau_plus=m.config.tau_plus
     ),
@@ -74,6 +75,9 @@ LOSSES = {
         labels=t["groups"],
         margin=m.config.margin,
         unit_length=m.config.unit_length,
+    ),
+    "siglip": lambda m, z, t: losses.sigmoid_image_text(
+        z["z_a"], z["z_b"], z["logit_scale"], z["logit_bias"]
     ),
     "simclr": lambda m, z, t: 2 * _views(losses.nt_xent, z, temperature=m.config.temperature),
     "simsiam": lambda m, z, t: _predicted(losses.simsiam, z, z),
