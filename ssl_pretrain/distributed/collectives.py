@@ -94,6 +94,38 @@ def reduce_sum(x: Tensor, group: Any = None) -> Tensor:
     return _ReduceSum.apply(x, group) if process_group.group_size(group) > 1 else x
 
 
+def reduce_max(x: Tensor, group: Any = None) -> Tensor:
+    """Return the largest value of each entry of `x` over all ranks. It is not differentiable."""
+    if process_group.group_size(group) == 1:
+        return x
+    largest = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest
+
+
+def shift_around_ring(x: Tensor, group: Any = None) -> Tensor:
+    """Send `x` to the next rank and return the tensor of the previous rank.
+
+    The last rank sends to the first. After as many shifts as there are ranks, every tensor is back
+    at its rank. It is not differentiable, and `x` is not changed.
+    """
+    num_ranks = process_group.group_size(group)
+    if num_ranks == 1:
+        return x
+    rank, received = (
+        dist.get_rank(group),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+    )
+    following, previous = (rank + 1) % num_ranks, (rank - 1) % num_ranks
+    transfers = [
+        dist.P2POp(dist.isend, x.contiguous(), group=group, group_peer=following),
+        dist.P2POp(dist.irecv, received, group=group, group_peer=previous),
+    ]
+    for transfer in dist.batch_isend_irecv(transfers):
+        transfer.wait()
+    return received
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return True if this rank has only a shard of the tensor, as with FSDP."""
     return isinstance(tensor, DTensor)

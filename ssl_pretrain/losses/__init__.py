@@ -41,6 +41,7 @@ from ssl_pretrain.losses.patch_prediction import cpc
 from ssl_pretrain.losses.queues import moco, moco_v3, nnclr
 from ssl_pretrain.losses.reconstruction import mae
 from ssl_pretrain.losses.redundancy import barlow_twins, vicreg
+from ssl_pretrain.losses.sigmoid import sigmoid_image_text
 from ssl_pretrain.losses.uniformity import align_uniform
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "nnclr",
     "nt_xent",
     "pairwise",
+    "sigmoid_image_text",
     "sigreg",
     "simsiam",
     "sinkhorn",

@@ -49,12 +49,18 @@ def check_two_images(loss: str, z: Tensor, missing: str = "negative") -> None:
         )
 
 
+def check_one_per_image(loss: str, num_images: int, **values: Tensor) -> None:
+    """Raise ValueError unless each tensor has one number per image of this rank."""
+    for name, value in values.items():
+        if value.shape != (num_images,):
+            raise ValueError(
+                f"{loss}: {name} must be ({num_images},), one per image, got {tuple(value.shape)}"
+            )
+
+
 def check_labels(loss: str, labels: Tensor, num_images: int) -> None:
     """Raise ValueError unless there is one integer label per image of this rank."""
-    if labels.shape != (num_images,):
-        raise ValueError(
-            f"{loss}: labels must be ({num_images},), one per image, got {tuple(labels.shape)}"
-        )
+    check_one_per_image(loss, num_images, labels=labels)
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"{loss}: labels must be integers, got {labels.dtype}")
 

@@ -27,6 +27,13 @@ class Backend:
     tile_columns: int
     fused: bool = False
 
+    def with_small_plain_tiles(self) -> "Backend":
+        """Return a backend for losses that take a few temporary tiles and have no kernels.
+
+        The tiles of GPUs are quartered.
+        """
+        return Backend(min(4096, self.tile_rows), min(4096, self.tile_columns))
+
     def run_fused(self, anchors: Tensor, compute: Callable[[ModuleType], T]) -> T | None:
         """Return `compute(kernels)`, or None if the kernels do not support these embeddings.
 

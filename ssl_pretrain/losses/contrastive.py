@@ -10,14 +10,16 @@ from torch.nn import functional as F
 
 from ssl_pretrain.losses.arguments import (
     check_labels,
+    check_one_per_image,
     check_queue,
     check_two_images,
     unit_embeddings,
 )
-from ssl_pretrain.losses.half_precision import gather_unit, half_rows, scaled_pair
+from ssl_pretrain.losses.half_precision import gather_unit, half_rows, scaled_pair, scaled_rows
 from ssl_pretrain.losses.log_odds import log_odds
 from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.losses.tiles import log_sum_exp, symmetric_log_sum_exp
+from ssl_pretrain.losses.two_way_tiles import two_way_log_sum_exp
 
 
 def plain_nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
@@ -204,11 +206,29 @@ def supervised_contrastive(
     return (lse - positives).mean()
 
 
+def plain_image_text(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
+    """CLIP's loss of one process, as in the paper. `image_text` computes the same loss in tiles.
+
+    Args:
+        images: Embeddings of the images, shape (batch, dim). Normalized inside.
+        texts: Embeddings of their texts, same shape.
+        logit_scale: The learned 1 / temperature, expanded to shape (batch,).
+
+    Returns:
+        Scalar mean over both directions and the batch, in nats.
+    """
+    cosines = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
+    logits = logit_scale[:, None] * cosines
+    labels = torch.arange(len(images), device=images.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
 def image_text(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric image-text loss of CLIP, over the global batch.
 
     Implements figure 3 of Radford et al., ICML 2021 (arXiv:2103.00020), the mean of both
-    directions.
+    directions. Each logit is computed once for both, and only the texts are gathered from all
+    ranks.
 
     Args:
         images: Embeddings of the images, shape (local_batch, dim). Normalized inside.
@@ -228,18 +248,23 @@ def image_text(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
     """
     half_images, half_texts = half_rows(images), half_rows(texts)
     images, texts = unit_embeddings("image_text", 1.0, images=images, texts=texts)
-    if logit_scale.shape != (len(images),):
-        raise ValueError(
-            f"image_text: logit_scale must be ({len(images)},), one per image, "
-            f"got {tuple(logit_scale.shape)}"
-        )
+    check_one_per_image("image_text", len(images), logit_scale=logit_scale)
     check_two_images("image_text", images)
     scale = upcast(logit_scale)
+    half_anchors = None
+    if half_images is not None and half_texts is not None and half_images.dtype == half_texts.dtype:
+        half_anchors = scaled_rows(half_images, scale.detach())
+    to_texts, to_images = two_way_log_sum_exp(
+        images * scale[:, None],
+        texts,
+        logit_bound=_largest_logit(scale),
+        half_anchors=half_anchors,
+        half_candidates=half_texts,
+    )
     positive = scale * (images * texts).sum(1)
-    all_texts, all_half_texts = gather_unit(texts, half_texts)
-    all_images, all_half_images = gather_unit(images, half_images)
-    half_to_texts = scaled_pair(half_images, all_half_texts, scale.detach())
-    half_to_images = scaled_pair(half_texts, all_half_images, scale.detach())
-    to_texts = log_sum_exp(images * scale[:, None], all_texts, half=half_to_texts)
-    to_images = log_sum_exp(texts * scale[:, None], all_images, half=half_to_images)
     return ((to_texts + to_images) / 2 - positive).mean()
+
+
+def _largest_logit(scale: Tensor) -> float:
+    """Return the largest scale, or infinity on devices for which the host would have to wait."""
+    return scale.detach().abs().max().item() if scale.device.type == "cpu" else float("inf")

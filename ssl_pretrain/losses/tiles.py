@@ -18,11 +18,8 @@ from ssl_pretrain.losses import similarity
 from ssl_pretrain.losses.backend import Backend, backend_for
 from ssl_pretrain.losses.half_precision import ScaledRows, scaled_rows, unit_rows
 from ssl_pretrain.losses.log_odds import log_odds, log_odds_slope
-from ssl_pretrain.losses.logit_tiles import Tile, iterate_logits
-
-# Up to this logit, no maximum is subtracted, because exp(40) and a sum of 2**30 such terms are
-# normal float32 numbers.
-LARGEST_SAFE_LOGIT = 40.0
+from ssl_pretrain.losses.logit_tiles import iterate_logits
+from ssl_pretrain.losses.running_sums import LARGEST_SAFE_LOGIT, RunningSums
 
 
 def log_sum_exp(
@@ -97,9 +94,7 @@ def symmetric_log_sum_exp(
     backend = backend or backend_for(z)
     if uses_log_odds:
         assert scale == 1 and labels is None, "log-odds have neither a scale nor positive means"
-        # Log-odds take a few temporary tiles, so the tiles of large GPUs are quartered.
-        height, width = (min(4096, n) for n in (backend.tile_rows, backend.tile_columns))
-        backend = Backend(height, width, fused=False)
+        backend = backend.with_small_plain_tiles()
     sent = z.detach() if half is None else half  # the tensor that ranks send to each other
     with torch.autocast(z.device.type, enabled=False):
         return _SymmetricLogSumExp.apply(
@@ -127,11 +122,11 @@ class _LogSumExp(torch.autograd.Function):
             ),
         )
         if lse is None:
-            sums = _RunningSums(anchors, exp_is_safe)
+            sums = RunningSums(len(anchors), anchors, exp_is_safe)
             for tile, logits in iterate_logits(
                 anchors, candidates, local_start, excluded_offsets, backend
             ):
-                sums.add_to_rows(tile, logits)
+                sums.add(tile.rows, logits)
             lse = sums.log()
         half_tensors = () if half is None else (*half[0], *half[1])
         ctx.save_for_backward(anchors, candidates, lse, *half_tensors)
@@ -182,13 +177,13 @@ class _SymmetricLogSumExp(torch.autograd.Function):
             ),
         )
         if lse is None:
-            sums, all_z = _RunningSums(z, exp_is_safe), unit_rows(all_sent)
+            sums, all_z = RunningSums(len(z), z, exp_is_safe), unit_rows(all_sent)
             for tile, logits in iterate_logits(
                 z * scale, all_z, local_start, excluded_offsets, backend, skip_mirrors=exp_is_safe
             ):
                 if uses_log_odds:
                     logits = log_odds(logits)
-                sums.add_to_rows(tile, logits)
+                sums.add(tile.rows, logits)
                 if exp_is_safe and tile.mirror_rows is not None:
                     sums.sum[tile.mirror_rows] += logits.sum(0)
             lse = sums.log()
@@ -279,33 +274,3 @@ def _tiled_gradient(
         if exp_is_safe and tile.mirror_rows is not None:
             total[tile.mirror_rows].addmm_(weights.T, z[tile.rows])
     return total
-
-
-class _RunningSums:
-    """Sums of exponentials, one per row.
-
-    Args:
-        like: Tensor with the number of rows, the dtype and the device of the sums.
-        exp_is_safe: True if the logits are small enough for exp without subtracting the maximum.
-    """
-
-    def __init__(self, like: Tensor, exp_is_safe: bool):
-        rows, smallest = len(like), torch.finfo(like.dtype).min
-        self.sum = like.new_zeros(rows)
-        self.maximum = None if exp_is_safe else like.new_full((rows,), smallest)
-
-    def add_to_rows(self, tile: Tile, logits: Tensor) -> None:
-        """Add a tile to the sums of its rows, and overwrite `logits` with exponentials."""
-        if self.maximum is None:
-            self.sum[tile.rows] += logits.exp_().sum(1)
-            return
-        old_maximum = self.maximum[tile.rows].clone()
-        new_maximum = torch.maximum(old_maximum, logits.amax(1))
-        exponentials = logits.sub_(new_maximum[:, None]).exp_()
-        rescaled_sum = self.sum[tile.rows] * torch.exp(old_maximum - new_maximum)
-        self.sum[tile.rows] = rescaled_sum + exponentials.sum(1)
-        self.maximum[tile.rows] = new_maximum
-
-    def log(self) -> Tensor:
-        """Return the logarithm of each sum, shape (rows,)."""
-        return self.sum.log() if self.maximum is None else self.sum.log() + self.maximum

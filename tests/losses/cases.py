@@ -35,6 +35,7 @@ def random_tensors() -> Tensors:
         "pixels": noise(ROWS, 6, 12),
         "masked": (torch.arange(ROWS)[:, None] + torch.arange(6)) % 6 < 4,
         "logit_scale": noise(1).exp().repeat(ROWS),
+        "logit_bias": -noise(ROWS).exp(),
         "predicted_patches": noise(ROWS, 2, 3, 5),
         "patches": noise(ROWS, 2, 3, 5),
         "valid": torch.arange(ROWS * 6).view(ROWS, 2, 3) % 4 > 0,
@@ -107,6 +108,9 @@ CASES: dict[str, Callable[[Tensors], Tensor]] = {
     "nt_xent": _pair(losses.nt_xent, temperature=0.2),
     "pairwise": _pair(losses.pairwise, margin=3.0),
     "pairwise labels": lambda x: losses.pairwise(x["z_a"], x["z_b"], x["labels"], margin=3.0),
+    "sigmoid_image_text": lambda x: losses.sigmoid_image_text(
+        x["z_a"], x["z_b"], x["logit_scale"], x["logit_bias"]
+    ),
     "sigreg": lambda x: losses.sigreg(x["z_a"], step=torch.tensor(3), num_slices=20),
     "sigreg of views": lambda x: losses.sigreg(x["views"], step=3, seed=1, num_slices=20),
     "simsiam": _predicted(losses.simsiam),

@@ -214,7 +214,7 @@ def _find_sent_dtypes(z_a, z_b):
     gather, reduce = collectives._all_gather, collectives._reduce_scatter
 
     def record_gather(out, x, group=None):
-        kinds["gather"] += [x.dtype] if x.shape[1] == z_a.shape[1] else []
+        kinds["gather"] += [x.dtype] if x.shape[1:] == z_a.shape[1:] else []
         return gather(out, x, group=group)
 
     def record_reduce(out, x, group=None):
@@ -234,7 +234,7 @@ def test_ranks_send_embeddings_in_half_precision_and_gradients_in_float32():
     for dtypes in run_ranks(_find_sent_dtypes, z_a, z_b, world_size=2):
         assert dtypes == {
             "nt_xent": {"gather": [torch.bfloat16], "reduce": []},
-            "image_text": {"gather": [torch.bfloat16] * 2, "reduce": [torch.float32] * 2},
+            "image_text": {"gather": [torch.bfloat16], "reduce": [torch.float32]},
         }
 
 
