@@ -61,6 +61,12 @@ class DataConfig:
         "If empty, it is found by its type and name.",
         on_resume="free",
     )
+    caption_column: str = setting(
+        "",
+        "Column of a table, or of a Hugging Face data set, that contains the captions. The value "
+        "none means that there are none. If empty, it is found by its name.",
+        on_resume="free",
+    )
     subset: int = setting(
         0, "Number of training images to use, chosen at random. 0 uses all.", unit="images"
     )

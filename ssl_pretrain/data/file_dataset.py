@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from ssl_pretrain.data.captions import PackedCaptions
 from ssl_pretrain.data.file_lists import FileList, read_list
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES
 from ssl_pretrain.data.folder_tree import DiskFolder, FolderTree, Location, ZipFolder, open_tree
@@ -44,6 +45,7 @@ class FileDataSet:
         val: Value of `data.val`, which names the validation split.
         cache_dir: Folder for cached listings.
         pixel_format: Number of channels and range of the images.
+        caption_column: Value of `data.caption_column`, for lists.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class FileDataSet:
         val: str,
         cache_dir: Path,
         pixel_format: PixelFormat = RGB,
+        caption_column: str = "",
     ):
         self.root = root
         self.splits = _find_splits(root, train, val, cache_dir)
         self._cache_dir = cache_dir
         self._pixel_format = pixel_format
+        self._caption_column = caption_column
 
     def open_split(self, split: SplitName, classes: list[str] | None) -> ImageFiles:
         """Return the images of a split with their labels.
@@ -92,7 +96,11 @@ class FileDataSet:
             full_path=path,
         )
         labels, classes, label_notes = label_images(folder, file_list.labels, classes)
-        source = ImageFiles(path, file_list.files, labels, classes, self._pixel_format)
+        captions = file_list.captions
+        packed_captions = PackedCaptions.pack(captions) if captions is not None else None
+        source = ImageFiles(
+            path, file_list.files, labels, classes, self._pixel_format, packed_captions
+        )
         split_notes = self.splits.notes if is_train else []
         source.notes = [*split_notes, *file_list.notes, *label_notes, *skipped_notes]
         return source
@@ -102,7 +110,7 @@ class FileDataSet:
         path = location.path
         if location.is_list:
             root = self.root if self.root.is_dir() else None
-            return read_list(path, split, self._cache_dir, key, root)
+            return read_list(path, split, self._cache_dir, key, root, self._caption_column)
         if path.is_dir():
             files = list_folder(path, self._cache_dir)
         elif path.suffix.lower() == ".zip":

@@ -1,5 +1,6 @@
 """Read lists of images and tables of labels in the formats that people and programs write."""
 
+import csv
 import itertools
 import os
 import re
@@ -7,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssl_pretrain.data.captions import NO_CAPTIONS
 from ssl_pretrain.data.file_types import is_image
 from ssl_pretrain.data.listing import Listing, list_folder, pack_paths
 from ssl_pretrain.data.table_parsing import (
@@ -31,12 +33,20 @@ class FileList:
     labels: list[str] | None  # one per image of a list, "" if it has none; None without a list
     notes: tuple[str, ...] = ()  # notes on how the list was read
     has_split_column: bool = False  # a column names the split of each row
+    captions: list[list[str]] | None = None  # of each image; None without a column of captions
 
 
 def read_list(
-    path: Path, split: str, cache_dir: Path, key: str = "data.root", root: Path | None = None
+    path: Path,
+    split: str,
+    cache_dir: Path,
+    key: str = "data.root",
+    root: Path | None = None,
+    caption_title: str = "",
 ) -> FileList:
-    """Read a list of images: one row per image, with its path and optionally its label.
+    """Read a list of images: one row per image, with its path and perhaps its label or caption.
+
+    If there are captions, several rows with the same path are several captions of one image.
 
     Args:
         path: Path of the list.
@@ -45,9 +55,12 @@ def read_list(
             folders or suffixes.
         key: The configuration key of the list, for messages.
         root: Another folder that paths may be relative to.
+        caption_title: Title of the column of captions, an empty string for a usual title, or
+            "none". A list of validation images need not have that column.
 
     Raises:
-        ValueError: If the list is not text, or none of the first images in it exist.
+        ValueError: If the list is not text, none of the first images in it exist, or it has no such
+            column.
     """
     folder = Path(os.path.abspath(path)).parent
     folders = [folder, *([root] if root else [])]
@@ -69,7 +82,8 @@ def read_list(
                 f"{key}: {path} begins with {example!r}, which is not in {folder}; "
                 "write paths relative to the list's folder"
             )
-    table, split_note = Table.parse(text, table_format).select_split(split)
+    table = _parse(text, table_format, caption_title, f"{key}: {path}")
+    table, split_note = table.select_split(split)
     paths = [rule.convert(cell) for cell in table.cells(table.path_column)]
     notes = [f"{path}: {split_note}"] if split_note else []
     if name_index is not None:
@@ -81,14 +95,86 @@ def read_list(
     elif rule != _PathRule(folder):
         example = paths[0] if paths else ""
         notes.append(f"the paths in {path} were found below {rule.base}, as in {example}")
-    if num_repeated := len(paths) - len(set(paths)):
+    labels, label_notes = table.labels()
+    rows = _Rows(paths, labels, table.captions())
+    if rows.captions is None and caption_title not in ("", NO_CAPTIONS):
+        message = _no_captions_message(path, caption_title, table.titles)
+        if split == "train":
+            raise ValueError(message)
+        notes.append(message)
+    if rows.captions is not None:
+        rows = rows.merge()
+        notes += _caption_notes(path, rows, len(paths))
+    elif num_repeated := len(paths) - len(set(paths)):
         notes.append(
             f"{num_repeated:,} of {len(paths):,} rows of {path} repeat the image of an "
             "earlier row; that image is used once per row"
         )
-    labels, label_notes = table.labels()
-    listing = pack_paths(str(rule.base), paths)
-    return FileList(listing, labels, (*notes, *label_notes), bool(split_note))
+    listing = pack_paths(str(rule.base), rows.paths)
+    return FileList(
+        listing, rows.labels, (*notes, *label_notes), bool(split_note), captions=rows.captions
+    )
+
+
+def _parse(text: str, table_format: TableFormat, caption_title: str, name: str) -> Table:
+    """Parse a list. Raise ValueError if a quotation mark is missing."""
+    try:
+        return Table.parse(text, table_format, caption_title)
+    except csv.Error as error:
+        raise ValueError(
+            f"{name} cannot be split into columns ({error}); end each quoted cell with a "
+            "quotation mark"
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a list, in their order."""
+
+    paths: list[str]
+    labels: list[str]
+    captions: list[list[str]] | None
+
+    def merge(self) -> "_Rows":
+        """Merge the rows with the same path into one, with all their captions and the first label.
+
+        The images have the order of their first rows.
+        """
+        assert self.captions is not None, "only rows with captions are merged"
+        labels: dict[str, str] = {}
+        captions: dict[str, list[str]] = {}
+        for path, label, texts in zip(self.paths, self.labels, self.captions):
+            labels[path] = labels.get(path) or label
+            captions.setdefault(path, []).extend(texts)
+        return _Rows(list(captions), list(labels.values()), list(captions.values()))
+
+
+def _no_captions_message(path: Path, title: str, titles: list[str]) -> str:
+    """Return the message about a column of captions that a list does not have."""
+    if not titles:
+        return (
+            f"data.caption_column: {path} has no names of columns; write them into its first row, "
+            f"as in path,{title}"
+        )
+    return (
+        f"data.caption_column: {path} has no captions in a column {title!r}; its columns are "
+        f"{', '.join(titles)}; choose one of them, or set data.caption_column=none"
+    )
+
+
+def _caption_notes(path: Path, rows: _Rows, num_rows: int) -> list[str]:
+    """Return notes on the rows that share an image, and on the images without a caption."""
+    notes = []
+    num_images = len(rows.paths)
+    if num_rows > num_images:
+        notes.append(f"the {num_rows:,} rows of {path} are captions of {num_images:,} images")
+    missing = [name for name, texts in zip(rows.paths, rows.captions or []) if not texts]
+    if missing:
+        notes.append(
+            f"{len(missing):,} of {num_images:,} images in {path} have no caption "
+            f"(first: {missing[0]})"
+        )
+    return notes
 
 
 def labels_from_table(content: bytes, paths: Iterable[str]) -> dict[str, str]:

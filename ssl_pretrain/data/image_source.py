@@ -6,10 +6,12 @@ import hashlib
 import os
 import stat
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 
+from ssl_pretrain.data.captions import PackedCaptions, clean_captions
 from ssl_pretrain.data.images import (
     MAX_BYTES,
     ImageHeader,
@@ -23,6 +25,9 @@ from ssl_pretrain.data.zip_archive import read_span
 from ssl_pretrain.system.platform_support import BINARY, NONBLOCK
 
 _NUM_PROBED_ITEMS = 256  # evenly spaced items whose content is part of the fingerprint
+
+# A function from the number of an item to its caption or captions, which may be missing.
+ReadCaptions = Callable[[int], Any]
 
 
 class NoSuchSplit(ValueError):
@@ -110,6 +115,23 @@ class Source(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has images of 8 bits")
 
+    def texts(self, index: int) -> list[list[str]]:
+        """Return the alternatives of each text of an item, `num_texts` lists.
+
+        The captions of an image are alternatives of one text. Its list is empty if it has none.
+
+        Raises:
+            UnreadableImage: If the texts cannot be read. The message names the item.
+        """
+        assert not self.num_texts, f"{type(self).__name__} has texts, but does not read them"
+        return []
+
+    def without_texts(self) -> Self:
+        """Return a source of the same images without their texts."""
+        source = copy.copy(self)
+        source.num_texts = 0
+        return source
+
     def take(self, indices: np.ndarray) -> Self:
         """Return a source of the images at `indices`, in that order."""
         subset = copy.copy(self)
@@ -195,6 +217,8 @@ class NumberedSource(Source):
         labels: Index of each item's class, or -1.
         classes: Names of the classes.
         pixel_format: Number of channels and range of the images.
+        read_captions: Function that returns the caption or the captions of an item, or None if the
+            images have no captions.
     """
 
     _digest: bytes
@@ -205,9 +229,23 @@ class NumberedSource(Source):
         labels: np.ndarray,
         classes: list[str],
         pixel_format: PixelFormat = RGB,
+        read_captions: ReadCaptions | None = None,
     ):
         super().__init__(full_path, labels, classes, pixel_format)
         self._item_numbers = np.arange(len(labels))
+        self._read_captions = read_captions
+        self.num_texts = int(read_captions is not None)
+
+    def texts(self, index: int) -> list[list[str]]:
+        """Return the captions of one image in a list, or nothing if the images have none."""
+        if not self.num_texts or self._read_captions is None:
+            return []
+        try:
+            value = self._read_captions(int(self._item_numbers[index]))
+        except Exception as error:  # a user's data set can raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise UnreadableImage(f"{self.name(index)}: no caption, {reason}") from error
+        return [clean_captions(value)]
 
     def name(self, index: int) -> str:
         """Return the name of the data set and the number of the item, for messages."""
@@ -229,7 +267,16 @@ class NumberedSource(Source):
 
 
 class ImageFiles(EncodedSource):
-    """Image files in a folder or in a zip, which is read without unpacking."""
+    """Image files in a folder or in a zip, which is read without unpacking.
+
+    Args:
+        full_path: Path of the folder, the zip or the list, for messages.
+        files: Paths of the images.
+        labels: Index of each image's class, or -1.
+        classes: Names of the classes.
+        pixel_format: Number of channels and range of the images.
+        captions: Captions of each image, or None if the images have no captions.
+    """
 
     supports_range = True
 
@@ -240,9 +287,11 @@ class ImageFiles(EncodedSource):
         labels: np.ndarray,
         classes: list[str],
         pixel_format: PixelFormat = RGB,
+        captions: PackedCaptions | None = None,
     ):
         super().__init__(full_path, labels, classes, pixel_format)
-        self.files = files
+        self.files, self._captions = files, captions
+        self.num_texts = int(captions is not None)
         self._archive: int | None = None  # file descriptor of the zip
 
     def __getstate__(self) -> dict[str, Any]:
@@ -268,7 +317,14 @@ class ImageFiles(EncodedSource):
         """Return a source of the files at `indices`, in that order."""
         subset = super().take(indices)
         subset.files = self.files.take(indices)
+        subset._captions = self._captions.take(indices) if self._captions is not None else None
         return subset
+
+    def texts(self, index: int) -> list[list[str]]:
+        """Return the captions of one image in a list, or nothing if the images have none."""
+        if not self.num_texts or self._captions is None:
+            return []
+        return [self._captions.captions(index)]
 
     def check_present(self) -> None:
         """Raise FileNotFoundError if the folder or zip no longer exists."""
@@ -285,7 +341,8 @@ class ImageFiles(EncodedSource):
         return read_span(self._archive, Span(*self.files.spans[index].tolist()))
 
     def _identity(self) -> bytes:
-        return self.files.packed_paths.tobytes() + self.files.ends.tobytes()
+        captions = self._captions.identity() if self._captions is not None else b""
+        return self.files.packed_paths.tobytes() + self.files.ends.tobytes() + captions
 
 
 def _read_regular_file(path: str) -> bytes:

@@ -10,8 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ssl_pretrain.data.captions import CAPTION_COLUMNS, NO_CAPTIONS, are_captions
 from ssl_pretrain.data.formats.array_choice import NO_LABELS
-from ssl_pretrain.data.formats.hugging_face import open_table, read_column, read_row
+from ssl_pretrain.data.formats.hugging_face import (
+    caption_reader,
+    open_table,
+    read_column,
+    read_row,
+)
 from ssl_pretrain.data.formats.table_columns import IMAGE_COLUMNS, LABEL_COLUMNS
 from ssl_pretrain.data.image_source import NoSuchSplit, Source
 from ssl_pretrain.data.image_values import ALLOWED_IMAGES, count_channels, to_levels
@@ -35,23 +41,28 @@ def open_object(
     name: str = "data",
     num_channels: int | None = None,
     value_range: ValueRange | None = None,
+    caption_column: str = "",
 ) -> Source:
-    """Return a source of the images of a Python object.
+    """Return a source of the images of a Python object, and of their captions if it has any.
 
     Args:
         data: A `Source`, an array or tensor of images, a Hugging Face data set, or any object with
             a length and items, such as a torch `Dataset` or a list. An item is an image, a pair of
-            image and label, or a dict with the key `image` and perhaps `label`.
+            image and label, a pair of image and list of captions, or a dict with the key `image`
+            and perhaps `label` and `caption`.
             A pair of arrays contains images and labels.
         name: Name of the data set, for messages.
         num_channels: Channels of the images that are read. If None, they are those of the first
             image, and gray images are read as RGB.
         value_range: The setting `data.range`.
+        caption_column: Key or column of the captions. If it is empty, they are found by its name.
+            The value "none" means that there are none.
 
     Raises:
-        ValueError: If the object is not a data set of images with that many channels.
+        ValueError: If the object is not a data set of images with that many channels, or has no
+            such column.
     """
-    read_as = _ReadAs(num_channels, value_range)
+    read_as = _ReadAs(num_channels, value_range, caption_column)
     if isinstance(data, Source):
         return _convert(data, name, read_as)
     if isinstance(data, (np.ndarray, torch.Tensor)):
@@ -80,14 +91,21 @@ class _ReadAs(NamedTuple):
 
     num_channels: int | None
     value_range: ValueRange | None
+    caption_column: str = ""
 
     def pixel_format(self, first_image: Any = None) -> PixelFormat:
         """Return the format, by the channels of the first image if they are not set."""
         return PixelFormat(self.num_channels or count_channels(first_image), self.value_range)
 
+    def refuse_caption_column(self, name: str) -> None:
+        """Raise ValueError if a column is named although the data set has none."""
+        if self.caption_column not in ("", NO_CAPTIONS):
+            raise ValueError(f"data.caption_column: {name} has no columns; leave it out")
+
 
 def _convert(source: Source, name: str, read_as: _ReadAs) -> Source:
     """Return a source that is read in another format, or raise WrongChannels."""
+    read_as.refuse_caption_column(name)
     num_channels = read_as.num_channels or source.num_channels
     if not isinstance(source, PythonSource):  # it may not read the attribute `pixel_format`
         if num_channels != source.num_channels:
@@ -101,6 +119,7 @@ def _convert(source: Source, name: str, read_as: _ReadAs) -> Source:
 
 
 def _open_array(images: Any, labels: Any, name: str, read_as: _ReadAs) -> PythonSource:
+    read_as.refuse_caption_column(name)
     is_tensor = isinstance(images, torch.Tensor)
     values = images.detach().cpu().numpy() if is_tensor else np.asarray(images)
     if values.ndim == 3 and values.shape[2] in (3, 4):
@@ -144,7 +163,10 @@ def _open_hugging_face(data: Any, name: str, read_as: _ReadAs) -> Source:
     label_column = _choose_column(kinds, "ClassLabel", LABEL_KEYS)
     if data.format["type"] is None:
         pixel_format = read_as.pixel_format()
-        return open_table(data, name, image_column, label_column or NO_LABELS, pixel_format)
+        return open_table(
+            *(data, name, image_column, label_column or NO_LABELS, pixel_format),
+            caption_column=read_as.caption_column,
+        )
     # The user's format or transform replaces the images of the table.
     labels, classes = None, None
     if label_column is not None:
@@ -153,7 +175,12 @@ def _open_hugging_face(data: Any, name: str, read_as: _ReadAs) -> Source:
     identity = str(getattr(data, "_fingerprint", "")).encode()
     read = partial(read_row, data.select_columns([image_column]), image_column)
     pixel_format = read_as.pixel_format(read(0) if len(data) else None)
-    return PythonSource(name, read, labels, len(data), classes, identity, pixel_format)
+    read_captions = caption_reader(
+        data, read_as.caption_column, (image_column, label_column or ""), name
+    )
+    return PythonSource(
+        name, read, labels, len(data), classes, identity, pixel_format, read_captions
+    )
 
 
 def _choose_column(kinds: Mapping[str, str], kind: str, usual_names: Sequence[str]) -> str | None:
@@ -181,9 +208,12 @@ def _open_dataset(data: Any, name: str, read_as: _ReadAs) -> PythonSource:
         if labels is None:  # reading a label reads its image, too
             items = report_progress(_items(data, name), len(data), "read labels of")
             labels = [_label_of(item) for item in items]
-    read = partial(_read_item, data, name)
+    reader = _ItemReader(data, name, _find_captions(first, name, read_as))
+    read_captions = reader.read_captions if reader.caption_key is not None else None
     identity = f"{type(data).__module__}.{type(data).__qualname__}".encode()
-    return PythonSource(name, read, labels, len(data), classes, identity, pixel_format)
+    return PythonSource(
+        name, reader.read_image, labels, len(data), classes, identity, pixel_format, read_captions
+    )
 
 
 def _items(data: Any, name: str) -> Iterator[Any]:
@@ -195,8 +225,69 @@ def _items(data: Any, name: str) -> Iterator[Any]:
             raise ValueError(f"{name}[{index}]: {type(error).__name__}: {error}") from error
 
 
-def _read_item(data: Any, name: str, index: int) -> Any:
-    return _image_of(data[index], f"{name}[{index}]")
+class _ItemReader:
+    """Reader of the images and the captions of a data set's items.
+
+    The item of the last image is kept until its captions are read, so that it is read once for
+    both. The next image is read anew, because a data set that changes its images must be noticed.
+
+    Args:
+        data: The data set.
+        name: Name of the data set, for messages.
+        caption_key: Key or position of the captions in an item, or None if there are none.
+    """
+
+    def __init__(self, data: Any, name: str, caption_key: Any):
+        self.caption_key = caption_key
+        self._data, self._name = data, name
+        self._last_item: tuple[int, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_last_item": None}
+
+    def read_image(self, index: int) -> Any:
+        """Return the image of an item."""
+        item = self._data[index]
+        if self.caption_key is not None:
+            self._last_item = index, item
+        return _image_of(item, f"{self._name}[{index}]")
+
+    def read_captions(self, index: int) -> Any:
+        """Return the caption or the captions of an item, or None if it has none."""
+        last, self._last_item = self._last_item, None  # another thread may replace it
+        item = last[1] if last is not None and last[0] == index else self._data[index]
+        if isinstance(item, Mapping):
+            return item.get(self.caption_key)
+        return item[self.caption_key]
+
+
+def _find_captions(item: Any, name: str, read_as: _ReadAs) -> Any:
+    """Return the key or the position of the captions in an item, or None if it has none.
+
+    Raises:
+        ValueError: If the item has no such key, or no text under it.
+    """
+    wanted = read_as.caption_column
+    if wanted == NO_CAPTIONS:
+        return None
+    if not isinstance(item, Mapping):
+        read_as.refuse_caption_column(name)
+        return 1 if _is_captioned_pair(item) else None
+    if wanted and not (wanted in item and are_captions(item[wanted])):
+        raise ValueError(
+            f"data.caption_column: {name}[0] has no text under {wanted!r}; its keys are "
+            f"{', '.join(map(str, item))}; choose one of them, or set data.caption_column=none"
+        )
+    if wanted:
+        return wanted
+    usual = (key for key in CAPTION_COLUMNS if key in item and are_captions(item[key]))
+    return next(usual, None)
+
+
+def _is_captioned_pair(item: Any) -> bool:
+    """Return True for a pair of an image and a list of captions. A single text is a label."""
+    is_pair = isinstance(item, (tuple, list)) and len(item) == 2
+    return is_pair and isinstance(item[1], (tuple, list)) and are_captions(item[1])
 
 
 def _image_of(item: Any, name: str) -> Any:
@@ -227,7 +318,7 @@ def _label_of(item: Any) -> Any:
     if isinstance(item, Mapping):
         return next((item[key] for key in LABEL_KEYS if key in item), None)
     is_pair = isinstance(item, (tuple, list)) and len(item) == 2
-    return item[1] if is_pair else None
+    return item[1] if is_pair and not _is_captioned_pair(item) else None
 
 
 def _stored_labels(data: Any) -> tuple[Sequence[Any] | None, Sequence[str] | None]:
@@ -252,6 +343,7 @@ def open_split(
     split: str,
     arguments: Mapping[str, Any],
     pixel_format: PixelFormat = RGB,
+    caption_column: str = "",
 ) -> Source:
     """Call the user's function that `data.source` names, and open what it returns.
 
@@ -262,6 +354,7 @@ def open_split(
         split: "train" or "val".
         arguments: Value of `data.args`, which are further arguments of the function.
         pixel_format: Number of channels and range of the images.
+        caption_column: The setting `data.caption_column`.
 
     Raises:
         NoSuchSplit: If there is no validation split.
@@ -286,4 +379,6 @@ def open_split(
     if images is None:
         raise ValueError(f"data.source: {reference}({call}) returns None; return the images")
     name = reference if split == "train" else f"{reference}({split!r})"
-    return open_object(images, name, pixel_format.num_channels, pixel_format.value_range)
+    return open_object(
+        images, name, pixel_format.num_channels, pixel_format.value_range, caption_column
+    )

@@ -1,6 +1,7 @@
 """A source of images that a Python object contains or computes, and its labels."""
 
 import hashlib
+import json
 import reprlib
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_pretrain.data.image_source import NumberedSource
+from ssl_pretrain.data.image_source import NumberedSource, ReadCaptions
 from ssl_pretrain.data.image_values import to_pixels
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.pixels import RGB, PixelFormat
@@ -33,10 +34,11 @@ class PythonSource(NumberedSource):
             distinct labels.
         identity: Bytes that identify the data set, in addition to the pixels of a few images.
         pixel_format: Number of channels and range of the images.
+        read_captions: Function that returns the captions at an index, or None if there are none.
 
     Raises:
-        ValueError: If there is no image, a label is invalid, or an image changes when it is read
-            again.
+        ValueError: If there is no image, a label is invalid, or an image or a caption changes when
+            it is read again.
     """
 
     def __init__(
@@ -48,11 +50,12 @@ class PythonSource(NumberedSource):
         classes: Sequence[str] | None = None,
         identity: bytes = b"",
         pixel_format: PixelFormat = RGB,
+        read_captions: ReadCaptions | None = None,
     ):
         if not num_images:
             raise ValueError(f"{name} contains no image; give one with images")
         label_indices, class_names = index_labels(name, labels, num_images, classes)
-        super().__init__(name, label_indices, class_names, pixel_format)
+        super().__init__(name, label_indices, class_names, pixel_format, read_captions)
         self._read_image = read_image
         self._digest = self._probe(identity)
 
@@ -89,7 +92,7 @@ class PythonSource(NumberedSource):
         return ""
 
     def _probe(self, identity: bytes) -> bytes:
-        """Return a digest of the pixels of a few images.
+        """Return a digest of the pixels and the captions of a few images.
 
         Raises:
             ValueError: If one of them is unreadable or changes when it is read again.
@@ -98,7 +101,9 @@ class PythonSource(NumberedSource):
         for index in np.linspace(0, len(self) - 1, NUM_PROBED_IMAGES).astype(int).tolist():
             try:
                 pixels = self.read(index)
+                texts = self.texts(index)
                 is_stable = np.array_equal(pixels, self.read(index))
+                has_same_texts = texts == self.texts(index)
             except UnreadableImage as error:
                 hint = "; give images, or paths that exist" if "FileNotFound" in str(error) else ""
                 raise ValueError(f"data: {error}{hint}") from None
@@ -107,7 +112,14 @@ class PythonSource(NumberedSource):
                     f"data: {self.name(index)} changes each time it is read; remove the random "
                     "transforms, because pretraining augments the images itself"
                 )
+            if not has_same_texts:
+                raise ValueError(
+                    f"data: the caption of {self.name(index)} changes each time it is read; return "
+                    "all captions as a list, because pretraining chooses one of them itself"
+                )
             digest.update(repr(pixels.shape).encode() + pixels.tobytes())
+            if texts:
+                digest.update(json.dumps(texts).encode())
         return digest.digest()
 
 

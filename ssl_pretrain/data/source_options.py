@@ -12,7 +12,7 @@ ROOT_HELP = (
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """Add --source, --image-column and --label-column, as in `data.source` and so on."""
+    """Add --source and the options of columns, as in `data.source` and so on."""
     *names, last = NAMED_SOURCES
     parser.add_argument(
         "--source",
@@ -31,6 +31,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="the column or array with the labels, or 'none' (default: found by type and name)",
     )
+    parser.add_argument(
+        "--caption-column",
+        default="",
+        metavar="NAME",
+        help="the column with the captions, or 'none' (default: found by name)",
+    )
 
 
 def data_config(args: argparse.Namespace, **others: Any) -> DataConfig:
@@ -45,5 +51,6 @@ def data_config(args: argparse.Namespace, **others: Any) -> DataConfig:
         root=args.root,
         image_column=args.image_column,
         label_column=args.label_column,
+        caption_column=args.caption_column,
         **others,
     )

@@ -30,6 +30,7 @@ from ssl_pretrain import rng
 from ssl_pretrain.data import python_objects
 from ssl_pretrain.data.beton import beton_file
 from ssl_pretrain.data.beton.beton_source import Beton
+from ssl_pretrain.data.captions import NO_CAPTIONS
 from ssl_pretrain.data.config import DataConfig, check, pixel_format
 from ssl_pretrain.data.file_dataset import FileDataSet, SplitName
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES
@@ -72,6 +73,10 @@ def open_source(config: DataConfig, split: SplitName, classes: list[str] | None 
         )
     check(config)
     source = _open_all(config, split, classes)
+    if config.caption_column == NO_CAPTIONS:
+        source = source.without_texts()
+    elif config.caption_column and split == "train" and not source.num_texts:
+        raise _no_columns("caption_column", config)
     return _choose_subset(source, config.subset) if split == "train" else source
 
 
@@ -96,6 +101,8 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
         shards = open_tar_split(config, cache_dir, split, classes)
         if shards is not None:
             _refuse_columns(config)
+            if split == "train" and config.caption_column not in ("", NO_CAPTIONS):
+                raise _no_columns("caption_column", config)
             return shards
     train_beton = _beton_path(config, "train")
     data_set = _open_files(config, has_train_beton=train_beton is not None)
@@ -117,16 +124,18 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
 def _open_python(config: DataConfig, split: SplitName, classes: list[str] | None) -> Source:
     """Open the images that the user's function returns."""
     function = user_objects.find_object(config.source, "data.source")
-    source = python_objects.open_split(
-        function, config.source, split, config.args, pixel_format(config)
-    )
+
+    def open_split(name: str) -> Source:
+        return python_objects.open_split(
+            *(function, config.source, name, config.args, pixel_format(config)),
+            caption_column=config.caption_column,
+        )
+
+    source = open_split(split)
     if split == "train":
         return source
     if classes is None:
-        train = python_objects.open_split(
-            function, config.source, "train", config.args, pixel_format(config)
-        )
-        classes = train.classes
+        classes = open_split("train").classes
     return source.with_classes(classes)
 
 
@@ -140,7 +149,7 @@ def _open_files(config: DataConfig, has_train_beton: bool) -> FileDataSet:
         train, val = train or "train", val or "test"
     if has_train_beton:  # other splits may be folders next to the .beton
         root, train = root if root.is_dir() else root.parent, ""
-    return FileDataSet(root, train, val, cache_dir, pixel_format(config))
+    return FileDataSet(root, train, val, cache_dir, pixel_format(config), config.caption_column)
 
 
 def _missing_root_message(root: Path) -> str:
@@ -159,10 +168,14 @@ def _missing_root_message(root: Path) -> str:
 def _refuse_columns(config: DataConfig) -> None:
     for key in ("image_column", "label_column"):
         if getattr(config, key):
-            raise ValueError(
-                f"data.{key}: {config.root or config.train or config.source} has no columns; leave "
-                "it out"
-            )
+            raise _no_columns(key, config)
+
+
+def _no_columns(key: str, config: DataConfig) -> ValueError:
+    """Return the error for a name of a column in a data set that has no columns."""
+    return ValueError(
+        f"data.{key}: {config.root or config.train or config.source} has no columns; leave it out"
+    )
 
 
 def _find_root(config: DataConfig, cache_dir: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Parse tables that name images: their encoding, delimiter, and columns of paths and labels.
+"""Parse tables that name images: encoding, delimiter, and columns of paths, labels and captions.
 
 The encoding, the delimiter and the path column are chosen so that the listed files exist.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
+from ssl_pretrain.data.captions import CAPTION_COLUMNS, NO_CAPTIONS, clean_captions
 from ssl_pretrain.data.file_types import is_image
 from ssl_pretrain.data.split_search import split_of
 
@@ -115,14 +116,15 @@ class Table:
     titles: list[str]  # the cells of the header; empty without a header
     rows: list[list[str]]
     path_column: int
+    caption_title: str = NO_CAPTIONS  # title of the captions, "" for a usual one, or "none"
 
     @classmethod
-    def parse(cls, text: str, table_format: TableFormat) -> Self:
+    def parse(cls, text: str, table_format: TableFormat, caption_title: str = NO_CAPTIONS) -> Self:
         """Parse a table whose format is known."""
         rows = read_rows(text, table_format.delimiter)
         titles = rows.pop(0) if table_format.has_header else []
         column = table_format.path_column
-        return cls(titles, [row for row in rows if _cell(row, column)], column)
+        return cls(titles, [row for row in rows if _cell(row, column)], column, caption_title)
 
     def cells(self, column: int) -> list[str]:
         """Return the cells of a column. A row that is too short gives ""."""
@@ -152,6 +154,26 @@ class Table:
             return [""] * len(self.rows), notes
         return _normalize_labels(self.cells(column)), notes
 
+    def captions(self) -> list[list[str]] | None:
+        """Return the caption of each row as a list, empty for none, or None without a column."""
+        column = self._caption_column
+        if column is None:
+            return None
+        return [clean_captions(_legible(cell)) for cell in self.cells(column)]
+
+    @cached_property
+    def _caption_column(self) -> int | None:
+        """The column with the title of the captions, or with the most usual title."""
+        others = [column for column in range(len(self.titles)) if column != self.path_column]
+        if self.caption_title == NO_CAPTIONS:
+            return None
+        if self.caption_title:
+            same = (column for column in others if _cell(self.titles, column) == self.caption_title)
+            return next(same, None)
+        columns_by_title = {self._title(column): column for column in reversed(others)}
+        usual = (columns_by_title[title] for title in CAPTION_COLUMNS if title in columns_by_title)
+        return next(usual, None)
+
     @cached_property
     def _width(self) -> int:
         return max(map(len, self.rows), default=0)
@@ -167,8 +189,10 @@ class Table:
         It is recognized by its title, or by naming train and another split.
         """
         for column in range(min(_MAX_COLUMNS, self._width)):
+            if column in (self.path_column, self._caption_column):
+                continue
             splits = {split_of(cell) for cell in set(self.cells(column)) if cell}
-            if column == self.path_column or not splits or None in splits:
+            if not splits or None in splits:
                 continue
             if self._title(column) in _SPLIT_TITLES or ("train" in splits and len(splits) > 1):
                 return column
@@ -176,7 +200,8 @@ class Table:
 
     def _label_column(self) -> tuple[int | None, list[str]]:
         """Return the column of the labels, or None, and notes on the choice."""
-        excluded = (self.path_column, self._split_column, 0 if self._has_row_numbers else None)
+        row_numbers = 0 if self._has_row_numbers else None
+        excluded = (self.path_column, self._split_column, self._caption_column, row_numbers)
         others = [column for column in range(self._width) if column not in excluded]
         if not self.titles:
             after_path = [column for column in others if column > self.path_column]
@@ -185,6 +210,8 @@ class Table:
         for title in _LABEL_TITLES:
             if title in columns_by_title:
                 return columns_by_title[title], []
+        if self._caption_column is not None:  # another column may be the number of the caption
+            return None, []
         if len(others) == 1:
             column = others[0]
             if column >= len(self.titles):
@@ -207,6 +234,17 @@ class Table:
 
 def _cell(row: list[str], column: int) -> str:
     return row[column].strip() if column < len(row) else ""
+
+
+def _legible(cell: str) -> str:
+    """Return a cell with the bytes that are not UTF-8 read as those of a spreadsheet."""
+    if cell.isascii():
+        return cell
+    content = cell.encode("utf-8", "surrogateescape")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return content.decode("cp1252", "replace")
 
 
 def _normalize_labels(cells: list[str]) -> list[str]:

@@ -170,7 +170,8 @@ def _load_recipe(method: str, size: int) -> tuple[Suggestion, str]:
 def _describe_data(result: Suggestion, config: DataConfig, statistics: ImageStatistics) -> None:
     """Set the section `data`, and the range of images with more than 8 bits."""
     result.set("data.source", config.source)
-    for name in ("root", "train", "val", "image_column", "label_column", "args"):
+    columns = ("image_column", "label_column", "caption_column")
+    for name in ("root", "train", "val", *columns, "args"):
         if value := getattr(config, name):
             result.set(f"data.{name}", value)
     if config.subset:

@@ -14,6 +14,11 @@ def read_all(source: Source) -> np.ndarray:
     return np.stack([source.read(index) for index in range(len(source))])
 
 
+def texts_of(source: Source) -> list[list[list[str]]]:
+    """Return the texts of all items."""
+    return [source.texts(index) for index in range(len(source))]
+
+
 def error_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     """Return the message of the ValueError that a call raises."""
     with pytest.raises(ValueError) as error:

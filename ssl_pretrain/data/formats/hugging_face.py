@@ -1,8 +1,9 @@
 """Images in a Hugging Face data set, whose columns contain encoded files or values."""
 
 import hashlib
+import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,17 @@ from typing import Any
 import numpy as np
 
 from ssl_pretrain.data.formats.table_columns import (
+    choose_caption_column,
     choose_image_column,
     choose_label_column,
     column_kind,
 )
-from ssl_pretrain.data.image_source import EncodedSource, NumberedSource, Source
+from ssl_pretrain.data.image_source import (
+    EncodedSource,
+    NumberedSource,
+    ReadCaptions,
+    Source,
+)
 from ssl_pretrain.data.images import ImageHeader, decode, read_header
 from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.python_source import PythonSource, index_labels
@@ -33,6 +40,7 @@ class EncodedColumn(NumberedSource, EncodedSource):
         classes: Names of the classes.
         pixel_format: Number of channels and range of the images.
         location: File or folder that contains the table, or None if it is in memory.
+        read_captions: Function that returns the captions of a row, or None if there are none.
     """
 
     supports_range = True
@@ -46,8 +54,9 @@ class EncodedColumn(NumberedSource, EncodedSource):
         classes: list[str],
         pixel_format: PixelFormat = RGB,
         location: Path | None = None,
+        read_captions: ReadCaptions | None = None,
     ):
-        super().__init__(name, labels, classes, pixel_format)
+        super().__init__(name, labels, classes, pixel_format, read_captions)
         self._column, self._location = column, location
         self._table = _without_decoding(table.select_columns([column]), column)
         self._digest = self._probe()
@@ -74,7 +83,7 @@ class EncodedColumn(NumberedSource, EncodedSource):
     def explain_no_workers(self) -> str:
         """Return why no worker process can read these images, or an empty string if one can."""
         try:
-            pickle.dumps(self._table)
+            pickle.dumps((self._table, self._read_captions))
         except Exception as error:  # the table may have a format or a transform of the user's
             return f"it cannot be pickled ({str(error).splitlines()[0]})"
         return ""
@@ -90,7 +99,7 @@ class EncodedColumn(NumberedSource, EncodedSource):
         return bytes(value)
 
     def _probe(self) -> bytes:
-        """Return a digest of the bytes of a few images."""
+        """Return a digest of the bytes and the captions of a few images."""
         digest = hashlib.sha256()
         for index in self._probed_indices():
             try:
@@ -98,6 +107,8 @@ class EncodedColumn(NumberedSource, EncodedSource):
             except OSError:
                 content = b""
             digest.update(f"{index} {len(content)} ".encode() + content)
+            if self.num_texts:
+                digest.update(json.dumps(self.texts(index)).encode())
         return digest.digest()
 
 
@@ -108,8 +119,9 @@ def open_table(
     label_column: str = "",
     pixel_format: PixelFormat = RGB,
     location: Path | None = None,
+    caption_column: str = "",
 ) -> Source:
-    """Open the images and labels of a `datasets.Dataset`.
+    """Open the images, labels and captions of a `datasets.Dataset`.
 
     Args:
         data: The data set.
@@ -118,6 +130,7 @@ def open_table(
         label_column: Column of the labels, or "none".
         pixel_format: Number of channels and range of the images.
         location: File or folder that contains the data set, or None if it is in memory.
+        caption_column: Column of the captions, or "none". If it is empty, it is found by its name.
 
     Raises:
         ValueError: If a column is missing or unsuitable, or several ones may be meant.
@@ -127,15 +140,48 @@ def open_table(
     kinds = {column: column_kind(feature) for column, feature in data.features.items()}
     image_column = choose_image_column(kinds, image_column, name)
     label_column = choose_label_column(kinds, label_column, image_column, name)
+    read_captions = caption_reader(data, caption_column, (image_column, label_column), name)
     labels, classes = None, None
     if label_column:
         labels = read_column(data, label_column)
         classes = getattr(data.features[label_column], "names", None)
     if kinds[image_column] not in ("Image", "bytes"):
         read = partial(read_row, data.select_columns([image_column]), image_column)
-        return PythonSource(name, read, labels, len(data), classes, pixel_format=pixel_format)
+        return PythonSource(
+            *(name, read, labels, len(data), classes),
+            pixel_format=pixel_format,
+            read_captions=read_captions,
+        )
     indices, class_names = index_labels(name, labels, len(data), classes)
-    return EncodedColumn(name, data, image_column, indices, class_names, pixel_format, location)
+    return EncodedColumn(
+        *(name, data, image_column, indices, class_names, pixel_format, location), read_captions
+    )
+
+
+def caption_reader(
+    data: Any, caption_column: str, other_columns: Collection[str], name: str
+) -> ReadCaptions | None:
+    """Return a function that reads the captions of a row, or None if there are no captions.
+
+    Args:
+        data: The data set.
+        caption_column: The setting `data.caption_column`.
+        other_columns: Columns with another meaning.
+        name: Name of the data set, for messages.
+
+    Raises:
+        ValueError: If the column is missing or contains no text.
+    """
+    kinds = {column: column_kind(feature) for column, feature in data.features.items()}
+    column = choose_caption_column(kinds, caption_column, other_columns, name)
+    if not column:
+        return None
+    return partial(_read_cell, data.with_format(None).select_columns([column]), column)
+
+
+def _read_cell(table: Any, column: str, row: int) -> Any:
+    """Return one cell. The other columns of the row, such as a large image, are not read."""
+    return table[row][column]
 
 
 def _without_decoding(table: Any, column: str) -> Any:

@@ -1,23 +1,32 @@
-"""Choose the columns of images and of labels of a table, by their types and names."""
+"""Choose the columns of images, labels and captions of a table, by their types and names."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from ssl_pretrain.data.captions import CAPTION_COLUMNS, NO_CAPTIONS
 from ssl_pretrain.data.formats.array_choice import NO_LABELS
 from ssl_pretrain.data.messages import abbreviate
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values")  # usual names
 LABEL_COLUMNS = ("label", "fine_label")
+_TEXTS = "list of strings"  # type of a column with several captions per row
+_TEXT_KINDS = ("string", "large_string", "string_view", _TEXTS)
 
 
 def column_kind(feature: Any) -> str:
-    """Return the type of a column: Image, ClassLabel, bytes, values, or that of its values."""
+    """Return the type of a column: Image, ClassLabel, bytes, values, or that of its values.
+
+    A list of strings has a type of its own.
+    """
     if isinstance(feature, Mapping):
         is_file = {"bytes", "path"} <= set(feature)
         return "bytes" if is_file else "dict"
     name = type(feature).__name__
     if name == "Value":
         return "bytes" if "binary" in feature.dtype else str(feature.dtype)
+    items = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if str(getattr(items, "dtype", "")) in _TEXT_KINDS:
+        return _TEXTS
     return "values" if name in ("Array2D", "Array3D", "List", "Sequence") else name
 
 
@@ -89,3 +98,36 @@ def choose_label_column(kinds: Mapping[str, str], wanted: str, image_column: str
         f"data.label_column: several columns of {name} contain labels ({abbreviate(columns)}); "
         f"choose one, as in data.label_column={columns[0]}, or set data.label_column=none"
     )
+
+
+def choose_caption_column(
+    kinds: Mapping[str, str], wanted: str, other_columns: Collection[str], name: str
+) -> str:
+    """Return the column of the captions, or an empty string if there is none.
+
+    Args:
+        kinds: Type of each column, as `column_kind` returns it.
+        wanted: The setting `data.caption_column`, or an empty string to find the column.
+        other_columns: Columns with another meaning, where no captions are looked for.
+        name: Name of the data set, for messages.
+
+    Raises:
+        ValueError: If the column is missing or contains no text.
+    """
+    if wanted == NO_CAPTIONS:
+        return ""
+    described = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+    if wanted and wanted not in kinds:
+        raise ValueError(
+            f"data.caption_column: {name} has no column {wanted!r}; it has {described}; choose one "
+            "of them, or set data.caption_column=none"
+        )
+    if wanted and kinds[wanted] not in _TEXT_KINDS:
+        raise ValueError(
+            f"data.caption_column: the column {wanted!r} of {name} contains {kinds[wanted]} "
+            f"values, not texts; the columns are {described}"
+        )
+    if wanted:
+        return wanted
+    columns = [column for column in CAPTION_COLUMNS if kinds.get(column) in _TEXT_KINDS]
+    return next((column for column in columns if column not in other_columns), "")

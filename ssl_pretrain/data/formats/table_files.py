@@ -41,6 +41,7 @@ def open_tables(root: Path, config: DataConfig, cache_dir: Path, split: str) -> 
         config.label_column,
         pixel_format(config),
         location=root,
+        caption_column=config.caption_column,
     )
 
 
@@ -73,7 +74,12 @@ def open_hub(config: DataConfig, split: str) -> Source:
     available = dict(loaded) if hasattr(loaded, "keys") else {WHOLE: loaded}
     table = choose_split(available, split, config, config.root)
     return open_table(
-        table, config.root, config.image_column, config.label_column, pixel_format(config)
+        table,
+        config.root,
+        config.image_column,
+        config.label_column,
+        pixel_format(config),
+        caption_column=config.caption_column,
     )
 
 

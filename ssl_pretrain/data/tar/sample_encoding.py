@@ -1,4 +1,4 @@
-"""Turn an image of any source into the members of a sample: its file, label, facts and caption."""
+"""Turn an image of any source into the members of a sample: its file, label, facts and captions."""
 
 import io
 import json
@@ -15,7 +15,6 @@ from ssl_pretrain.data.file_types import is_image
 from ssl_pretrain.data.formats.array_source import ArraySource
 from ssl_pretrain.data.image_source import EncodedSource, ImageFiles, Source
 from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.data.tar.tar_source import TarShards
 
 _KEY_DIGITS = 9
 _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}  # others have the format's name
@@ -36,10 +35,13 @@ def encode_sample(source: Source, index: int) -> list[tuple[str, bytes]]:
         facts = {"label": label, "class": source.classes[label]}
     if isinstance(source, ImageFiles):
         facts["file"] = source.files.path(index)
+    captions = source.texts(index)[0] if source.num_texts == 1 else []
+    if len(captions) > 1:
+        facts["captions"] = captions
     if facts:
         members.append((f"{key}.json", json.dumps(facts).encode()))
-    if isinstance(source, TarShards) and (caption := source.caption(index)):
-        members.append((f"{key}.txt", caption.encode()))
+    if len(captions) == 1:
+        members.append((f"{key}.txt", captions[0].encode("utf-8", "replace")))
     return members
 
 

@@ -5,11 +5,12 @@ import re
 from contextlib import suppress
 from typing import Any
 
+from ssl_pretrain.data.captions import clean_captions
 from ssl_pretrain.data.tar.tar_members import Member, WindowReader
 
 _MAX_TEXT_BYTES = 1 << 20  # largest label or JSON that is read
 _MAX_LABEL_CHARACTERS = 200
-_CAPTION_KEYS = ("caption", "text")
+_CAPTION_KEYS = ("caption", "captions", "text")
 
 
 def read_text(reader: WindowReader, member: Member, name: str) -> str:
@@ -71,20 +72,22 @@ def parse_json(text: str, member: Member, name: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def parse_caption(text: str) -> str:
-    """Return the caption in the text of a .txt or a .json."""
+def parse_captions(text: str) -> list[str]:
+    """Return the captions in the text of a .txt, which is one caption, or of a .json."""
     if text.lstrip().startswith("{"):
         with suppress(ValueError):
             values = json.loads(text)
-            captions = (values.get(key) for key in _CAPTION_KEYS)
-            return next(filter(_is_text, captions), text)
-    return text
+            if any(key in values for key in _CAPTION_KEYS):
+                return _captions_in_json(values)
+    return clean_captions(text)
 
 
-def has_caption(values: dict[str, Any]) -> bool:
+def has_captions(values: dict[str, Any]) -> bool:
     """Return True if a sample's JSON has a caption."""
-    return any(_is_text(values.get(key)) for key in _CAPTION_KEYS)
+    return bool(_captions_in_json(values))
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
+def _captions_in_json(values: dict[str, Any]) -> list[str]:
+    """Return the captions under the first key that has any."""
+    candidates = (clean_captions(values.get(key)) for key in _CAPTION_KEYS)
+    return next(filter(None, candidates), [])

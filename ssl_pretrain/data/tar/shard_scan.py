@@ -14,7 +14,7 @@ import numpy as np
 
 from ssl_pretrain.data.file_types import HIDDEN, SkipCounter, is_array, is_image, is_skipped
 from ssl_pretrain.data.tar.sample_texts import (
-    has_caption,
+    has_captions,
     label_text,
     parse_json,
     parse_label,
@@ -73,8 +73,7 @@ def scan_shard(
         _add_sample(columns, key, sample, reader, name, skip_counter)
     label_names = tuple(sorted(set(columns.labels) - {""}))
     label_indices = {label: index for index, label in enumerate(label_names)} | {"": -1}
-    has_captions = any(length for _, length in columns.captions)
-    captions = columns.captions if has_captions else []
+    captions = columns.captions if any(length for _, length in columns.captions) else []
     return ShardIndex(
         shard.size,
         shard.version,
@@ -137,7 +136,7 @@ def _add_sample(
             if not has_cls:
                 value = values.get("label", values.get("cls"))
                 label = parse_label(label_text(value), member, name)
-            if not caption[1] and has_caption(values):
+            if not caption[1] and has_captions(values):
                 caption = (member.offset, member.length)
         elif member is not image:
             skip_counter.add(f".{suffix} members", member.name)

@@ -20,7 +20,7 @@ from ssl_pretrain.data.pixels import RGB, PixelFormat
 from ssl_pretrain.data.tar import remote_store
 from ssl_pretrain.data.tar.remote_errors import printable_url
 from ssl_pretrain.data.tar.remote_store import is_remote
-from ssl_pretrain.data.tar.sample_texts import parse_caption
+from ssl_pretrain.data.tar.sample_texts import parse_captions
 from ssl_pretrain.data.tar.shard_cache import ShardCache
 from ssl_pretrain.data.tar.shard_index import Shard, ShardIndex
 from ssl_pretrain.system.platform_support import BINARY, read_at
@@ -62,6 +62,7 @@ class TarShards(EncodedSource):
             np.concatenate([getattr(index, name) for index in indexes]) for name in _INDEX_COLUMNS
         )
         self.caption_offset, self.caption_length = _join_captions(indexes)
+        self.num_texts = int(len(self.caption_offset) > 0)
         self.packed_keys = np.concatenate([index.packed_keys for index in indexes])
         key_bytes = [index.key_ends[-1] if len(index) else 0 for index in indexes]
         starts = np.concatenate([[0], np.cumsum(key_bytes, dtype=np.int64)[:-1]])
@@ -97,17 +98,23 @@ class TarShards(EncodedSource):
         """Return the shard and the key of a sample, for messages."""
         return f"{printable_url(self._shard(index).path)}, sample {self.key(index)}"
 
-    def caption(self, index: int) -> str:
-        """Return the caption of a sample, "" if it has none.
+    def texts(self, index: int) -> list[list[str]]:
+        """Return the captions of one image in a list, or nothing if the images have none.
 
         Raises:
+            UnreadableImage: If the caption cannot be read. The message names the sample.
             UnreachableSource: If the shard has changed, or an object store cannot be read.
         """
-        length = int(self.caption_length[index]) if len(self.caption_length) else 0
+        if not self.num_texts:
+            return []
+        length = int(self.caption_length[index])
         if not length:
-            return ""
-        content = self._read_member(index, int(self.caption_offset[index]), length)
-        return parse_caption(content.decode("utf-8", "replace"))
+            return [[]]
+        try:
+            content = self._read_member(index, int(self.caption_offset[index]), length)
+        except OSError as error:
+            raise UnreadableImage(f"{self.name(index)}: {error.strerror or error}") from error
+        return [parse_captions(content.decode("utf-8", "replace"))]
 
     def take(self, indices: np.ndarray) -> Self:
         """Return a source of the images at `indices`, in that order."""

@@ -29,6 +29,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _FORMAT = 2  # increase it when the bytes of the shards change
+_CAPTION_FORMAT = "captions 2"  # the same for the shards of a source with captions
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def write_shards(
             writes them, or no image can be read.
     """
     facts = [source.fingerprint, split, shard_size.num_images, shard_size.num_bytes, _FORMAT]
+    if source.num_texts:
+        facts.append(_CAPTION_FORMAT)
     write_id = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with _lock_folder(folder, split):
