@@ -46,6 +46,7 @@ class Purpose(IntEnum):
     MASK_ORDER = 18
     SLICES = 19
     CAPTION = 20
+    COMPOSITES = 21
 
 
 @njit(cache=True, nogil=True)

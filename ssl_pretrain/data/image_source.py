@@ -96,17 +96,6 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """Return the name of the image's file, for messages."""
 
-    def texts(self, index: int) -> list[list[str]]:
-        """Return the alternatives of each text of an item, `num_texts` lists.
-
-        An image with five captions has one list of five. A missing caption is an empty list.
-        """
-        return []
-
-    def has_texts(self, index: int) -> bool:
-        """Return True if an item has at least one alternative of each of its texts."""
-        return all(self.texts(index))
-
     def header(self, index: int) -> ImageHeader:
         """Return the format, size and range of values of one image, if ranges are supported.
 
@@ -125,6 +114,14 @@ class Source(ABC):
         """
         assert not self.num_texts, f"{type(self).__name__} has texts, but does not read them"
         return []
+
+    def has_texts(self, index: int) -> bool:
+        """Return True if an item has at least one alternative of each of its texts.
+
+        Raises:
+            UnreadableImage: If the texts cannot be read. The message names the item.
+        """
+        return all(self.texts(index))
 
     def without_texts(self) -> Self:
         """Return a source of the same images without their texts."""

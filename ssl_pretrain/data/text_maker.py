@@ -4,6 +4,7 @@ import numpy as np
 
 from ssl_pretrain import rng
 from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.views import text_recipe, tokenizers
 from ssl_pretrain.views.text_recipe import TextConfig
 from ssl_pretrain.views.tokenizers import TokenArrays, Tokenizer
@@ -37,8 +38,11 @@ class TextMaker:
 
     def find_problem(self, index: int) -> str:
         """Return why an item's texts are missing, or an empty string if they are not."""
-        if self.config is None or self._has_texts(index):
-            return ""
+        try:
+            if self.config is None or self._has_texts(index):
+                return ""
+        except UnreadableImage as error:
+            return str(error)
         missing = "caption" if self.config.captions == "stored" else "class"
         return f"{self.source.name(index)}: it has no {missing}"
 
