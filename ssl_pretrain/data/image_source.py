@@ -115,14 +115,6 @@ class Source(ABC):
         assert not self.num_texts, f"{type(self).__name__} has texts, but does not read them"
         return []
 
-    def has_texts(self, index: int) -> bool:
-        """Return True if an item has at least one alternative of each of its texts.
-
-        Raises:
-            UnreadableImage: If the texts cannot be read. The message names the item.
-        """
-        return all(self.texts(index))
-
     def without_texts(self) -> Self:
         """Return a source of the same images without their texts."""
         source = copy.copy(self)

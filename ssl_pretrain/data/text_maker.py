@@ -29,6 +29,7 @@ class TextMaker:
         self.source, self.config, self.seed = source, config, seed
         self.num_texts, self.length = 0, 0
         self._tokenizer: Tokenizer | None = None
+        self._read_ahead: dict[int, list[list[str]]] = {}
         if config is None:
             return
         _check_source(source, config)
@@ -37,14 +38,22 @@ class TextMaker:
         self._tokenizer = tokenizers.build(config)
 
     def find_problem(self, index: int) -> str:
-        """Return why an item's texts are missing, or an empty string if they are not."""
+        """Return why an item's texts are missing, or an empty string if they are not.
+
+        The texts are kept for the next call of `make`, because reading them may be a request to an
+        object store.
+        """
+        if self.config is None:
+            return ""
         try:
-            if self.config is None or self._has_texts(index):
-                return ""
+            alternatives = self._read(index)
         except UnreadableImage as error:
             return str(error)
-        missing = "caption" if self.config.captions == "stored" else "class"
-        return f"{self.source.name(index)}: it has no {missing}"
+        if not all(alternatives):
+            missing = "caption" if self.config.captions == "stored" else "class"
+            return f"{self.source.name(index)}: it has no {missing}"
+        self._read_ahead[index] = alternatives
+        return ""
 
     def make(
         self, shown_indices: np.ndarray, epoch: int, indices: np.ndarray
@@ -74,29 +83,22 @@ class TextMaker:
 
     def _draw(self, shown_index: int, epoch: int, index: int) -> list[str]:
         """Return one of the alternatives of each text of an item."""
-        return [
-            alternatives[
-                int(
-                    rng.uniform(self.seed, epoch, index, slot, rng.Purpose.CAPTION, 1)[0, 0]
-                    * len(alternatives)
-                )
-            ]
-            for slot, alternatives in enumerate(self._alternatives(shown_index))
-        ]
+        texts = []
+        alternatives_by_slot = self._read_ahead.pop(shown_index, None) or self._read(shown_index)
+        for slot, alternatives in enumerate(alternatives_by_slot):
+            number = rng.uniform(self.seed, epoch, index, slot, rng.Purpose.CAPTION, 1)[0, 0]
+            texts.append(alternatives[int(number * len(alternatives))])
+        return texts
 
-    def _has_texts(self, index: int) -> bool:
-        assert self.config is not None, "a maker without a configuration makes no texts"
-        if self.config.captions == "stored":
-            return self.source.has_texts(index)
-        return self.source.label(index) >= 0
-
-    def _alternatives(self, index: int) -> list[list[str]]:
+    def _read(self, index: int) -> list[list[str]]:
         """Return the texts from which one is drawn, for each text of an item."""
         assert self.config is not None, "a maker without a configuration makes no texts"
         if self.config.captions == "stored":
             return self.source.texts(index)
-        class_name = self.source.classes[self.source.label(index)]
-        return [text_recipe.fill_templates(self.config, class_name)]
+        label = self.source.label(index)
+        if label < 0:
+            return [[]]
+        return [text_recipe.fill_templates(self.config, self.source.classes[label])]
 
 
 def _check_source(source: Source, config: TextConfig) -> None:

@@ -72,9 +72,10 @@ class ImageTextPairs(Method):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_tower_is_frozen):
             features = self.backbone(self.single_view(batch))
+        text = self.text(batch)
         return {
             "z_a": self.image_projection(features),
-            "z_b": self.text_projection(self.text_encoder(self.text(batch))),
+            "z_b": self.text_projection(self.text_encoder(text.ids, text.valid)),
             "logit_scale": self.logit_scale.exp().expand(len(batch)),
         }
 

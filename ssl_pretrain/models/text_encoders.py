@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.system import optional_packages
-from ssl_pretrain.views.batch import TextSet
 
 CLIP = "clip"
 BERT = "bert"
@@ -55,17 +54,22 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.model, self.feature_dim, self.pool = model, feature_dim, pool
 
-    def forward(self, texts: TextSet) -> Tensor:
-        """Return one vector per text."""
-        vectors = self.model(texts.ids, texts.valid)
+    def forward(self, ids: Tensor, valid: Tensor) -> Tensor:
+        """Return one vector per text.
+
+        Args:
+            ids: Numbers of the tokens, int64 (batch, length).
+            valid: False for padding, bool of the same shape.
+        """
+        vectors = self.model(ids, valid)
         if self.pool == "first":
             return vectors[:, 0]
         if self.pool == "last":
             return vectors[:, -1]
         if self.pool == "mean":
-            weights = texts.valid.to(vectors.dtype)[:, :, None]
+            weights = valid.to(vectors.dtype)[:, :, None]
             return (vectors * weights).sum(1) / weights.sum(1).clamp(min=1)
-        ends = texts.valid.sum(1).clamp(min=1) - 1
+        ends = valid.sum(1).clamp(min=1) - 1
         return vectors[torch.arange(len(ends), device=ends.device), ends]
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
