@@ -9,13 +9,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.losses.arguments import (
+    check_embeddings,
     check_labels,
     check_one_per_image,
     check_queue,
     check_two_images,
     unit_embeddings,
 )
-from ssl_pretrain.losses.half_precision import gather_unit, half_rows, scaled_pair, scaled_rows
+from ssl_pretrain.losses.half_precision import (
+    gather_unit,
+    half_pair,
+    half_rows,
+    scaled_pair,
+)
 from ssl_pretrain.losses.log_odds import log_odds
 from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.losses.tiles import log_sum_exp, symmetric_log_sum_exp
@@ -246,22 +252,17 @@ def image_text(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
         >>> image_text(images, texts, torch.ones(4))  # ln(1 + 3 / e)
         tensor(0.74...)
     """
-    half_images, half_texts = half_rows(images), half_rows(texts)
-    images, texts = unit_embeddings("image_text", 1.0, images=images, texts=texts)
+    check_embeddings("image_text", images=images, texts=texts)
     check_one_per_image("image_text", len(images), logit_scale=logit_scale)
     check_two_images("image_text", images)
     scale = upcast(logit_scale)
-    half_anchors = None
-    if half_images is not None and half_texts is not None and half_images.dtype == half_texts.dtype:
-        half_anchors = scaled_rows(half_images, scale.detach())
-    to_texts, to_images = two_way_log_sum_exp(
-        images * scale[:, None],
-        texts,
+    to_texts, to_images, positive = two_way_log_sum_exp(
+        upcast(images),
+        upcast(texts),
+        scale,
         logit_bound=_largest_logit(scale),
-        half_anchors=half_anchors,
-        half_candidates=half_texts,
+        half=half_pair(images, texts),
     )
-    positive = scale * (images * texts).sum(1)
     return ((to_texts + to_images) / 2 - positive).mean()
 
 

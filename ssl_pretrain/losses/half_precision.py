@@ -13,19 +13,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.losses.similarity import upcast
+from ssl_pretrain.losses.similarity import inverse_lengths, upcast
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class ScaledRows(NamedTuple):
-    """Rows of shape (num_rows, dim), in half precision with a float32 factor per row.
+    """Rows of shape (num_rows, dim), with a float32 factor per row if they are in half precision.
 
-    Rows in float32 have no factors.
+    The kernels take no factors of rows in float32, but plain tiles do.
     """
 
     rows: Tensor
     factors: Tensor | None = None
+
+    def multiply(self, indices: slice = slice(None)) -> Tensor:
+        """Return some rows times their factors, in float32 or wider."""
+        rows = upcast(self.rows[indices])
+        return rows if self.factors is None else rows * self.factors[indices, None]
 
 
 def half_rows(*embeddings: Tensor) -> Tensor | None:
@@ -37,6 +42,12 @@ def half_rows(*embeddings: Tensor) -> Tensor | None:
     # Under autocast to bfloat16 on a CPU, torch.cat refuses float16.
     with torch.autocast(detached[0].device.type, enabled=False):
         return detached[0] if len(detached) == 1 else torch.cat(detached)
+
+
+def half_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return both embeddings without a graph. Return None unless both have one half dtype."""
+    is_half = a.dtype == b.dtype and a.dtype in HALF_DTYPES
+    return (a.detach(), b.detach()) if is_half else None
 
 
 def unit_rows(embeddings: Tensor) -> Tensor:
@@ -55,8 +66,7 @@ def scaled_rows(embeddings: Tensor, scale: float | Tensor = 1.0) -> ScaledRows:
     if embeddings.dtype not in HALF_DTYPES:
         is_scaled = isinstance(scale, Tensor) or scale != 1
         return ScaledRows(embeddings * scale if is_scaled else embeddings)
-    lengths = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float32)
-    return ScaledRows(embeddings, scale / lengths.clamp(min=1e-12))  # the minimum of F.normalize
+    return ScaledRows(embeddings, scale * inverse_lengths(embeddings))
 
 
 def scaled_pair(

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.losses.backend import Backend
+from ssl_pretrain.losses.half_precision import ScaledRows
+from ssl_pretrain.losses.similarity import upcast
 
 
 class Tile(NamedTuple):
@@ -54,6 +56,38 @@ def iterate_logits(
             diagonal = local_start + tile.rows.start + offset - tile.columns.start
             logits.diagonal(diagonal).fill_(float("-inf"))
         yield tile, logits
+
+
+class ScaledTile(NamedTuple):
+    """A rectangle of pairs of anchors and candidates, both multiplied by their factors."""
+
+    rows: slice
+    columns: slice
+    anchors: Tensor  # (num_rows, dim)
+    candidates: Tensor  # (num_columns, dim)
+    logits: Tensor  # (num_rows, num_columns)
+
+
+def iterate_scaled_logits(
+    anchors: ScaledRows, candidates: ScaledRows, backend: Backend
+) -> Iterator[ScaledTile]:
+    """Yield tiles of the logits between rows that are multiplied by their factors tile by tile.
+
+    So normalizing embeddings takes no memory. All tiles share one buffer of logits, which the next
+    tile overwrites.
+    """
+    num_anchors, num_candidates = len(anchors.rows), len(candidates.rows)
+    height, width = min(backend.tile_rows, num_anchors), min(backend.tile_columns, num_candidates)
+    buffer = upcast(anchors.rows[:0]).new_empty(height * width)
+    for start in range(0, num_anchors, height):
+        rows = slice(start, min(start + height, num_anchors))
+        tile_anchors = anchors.multiply(rows)
+        for column in range(0, num_candidates, width):
+            columns = slice(column, min(column + width, num_candidates))
+            tile_candidates = candidates.multiply(columns)
+            logits = buffer[: len(tile_anchors) * len(tile_candidates)].view(len(tile_anchors), -1)
+            torch.mm(tile_anchors, tile_candidates.T, out=logits)
+            yield ScaledTile(rows, columns, tile_anchors, tile_candidates, logits)
 
 
 def _tiles(

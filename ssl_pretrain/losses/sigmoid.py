@@ -11,11 +11,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.losses.arguments import check_one_per_image, unit_embeddings
+from ssl_pretrain.losses.arguments import check_embeddings, check_one_per_image
 from ssl_pretrain.losses.backend import Backend, backend_for
-from ssl_pretrain.losses.half_precision import half_rows, unit_rows
-from ssl_pretrain.losses.logit_tiles import iterate_logits
-from ssl_pretrain.losses.similarity import upcast
+from ssl_pretrain.losses.half_precision import ScaledRows, half_rows
+from ssl_pretrain.losses.logit_tiles import iterate_scaled_logits
+from ssl_pretrain.losses.similarity import inverse_lengths, normalization_gradient, upcast
 
 # Logits above it are their own softplus, to the precision of float64. The default is 20.
 SOFTPLUS_THRESHOLD = 40.0
@@ -71,19 +71,20 @@ def sigmoid_image_text(
         >>> sigmoid_image_text(images, texts, torch.zeros(4), torch.zeros(4))  # 4 ln 2
         tensor(2.77...)
     """
-    half_texts = half_rows(texts)
-    images, texts = unit_embeddings("sigmoid_image_text", 1.0, images=images, texts=texts)
+    check_embeddings("sigmoid_image_text", images=images, texts=texts)
     check_one_per_image(
         "sigmoid_image_text", len(images), logit_scale=logit_scale, logit_bias=logit_bias
     )
-    sent = texts.detach() if half_texts is None else half_texts
     backend = backend_for(images).with_small_plain_tiles()
+    half_texts = half_rows(texts)
+    images, texts = upcast(images), upcast(texts)
     with torch.autocast(images.device.type, enabled=False):
         return _SigmoidLoss.apply(
-            images * upcast(logit_scale)[:, None],
+            images,
             texts,
+            upcast(logit_scale),
             upcast(logit_bias),
-            sent,
+            texts.detach() if half_texts is None else half_texts,
             torch.is_grad_enabled(),
             backend,
         )
@@ -92,8 +93,8 @@ def sigmoid_image_text(
 class _Gradients(NamedTuple):
     """Gradients of the sum of the losses. Those that are not needed are None."""
 
-    images: Tensor | None
-    texts: Tensor | None  # the texts that are on this rank now
+    images: Tensor | None  # of unit length, times the scale
+    texts: Tensor | None  # of unit length, those that are on this rank now
     bias: Tensor | None
 
 
@@ -105,20 +106,28 @@ class _SigmoidLoss(torch.autograd.Function):
         ctx: Any,
         images: Tensor,
         texts: Tensor,
+        scale: Tensor,
         bias: Tensor,
         sent: Tensor,
         is_grad_enabled: bool,
         backend: Backend,
     ) -> Tensor:
-        gradients = _Gradients(
-            *(
-                torch.zeros_like(x) if is_grad_enabled and is_needed else None
-                for x, is_needed in zip((images, texts, bias), ctx.needs_input_grad, strict=False)
-            )
+        needs = [is_grad_enabled and is_needed for is_needed in ctx.needs_input_grad]
+        totals = _Gradients(
+            torch.zeros_like(images) if needs[0] or needs[2] else None,
+            torch.zeros_like(texts) if needs[1] else None,
+            torch.zeros_like(bias) if needs[3] else None,
         )
-        losses, gradients = _ring_losses(images, bias, sent, gradients, backend)
-        ctx.save_for_backward(*gradients)
-        ctx.num_images = len(images)
+        anchors = ScaledRows(images, scale * inverse_lengths(images))
+        losses, totals = _ring_losses(anchors, sent, bias, totals, backend)
+        images_grad, texts_grad, bias_grad = totals
+        scale_grad = None
+        if images_grad is not None:
+            images_grad, scale_grad = normalization_gradient(images, scale, images_grad)
+        if texts_grad is not None:
+            one = torch.ones_like(scale)
+            texts_grad, _ = normalization_gradient(texts, one, texts_grad)
+        ctx.save_for_backward(images_grad, texts_grad, scale_grad, bias_grad)
         return losses.mean()
 
     @staticmethod
@@ -126,22 +135,21 @@ class _SigmoidLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         # The gradients of the texts are sums over the losses of all ranks, which have the same
         # weight in the global loss. So `grad` is the same number on all ranks.
-        gradients = [
-            None if total is None else total * (grad / ctx.num_images)
-            for total in ctx.saved_tensors
-        ]
+        num_images = next(len(total) for total in ctx.saved_tensors if total is not None)
+        factor = grad / num_images
+        gradients = [None if total is None else total * factor for total in ctx.saved_tensors]
         return *gradients, None, None, None
 
 
 def _ring_losses(
-    images: Tensor, bias: Tensor, sent: Tensor, gradients: _Gradients, backend: Backend
+    images: ScaledRows, sent: Tensor, bias: Tensor, gradients: _Gradients, backend: Backend
 ) -> tuple[Tensor, _Gradients]:
     """Return the loss of each image, summed over all texts, and the gradients of their sum.
 
     Args:
-        images: Embeddings of this rank times the scale of the logits, shape (local_batch, dim).
+        images: Images of this rank with their factors, which contain the scale of the logits.
+        sent: Texts of this rank, in the data type that ranks send.
         bias: Number added to the logits of each image, shape (local_batch,).
-        sent: Texts of this rank, of unit length or in half precision.
         gradients: Zeros for the gradients that are needed.
         backend: Backend, which sets the tile size.
     """
@@ -149,7 +157,8 @@ def _ring_losses(
     for step in range(process_group.world_size()):
         if step > 0:
             sent = collectives.shift_around_ring(sent)
-        _add_pairs(losses, gradients, images, unit_rows(sent), bias, step == 0, backend)
+        texts = ScaledRows(sent, inverse_lengths(sent))
+        _add_pairs(losses, gradients, images, texts, bias, step == 0, backend)
         if gradients.texts is not None:
             # The gradients travel with their texts, and arrive home with the last shift.
             gradients = gradients._replace(texts=collectives.shift_around_ring(gradients.texts))
@@ -159,8 +168,8 @@ def _ring_losses(
 def _add_pairs(
     losses: Tensor,
     gradients: _Gradients,
-    images: Tensor,
-    texts: Tensor,
+    images: ScaledRows,
+    texts: ScaledRows,
     bias: Tensor,
     has_positives: bool,
     backend: Backend,
@@ -170,19 +179,19 @@ def _add_pairs(
     The loss of a negative pair with logit z is softplus(z), and its derivative is sigmoid(z). For
     the positive pairs on the diagonal, if there are any, z and the derivative change sign.
     """
-    for tile, logits in iterate_logits(images, texts, 0, (), backend):
-        rows, columns = tile.rows, tile.columns
-        positives = logits.diagonal(rows.start - columns.start) if has_positives else logits[:0]
-        logits.add_(bias[rows, None])
+    for tile in iterate_scaled_logits(images, texts, backend):
+        logits = tile.logits.add_(bias[tile.rows, None])
+        diagonal = logits.diagonal(tile.rows.start - tile.columns.start)
+        positives = diagonal if has_positives else diagonal[:0]
         positives.neg_()
-        losses[rows] += F.softplus(logits, threshold=SOFTPLUS_THRESHOLD).sum(1)
+        losses[tile.rows] += F.softplus(logits, threshold=SOFTPLUS_THRESHOLD).sum(1)
         if all(total is None for total in gradients):
             continue
         weights = logits.sigmoid_()
         positives.neg_()
         if gradients.images is not None:
-            gradients.images[rows].addmm_(weights, texts[columns])
+            gradients.images[tile.rows].addmm_(weights, tile.candidates)
         if gradients.texts is not None:
-            gradients.texts[columns].addmm_(weights.T, images[rows])
+            gradients.texts[tile.columns].addmm_(weights.T, tile.anchors)
         if gradients.bias is not None:
-            gradients.bias[rows] += weights.sum(1)
+            gradients.bias[tile.rows] += weights.sum(1)

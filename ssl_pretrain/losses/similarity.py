@@ -17,6 +17,29 @@ def upcast(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
 
 
+def inverse_lengths(z: Tensor) -> Tensor:
+    """Return the factors that normalize the rows of `z`, in float32 or wider, without a graph."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    lengths = torch.linalg.vector_norm(z.detach(), dim=1, dtype=dtype)
+    return 1 / lengths.clamp(min=1e-12)  # the minimum of F.normalize
+
+
+def normalization_gradient(rows: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of rows and of their scale, and overwrite `grad`.
+
+    It takes no memory for a normalized copy of the rows.
+
+    Args:
+        rows: Rows before normalization, shape (num_rows, dim).
+        scale: Factors of the normalized rows, shape (num_rows,).
+        grad: Gradient of the normalized rows times `scale`, shape (num_rows, dim).
+    """
+    factors = inverse_lengths(rows)
+    scale_grad = factors * torch.linalg.vecdot(rows, grad)
+    grad.addcmul_(rows, (-factors * scale_grad)[:, None]).mul_((factors * scale)[:, None])
+    return grad, scale_grad
+
+
 def mean_cosine(a: Tensor, b: Tensor) -> Tensor:
     """Return the cosine similarity of the rows of two (rows, dim) tensors, averaged over rows."""
     return F.cosine_similarity(upcast(a), upcast(b), dim=1).mean()
