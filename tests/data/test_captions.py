@@ -68,6 +68,7 @@ class TestLists:
 
     def test_merged_rows_keep_the_label_of_the_image(self, tmp_path, open_split):
         rows = [["1.png", "a", ""], ["2.png", "b", "cat"], ["1.png", "c", "dog"]]
+        rows.append(["2.png", "d", "eel"])
         source = open_split(write_list(tmp_path, ["path", "caption", "label"], rows))
         assert source.classes == ["cat", "dog"] and source.labels.tolist() == [1, 0]
 
