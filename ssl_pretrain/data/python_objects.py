@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ssl_pretrain.data.captions import CAPTION_COLUMNS, NO_CAPTIONS, are_captions
 from ssl_pretrain.data.formats.array_choice import NO_LABELS
 from ssl_pretrain.data.formats.hugging_face import (
     caption_reader,
@@ -18,9 +17,8 @@ from ssl_pretrain.data.formats.hugging_face import (
     read_column,
     read_row,
 )
-from ssl_pretrain.data.formats.table_columns import IMAGE_COLUMNS, LABEL_COLUMNS
 from ssl_pretrain.data.image_source import NoSuchSplit, Source
-from ssl_pretrain.data.image_values import ALLOWED_IMAGES, count_channels, to_levels
+from ssl_pretrain.data.image_values import count_channels, to_levels
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.messages import report_progress
 from ssl_pretrain.data.pixels import (
@@ -30,10 +28,16 @@ from ssl_pretrain.data.pixels import (
     WrongChannels,
     check_conversion,
 )
+from ssl_pretrain.data.python_items import (
+    IMAGE_KEYS,
+    LABEL_KEYS,
+    ItemReader,
+    find_captions,
+    image_of,
+    label_of,
+    refuse_caption_column,
+)
 from ssl_pretrain.data.python_source import PythonSource
-
-IMAGE_KEYS = IMAGE_COLUMNS  # usual names of an item's image
-LABEL_KEYS = LABEL_COLUMNS
 
 
 def open_object(
@@ -97,15 +101,10 @@ class _ReadAs(NamedTuple):
         """Return the format, by the channels of the first image if they are not set."""
         return PixelFormat(self.num_channels or count_channels(first_image), self.value_range)
 
-    def refuse_caption_column(self, name: str) -> None:
-        """Raise ValueError if a column is named although the data set has none."""
-        if self.caption_column not in ("", NO_CAPTIONS):
-            raise ValueError(f"data.caption_column: {name} has no columns; leave it out")
-
 
 def _convert(source: Source, name: str, read_as: _ReadAs) -> Source:
     """Return a source that is read in another format, or raise WrongChannels."""
-    read_as.refuse_caption_column(name)
+    refuse_caption_column(read_as.caption_column, name)
     num_channels = read_as.num_channels or source.num_channels
     if not isinstance(source, PythonSource):  # it may not read the attribute `pixel_format`
         if num_channels != source.num_channels:
@@ -119,7 +118,7 @@ def _convert(source: Source, name: str, read_as: _ReadAs) -> Source:
 
 
 def _open_array(images: Any, labels: Any, name: str, read_as: _ReadAs) -> PythonSource:
-    read_as.refuse_caption_column(name)
+    refuse_caption_column(read_as.caption_column, name)
     is_tensor = isinstance(images, torch.Tensor)
     values = images.detach().cpu().numpy() if is_tensor else np.asarray(images)
     if values.ndim == 3 and values.shape[2] in (3, 4):
@@ -201,14 +200,14 @@ def _open_dataset(data: Any, name: str, read_as: _ReadAs) -> PythonSource:
     if not len(data):
         raise ValueError(f"{name} contains no image; give one with images")
     first = next(_items(data, name))
-    pixel_format = read_as.pixel_format(_image_of(first, f"{name}[0]"))
+    pixel_format = read_as.pixel_format(image_of(first, f"{name}[0]"))
     labels, classes = None, None
-    if _label_of(first) is not None:
+    if label_of(first) is not None:
         labels, classes = _stored_labels(data)
         if labels is None:  # reading a label reads its image, too
             items = report_progress(_items(data, name), len(data), "read labels of")
-            labels = [_label_of(item) for item in items]
-    reader = _ItemReader(data, name, _find_captions(first, name, read_as))
+            labels = [label_of(item) for item in items]
+    reader = ItemReader(data, name, find_captions(first, name, read_as.caption_column))
     read_captions = reader.read_captions if reader.caption_key is not None else None
     identity = f"{type(data).__module__}.{type(data).__qualname__}".encode()
     return PythonSource(
@@ -223,102 +222,6 @@ def _items(data: Any, name: str) -> Iterator[Any]:
             yield data[index]
         except Exception as error:  # a user's data set can raise anything
             raise ValueError(f"{name}[{index}]: {type(error).__name__}: {error}") from error
-
-
-class _ItemReader:
-    """Reader of the images and the captions of a data set's items.
-
-    The item of the last image is kept until its captions are read, so that it is read once for
-    both. The next image is read anew, because a data set that changes its images must be noticed.
-
-    Args:
-        data: The data set.
-        name: Name of the data set, for messages.
-        caption_key: Key or position of the captions in an item, or None if there are none.
-    """
-
-    def __init__(self, data: Any, name: str, caption_key: Any):
-        self.caption_key = caption_key
-        self._data, self._name = data, name
-        self._last_item: tuple[int, Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_last_item": None}
-
-    def read_image(self, index: int) -> Any:
-        """Return the image of an item."""
-        item = self._data[index]
-        if self.caption_key is not None:
-            self._last_item = index, item
-        return _image_of(item, f"{self._name}[{index}]")
-
-    def read_captions(self, index: int) -> Any:
-        """Return the caption or the captions of an item, or None if it has none."""
-        last, self._last_item = self._last_item, None  # another thread may replace it
-        item = last[1] if last is not None and last[0] == index else self._data[index]
-        if isinstance(item, Mapping):
-            return item.get(self.caption_key)
-        return item[self.caption_key]
-
-
-def _find_captions(item: Any, name: str, read_as: _ReadAs) -> Any:
-    """Return the key or the position of the captions in an item, or None if it has none.
-
-    Raises:
-        ValueError: If the item has no such key, or no text under it.
-    """
-    wanted = read_as.caption_column
-    if wanted == NO_CAPTIONS:
-        return None
-    if not isinstance(item, Mapping):
-        read_as.refuse_caption_column(name)
-        return 1 if _is_captioned_pair(item) else None
-    if wanted and not (wanted in item and are_captions(item[wanted])):
-        raise ValueError(
-            f"data.caption_column: {name}[0] has no text under {wanted!r}; its keys are "
-            f"{', '.join(map(str, item))}; choose one of them, or set data.caption_column=none"
-        )
-    if wanted:
-        return wanted
-    usual = (key for key in CAPTION_COLUMNS if key in item and are_captions(item[key]))
-    return next(usual, None)
-
-
-def _is_captioned_pair(item: Any) -> bool:
-    """Return True for a pair of an image and a list of captions. A single text is a label."""
-    is_pair = isinstance(item, (tuple, list)) and len(item) == 2
-    return is_pair and isinstance(item[1], (tuple, list)) and are_captions(item[1])
-
-
-def _image_of(item: Any, name: str) -> Any:
-    """Return the image of an item, which may be the item itself.
-
-    Raises:
-        ValueError: If the item contains no image.
-    """
-    if isinstance(item, Mapping):
-        key = next((key for key in IMAGE_KEYS if key in item), None)
-        if key is None:
-            raise ValueError(
-                f"{name} has the keys {', '.join(map(str, item))}; call the image 'image'"
-            )
-        return item[key]
-    image = item[0] if isinstance(item, (tuple, list)) and item else item
-    attributes = ("__array__", "__fspath__", "convert")  # arrays and tensors, paths, PIL images
-    is_image_or_path = any(hasattr(image, attribute) for attribute in attributes)
-    if isinstance(image, (str, bytes)) or is_image_or_path:
-        return image
-    raise ValueError(
-        f"{name} is of type {type(image).__name__}, not an image; give {ALLOWED_IMAGES}"
-    )
-
-
-def _label_of(item: Any) -> Any:
-    """Return the label of an item, or None if it has none."""
-    if isinstance(item, Mapping):
-        return next((item[key] for key in LABEL_KEYS if key in item), None)
-    is_pair = isinstance(item, (tuple, list)) and len(item) == 2
-    return item[1] if is_pair and not _is_captioned_pair(item) else None
 
 
 def _stored_labels(data: Any) -> tuple[Sequence[Any] | None, Sequence[str] | None]:
