@@ -10,21 +10,31 @@ from ssl_pretrain.data.pixels import PixelFormat
 from ssl_pretrain.schema import DIMENSIONLESS, setting
 
 BUILT_IN_SOURCES = ("digits", "cifar10")  # can be named in place of a path
-NAMED_SOURCES = ("digits", "cifar10", "cifar100", "stl10", "folder", "huggingface")
+TEXT_SOURCES = ("texts", "wordnet")
+MAX_TEXTS = 3  # a sentence, its positive and a hard negative
+NAMED_SOURCES = (
+    *("digits", "cifar10", "cifar100", "stl10", "folder", "huggingface"),
+    *TEXT_SOURCES,
+)
 
 
 @dataclass
 class DataConfig:
     """Configuration of the images and of how they are read."""
 
-    source: Literal["digits", "cifar10", "cifar100", "stl10", "folder", "huggingface"] | str = (
-        setting(
-            "folder",
-            "Kind of data set. digits: the digits of scikit-learn, without a download. cifar10, "
-            "cifar100, stl10: the published archives. folder: what root names, which is recognized "
-            "by its files. huggingface: root is a path or a name of the Hugging Face Hub. "
-            "package.module:function: a function that returns the images of 'train' or 'val'.",
-        )
+    source: (
+        Literal[
+            "digits", "cifar10", "cifar100", "stl10", "folder", "huggingface", "texts", "wordnet"
+        ]
+        | str
+    ) = setting(
+        "folder",
+        "Kind of data set. digits: the digits of scikit-learn, without a download. cifar10, "
+        "cifar100, stl10: the published archives. folder: what root names, which is recognized "
+        "by its files. huggingface: root is a path or a name of the Hugging Face Hub. "
+        "texts: sentences or pairs of sentences without images. wordnet: the definitions and "
+        "examples of WordNet. package.module:function: a function that returns the images of "
+        "'train' or 'val'.",
     )
     args: dict[str, Any] = setting(
         {}, "Arguments of the function that source names, or of datasets.load_dataset."
@@ -33,7 +43,8 @@ class DataConfig:
         "",
         "Path of the data: images in a folder or .zip, a list of files, a .beton, tar shards "
         "(train-{000..146}.tar or s3://bucket/shards), or arrays and tables (.npy, .npz, IDX, "
-        ".parquet, .arrow).",
+        ".parquet, .arrow). For texts, a file (.txt, .csv, .tsv, .jsonl, .parquet) or a folder of "
+        "them. For wordnet, the folder of its files, by default /usr/share/wordnet.",
         on_resume="free",
     )
     train: str = setting(
@@ -66,6 +77,13 @@ class DataConfig:
         "Column of a table, or of a Hugging Face data set, that contains the captions. The value "
         "none means that there are none. If empty, it is found by its name.",
         on_resume="free",
+    )
+    text_columns: list[str] = setting(
+        [],
+        "Columns of the source texts: one for sentences, two for pairs, three for pairs with a "
+        "hard negative. If empty, they are found by their usual names, such as sent0, sent1 and "
+        "hard_neg. For wordnet, one to three of example, definition, words and entry, by default "
+        "example and definition.",
     )
     subset: int = setting(
         0, "Number of training images to use, chosen at random. 0 uses all.", unit="images"
@@ -154,7 +172,7 @@ def locate(data: str | Path) -> Location:
 
 def short_name(source: str, root: str) -> str:
     """Return a short name of the images with these settings: that of the path, or the source."""
-    return Path(root).name if root and source in ("", "folder") else source
+    return Path(root).name if root and source in ("", "folder", "texts") else source
 
 
 def pixel_format(config: DataConfig) -> PixelFormat:
@@ -185,6 +203,7 @@ def check(config: DataConfig) -> None:
             "data.root: no data set is named; give a name of the Hub, as in "
             "data.root=uoft-cs/cifar10, or a path"
         )
+    _check_text_settings(config)
     if not 0 <= config.max_replaced <= 1:
         raise ValueError(
             f"data.max_replaced: {config.max_replaced} must be a share between 0 and 1, such as "
@@ -198,4 +217,24 @@ def check(config: DataConfig) -> None:
         raise ValueError(
             f"data.range: {list(values)} must be two numbers, the lower one first, such as "
             f"[0, 4095]{per_channel}"
+        )
+
+
+def _check_text_settings(config: DataConfig) -> None:
+    """Raise ValueError for settings of texts without texts, and for those of images with texts."""
+    has_texts = config.source in TEXT_SOURCES
+    if config.text_columns and not has_texts:
+        raise ValueError(
+            f"data.text_columns: {config.source} has no texts; leave it out, or set data.source to "
+            "texts or wordnet"
+        )
+    if len(config.text_columns) > MAX_TEXTS:
+        raise ValueError(
+            f"data.text_columns: {config.text_columns} are {len(config.text_columns)} columns; "
+            "give one for sentences, two for pairs, or three for pairs with a hard negative"
+        )
+    if config.image_column and has_texts:
+        raise ValueError(
+            f"data.image_column: {config.source} has no images; leave it out, or name the columns "
+            "of the texts in data.text_columns"
         )

@@ -92,6 +92,10 @@ class Source(ABC):
             UnreadableImage: If the image is absent or damaged. The message names the file.
         """
 
+    def texts(self, index: int) -> list[list[str]]:
+        """Return the alternatives of each text of an item, `num_texts` lists."""
+        return []
+
     @abstractmethod
     def name(self, index: int) -> str:
         """Return the name of the image's file, for messages."""

@@ -17,6 +17,8 @@ and supervised methods need labels.
     source: cifar100  root: "" | archive | folder    the published files; "" downloads
     source: stl10     root: "" | archive | folder
     source: huggingface  root: owner/name            a data set of the Hugging Face Hub
+    source: texts     root: wiki1m.txt | folder      sentences and pairs: see `texts.open_texts`
+    source: wordnet   root: "" | folder              definitions and examples: see `texts.wordnet`
     source: package.module:function                  images of a Python object: function(split)
 """
 
@@ -40,6 +42,8 @@ from ssl_pretrain.data.named_datasets import Digits, pack_cifar10
 from ssl_pretrain.data.pixels import check_conversion
 from ssl_pretrain.data.split_search import split_of
 from ssl_pretrain.data.tar.tar_data_set import open_tar_split
+from ssl_pretrain.data.texts.open_texts import open_texts
+from ssl_pretrain.data.texts.wordnet import open_wordnet
 from ssl_pretrain.system import user_objects
 
 _ROOT_REMEDY = (
@@ -88,6 +92,11 @@ def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -
         return Digits(split, config.channels)
     if ":" in config.source:
         return _open_python(config, split, classes)
+    if config.source == "wordnet":
+        return open_wordnet(config, split)
+    if config.source == "texts":
+        source = open_texts(config, split, _cache_dir(config))
+        return source if classes is None else source.with_classes(classes)
     if (path := _beton_path(config, split)) is not None:
         return Beton(beton_file.read(path), config.channels)
     # CIFAR's and STL-10's archives are tar files, too, and so are looked for first.

@@ -13,7 +13,7 @@ from ssl_pretrain.data.messages import abbreviate
 from ssl_pretrain.data.split_search import split_of
 from ssl_pretrain.system import optional_packages
 
-SUFFIXES = (".parquet", ".arrow")
+SUFFIXES: tuple[str, ...] = (".parquet", ".arrow")
 _MAX_DEPTH = 2  # folders below the root that are searched for shards
 _HELD_OUT = ("val", "test")
 _SAVED_MARKERS = ("dataset_dict.json", "state.json")
@@ -27,13 +27,13 @@ def open_tables(root: Path, config: DataConfig, cache_dir: Path, split: str) -> 
         ValueError: If `datasets` is not installed, a file is damaged, or the splits or columns are
             ambiguous.
     """
-    _require_datasets(str(root))
+    require_datasets(str(root))
     if root.is_dir() and is_saved(root):
         available = _load_saved(root)
         table = choose_split(available, split, config, str(root))
     else:
         shards = choose_split(find_shards(root), split, config, str(root))
-        table = _load_shards(shards, cache_dir)
+        table = load_shards(shards, cache_dir)
     return open_table(
         table,
         str(root),
@@ -52,7 +52,7 @@ def open_hub(config: DataConfig, split: str) -> Source:
         NoSuchSplit: If there is no validation split.
         ValueError: If the data set cannot be loaded.
     """
-    _require_datasets("data sets of the Hub")
+    require_datasets("data sets of the Hub")
     import datasets
 
     try:
@@ -168,7 +168,7 @@ def _load_saved(root: Path) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {WHOLE: loaded}
 
 
-def _load_shards(paths: Sequence[Path], cache_dir: Path) -> Any:
+def load_shards(paths: Sequence[Path], cache_dir: Path) -> Any:
     """Return the rows of all files. Parquet is unpacked to Arrow once, in the cache folder."""
     import datasets
 
@@ -188,5 +188,6 @@ def _load_shards(paths: Sequence[Path], cache_dir: Path) -> Any:
         raise ValueError(f"data.root: {files} cannot be read ({cause}); copy it again") from error
 
 
-def _require_datasets(what: str) -> None:
+def require_datasets(what: str) -> None:
+    """Raise ValueError unless the library that reads Parquet and Arrow is installed."""
     optional_packages.require(f"data.root: {what}", "datasets", "data")

@@ -1,0 +1,1 @@
+"""Sentences, pairs and triplets of sentences without images: files of texts, and WordNet."""
