@@ -3,6 +3,7 @@
 import copy
 import errno
 import hashlib
+import json
 import os
 import stat
 from abc import ABC, abstractmethod
@@ -92,10 +93,6 @@ class Source(ABC):
             UnreadableImage: If the image is absent or damaged. The message names the file.
         """
 
-    def texts(self, index: int) -> list[list[str]]:
-        """Return the alternatives of each text of an item, `num_texts` lists."""
-        return []
-
     @abstractmethod
     def name(self, index: int) -> str:
         """Return the name of the image's file, for messages."""
@@ -173,6 +170,8 @@ class Source(ABC):
         A run can only be resumed with a source that has the same fingerprint.
         """
         digest = hashlib.sha256(self._identity())
+        if self.num_texts:
+            digest.update(self._identity_of_texts())
         digest.update(self.labels.tobytes())
         digest.update("\n".join(self.classes).encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
@@ -183,6 +182,10 @@ class Source(ABC):
 
         These are the paths of files, the keys and lengths in shards, or a digest of a few images.
         """
+
+    def _identity_of_texts(self) -> bytes:
+        """Return bytes that identify the texts, where these are cheap to know."""
+        return b""
 
 
 class EncodedSource(Source):
@@ -257,6 +260,10 @@ class NumberedSource(Source):
 
     def _identity(self) -> bytes:
         return self._digest + self._item_numbers.tobytes()
+
+    def _identity_of_texts(self) -> bytes:
+        texts = [self.texts(index) for index in self._probed_indices()]
+        return json.dumps(texts).encode()
 
 
 class ImageFiles(EncodedSource):
@@ -334,8 +341,10 @@ class ImageFiles(EncodedSource):
         return read_span(self._archive, Span(*self.files.spans[index].tolist()))
 
     def _identity(self) -> bytes:
-        captions = self._captions.identity() if self._captions is not None else b""
-        return self.files.packed_paths.tobytes() + self.files.ends.tobytes() + captions
+        return self.files.packed_paths.tobytes() + self.files.ends.tobytes()
+
+    def _identity_of_texts(self) -> bytes:
+        return self._captions.identity() if self._captions is not None else b""
 
 
 def _read_regular_file(path: str) -> bytes:

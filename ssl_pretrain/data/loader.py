@@ -271,6 +271,8 @@ def build(
     collectives.barrier()
     if process_group.local_rank() != 0:
         source = open_source(data, "train")
+    if text is None:
+        source = source.without_texts()
     kind, reason = readers.choose_reader_kind(data, source)
     is_folder = kind is readers.ReaderKind.PROCESSES and not isinstance(source, Beton)
     if not is_folder or len(source) >= MIN_IMAGES_OF_LOADER_HINT:
