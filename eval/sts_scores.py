@@ -192,7 +192,8 @@ def read_scored_table(path: Path, name: str = "") -> ScoredPairs:
                 f"{path}:{line} has {len(row)} cells, and the score and the sentences need "
                 f"{max(columns) + 1}; download the file again"
             )
-        pairs.append((line, *(row[column] for column in columns)))
+        first, second, score = (row[column] for column in columns)
+        pairs.append((line, first, second, score))
     return _scored_pairs(path, name or path.stem, pairs)
 
 
@@ -223,7 +224,7 @@ def _read_subset(folder: Path, name: str) -> ScoredPairs:
 
 def _scored_pairs(path: Path, name: str, pairs: Sequence[tuple[int, str, str, str]]) -> ScoredPairs:
     """Return the pairs that have a score. Each one comes with its line."""
-    scored = [(line, *texts, score) for line, *texts, score in pairs if score.strip()]
+    scored = [pair for pair in pairs if pair[3].strip()]
     scores = []
     for line, _, _, score in scored:
         try:

@@ -76,6 +76,20 @@ def test_the_split_is_a_function_of_the_synset():
     assert not any(wordnet.Synset(key, 3, ["word"], "text", []).is_val for key in keys)
 
 
+def test_each_split_has_its_own_synsets(root):
+    lines = "".join(CAR.replace("02958343", f"{number:08d}") for number in range(14))
+    (root / "data.noun").write_text(LICENSE + lines)
+    config = DataConfig(source="wordnet", root=str(root))
+    val, train = open_source(config, "val"), open_source(config, "train")
+    expected = [f"{root}/data.noun:{number + 2}" for number in (2, 5, 11, 13)]
+    assert [val.name(index) for index in range(len(val))] == expected
+    assert len(train) == 14 - 4 + 1
+
+
+def test_a_satellite_is_an_adjective():
+    assert wordnet.parse_synset(GALORE).key == "a00013887"
+
+
 def test_absent_files_are_answered_with_the_line_that_installs_them(tmp_path):
     config = DataConfig(source="wordnet", root=str(tmp_path))
     assert error_of(open_source, config, "train") == (
