@@ -8,6 +8,7 @@ from typing import Any
 
 from ssl_pretrain.eval import (
     attentive,
+    captions,
     corruptions,
     fewshot,
     finetune,
@@ -17,6 +18,7 @@ from ssl_pretrain.eval import (
     robustness,
     segmentation,
     semi,
+    zeroshot,
 )
 from ssl_pretrain.eval import spectrum as spectrum_module
 from ssl_pretrain.eval.finetuning.selection import FinetuningOptions
@@ -148,4 +150,6 @@ EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "robustness": corrupted_images,
     "segmentation": segmentation.evaluate,
     "spectrum": spectrum_module.evaluate,
+    "zeroshot": zeroshot.evaluate,
+    "captions": captions.evaluate,
 }

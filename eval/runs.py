@@ -25,7 +25,7 @@ from ssl_pretrain.schema.image_sizes import describe
 from ssl_pretrain.views import recipe
 
 # Sections and single keys that an evaluation of a run or of external weights may override.
-RUN_SECTIONS = ("data", "evaluation", "log.bands", "parallel.precision")
+RUN_SECTIONS = ("data", "evaluation", "text.templates", "log.bands", "parallel.precision")
 EXTERNAL_SECTIONS = (
     "backbone",
     "data",

@@ -47,6 +47,8 @@ GROUPS: dict[str, dict[str, Subcommand]] = {
         "retrieval": Subcommand("eval.retrieval", "image retrieval and near-duplicates"),
         "robustness": Subcommand("eval.robustness", "accuracy on corrupted images"),
         "spectrum": Subcommand("eval.spectrum", "rank and spectrum of the features"),
+        "zeroshot": Subcommand("eval.zeroshot", "accuracy by the names of the classes, with texts"),
+        "captions": Subcommand("eval.captions", "retrieval of captions by images, and back"),
         "attention": Subcommand("eval.attention", "attention maps of a ViT as pictures"),
     },
     "use the results": {

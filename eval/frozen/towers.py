@@ -1,0 +1,108 @@
+"""The image tower and the text tower of a run, with their projections to the shared space."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_pretrain import config, rng
+from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
+from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
+from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
+from ssl_pretrain.models import backbones
+from ssl_pretrain.views import text_recipe, tokenizers
+
+TEXTS_PER_BATCH = 256
+
+
+@dataclass
+class Towers:
+    """Networks that embed images and texts in one space.
+
+    Attributes:
+        run: The run.
+        image_network: Network from normalized views to embeddings (n, dim).
+        text_network: Network from token numbers, and which are valid, to embeddings (n, dim).
+        tokenize: The run's tokenizer.
+    """
+
+    run: Run
+    image_network: nn.Module
+    text_network: Callable[[Tensor, Tensor], Tensor]
+    tokenize: tokenizers.Tokenizer
+
+    def embed_images(self, split: EvaluationSplit) -> Tensor:
+        """Return the embeddings of a split's images, of length 1, the same on every rank."""
+        embed = partial(features.extract, self.image_network)
+        return F.normalize(features.embed_split(embed, split)[0], dim=1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the embeddings of texts, of length 1, float32 (n, dim)."""
+        batches = [
+            self._embed_batch(texts[start : start + TEXTS_PER_BATCH])
+            for start in range(0, len(texts), TEXTS_PER_BATCH)
+        ]
+        return F.normalize(torch.cat(batches), dim=1)
+
+    def embed_classes(self, class_names: Sequence[str]) -> Tensor:
+        """Return one embedding per class, the mean over the templates, of length 1."""
+        text_config = self.run.config.text
+        sentences = [text_recipe.fill_templates(text_config, name) for name in class_names]
+        flat = self.embed_texts([sentence for group in sentences for sentence in group])
+        per_class = flat.unflatten(0, (len(class_names), len(text_config.templates)))
+        return F.normalize(per_class.mean(1), dim=1)
+
+    def _embed_batch(self, texts: Sequence[str]) -> Tensor:
+        tokens, device = self.tokenize(texts), self.run.device
+        ids = torch.from_numpy(tokens.ids).long().to(device)
+        valid = torch.from_numpy(tokens.valid).to(device)
+        with self.run.execution.forward_context():
+            return self.text_network(ids, valid).float()
+
+
+def check_method(run: Run, purpose: str) -> None:
+    """Raise ValueError unless the run's method has a text tower.
+
+    Args:
+        run: The run.
+        purpose: What the evaluation measures, for the message.
+    """
+    if config.text_settings(run.config) is None:
+        raise ValueError(
+            f"{run.path}: {purpose} needs a text tower, and method {run.config.method.name} has "
+            "none; evaluate a run of clip or siglip"
+        )
+
+
+def build_towers(run: Run, is_pretrained: bool = True) -> Towers:
+    """Build the towers of a run in evaluation mode.
+
+    Args:
+        run: The run, whose method has a text tower.
+        is_pretrained: True for the weights of the checkpoint, False for the initial weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # The same seed as in training, so that the random networks have the run's initial weights.
+        torch.manual_seed(rng.derive_seed(run.config.seed, 0, 0))
+        backbone = backbones.build(run.config.backbone, run.view_size)
+        method = config.assemble_method(run.config, backbone)
+    if is_pretrained:
+        _, tensors = read_checkpoint(run.checkpoint_path)
+        backbones.load_strict(method, tensors, str(run.checkpoint_path), exact=True)
+    for name in ("image_projection", "text_encoder", "text_projection"):
+        method.get_submodule(name).eval().to(run.device)
+    image_projection = method.get_submodule("image_projection")
+    text_encoder = method.get_submodule("text_encoder")
+    text_projection = method.get_submodule("text_projection")
+    image_tower = prepare_for_evaluation(method.backbone, run.device)
+    return Towers(
+        run,
+        nn.Sequential(image_tower, image_projection),
+        lambda ids, valid: text_projection(text_encoder(ids, valid)),
+        tokenizers.build(run.config.text),
+    )
