@@ -337,7 +337,8 @@ class TestErrorMessages:
         )
         assert error_of(open_split, tmp_path, source="cifar") == (
             "data.source: 'cifar' is not known. Did you mean 'cifar10'? Choose one of: digits, "
-            "cifar10, cifar100, stl10, folder, huggingface, or give package.module:function"
+            "cifar10, cifar100, stl10, folder, huggingface, texts, wordnet, or give "
+            "package.module:function"
         )
 
     def test_an_empty_data_set_is_explained(self, tmp_path, open_split):
