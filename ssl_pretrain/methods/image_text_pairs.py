@@ -57,6 +57,7 @@ class ImageTextPairs(Method):
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(initial_scale)))
         self.image_tower_is_frozen = config.image_tower == "frozen"
         self.backbone.requires_grad_(not self.image_tower_is_frozen)
+        self.train()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all parts, except that a frozen backbone keeps its statistics."""

@@ -1,11 +1,91 @@
-"""CLIP: its loss, its scale, its frozen tower, and whole steps."""
+"""CLIP: whole steps against open_clip, the limits of its scale, and its frozen image tower."""
 
+import math
+
+import contract
+import open_clip_steps
+import pytest
 import small_texts
+import torch
 
+from ssl_pretrain.methods import clip
+from ssl_pretrain.optim import optimizers
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 
 METHOD = {"dim": 6}
-OPTIM = OptimConfig(name="adamw", base_lr=1e-3, lr_scaling="none", weight_decay=0.2)
+OPTIM = OptimConfig(
+    name="adamw", base_lr=0.01, lr_scaling="none", weight_decay=0.2, betas=[0.9, 0.98], eps=1e-6
+)
 VIEWS = (8,)
 TEXT_ENCODER = small_texts.build_text_encoder
 TEXTS = small_texts.random_texts
+CONSTANT_RATE = OptimConfig(
+    name="adamw",
+    base_lr=0.01,
+    lr_scaling="none",
+    weight_decay=0.2,
+    betas=[0.9, 0.98],
+    eps=1e-6,
+    warmup_epochs=0,
+    schedule="milestones",
+    milestones=[1000],
+)
+
+
+def build_clip(**settings):
+    return open_clip_steps.build_method(clip.Config(dim=open_clip_steps.DIM, **settings))
+
+
+def test_three_steps_equal_open_clips():
+    method = build_clip()
+    reference = open_clip_steps.OpenClip(method, CONSTANT_RATE)
+    stepper = open_clip_steps.build_stepper(method, CONSTANT_RATE)
+    for step in range(3):
+        batch = open_clip_steps.random_batch(step)
+        expected = reference.take_step(batch, limits_scale=True)
+        logs = stepper(Progress(step, 1000, 100), batch).logs
+        assert logs["loss"].item() == pytest.approx(expected, rel=1e-10)
+    contract.assert_equal_by_name(
+        open_clip_steps.in_open_clips_names(method), reference.weights(), rtol=1e-8, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize(("log_scale", "limited"), [(9.0, math.log(100)), (-1.0, 0.0), (3.0, 3.0)])
+def test_the_scale_is_limited_after_each_step(log_scale, limited):
+    method = contract.build("clip")
+    with torch.no_grad():
+        method.logit_scale.fill_(log_scale)
+    method.after_step(Progress(0, 10, 5), {}, {})
+    assert method.logit_scale.item() == pytest.approx(limited)
+
+
+def test_a_frozen_image_tower_keeps_its_weights_and_statistics():
+    method = contract.build("clip", image_tower="frozen")
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    batch = contract.random_batch("clip")
+    for step in (4, 5):
+        contract.take_step(method, OPTIM, batch, step)
+    for key, value in method.state_dict().items():
+        moves = not key.startswith("backbone.") and "attn_mask" not in key
+        assert torch.equal(value, before[key]) != moves, key
+
+
+def test_a_frozen_image_tower_needs_no_gradient():
+    method = contract.build("clip", image_tower="frozen")
+    embeddings = method(contract.random_batch("clip"))
+    embeddings["z_a"].sum().backward()
+    assert method.image_projection.weight.grad is not None
+    groups = optimizers.parameter_groups(OPTIM, method)
+    trained = {id(p) for group in groups for p in group["params"]}
+    assert not trained & {id(p) for p in method.backbone.parameters()}
+
+
+def test_several_texts_per_image_are_refused():
+    batch = contract.random_batch("clip")
+    batch = open_clip_steps.with_texts(batch, batch.texts * 2)
+    with pytest.raises(ValueError) as error:
+        contract.build("clip")(batch)
+    assert str(error.value) == (
+        "clip: takes 1 text per item, got 2; give data with one caption per image"
+    )
