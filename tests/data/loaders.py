@@ -34,7 +34,8 @@ def digest(batch: Batch) -> str:
     """Return one digest of all tensors of a batch on the CPU."""
     sha256 = hashlib.sha256()
     mask_tensors = [tensor for masks in batch.masks for tensor in (masks.indices, masks.valid)]
-    for tensor in (*batch.views, batch.labels, batch.indices, *mask_tensors):
+    text_tensors = [tensor for texts in batch.texts for tensor in (texts.ids, texts.valid)]
+    for tensor in (*batch.views, batch.labels, batch.indices, *mask_tensors, *text_tensors):
         sha256.update(str((tensor.dtype, tuple(tensor.shape))).encode())
         sha256.update(tensor.contiguous().numpy().tobytes())
     return sha256.hexdigest()
