@@ -99,19 +99,41 @@ class _TwoWayLogSumExp(torch.autograd.Function):
             anchors_grad, candidates_grad = backend.run_fused(
                 read, partial(_fused_gradients, *arguments)
             ) or _tiled_gradients(*arguments, exp_is_safe, backend)
-            scale_grad = None
-            if anchors_grad is not None:
-                factors = match_grad * inverse_lengths(candidates)
-                anchors_grad.addcmul_(candidates, factors[:, None])
-                anchors_grad, scale_grad = normalization_gradient(anchors, scale, anchors_grad)
-            if candidates_grad is not None:
-                if process_group.world_size() > 1:
-                    candidates_grad = collectives.reduce_scatter(candidates_grad)
-                factors = match_grad * scale * inverse_lengths(anchors)
-                candidates_grad.addcmul_(anchors, factors[:, None])
-                one = torch.ones_like(scale)
-                candidates_grad, _ = normalization_gradient(candidates, one, candidates_grad)
+            if candidates_grad is not None and process_group.world_size() > 1:
+                candidates_grad = collectives.reduce_scatter(candidates_grad)
+            one = torch.ones_like(scale)
+            anchors_grad, scale_grad = _embedding_gradients(
+                anchors, scale, candidates, one, match_grad, anchors_grad
+            )
+            candidates_grad, _ = _embedding_gradients(
+                candidates, one, anchors, scale, match_grad, candidates_grad
+            )
         return anchors_grad, candidates_grad, scale_grad, None, None, None, None
+
+
+def _embedding_gradients(
+    z: Tensor,
+    scale: Tensor,
+    matches: Tensor,
+    match_scale: Tensor,
+    match_grad: Tensor,
+    grad: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of embeddings before normalization, and of their scale.
+
+    Args:
+        z: Embeddings of this rank, shape (local_batch, dim).
+        scale: Factors of the normalized embeddings, shape (local_batch,).
+        matches: Embeddings that match those of `z`, same shape.
+        match_scale: Factors of the normalized matches, shape (local_batch,).
+        match_grad: Gradient of the logits between `z` and its matches, shape (local_batch,).
+        grad: Gradient of the log-sum-exps with respect to the normalized and scaled embeddings,
+            which is overwritten. None if it is not needed.
+    """
+    if grad is None:
+        return None, None
+    grad.addcmul_(matches, (match_grad * match_scale * inverse_lengths(matches))[:, None])
+    return normalization_gradient(z, scale, grad)
 
 
 def _local_rows(gathered: Tensor, num_rows: int) -> Tensor:

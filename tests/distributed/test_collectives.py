@@ -73,3 +73,28 @@ def test_collectives_of_one_process_are_the_identity():
     assert collectives.reduce_sum(x) is x
     assert collectives.gather_objects(1) == [1]
     assert (process_group.rank(), process_group.world_size()) == (0, 1)
+
+
+def shift_rows():
+    x = build_rows(process_group.rank())
+    once = collectives.shift_around_ring(x.T)  # not contiguous
+    back = x
+    for _ in range(process_group.world_size()):
+        back = collectives.shift_around_ring(back)
+    return once, back
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_shift_moves_tensors_to_the_next_rank_and_around(world_size):
+    for rank, (once, back) in enumerate(run_ranks(shift_rows, world_size=world_size)):
+        torch.testing.assert_close(once, build_rows((rank - 1) % world_size).T)
+        torch.testing.assert_close(back, build_rows(rank))
+
+
+def largest_rows():
+    return collectives.reduce_max(build_rows(process_group.rank()) * (-1) ** process_group.rank())
+
+
+def test_reduce_max_returns_the_largest_of_each_entry():
+    for largest in run_ranks(largest_rows, world_size=3):
+        torch.testing.assert_close(largest, build_rows(2))

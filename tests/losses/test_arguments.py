@@ -133,6 +133,31 @@ OTHERS = [
         "logit_scale must be (4,), one per image, got ()",
     ),
     (
+        "image_text",
+        {"images": Z, "texts": Z[:2], "logit_scale": torch.ones(4)},
+        "images and texts must share one (local_batch, dim) shape, got (4, 3) and (2, 3)",
+    ),
+    (
+        "image_text",
+        {"images": ONE, "texts": ONE, "logit_scale": torch.ones(1)},
+        "needs at least 2 images in the global batch, got 1, which has no negative",
+    ),
+    (
+        "sigmoid_image_text",
+        {"images": Z, "texts": Z[0], "logit_scale": torch.ones(4), "logit_bias": torch.ones(4)},
+        "images and texts must share one (local_batch, dim) shape, got (4, 3) and (3,)",
+    ),
+    (
+        "sigmoid_image_text",
+        {"images": Z, "texts": Z, "logit_scale": torch.ones(1), "logit_bias": torch.ones(4)},
+        "logit_scale must be (4,), one per image, got (1,)",
+    ),
+    (
+        "sigmoid_image_text",
+        {"images": Z, "texts": Z, "logit_scale": torch.ones(4), "logit_bias": torch.ones(4, 1)},
+        "logit_bias must be (4,), one per image, got (4, 1)",
+    ),
+    (
         "byol",
         VIEWS | {"p_a": Z[0]},
         "p_a, p_b, z_a and z_b must share one (local_batch, dim) shape, "
