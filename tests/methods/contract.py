@@ -226,9 +226,9 @@ def state_of(module_or_state: Any) -> dict[str, torch.Tensor]:
     return module_or_state.state_dict() if is_module else module_or_state
 
 
-def assert_same(actual: Any, expected: Any) -> None:
+def assert_same(actual: Any, expected: Any, atol: float = 1e-11) -> None:
     """Compare every parameter and buffer of two modules or their states."""
-    assert_equal_by_name(state_of(actual), state_of(expected), atol=1e-11)
+    assert_equal_by_name(state_of(actual), state_of(expected), atol=atol)
 
 
 def largest_error(actual: Any, expected: Any) -> float:

@@ -37,7 +37,7 @@ def build_clip(**settings):
     return open_clip_steps.build_method(clip.Config(dim=open_clip_steps.DIM, **settings))
 
 
-def test_three_steps_equal_open_clips():
+def test_three_whole_steps_equal_those_of_the_authors():
     method = build_clip()
     reference = open_clip_steps.OpenClip(method, CONSTANT_RATE)
     stepper = open_clip_steps.build_stepper(method, CONSTANT_RATE)
@@ -46,9 +46,9 @@ def test_three_steps_equal_open_clips():
         expected = reference.take_step(batch, limits_scale=True)
         logs = stepper(Progress(step, 1000, 100), batch).logs
         assert logs["loss"].item() == pytest.approx(expected, rel=1e-10)
-    contract.assert_equal_by_name(
-        open_clip_steps.in_open_clips_names(method), reference.weights(), rtol=1e-8, atol=1e-10
-    )
+    # The gradient of the bias of the attention keys is zero. Adam divides its rounding errors.
+    weights = open_clip_steps.in_open_clips_names(method)
+    contract.assert_same(weights, reference.weights(), atol=1e-10)
 
 
 @pytest.mark.parametrize(("log_scale", "limited"), [(9.0, math.log(100)), (-1.0, 0.0), (3.0, 3.0)])

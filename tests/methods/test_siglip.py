@@ -21,7 +21,7 @@ TEXT_ENCODER = small_texts.build_text_encoder
 TEXTS = small_texts.random_texts
 
 
-def test_three_steps_equal_open_clips():
+def test_three_whole_steps_equal_those_of_the_authors():
     method = open_clip_steps.build_method(siglip.Config(dim=open_clip_steps.DIM))
     reference = open_clip_steps.OpenClip(method, CONSTANT_RATE)
     stepper = open_clip_steps.build_stepper(method, CONSTANT_RATE)
@@ -30,9 +30,9 @@ def test_three_steps_equal_open_clips():
         expected = reference.take_step(batch, limits_scale=False)
         logs = stepper(Progress(step, 1000, 100), batch).logs
         assert logs["loss"].item() == pytest.approx(expected, rel=1e-10)
-    contract.assert_equal_by_name(
-        open_clip_steps.in_open_clips_names(method), reference.weights(), rtol=1e-8, atol=1e-10
-    )
+    # The gradient of the bias of the attention keys is zero. Adam divides its rounding errors.
+    weights = open_clip_steps.in_open_clips_names(method)
+    contract.assert_same(weights, reference.weights(), atol=1e-10)
 
 
 def test_scale_and_bias_start_as_in_the_paper():
