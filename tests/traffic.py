@@ -24,6 +24,9 @@ KINDS = {
     "foreach_reduce": "gradients",
     "tensor_norms": "norms",
     "_SymmetricLogSumExp.backward": "loss backward",
+    "_TwoWayLogSumExp.backward": "loss backward",
+    "shift_around_ring": "gather",
+    "reduce_max": "sum",
     "_Gather.backward": "loss backward",
     "_GatherUnit.backward": "loss backward",
     "_Gather.forward": "gather",
@@ -35,7 +38,7 @@ KINDS = {
 class Traffic(TorchDispatchMode):
     """Count the collectives, and the bytes that each rank of a ring sends, by kind.
 
-    With W ranks in its group, a gather or a reduce-scatter sends W - 1 shards and an all-reduce
+    A rank sends a tensor to its neighbor whole. With W ranks in its group, a gather or a reduce-scatter sends W - 1 shards and an all-reduce
     twice as many. A shard is what one rank contributes to a gather, or receives from a reduction.
     """
 
@@ -50,6 +53,8 @@ class Traffic(TorchDispatchMode):
     ) -> Any:
         if function.namespace == "c10d":
             name = function.overloadpacket.__name__
+            if name == "recv_":  # the other end of a `send`
+                return function(*args, **(kwargs or {}))
             first = args[0][0] if isinstance(args[0], list) else args[0]
             second = args[1][0] if isinstance(args[1], list) else args[1]
             world = _group_size(function, args)
@@ -57,15 +62,13 @@ class Traffic(TorchDispatchMode):
                 "_allgather_base_": second,
                 "_reduce_scatter_base_": first,
                 "allreduce_": first,
+                "send": first,
             }[name]
             size = tensor.numel() * tensor.element_size()
             kind = _find_collective_kind()
             self.calls[kind] += 1
-            self.sent[kind] += (
-                Fraction(2 * (world - 1) * size, world)
-                if name == "allreduce_"
-                else (world - 1) * size
-            )
+            shards = {"allreduce_": Fraction(2 * (world - 1), world), "send": 1}
+            self.sent[kind] += shards.get(name, world - 1) * size
         return function(*args, **(kwargs or {}))
 
 

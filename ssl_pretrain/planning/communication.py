@@ -32,8 +32,8 @@ class Cluster:
 class Message:
     """A collective, and how often it runs."""
 
-    collective: str  # allgather, reduce_scatter or allreduce
-    num_bytes: float  # bytes of all ranks' shards together
+    collective: str  # allgather, reduce_scatter, allreduce, or send to a neighbor
+    num_bytes: float  # bytes of all ranks' shards together, or of what one rank sends
     num_ranks: int
     num_repeats: int = 1
     crosses_nodes: bool = False  # True if the ranks are on different nodes, however few they are
@@ -41,6 +41,8 @@ class Message:
     @property
     def bytes_sent(self) -> float:
         """Bytes that each rank sends over a ring, in all repeats together."""
+        if self.collective == "send":
+            return self.num_bytes * self.num_repeats
         rounds = 2 if self.collective == "allreduce" else 1
         share_sent = (self.num_ranks - 1) / self.num_ranks
         return rounds * share_sent * self.num_bytes * self.num_repeats

@@ -110,6 +110,8 @@ class Recorder(TorchDispatchMode):
         for tensor in outputs:
             storage = tensor.untyped_storage()
             self._track(storage, storage.nbytes())
+        if name == "recv_":  # the other end of a `send`
+            return out
         if function.namespace == "c10d":
             # The first argument of a reduce-scatter is its result, one rank's shard.
             tensors = [args[1]] if name == "_reduce_scatter_base_" else _tensors(args[0])
