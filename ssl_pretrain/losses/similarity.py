@@ -17,6 +17,12 @@ def upcast(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
 
 
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the dot product of each row of `a` with the same row of `b`."""
+    # torch.linalg.vecdot copies one of them.
+    return torch.einsum("nd,nd->n", a, b)
+
+
 def inverse_lengths(z: Tensor) -> Tensor:
     """Return the factors that normalize the rows of `z`, in float32 or wider, without a graph."""
     dtype = torch.promote_types(z.dtype, torch.float32)
@@ -35,7 +41,7 @@ def normalization_gradient(rows: Tensor, scale: Tensor, grad: Tensor) -> tuple[T
         grad: Gradient of the normalized rows times `scale`, shape (num_rows, dim).
     """
     factors = inverse_lengths(rows)
-    scale_grad = factors * torch.linalg.vecdot(rows, grad)
+    scale_grad = factors * row_products(rows, grad)
     grad.addcmul_(rows, (-factors * scale_grad)[:, None]).mul_((factors * scale)[:, None])
     return grad, scale_grad
 

@@ -16,7 +16,12 @@ from ssl_pretrain.losses.backend import Backend, backend_for
 from ssl_pretrain.losses.half_precision import HALF_DTYPES, ScaledRows
 from ssl_pretrain.losses.logit_tiles import iterate_scaled_logits
 from ssl_pretrain.losses.running_sums import LARGEST_SAFE_LOGIT, RunningSums
-from ssl_pretrain.losses.similarity import inverse_lengths, normalization_gradient, upcast
+from ssl_pretrain.losses.similarity import (
+    inverse_lengths,
+    normalization_gradient,
+    row_products,
+    upcast,
+)
 
 Terms = tuple[Tensor, Tensor]  # log-sum-exps and their gradients
 
@@ -76,7 +81,7 @@ class _TwoWayLogSumExp(torch.autograd.Function):
         column_lse = _log_add_over_ranks(partial_lse)
         ctx.save_for_backward(anchors, candidates, scale, read, all_sent, row_lse, column_lse)
         ctx.arguments = exp_is_safe, backend
-        cosines = torch.linalg.vecdot(anchors, candidates)
+        cosines = row_products(anchors, candidates)
         cosines *= inverse_lengths(anchors) * inverse_lengths(candidates)
         return row_lse, _local_rows(column_lse, len(read)).clone(), scale * cosines
 
