@@ -96,6 +96,17 @@ def test_known_values():
     assert sigmoid_image_text(same, same, scale, bias).item() == pytest.approx(expected)
 
 
+def test_equal_pairs_at_the_largest_scale_do_not_overflow():
+    images = torch.eye(4, requires_grad=True)
+    scale = torch.full((4,), 100.0)
+    for loss in (
+        image_text(images, images, scale),
+        sigmoid_image_text(images, images, scale, torch.full((4,), -50.0)),
+    ):
+        assert loss.item() == pytest.approx(0, abs=1e-6)
+        assert torch.autograd.grad(loss, images)[0].isfinite().all()
+
+
 def test_opposite_pairs_at_the_largest_scale_do_not_overflow():
     images = torch.eye(4).repeat(3, 1).requires_grad_()
     texts = (-images.detach()).requires_grad_()
@@ -164,16 +175,16 @@ def test_gradients_are_only_computed_if_they_are_needed(case):
     torch.testing.assert_close(loss, compute_loss(case, leaves, True).detach())
 
 
-def test_without_gradients_the_sigmoid_loss_computes_no_weighted_sum(monkeypatch):
-    leaves = build_leaves("siglip")
-    products = []
-    addmm = Tensor.addmm_
-    monkeypatch.setattr(Tensor, "addmm_", lambda *x: products.append(1) or addmm(*x))
+def test_without_gradients_the_sigmoid_loss_computes_no_weights(monkeypatch):
+    leaves, calls = build_leaves("siglip"), []
+    for name in ("addmm_", "sigmoid_"):
+        original = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda *x, call=original: calls.append(call) or call(*x))
     with torch.no_grad():
         compute_loss("siglip", leaves)
-    assert not products
+    assert not calls
     compute_loss("siglip", leaves)
-    assert len(products) == 2
+    assert len(calls) == 3  # the weights and two weighted sums
 
 
 def count_sent_texts() -> tuple[int, int]:
