@@ -28,6 +28,12 @@ evaluation: {crop_ratio: 1.0, k: 3}
 global_batch_size: 24
 epochs: 8
 """
+TEXT_YAML = """
+text: {captions: class_names, length: 16}
+text_encoder: {width: 32, layers: 2, heads: 2}
+global_batch_size: 39
+epochs: 1
+"""
 
 
 def write_images(
@@ -56,4 +62,19 @@ def write_config(folder: Path) -> Path:
     root = write_images(folder / "images")
     text = YAML.replace("data: {", f"data: {{root: {root}, cache_dir: {folder / 'cache'}, ")
     path.write_text(f"{text}output: {folder / 'run'}\n")
+    return path
+
+
+def write_text_config(folder: Path, method: str) -> Path:
+    """Write the images and a YAML file that trains a method of images and texts for two steps.
+
+    The texts are made of the names of the classes.
+    """
+    path = write_config(folder)
+    simclr = "method: {name: simclr, temperature: 0.2, projector_dims: [16, 8]}"
+    text = path.read_text().replace(simclr, f"method: {{name: {method}, dim: 16}}")
+    text = text.replace("count: 2,", "count: 1,").replace("global_batch_size: 24", "")
+    text = text.replace("epochs: 8", "").replace("stem: no_pool", "stem: imagenet")
+    text = text.replace("{name: lars, base_lr: 4.0,", "{name: adamw, base_lr: 0.01,")
+    path.write_text(f"{text}{TEXT_YAML}")
     return path

@@ -27,3 +27,11 @@ def test_flops_of_a_vit_equal_those_counted_by_hand(tmp_path):
     )  # forward and backward of two views
     assert config.build_method_on_meta(run).backbone.feature_dim == width
     assert hardware.peak_tflops(torch.device("cpu")) == 0
+
+
+def test_the_bias_of_siglip_costs_nothing(tmp_path):
+    clip, siglip = (
+        recorder.count_flops_per_image(config.load(tiny.write_text_config(tmp_path, name)))
+        for name in ("clip", "siglip")
+    )
+    assert siglip == clip > 0
