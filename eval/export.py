@@ -16,7 +16,13 @@ from torch import Tensor
 
 from ssl_pretrain.data.pixels import PixelFormat
 from ssl_pretrain.eval import command_line, results, spectrum
-from ssl_pretrain.eval.exporting import export_formats, model_card, onnx, reload
+from ssl_pretrain.eval.exporting import (
+    export_formats,
+    model_card,
+    onnx,
+    open_clip_folder,
+    reload,
+)
 from ssl_pretrain.eval.exporting.export_folder import digests, is_export, load
 from ssl_pretrain.eval.exporting.export_formats import PREPROCESSING_FILE
 from ssl_pretrain.eval.exporting.reference import (
@@ -40,7 +46,7 @@ NUM_COLLAPSE_IMAGES = 512  # training images whose features are tested for colla
 # Smallest accepted effective rank of the centered features, and smallest accepted spread of the
 # features scaled to length 1. Features below either limit have collapsed to a line or a point.
 MIN_EFFECTIVE_RANK, MIN_SPREAD = 2.0, 0.01
-HELP = f"""Export the backbone of a run, without the projector.
+HELP = f"""Export the backbone of a run, without the projector, or both towers of clip and siglip.
 
 {WEIGHTS}: weights under timm's names, which for ResNets are also torchvision's.
 {ARGUMENTS_FILE}: the arguments that build the network, and the checksum of every file.
@@ -56,6 +62,8 @@ Untrained weights are refused, and so are features that are the same for all ima
     python -m ssl_pretrain.eval.export runs/demo
     # also check that torchvision loads the weights
     python -m ssl_pretrain.eval.export runs/imagenet exported/simclr --format timm torchvision
+    # both towers of a run of clip or siglip, for open_clip
+    python -m ssl_pretrain.eval.export runs/clip exported/clip --format open_clip
     # a program for torch.export.load, and model.onnx and model_int8.onnx with their measurements
     python -m ssl_pretrain.eval.export runs/demo exported/demo --format torch_export onnx
 
@@ -64,7 +72,8 @@ Untrained weights are refused, and so are features that are the same for all ima
     >>> transform = export.load_transform("exported/demo")
     >>> timm.create_model("local-dir:exported/simclr", pretrained=True)
     >>> transformers.AutoModel.from_pretrained("exported/simclr/transformers")
-    >>> torch.hub.load("exported/simclr", "backbone", source="local")"""
+    >>> torch.hub.load("exported/simclr", "backbone", source="local")
+    >>> open_clip.create_model_and_transforms("local-dir:exported/clip")"""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--format": {
@@ -107,7 +116,7 @@ def main(arguments: list[str]) -> None:
 def export(
     run: Run, folder: Path, formats: Sequence[str] | None = None, force: bool = False
 ) -> Path:
-    """Write the backbone of a run into a folder.
+    """Write the backbone of a run into a folder, and with the format open_clip its text tower.
 
     Every format is loaded in another process, and its features are compared with the backbone's.
     An older export is only replaced after that.
@@ -160,8 +169,12 @@ def _write(run: Run, folder: Path, formats: list[str], problems: list[str]) -> N
     images = reference_images(run.image_size, run.config.views.num_channels)
     image_features = _features_on_cpu(run, images)
     arguments = build_arguments(run) | {"formats": formats}
+    reference = {"images": images, "features": image_features}
+    if "open_clip" in formats:
+        arguments["texts"] = open_clip_folder.reference_texts(run)
+        reference["embeddings"] = open_clip_folder.embed(run, images, arguments["texts"])
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    save_file({"images": images, "features": image_features}, folder / REFERENCE_FILE)
+    save_file(reference, folder / REFERENCE_FILE)
     arguments["sha256"] = durable_files.sha256(folder / WEIGHTS)
     export_formats.write_files(run, folder, formats, arguments, images)
     onnx_section = (

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_pretrain.eval.exporting import onnx, timm_config, transformers_folder
+from ssl_pretrain.eval.exporting import (
+    onnx,
+    open_clip_folder,
+    open_clip_limits,
+    timm_config,
+    transformers_folder,
+)
 from ssl_pretrain.eval.exporting.reference import ARGUMENTS_FILE, REFERENCE_FILE, WEIGHTS
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.eval.runs import Run, on_cpu
@@ -23,6 +29,7 @@ DESCRIPTIONS = {
     "torch_export": "a program for torch.export.load, which needs no other package",
     "torchvision": "the weights in torchvision's ResNet of the same name",
     "onnx": "models for ONNX Runtime in 32 and 8 bits",
+    "open_clip": 'both towers of clip or siglip, for open_clip.create_model("local-dir:OUT")',
 }
 DEFAULT_FORMATS = ("timm", "transformers", "torchhub")
 PROGRAM_FILE = "model.pt2"
@@ -33,6 +40,7 @@ WRITTEN_NAMES = (
     *(WEIGHTS, ARGUMENTS_FILE, REFERENCE_FILE, "README.md"),
     *(PREPROCESSING_FILE, HUB_FILE, PROGRAM_FILE, timm_config.FILE),
     *(onnx.FLOAT_MODEL, onnx.INT8_MODEL, transformers_folder.FOLDER_NAME),
+    *(open_clip_folder.CONFIG_FILE, open_clip_folder.WEIGHTS_FILE),
 )
 
 
@@ -65,6 +73,9 @@ def find_problem(run: Run, name: str) -> str:
     """Return why a format is not possible for a run, with a remedy, or an empty string."""
     if name == "onnx":
         return _find_missing_package(onnx.PACKAGES, "onnx")
+    if name == "open_clip":
+        problem = _find_missing_package(("open_clip",), "text")
+        return problem or open_clip_limits.find_problem(run)
     if name == "torch_export":
         return ""
     if name == "torchvision":
@@ -149,6 +160,8 @@ def write_files(
         arguments["transformers_features"] = transformers_folder.write(
             folder / transformers_folder.FOLDER_NAME, model, arguments["input"]
         )
+    if "open_clip" in formats:
+        open_clip_folder.write(run, folder, arguments["input"])
     if "torch_export" in formats:
         write_program(run, folder / PROGRAM_FILE, images)
 

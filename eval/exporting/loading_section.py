@@ -16,6 +16,7 @@ LIBRARIES = {
     "torch_export": "torch.export",
     "torchvision": "torchvision",
     "onnx": "ONNX Runtime",
+    "open_clip": "open_clip, which has both towers",
 }
 
 
@@ -40,6 +41,8 @@ def render(arguments: dict[str, Any]) -> str:
         sections += [f"With {LIBRARIES[name]}:", _code_block(_code(name, arguments))]
         if name == "transformers":
             sections.append(_processor_note(arguments))
+        if name == "open_clip":
+            sections.append(_open_clip_note(arguments))
     sections += [
         f"The transform without other packages is in `{PREPROCESSING_FILE}`:",
         _code_block(
@@ -89,6 +92,17 @@ def _code(name: str, arguments: dict[str, Any]) -> str:
             "backbone.fc = torch.nn.Identity()\n"
             f'backbone.load_state_dict(load_file("{FOLDER}/{WEIGHTS}"))\nbackbone.eval()'
         )
+    if name == "open_clip":
+        return (
+            "import open_clip\nfrom PIL import Image\n\n"
+            f'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{FOLDER}")\n'
+            f'tokenizer = open_clip.get_tokenizer("local-dir:{FOLDER}")\n'
+            "model.eval()\n"
+            'image = preprocess(Image.open("photo.jpg"))[None]\n'
+            "image_vectors = model.encode_image(image, normalize=True)\n"
+            'text_vectors = model.encode_text(tokenizer(["a photo of a dog."]), normalize=True)\n'
+            "cosines = image_vectors @ text_vectors.T"
+        )
     return (
         "import onnxruntime\n\n"
         f'session = onnxruntime.InferenceSession("{FOLDER}/{onnx.FLOAT_MODEL}")\n'
@@ -111,6 +125,23 @@ def _processor_note(arguments: dict[str, Any]) -> str:
     return f"Use the transform of `{PREPROCESSING_FILE}`. transformers has none: {problem}."
 
 
+def _open_clip_note(arguments: dict[str, Any]) -> str:
+    """Return a sentence if open_clip's transform differs from that of the evaluations."""
+    view, problems = arguments["input"], []
+    if view["crop_ratio"] != 1:
+        problems.append(
+            f"crops nothing of a square image (evaluation.crop_ratio was {view['crop_ratio']:g})"
+        )
+    if view["range"]:
+        problems.append("knows no range of values (data.range)")
+    if not problems:
+        return ""
+    return (
+        f"Use the transform of `{PREPROCESSING_FILE}` for the views of this project's evaluations."
+        f" open_clip's {' and '.join(problems)}."
+    )
+
+
 def _measurements(arguments: dict[str, Any]) -> str:
     """Return the table of differences that were measured after a reload in another process."""
     if not arguments["reloads"]:
@@ -130,6 +161,11 @@ def _measurements(arguments: dict[str, Any]) -> str:
         f" library's own transform from `{PREPROCESSING_FILE}`, on one synthetic image, in levels"
         " of 255: most libraries resize with another rounding, and may crop one pixel beside."
     )
+    if "open_clip" in arguments["reloads"]:
+        notes += (
+            " For open_clip, it is that of the embeddings of these images and of"
+            f" {len(arguments['texts'])} texts, one of which is too long."
+        )
     return f"{table}\n\n{notes}"
 
 

@@ -49,11 +49,11 @@ def _front_matter(arguments: dict[str, Any]) -> str:
         tags.append(arguments["method"])
     tags += [name for name in ("timm", "transformers", "onnx") if name in formats]
     is_for_timm = bool(formats & {"timm", "timm_wrapper"})
-    values = {
-        "library_name": "timm" if is_for_timm else "pytorch",
-        "pipeline_tag": "image-feature-extraction",
-        "tags": tags,
-    }
+    library, task = "timm" if is_for_timm else "pytorch", "image-feature-extraction"
+    if "open_clip" in formats:
+        library, task = "open_clip", "zero-shot-image-classification"
+        tags.append(task)
+    values = {"library_name": library, "pipeline_tag": task, "tags": tags}
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n\n"
 
 
@@ -67,10 +67,13 @@ def _description(run: Run, arguments: dict[str, Any], is_published: bool) -> str
         else f"Resize the image to cover {covered[0]} x {covered[1]} pixels"
     )
     center = "square" if height == width else f"{height} x {width}"
-    origin = (
-        f"Backbone of the {arguments['network']} at step {arguments['step']:,}, pretrained with"
-        f" {arguments['method']} on {source}. The projector is not included."
+    trained = (
+        f"of the {arguments['network']} at step {arguments['step']:,}, pretrained with"
+        f" {arguments['method']} on {source}."
     )
+    origin = f"Backbone {trained} The projector is not included."
+    if configuration.pairs_images_with_texts(run.config):
+        origin = _describe_towers(run, arguments, trained)
     if is_published:
         origin = "Weights that were not trained by this project. Their classifier is not included."
     return (
@@ -79,6 +82,22 @@ def _description(run: Run, arguments: dict[str, Any], is_published: bool) -> str
         f" ({view['interpolation']}), crop the central"
         f" {center}, subtract {view['mean']} from pixels in [0, 1], and divide by {view['std']}.\n"
         f"Output: features (n, {arguments['facts']['feature_dim']})."
+    )
+
+
+def _describe_towers(run: Run, arguments: dict[str, Any], trained: str) -> str:
+    """Return which of the towers of a method of images and texts the export has."""
+    if "open_clip" not in arguments["formats"]:
+        return (
+            f"Backbone of the image tower {trained} The text tower and the projections are not"
+            " included. `--format open_clip` exports them."
+        )
+    method: Any = run.config.method
+    return (
+        f"Image tower and text tower {trained} open_clip loads both, and maps images and"
+        f" texts of at most {run.config.text.length} tokens to vectors of {method.dim} numbers in"
+        " the same space. All other formats have the backbone of the image tower alone, without its"
+        " projection."
     )
 
 

@@ -128,6 +128,24 @@ def load_onnx(folder: Path, images: np.ndarray, sample: Any) -> Outputs:
     return session.run(None, {"images": images})[0], None, ("onnxruntime",)
 
 
+def load_open_clip(folder: Path, images: np.ndarray, sample: Any) -> Outputs:
+    """Load the folder with open_clip, and embed the reference images and then the texts."""
+    import open_clip
+    import torch
+
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    model.eval()
+    texts = json.loads((folder / "timm.json").read_text(encoding="utf-8"))["texts"]
+    view = None if sample is None else preprocess(sample).numpy()
+    with torch.no_grad():
+        image_vectors = model.encode_image(torch.from_numpy(images), normalize=True)
+        text_vectors = model.encode_text(tokenizer(texts), normalize=True)
+    vectors = torch.cat([image_vectors, text_vectors]).numpy()
+    return vectors, view, ("open_clip_torch", "timm", "torch")
+
+
 LOADERS: dict[str, Callable[[Path, np.ndarray, Any], Outputs]] = {
     "timm": load_timm,
     "timm_wrapper": load_timm_wrapper,
@@ -136,6 +154,7 @@ LOADERS: dict[str, Callable[[Path, np.ndarray, Any], Outputs]] = {
     "torchvision": load_torchvision,
     "torch_export": load_torch_export,
     "onnx": load_onnx,
+    "open_clip": load_open_clip,
 }
 
 
@@ -151,12 +170,13 @@ def main(name: str, folder: Path) -> None:
         tensors = load_file(sample_file)
         sample, expected_view = Image.fromarray(tensors["pixels"]), tensors["view"]
     features, view, packages = LOADERS[name](folder, reference["images"], sample)
-    if features.shape != reference["features"].shape:
-        shapes = f"{features.shape}, not {reference['features'].shape}"
+    expected = reference["embeddings" if name == "open_clip" else "features"]
+    if features.shape != expected.shape:
+        shapes = f"{features.shape}, not {expected.shape}"
         raise ValueError(f"the features have the shape {shapes}")
     result = {
-        "difference": float(np.abs(features - reference["features"]).max()),
-        "largest": float(np.abs(reference["features"]).max()),
+        "difference": float(np.abs(features - expected).max()),
+        "largest": float(np.abs(expected).max()),
         "views": None if view is None else float(np.abs(view - expected_view).max()),
         "versions": {package: importlib.metadata.version(package) for package in packages},
     }

@@ -16,7 +16,12 @@ from ssl_pretrain.config.loading import (
     to_yaml,
     without_method,
 )
-from ssl_pretrain.config.method_assembly import assemble_method, text_lengths, text_settings
+from ssl_pretrain.config.method_assembly import (
+    assemble_method,
+    pairs_images_with_texts,
+    text_lengths,
+    text_settings,
+)
 from ssl_pretrain.config.resume_policy import check_resume_config
 from ssl_pretrain.config.run_config import EvaluationConfig, LaunchConfig, PlanConfig, RunConfig
 from ssl_pretrain.schema.config_file import ConfigError, read_yaml
@@ -41,6 +46,7 @@ __all__ = [
     "explain_key",
     "from_dict",
     "load",
+    "pairs_images_with_texts",
     "read_yaml",
     "text_lengths",
     "text_settings",

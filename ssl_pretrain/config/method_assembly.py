@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ssl_pretrain.config.run_config import RunConfig
 from ssl_pretrain.methods.base import Method, TextMethodConfig
+from ssl_pretrain.methods.image_text_pairs import ImageTextConfig
 from ssl_pretrain.models import text_encoders
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.text_encoders import TextEncoder, TextEncoderConfig
@@ -36,6 +37,11 @@ def assemble_method(
 def text_settings(config: RunConfig) -> TextConfig | None:
     """Return how texts are made, or None if the method takes none."""
     return config.text if isinstance(config.method, TextMethodConfig) else None
+
+
+def pairs_images_with_texts(config: RunConfig) -> bool:
+    """Return True if the method has an image tower and a text tower, such as CLIP."""
+    return isinstance(config.method, ImageTextConfig)
 
 
 def text_lengths(config: RunConfig, method: Method) -> list[int]:
