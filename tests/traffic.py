@@ -38,8 +38,9 @@ KINDS = {
 class Traffic(TorchDispatchMode):
     """Count the collectives, and the bytes that each rank of a ring sends, by kind.
 
-    A rank sends a tensor to its neighbor whole. With W ranks in its group, a gather or a reduce-scatter sends W - 1 shards and an all-reduce
-    twice as many. A shard is what one rank contributes to a gather, or receives from a reduction.
+    With W ranks in its group, a gather or a reduce-scatter sends W - 1 shards and an all-reduce
+    twice as many. A shard is what one rank contributes to a gather, or receives from a reduction. A
+    rank sends a whole tensor to its neighbor.
     """
 
     def __init__(self) -> None:

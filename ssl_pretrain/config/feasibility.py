@@ -8,6 +8,7 @@ from ssl_pretrain import schema
 from ssl_pretrain.config.method_assembly import assemble_method, text_lengths
 from ssl_pretrain.config.run_config import RunConfig
 from ssl_pretrain.data import order, sources
+from ssl_pretrain.data.config import TEXT_SOURCES
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones, image_size_check, text_encoders, timm_networks
 from ssl_pretrain.monitoring import log_config
@@ -32,6 +33,7 @@ def check(config: RunConfig, world_size: int) -> None:
         recipe.check_batch(config.views, config.global_batch_size)
         text_recipe.check(config.text)
         sources.check(config.data)
+        _check_has_images(config)
         execution.bn_group_images(config.parallel, config.global_batch_size)
         execution.check(config.parallel)
         optim.check(config.optim)
@@ -47,6 +49,14 @@ def check(config: RunConfig, world_size: int) -> None:
         _check_micro_batch(config, world_size)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _check_has_images(config: RunConfig) -> None:
+    if config.data.source in TEXT_SOURCES:
+        raise ConfigError(
+            f"data.source: {config.data.source} has texts and no images, and method "
+            f"{config.method.name} takes images; give a source of images"
+        )
 
 
 def _check_micro_batch(config: RunConfig, world_size: int) -> None:
