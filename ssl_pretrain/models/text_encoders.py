@@ -142,8 +142,24 @@ def build(config: TextEncoderConfig, vocabulary_size: int, length: int) -> TextE
         return TextEncoder(model, config.width, pool)
     optional_packages.require("text_encoder.name", "transformers", "text")
     network = _build_transformers(config, vocabulary_size, length)
+    _check_fit(config.name, network.config, vocabulary_size, length)
     pool = "first" if config.pool == "auto" else config.pool
     return TextEncoder(_HuggingFaceEncoder(network), network.config.hidden_size, pool)
+
+
+def _check_fit(name: str, model_config: Any, vocabulary_size: int, length: int) -> None:
+    """Raise ValueError if a network of transformers has too few positions or tokens."""
+    num_positions = getattr(model_config, "max_position_embeddings", None) or length
+    if length > num_positions:
+        raise ValueError(
+            f"text.length: {length} tokens are more than the {num_positions} of "
+            f"text_encoder.name {name}; give at most {num_positions}"
+        )
+    if vocabulary_size > model_config.vocab_size:
+        raise ValueError(
+            f"text.tokenizer: it has {vocabulary_size:,} tokens, and text_encoder.name {name} "
+            f"knows {model_config.vocab_size:,}; set text.tokenizer to {name}"
+        )
 
 
 def build_on_meta(config: TextEncoderConfig, vocabulary_size: int, length: int) -> TextEncoder:
