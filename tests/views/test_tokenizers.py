@@ -28,7 +28,7 @@ def test_a_text_begins_and_ends_with_tokens_of_its_own(clip_tokenizer):
         2368,
         END,
         0,
-    ]  # as CLIP's own code has it
+    ]
     assert ids[1].tolist() == [START, END, *[0] * 6]
     assert valid.tolist() == [[True] * 7 + [False], [True] * 2 + [False] * 6]
     assert ids.dtype == np.int32
@@ -54,11 +54,11 @@ def test_the_vocabulary_is_that_of_the_tokenizer(clip_tokenizer):
     assert tokenizers.vocabulary_size(TextConfig()) == clip_tokenizer._tokenizer.vocab_size
 
 
-def save_word_pieces(folder, **special):
+def save_word_pieces(folder):
     transformers = pytest.importorskip("transformers")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat", "dog", "##s"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat", "dog", "##s", "[MASK]"]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    transformers.BertTokenizer(str(folder / "vocab.txt"), **special).save_pretrained(folder)
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     return str(folder)
 
 
@@ -68,7 +68,7 @@ def test_a_tokenizer_of_transformers_is_read_from_its_folder(tmp_path):
     ids, valid = tokenizer(["a cats", "dog dog dog dog dog dog"])
     assert ids.tolist() == [[2, 4, 5, 7, 3, 0], [2, 6, 6, 6, 6, 3]]
     assert valid.tolist() == [[True] * 5 + [False], [True] * 6]
-    assert tokenizers.vocabulary_size(config) == 8
+    assert tokenizers.vocabulary_size(config) == 9
 
 
 def test_a_tokenizer_that_does_not_exist_is_refused(tmp_path):
