@@ -20,7 +20,11 @@ from torch import Tensor
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.eval import command_line, pair_retrieval, results
 from ssl_pretrain.eval.frozen import towers
-from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, open_images
+from ssl_pretrain.eval.frozen.evaluation_split import (
+    EvaluationSplit,
+    UnlabeledError,
+    open_images,
+)
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import POSITIVE_INT
 
@@ -60,7 +64,7 @@ def evaluate(run: Run, captions_per_image: int = 5) -> dict[str, Any]:
     towers.check_method(run, "the retrieval of captions")
     source = open_images(run, "val")
     if not source.num_texts:
-        raise ValueError(
+        raise UnlabeledError(
             f"data.val: {source.full_path} has no captions; give shards with .txt or .json, or a "
             "table with data.caption_column"
         )

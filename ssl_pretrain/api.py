@@ -104,7 +104,7 @@ class Run:
 
         Args:
             name: "knn", "linear", "attentive", "fewshot", "semi", "finetune", "retrieval",
-                "robustness", "segmentation" or "spectrum".
+                "robustness", "segmentation", "spectrum", "zeroshot" or "captions".
             settings: Settings of that evaluation, such as `k=20` of "knn".
 
         Returns:

@@ -273,7 +273,8 @@ COMMANDS = {
     ),
     "pretrain my.yaml evaluation.at_end=[knnn]": (
         "error: evaluation.at_end: 'knnn' is not an evaluation; choose among: knn, linear, "
-        "attentive, spectrum, retrieval, robustness, semi, finetune, export, report"
+        "attentive, spectrum, retrieval, robustness, semi, finetune, zeroshot, captions, export, "
+        "report"
     ),
     "plan my.yaml plan.gpu=H900": (
         "error: my.yaml: plan.gpu: 'H900' is not known; choose one of: '', H100, H200, A100, L40S"
@@ -296,7 +297,7 @@ COMMANDS = {
     ),
     "knn runs/mine k=5": (
         "ssl_pretrain.eval.knn: 'k=5': an evaluation only accepts key=value settings of data, "
-        "evaluation, log.bands and parallel.precision, such as data.root=/new/place"
+        "evaluation, text.templates, log.bands and parallel.precision, such as data.root=/new/place"
     ),
     "report photos": (
         "ssl_pretrain.eval.report: photos: no checkpoint found (looked for "
@@ -579,7 +580,7 @@ CALLS = {
     'Run("runs/mine").evaluate("knnn")': (
         lambda: ssl_pretrain.Run("runs/mine").evaluate("knnn"),
         "evaluate: 'knnn' is not an evaluation; choose one of: knn, linear, attentive, fewshot, "
-        "semi, finetune, retrieval, robustness, segmentation, spectrum",
+        "semi, finetune, retrieval, robustness, segmentation, spectrum, zeroshot, captions",
     ),
 }
 

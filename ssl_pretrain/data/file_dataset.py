@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from ssl_pretrain.data.captions import PackedCaptions
+from ssl_pretrain.data.caption_texts import PackedCaptions
 from ssl_pretrain.data.file_lists import FileList, read_list
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES
 from ssl_pretrain.data.folder_tree import DiskFolder, FolderTree, Location, ZipFolder, open_tree

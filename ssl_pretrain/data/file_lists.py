@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_pretrain.data.captions import NO_CAPTIONS
+from ssl_pretrain.data.caption_texts import NO_CAPTIONS
 from ssl_pretrain.data.file_types import is_image
 from ssl_pretrain.data.listing import Listing, list_folder, pack_paths
 from ssl_pretrain.data.table_parsing import (

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ssl_pretrain.data.captions import PackedCaptions, clean_captions
+from ssl_pretrain.data.caption_texts import PackedCaptions, clean_captions
 from ssl_pretrain.data.images import (
     MAX_BYTES,
     ImageHeader,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ssl_pretrain.data.captions import CAPTION_COLUMNS, NO_CAPTIONS, are_captions
+from ssl_pretrain.data.caption_texts import CAPTION_COLUMNS, NO_CAPTIONS, are_captions
 from ssl_pretrain.data.formats.table_columns import IMAGE_COLUMNS, LABEL_COLUMNS
 from ssl_pretrain.data.image_values import ALLOWED_IMAGES
 

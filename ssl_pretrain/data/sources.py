@@ -32,7 +32,7 @@ from ssl_pretrain import rng
 from ssl_pretrain.data import python_objects
 from ssl_pretrain.data.beton import beton_file
 from ssl_pretrain.data.beton.beton_source import Beton
-from ssl_pretrain.data.captions import NO_CAPTIONS
+from ssl_pretrain.data.caption_texts import NO_CAPTIONS
 from ssl_pretrain.data.config import DataConfig, check, pixel_format
 from ssl_pretrain.data.file_dataset import FileDataSet, SplitName
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES

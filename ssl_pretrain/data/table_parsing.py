@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
-from ssl_pretrain.data.captions import CAPTION_COLUMNS, NO_CAPTIONS, clean_captions
+from ssl_pretrain.data.caption_texts import CAPTION_COLUMNS, NO_CAPTIONS, clean_captions
 from ssl_pretrain.data.file_types import is_image
 from ssl_pretrain.data.split_search import split_of
 

@@ -10,7 +10,7 @@ from PIL import Image
 from reading import error_of, texts_of
 from torch.utils.data import Dataset
 
-from ssl_pretrain.data.captions import PackedCaptions, clean_captions
+from ssl_pretrain.data.caption_texts import PackedCaptions, clean_captions
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.python_objects import open_object
 from ssl_pretrain.data.sources import DataConfig, open_source

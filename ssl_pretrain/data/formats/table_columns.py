@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ssl_pretrain.data.captions import CAPTION_COLUMNS, NO_CAPTIONS
+from ssl_pretrain.data.caption_texts import CAPTION_COLUMNS, NO_CAPTIONS
 from ssl_pretrain.data.formats.array_choice import NO_LABELS
 from ssl_pretrain.data.messages import abbreviate
 

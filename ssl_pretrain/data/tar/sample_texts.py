@@ -5,7 +5,7 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from ssl_pretrain.data.captions import clean_captions
+from ssl_pretrain.data.caption_texts import clean_captions
 from ssl_pretrain.data.tar.tar_members import Member, WindowReader
 
 _MAX_TEXT_BYTES = 1 << 20  # largest label or JSON that is read
