@@ -124,9 +124,11 @@ def main() -> None:
             if our_peak and their_peak:
                 memory_ratios.append(their_peak / our_peak)
                 time_ratios.append(seconds[theirs] / seconds[ours])
+    # NaN if open_clip does not fit for any size.
+    nan = float("nan")
     print(
-        f"ratios: memory_vs_open_clip={min(memory_ratios):.1f} "
-        f"time_vs_open_clip={min(time_ratios):.2f}"
+        f"ratios: memory_vs_open_clip={min(memory_ratios, default=nan):.1f} "
+        f"time_vs_open_clip={min(time_ratios, default=nan):.2f}"
     )
 
 
