@@ -1,9 +1,10 @@
 """Retrieve captions by images and images by captions.
 
-Every test image ranks all captions of the test images by cosine similarity, and every caption ranks
-all images. recall@k is the share of queries with a correct item among the first k. An image may
-have several captions, of which the nearest one counts. The result is printed and saved to
-RUN/eval/captions.json.
+Every test image ranks the captions of all test images by cosine similarity, and every caption ranks
+all images. recall@k is the share of queries with a correct item among the first k, and MRR is the
+mean of 1 / rank of the first correct item. An image may have several captions, of which the nearest
+one counts. Images that share a caption word for word are correct answers for each other's captions.
+The result is printed and saved to RUN/eval/captions.json.
 
     python -m ssl_pretrain.eval.captions runs/clip_composites
     # a test set in other shards
@@ -17,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.eval import command_line, pair_retrieval, results
 from ssl_pretrain.eval.frozen import towers
 from ssl_pretrain.eval.frozen.evaluation_split import (
     EvaluationSplit,
     UnlabeledError,
-    open_images,
+    open_split,
 )
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import POSITIVE_INT
@@ -62,37 +64,44 @@ def evaluate(run: Run, captions_per_image: int = 5) -> dict[str, Any]:
     """
     start = time.monotonic()
     towers.check_method(run, "the retrieval of captions")
-    source = open_images(run, "val")
-    if not source.num_texts:
-        raise UnlabeledError(
-            f"data.val: {source.full_path} has no captions; give shards with .txt or .json, or a "
-            "table with data.caption_column"
-        )
+    source = open_split(run, "val")
     indices, captions, image_of_text = _collect_captions(source, captions_per_image)
+    groups = _group_images(captions, image_of_text)
     split, rows = EvaluationSplit(run, source, indices), []
     for name in ("random, as built", "pretrained"):
-        both = towers.build_towers(run, is_pretrained=name == "pretrained")
-        images, texts = both.embed_images(split), both.embed_texts(captions)
-        rows.append(results.Row(name, *_score(images, texts, image_of_text)))
+        run_towers = towers.build_towers(run, is_pretrained=name == "pretrained")
+        images, texts = run_towers.embed_images(split), run_towers.embed_texts(captions)
+        rows.append(results.Row(name, *_score(images, texts, groups, groups[image_of_text])))
         results.print_progress(rows[-1].summary())
     num_missing = len(source) - len(indices)
-    missing = f"; {num_missing:,} images without a caption are left out" if num_missing else ""
+    missing = f"; {num_missing:,} images have no readable caption" if num_missing else ""
     protocol = {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name};"
         f" text tower {run.config.text_encoder.name}",
         "precision": run.describe_precision(),
         "pairs": f"{len(indices):,} test images and {len(captions):,} captions, at most"
         f" {captions_per_image} per image{missing}",
-        "ranking": "cosine similarity; ties count against the query",
-        "chance": f"recall@1 {100 / len(indices):.2f} % from texts to images",
+        "ranking": "cosine similarity; ties count against the query; images that share a caption"
+        f" word for word count as one ({len(set(groups.tolist())):,} are different)",
         "deviation": "standard error over the queries",
     }
     seconds = time.monotonic() - start
     return results.save(run.path, "captions", protocol, rows, run.provenance(), seconds, "%")
 
 
-def _collect_captions(source: Any, captions_per_image: int) -> tuple[np.ndarray, list[str], Tensor]:
-    """Return the indices of images with captions, all captions, and the image of each."""
+def _collect_captions(
+    source: Source, captions_per_image: int
+) -> tuple[np.ndarray, list[str], Tensor]:
+    """Return the indices of images with captions, all captions, and the image of each.
+
+    Raises:
+        UnlabeledError: If no image has a caption.
+    """
+    if not source.num_texts:
+        raise UnlabeledError(
+            f"data.val: {source.full_path} has no captions; give shards with .txt or .json, or a "
+            "table with data.caption_column"
+        )
     indices: list[int] = []
     captions: list[str] = []
     image_of_text: list[int] = []
@@ -107,18 +116,41 @@ def _collect_captions(source: Any, captions_per_image: int) -> tuple[np.ndarray,
             captions += own
             indices.append(index)
     if not indices:
-        raise ValueError(f"data.val: no image of {source.full_path} has a caption; check the data")
+        raise UnlabeledError(
+            f"data.val: no image of {source.full_path} has a caption; check the data"
+        )
     return np.array(indices), captions, torch.tensor(image_of_text)
 
 
+def _group_images(captions: list[str], image_of_text: Tensor) -> Tensor:
+    """Return a group per image. Images that share a caption word for word are in one group."""
+    group_of_image = list(range(int(image_of_text.max()) + 1))
+
+    def find_root(image: int) -> int:
+        while group_of_image[image] != image:
+            image = group_of_image[image]
+        return image
+
+    first_image: dict[str, int] = {}
+    for caption, image in zip(captions, image_of_text.tolist()):
+        group_of_image[find_root(image)] = find_root(first_image.setdefault(caption, image))
+    return torch.tensor([find_root(image) for image in group_of_image])
+
+
 def _score(
-    images: Tensor, texts: Tensor, image_of_text: Tensor
+    images: Tensor, texts: Tensor, image_groups: Tensor, text_groups: Tensor
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the scores and the standard errors of both directions, by column."""
-    both = pair_retrieval.score_both_directions(images, texts, image_of_text.to(images.device))
     values: dict[str, float] = {}
     errors: dict[str, float] = {}
-    for direction, scores in zip(("image to text", "text to image"), both):
+    image_groups, text_groups = image_groups.to(images.device), text_groups.to(images.device)
+    for direction, queries, groups, candidates, candidate_groups in (
+        ("image to text", images, image_groups, texts, text_groups),
+        ("text to image", texts, text_groups, images, image_groups),
+    ):
+        similarities = pair_retrieval.cosine_block(queries, candidates)
+        ranks = pair_retrieval.find_ranks(similarities, groups, candidate_groups)
+        scores = pair_retrieval.score_ranks(ranks, groups)
         values |= {f"{direction}, {name}": value for name, value in scores.values.items()}
         errors |= {f"{direction}, {name}": e for name, e in scores.standard_errors.items()}
     return values, errors

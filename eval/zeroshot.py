@@ -2,16 +2,17 @@
 
 The name of each class is put into the templates (text.templates) and embedded by the text tower.
 An image belongs to the class whose embedding, the mean over the templates, is most similar to its
-own, as in CLIP (Radford et al., ICML 2021, arXiv:2103.00020). The row "raw pixels" is a k-NN
-classifier that knows the labels of the training images, and "random, as built" has the networks'
-initial weights. The result is printed and saved to RUN/eval/zeroshot.json.
+own, as in CLIP (Radford et al., ICML 2021, arXiv:2103.00020). The names are those of the folders or
+of the data set. The row "raw pixels" is a k-NN classifier that knows the labels of the training
+images, and "random, as built" has random weights. The result is printed and saved to
+RUN/eval/zeroshot.json.
 
     python -m ssl_pretrain.eval.zeroshot runs/clip_composites
     # other images and other sentences
-    python -m ssl_pretrain.eval.zeroshot runs/clip data.root=/data/imagenet \
-        "text.templates=[a photo of a {}.,a drawing of a {}.]"
+    python -m ssl_pretrain.eval.zeroshot runs/clip data.root=/data/birds \
+        'text.templates=["a photo of a {}.","a drawing of a {}."]'
     # each rank embeds its share of the images
-    torchrun --nproc-per-node 8 -m ssl_pretrain.eval.zeroshot runs/clip data.root=/data/imagenet
+    torchrun --nproc-per-node 8 -m ssl_pretrain.eval.zeroshot runs/clip data.root=/data/birds
 """
 
 import math
@@ -70,7 +71,8 @@ def evaluate(run: Run, rows: Sequence[str] = features.ROWS) -> dict[str, Any]:
     for row in table:
         results.print_progress(row.summary())
     templates = run.config.text.templates
-    protocol = describe_splits(run, train, test, has_random_row="random" in rows) | {
+    protocol = describe_splits(run, train, test, has_random_row=False) | {
+        "random": "random weights from the run's seed, in both towers",
         "feature": "embedding of the image tower and its projection",
         "text tower": f"{run.config.text_encoder.name}, tokenizer {run.config.text.tokenizer}",
         "classes": f"the mean embedding over {len(templates)} templates per class, such as"
@@ -85,30 +87,28 @@ def evaluate(run: Run, rows: Sequence[str] = features.ROWS) -> dict[str, Any]:
 
 
 def _measure(run: Run, test: EvaluationSplit, name: str, is_pretrained: bool) -> results.Row:
-    both = towers.build_towers(run, is_pretrained)
-    similarities = both.embed_images(test) @ both.embed_classes(test.classes).T
-    labels = test.labels
-    return results.Row(name, zero_shot_metrics(similarities, labels))
+    run_towers = towers.build_towers(run, is_pretrained)
+    similarities = run_towers.embed_images(test) @ run_towers.embed_classes(test.classes).T
+    return results.Row(name, zero_shot_metrics(similarities, torch.from_numpy(test.labels)))
 
 
-def zero_shot_metrics(similarities: Tensor, labels: Any) -> dict[str, float]:
+def zero_shot_metrics(similarities: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the top-1 and top-5 accuracy, and the standard error of top-1, in percent.
 
     Ties count against the image: its class must be more similar than the k-th other class.
 
     Args:
         similarities: Similarity of each image to each class, (n, num_classes).
-        labels: Class of each image, integers (n,).
+        labels: Class of each image, int64 (n,).
     """
-    targets = torch.as_tensor(labels, device=similarities.device)
-    own = similarities.gather(1, targets[:, None])
+    own = similarities.gather(1, labels.to(similarities.device)[:, None])
     num_better = (similarities >= own).sum(1) - 1  # the class itself is counted once
     metrics = {
         f"top-{k}": 100 * (num_better < k).double().mean().item()
         for k in CUTOFFS
         if k < similarities.shape[1]
     }
-    return metrics | {"standard error": standard_error(metrics["top-1"], len(targets))}
+    return metrics | {"standard error": standard_error(metrics["top-1"], len(labels))}
 
 
 def standard_error(accuracy: float, num_images: int) -> float:

@@ -17,6 +17,7 @@ EVALUATIONS = (
     *("knn", "linear", "attentive", "spectrum", "retrieval", "robustness"),
     *("semi", "finetune", "zeroshot", "captions", "export", "report"),
 )
+WITH_TEXTS = ("zeroshot", "captions")  # depend on the section `text` as well
 HELD_FOLDER = ".held"  # folder in RUN/eval with links to the checkpoints that are being evaluated
 
 
@@ -55,7 +56,8 @@ def run_final_evaluations(
     statuses: dict[str, int] = {}
     for name in config.evaluation.at_end:
         arguments = evaluation_args.get(name, [])
-        settings = {key: values[key] for key in ("data", "evaluation")} | {"arguments": arguments}
+        sections = ["data", "evaluation", *(["text"] if name in WITH_TEXTS else [])]
+        settings = {key: values[key] for key in sections} | {"arguments": arguments}
         settings_text, done_file = json.dumps(settings, indent=1), folder / f".{name}.done"
         is_done = done_file.is_file() and done_file.read_text() == settings_text
         if is_done and not (name == "report" and 0 in statuses.values()):

@@ -148,17 +148,12 @@ def labeled_splits(
 def open_labeled_source(run: Run, split: Literal["train", "val"], purpose: str) -> Source:
     """Open the labeled images of a split.
 
-    Images without a label are left out and counted in the printed description of the data. One rank
-    per machine lists the files first, and the other ranks read its list.
+    Images without a label are left out and counted in the printed description of the data.
 
     Raises:
         UnlabeledError: If no image has a label, or there is no test split and data.val names none.
     """
-    if process_group.local_rank() == 0:
-        source = _open_split(run, split)
-    collectives.barrier()
-    if process_group.local_rank() != 0:
-        source = _open_split(run, split)
+    source = open_split(run, split)
     if split == "train":
         process_group.print_once(*layout_lines(run.config.data, source), file=sys.stderr)
     labeled = np.flatnonzero(source.labels >= 0)
@@ -168,6 +163,22 @@ def open_labeled_source(run: Run, split: Literal["train", "val"], purpose: str) 
         require_labels(source, purpose)
     except ValueError as error:
         raise UnlabeledError(str(error)) from None
+    return source
+
+
+def open_split(run: Run, split: Literal["train", "val"]) -> Source:
+    """Open the images of a split.
+
+    One rank per machine lists the files first, and the other ranks read its list.
+
+    Raises:
+        UnlabeledError: If there is no test split and data.val names none.
+    """
+    if process_group.local_rank() == 0:
+        source = _open_split(run, split)
+    collectives.barrier()
+    if process_group.local_rank() != 0:
+        source = _open_split(run, split)
     return source
 
 

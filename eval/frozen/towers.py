@@ -1,7 +1,7 @@
 """The image tower and the text tower of a run, with their projections to the shared space."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
-from ssl_pretrain.models import backbones
+from ssl_pretrain.models import backbones, text_encoders
 from ssl_pretrain.views import text_recipe, tokenizers
 
 TEXTS_PER_BATCH = 256
@@ -26,7 +26,7 @@ class Towers:
     Attributes:
         run: The run.
         image_network: Network from normalized views to embeddings (n, dim).
-        text_network: Network from token numbers, and which are valid, to embeddings (n, dim).
+        text_network: Network from token IDs, and which are valid, to embeddings (n, dim).
         tokenize: The run's tokenizer.
     """
 
@@ -38,7 +38,7 @@ class Towers:
     def embed_images(self, split: EvaluationSplit) -> Tensor:
         """Return the embeddings of a split's images, of length 1, the same on every rank."""
         embed = partial(features.extract, self.image_network)
-        return F.normalize(features.embed_split(embed, split)[0], dim=1)
+        return _unit_length(features.embed_split(embed, split)[0], "images")
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -47,7 +47,7 @@ class Towers:
             self._embed_batch(texts[start : start + TEXTS_PER_BATCH])
             for start in range(0, len(texts), TEXTS_PER_BATCH)
         ]
-        return F.normalize(torch.cat(batches), dim=1)
+        return _unit_length(torch.cat(batches), "texts")
 
     def embed_classes(self, class_names: Sequence[str]) -> Tensor:
         """Return one embedding per class, the mean over the templates, of length 1."""
@@ -65,14 +65,29 @@ class Towers:
             return self.text_network(ids, valid).float()
 
 
+def _unit_length(embeddings: Tensor, name: str) -> Tensor:
+    """Return embeddings of length 1.
+
+    Raises:
+        ValueError: If one of them is not finite.
+    """
+    num_bad = int((~embeddings.isfinite().all(dim=1)).sum())
+    if num_bad:
+        raise ValueError(
+            f"{num_bad} of {len(embeddings)} embeddings of the {name} are not finite; evaluate an "
+            "earlier checkpoint"
+        )
+    return F.normalize(embeddings, dim=1)
+
+
 def check_method(run: Run, purpose: str) -> None:
-    """Raise ValueError unless the run's method has a text tower.
+    """Raise ValueError unless the run's method has an image tower and a text tower.
 
     Args:
         run: The run.
         purpose: What the evaluation measures, for the message.
     """
-    if config.text_settings(run.config) is None:
+    if not config.pairs_images_with_texts(run.config):
         raise ValueError(
             f"{run.path}: {purpose} needs a text tower, and method {run.config.method.name} has "
             "none; evaluate a run of clip or siglip"
@@ -84,13 +99,13 @@ def build_towers(run: Run, is_pretrained: bool = True) -> Towers:
 
     Args:
         run: The run, whose method has a text tower.
-        is_pretrained: True for the weights of the checkpoint, False for the initial weights.
+        is_pretrained: True for the weights of the checkpoint, False for random weights from the
+            run's seed, whatever weights the run started with.
     """
     with torch.random.fork_rng(devices=[]):
-        # The same seed as in training, so that the random networks have the run's initial weights.
         torch.manual_seed(rng.derive_seed(run.config.seed, 0, 0))
-        backbone = backbones.build(run.config.backbone, run.view_size)
-        method = config.assemble_method(run.config, backbone)
+        backbone = backbones.build(replace(run.config.backbone, init="random"), run.view_size)
+        method = config.assemble_method(run.config, backbone, text_encoders.build_random)
     if is_pretrained:
         _, tensors = read_checkpoint(run.checkpoint_path)
         backbones.load_strict(method, tensors, str(run.checkpoint_path), exact=True)

@@ -170,7 +170,7 @@ class CropDataset(Dataset[Chunk]):
         """Return the pixels of an image, if it has its texts."""
         try:
             with self._name_image_in_errors(index):
-                if problem := self.text_maker.find_problem(index):
+                if problem := self.text_maker.read_ahead(index):
                     raise UnreadableImage(problem)
                 return self.source.read(index)
         except UnreadableImage:

@@ -96,7 +96,7 @@ class DeviceCache:
 
     def _find_problem(self, index: int) -> str:
         """Return why an image or its text is missing, or an empty string."""
-        return self._unreadable.get(index) or self._text_maker.find_problem(index)
+        return self._unreadable.get(index) or self._text_maker.read_ahead(index)
 
     def close(self) -> None:
         """Free the memory of the images."""

@@ -11,7 +11,7 @@ from ssl_pretrain.views.tokenizers import TokenArrays, Tokenizer
 
 
 class TextMaker:
-    """The texts of a source's items, for the workers.
+    """Chooses and tokenizes the texts of a source's items, in the workers.
 
     A text is a pure function of seed, epoch and item, as a view is. A maker without a configuration
     makes no texts, for methods that take none.
@@ -29,7 +29,7 @@ class TextMaker:
         self.source, self.config, self.seed = source, config, seed
         self.num_texts, self.length = 0, 0
         self._tokenizer: Tokenizer | None = None
-        self._read_ahead: dict[int, list[list[str]]] = {}
+        self._texts_ahead: dict[int, list[list[str]]] = {}
         if config is None:
             return
         _check_source(source, config)
@@ -37,11 +37,13 @@ class TextMaker:
         self.length = config.length
         self._tokenizer = tokenizers.build(config)
 
-    def find_problem(self, index: int) -> str:
-        """Return why an item's texts are missing, or an empty string if they are not.
+    def read_ahead(self, index: int) -> str:
+        """Read an item's texts for the next call of `make`.
 
-        The texts are kept for the next call of `make`, because reading them may be a request to an
-        object store.
+        Reading them may be a request to an object store, so they are kept until then.
+
+        Returns:
+            Why the texts are missing, or an empty string if they are not.
         """
         if self.config is None:
             return ""
@@ -52,7 +54,7 @@ class TextMaker:
         if not all(alternatives):
             missing = "caption" if self.config.captions == "stored" else "class"
             return f"{self.source.name(index)}: it has no {missing}"
-        self._read_ahead[index] = alternatives
+        self._texts_ahead[index] = alternatives
         return ""
 
     def make(
@@ -84,7 +86,7 @@ class TextMaker:
     def _draw(self, shown_index: int, epoch: int, index: int) -> list[str]:
         """Return one of the alternatives of each text of an item."""
         texts = []
-        alternatives_by_slot = self._read_ahead.pop(shown_index, None) or self._read(shown_index)
+        alternatives_by_slot = self._texts_ahead.pop(shown_index, None) or self._read(shown_index)
         for slot, alternatives in enumerate(alternatives_by_slot):
             number = rng.uniform(self.seed, epoch, index, slot, rng.Purpose.CAPTION, 1)[0, 0]
             texts.append(alternatives[int(number * len(alternatives))])

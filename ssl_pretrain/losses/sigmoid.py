@@ -1,6 +1,6 @@
 """Sigmoid loss of image-text pairs over the global batch, as a ring of ranks.
 
-The texts travel from rank to rank, so no rank ever holds more texts than its own batch.
+The text embeddings travel from rank to rank, so no rank ever holds those of the whole batch.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from ssl_pretrain.losses.half_precision import ScaledRows, half_rows
 from ssl_pretrain.losses.logit_tiles import iterate_scaled_logits
 from ssl_pretrain.losses.similarity import inverse_lengths, normalization_gradient, upcast
 
-# Logits above it are their own softplus, to the precision of float64. The default is 20.
+# In float64, softplus(x) equals x above this value. PyTorch's default of 20 suits float32.
 SOFTPLUS_THRESHOLD = 40.0
 
 
@@ -93,8 +93,8 @@ def sigmoid_image_text(
 class _Gradients(NamedTuple):
     """Gradients of the sum of the losses. Those that are not needed are None."""
 
-    images: Tensor | None  # of unit length, times the scale
-    texts: Tensor | None  # of unit length, those that are on this rank now
+    images: Tensor | None  # with respect to the normalized images times the scale
+    texts: Tensor | None  # with respect to the normalized texts that are on this rank now
     bias: Tensor | None
 
 

@@ -1,8 +1,9 @@
 """Log-sum-exps of the logits between two kinds of embeddings, over the rows and over the columns.
 
-Rows are the anchors of this rank and columns are the candidates of all ranks. Each tile of logits
-is computed once for both directions, and once more in the backward pass. Only the candidates are
-gathered. The sums of a column over the anchors of all ranks are added up between the ranks.
+Rows are the anchors of this rank and columns are the candidates of all ranks. A plain tile of
+logits serves both directions, and is computed once more in the backward pass. The fused kernels
+make one pass per direction. Only the candidates are gathered. The sums of a column over the anchors
+of all ranks are added up across ranks.
 """
 
 from functools import partial

@@ -1,7 +1,7 @@
 """CLIP (Radford et al., ICML 2021, arXiv:2103.00020) and LiT (Zhai et al., CVPR 2022).
 
 An image attracts its caption, and the other images and captions of the global batch are negatives,
-in both directions. Initialization, scale and its limit follow mlfoundations/open_clip 3.3.0
+in both directions. Initialization, scale and its limits follow mlfoundations/open_clip 3.3.0
 (model.py, loss.py, train.py). LiT (arXiv:2111.07991) is CLIP with a frozen image tower.
 """
 
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 
 from ssl_pretrain.distributed import collectives
-from ssl_pretrain.losses import contrastive, similarity
+from ssl_pretrain.losses import contrastive
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method
-from ssl_pretrain.methods.image_text_pairs import ImageTextConfig, ImageTextPairs, mean_scale
+from ssl_pretrain.methods.image_text_pairs import ImageTextConfig, ImageTextPairs, shared_logs
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.text_encoders import TextEncoder
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import DIMENSIONLESS, setting
 
 SMALL_CONFIG = {"dim": 64}
-SMALLEST_LOG_SCALE = 0.0  # open_clip limits the scale to 1 from below
+SMALLEST_LOG_SCALE = 0.0  # open_clip keeps the scale at 1 or above
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Config(ImageTextConfig):
 
     name: str = "clip"
     temperature: float = setting(
-        0.07, "Initial divisor of the cosine similarities, which is learned."
+        0.07, "Initial value of the learned divisor of the cosine similarities."
     )
     max_scale: float = setting(
         100.0,
@@ -53,12 +53,7 @@ class CLIP(ImageTextPairs):
         """Return the mean of the cross entropies from images to texts and from texts to images."""
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
         loss = contrastive.image_text(z_a, z_b, embeddings["logit_scale"])
-        logs = {
-            "image_text": loss,
-            "logit_scale": mean_scale(embeddings),
-            "positive_cosine": similarity.mean_cosine(z_a.detach(), z_b.detach()),
-        }
-        return LossOutput(loss, logs)
+        return LossOutput(loss, {"image_text": loss, **shared_logs(embeddings)})
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:

@@ -1,12 +1,13 @@
-"""An image tower and a text tower in one space, as CLIP and SigLIP share them."""
+"""Base class of CLIP and SigLIP: two towers that embed images and texts in one space."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from ssl_pretrain.losses import similarity
 from ssl_pretrain.methods.base import Embeddings, Method, TextMethodConfig
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.text_encoders import TextEncoder
@@ -21,9 +22,18 @@ class ImageTextConfig(TextMethodConfig):
     dim: int = setting(512, "Width of the space that images and texts share.")
     image_tower: Literal["trained", "frozen"] = setting(
         "trained",
-        "trained: train the backbone. frozen: keep its weights and statistics, as in LiT, where it "
-        "was pretrained (backbone.init).",
+        "trained: train the backbone. frozen: keep its weights and batch norm statistics, as in "
+        "LiT. It needs a pretrained network (backbone.init).",
     )
+
+    def check(self, run: Any, world_size: int) -> None:
+        """Raise ValueError if a random image tower would stay random."""
+        if self.image_tower == "frozen" and run.backbone.init == "random":
+            raise ValueError(
+                "method.image_tower: frozen keeps the weights of the backbone, and "
+                "backbone.init=random has nothing to keep; set backbone.init to a run, a file of "
+                "weights or timm:<tag>"
+            )
 
 
 class ImageTextPairs(Method):
@@ -87,6 +97,10 @@ def _projection(width: int, dim: int) -> nn.Linear:
     return layer
 
 
-def mean_scale(embeddings: Embeddings) -> Tensor:
-    """Return the scale of the cosine similarities, for the logs."""
-    return embeddings["logit_scale"].detach().mean()
+def shared_logs(embeddings: Embeddings) -> dict[str, Tensor]:
+    """Return the scale, and the mean cosine similarity of an image and its text."""
+    z_a, z_b = embeddings["z_a"].detach(), embeddings["z_b"].detach()
+    return {
+        "logit_scale": embeddings["logit_scale"].detach().mean(),
+        "positive_cosine": similarity.mean_cosine(z_a, z_b),
+    }

@@ -1,8 +1,8 @@
 """SigLIP (Zhai et al., ICCV 2023, arXiv:2303.15343).
 
 Every pair of an image and a caption is classified by itself: they belong together or not. There is
-no softmax over the batch, so captions travel from rank to rank instead of being gathered.
-Initialization follows google-research/big_vision (models/proj/image_text/two_towers.py).
+no softmax over the batch, so text embeddings travel from rank to rank instead of being gathered.
+The scale and the bias start at the paper's 10 and -10. The projections are those of CLIP.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ssl_pretrain.losses import sigmoid, similarity
+from ssl_pretrain.losses import sigmoid
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method
-from ssl_pretrain.methods.image_text_pairs import ImageTextConfig, ImageTextPairs, mean_scale
+from ssl_pretrain.methods.image_text_pairs import ImageTextConfig, ImageTextPairs, shared_logs
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.text_encoders import TextEncoder
 from ssl_pretrain.schema import DIMENSIONLESS, setting
@@ -27,11 +27,11 @@ class Config(ImageTextConfig):
 
     name: str = "siglip"
     temperature: float = setting(
-        0.1, "Initial divisor of the cosine similarities, which is learned."
+        0.1, "Initial value of the learned divisor of the cosine similarities."
     )
     initial_bias: float = setting(
         -10.0,
-        "Initial bias of the logits, which is learned. Almost all pairs are negative at first.",
+        "Initial value of the learned bias of the logits. Almost all pairs are negative.",
         minimum=-1e3,
         maximum=1e3,
         unit=DIMENSIONLESS,
@@ -59,10 +59,5 @@ class SigLIP(ImageTextPairs):
         loss = sigmoid.sigmoid_image_text(
             z_a, z_b, embeddings["logit_scale"], embeddings["logit_bias"]
         )
-        logs = {
-            "sigmoid": loss,
-            "logit_scale": mean_scale(embeddings),
-            "logit_bias": embeddings["logit_bias"].detach().mean(),
-            "positive_cosine": similarity.mean_cosine(z_a.detach(), z_b.detach()),
-        }
-        return LossOutput(loss, logs)
+        logs = {"sigmoid": loss, "logit_bias": embeddings["logit_bias"].detach().mean()}
+        return LossOutput(loss, logs | shared_logs(embeddings))

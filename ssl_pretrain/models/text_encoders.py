@@ -11,6 +11,11 @@ from ssl_pretrain.system import optional_packages
 
 CLIP = "clip"
 BERT = "bert"
+# Types of transformers' models that encode texts in both directions, whatever their size.
+ENCODERS = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra")
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # begin after the padding's
+# Rates of dropout in the configurations of these models.
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 
 
 @dataclass
@@ -27,11 +32,13 @@ class TextEncoderConfig:
     layers: int = setting(12, "Blocks of clip and bert.", minimum=1, unit="blocks")
     heads: int = setting(8, "Attention heads of clip and bert.", minimum=1, unit="heads")
     causal: bool = setting(
-        True, "clip: let a token attend only to those before it, as in CLIP but not in SigLIP."
+        True,
+        "clip: let a token attend only to those before it, as in CLIP. With false, it attends to "
+        "all, padding included, as in SigLIP.",
     )
     pool: Literal["auto", "end", "first", "last", "mean"] = setting(
         "auto",
-        "Token whose vector stands for the text. end: the end token (CLIP). first: the first "
+        "How the vectors of the tokens are pooled. end: the end token (CLIP). first: the first "
         "(BERT). last: the last one, padding or not (SigLIP). mean: the mean without padding. "
         "auto: end for clip, else first.",
     )
@@ -44,10 +51,9 @@ class TextEncoder(nn.Module):
     """A transformer that maps texts to features (batch, feature_dim).
 
     Args:
-        model: The network. It maps token numbers, and which of them are valid, to one vector per
-            token.
+        model: The network. It maps token IDs, and which of them are valid, to one vector per token.
         feature_dim: Width of the features.
-        pool: Token whose vector stands for the text, as in `TextEncoderConfig.pool`.
+        pool: How the vectors of the tokens are pooled: "end", "first", "last" or "mean".
     """
 
     def __init__(self, model: nn.Module, feature_dim: int, pool: str):
@@ -58,7 +64,7 @@ class TextEncoder(nn.Module):
         """Return one vector per text.
 
         Args:
-            ids: Numbers of the tokens, int64 (batch, length).
+            ids: Token IDs, int64 (batch, length).
             valid: False for padding, bool of the same shape.
         """
         vectors = self.model(ids, valid)
@@ -114,18 +120,21 @@ class _HuggingFaceEncoder(nn.Module):
 
     def forward(self, ids: Tensor, valid: Tensor) -> Tensor:
         """Return one vector per token, (batch, length, width)."""
-        # A mask of two dimensions would be read by the host, which waits for the device.
+        # transformers inspects a mask of two dimensions on the host, which waits for the device.
         mask = valid[:, None, None, :].expand(-1, -1, ids.shape[1], -1)
         return self.network(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
-def build(config: TextEncoderConfig, vocabulary_size: int, length: int) -> TextEncoder:
+def build(
+    config: TextEncoderConfig, vocabulary_size: int, length: int, loads_weights: bool = True
+) -> TextEncoder:
     """Build a text encoder, with random weights or those of a model of the Hub.
 
     Args:
         config: The network.
         vocabulary_size: Number of different tokens.
         length: Tokens per text.
+        loads_weights: False for random weights instead of those of a model of the Hub.
 
     Raises:
         ValueError: If a package is missing, or the network cannot be built or loaded.
@@ -141,7 +150,7 @@ def build(config: TextEncoderConfig, vocabulary_size: int, length: int) -> TextE
         pool = "end" if config.pool == "auto" else config.pool
         return TextEncoder(model, config.width, pool)
     optional_packages.require("text_encoder.name", "transformers", "text")
-    network = _build_transformers(config, vocabulary_size, length)
+    network = _build_transformers(config, vocabulary_size, length, loads_weights)
     _check_fit(config.name, network.config, vocabulary_size, length)
     pool = "first" if config.pool == "auto" else config.pool
     return TextEncoder(_HuggingFaceEncoder(network), network.config.hidden_size, pool)
@@ -149,7 +158,9 @@ def build(config: TextEncoderConfig, vocabulary_size: int, length: int) -> TextE
 
 def _check_fit(name: str, model_config: Any, vocabulary_size: int, length: int) -> None:
     """Raise ValueError if a network of transformers has too few positions or tokens."""
-    num_positions = getattr(model_config, "max_position_embeddings", None) or length
+    num_positions = model_config.max_position_embeddings
+    if model_config.model_type in OFFSET_POSITIONS:
+        num_positions -= model_config.pad_token_id + 1
     if length > num_positions:
         raise ValueError(
             f"text.length: {length} tokens are more than the {num_positions} of "
@@ -168,38 +179,59 @@ def build_on_meta(config: TextEncoderConfig, vocabulary_size: int, length: int) 
     The weights of a model of the Hub are not downloaded, only its configuration is.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return build(config, vocabulary_size, length).to("meta")
+        return build_random(config, vocabulary_size, length).to("meta")
 
 
-def _build_transformers(config: TextEncoderConfig, vocabulary_size: int, length: int) -> Any:
+def build_random(config: TextEncoderConfig, vocabulary_size: int, length: int) -> TextEncoder:
+    """Build a text encoder with random weights, also where `build` loads a model of the Hub."""
+    return build(config, vocabulary_size, length, loads_weights=False)
+
+
+def _build_transformers(
+    config: TextEncoderConfig, vocabulary_size: int, length: int, loads_weights: bool
+) -> Any:
     """Return a network of transformers without its pooling layer."""
-    from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+    from transformers import BertConfig, BertModel
 
-    dropouts: dict[str, Any] = {
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-    }
-    if config.name == BERT:
-        return BertModel(
-            BertConfig(
-                vocab_size=vocabulary_size,
-                hidden_size=config.width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                intermediate_size=4 * config.width,
-                max_position_embeddings=length,
-                **dropouts,
-            ),
-            add_pooling_layer=False,
-        )
+    if config.name != BERT:
+        return _build_from_hub(config, loads_weights)
+    return BertModel(
+        BertConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.width,
+            max_position_embeddings=length,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+        ),
+        add_pooling_layer=False,
+    )
+
+
+def _build_from_hub(config: TextEncoderConfig, loads_weights: bool) -> Any:
+    """Return an encoder of the Hugging Face Hub, or of a folder."""
+    from transformers import AutoConfig, AutoModel
+
     try:
-        if torch.get_default_device().type == "meta":
-            settings = AutoConfig.from_pretrained(config.name, **dropouts)
-            return AutoModel.from_config(settings)
-        return AutoModel.from_pretrained(config.name, **dropouts)
+        settings = AutoConfig.from_pretrained(config.name)
+        for name in DROPOUTS:
+            if hasattr(settings, name):
+                setattr(settings, name, config.dropout)
+        if loads_weights:
+            network = AutoModel.from_pretrained(config.name, config=settings)
+        else:
+            network = AutoModel.from_config(settings)
     except Exception as error:  # the library raises many kinds of errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"text_encoder.name: {config.name!r} cannot be loaded ({reason}); give clip, bert, the "
             "name of a model on the Hugging Face Hub, or its folder"
         ) from error
+    if settings.model_type not in ENCODERS:
+        raise ValueError(
+            f"text_encoder.name: {config.name} is a model of the type {settings.model_type}, and "
+            f"only encoders of texts are supported; choose one of: {', '.join(ENCODERS)}"
+        )
+    return network

@@ -1,4 +1,4 @@
-"""Settings of texts: the captions of images, sentences, and their tokens."""
+"""Settings for captions, prompt templates and tokenization."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ from ssl_pretrain.schema import setting
 
 @dataclass
 class TextConfig:
-    """Captions of images, and sentences."""
+    """Captions, prompt templates and tokenization."""
 
     captions: Literal["stored", "class_names"] = setting(
         "stored",
@@ -22,8 +22,8 @@ class TextConfig:
     )
     tokenizer: str = setting(
         "clip",
-        "Tokenizer. clip: the byte pairs of CLIP, in lower case. Otherwise the name of a tokenizer "
-        "on the Hugging Face Hub, such as bert-base-uncased, or its folder.",
+        "Tokenizer. clip: CLIP's byte-pair encoding, in lower case. Otherwise a tokenizer of the "
+        "Hugging Face Hub, by name, such as bert-base-uncased, or by folder.",
     )
     length: int = setting(
         77,

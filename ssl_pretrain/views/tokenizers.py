@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of different tokens."""
+        """Vocabulary size."""
         ...
 
     def __call__(self, texts: Sequence[str]) -> TokenArrays:
@@ -36,8 +36,8 @@ class Tokenizer(Protocol):
 class ClipTokenizer:
     """CLIP's byte pair encoding, by open_clip.
 
-    A text is cleaned, put in lower case, and begins and ends with a token of its own. A text that
-    is too long is cut and keeps its end token. The padding is 0.
+    A text is cleaned, lowercased, and wrapped in start and end tokens. A text that is too long is
+    cut and keeps its end token. The padding is 0.
     """
 
     vocabulary_size = CLIP_VOCABULARY_SIZE
@@ -63,7 +63,7 @@ class TransformersTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of different tokens."""
+        """Vocabulary size."""
         return len(self._tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> TokenArrays:
@@ -110,6 +110,7 @@ def _load(name: str) -> Any:
             f"text.tokenizer: {name!r} cannot be loaded ({reason}); give clip, the name of a "
             "tokenizer on the Hugging Face Hub, or a folder with a tokenizer"
         ) from error
+    tokenizer.padding_side = "right"  # the first token of a text is at position 0
     if tokenizer.pad_token is None:
         raise ValueError(
             f"text.tokenizer: {name} has no token for padding; choose another tokenizer"

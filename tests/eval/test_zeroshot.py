@@ -45,7 +45,7 @@ def test_an_accuracy_is_that_of_its_own_similarities(run):
     torch.testing.assert_close(classes, both.embed_texts(sentences))
     predictions = [max(range(3), key=lambda c: float(image @ classes[c])) for image in images]
     accuracy = 100 * sum(p == label for p, label in zip(predictions, split.labels)) / len(images)
-    metrics = zeroshot.zero_shot_metrics(images @ classes.T, split.labels)
+    metrics = zeroshot.zero_shot_metrics(images @ classes.T, torch.from_numpy(split.labels))
     assert metrics["top-1"] == pytest.approx(accuracy)
 
 
@@ -96,3 +96,41 @@ def test_methods_without_texts_are_refused(tmp_path):
             f"{tmp_path / 'run'}: {purpose} needs a text tower, and method simclr has none; "
             "evaluate a run of clip or siglip"
         )
+
+
+def test_embeddings_that_are_not_finite_are_refused(run):
+    both = towers.build_towers(run)
+    with torch.no_grad():
+        both.image_network[1].weight[0] = torch.nan
+    split = EvaluationSplit(run, open_images(run, "val"))
+    with pytest.raises(ValueError) as error:
+        both.embed_images(split)
+    assert str(error.value) == (
+        "12 of 12 embeddings of the images are not finite; evaluate an earlier checkpoint"
+    )
+
+
+def test_images_that_share_a_caption_are_in_one_group():
+    sentences = ["a", "b", "c", "b", "d", "e", "e", "f"]
+    groups = captions._group_images(sentences, torch.tensor([0, 0, 1, 2, 2, 3, 4, 5])).tolist()
+    assert groups[0] == groups[2] and groups[3] == groups[4]
+    assert len(set(groups)) == 4
+
+
+def test_captions_are_found_by_their_images(tmp_path):
+    path = tiny.write_text_config(tmp_path, "clip")
+    composites = [
+        "data.source=ssl_pretrain.data.composites:open_split",
+        "data.root=",
+        "data.args={train_images: 72, val_images: 40}",
+        "text.captions=stored",
+    ]
+    assert train.main([str(path), *composites]) == 0
+    result = captions.evaluate(runs.load_run(tmp_path / "run", device="cpu"))
+    (random, pretrained) = result["rows"]
+    assert (random["features"], pretrained["features"]) == ("random, as built", "pretrained")
+    columns = [f"image to text, recall@{k}" for k in (1, 5, 10)]
+    assert all(0 <= pretrained["metrics"][column] <= 100 for column in columns)
+    assert pretrained["metrics"][columns[0]] <= pretrained["metrics"][columns[2]]
+    assert pretrained["spread"].keys() == pretrained["metrics"].keys()
+    assert result["protocol"]["pairs"] == ("40 test images and 200 captions, at most 5 per image")

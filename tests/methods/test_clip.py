@@ -8,6 +8,7 @@ import pytest
 import small_texts
 import torch
 
+from ssl_pretrain.config import RunConfig
 from ssl_pretrain.methods import clip
 from ssl_pretrain.optim import optimizers
 from ssl_pretrain.optim.optimizers import OptimConfig
@@ -89,3 +90,16 @@ def test_several_texts_per_image_are_refused():
     assert str(error.value) == (
         "clip: takes 1 text per item, got 2; give data with one caption per image"
     )
+
+
+def test_a_frozen_random_image_tower_is_refused():
+    config = clip.Config(image_tower="frozen")
+    run = RunConfig(method=config)
+    with pytest.raises(ValueError) as error:
+        config.check(run, 1)
+    assert str(error.value) == (
+        "method.image_tower: frozen keeps the weights of the backbone, and backbone.init=random "
+        "has nothing to keep; set backbone.init to a run, a file of weights or timm:<tag>"
+    )
+    run.backbone.init = "runs/simclr"
+    config.check(run, 1)

@@ -113,3 +113,43 @@ def test_a_network_with_too_few_positions_or_tokens_is_refused(tmp_path):
         f"text.tokenizer: it has 31 tokens, and text_encoder.name {tmp_path} knows 30; set "
         f"text.tokenizer to {tmp_path}"
     )
+
+
+@pytest.mark.parametrize("model_type", ["distilbert", "roberta", "electra"])
+def test_other_encoders_are_read_from_their_folder(model_type, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.AutoConfig.for_model(model_type)
+    for name in ("dim", "hidden_size", "embedding_size", "hidden_dim", "intermediate_size"):
+        if hasattr(settings, name):
+            setattr(settings, name, 16)
+    for name in ("n_layers", "num_hidden_layers"):
+        if hasattr(settings, name):
+            setattr(settings, name, 1)
+    for name in ("n_heads", "num_attention_heads"):
+        if hasattr(settings, name):
+            setattr(settings, name, 2)
+    settings.vocab_size, settings.max_position_embeddings = VOCABULARY_SIZE, 32
+    transformers.AutoModel.from_config(settings).save_pretrained(tmp_path)
+    config = TextEncoderConfig(name=str(tmp_path), dropout=0.25)
+    encoder, random = (
+        make(config, VOCABULARY_SIZE, LENGTH).eval()
+        for make in (text_encoders.build, text_encoders.build_random)
+    )
+    ids, valid = texts(3, 8)
+    assert encoder(ids, valid).shape == (2, 16)
+    assert {module.p for module in encoder.modules() if hasattr(module, "p")} <= {0.25, 0.0}
+    assert not torch.allclose(encoder(ids, valid), random(ids, valid))
+    other = torch.where(valid, ids, 7)
+    torch.testing.assert_close(encoder(ids, valid)[0], encoder(other, valid)[0])
+
+
+def test_a_decoder_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCABULARY_SIZE)
+    transformers.GPT2Model(settings).save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as error:
+        text_encoders.build(TextEncoderConfig(name=str(tmp_path)), VOCABULARY_SIZE, LENGTH)
+    assert str(error.value) == (
+        f"text_encoder.name: {tmp_path} is a model of the type gpt2, and only encoders of texts "
+        f"are supported; choose one of: {', '.join(text_encoders.ENCODERS)}"
+    )

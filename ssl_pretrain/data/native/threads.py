@@ -287,7 +287,7 @@ class _Session:
     def _find_missing_texts(self, indices: np.ndarray) -> dict[int, str]:
         """Return the reason for each image without its texts, by its position in `indices`."""
         problems = {
-            position: self.pool.text_maker.find_problem(index)
+            position: self.pool.text_maker.read_ahead(index)
             for position, index in enumerate(indices.tolist())
         }
         return {position: problem for position, problem in problems.items() if problem}
@@ -307,7 +307,7 @@ class _Session:
         indices = request.indices[row : row + 1].astype(np.int64)
 
         def can_read(number: int) -> bool:
-            return not self.pool.text_maker.find_problem(number) and maker.can_read(number)
+            return not self.pool.text_maker.read_ahead(number) and maker.can_read(number)
 
         spare_index = find_spare(self.pool.plan, request.step, row, can_read)
         replacement = Replacement.create(source, int(indices[0]), reason, spare_index)
