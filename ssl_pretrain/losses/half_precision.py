@@ -66,7 +66,7 @@ def scaled_rows(embeddings: Tensor, scale: float | Tensor = 1.0) -> ScaledRows:
     if embeddings.dtype not in HALF_DTYPES:
         is_scaled = isinstance(scale, Tensor) or scale != 1
         return ScaledRows(embeddings * scale if is_scaled else embeddings)
-    return ScaledRows(embeddings, scale * inverse_lengths(embeddings))
+    return ScaledRows(embeddings, inverse_lengths(embeddings, scale))
 
 
 def scaled_pair(

@@ -23,11 +23,11 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("nd,nd->n", a, b)
 
 
-def inverse_lengths(z: Tensor) -> Tensor:
-    """Return the factors that normalize the rows of `z`, in float32 or wider, without a graph."""
+def inverse_lengths(z: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """Return `scale` over the lengths of the rows of `z`, in float32 or wider, without a graph."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     lengths = torch.linalg.vector_norm(z.detach(), dim=1, dtype=dtype)
-    return 1 / lengths.clamp(min=1e-12)  # the minimum of F.normalize
+    return scale / lengths.clamp(min=1e-12)  # the minimum of F.normalize
 
 
 def normalization_gradient(rows: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,7 @@ def test_only_data_and_evaluation_can_be_overridden(run_folder):
     assert run.config.data.num_workers == 1
     assert error_of(run_folder, overrides=["epochs=3"]) == (
         "'epochs=3': an evaluation only accepts key=value settings of data, evaluation,"
-        " log.bands and parallel.precision, such as data.root=/new/place"
+        " text.templates, log.bands and parallel.precision, such as data.root=/new/place"
     )
     message = error_of(run_folder, overrides=["data.rot=/x"])
     assert "data.rot: no such key. Did you mean 'root'?" in message
