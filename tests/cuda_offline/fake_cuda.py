@@ -136,9 +136,10 @@ def _fused_attention(
 
 def _attention_bias(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Return a mask as the kernel takes it: added, and with rows of aligned length."""
-    bias = attn_mask.to(query.dtype)
     if attn_mask.dtype == torch.bool:
-        bias = torch.zeros_like(bias).masked_fill_(~attn_mask, -math.inf)
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
+    else:
+        bias = attn_mask.to(query.dtype)
     length = bias.shape[-1]
     bias = F.pad(bias, (0, -length % 16))[..., :length]
     return bias.expand(*query.shape[:2], query.shape[2], key.shape[2])
