@@ -71,7 +71,7 @@ def evaluate(run: Run, captions_per_image: int = 5) -> dict[str, Any]:
     for name in ("random, as built", "pretrained"):
         run_towers = towers.build_towers(run, is_pretrained=name == "pretrained")
         images, texts = run_towers.embed_images(split), run_towers.embed_texts(captions)
-        rows.append(results.Row(name, *_score(images, texts, groups, groups[image_of_text])))
+        rows.append(results.Row(name, *_score(images, texts, image_of_text, groups)))
         results.print_progress(rows[-1].summary())
     num_missing = len(source) - len(indices)
     missing = f"; {num_missing:,} images have no readable caption" if num_missing else ""
@@ -138,19 +138,18 @@ def _group_images(captions: list[str], image_of_text: Tensor) -> Tensor:
 
 
 def _score(
-    images: Tensor, texts: Tensor, image_groups: Tensor, text_groups: Tensor
+    images: Tensor, texts: Tensor, image_of_text: Tensor, image_groups: Tensor
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the scores and the standard errors of both directions, by column."""
     values: dict[str, float] = {}
     errors: dict[str, float] = {}
-    image_groups, text_groups = image_groups.to(images.device), text_groups.to(images.device)
-    for direction, queries, groups, candidates, candidate_groups in (
-        ("image to text", images, image_groups, texts, text_groups),
-        ("text to image", texts, text_groups, images, image_groups),
-    ):
-        similarities = pair_retrieval.cosine_block(queries, candidates)
-        ranks = pair_retrieval.find_ranks(similarities, groups, candidate_groups)
-        scores = pair_retrieval.score_ranks(ranks, groups)
+    directions = pair_retrieval.score_both_directions(
+        images,
+        texts,
+        image_of_text.to(images.device),
+        image_groups=image_groups.to(images.device),
+    )
+    for direction, scores in zip(("image to text", "text to image"), directions, strict=True):
         values |= {f"{direction}, {name}": value for name, value in scores.values.items()}
         errors |= {f"{direction}, {name}": e for name, e in scores.standard_errors.items()}
     return values, errors

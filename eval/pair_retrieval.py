@@ -39,6 +39,7 @@ def score_both_directions(
     texts: Tensor,
     image_of_text: Tensor,
     cutoffs: Sequence[int] = RECALL_CUTOFFS,
+    image_groups: Tensor | None = None,
 ) -> tuple[RetrievalScores, RetrievalScores]:
     """Return the scores of finding the texts of each image, and the image of each text.
 
@@ -47,11 +48,28 @@ def score_both_directions(
         texts: Embeddings of the texts, (num_texts, dim).
         image_of_text: Index of each text's image, (num_texts,). Every image needs a text.
         cutoffs: Numbers of first candidates for recall.
+        image_groups: Group of each image, (num_images,), if the texts of some images are correct
+            for others as well. By default, each image is a group of its own.
     """
-    groups = torch.arange(len(images), device=image_of_text.device)
-    to_texts = find_ranks(cosine_block(images, texts), groups, image_of_text)
-    to_images = find_ranks(cosine_block(texts, images), image_of_text, groups)
-    return score_ranks(to_texts, groups, cutoffs), score_ranks(to_images, image_of_text, cutoffs)
+    if image_groups is None:
+        image_groups = torch.arange(len(images), device=image_of_text.device)
+    text_groups = image_groups[image_of_text]
+    to_texts = find_ranks(cosine_block(images, texts), image_groups, text_groups)
+    to_images = find_ranks(cosine_block(texts, images), text_groups, image_groups)
+    return (
+        score_ranks(to_texts, image_groups, cutoffs),
+        score_ranks(to_images, text_groups, cutoffs),
+    )
+
+
+def check_finite(name: str, embeddings: Tensor) -> None:
+    """Raise ValueError, with the name of the embeddings, if one of them is not finite."""
+    num_bad = int((~embeddings.isfinite().all(dim=1)).sum())
+    if num_bad:
+        raise ValueError(
+            f"{num_bad} of {len(embeddings)} embeddings of the {name} are not finite; evaluate an "
+            "earlier checkpoint"
+        )
 
 
 def cosine_block(queries: Tensor, candidates: Tensor) -> Callable[[slice], Tensor]:
@@ -64,13 +82,8 @@ def cosine_block(queries: Tensor, candidates: Tensor) -> Callable[[slice], Tenso
     Raises:
         ValueError: If an embedding is not finite.
     """
-    for name, embeddings in (("queries", queries), ("candidates", candidates)):
-        num_bad = int((~embeddings.isfinite().all(dim=1)).sum())
-        if num_bad:
-            raise ValueError(
-                f"{num_bad} of {len(embeddings)} embeddings of the {name} are not finite; "
-                "evaluate an earlier checkpoint"
-            )
+    check_finite("queries", queries)
+    check_finite("candidates", candidates)
     normalized_candidates = F.normalize(candidates.float(), dim=1)
 
     def similarities(rows: slice) -> Tensor:

@@ -22,14 +22,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain import config, rng
-from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
+from ssl_pretrain import config
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.eval import command_line, results, training_views
+from ssl_pretrain.eval import command_line, results, run_method, training_views
 from ssl_pretrain.eval.frozen import features, named_features, view_rank
 from ssl_pretrain.eval.frozen.evaluation_split import BATCH_SIZE, EvaluationSplit, open_images
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
-from ssl_pretrain.models import backbones
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.monitoring.collapse_metrics import effective_rank, singular_values
 from ssl_pretrain.schema import NON_NEGATIVE_INT, POSITIVE_INT
@@ -201,19 +199,12 @@ def build_backbone_and_projector(run: Run, is_pretrained: bool) -> tuple[nn.Modu
             f"{run.checkpoint_path}: this evaluation measures the projector's output, and weights"
             " without a run have no projector; use eval.knn or eval.linear"
         )
-    with torch.random.fork_rng(devices=[]):
-        # The same seed as in training, so that the random network has the run's initial weights.
-        torch.manual_seed(rng.derive_seed(run.config.seed, 0, 0))
-        backbone = backbones.build(run.config.backbone, run.view_size)
-        method = config.assemble_method(run.config, backbone)
+    method = run_method.build_method(run, is_pretrained, run.config.backbone)
     if not hasattr(method, "projector"):
         raise ValueError(
             f"{run.path}: this evaluation measures the projector's output, and method"
             f" {run.config.method.name} has no projector; use eval.knn or eval.linear"
         )
-    if is_pretrained:
-        _, tensors = read_checkpoint(run.checkpoint_path)
-        backbones.load_strict(method, tensors, str(run.checkpoint_path), exact=True)
     projector = method.get_submodule("projector").eval().to(run.device)
     return prepare_for_evaluation(method.backbone, run.device), projector
 

@@ -15,7 +15,6 @@ from ssl_pretrain import methods
 from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints, RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.methods.base import TextMethodConfig
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
@@ -91,11 +90,7 @@ def build_case(
     torch.manual_seed(0)
     network = backbones.build(BackboneConfig(**{**vars(network), **(backbone or {})}), SIZE)
     module = methods.find(name) if name in methods.names() else importlib.import_module(name)
-    method_config: Any = module.Config(**method_settings)
-    if isinstance(method_config, TextMethodConfig):
-        method: Any = method_config.build_with_texts(network, small_texts.build_text_encoder())
-    else:
-        method = method_config.build(network)
+    method: Any = small_texts.build_method(module.Config(**method_settings), network)
     config = ParallelConfig(**settings)
     world_size = process_group.world_size()
     micro_batch_size = rows // world_size // num_micro_batches

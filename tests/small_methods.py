@@ -36,10 +36,7 @@ def build_method(name: str, backbone: str = "test_resnet") -> Method:
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
     resnet = BackboneConfig(name=backbone, stem="no_pool", args=args)
     network = backbones.build(VIT if name in MASKS else resnet, SIZE)
-    config = module.Config(**module.SMALL_CONFIG)
-    if isinstance(config, TextMethodConfig):
-        return config.build_with_texts(network, small_texts.build_text_encoder())
-    return config.build(network)
+    return small_texts.build_method(module.Config(**module.SMALL_CONFIG), network)
 
 
 def random_batch(name: str, num_images: int) -> Batch:

@@ -2,7 +2,9 @@
 
 import torch
 
+from ssl_pretrain.methods.base import Method, MethodConfig, TextMethodConfig
 from ssl_pretrain.models import text_encoders
+from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.text_encoders import TextEncoder, TextEncoderConfig
 from ssl_pretrain.views.batch import TextSet
 
@@ -13,6 +15,13 @@ END = VOCABULARY_SIZE - 1  # CLIP's end token has the largest number
 def build_text_encoder(**settings: object) -> TextEncoder:
     config = TextEncoderConfig(**{"width": 8, "layers": 2, "heads": 2, **settings})
     return text_encoders.build(config, VOCABULARY_SIZE, LENGTH)
+
+
+def build_method(config: MethodConfig, backbone: Backbone) -> Method:
+    """Build a method, with a small text encoder if it takes texts."""
+    if isinstance(config, TextMethodConfig):
+        return config.build_with_texts(backbone, build_text_encoder())
+    return config.build(backbone)
 
 
 def random_texts(rows: int, step: int, num_texts: int = 1) -> tuple[TextSet, ...]:

@@ -5,7 +5,6 @@ around that of timm. The format is that of open_clip 3.3.0 (factory.py, model.py
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssl_pretrain import config
-from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
+from ssl_pretrain.eval import run_method
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.models import backbones
-from ssl_pretrain.schema.image_sizes import ImageSize, height_and_width
+from ssl_pretrain.schema import image_sizes
 from ssl_pretrain.views import tokenizers
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
@@ -54,7 +51,7 @@ def _vision_config(run: Run) -> dict[str, Any]:
         "timm_pool": "",  # the network's own
         "timm_proj": "linear",
         "timm_proj_bias": False,
-        "image_size": _json_size(run.image_size),
+        "image_size": image_sizes.simplify(run.image_size),
     }
     if backbone.drop_path:
         values["timm_drop_path"] = backbone.drop_path
@@ -91,7 +88,7 @@ def write(run: Run, folder: Path, view: dict[str, Any]) -> None:
     values = {
         "model_cfg": model_config(run),
         "preprocess_cfg": {
-            "size": _json_size(view["size"]),
+            "size": image_sizes.simplify(view["size"]),
             "mode": "RGB",
             "mean": view["mean"],
             "std": view["std"],
@@ -133,13 +130,8 @@ def load_method(run: Run) -> nn.Module:
     Raises:
         ValueError: If the checkpoint is damaged, or its weights do not fit the configuration.
     """
-    architecture = replace(run.config.backbone, init="random", init_key="", init_prefix="")
-    with torch.random.fork_rng(devices=[]):
-        backbone = backbones.build(architecture, run.view_size)
-        method = config.assemble_method(run.config, backbone)
-    _, tensors = read_checkpoint(run.checkpoint_path)
-    backbones.load_strict(method, tensors, str(run.checkpoint_path), exact=True)
-    return method.eval()
+    architecture = run_method.without_weights(run.config.backbone)
+    return run_method.build_method(run, True, architecture).eval()
 
 
 def reference_texts(run: Run) -> list[str]:
@@ -166,9 +158,3 @@ def embed(run: Run, images: Tensor, texts: list[str]) -> Tensor:
     image_vectors = method.image_projection(method.backbone(images))
     text_vectors = method.text_projection(method.text_encoder(ids, valid))
     return nn.functional.normalize(torch.cat([image_vectors, text_vectors]), dim=1)
-
-
-def _json_size(size: ImageSize) -> int | list[int]:
-    """Return the side of a square view, or the height and width of another."""
-    height, width = height_and_width(size)
-    return height if height == width else [height, width]

@@ -1,19 +1,18 @@
 """The image tower and the text tower of a run, with their projections to the shared space."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_pretrain import config, rng
-from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
+from ssl_pretrain import config
+from ssl_pretrain.eval import pair_retrieval, run_method
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
-from ssl_pretrain.models import backbones, text_encoders
 from ssl_pretrain.views import text_recipe, tokenizers
 
 TEXTS_PER_BATCH = 256
@@ -38,7 +37,7 @@ class Towers:
     def embed_images(self, split: EvaluationSplit) -> Tensor:
         """Return the embeddings of a split's images, of length 1, the same on every rank."""
         embed = partial(features.extract, self.image_network)
-        return _unit_length(features.embed_split(embed, split)[0], "images")
+        return _unit_length("images", features.embed_split(embed, split)[0])
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -47,7 +46,7 @@ class Towers:
             self._embed_batch(texts[start : start + TEXTS_PER_BATCH])
             for start in range(0, len(texts), TEXTS_PER_BATCH)
         ]
-        return _unit_length(torch.cat(batches), "texts")
+        return _unit_length("texts", torch.cat(batches))
 
     def embed_classes(self, class_names: Sequence[str]) -> Tensor:
         """Return one embedding per class, the mean over the templates, of length 1."""
@@ -65,18 +64,9 @@ class Towers:
             return self.text_network(ids, valid).float()
 
 
-def _unit_length(embeddings: Tensor, name: str) -> Tensor:
-    """Return embeddings of length 1.
-
-    Raises:
-        ValueError: If one of them is not finite.
-    """
-    num_bad = int((~embeddings.isfinite().all(dim=1)).sum())
-    if num_bad:
-        raise ValueError(
-            f"{num_bad} of {len(embeddings)} embeddings of the {name} are not finite; evaluate an "
-            "earlier checkpoint"
-        )
+def _unit_length(name: str, embeddings: Tensor) -> Tensor:
+    """Return embeddings of length 1. Raise ValueError if one of them is not finite."""
+    pair_retrieval.check_finite(name, embeddings)
     return F.normalize(embeddings, dim=1)
 
 
@@ -102,22 +92,14 @@ def build_towers(run: Run, is_pretrained: bool = True) -> Towers:
         is_pretrained: True for the weights of the checkpoint, False for random weights from the
             run's seed, whatever weights the run started with.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.derive_seed(run.config.seed, 0, 0))
-        backbone = backbones.build(replace(run.config.backbone, init="random"), run.view_size)
-        method = config.assemble_method(run.config, backbone, text_encoders.build_random)
-    if is_pretrained:
-        _, tensors = read_checkpoint(run.checkpoint_path)
-        backbones.load_strict(method, tensors, str(run.checkpoint_path), exact=True)
-    for name in ("image_projection", "text_encoder", "text_projection"):
-        method.get_submodule(name).eval().to(run.device)
-    image_projection = method.get_submodule("image_projection")
-    text_encoder = method.get_submodule("text_encoder")
-    text_projection = method.get_submodule("text_projection")
+    method = run_method.build_method(
+        run, is_pretrained, run_method.without_weights(run.config.backbone)
+    )
     image_tower = prepare_for_evaluation(method.backbone, run.device)
+    method.eval().to(run.device)
     return Towers(
         run,
-        nn.Sequential(image_tower, image_projection),
-        lambda ids, valid: text_projection(text_encoder(ids, valid)),
+        nn.Sequential(image_tower, method.image_projection),
+        lambda ids, valid: method.text_projection(method.text_encoder(ids, valid)),
         tokenizers.build(run.config.text),
     )

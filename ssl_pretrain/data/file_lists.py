@@ -33,7 +33,7 @@ class FileList:
     labels: list[str] | None  # one per image of a list, "" if it has none; None without a list
     notes: tuple[str, ...] = ()  # notes on how the list was read
     has_split_column: bool = False  # a column names the split of each row
-    captions: list[list[str]] | None = None  # of each image; None without a column of captions
+    captions: list[list[str]] | None = None  # one list per image; None without such a column
 
 
 def read_list(

@@ -24,6 +24,7 @@ from ssl_pretrain.models.timm_networks import (
 )
 from ssl_pretrain.schema import image_sizes
 from ssl_pretrain.schema.image_sizes import ImageSize, describe, height_and_width, simplify
+from ssl_pretrain.system.error_text import first_line
 from ssl_pretrain.system.user_objects import OBJECT_PREFIX
 
 MAX_CHANNELS = 32  # most channels of an image, as in `data.channels`
@@ -97,7 +98,7 @@ class _WrongSizeError(Exception):
     """The network does not take images of this size. The message is the first line of `error`."""
 
     def __init__(self, error: Exception):
-        super().__init__((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))
+        super().__init__(first_line(error).rstrip("."))
 
 
 def _measure(config: BackboneConfig, build_size: ImageSize, size: ImageSize) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ssl_pretrain.schema import DIMENSIONLESS, setting
 from ssl_pretrain.system import optional_packages
+from ssl_pretrain.system.error_text import first_line
 
 CLIP = "clip"
 BERT = "bert"
@@ -224,7 +225,7 @@ def _build_from_hub(config: TextEncoderConfig, loads_weights: bool) -> Any:
         else:
             network = AutoModel.from_config(settings)
     except Exception as error:  # the library raises many kinds of errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(
             f"text_encoder.name: {config.name!r} cannot be loaded ({reason}); give clip, bert, the "
             "name of a model on the Hugging Face Hub, or its folder"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ssl_pretrain.system import optional_packages
+from ssl_pretrain.system.error_text import first_line
 from ssl_pretrain.views.text_recipe import TextConfig
 
 CLIP = "clip"
@@ -105,7 +106,7 @@ def _load(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the library raises many kinds of errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(
             f"text.tokenizer: {name!r} cannot be loaded ({reason}); give clip, the name of a "
             "tokenizer on the Hugging Face Hub, or a folder with a tokenizer"

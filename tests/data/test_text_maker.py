@@ -74,8 +74,8 @@ def test_every_epoch_draws_other_captions(source):
     for batch in batches(loader(source), 0, 12):
         for row, index in enumerate(batch.indices.tolist()):
             ids.setdefault(index, []).append(tuple(batch.texts[0].ids[row].tolist()))
-    counts = [len(set(drawn)) for drawn in ids.values()]
-    assert all(len(drawn) == 6 for drawn in ids.values())  # two batches per epoch
+    counts = [len(set(captions)) for captions in ids.values()]
+    assert all(len(captions) == 6 for captions in ids.values())  # two batches per epoch
     assert np.mean(counts) > 2  # 2.7 of 3 captions are expected
 
 
@@ -99,8 +99,8 @@ def test_batches_from_any_step_equal_uninterrupted_ones(kind, num_workers, sourc
 
 def test_ranks_make_up_the_global_batch(source):
     (whole,) = batches(loader(source), 1, 1)
-    parts = [batches(loader(source, rank=rank, world_size=3), 1, 1)[0] for rank in range(3)]
-    ids = torch.cat([part.texts[0].ids for part in parts])
+    shares = [batches(loader(source, rank=rank, world_size=3), 1, 1)[0] for rank in range(3)]
+    ids = torch.cat([share.texts[0].ids for share in shares])
     assert torch.equal(ids, whole.texts[0].ids)
 
 

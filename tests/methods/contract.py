@@ -6,7 +6,6 @@ of optimizer that its authors use). If they differ from the usual, it also defin
     VIEWS       sizes of the views
     BACKBONE    function without arguments that returns a small Backbone, such as a ViT
     MASKS       function of the number of images and the step that returns a tuple of MaskSets
-    TEXT_ENCODER    function without arguments that returns a small TextEncoder
     TEXTS       function of the number of images and the step that returns a tuple of TextSets
     HAS_PAIR    False if the method has no two embeddings of an image to compare
 
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_texts
 import torch
 from torch import nn
 
@@ -71,9 +71,7 @@ def build(name: str, **overrides: Any) -> Any:
     test_file = import_test_file(name)
     config = methods.find(name).Config(**{**test_file.METHOD, **overrides})
     backbone = test_file.BACKBONE() if hasattr(test_file, "BACKBONE") else Backbone(Network())
-    if hasattr(test_file, "TEXT_ENCODER"):
-        return config.build_with_texts(backbone, test_file.TEXT_ENCODER()).double()
-    return config.build(backbone).double()
+    return small_texts.build_method(config, backbone).double()
 
 
 def random_batch(name: str, step: int = 0, rows: int = ROWS) -> Batch:

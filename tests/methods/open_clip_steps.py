@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import contract
 import pytest
 import small_texts
 import timm
@@ -19,6 +20,17 @@ from ssl_pretrain.step import Stepper
 from ssl_pretrain.views.batch import Batch, TextSet
 
 NETWORK, SIZE, ROWS, DIM = "test_resnet", 32, 12, 6
+CONSTANT_RATE = OptimConfig(
+    name="adamw",
+    base_lr=0.01,
+    lr_scaling="none",
+    weight_decay=0.2,
+    betas=[0.9, 0.98],
+    eps=1e-6,
+    warmup_epochs=0,
+    schedule="milestones",
+    milestones=[1000],
+)
 
 
 def random_batch(step: int) -> Batch:
@@ -32,7 +44,7 @@ def random_batch(step: int) -> Batch:
 def build_method(config: Any) -> Any:
     torch.manual_seed(0)
     backbone = Backbone(timm.create_model(NETWORK, num_classes=0))
-    return config.build_with_texts(backbone, small_texts.build_text_encoder()).double()
+    return small_texts.build_method(config, backbone).double()
 
 
 def build_stepper(method: Any, optim: OptimConfig) -> Stepper:
@@ -42,6 +54,23 @@ def build_stepper(method: Any, optim: OptimConfig) -> Stepper:
     optimizer = optimizers.build(optim, method)
     optimizers.set_rates(optimizer, optim, Progress(0, 1000, 100), 10, ROWS)
     return Stepper(method, optimizer, settings, 0, ROWS, ROWS, optim, execution)
+
+
+def assert_three_steps_agree(method: Any, limits_scale: bool) -> None:
+    """Take three steps with the method and with open_clip, and compare losses and weights.
+
+    Args:
+        method: CLIP or SigLIP.
+        limits_scale: True if the scale is limited after each step.
+    """
+    reference, stepper = OpenClip(method, CONSTANT_RATE), build_stepper(method, CONSTANT_RATE)
+    for step in range(3):
+        batch = random_batch(step)
+        expected = reference.take_step(batch, limits_scale)
+        logs = stepper(Progress(step, 1000, 100), batch).logs
+        assert logs["loss"].item() == pytest.approx(expected, rel=1e-10)
+    # The exact gradient of the bias of the attention keys is zero. Adam amplifies its rounding.
+    contract.assert_same(in_open_clips_names(method), reference.weights(), atol=1e-10)
 
 
 def with_texts(batch: Batch, texts: tuple[TextSet, ...]) -> Batch:

@@ -12,6 +12,7 @@ from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.messages import abbreviate
 from ssl_pretrain.data.split_search import split_of
 from ssl_pretrain.system import optional_packages
+from ssl_pretrain.system.error_text import first_line
 
 SUFFIXES: tuple[str, ...] = (".parquet", ".arrow")
 _MAX_DEPTH = 2  # folders below the root that are searched for shards
@@ -60,7 +61,7 @@ def open_hub(config: DataConfig, split: str) -> Source:
             config.root, cache_dir=config.cache_dir or None, **config.args
         )
     except Exception as error:  # the library and its network code raise many kinds of errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(
             f"data.root: {config.root} cannot be loaded from the Hugging Face Hub ({reason}); "
             "check the name (owner/name) and the network, or download it elsewhere and give the "

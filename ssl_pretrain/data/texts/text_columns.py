@@ -89,8 +89,8 @@ def split_alternatives(value: Any) -> list[str]:
     if isinstance(value, str):
         return [text] if (text := value.strip()) else []
     if isinstance(value, Mapping) and "text" in value:
-        parts = [part for key in ("title", "text") for part in split_alternatives(value.get(key))]
-        return [" ".join(parts)] if parts else []
+        texts = [text for key in ("title", "text") for text in split_alternatives(value.get(key))]
+        return [" ".join(texts)] if texts else []
     if isinstance(value, list | tuple):
         return [text for entry in value for text in split_alternatives(entry)]
     raise TypeError(f"{value!r} is no text")

@@ -152,7 +152,7 @@ def open_wordnet(config: DataConfig, split: SplitName) -> TextsInFiles:
             f"{', '.join(COLUMNS)}"
         )
     root = Path(config.root or DEFAULT_ROOT).expanduser()
-    paths = [root / f"data.{part}" for part in _PARTS_OF_SPEECH]
+    paths = [root / f"data.{suffix}" for suffix in _PARTS_OF_SPEECH]
     if missing_paths := [path for path in paths if not path.is_file()]:
         raise ValueError(
             f"data.root: {missing_paths[0]} does not exist; install WordNet with "
