@@ -55,7 +55,7 @@ class LinearProtocol:
             epoch = math.floor(epoch)
         if self.milestones:
             return 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
-        return schedules.warmup_cosine(
+        return schedules.warmup_and_decline(
             epoch / self.epochs, warmup_fraction=self.warmup_epochs / self.epochs
         )
 

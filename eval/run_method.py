@@ -32,8 +32,11 @@ def build_method(run: Run, is_pretrained: bool, backbone_config: BackboneConfig)
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.derive_seed(run.config.seed, 0, 0))  # as the trainer derives it
-        backbone = backbones.build(backbone_config, run.view_size)
-        method = config.assemble_method(run.config, backbone, text_encoders.build_random)
+        method = config.assemble_method(
+            run.config,
+            lambda: backbones.build(backbone_config, run.view_size),
+            text_encoders.build_random,
+        )
     if is_pretrained:
         _, tensors = read_checkpoint(run.checkpoint_path)
         backbones.load_strict(method, tensors, str(run.checkpoint_path), exact=True)

@@ -26,6 +26,7 @@ from ssl_pretrain.fault_tolerance.nan_guard import NanGuard
 from ssl_pretrain.fault_tolerance.run_lock import RunLock
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
+from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.monitoring import background_writer, image_grids
 from ssl_pretrain.monitoring.collapse import CollapseMonitor
 from ssl_pretrain.monitoring.logger import Logger
@@ -61,7 +62,7 @@ class Training:
     logger: Logger
     nan_guard: NanGuard
     collapse_monitor: CollapseMonitor
-    online_knn: OnlineKNN
+    online_knn: OnlineKNN | None
 
     def steps(self) -> Iterator[tuple[schedules.Progress, Batch]]:
         """Yield the progress and the batch of each step, and save the views of the first batch.
@@ -76,8 +77,9 @@ class Training:
         )
         for step, batch in zip(range(self.num_steps_done, self.end_step), batches):
             self.lock.check()
-            describe = partial(self.loader.describe_views, step, image_grids.NUM_IMAGES)
-            self.logger.save_views(step + 1, batch, views, describe)
+            if batch.views:
+                describe = partial(self.loader.describe_views, step, image_grids.NUM_IMAGES)
+                self.logger.save_views(step + 1, batch, views, describe)
             yield schedules.Progress(step, self.num_steps, self.loader.steps_per_epoch), batch
 
     def set_learning_rates(self, progress: schedules.Progress) -> dict[str, float]:
@@ -95,7 +97,10 @@ class Training:
         """Take the measurements that are due after a step: collapse, k-NN, images, compilation."""
         method = self.stepper.method
         collapse = self.collapse_monitor.measure(step, output.embeddings, output.targets)
-        knn = self.online_knn.measure_if_due(step, method.get_submodule(method.evaluated_module))
+        knn = Measurements()
+        if self.online_knn is not None:
+            network = method.get_submodule(method.evaluated_module)
+            knn = self.online_knn.measure_if_due(step, network)
         counts = self.loader.count_replaced(step, self.config.log.every_steps, self.num_steps)
         return collapse | knn | Measurements(dict(counts) | compile_report.measure())
 
@@ -201,8 +206,12 @@ def build_training(
 
 
 def build_loader(config: RunConfig, execution: Execution) -> Loader:
-    """Open the data set and build the loader of this rank's batches."""
-    return loader.build(
+    """Open the data set and build the loader of this rank's batches.
+
+    Raises:
+        ValueError: If the data set does not have what the method takes.
+    """
+    data_loader = loader.build(
         config.data,
         config.views,
         seed=config.seed,
@@ -211,6 +220,12 @@ def build_loader(config: RunConfig, execution: Execution) -> Loader:
         view_dtype=execution.view_dtype,
         text=configuration.text_settings(config),
     )
+    try:
+        configuration.check_number_of_texts(config, data_loader.source)
+    except ValueError:
+        data_loader.close()
+        raise
+    return data_loader
 
 
 def build_method(config: RunConfig, source: Source | None = None) -> Method:
@@ -221,13 +236,17 @@ def build_method(config: RunConfig, source: Source | None = None) -> Method:
             `backbone.init` do not fit the backbone.
     """
     torch.manual_seed(rng.derive_seed(config.seed, 0, 0))
-    backbone = backbones.build(config.backbone, recipe.crop_per_view(config.views)[0].size)
-    if notes := initial_weights.initialize(backbone, config.backbone):
-        process_group.print_once(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}")
-    method = configuration.assemble_method(config, backbone)
+    method = configuration.assemble_method(config, partial(_build_backbone, config))
     if method.needs_labels and source is not None:
         require_labels(source, f"method {config.method.name}")
     return method
+
+
+def _build_backbone(config: RunConfig) -> Backbone:
+    backbone = backbones.build(config.backbone, recipe.crop_per_view(config.views)[0].size)
+    if notes := initial_weights.initialize(backbone, config.backbone):
+        process_group.print_once(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}")
+    return backbone
 
 
 def build_run_stepper(method: Method, config: RunConfig, execution: Execution) -> Stepper:
@@ -242,7 +261,7 @@ def build_run_stepper(method: Method, config: RunConfig, execution: Execution) -
         micro_batch_size=micro_batch_size,
         global_batch_size=config.global_batch_size,
         example=micro_batch.blank_batch(
-            config.views, micro_batch_size, execution, configuration.text_lengths(config, method)
+            config.views, micro_batch_size, execution, configuration.text_lengths(config)
         ),
     )
 
@@ -263,7 +282,7 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
             config.parallel,
             config.views,
             execution,
-            text_lengths=configuration.text_lengths(config, method),
+            text_lengths=configuration.text_lengths(config),
             local_batch_size=local_batch_size,
             global_batch_size=config.global_batch_size,
         )
@@ -314,8 +333,15 @@ def build_logger(
     )
 
 
-def build_online_knn(config: RunConfig, data_loader: Loader, execution: Execution) -> OnlineKNN:
-    """Build the k-NN monitor. It transforms training images as evaluations do."""
+def build_online_knn(
+    config: RunConfig, data_loader: Loader, execution: Execution
+) -> OnlineKNN | None:
+    """Build the k-NN monitor, or return None for methods of sentences.
+
+    It transforms training images as evaluations do.
+    """
+    if not configuration.takes_images(config):
+        return None
     settings, source, views = config.evaluation, data_loader.source, config.views
     transform = partial(
         crops.evaluation_view,

@@ -59,6 +59,7 @@ CASES: dict[str, Any] = {  # backbone, settings of the method and the optimizer,
     ),
     "clip": (RESNET, {"dim": 9}, ADAMW, (16,)),
     "siglip": (VIT, {"dim": 9}, ADAMW, (16,)),
+    "simcse": (RESNET, {"texts": "triplets", "encoders": "separate"}, ADAMW, ()),  # no views
     "several_networks": (
         BackboneConfig(name="test_vit", args={"depth": 2, "patch_size": 4}),
         {},
@@ -73,7 +74,8 @@ def random_batch(step: int, sizes: tuple[int, ...], rows: int = ROWS) -> Batch:
     views = [
         torch.randn(rows, 3, size, size, dtype=torch.float64, generator=generator) for size in sizes
     ]
-    texts = small_texts.random_texts(rows, step)  # which methods of images alone ignore
+    # Methods of images alone ignore the texts.
+    texts = small_texts.random_texts(rows, step, num_texts=1 if sizes else 3)
     return Batch(views, torch.arange(rows) % 3, torch.arange(rows) + step * rows, (), texts)
 
 
@@ -90,7 +92,7 @@ def build_case(
     torch.manual_seed(0)
     network = backbones.build(BackboneConfig(**{**vars(network), **(backbone or {})}), SIZE)
     module = methods.find(name) if name in methods.names() else importlib.import_module(name)
-    method: Any = small_texts.build_method(module.Config(**method_settings), network)
+    method: Any = small_texts.build_method(module.Config(**method_settings), network, dropout=0.0)
     config = ParallelConfig(**settings)
     world_size = process_group.world_size()
     micro_batch_size = rows // world_size // num_micro_batches

@@ -4,7 +4,7 @@ import small_texts
 import torch
 
 from ssl_pretrain import methods
-from ssl_pretrain.methods.base import Method, TextMethodConfig
+from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.views import masks
@@ -21,6 +21,7 @@ VIEWS = {
     "mae": [SIZE],
     "clip": [SIZE],
     "siglip": [SIZE],
+    "simcse": [],
 }
 VIT = BackboneConfig(name="test_vit", args={"patch_size": 4, "depth": 2})
 MASKS = {  # these methods need a ViT
@@ -47,6 +48,6 @@ def random_batch(name: str, num_images: int) -> Batch:
     numbers, mask = torch.arange(num_images), MASKS.get(name, Mask())
     crops = {str(view): Crop(count=1, size=size, mask=mask) for view, size in enumerate(sizes)}
     mask_sets = masks.blank(ViewsConfig(crops=crops), num_images, "cpu")
-    takes_texts = issubclass(methods.find(name).Config, TextMethodConfig)
-    texts = small_texts.random_texts(num_images, step=0) if takes_texts else ()
+    num_texts = getattr(methods.find(name).Config(), "num_texts", 0)
+    texts = small_texts.random_texts(num_images, step=0, num_texts=num_texts)
     return Batch(views, numbers % 4, numbers, mask_sets, texts)

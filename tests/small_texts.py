@@ -1,12 +1,19 @@
 """A small text encoder and random captions, for the tests of methods with texts."""
 
+from dataclasses import replace
+
 import torch
 
-from ssl_pretrain.methods.base import Method, MethodConfig, TextMethodConfig
+from ssl_pretrain.methods.base import (
+    Method,
+    MethodConfig,
+    SentenceMethodConfig,
+    TextMethodConfig,
+)
 from ssl_pretrain.models import text_encoders
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.text_encoders import TextEncoder, TextEncoderConfig
-from ssl_pretrain.views.batch import TextSet
+from ssl_pretrain.views.batch import Batch, TextSet
 
 VOCABULARY_SIZE, LENGTH = 20, 6
 END = VOCABULARY_SIZE - 1  # CLIP's end token has the largest number
@@ -17,8 +24,13 @@ def build_text_encoder(**settings: object) -> TextEncoder:
     return text_encoders.build(config, VOCABULARY_SIZE, LENGTH)
 
 
-def build_method(config: MethodConfig, backbone: Backbone) -> Method:
-    """Build a method, with a small text encoder if it takes texts."""
+def build_method(config: MethodConfig, backbone: Backbone, dropout: float = 0.1) -> Method:
+    """Build a method, with a small text encoder if it takes texts.
+
+    Methods of sentences have a BERT with this rate of dropout.
+    """
+    if isinstance(config, SentenceMethodConfig):
+        return config.build_for_sentences(build_text_encoder(name="bert", dropout=dropout))
     if isinstance(config, TextMethodConfig):
         return config.build_with_texts(backbone, build_text_encoder())
     return config.build(backbone)
@@ -36,3 +48,7 @@ def random_texts(rows: int, step: int, num_texts: int = 1) -> tuple[TextSet, ...
         valid = positions < lengths
         sets.append(TextSet(ids * valid, valid))
     return tuple(sets)
+
+
+def with_texts(batch: Batch, texts: tuple[TextSet, ...]) -> Batch:
+    return replace(batch, texts=texts)

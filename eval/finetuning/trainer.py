@@ -161,7 +161,7 @@ def set_learning_rates(
     Returns:
         The learning rate of a group whose `lr_scale` is 1.
     """
-    lr = schedules.warmup_cosine(
+    lr = schedules.warmup_and_decline(
         fraction,
         warmup_fraction=min(1.0, protocol.warmup_epochs / epochs),
         start=protocol.warmup_lr,

@@ -18,7 +18,9 @@ from ssl_pretrain.config.loading import (
 )
 from ssl_pretrain.config.method_assembly import (
     assemble_method,
+    check_number_of_texts,
     pairs_images_with_texts,
+    takes_images,
     text_lengths,
     text_settings,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "assemble_method",
     "build_method_on_meta",
     "check",
+    "check_number_of_texts",
     "check_resume_config",
     "check_slurm_keys",
     "check_training_overrides",
@@ -48,6 +51,7 @@ __all__ = [
     "load",
     "pairs_images_with_texts",
     "read_yaml",
+    "takes_images",
     "text_lengths",
     "text_settings",
     "to_dict",

@@ -5,12 +5,14 @@ import dataclasses
 import torch
 
 from ssl_pretrain import schema
-from ssl_pretrain.config.method_assembly import assemble_method, text_lengths
+from ssl_pretrain.config.method_assembly import assemble_method, takes_images, text_lengths
 from ssl_pretrain.config.run_config import RunConfig
 from ssl_pretrain.data import order, sources
 from ssl_pretrain.data.config import TEXT_SOURCES
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones, image_size_check, text_encoders, timm_networks
+from ssl_pretrain.models.components import Backbone
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.monitoring import log_config
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel import execution
@@ -29,20 +31,17 @@ def check(config: RunConfig, world_size: int) -> None:
     """
     try:
         schema.check(config)
-        recipe.check(config.views)
-        recipe.check_batch(config.views, config.global_batch_size)
         text_recipe.check(config.text)
         sources.check(config.data)
-        _check_has_images(config)
+        if takes_images(config):
+            _check_images(config)
+        else:
+            _check_no_images(config)
         execution.bn_group_images(config.parallel, config.global_batch_size)
         execution.check(config.parallel)
         optim.check(config.optim)
         optim.check_sharding(config.optim, config.parallel.strategy)
         log_config.check(config.log)
-        sizes = {f"views.crops.{name}.size": crop.size for name, crop in config.views.crops.items()}
-        if config.evaluation.image_size != 0:
-            sizes["evaluation.image_size"] = config.evaluation.image_size
-        image_size_check.check(config.backbone, sizes)
         config.method.check(config, world_size)
         _try_method(config)
         order.check_batch_divides(config.global_batch_size, world_size)
@@ -51,11 +50,44 @@ def check(config: RunConfig, world_size: int) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _check_has_images(config: RunConfig) -> None:
+def _check_images(config: RunConfig) -> None:
+    """Raise ValueError if the data has no images, or the views or the backbone do not fit."""
+    recipe.check(config.views)
+    recipe.check_batch(config.views, config.global_batch_size)
     if config.data.source in TEXT_SOURCES:
         raise ConfigError(
             f"data.source: {config.data.source} has texts and no images, and method "
-            f"{config.method.name} takes images; give a source of images"
+            f"{config.method.name} takes images; give a source of images, or set "
+            "method.name=simcse"
+        )
+    sizes = {f"views.crops.{name}.size": crop.size for name, crop in config.views.crops.items()}
+    if config.evaluation.image_size != 0:
+        sizes["evaluation.image_size"] = config.evaluation.image_size
+    image_size_check.check(config.backbone, sizes)
+
+
+def _check_no_images(config: RunConfig) -> None:
+    """Raise ValueError if there are settings of images, which a method of sentences would ignore.
+
+    The images of a data set with captions are not read.
+    """
+    if config.views.crops:
+        raise ConfigError(
+            f"views.crops: {', '.join(config.views.crops)} would be ignored, because method "
+            f"{config.method.name} takes texts and no images; leave the section views out"
+        )
+    default = BackboneConfig()
+    for name in sorted(vars(default)):
+        if (value := getattr(config.backbone, name)) != getattr(default, name):
+            raise ConfigError(
+                f"backbone.{name}: {value} would be ignored, because method {config.method.name} "
+                "takes texts and no images; leave it out, and set text_encoder.* for its network"
+            )
+    if config.data.cache == "device" or config.data.loader in ("ffcv", "threads"):
+        key = "cache" if config.data.cache == "device" else "loader"
+        raise ConfigError(
+            f"data.{key}: {getattr(config.data, key)} reads images, and method "
+            f"{config.method.name} takes none; leave it out"
         )
 
 
@@ -100,10 +132,13 @@ def configured_micro_batch_size(config: RunConfig, world_size: int) -> int | Non
 
 def build_method_on_meta(config: RunConfig) -> Method:
     """Build the run's method on the meta device, where its weights take no memory."""
-    image_size = recipe.crop_per_view(config.views)[0].size
+
+    def build_backbone() -> Backbone:
+        image_size = recipe.crop_per_view(config.views)[0].size
+        return backbones.build_on_meta(config.backbone, image_size)
+
     with torch.device("meta"):
-        backbone = backbones.build_on_meta(config.backbone, image_size)
-        method = assemble_method(config, backbone, text_encoders.build_on_meta)
+        method = assemble_method(config, build_backbone, text_encoders.build_on_meta)
     if not isinstance(method, Method):
         raise ValueError(
             f"method.name: Config.build of {config.method.name} returns a "
@@ -128,7 +163,7 @@ def _try_method(config: RunConfig) -> None:
         if method.couples != "nothing" and config.global_batch_size < 2:
             raise ValueError(
                 f"global_batch_size: {config.global_batch_size} leaves {config.method.name} "
-                "no other image to compare with; give 2 or more"
+                "no other image or text to compare with; give 2 or more"
             )
         optim.parameter_groups(config.optim, method)
         with torch.device("meta"):
@@ -142,7 +177,7 @@ def _try_method(config: RunConfig) -> None:
                 zeros,
                 zeros,
                 masks.blank(config.views, num_images, "meta"),
-                blank_texts(text_lengths(config, method), num_images, "meta"),
+                blank_texts(text_lengths(config), num_images, "meta"),
             )
             try:
                 _check_embeddings(config, method(batch), num_images)

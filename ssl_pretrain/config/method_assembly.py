@@ -1,9 +1,10 @@
-"""Build the method of a run from a backbone and, for methods with texts, a text encoder."""
+"""Build the method of a run from a backbone, a text encoder, or both."""
 
 from collections.abc import Callable
 
 from ssl_pretrain.config.run_config import RunConfig
-from ssl_pretrain.methods.base import Method, TextMethodConfig
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.methods.base import Method, SentenceMethodConfig, TextMethodConfig
 from ssl_pretrain.methods.image_text_pairs import ImageTextConfig
 from ssl_pretrain.models import text_encoders
 from ssl_pretrain.models.components import Backbone
@@ -14,29 +15,39 @@ from ssl_pretrain.views.text_recipe import TextConfig
 
 def assemble_method(
     config: RunConfig,
-    backbone: Backbone,
+    build_backbone: Callable[[], Backbone],
     build_text_encoder: Callable[[TextEncoderConfig, int, int], TextEncoder] = text_encoders.build,
 ) -> Method:
-    """Build the method on top of a backbone, with a text encoder if it takes texts.
+    """Build the method on top of the networks that it takes.
 
     Args:
         config: Configuration of the run.
-        backbone: The backbone of the run.
-        build_text_encoder: Function that builds the text encoder, on the CPU or the meta device.
+        build_backbone: Function that builds the backbone. It is called if the method takes images.
+        build_text_encoder: Function that builds the text encoder, on the CPU or the meta device. It
+            is called if the method takes texts.
 
     Raises:
         ValueError: If a package is missing, or the tokenizer or the text encoder cannot be built.
     """
-    if not isinstance(config.method, TextMethodConfig):
-        return config.method.build(backbone)
+    method = config.method
+    if isinstance(method, SentenceMethodConfig):
+        return method.build_for_sentences(_text_encoder(config, build_text_encoder))
+    backbone = build_backbone()
+    if isinstance(method, TextMethodConfig):
+        return method.build_with_texts(backbone, _text_encoder(config, build_text_encoder))
+    return method.build(backbone)
+
+
+def _text_encoder(
+    config: RunConfig, build: Callable[[TextEncoderConfig, int, int], TextEncoder]
+) -> TextEncoder:
     vocabulary_size = tokenizers.vocabulary_size(config.text)
-    text_encoder = build_text_encoder(config.text_encoder, vocabulary_size, config.text.length)
-    return config.method.build_with_texts(backbone, text_encoder)
+    return build(config.text_encoder, vocabulary_size, config.text.length)
 
 
-def text_settings(config: RunConfig) -> TextConfig | None:
-    """Return how texts are made, or None if the method takes none."""
-    return config.text if isinstance(config.method, TextMethodConfig) else None
+def takes_images(config: RunConfig) -> bool:
+    """Return True if the method takes images, alone or with texts."""
+    return not isinstance(config.method, SentenceMethodConfig)
 
 
 def pairs_images_with_texts(config: RunConfig) -> bool:
@@ -44,6 +55,30 @@ def pairs_images_with_texts(config: RunConfig) -> bool:
     return isinstance(config.method, ImageTextConfig)
 
 
-def text_lengths(config: RunConfig, method: Method) -> list[int]:
-    """Return the number of tokens of each text that the method takes."""
-    return [config.text.length] * method.num_texts
+def text_settings(config: RunConfig) -> TextConfig | None:
+    """Return how texts are made, or None if the method takes none."""
+    return config.text if _num_texts(config) else None
+
+
+def text_lengths(config: RunConfig) -> list[int]:
+    """Return the number of tokens of each text of an item that the method takes."""
+    return [config.text.length] * _num_texts(config)
+
+
+def check_number_of_texts(config: RunConfig, source: Source) -> None:
+    """Raise ValueError if the items of a source have another number of texts than the method takes.
+
+    Images with captions, or with the names of their classes in templates, have one text.
+    """
+    num_taken = _num_texts(config)
+    num_given = 1 if config.text.captions == "class_names" else source.num_texts
+    if num_taken and num_given and num_taken != num_given:
+        raise ValueError(
+            f"data.text_columns: {source.full_path} has {num_given} texts per item, and method "
+            f"{config.method.name} takes {num_taken}; name as many columns as it takes"
+        )
+
+
+def _num_texts(config: RunConfig) -> int:
+    method = config.method
+    return method.num_texts if isinstance(method, TextMethodConfig | SentenceMethodConfig) else 0

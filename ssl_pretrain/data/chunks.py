@@ -22,6 +22,7 @@ from ssl_pretrain.views.tokenizers import TokenArrays
 # A picklable function that cuts all crops, uint8 (3, height, width), from one image of the same
 # layout. Its other arguments are the epoch and the image's index.
 CropFunction = Callable[[Tensor, int, int], list[Tensor]]
+_NO_PIXELS = np.empty((0, 0, 0), np.uint8)
 
 
 class ChunkRequest(NamedTuple):
@@ -96,7 +97,7 @@ class CropDataset(Dataset[Chunk]):
 
     Args:
         source: Source of the images.
-        crop_image: Function that cuts all crops of one image.
+        crop_image: Function that cuts all crops of one image. None if only texts are read.
         plan: Order of the run, which determines the replacements of unreadable images. Without a
             plan, as in a single pass, the next image of the source is the replacement.
         text_maker: The texts of the images. By default they have none.
@@ -105,7 +106,7 @@ class CropDataset(Dataset[Chunk]):
     def __init__(
         self,
         source: Source,
-        crop_image: CropFunction,
+        crop_image: CropFunction | None,
         plan: BatchPlan | None = None,
         text_maker: TextMaker | None = None,
     ):
@@ -123,6 +124,8 @@ class CropDataset(Dataset[Chunk]):
             except (FileNotFoundError, ValueError) as error:
                 return replace(chunk, error=error)
             labels[row], shown_indices[row] = self.source.label(shown_index), shown_index
+            if self.crop_image is None:
+                continue
             with self._name_image_in_errors(shown_index):
                 image = torch.from_numpy(pixels).permute(2, 0, 1)
                 crops = self.crop_image(image, request.epoch, index)
@@ -149,7 +152,7 @@ class CropDataset(Dataset[Chunk]):
             return self._read(index), index
         except UnreadableImage as error:
             reason = str(error)
-        pixels = np.empty(0, np.uint8)
+        pixels = _NO_PIXELS
 
         def try_read(candidate: int) -> bool:
             nonlocal pixels
@@ -172,7 +175,7 @@ class CropDataset(Dataset[Chunk]):
             with self._name_image_in_errors(index):
                 if problem := self.text_maker.read_ahead(index):
                     raise UnreadableImage(problem)
-                return self.source.read(index)
+                return _NO_PIXELS if self.crop_image is None else self.source.read(index)
         except UnreadableImage:
             self.source.check_present()
             raise

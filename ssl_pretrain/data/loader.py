@@ -250,7 +250,7 @@ def build(
 
     Args:
         data: The images and how they are read. At most one worker per core is started.
-        views: The recipe of the views.
+        views: The recipe of the views. Without crops, images are not read.
         seed: Seed of the image order and of every random choice about a view.
         global_batch_size: Images per step, over all ranks.
         device: Device of the batches.
@@ -273,9 +273,11 @@ def build(
         source = open_source(data, "train")
     if text is None:
         source = source.without_texts()
-    kind, reason = readers.choose_reader_kind(data, source)
+    kind, reason = readers.ReaderKind.PROCESSES, ""
+    if views.crops:
+        kind, reason = readers.choose_reader_kind(data, source)
     is_folder = kind is readers.ReaderKind.PROCESSES and not isinstance(source, Beton)
-    if not is_folder or len(source) >= MIN_IMAGES_OF_LOADER_HINT:
+    if reason and (not is_folder or len(source) >= MIN_IMAGES_OF_LOADER_HINT):
         lines.append(f"data.loader: {kind}: {reason}")
     process_group.print_once(*lines, file=sys.stderr)
     window_size = data.quasi_random_window if data.order == "quasi_random" else 0

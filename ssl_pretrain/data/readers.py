@@ -89,7 +89,7 @@ def build_reader(
 
     Args:
         source: The images.
-        views: Recipe of the views.
+        views: Recipe of the views. Without crops, processes read only texts.
         plan: Order of the images.
         kind: Way to read the images.
         num_workers: Number of processes or threads.
@@ -100,9 +100,10 @@ def build_reader(
     Raises:
         ValueError: If a key of `views` is invalid, or the images do not fit in memory.
     """
-    recipe.check(views)
-    is_supported = augment is None or kind is ReaderKind.PROCESSES
-    assert is_supported, "only processes support augment"
+    if views.crops:
+        recipe.check(views)
+    is_supported = (augment is None and views.crops) or kind is ReaderKind.PROCESSES
+    assert is_supported, "only processes support augment and texts without images"
     device, view_crops = torch.device(device), recipe.crop_per_view(views)
     chunk_size, note = plan.local_batch_size, ""
     pool: ChunkPool
@@ -130,7 +131,7 @@ def build_reader(
             num_ranks=process_group.local_world_size(),
         )
         chunk_size, note = transfer.chunk_size, transfer.note
-        cut = partial(_cut_crops, view_crops, plan.seed, augment)
+        cut = partial(_cut_crops, view_crops, plan.seed, augment) if view_crops else None
         dataset = CropDataset(source, cut, plan, text_maker)
         pool = ProcessPool(dataset, num_workers, transfer, pin_memory=device.type == "cuda")
     return Reader(kind, source, views, plan, device, num_workers, chunk_size, pool, note)

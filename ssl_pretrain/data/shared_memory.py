@@ -69,7 +69,7 @@ def plan_transfer(
     """Choose a chunk size that fits in the free shared memory of this machine.
 
     Args:
-        bytes_per_image: Bytes of all views of one image.
+        bytes_per_image: Bytes of all views of one image, or 0 if only texts are read.
         chunk_size: Images per chunk if there is room.
         num_workers: Processes per rank.
         num_chunks_ahead: Chunks that the workers of a rank prepare in advance, in total.
@@ -82,7 +82,7 @@ def plan_transfer(
     if num_workers == 0:
         return Transfer(chunk_size)
     prefetch_factor = max(MIN_PREFETCH_FACTOR, -(-num_chunks_ahead // num_workers))
-    if not SHARED_MEMORY.is_dir():
+    if not SHARED_MEMORY.is_dir() or not bytes_per_image:
         return Transfer(chunk_size, prefetch_factor)
     free_bytes = shutil.disk_usage(SHARED_MEMORY).free
     capacity = USABLE_FRACTION * free_bytes / (bytes_per_image * num_ranks)  # images per rank

@@ -41,19 +41,24 @@ def layout_lines(config: DataConfig, train: Source) -> list[str]:
 
 
 def describe_counts(source: Source) -> str:
-    """Return the numbers of images, of classes and of images without a label as text."""
-    images = f"{len(source):,} image" + ("s" if len(source) != 1 else "")
+    """Return the numbers of items, of classes and of items without a label as text."""
+    noun = "image" if source.has_images else "text" if source.num_texts == 1 else "group"
+    items = f"{len(source):,} {noun}" + ("s" if len(source) != 1 else "")
+    if not source.has_images and source.num_texts > 1:
+        items += f" of {source.num_texts} texts"
     num_unlabeled = int((source.labels < 0).sum())
     if num_unlabeled == len(source):
-        return f"{images}, no labels"
+        return f"{items}, no labels"
     present_labels = np.unique(source.labels[source.labels >= 0])
     names = [source.classes[label] for label in present_labels[:_MAX_CLASSES_SHOWN]]
     if len(present_labels) > _MAX_CLASSES_SHOWN:
         names.append("...")
     of_total = f" of {len(source.classes):,}" if len(present_labels) < len(source.classes) else ""
-    noun = "class" if len(present_labels) == 1 and not of_total else "classes"
+    classes = "class" if len(present_labels) == 1 and not of_total else "classes"
     without_label = f", {num_unlabeled:,} without a label" if num_unlabeled else ""
-    return f"{images}, {len(present_labels):,}{of_total} {noun} ({', '.join(names)}){without_label}"
+    return (
+        f"{items}, {len(present_labels):,}{of_total} {classes} ({', '.join(names)}){without_label}"
+    )
 
 
 def _overlap_notes(train: Source, val: Source) -> list[str]:

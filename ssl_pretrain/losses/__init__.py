@@ -41,6 +41,7 @@ from ssl_pretrain.losses.patch_prediction import cpc
 from ssl_pretrain.losses.queues import moco, moco_v3, nnclr
 from ssl_pretrain.losses.reconstruction import mae
 from ssl_pretrain.losses.redundancy import barlow_twins, vicreg
+from ssl_pretrain.losses.sentence_pairs import sentence_pairs
 from ssl_pretrain.losses.sigmoid import sigmoid_image_text
 from ssl_pretrain.losses.uniformity import align_uniform
 
@@ -65,6 +66,7 @@ __all__ = [
     "nnclr",
     "nt_xent",
     "pairwise",
+    "sentence_pairs",
     "sigmoid_image_text",
     "sigreg",
     "simsiam",

@@ -23,9 +23,10 @@ def names() -> list[str]:
 
 def image_methods() -> list[str]:
     """Return the sorted names of the methods that learn from images alone, without texts."""
-    from ssl_pretrain.methods.base import TextMethodConfig
+    from ssl_pretrain.methods.base import SentenceMethodConfig, TextMethodConfig
 
-    return [name for name in names() if not issubclass(find(name).Config, TextMethodConfig)]
+    takes_texts = (TextMethodConfig, SentenceMethodConfig)
+    return [name for name in names() if not issubclass(find(name).Config, takes_texts)]
 
 
 def find(name: str) -> ModuleType:
@@ -45,7 +46,7 @@ def find(name: str) -> ModuleType:
 
 def _check_config(module: ModuleType) -> None:
     """Raise ValueError unless the module has a `Config` that builds a method."""
-    from ssl_pretrain.methods.base import MethodConfig, TextMethodConfig
+    from ssl_pretrain.methods.base import MethodConfig, SentenceMethodConfig, TextMethodConfig
 
     config = getattr(module, "Config", None)
     remedy = "see CONTRIBUTING.md, `Add a method`"
@@ -58,11 +59,13 @@ def _check_config(module: ModuleType) -> None:
         raise ValueError(
             f"method.name: {module.__name__}.Config is not a dataclass; put @dataclass above it"
         )
-    takes_texts = issubclass(config, TextMethodConfig)
-    name, arguments = (
-        ("build_with_texts", "backbone, text_encoder") if takes_texts else ("build", "backbone")
-    )
-    base = TextMethodConfig if takes_texts else MethodConfig
+    signatures: dict[type[MethodConfig], tuple[str, str]] = {
+        TextMethodConfig: ("build_with_texts", "backbone, text_encoder"),
+        SentenceMethodConfig: ("build_for_sentences", "text_encoder"),
+        MethodConfig: ("build", "backbone"),
+    }
+    base = next(base for base in signatures if issubclass(config, base))
+    name, arguments = signatures[base]
     if getattr(config, name) is getattr(base, name):
         raise ValueError(
             f"method.name: {module.__name__}.Config has no method {name}({arguments}) that returns "

@@ -54,12 +54,12 @@ class Method(nn.Module):
         negatives: What an anchor is pushed away from, for the plan of a run. "embeddings" means all
             other embeddings of both views, "images" means one embedding of every other image, and
             "mined" means one embedding per positive pair. If the method needs labels, they are of
-            other classes. "patches" means the other patches of all images, and "queue" means
-            `config.queue_size` past embeddings.
+            other classes. "patches" means the other patches of all images, "queue" means
+            `config.queue_size` past embeddings, and "texts" means the second texts of all other
+            items and the hard negatives of all items.
         transient: Names of embeddings and targets that are dropped between `loss` and
             `after_step`, because they are too large to keep for every micro-batch.
         needs_labels: True if the data set must have labels.
-        num_texts: Number of texts per item that the method takes, such as 1 for captions.
         evaluated_module: Name of the submodule that is evaluated and exported.
         evaluated_network: Name of that network in tables.
         step_taken: 1.0 if the optimizer took the step, or 0.0 if it skipped the step because the
@@ -68,18 +68,20 @@ class Method(nn.Module):
 
     couples: Literal["nothing", "targets", "embeddings"] = "nothing"
     compared: tuple[str, ...] = ()
-    negatives: Literal["none", "embeddings", "images", "mined", "patches", "queue"] = "none"
+    negatives: Literal["none", "embeddings", "images", "mined", "patches", "queue", "texts"] = (
+        "none"
+    )
     transient: tuple[str, ...] = ()
     needs_labels: bool = False
-    num_texts: int = 0
     evaluated_module: str = "backbone"
     evaluated_network: str = "student"
     step_taken: Tensor | float = 1.0
 
-    def __init__(self, config: Any, backbone: Backbone):
+    def __init__(self, config: Any, backbone: Backbone | TextEncoder):
         super().__init__()
         self.config = config
-        self.backbone = backbone
+        # The backbone of a method of sentences is its text encoder. Other methods take images.
+        self.backbone: Backbone = backbone  # type: ignore[assignment]
 
     def forward(self, batch: Batch) -> Embeddings:
         """Return the student's embeddings with their graph, one row per image in every tensor.
@@ -244,12 +246,33 @@ class MethodConfig:
 
 @dataclass
 class TextMethodConfig(MethodConfig):
-    """Fields that the configurations of all methods with texts share."""
+    """Fields that the configurations of all methods of images with texts share."""
+
+    @property
+    def num_texts(self) -> int:
+        """Number of texts per image that the method takes."""
+        return 1
 
     def build_with_texts(self, backbone: Backbone, text_encoder: TextEncoder) -> Method:
         """Build the method on top of a backbone and a text encoder. Every `Config` overrides it."""
         raise NotImplementedError(
             f"{type(self).__module__}: Config must override `build_with_texts`"
+        )
+
+
+@dataclass
+class SentenceMethodConfig(MethodConfig):
+    """Fields that the configurations of all methods of sentences without images share."""
+
+    @property
+    def num_texts(self) -> int:
+        """Number of texts per item that the method takes: 1, or 2 for pairs, or 3 for triplets."""
+        return 1
+
+    def build_for_sentences(self, text_encoder: TextEncoder) -> Method:
+        """Build the method on top of a text encoder. Every `Config` overrides it."""
+        raise NotImplementedError(
+            f"{type(self).__module__}: Config must override `build_for_sentences`"
         )
 
 

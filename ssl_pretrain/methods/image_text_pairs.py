@@ -51,7 +51,6 @@ class ImageTextPairs(Method):
 
     couples = "embeddings"
     negatives = "images"
-    num_texts = 1
 
     def __init__(
         self,

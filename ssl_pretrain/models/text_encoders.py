@@ -174,6 +174,11 @@ def _check_fit(name: str, model_config: Any, vocabulary_size: int, length: int) 
         )
 
 
+def has_dropout(config: TextEncoderConfig) -> bool:
+    """Return True if the encoder drops values at random during training."""
+    return config.name != CLIP and config.dropout > 0
+
+
 def build_on_meta(config: TextEncoderConfig, vocabulary_size: int, length: int) -> TextEncoder:
     """Build a text encoder on the meta device, where its weights take no memory.
 

@@ -53,13 +53,15 @@ class OptimConfig:
         "base_lr * sqrt(global_batch_size) for sqrt, and base_lr for none.",
     )
     final_lr_ratio: float = setting(
-        0.0, "Learning rate at the end of the cosine, as a fraction of the scaled one."
+        0.0, "Learning rate at the end of the cosine or line, as a fraction of the scaled one."
     )
     warmup_epochs: float = setting(10.0, "Epochs of linear warm-up.")
     warmup_start_ratio: float = setting(
         0.0, "Learning rate at step 0, as a fraction of the scaled one."
     )
-    schedule: Literal["cosine", "milestones"] = setting("cosine", "Schedule after the warm-up.")
+    schedule: Literal["cosine", "linear", "milestones"] = setting(
+        "cosine", "Schedule after the warm-up."
+    )
     milestones: list[float] = setting(
         [], "Epochs at which the learning rate is multiplied by milestone_factor.", unit="epochs"
     )
@@ -312,16 +314,20 @@ def rates(
         fraction, epochs_done = progress.fraction, progress.step / progress.steps_per_epoch
     warmup_fraction = min(1.0, config.warmup_epochs / epochs)
     start = config.warmup_start_ratio * peak
-    if config.schedule == "cosine":
-        final = config.final_lr_ratio * peak
-        lr = schedules.warmup_cosine(
-            fraction, warmup_fraction=warmup_fraction, start=start, peak=peak, final=final
-        )
-    else:
+    if config.schedule == "milestones":
         num_passed = sum(epochs_done >= milestone for milestone in config.milestones)
         lr = peak * config.milestone_factor**num_passed
         if fraction < warmup_fraction:
             lr = start + (lr - start) * fraction / warmup_fraction
+    else:
+        lr = schedules.warmup_and_decline(
+            fraction,
+            warmup_fraction=warmup_fraction,
+            start=start,
+            peak=peak,
+            final=config.final_lr_ratio * peak,
+            decline=schedules.cosine if config.schedule == "cosine" else schedules.linear,
+        )
     if config.final_weight_decay is not None:
         decay = schedules.cosine(progress.fraction, start=decay, final=config.final_weight_decay)
     return {"lr": lr, "weight_decay": decay}

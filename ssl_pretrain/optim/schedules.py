@@ -4,6 +4,7 @@ Everything is a pure function of the step number, so a resumed run needs no othe
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -37,15 +38,21 @@ class Progress:
         return replace(self, step=min(self.step + 1, self.num_steps))
 
 
-def warmup_cosine(
+def cosine(fraction: float, *, start: float, final: float) -> float:
+    """Half a cosine from `start` at fraction 0 to `final` at fraction 1."""
+    return final + (start - final) * (1 + math.cos(math.pi * fraction)) / 2
+
+
+def warmup_and_decline(
     fraction: float,
     *,
     warmup_fraction: float,
     start: float = 0.0,
     peak: float = 1.0,
     final: float = 0.0,
+    decline: Callable[..., float] = cosine,
 ) -> float:
-    """Linear warm-up from `start` to `peak`, then half a cosine down to `final`.
+    """Linear warm-up from `start` to `peak`, then half a cosine or a line down to `final`.
 
     The cosine is equation 5 of SGDR (Loshchilov and Hutter, ICLR 2017, arXiv:1608.03983).
 
@@ -55,18 +62,14 @@ def warmup_cosine(
         start: Value at the first step.
         peak: Value at the end of the warm-up.
         final: Value at the end of the run.
+        decline: `cosine` or `linear`.
     """
     if fraction < warmup_fraction:
         return start + (peak - start) * fraction / warmup_fraction
     after_warmup = 1.0
     if warmup_fraction < 1:
         after_warmup = (fraction - warmup_fraction) / (1 - warmup_fraction)
-    return cosine(after_warmup, start=peak, final=final)
-
-
-def cosine(fraction: float, *, start: float, final: float) -> float:
-    """Half a cosine from `start` at fraction 0 to `final` at fraction 1."""
-    return final + (start - final) * (1 + math.cos(math.pi * fraction)) / 2
+    return decline(after_warmup, start=peak, final=final)
 
 
 def linear(position: float, *, start: float, final: float, final_position: float = 1.0) -> float:

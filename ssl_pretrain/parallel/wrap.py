@@ -158,7 +158,7 @@ def _shard(method: nn.Module, config: ParallelConfig, execution: Execution) -> N
         sharded.set_force_sum_reduction_for_comms(execution.device.type == "cpu")
     # By default the root's backward pass prefetches the weights of the module that ran last. That
     # would be the teacher, which has no backward pass.
-    sharded.set_modules_to_backward_prefetch([networks[0]])
+    sharded.set_modules_to_backward_prefetch([towers[0]])
     for name in ("targets", "couple"):
         register_fsdp_forward_method(method, name)
     for network in networks:

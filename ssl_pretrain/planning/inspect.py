@@ -85,6 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(*(f"{prefix}{line}" for line in lines), sep="\n", flush=True)
 
     describe(*layout_lines(config, source), *_class_lines(source, args.all_classes))
+    if not source.has_images:
+        describe(*_text_lines(source))
+        return 0
     statistics = measure_images(source, args.sample, args.threads)
     describe(*_statistics_lines(statistics, len(source)))
     has_unreadable = bool(statistics.unreadable)
@@ -189,6 +192,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--force", action="store_true", help="overwrite the file of --write")
     return parser
+
+
+def _text_lines(source: Source) -> list[str]:
+    """Return lines with the first texts and the recipes that take them."""
+    texts = " | ".join(alternatives[0] for alternatives in source.texts(0))
+    return [
+        f"first texts: {printable(texts)}",
+        "the recipes simcse_wiki (texts) and simcse_nli (groups of 2 or 3 texts) take them",
+    ]
 
 
 def _class_lines(source: Source, all_classes: bool) -> list[str]:

@@ -34,8 +34,8 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
         ConfigError: If training would refuse the configuration.
     """
     config.check(run, world_size)
-    method = build_method_on_meta(run)
-    notes = initialize(method.backbone, run.backbone)
+    method, takes_images = build_method_on_meta(run), config.takes_images(run)
+    notes = initialize(method.backbone, run.backbone) if takes_images else []
     channels = config.describe_channels(run)
     advice = ["memory and time: set plan.gpu to H100, H200, A100 or L40S to estimate them"]
     lines = [
@@ -61,7 +61,7 @@ def _describe_optimizer(run: RunConfig) -> list[str]:
         "sqrt": f"{settings.base_lr} x sqrt({run.global_batch_size})",
         "none": "not scaled",
     }[settings.lr_scaling]
-    schedule = f"cosine to {lr * settings.final_lr_ratio:.3g}"
+    schedule = f"{settings.schedule} to {lr * settings.final_lr_ratio:.3g}"
     if settings.schedule == "milestones":
         epochs = ", ".join(f"{epoch:g}" for epoch in settings.milestones)
         schedule = f"times {settings.milestone_factor:g} at epochs {epochs}"
@@ -118,17 +118,18 @@ def _describe_steps(run: RunConfig) -> list[str]:
             raise  # the run would be refused as well
         return [f"steps per epoch: unknown, because the data cannot be read: {error}"]
     check_images(source)
-    num_images = len(source)
-    steps = order.steps_per_epoch(num_images, run.global_batch_size)
+    config.check_number_of_texts(run, source)
+    num_items, noun = len(source), _noun(run)
+    steps = order.steps_per_epoch(num_items, run.global_batch_size)
     return [
         *layout_lines(run.data, source),
-        f"steps per epoch: {steps} ({num_images:,} images, the last incomplete batch dropped); "
+        f"steps per epoch: {steps} ({num_items:,} {noun}, the last incomplete batch dropped); "
         f"{round(steps * run.epochs):,} in {run.epochs} epochs",
     ]
 
 
 def _describe_batch(run: RunConfig, method: Method, world_size: int) -> list[str]:
-    views, batch = recipe.crop_per_view(run.views), run.global_batch_size
+    batch, noun = run.global_batch_size, _noun(run)
     local_batch_size = batch // world_size
     micro_batch_size = config.configured_micro_batch_size(run, world_size)
     if micro_batch_size is None:
@@ -137,13 +138,32 @@ def _describe_batch(run: RunConfig, method: Method, world_size: int) -> list[str
         micro_batches = "1 micro-batch"
     else:
         micro_batches = f"micro-batches of {micro_batch_size:,}"
+    share = (
+        f"each rank's share of {local_batch_size:,} {noun} in {micro_batches}, "
+        f"on {world_size} rank{'s' * (world_size > 1)}"
+    )
+    if not config.takes_images(run):
+        num_texts = len(config.text_lengths(run))
+        return [
+            f"texts per item: {num_texts} of {run.text.length} tokens; negatives per anchor: "
+            f"{_count_texts(num_texts, batch) - 1:,}",
+            share,
+        ]
+    views = recipe.crop_per_view(run.views)
     return [
         f"views per image: {', '.join(f'{image_sizes.describe(view.size)} px' for view in views)}",
         _describe_loss(method, len(views), batch),
-        f"batch norm over {bn_group_images(run.parallel, batch):,} images; each rank's share of "
-        f"{local_batch_size:,} images in {micro_batches}, "
-        f"on {world_size} rank{'s' * (world_size > 1)}",
+        f"batch norm over {bn_group_images(run.parallel, batch):,} images; {share}",
     ]
+
+
+def _count_texts(num_texts: int, batch: int) -> int:
+    """Return the number of texts to which an anchor is compared: positives and hard negatives."""
+    return batch * max(1, num_texts - 1)
+
+
+def _noun(run: RunConfig) -> str:
+    return "images" if config.takes_images(run) else "items"
 
 
 def _describe_loss(method: Method, num_views: int, batch: int) -> str:

@@ -205,7 +205,7 @@ def count_flops_per_image(config: RunConfig) -> float:
     # bias. It would need a gradient function, which is missing without gradients.
     method.requires_grad_(False)
     execution.place_module(method)
-    lengths = text_lengths(config, method)
+    lengths = text_lengths(config)
     return flops_per_image(method, micro_batch.blank_batch(config.views, 2, execution, lengths))
 
 

@@ -96,7 +96,7 @@ def _trace_images(
         ]
         zeros = torch.zeros(num_images, dtype=torch.int64)
         mask_sets = masks.blank(run.views, num_images, "cpu")
-        texts = blank_texts(text_lengths(run, method), num_images, "cpu")
+        texts = blank_texts(text_lengths(run), num_images, "cpu")
         return network, Batch(views, zeros, zeros, mask_sets, texts)
 
     def embed(inputs: tuple[Method, Batch], begin_phase: BeginPhase) -> OutputSpecs:

@@ -20,6 +20,7 @@ from ssl_pretrain.data.source_report import (
     measure_images,
     with_measured_range,
 )
+from ssl_pretrain.methods.base import SentenceMethodConfig
 from ssl_pretrain.models import custom_network
 from ssl_pretrain.planning import recommended_weights, run_length
 from ssl_pretrain.planning.suggested_settings import Suggestion
@@ -152,8 +153,10 @@ def _choose_size(statistics: ImageStatistics, on_cpu: bool) -> tuple[int, str]:
 def _load_recipe(method: str, size: int) -> tuple[Suggestion, str]:
     """Return the settings of the method's shipped recipe, without its data, and its name."""
     is_custom = method not in methods.names()
-    if is_custom:
-        methods.find(method)  # raises an error if there is no such method
+    if issubclass(methods.find(method).Config, SentenceMethodConfig):
+        raise ValueError(
+            f"method.name: {method} takes texts and no images; start from the recipe simcse_wiki"
+        )
     data_set = "cifar10" if size <= MAX_SMALL_SIZE else "imagenet"
     name = f"{'simclr' if is_custom else method}_{data_set}"
     path = presets.find(name)

@@ -54,7 +54,9 @@ COLLAPSING["vicreg_invariance_alone"] = [
     *COLLAPSING["vicreg_without_variance"],
     "method.covariance_weight=0",
 ]
-HEALTHY = [name for name in methods.names() if name not in ("cpc", "ijepa", "mae")]  # two views
+HEALTHY = [
+    name for name in methods.image_methods() if name not in ("cpc", "ijepa", "mae")
+]  # two views
 ORACLE_STEPS = 10  # steps between two measurements by the oracle
 CHANCE = 0.1  # accuracy of guessing among ten digits
 NUM_TRAIN = 1297  # digits that the oracle's k-NN is fitted to

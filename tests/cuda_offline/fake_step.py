@@ -34,7 +34,7 @@ from ssl_pretrain.views.color_parameters import draw_colors
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STEPS = [Progress(step, 1000, 10) for step in (500, 501)]
-CIFAR10 = sorted(path.stem for path in CONFIGS.glob("*_cifar10.yaml"))
+SMALL = sorted([*(path.stem for path in CONFIGS.glob("*_cifar10.yaml")), "simcse_wordnet"])
 IMAGENET = sorted(path.stem for path in CONFIGS.glob("*_imagenet.yaml"))
 
 
@@ -58,7 +58,7 @@ def build(run: RunConfig, num_micro_batches: int = 1) -> tuple[Stepper, Batch]:
         method = build_method_on_meta(run)
     method.to_empty(device=DEVICE)
     micro_batch_size = local_batch_size // num_micro_batches
-    text_lengths = config.text_lengths(run, method)
+    text_lengths = config.text_lengths(run)
     stepper = build_stepper(
         method,
         run.parallel,

@@ -24,7 +24,7 @@ REMEDY = "if the change is meant, run python tests/cuda_offline/tables.py and co
 PHASES = ["color", "forward", "targets", "loss", "backward", "optimizer", "other", "total"]
 KINDS = ["batch norm forward", "batch norm backward", "gather", "loss backward", "sum", "gradients"]
 TORCH = ".".join(torch.__version__.split(".")[:2])
-STEMS = [*fake_step.CIFAR10, *fake_step.IMAGENET]
+STEMS = [*fake_step.SMALL, *fake_step.IMAGENET]
 TITLES = {
     "launches": f"""# Kernel launches per step with torch {TORCH}
 

@@ -21,12 +21,12 @@ from ssl_pretrain.views.recipe import Crop, ViewsConfig
 # Methods that couple the images of a batch in different ways.
 STEMS = quick_and_full(
     [f"{name}_cifar10" for name in ("simclr", "moco", "byol", "vicreg", "swav", "ijepa", "cpc")],
-    [*fake_step.CIFAR10, *fake_step.IMAGENET],
+    [*fake_step.SMALL, *fake_step.IMAGENET],
 )
 
 
 def test_every_method_has_a_configuration():
-    names = {fake_step.load(stem).method.name for stem in fake_step.CIFAR10}
+    names = {fake_step.load(stem).method.name for stem in fake_step.SMALL}
     assert sorted(names) == methods.names()
 
 

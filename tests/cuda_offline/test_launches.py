@@ -13,8 +13,8 @@ from ssl_pretrain.views import color
 
 # Methods have the same losses on CIFAR-10 as on ImageNet, with smaller networks.
 STEMS = quick_and_full(
-    [*fake_step.CIFAR10, "simclr_imagenet", "dino_imagenet"],
-    [*fake_step.CIFAR10, *fake_step.IMAGENET],
+    [*fake_step.SMALL, "simclr_imagenet", "dino_imagenet"],
+    [*fake_step.SMALL, *fake_step.IMAGENET],
 )
 # Without the fused kernels, color takes 575 and 2,916 launches.
 COLOR_LIMITS = {"simclr_imagenet": 12, "dino_imagenet": 20}

@@ -20,7 +20,7 @@ from ssl_pretrain.parallel import batch_norm
 
 STEMS = quick_and_full(
     [f"{name}_cifar10" for name in ("simclr", "moco", "byol", "vicreg", "swav", "dino", "cpc")],
-    [*fake_step.CIFAR10, *fake_step.IMAGENET],
+    [*fake_step.SMALL, *fake_step.IMAGENET],
 )
 # Dimension of an embedding, and calls of the networks per step.
 CONTRASTIVE = {

@@ -108,6 +108,13 @@ CASES: dict[str, Callable[[Tensors], Tensor]] = {
     "nt_xent": _pair(losses.nt_xent, temperature=0.2),
     "pairwise": _pair(losses.pairwise, margin=3.0),
     "pairwise labels": lambda x: losses.pairwise(x["z_a"], x["z_b"], x["labels"], margin=3.0),
+    "sentence_pairs": _pair(losses.sentence_pairs, temperature=0.2),
+    "sentence_pairs with hard negatives": lambda x: losses.sentence_pairs(
+        x["z_a"], x["z_b"], x["p_b"], temperature=0.2, hard_negative_weight=1.5
+    ),
+    "sentence_pairs of dot products": lambda x: losses.sentence_pairs(
+        x["z_a"], x["z_b"], x["p_b"], temperature=1.0, similarity="dot"
+    ),
     "sigmoid_image_text": lambda x: losses.sigmoid_image_text(
         x["z_a"], x["z_b"], x["logit_scale"], x["logit_bias"]
     ),

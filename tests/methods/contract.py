@@ -8,6 +8,7 @@ of optimizer that its authors use). If they differ from the usual, it also defin
     MASKS       function of the number of images and the step that returns a tuple of MaskSets
     TEXTS       function of the number of images and the step that returns a tuple of TextSets
     HAS_PAIR    False if the method has no two embeddings of an image to compare
+    HAS_DROPOUT True if the network drops values at random, by the slice of the global batch
 
 `test_contract.py` runs every method that `methods.names()` lists.
 

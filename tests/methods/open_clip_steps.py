@@ -1,7 +1,6 @@
 """Steps of CLIP and SigLIP by open_clip's model, losses and optimizer settings."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import contract
@@ -17,7 +16,7 @@ from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.step import Stepper
-from ssl_pretrain.views.batch import Batch, TextSet
+from ssl_pretrain.views.batch import Batch
 
 NETWORK, SIZE, ROWS, DIM = "test_resnet", 32, 12, 6
 CONSTANT_RATE = OptimConfig(
@@ -71,10 +70,6 @@ def assert_three_steps_agree(method: Any, limits_scale: bool) -> None:
         assert logs["loss"].item() == pytest.approx(expected, rel=1e-10)
     # The exact gradient of the bias of the attention keys is zero. Adam amplifies its rounding.
     contract.assert_same(in_open_clips_names(method), reference.weights(), atol=1e-10)
-
-
-def with_texts(batch: Batch, texts: tuple[TextSet, ...]) -> Batch:
-    return replace(batch, texts=texts)
 
 
 def in_open_clips_names(method: Any) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from suites import quick_and_full
 from test_configs import FILES, reduce_recipe
 
-from ssl_pretrain import methods
+
 from ssl_pretrain.checkpoint.folder import checkpoint_path
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.planning import plan
@@ -48,7 +48,7 @@ def check_run(config, num_steps):
     assert channels == [config.data.channels]
 
 
-@pytest.mark.parametrize("method", quick_and_full(["dino", "mae", "moco"], methods.names()))
+@pytest.mark.parametrize("method", quick_and_full(["dino", "mae", "moco"], list(RECIPES)))
 def test_every_method_trains_on_thirteen_channels(method, tmp_path):
     config = configure(method, 13, tmp_path)
     assert train(config, CPU, stop_after=1) == 1
@@ -57,7 +57,7 @@ def test_every_method_trains_on_thirteen_channels(method, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("channels", [1, 2, 4, 13, 32])
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", list(RECIPES))
 def test_every_method_resumes_on_any_number_of_channels(method, channels, tmp_path):
     config = configure(method, channels, tmp_path)
     for step in (1, 2):

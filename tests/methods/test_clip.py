@@ -63,7 +63,7 @@ def test_a_frozen_image_tower_needs_no_gradient():
 
 def test_several_texts_per_image_are_refused():
     batch = contract.random_batch("clip")
-    batch = open_clip_steps.with_texts(batch, batch.texts * 2)
+    batch = small_texts.with_texts(batch, batch.texts * 2)
     with pytest.raises(ValueError) as error:
         contract.build("clip")(batch)
     assert str(error.value) == (

@@ -79,6 +79,9 @@ LOSSES = {
     "siglip": lambda m, z, t: losses.sigmoid_image_text(
         z["z_a"], z["z_b"], z["logit_scale"], z["logit_bias"]
     ),
+    "simcse": lambda m, z, t: losses.sentence_pairs(
+        z["z_a"], z["z_b"], temperature=m.config.temperature
+    ),
     "simclr": lambda m, z, t: 2 * _views(losses.nt_xent, z, temperature=m.config.temperature),
     "simsiam": lambda m, z, t: _predicted(losses.simsiam, z, z),
     "supcon": lambda m, z, t: (

@@ -7,7 +7,7 @@ from ssl_pretrain.optim import schedules
 
 def test_warmup_cosine_reaches_the_given_values():
     def rate(progress):
-        return schedules.warmup_cosine(
+        return schedules.warmup_and_decline(
             progress, warmup_fraction=0.1, start=0.5, peak=2.0, final=0.2
         )
 
@@ -20,7 +20,7 @@ def test_warmup_cosine_reaches_the_given_values():
 
 def test_warmup_cosine_without_warmup_is_half_a_cosine():
     expected = (1 + math.cos(math.pi / 4)) / 2
-    assert schedules.warmup_cosine(0.25, warmup_fraction=0.0) == pytest.approx(expected)
+    assert schedules.warmup_and_decline(0.25, warmup_fraction=0.0) == pytest.approx(expected)
 
 
 def test_linear_stays_at_its_final_value():
