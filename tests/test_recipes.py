@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from suites import quick_and_full
 
 from ssl_pretrain import methods
+from ssl_pretrain.data.config import TEXT_SOURCES
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import ParallelConfig
 
@@ -65,7 +66,8 @@ def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Pa
       arguments. No layer of a head is wider than 32.
     - Image size: global views have 32 pixels at most, others 16. Patches shrink by the same factor.
       Views with masks have 8 x 8 patches.
-    - Texts: the names of the classes. Their transformer has 2 blocks and 32 dimensions.
+    - Texts: the names of the classes, or 78 sentences, pairs or triplets in a file. Their
+      transformer has 2 blocks and 32 dimensions. A random BERT stands in for networks of the Hub.
     - Weights: random.
     - Batch: 24 images, 3 steps per epoch. Batch norm groups smaller than the batch have 8 images.
     - Queue: 48 embeddings. Online k-NN: at most 20 neighbors.
@@ -78,27 +80,17 @@ def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Pa
     values: Any = OmegaConf.to_container(recipe)
     defaults = asdict(methods.find(values["method"]["name"]).Config())
     method = values["method"] = defaults | values["method"]
-    data, backbone = values["data"], values["backbone"]
-    if data["source"] != "digits":
+    data = values["data"]
+    if data["source"] in TEXT_SOURCES:
+        num_texts = methods.find(method["name"]).Config(**method).num_texts
+        path_of_texts = tiny.write_texts(folder / "texts.csv", num_texts)
+        data |= {"source": "texts", "root": str(path_of_texts), "text_columns": []}
+    elif data["source"] != "digits":
         data |= {"source": "folder", "root": str(tiny.write_images(folder / "images")), "subset": 0}
     data |= {"cache_dir": str(folder / "cache"), "num_workers": 0}
     if "text" in values:
-        values["text"] |= {"captions": "class_names", "length": min(values["text"]["length"], 16)}
-        values["text_encoder"] |= {"width": 32, "layers": 2, "heads": 2}
-    masks = [crop["mask"] for crop in values["views"]["crops"].values() if "mask" in crop]
-    for mask in masks:
-        mask |= {"patch_size": 4, "min_keep": 5, "context_patches": 0}
-    backbone["init"] = "random"  # nothing is downloaded
-    if backbone["name"].startswith("vit"):
-        size = {"depth": 2, "embed_dim": 24, "patch_size": 4 if masks else 8}
-        backbone |= {"name": "test_vit", "args": {"num_heads": 6} | backbone.get("args", {}) | size}
-    else:
-        backbone["name"] = "test_resnet"
-    crops = list(values["views"]["crops"].values())
-    global_size = crops[0]["size"]
-    shrink = max(1, global_size // 32)
-    for crop in crops if shrink > 1 else []:
-        crop |= {"size": 32 if crop["size"] == global_size else 16, "blur_kernel": 3}
+        _reduce_texts(values)
+    shrink = _reduce_images(values) if "views" in values else 1
     for name in method:
         if name in WIDTHS:
             method[name] = _clip(method[name], 32)
@@ -115,11 +107,42 @@ def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Pa
     if isinstance(parallel.get("bn_group_images"), int):
         parallel["bn_group_images"] = 8
     values["optim"]["warmup_epochs"] = min(1, values["optim"]["warmup_epochs"])
-    values["online"]["k"] = min(20, values["online"].get("k", 20))
+    online = values.setdefault("online", {})
+    online["k"] = min(20, online.get("k", 20))
     values.setdefault("log", {})["wandb"] = "off"
     file = folder / path.name
     file.write_text(yaml.safe_dump(values | {"global_batch_size": BATCH}, sort_keys=False))
     return file
+
+
+def _reduce_texts(values: dict[str, Any]) -> None:
+    text, encoder = values["text"], values["text_encoder"]
+    text |= {"tokenizer": "clip", "length": min(text["length"], 16)}
+    if "views" in values:
+        text["captions"] = "class_names"
+    encoder |= {"width": 32, "layers": 2, "heads": 2}
+    if encoder.get("name", "clip") != "clip":
+        encoder["name"] = "bert"
+
+
+def _reduce_images(values: dict[str, Any]) -> int:
+    """Shrink the views, the masks and the network, and return the factor of the views' size."""
+    masks = [crop["mask"] for crop in values["views"]["crops"].values() if "mask" in crop]
+    for mask in masks:
+        mask |= {"patch_size": 4, "min_keep": 5, "context_patches": 0}
+    backbone = values["backbone"]
+    backbone["init"] = "random"  # nothing is downloaded
+    if backbone["name"].startswith("vit"):
+        size = {"depth": 2, "embed_dim": 24, "patch_size": 4 if masks else 8}
+        backbone |= {"name": "test_vit", "args": {"num_heads": 6} | backbone.get("args", {}) | size}
+    else:
+        backbone["name"] = "test_resnet"
+    crops = list(values["views"]["crops"].values())
+    global_size = crops[0]["size"]
+    shrink = max(1, global_size // 32)
+    for crop in crops if shrink > 1 else []:
+        crop |= {"size": 32 if crop["size"] == global_size else 16, "blur_kernel": 3}
+    return shrink
 
 
 def _clip(value: Any, limit: int) -> Any:

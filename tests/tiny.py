@@ -55,6 +55,16 @@ def write_images(
     return root
 
 
+def write_texts(path: Path, num_texts: int = 1, num_items: int = 78) -> Path:
+    """Write a table of sentences, pairs or triplets of random words, with SimCSE's titles."""
+    generator = np.random.default_rng(0)
+    rows = generator.choice(["red", "cat", "runs", "blue", "dog", "sits"], (num_items, 3, 5))
+    lines = [",".join(" ".join(words) for words in row[:num_texts]) for row in rows]
+    titles = ",".join(["sent0", "sent1", "hard_neg"][:num_texts])
+    path.write_text("\n".join([titles, *lines]) + "\n")
+    return path
+
+
 def write_config(folder: Path) -> Path:
     """Write the images and a YAML file whose `output` and `data.root` lie in the folder."""
     folder.mkdir(exist_ok=True)
@@ -77,4 +87,28 @@ def write_text_config(folder: Path, method: str) -> Path:
     text = text.replace("epochs: 8", "").replace("stem: no_pool", "stem: imagenet")
     text = text.replace("{name: lars, base_lr: 4.0,", "{name: adamw, base_lr: 0.01,")
     path.write_text(f"{text}{TEXT_YAML}")
+    return path
+
+
+def write_sentence_config(folder: Path, texts: str = "pairs") -> Path:
+    """Write texts and a YAML file that trains SimCSE on them for 8 epochs of 3 steps."""
+    folder.mkdir(exist_ok=True)
+    num_texts = {"sentences": 1, "pairs": 2, "triplets": 3}[texts]
+    root = write_texts(folder / "texts.csv", num_texts)
+    path = folder / "tiny.yaml"
+    path.write_text(f"""
+method: {{name: simcse, texts: {texts}}}
+text: {{length: 12}}
+text_encoder: {{name: bert, width: 32, layers: 2, heads: 2}}
+data: {{source: texts, root: {root}, num_workers: 0, cache_dir: {folder / "cache"}}}
+optim: {{name: adamw, base_lr: 0.001, lr_scaling: none, warmup_epochs: 1, schedule: linear}}
+parallel: {{threads: 1}}
+checkpoint: {{every_epochs: 0, keep_last: 10}}
+log: {{every_steps: 1, wandb: "off"}}
+health: {{every_steps: 2}}
+evaluation: {{at_end: []}}
+global_batch_size: 24
+epochs: 8
+output: {folder / "run"}
+""")
     return path

@@ -10,7 +10,6 @@ import torch
 from suites import quick_and_full
 from test_configs import FILES, reduce_recipe
 
-
 from ssl_pretrain.checkpoint.folder import checkpoint_path
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.planning import plan

@@ -28,8 +28,9 @@ def group_arguments(name):
 
 def train_one_process(name, num_ranks, **variant):
     """Train on one process. With dropout, its micro-batches are the slices of the ranks."""
-    has_dropout = getattr(contract.import_test_file(name), "HAS_DROPOUT", False)
-    return contract.train(name, num_micro_batches=num_ranks if has_dropout else 1, **variant)
+    if getattr(contract.import_test_file(name), "HAS_DROPOUT", False):
+        variant |= {"num_micro_batches": num_ranks, "group": contract.ROWS // num_ranks}
+    return contract.train(name, **variant)
 
 
 def _run_all(names, with_groups):
