@@ -1,10 +1,10 @@
-"""Print the table of docs/correctness.md: PYTHONPATH=. .venv/bin/python tests/proofs.py
+"""Print the table of docs/correctness.md: PYTHONPATH=. .venv/bin/python tests/proofs.py [METHOD ...]
 
 Every method runs in float64 on a small network with real batch norm and the kind of
 optimizer that its authors use. Each error is relative to the largest compared entry.
 
 - Ranks: the gradients of the second step on 2 and on 3 ranks, each with different images, against
-  those of one process.
+  those of one process. With dropout, its micro-batches are the slices of the ranks.
 - Micro-batches: the gradients of three micro-batches on one rank against those of three ranks.
 - Authors: every parameter, statistic, teacher and queue after one optimizer step (three for MoCo)
   against a step whose loss is the authors' arithmetic in plain loops, as in
@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "methods
 
 import contract
 from conftest import run_ranks
-from test_contract import FLOAT64, group_arguments
+from test_contract import FLOAT64, group_arguments, train_one_process
 
 from ssl_pretrain import methods
 
@@ -59,8 +59,7 @@ def measure_error_against_authors(name: str) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    names = methods.names()
-    one_process_results = run_methods(names, False)
+    names = sys.argv[1:] or methods.names()
     micro_batch_results = {
         name: contract.train(name, num_micro_batches=3, **group_arguments(name)) for name in names
     }
@@ -73,9 +72,10 @@ def main() -> None:
     for name in names:
         errors = [measure_error_against_authors(name)]
         for size in (2, 3):
+            one_process = train_one_process(name, size, **FLOAT64)
             errors.append(
                 max(
-                    measure_gradient_error(rank[name], one_process_results[name])
+                    measure_gradient_error(rank[name], one_process)
                     for rank in results_by_world_size[size]
                 )
             )
