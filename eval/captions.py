@@ -66,7 +66,7 @@ def evaluate(run: Run, captions_per_image: int = 5) -> dict[str, Any]:
     towers.check_method(run, "the retrieval of captions")
     source = open_split(run, "val")
     indices, captions, image_of_text = _collect_captions(source, captions_per_image)
-    groups = _group_images(captions, image_of_text)
+    groups = pair_retrieval.group_items(captions, image_of_text)
     split, rows = EvaluationSplit(run, source, indices), []
     for name in ("random, as built", "pretrained"):
         run_towers = towers.build_towers(run, is_pretrained=name == "pretrained")
@@ -120,21 +120,6 @@ def _collect_captions(
             f"data.val: no image of {source.full_path} has a caption; check the data"
         )
     return np.array(indices), captions, torch.tensor(image_of_text)
-
-
-def _group_images(captions: list[str], image_of_text: Tensor) -> Tensor:
-    """Return a group per image. Images that share a caption word for word are in one group."""
-    group_of_image = list(range(int(image_of_text.max()) + 1))
-
-    def find_root(image: int) -> int:
-        while group_of_image[image] != image:
-            image = group_of_image[image]
-        return image
-
-    first_image: dict[str, int] = {}
-    for caption, image in zip(captions, image_of_text.tolist()):
-        group_of_image[find_root(image)] = find_root(first_image.setdefault(caption, image))
-    return torch.tensor([find_root(image) for image in group_of_image])
 
 
 def _score(

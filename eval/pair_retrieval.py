@@ -73,7 +73,7 @@ def check_finite(name: str, embeddings: Tensor) -> None:
 
 
 def cosine_block(queries: Tensor, candidates: Tensor) -> Callable[[slice], Tensor]:
-    """Return a function that computes the similarities of some queries with all candidates.
+    """Return a function that computes the cosines of some queries with all candidates.
 
     Args:
         queries: Embeddings of the queries, (num_queries, dim). Normalized inside, in float32.
@@ -84,12 +84,46 @@ def cosine_block(queries: Tensor, candidates: Tensor) -> Callable[[slice], Tenso
     """
     check_finite("queries", queries)
     check_finite("candidates", candidates)
-    normalized_candidates = F.normalize(candidates.float(), dim=1)
+    return _products(F.normalize(queries.float(), dim=1), F.normalize(candidates.float(), dim=1))
 
-    def similarities(rows: slice) -> Tensor:
-        return F.normalize(queries[rows].float(), dim=1) @ normalized_candidates.T
 
-    return similarities
+def dot_block(queries: Tensor, candidates: Tensor) -> Callable[[slice], Tensor]:
+    """Return a function that computes the dot products of some queries with all candidates.
+
+    Args:
+        queries: Embeddings of the queries, (num_queries, dim). Compared in float32.
+        candidates: Embeddings of the candidates, (num_candidates, dim).
+
+    Raises:
+        ValueError: If an embedding is not finite.
+    """
+    check_finite("queries", queries)
+    check_finite("candidates", candidates)
+    return _products(queries.float(), candidates.float())
+
+
+def _products(queries: Tensor, candidates: Tensor) -> Callable[[slice], Tensor]:
+    return lambda rows: queries[rows] @ candidates.T
+
+
+def group_items(texts: Sequence[str], item_of_text: Tensor) -> Tensor:
+    """Return the group of each item, int64 (num_items,). Items that share a text are in one group.
+
+    Args:
+        texts: The texts of all items. Only texts that agree in every character are equal.
+        item_of_text: Index of the item of each text, int64 (num_texts,).
+    """
+    group_of_item = list(range(int(item_of_text.max()) + 1))
+
+    def find_root(item: int) -> int:
+        while group_of_item[item] != item:
+            item = group_of_item[item]
+        return item
+
+    first_item: dict[str, int] = {}
+    for text, item in zip(texts, item_of_text.tolist()):
+        group_of_item[find_root(item)] = find_root(first_item.setdefault(text, item))
+    return torch.tensor([find_root(item) for item in group_of_item])
 
 
 def find_ranks(

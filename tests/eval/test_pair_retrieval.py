@@ -51,6 +51,21 @@ def test_a_query_with_several_correct_candidates_needs_one_of_them():
     assert ranks.tolist() == [2, 4]  # the other correct captions do not push the first one back
 
 
+def test_items_that_share_a_text_are_in_one_group():
+    texts = ["a", "b", "c", "b", "d", "e", "e", "f"]
+    item_of_text = torch.tensor([0, 0, 1, 2, 2, 3, 4, 5])
+    groups = pair_retrieval.group_items(texts, item_of_text).tolist()
+    assert groups[0] == groups[2] and groups[3] == groups[4]
+    assert len(set(groups)) == 4
+
+
+def test_dot_products_prefer_long_candidates():
+    queries, candidates = torch.tensor([[1.0, 0]]), torch.tensor([[1.0, 0], [5, 5]])
+    rows = slice(0, 1)
+    assert pair_retrieval.dot_block(queries, candidates)(rows).tolist() == [[1, 5]]
+    assert pair_retrieval.cosine_block(queries, candidates)(rows).argmax() == 0
+
+
 def test_ties_count_against_the_query():
     similarities = torch.full((3, 5), 0.5)
     groups = torch.arange(5)

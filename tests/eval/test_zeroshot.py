@@ -110,13 +110,6 @@ def test_embeddings_that_are_not_finite_are_refused(run):
     )
 
 
-def test_images_that_share_a_caption_are_in_one_group():
-    sentences = ["a", "b", "c", "b", "d", "e", "e", "f"]
-    groups = captions._group_images(sentences, torch.tensor([0, 0, 1, 2, 2, 3, 4, 5])).tolist()
-    assert groups[0] == groups[2] and groups[3] == groups[4]
-    assert len(set(groups)) == 4
-
-
 def test_captions_are_found_by_their_images(tmp_path):
     path = tiny.write_text_config(tmp_path, "clip")
     composites = [
