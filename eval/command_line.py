@@ -6,15 +6,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ssl_pretrain.data.workers import LostWorkerError
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.eval import result_text, results, runs
+from ssl_pretrain.eval import result_text, results, runs, trained_run
 from ssl_pretrain.eval.frozen.evaluation_split import UnlabeledError
 from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.eval.trained_run import TrainedRun
 from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import allocator, durable_files, program
 from ssl_pretrain.system.exit_status import (
@@ -25,6 +26,8 @@ from ssl_pretrain.system.exit_status import (
     print_error,
 )
 from ssl_pretrain.system.output_streams import tolerate_lost_output
+
+AnyRun = TypeVar("AnyRun", bound=TrainedRun)
 
 RUN_HELP = "run folder, or a weights file or timm:<tag> together with backbone.name=NAME"
 OVERRIDES_HELP = (
@@ -54,6 +57,7 @@ def build_parser(
     options: Mapping[str, Mapping[str, Any]],
     positionals_metavar: str = "key=value",
     positionals_help: str = OVERRIDES_HELP,
+    run_help: str = RUN_HELP,
 ) -> argparse.ArgumentParser:
     """Return a parser with the shared options and the options of one evaluation.
 
@@ -64,21 +68,42 @@ def build_parser(
         positionals_metavar: Name in the help of the positional arguments after RUN. The parser
             stores them as `overrides`.
         positionals_help: Help text of those arguments.
+        run_help: Help text of RUN.
     """
     parser = ArgumentParser(
         program.usage_name(f"python -m {name}"),
         description=description,
     )
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("run", metavar="RUN", help=run_help)
     parser.add_argument("overrides", nargs="*", metavar=positionals_metavar, help=positionals_help)
     for flag, arguments in {**SHARED_OPTIONS, **options}.items():
         parser.add_argument(flag, **arguments)
     return parser
 
 
+def build_sentence_parser(
+    name: str, description: str | None, options: Mapping[str, Mapping[str, Any]]
+) -> argparse.ArgumentParser:
+    """Return the parser of an evaluation of sentences, with the arguments of `build_parser`."""
+    return build_parser(
+        name,
+        description,
+        options,
+        positionals_help="data.* and evaluation.* settings, such as data.root=/new/place",
+        run_help="folder of a run of simcse",
+    )
+
+
 def open_run(options: argparse.Namespace) -> Run:
-    """Open the run that the command line names."""
+    """Open the run of images that the command line names."""
     return runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
+
+
+def open_sentence_run(options: argparse.Namespace) -> TrainedRun:
+    """Open the run of sentences that the command line names."""
+    return trained_run.load_sentence_run(
+        options.run, options.checkpoint, options.overrides, options.device
+    )
 
 
 def evaluate_and_print(
@@ -87,6 +112,24 @@ def evaluate_and_print(
     evaluate: Callable[[Run, argparse.Namespace], dict[str, Any]],
 ) -> None:
     """Open the run on this rank's device, evaluate it, and print the result from the main rank."""
+    _evaluate_and_print(parser, arguments, open_run, evaluate)
+
+
+def evaluate_sentences_and_print(
+    parser: argparse.ArgumentParser,
+    arguments: list[str],
+    evaluate: Callable[[TrainedRun, argparse.Namespace], dict[str, Any]],
+) -> None:
+    """Do the same with a run whose method embeds sentences."""
+    _evaluate_and_print(parser, arguments, open_sentence_run, evaluate)
+
+
+def _evaluate_and_print(
+    parser: argparse.ArgumentParser,
+    arguments: list[str],
+    open_run: Callable[[argparse.Namespace], AnyRun],
+    evaluate: Callable[[AnyRun, argparse.Namespace], dict[str, Any]],
+) -> None:
     options = parser.parse_intermixed_args(arguments)
     with join_ranks(options.device) as options.device:
         run = open_run(options)
@@ -95,7 +138,7 @@ def evaluate_and_print(
             print_result(result, run, is_verbose=options.verbose)
 
 
-def print_result(result: dict[str, Any], run: Run, *, is_verbose: bool) -> None:
+def print_result(result: dict[str, Any], run: TrainedRun, *, is_verbose: bool) -> None:
     """Print the table of a result and where its protocol is.
 
     Args:

@@ -7,9 +7,10 @@ import torch
 
 from ssl_pretrain import config, rng
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
-from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.eval.trained_run import TrainedRun
 from ssl_pretrain.models import backbones, text_encoders
 from ssl_pretrain.models.timm_networks import BackboneConfig
+from ssl_pretrain.views import recipe
 
 
 def without_weights(backbone_config: BackboneConfig) -> BackboneConfig:
@@ -17,7 +18,7 @@ def without_weights(backbone_config: BackboneConfig) -> BackboneConfig:
     return replace(backbone_config, init="random", init_key="", init_prefix="")
 
 
-def build_method(run: Run, is_pretrained: bool, backbone_config: BackboneConfig) -> Any:
+def build_method(run: TrainedRun, is_pretrained: bool, backbone_config: BackboneConfig) -> Any:
     """Build the method of a run on the CPU, by the run's seed.
 
     A text encoder starts with random weights, so that none are downloaded.
@@ -25,7 +26,8 @@ def build_method(run: Run, is_pretrained: bool, backbone_config: BackboneConfig)
     Args:
         run: The run.
         is_pretrained: True to load the weights of the checkpoint.
-        backbone_config: The run's backbone, with the weights that it starts from.
+        backbone_config: The run's backbone, with the weights that it starts from. It is not used if
+            the method takes no images.
 
     Raises:
         ValueError: If the checkpoint is damaged, or its weights do not fit the configuration.
@@ -34,7 +36,9 @@ def build_method(run: Run, is_pretrained: bool, backbone_config: BackboneConfig)
         torch.manual_seed(rng.derive_seed(run.config.seed, 0, 0))  # as the trainer derives it
         method = config.assemble_method(
             run.config,
-            lambda: backbones.build(backbone_config, run.view_size),
+            lambda: backbones.build(
+                backbone_config, recipe.crop_per_view(run.config.views)[0].size
+            ),
             text_encoders.build_random,
         )
     if is_pretrained:

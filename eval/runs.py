@@ -10,22 +10,27 @@ import torch
 from torch import nn
 
 from ssl_pretrain import config, schema
-from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.initial_weights import initialize
-from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.config import RunConfig, channels
-from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import saved_settings
 from ssl_pretrain.eval.exporting import export_folder, reference
 from ssl_pretrain.eval.results import print_progress
+from ssl_pretrain.eval.trained_run import (
+    RUN_SECTIONS,
+    OpenedCheckpoint,
+    TrainedRun,
+    check_channels,
+    check_overrides,
+    check_takes_images,
+    choose_device,
+    open_checkpoint,
+)
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
-from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.schema.image_sizes import describe
 from ssl_pretrain.views import recipe
 
-# Sections and single keys that an evaluation of a run or of external weights may override.
-RUN_SECTIONS = ("data", "evaluation", "text.templates", "log.bands", "parallel.precision")
+# Sections and single keys that an evaluation of external weights may override.
 EXTERNAL_SECTIONS = (
     "backbone",
     "data",
@@ -39,51 +44,12 @@ EXTERNAL_SECTIONS = (
 
 
 @dataclass
-class Run:
-    """A run and its network to evaluate, which is in evaluation mode on `device`."""
+class Run(TrainedRun):
+    """A run of images and its network to evaluate, which is in evaluation mode on `device`."""
 
-    path: Path
-    config: RunConfig
     backbone: nn.Module
-    step: int
-    network: str  # such as "student" or "teacher"
-    checkpoint_path: Path
     view_size: int | list[int]  # largest training view, for which the backbone is built
     image_size: int | list[int]  # evaluation view: side in pixels, or height and width
-    device: torch.device
-
-    @property
-    def execution(self) -> Execution:
-        """Number format of forward passes, by the run's `parallel.precision` and the device."""
-        return Execution.resolve(self.config.parallel, self.device)
-
-    def describe_precision(self) -> str:
-        """Describe the number format of forward passes, as an entry of the saved protocol."""
-        return "bfloat16 autocast" if self.execution.autocast else "float32"
-
-    def provenance(self) -> dict[str, Any]:
-        """Return the entries of a result file that identify the weights."""
-        return {"checkpoint": self.checkpoint_path.name, "step": self.step, "network": self.network}
-
-
-def _choose_device(name: str) -> str:
-    """Return the torch device of this name. `auto` is cuda where it is available, else cpu.
-
-    Raises:
-        ValueError: If there is no such device on this machine.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: {name!r} is not a device; give auto, cpu or cuda") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device: {name} is not on this machine, where torch sees {torch.cuda.device_count()} "
-            "GPUs; give cpu or auto"
-        )
-    return name
 
 
 def load_run(
@@ -104,11 +70,11 @@ def load_run(
         is_evaluated: True to create the folder for the results of weights without a run.
 
     Raises:
-        ValueError: If there is no run, it has no intact checkpoint, or the weights do not fit the
-            backbone.
+        ValueError: If there is no run, it has no intact checkpoint, the weights do not fit the
+            backbone, or the method learns from sentences alone.
     """
     path, overrides = Path(run), overrides or []
-    device = _choose_device(device)
+    device = choose_device(device)
     if path.is_file() or str(run).startswith("timm:"):
         if checkpoint_path:
             raise ValueError(
@@ -123,22 +89,10 @@ def load_run(
                 " the option out"
             )
         return load_export(path, overrides, torch.device(device), is_evaluated)
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such run folder; give the `output` of a run's config")
-    folder = Path(checkpoint_path) if checkpoint_path else newest_checkpoint(path)
-    try:
-        manifest, tensors = read_checkpoint(folder)
-    except ValueError as error:
-        raise ValueError(
-            f"{folder.parent}: {error}. Nothing was loaded; give another checkpoint, or none for"
-            " the newest intact one"
-        ) from None
-    _check_overrides(overrides, RUN_SECTIONS)
-    _check_channels(overrides, manifest["config"])
-    run_config = config.from_dict(
-        config.apply_overrides(manifest["config"], overrides, "the run's config")
-    )
-    _check_architecture(path, run_config, folder)
+    checkpoint = open_checkpoint(path, checkpoint_path, overrides)
+    folder, manifest, run_config = checkpoint.path, checkpoint.manifest, checkpoint.config
+    check_takes_images(path, run_config)
+    _check_architecture(path, checkpoint)
     view_size = recipe.crop_per_view(run_config.views)[0].size
     image_size = run_config.evaluation.image_size or view_size
     architecture = replace(run_config.backbone, init="random", init_key="", init_prefix="")
@@ -149,7 +103,7 @@ def load_run(
     prefix = manifest["evaluated"] + "."
     weights = {
         key.removeprefix(prefix): value
-        for key, value in backbones.strip_wrapper_prefixes(tensors).items()
+        for key, value in backbones.strip_wrapper_prefixes(checkpoint.tensors).items()
         if key.startswith(prefix)
     }
     origin = f"{folder}, for backbone.name {run_config.backbone.name}"
@@ -185,7 +139,7 @@ def load_external_weights(
     Raises:
         ValueError: If the name of the network is missing or the weights do not fit it.
     """
-    _check_overrides(overrides, EXTERNAL_SECTIONS, weights)
+    check_overrides(overrides, EXTERNAL_SECTIONS, weights)
     run_config, is_timm = config.without_method(overrides, weights), weights.startswith("timm:")
     overridden_keys = {override.partition("=")[0] for override in overrides}
     name, tag = run_config.backbone.name, weights.removeprefix("timm:")
@@ -240,9 +194,9 @@ def load_export(
     Raises:
         ValueError: If a file of the export is missing or damaged, or a setting is not allowed.
     """
-    _check_overrides(overrides, (*RUN_SECTIONS, "output"), str(folder))
+    check_overrides(overrides, (*RUN_SECTIONS, "output"), str(folder))
     arguments = reference.read_arguments(folder)
-    _check_channels(overrides, {"data": {"channels": arguments["input"]["channels"]}})
+    check_channels(overrides, {"data": {"channels": arguments["input"]["channels"]}})
     run_config = export_folder.evaluation_config(folder, arguments, overrides)
     size = run_config.evaluation.image_size or arguments["input"]["size"]
     image_size_check.check(run_config.backbone, {"evaluation.image_size": size})
@@ -282,40 +236,16 @@ def on_cpu(run: Run) -> Iterator[nn.Module]:
         prepare_for_evaluation(run.backbone, run.device)
 
 
-def _check_overrides(overrides: list[str], sections: tuple[str, ...], weights: str = "") -> None:
-    """Raise ValueError for an override outside of these sections of the configuration."""
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not {key, key.split(".")[0]} & set(sections):
-            raise ValueError(
-                f"{override!r}: an evaluation{f' of {weights}' if weights else ''} only accepts"
-                f" key=value settings of {', '.join(sections[:-1])} and {sections[-1]}, such as"
-                " data.root=/new/place"
-            )
-
-
-def _check_architecture(path: Path, run_config: RunConfig, checkpoint_path: Path) -> None:
+def _check_architecture(path: Path, checkpoint: OpenedCheckpoint) -> None:
     """Raise ValueError if the checkpoint's network differs from that in the run's config.yaml."""
     saved_config = saved_settings.read(path)
     for key in ("name", "stem"):
-        value = getattr(run_config.backbone, key)
+        value = getattr(checkpoint.config.backbone, key)
         saved_value = schema.value_at(saved_config, f"backbone.{key}")
         if saved_value not in (None, value):
             raise ValueError(
-                f"{checkpoint_path}: has backbone.{key} {value}, but {path}/config.yaml has "
+                f"{checkpoint.path}: has backbone.{key} {value}, but {path}/config.yaml has "
                 f"{saved_value}; give a checkpoint of this run"
-            )
-
-
-def _check_channels(overrides: list[str], saved_config: dict[str, Any]) -> None:
-    """Raise ValueError if `data.channels` is overridden, because the network takes the run's."""
-    saved_channels = schema.value_at(saved_config, "data.channels") or DataConfig().channels
-    for override in overrides:
-        key, _, channels = override.partition("=")
-        if key == "data.channels" and channels.strip() != str(saved_channels):
-            raise ValueError(
-                f"data.channels: {channels} is not {saved_channels}, the number of channels that "
-                "the run's network takes; leave it out, and evaluate the run on images of that many"
             )
 
 

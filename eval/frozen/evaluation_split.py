@@ -20,6 +20,7 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.frozen.named_features import POOLED, Feature
 from ssl_pretrain.eval.frozen.rank_batches import rank_rows
 from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.eval.trained_run import TrainedRun
 from ssl_pretrain.schema.image_sizes import ImageSize, area, describe
 from ssl_pretrain.views import crops
 
@@ -98,8 +99,8 @@ class EvaluationSplit:
         self._cache = cache
 
 
-def open_images(run: Run, split: Literal["train", "val"]) -> Source:
-    """Open the images of a split, in the channels that the run's network takes.
+def open_images(run: TrainedRun, split: Literal["train", "val"]) -> Source:
+    """Open the images or the texts of a split. Images have the channels that the network takes.
 
     Raises:
         ValueError: If there is no such split, most images have other channels (`WrongChannels`), or
@@ -166,8 +167,8 @@ def open_labeled_source(run: Run, split: Literal["train", "val"], purpose: str) 
     return source
 
 
-def open_split(run: Run, split: Literal["train", "val"]) -> Source:
-    """Open the images of a split.
+def open_split(run: TrainedRun, split: Literal["train", "val"]) -> Source:
+    """Open the images or the texts of a split.
 
     One rank per machine lists the files first, and the other ranks read its list.
 
@@ -182,7 +183,7 @@ def open_split(run: Run, split: Literal["train", "val"]) -> Source:
     return source
 
 
-def _open_split(run: Run, split: Literal["train", "val"]) -> Source:
+def _open_split(run: TrainedRun, split: Literal["train", "val"]) -> Source:
     try:
         return open_images(run, split)
     except NoSuchSplit as error:

@@ -4,18 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain import config
 from ssl_pretrain.eval import pair_retrieval, run_method
-from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen import features, sentences
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.runs import Run, prepare_for_evaluation
 from ssl_pretrain.views import text_recipe, tokenizers
-
-TEXTS_PER_BATCH = 256
+from ssl_pretrain.views.batch import TextSet
 
 
 @dataclass
@@ -25,13 +23,13 @@ class Towers:
     Attributes:
         run: The run.
         image_network: Network from normalized views to embeddings (n, dim).
-        text_network: Network from token IDs, and which are valid, to embeddings (n, dim).
+        text_network: Network from tokens to embeddings (n, dim).
         tokenize: The run's tokenizer.
     """
 
     run: Run
     image_network: nn.Module
-    text_network: Callable[[Tensor, Tensor], Tensor]
+    text_network: Callable[[TextSet], Tensor]
     tokenize: tokenizers.Tokenizer
 
     def embed_images(self, split: EvaluationSplit) -> Tensor:
@@ -39,29 +37,18 @@ class Towers:
         embed = partial(features.extract, self.image_network)
         return _unit_length("images", features.embed_split(embed, split)[0])
 
-    @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the embeddings of texts, of length 1, float32 (n, dim)."""
-        batches = [
-            self._embed_batch(texts[start : start + TEXTS_PER_BATCH])
-            for start in range(0, len(texts), TEXTS_PER_BATCH)
-        ]
-        return _unit_length("texts", torch.cat(batches))
+        embeddings = sentences.embed_in_batches(self.run, self.tokenize, self.text_network, texts)
+        return _unit_length("texts", embeddings)
 
     def embed_classes(self, class_names: Sequence[str]) -> Tensor:
         """Return one embedding per class, the mean over the templates, of length 1."""
         text_config = self.run.config.text
-        sentences = [text_recipe.fill_templates(text_config, name) for name in class_names]
-        flat = self.embed_texts([sentence for group in sentences for sentence in group])
+        filled = [text_recipe.fill_templates(text_config, name) for name in class_names]
+        flat = self.embed_texts([sentence for group in filled for sentence in group])
         per_class = flat.unflatten(0, (len(class_names), len(text_config.templates)))
         return F.normalize(per_class.mean(1), dim=1)
-
-    def _embed_batch(self, texts: Sequence[str]) -> Tensor:
-        tokens, device = self.tokenize(texts), self.run.device
-        ids = torch.from_numpy(tokens.ids).long().to(device)
-        valid = torch.from_numpy(tokens.valid).to(device)
-        with self.run.execution.forward_context():
-            return self.text_network(ids, valid).float()
 
 
 def _unit_length(name: str, embeddings: Tensor) -> Tensor:
@@ -100,6 +87,6 @@ def build_towers(run: Run, is_pretrained: bool = True) -> Towers:
     return Towers(
         run,
         nn.Sequential(image_tower, method.image_projection),
-        lambda ids, valid: method.text_projection(method.text_encoder(ids, valid)),
+        lambda texts: method.text_projection(method.text_encoder(texts.ids, texts.valid)),
         tokenizers.build(run.config.text),
     )
