@@ -59,10 +59,14 @@ class Row:
             notes,
         )
 
-    def summary(self) -> str:
-        """Return the row as one line of text."""
+    def summary(self, unit: str = " %") -> str:
+        """Return the row as one line of text.
+
+        Args:
+            unit: Text after each number.
+        """
         return f"{self.features}: " + ", ".join(
-            f"{column} {value:.1f} %" for column, value in self.metrics.items()
+            f"{column} {value:.1f}{unit}" for column, value in self.metrics.items()
         )
 
 

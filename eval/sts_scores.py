@@ -97,13 +97,24 @@ def cosine_similarities(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def score_task(subsets: Sequence[ScoredPairs], embed: Embed) -> TaskScores:
-    """Return the correlations of a task.
+    """Return the correlations of a task, in which sentences are compared by cosine.
 
     Args:
         subsets: Subsets of the task, each with a name of its own.
         embed: Function that returns the embeddings of sentences, (n, dim).
     """
-    similarities = [_similarities(subset, embed) for subset in subsets]
+    return score_similarities(subsets, [_similarities(subset, embed) for subset in subsets])
+
+
+def score_similarities(
+    subsets: Sequence[ScoredPairs], similarities: Sequence[np.ndarray]
+) -> TaskScores:
+    """Return the correlations of a task.
+
+    Args:
+        subsets: Subsets of the task, each with a name of its own.
+        similarities: Similarities of the pairs of each subset, (n,).
+    """
     by_subset = {
         subset.name: spearman(values, subset.scores)
         for subset, values in zip(subsets, similarities)

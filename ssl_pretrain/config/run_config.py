@@ -142,6 +142,10 @@ class EvaluationConfig:
     )
     k: int = setting(20, "Number of nearest neighbors that vote.", unit="neighbors")
     temperature: float = setting(0.07, "Divisor of the neighbors' cosine similarities.")
+    sts_folder: str = setting(
+        "",
+        "Folder with the tasks of `sts`, in SentEval's layout, as its data/downstream.",
+    )
 
     def __post_init__(self) -> None:
         self.image_size = image_sizes.simplify(self.image_size)
