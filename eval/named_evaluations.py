@@ -18,12 +18,15 @@ from ssl_pretrain.eval import (
     robustness,
     segmentation,
     semi,
+    sts,
+    text_pairs,
     zeroshot,
 )
 from ssl_pretrain.eval import spectrum as spectrum_module
 from ssl_pretrain.eval.finetuning.selection import FinetuningOptions
 from ssl_pretrain.eval.frozen import cached_linear, named_features, published_linear
-from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.eval.runs import Run, load_run
+from ssl_pretrain.eval.trained_run import TrainedRun, load_sentence_run
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,24 @@ class Evaluation:
         return results.format_narrow_table([self.measure, *columns], rows)
 
 
-def evaluate(run: Run, name: str, **settings: Any) -> Evaluation:
+def open_and_evaluate(path: Path, name: str, **settings: Any) -> Evaluation:
+    """Open the newest checkpoint of a run and run an evaluation of images or of sentences.
+
+    Args:
+        path: Folder of the run.
+        name: Name of the evaluation, one of `EVALUATIONS`.
+        settings: Settings of the evaluation.
+
+    Raises:
+        ValueError: If there is no such evaluation or setting, the run has no intact checkpoint, or
+            its method or data do not have what the evaluation needs.
+    """
+    _check_name(name)
+    run = load_sentence_run(path) if name in OF_SENTENCES else load_run(path)
+    return evaluate(run, name, **settings)
+
+
+def evaluate(run: TrainedRun, name: str, **settings: Any) -> Evaluation:
     """Run an evaluation and return its result, which is also saved to the run's folder.
 
     Args:
@@ -65,10 +85,7 @@ def evaluate(run: Run, name: str, **settings: Any) -> Evaluation:
     Raises:
         ValueError: If there is no such evaluation or setting, or the images have no labels.
     """
-    if name not in EVALUATIONS:
-        raise ValueError(
-            f"evaluate: {name!r} is not an evaluation; choose one of: {', '.join(EVALUATIONS)}"
-        )
+    _check_name(name)
     function = EVALUATIONS[name]
     allowed = _setting_names(function)
     if unknown := [setting for setting in settings if setting not in allowed]:
@@ -82,6 +99,13 @@ def evaluate(run: Run, name: str, **settings: Any) -> Evaluation:
         result["protocol"],
         run.path / "eval" / result["checkpoint"] / f"{result['name']}.json",
     )
+
+
+def _check_name(name: str) -> None:
+    if name not in EVALUATIONS:
+        raise ValueError(
+            f"evaluate: {name!r} is not an evaluation; choose one of: {', '.join(EVALUATIONS)}"
+        )
 
 
 def _setting_names(function: Callable[..., dict[str, Any]]) -> list[str]:
@@ -139,6 +163,10 @@ def corrupted_images(
     return robustness.evaluate(run, list(corruption_names), max_images)
 
 
+OF_SENTENCES: dict[str, Callable[..., dict[str, Any]]] = {
+    "sts": sts.evaluate,
+    "text_pairs": text_pairs.evaluate,
+}
 EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "knn": knn.evaluate,
     "linear": linear,
@@ -152,4 +180,5 @@ EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "spectrum": spectrum_module.evaluate,
     "zeroshot": zeroshot.evaluate,
     "captions": captions.evaluate,
+    **OF_SENTENCES,
 }

@@ -11,12 +11,16 @@ EVALUATION_TITLES = {
     "semi": "few labels",
     "finetune_simclr": "fine-tuning",
     "finetune_deit": "fine-tuning, DeiT",
+    "text_pairs": "pairs of texts",
 }
 # Number of columns that a summary shows of these evaluations. It shows every column of the others.
 NUM_SUMMARY_COLUMNS = {"retrieval": 2, "robustness": 1, "segmentation": 1}
-FEATURES_BY_COLUMN = {  # `features` entries of a result's rows, by column of a summary
+FEATURES_BY_COLUMN = {  # `features` of a result's rows by column of a summary, preferred ones first
     "raw pixels": ("raw pixels",),
-    "random backbone": (results.BETTER_RANDOM, "trained from random weights"),
+    "random backbone": (
+        *(results.BETTER_RANDOM, "trained from random weights"),
+        "random, as built",  # the only one of networks with texts
+    ),
     "pretrained": ("pretrained",),
 }
 
@@ -66,17 +70,22 @@ def _format_numbers(result: dict[str, Any], column: str) -> list[str]:
     """Format one column of a result for the columns of a summary, with "-" for a missing value."""
     numbers = []
     for names in FEATURES_BY_COLUMN.values():
-        rows = [row for row in result["rows"] if row["features"] in names]
+        rows = [row for name in names for row in result["rows"] if row["features"] == name]
         numbers.append(results.format_number(rows[0], column) if rows else "-")
     return numbers
 
 
-def describe_evaluated_run(run_path: Path) -> str:
-    """Return the closing lines of an evaluated run: its table, its report and the next command."""
+def describe_evaluated_run(run_path: Path, *, has_export: bool = True) -> str:
+    """Return the closing lines of an evaluated run: its table, its report and the next command.
+
+    Args:
+        run_path: Folder of the run.
+        has_export: False to leave out the command that exports the run's network.
+    """
     table = summary_table(results.load_newest(run_path))
     page = run_path / "report.html"
-    export = program.format_command("ssl_pretrain.eval.export", run_path)
     lines = [table, ""] if table else []
     lines.append(f"report: {page}" if page.is_file() else f"run:    {run_path}")
-    lines.append(f"next:   {export}")
+    if has_export:
+        lines.append(f"next:   {program.format_command('ssl_pretrain.eval.export', run_path)}")
     return "\n".join(lines)

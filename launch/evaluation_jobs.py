@@ -15,7 +15,7 @@ from ssl_pretrain.system.exit_status import NO_LABELS, STOPPED
 
 EVALUATIONS = (
     *("knn", "linear", "attentive", "spectrum", "retrieval", "robustness"),
-    *("semi", "finetune", "zeroshot", "captions", "export", "report"),
+    *("semi", "finetune", "zeroshot", "captions", "sts", "text_pairs", "export", "report"),
 )
 WITH_TEXTS = ("zeroshot", "captions")  # depend on the section `text` as well
 HELD_FOLDER = ".held"  # folder in RUN/eval with links to the checkpoints that are being evaluated

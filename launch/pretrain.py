@@ -136,7 +136,9 @@ def pretrain_and_evaluate(
     if statuses:
         dashboard.send_evaluations_unless_training(Path(config.output))
     if config.evaluation.at_end:
-        print(f"\n{result_text.describe_evaluated_run(Path(config.output))}", flush=True)
+        has_export = configuration.takes_images(config)
+        lines = result_text.describe_evaluated_run(Path(config.output), has_export=has_export)
+        print(f"\n{lines}", flush=True)
     failures = [
         f"{name} (status {status})"
         for name, status in statuses.items()

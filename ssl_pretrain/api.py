@@ -27,7 +27,7 @@ from ssl_pretrain.eval.embedding import embedding_network
 from ssl_pretrain.eval.embedding.feature_batches import FeatureExtractor
 from ssl_pretrain.eval.frozen import named_features
 from ssl_pretrain.eval.image_transform import ImageTransform
-from ssl_pretrain.eval.named_evaluations import Evaluation, evaluate
+from ssl_pretrain.eval.named_evaluations import Evaluation, open_and_evaluate
 from ssl_pretrain.monitoring import records
 from ssl_pretrain.planning import run_settings
 from ssl_pretrain.system import allocator, output_streams, stop_signals, user_objects
@@ -104,7 +104,8 @@ class Run:
 
         Args:
             name: "knn", "linear", "attentive", "fewshot", "semi", "finetune", "retrieval",
-                "robustness", "segmentation", "spectrum", "zeroshot" or "captions".
+                "robustness", "segmentation", "spectrum", "zeroshot" or "captions". For methods of
+                sentences, "sts" or "text_pairs".
             settings: Settings of that evaluation, such as `k=20` of "knn".
 
         Returns:
@@ -121,7 +122,7 @@ class Run:
             True
         """
         with user_objects.provide(self.objects):
-            return evaluate(runs.load_run(self.path), name, **settings)
+            return open_and_evaluate(self.path, name, **settings)
 
     def report(self) -> Path:
         """Write report.html, a page with the curves, views and neighbors of the run.

@@ -152,13 +152,21 @@ def _run(options: argparse.Namespace) -> int:
     device = process_group.start(settings.threads, settings.deterministic, settings.timeout_seconds)
     outcome = train_and_report(config, device, options.stop_after, options.fake_preempt)
     if outcome.step == outcome.num_steps and not program.is_launched():
-        evaluation = program.format_command("ssl_pretrain.eval.knn", config.output)
-        process_group.print_once(f"next:     {evaluation}")
+        process_group.print_once(f"next:     {_first_evaluation(config)}")
     if outcome.step == outcome.end_step:
         return 0
     status = exit_status.record_stop()
     collectives.barrier()  # torchrun ends the other ranks as soon as one exits with this status
     return status
+
+
+def _first_evaluation(config: configuration.RunConfig) -> str:
+    """Return the command of the evaluation that needs nothing but the run and its data."""
+    if configuration.takes_images(config):
+        return program.format_command("ssl_pretrain.eval.knn", config.output)
+    if len(configuration.text_lengths(config)) > 1:
+        return program.format_command("ssl_pretrain.eval.text_pairs", config.output)
+    return program.format_command("ssl_pretrain.eval.sts", config.output, "--folder", "PATH")
 
 
 if __name__ == "__main__":

@@ -273,8 +273,8 @@ COMMANDS = {
     ),
     "pretrain my.yaml evaluation.at_end=[knnn]": (
         "error: evaluation.at_end: 'knnn' is not an evaluation; choose among: knn, linear, "
-        "attentive, spectrum, retrieval, robustness, semi, finetune, zeroshot, captions, export, "
-        "report"
+        "attentive, spectrum, retrieval, robustness, semi, finetune, zeroshot, captions, sts, "
+        "text_pairs, export, report"
     ),
     "plan my.yaml plan.gpu=H900": (
         "error: my.yaml: plan.gpu: 'H900' is not known; choose one of: '', H100, H200, A100, L40S"
@@ -580,7 +580,8 @@ CALLS = {
     'Run("runs/mine").evaluate("knnn")': (
         lambda: ssl_pretrain.Run("runs/mine").evaluate("knnn"),
         "evaluate: 'knnn' is not an evaluation; choose one of: knn, linear, attentive, fewshot, "
-        "semi, finetune, retrieval, robustness, segmentation, spectrum, zeroshot, captions",
+        "semi, finetune, retrieval, robustness, segmentation, spectrum, zeroshot, captions, sts, "
+        "text_pairs",
     ),
 }
 

@@ -49,6 +49,8 @@ GROUPS: dict[str, dict[str, Subcommand]] = {
         "spectrum": Subcommand("eval.spectrum", "rank and spectrum of the features"),
         "zeroshot": Subcommand("eval.zeroshot", "accuracy by the names of the classes, with texts"),
         "captions": Subcommand("eval.captions", "retrieval of captions by images, and back"),
+        "sts": Subcommand("eval.sts", "similarity of sentences against people's scores"),
+        "text_pairs": Subcommand("eval.text_pairs", "retrieval of the second text of pairs"),
         "attention": Subcommand("eval.attention", "attention maps of a ViT as pictures"),
     },
     "use the results": {

@@ -101,8 +101,8 @@ def test_a_mistake_is_reported_in_one_line(tmp_path, capsys):
     assert pretrain.main([str(path), "evaluation.at_end=[knnn]"]) == 2
     assert capsys.readouterr().err == (
         "error: evaluation.at_end: 'knnn' is not an evaluation; choose among: knn, linear, "
-        "attentive, spectrum, retrieval, robustness, semi, finetune, zeroshot, captions, export, "
-        "report\n"
+        "attentive, spectrum, retrieval, robustness, semi, finetune, zeroshot, captions, sts, "
+        "text_pairs, export, report\n"
     )
     assert pretrain.main([str(path), "launch.ranks=5"]) == 2
     assert capsys.readouterr().err == (
