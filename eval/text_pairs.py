@@ -16,7 +16,7 @@ RUN/eval/text_pairs.json.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,17 @@ class TextPairs:
     query_groups: Tensor
     candidates: list[str]
     candidate_groups: Tensor
+
+    def among(self, texts: Sequence[str]) -> "TextPairs":
+        """Return the same queries with these texts as wrong candidates, too."""
+        known = set(self.candidates)
+        more = [text for text in dict.fromkeys(texts) if text not in known]
+        new_groups = 1 + int(self.candidate_groups.max()) + torch.arange(len(more))
+        return replace(
+            self,
+            candidates=[*self.candidates, *more],
+            candidate_groups=torch.cat([self.candidate_groups, new_groups]),
+        )
 
     def score(self, similarities: Callable[[slice], Tensor]) -> pair_retrieval.RetrievalScores:
         """Return the scores of similarities, which are those of `pair_retrieval.find_ranks`."""

@@ -17,6 +17,7 @@ EVALUATIONS = (
     *("knn", "linear", "attentive", "spectrum", "retrieval", "robustness"),
     *("semi", "finetune", "zeroshot", "captions", "sts", "text_pairs", "export", "report"),
 )
+OF_SENTENCES = ("sts", "text_pairs")  # of methods without images, which have no others
 WITH_TEXTS = ("zeroshot", "captions")  # depend on the section `text` as well
 HELD_FOLDER = ".held"  # folder in RUN/eval with links to the checkpoints that are being evaluated
 
@@ -27,6 +28,19 @@ def check_evaluation_names(names: list[str], option: str) -> None:
     if unknown:
         raise configuration.ConfigError(
             f"{option}: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}"
+        )
+
+
+def check_final_evaluations(config: configuration.RunConfig) -> None:
+    """Raise ConfigError if `evaluation.at_end` lists what does not exist or cannot work."""
+    at_end, takes_images = config.evaluation.at_end, configuration.takes_images(config)
+    check_evaluation_names(at_end, "evaluation.at_end")
+    names = [name for name in EVALUATIONS if (name not in OF_SENTENCES) == takes_images]
+    if unsuitable := [name for name in at_end if name not in names]:
+        needed, taken = ("sentences", "images") if takes_images else ("images", "sentences")
+        raise configuration.ConfigError(
+            f"evaluation.at_end: {unsuitable[0]} needs a method of {needed}, and "
+            f"{config.method.name} takes {taken}; choose among: {', '.join(names)}"
         )
 
 
@@ -102,7 +116,7 @@ class EvaluationJobs:
         self._config = configuration.load(run / "config.yaml", [f"output={run}"])
         at_end, launch = self._config.evaluation.at_end, self._config.launch
         if not options.jobs:
-            check_evaluation_names(at_end, "evaluation.at_end")
+            check_final_evaluations(self._config)
         names = options.jobs or at_end
         self._names = [name for name in names if name != "report"]
         self._wants_report = "report" in names

@@ -16,7 +16,7 @@ from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.eval import result_text
 from ssl_pretrain.launch import dashboard, local, slurm, slurm_job
-from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names, run_final_evaluations
+from ssl_pretrain.launch.evaluation_jobs import check_final_evaluations, run_final_evaluations
 from ssl_pretrain.planning import plan
 from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.system import program
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = _parse(arguments)
     config = configuration.load(options.config, options.overrides)
-    check_evaluation_names(config.evaluation.at_end, "evaluation.at_end")
+    check_final_evaluations(config)
     on_slurm = slurm.uses_slurm(config.launch)
     if not on_slurm:
         slurm.check_no_slurm_keys(config, options.overrides)

@@ -18,7 +18,7 @@ if not __package__:  # run as a file from a clone
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain.launch import local, pretrain, slurm, slurm_job, study, study_plan
-from ssl_pretrain.launch.evaluation_jobs import check_evaluation_names
+from ssl_pretrain.launch.evaluation_jobs import check_final_evaluations
 from ssl_pretrain.schema.argument_parser import ArgumentParser
 from ssl_pretrain.schema.config_file import split_values
 from ssl_pretrain.system import program
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     on_slurm = slurm.uses_slurm(runs[0][0].launch)
     for config, run_overrides in runs:
-        check_evaluation_names(config.evaluation.at_end, "evaluation.at_end")
+        check_final_evaluations(config)
         local.check_no_hosts(config)
         if not on_slurm:
             slurm.check_no_slurm_keys(config, run_overrides)

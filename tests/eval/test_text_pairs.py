@@ -112,6 +112,14 @@ def test_items_with_equal_second_texts_are_correct_for_each_other():
     assert scores.values["MRR"] == pytest.approx(100 * (1 + 1 + 1 / 3) / 3)
 
 
+def test_other_texts_are_wrong_candidates():
+    pairs = text_pairs.collect_pairs(Items())
+    more = pairs.among(["x", "n", "w", "n", "m"])
+    assert more.candidates == ["x", "y", "z", "w", "n", "m"]
+    assert len(set(more.candidate_groups.tolist())) == 4
+    assert torch.equal(more.candidate_groups[:4], pairs.candidate_groups)
+
+
 def test_alternatives_are_queries_up_to_a_limit():
     pairs = text_pairs.collect_pairs(Items(), queries_per_item=2)
     assert pairs.queries == ["a", "b", "d", "e", "f"]

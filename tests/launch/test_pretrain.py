@@ -96,6 +96,15 @@ def test_a_plan_trains_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_of_sentences_cannot_end_with_evaluations_of_images(tmp_path, capsys):
+    path = tiny.write_sentence_config(tmp_path)
+    assert pretrain.main([str(path), "evaluation.at_end=[text_pairs,knn]"]) == 2
+    assert capsys.readouterr().err == (
+        "error: evaluation.at_end: knn needs a method of images, and simcse takes sentences; "
+        "choose among: sts, text_pairs\n"
+    )
+
+
 def test_a_mistake_is_reported_in_one_line(tmp_path, capsys):
     path = tiny.write_config(tmp_path)
     assert pretrain.main([str(path), "evaluation.at_end=[knnn]"]) == 2
@@ -103,6 +112,12 @@ def test_a_mistake_is_reported_in_one_line(tmp_path, capsys):
         "error: evaluation.at_end: 'knnn' is not an evaluation; choose among: knn, linear, "
         "attentive, spectrum, retrieval, robustness, semi, finetune, zeroshot, captions, sts, "
         "text_pairs, export, report\n"
+    )
+    assert pretrain.main([str(path), "evaluation.at_end=[knn,sts]"]) == 2
+    assert capsys.readouterr().err == (
+        "error: evaluation.at_end: sts needs a method of sentences, and simclr takes images; "
+        "choose among: knn, linear, attentive, spectrum, retrieval, robustness, semi, finetune, "
+        "zeroshot, captions, export, report\n"
     )
     assert pretrain.main([str(path), "launch.ranks=5"]) == 2
     assert capsys.readouterr().err == (
