@@ -1,4 +1,6 @@
-"""Print the table of docs/correctness.md: PYTHONPATH=. .venv/bin/python tests/proofs.py [METHOD ...]
+"""Print the table of docs/correctness.md, or the rows of some methods.
+
+    PYTHONPATH=. .venv/bin/python tests/proofs.py [METHOD ...]
 
 Every method runs in float64 on a small network with real batch norm and the kind of
 optimizer that its authors use. Each error is relative to the largest compared entry.
