@@ -70,6 +70,7 @@ def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Pa
       transformer has 2 blocks and 32 dimensions. A random BERT stands in for networks of the Hub.
     - Weights: random.
     - Batch: 24 images, 3 steps per epoch. Batch norm groups smaller than the batch have 8 images.
+    - Length: at least 3 epochs.
     - Queue: 48 embeddings. Online k-NN: at most 20 neighbors.
     - Warm-up, queue, frozen prototypes and the like start or end after at most 2 epochs or steps,
       which is within the 8 steps of a test.
@@ -106,6 +107,7 @@ def reduce_recipe(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Pa
     parallel["threads"] = 1
     if isinstance(parallel.get("bn_group_images"), int):
         parallel["bn_group_images"] = 8
+    values["epochs"] = max(3, values["epochs"])  # 9 steps
     values["optim"]["warmup_epochs"] = min(1, values["optim"]["warmup_epochs"])
     online = values.setdefault("online", {})
     online["k"] = min(20, online.get("k", 20))

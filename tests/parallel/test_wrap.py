@@ -35,6 +35,7 @@ SGD = {
 LARC = {"name": "larc", "base_lr": 0.1, "lr_scaling": "none", "warmup_epochs": 1}
 NO_WARMUP = {**SGD, "base_lr": 1.0, "warmup_epochs": 0, "nesterov": False}
 MICRO_BATCHES = {"num_micro_batches": 2, "bn_group_images": 2}  # on 2 ranks
+NORMS = {"simclr": "bn1", "clip": "bn1", "simcse": "network.embeddings.LayerNorm"}
 FLOAT64 = {"precision": "float64"}  # orders of summation differ by less than 1e-9
 
 
@@ -101,12 +102,8 @@ def test_twenty_steps_are_the_same_replicated_or_sharded_on_one_two_or_four_rank
     }
     for folder in ("four", "two ddp", "two fsdp", "one"):
         _assert_close(read_evaluated_weights(newest_checkpoint(tmp_path / folder)), expected)
-    assert not torch.allclose(
-        uninterrupted[
-            "backbone.model.norm.weight" if name != "simclr" else "backbone.model.bn1.weight"
-        ],
-        torch.ones(()).double(),
-    )
+    norm = uninterrupted[f"backbone.model.{NORMS.get(name, 'norm')}.weight"]
+    assert not torch.allclose(norm, torch.ones(()).double())
 
 
 def _run_cases_on_four_ranks(folder):
