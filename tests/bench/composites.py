@@ -5,10 +5,10 @@ PYTHONPATH=. .venv/bin/python tests/bench/composites.py --train
 PYTHONPATH=. .venv/bin/python tests/bench/composites.py --evaluate
 PYTHONPATH=. .venv/bin/python tests/bench/composites.py --draw docs/results/composites.png
 
-The first command trains runs/clip_composites. --train trains runs/composites_labels with the same
-recipe, but with a linear classifier and the cross entropy of the labels instead of the text tower
-and CLIP's loss. --evaluate evaluates every checkpoint of both runs. --draw prints the table of
-docs/results/composites.md and draws its picture.
+The first command trains runs/clip_composites and evaluates its last checkpoint. --train trains
+runs/composites_labels with the same recipe, but with a linear classifier and the cross entropy of
+the labels instead of the text tower and CLIP's loss. --evaluate evaluates the other checkpoints of
+both runs. --draw prints the table of docs/results/composites.md and draws its picture.
 """
 
 import argparse
@@ -37,6 +37,7 @@ RECIPE = Path("configs/clip_composites.yaml")
 CLIP_RUN, LABELS_RUN = Path("runs/clip_composites"), Path("runs/composites_labels")
 NUM_CLASSES = 10
 ACCURACY = "top-1"
+RANDOM, PRETRAINED, ON_LABELS = "random, as built", "pretrained", "trained on labels"  # rows
 RECALLS = tuple(
     f"{direction}, recall@{k}" for direction in ("image to text", "text to image") for k in (1, 5)
 )
@@ -78,7 +79,8 @@ class Classifier(Method):
 
 def train_on_labels() -> None:
     """Train the classifier with the recipe's network, images, views, optimizer and epochs."""
-    recipe = configuration.load(RECIPE, [f"output={LABELS_RUN}", "evaluation.at_end=[]"])
+    overrides = [f"output={LABELS_RUN}", "online.knn_every_epochs=0", "evaluation.at_end=[]"]
+    recipe = configuration.load(RECIPE, overrides)
     values = configuration.to_dict(recipe) | {"method": {"name": Config.name}}
     config = configuration.from_dict(values, str(RECIPE))
     torch.set_num_threads(config.parallel.threads)
@@ -86,15 +88,17 @@ def train_on_labels() -> None:
 
 
 def evaluate() -> None:
-    """Evaluate every checkpoint of both runs on the held-out images."""
+    """Evaluate the checkpoints of both runs on the held-out images.
+
+    Checkpoints of CLIP that were evaluated before are skipped.
+    """
     torch.set_num_threads(1)
-    *earlier_paths, last_path = list_checkpoints(CLIP_RUN)
-    for path in earlier_paths:
-        run = runs.load_run(CLIP_RUN, path)
-        zeroshot.evaluate(run, rows=["pretrained"])
-        captions.evaluate(run)
-    run = runs.load_run(CLIP_RUN, last_path)  # the recipe has evaluated it
-    splits = labeled_splits(run, "a classifier")
+    finished_steps = results.load_by_step(CLIP_RUN).get("captions", {}).keys()
+    for run in (runs.load_run(CLIP_RUN, path) for path in list_checkpoints(CLIP_RUN)):
+        if run.step not in finished_steps:
+            zeroshot.evaluate(run, rows=[PRETRAINED])
+            captions.evaluate(run)
+    splits = labeled_splits(runs.load_run(CLIP_RUN), "a classifier")
     for split in splits:
         check_captions(split)
     for path in list_checkpoints(LABELS_RUN):
@@ -122,7 +126,7 @@ def evaluate_classifier(run: runs.Run, test: EvaluationSplit) -> None:
     network = runs.prepare_for_evaluation(network, run.device)
     accuracy = 100 * trainer.accuracy_and_loss(network, test)[0]
     error = zeroshot.standard_error(accuracy, len(test))
-    row = results.Row("trained on labels", {ACCURACY: accuracy, "standard error": error})
+    row = results.Row(ON_LABELS, {ACCURACY: accuracy, "standard error": error})
     protocol = {"images": f"{len(test):,} test images", "precision": run.describe_precision()}
     seconds = time.monotonic() - start
     results.save(run.path, "labels", protocol, [row], run.provenance(), seconds)
@@ -132,17 +136,23 @@ def evaluate_classifier(run: runs.Run, test: EvaluationSplit) -> None:
 def print_table(
     zero_shot: dict[int, Any], retrieval: dict[int, Any], labels: dict[int, Any]
 ) -> None:
-    """Print the table of all checkpoints, and the rows that do not change."""
-    print("| steps | zero-shot, % | " + " | ".join(RECALLS) + " | trained on labels, % |")
-    print("|---" * (3 + len(RECALLS)) + "|")
-    random_rows = (
-        _metrics(result, "random, as built") for result in (last_of(zero_shot), last_of(retrieval))
-    )
+    """Print the table of all checkpoints, and the baselines of the last one."""
+    columns = ["epochs", "zero-shot, %", *(f"{name}, %" for name in RECALLS)]
+    columns.append("trained on labels, %")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    last, last_retrieval = last_of(zero_shot), last_of(retrieval)
+    random_rows = (_metrics(result, RANDOM) for result in (last, last_retrieval))
     print(_format_row(0, *random_rows, None))
     for step, result in zero_shot.items():
-        rows = _metrics(result, "pretrained"), _metrics(retrieval[step], "pretrained")
-        print(_format_row(step, *rows, _metrics(labels[step], "trained on labels")))
-    print("\n" + results.format_table(*results.table_cells(last_of(zero_shot))))
+        rows = (_metrics(each, PRETRAINED) for each in (result, retrieval[step]))
+        on_labels = _metrics(labels[step], ON_LABELS) if step in labels else None
+        print(_format_row(step * epochs_per_step(last), *rows, on_labels))
+    print("\n" + results.format_table(*results.table_cells(last)))
+
+
+def epochs_per_step(last: dict[str, Any]) -> float:
+    """Return the epochs per step of a finished run, from the result of its last checkpoint."""
+    return configuration.load(RECIPE).epochs / last["step"]
 
 
 def last_of(by_step: dict[int, Any]) -> dict[str, Any]:
@@ -156,7 +166,7 @@ def _metrics(result: dict[str, Any], row_name: str) -> dict[str, float]:
 
 
 def _format_row(
-    step: int,
+    epochs: float,
     zero_shot: dict[str, float],
     retrieval: dict[str, float],
     labels: dict[str, float] | None,
@@ -164,7 +174,7 @@ def _format_row(
     def with_error(metrics: dict[str, float]) -> str:
         return f"{metrics[ACCURACY]:.1f} ± {metrics['standard error']:.1f}"
 
-    cells = [str(step), with_error(zero_shot), *(f"{retrieval[name]:.1f}" for name in RECALLS)]
+    cells = [f"{epochs:g}", with_error(zero_shot), *(f"{retrieval[name]:.1f}" for name in RECALLS)]
     return "| " + " | ".join([*cells, with_error(labels) if labels else ""]) + " |"
 
 
@@ -173,21 +183,18 @@ def draw(zero_shot: dict[int, Any], labels: dict[int, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     last = last_of(zero_shot)
-    epochs_per_step = configuration.load(RECIPE).epochs / last["step"]
     figure = Figure(figsize=(6.5, 3.8), layout="constrained", facecolor="white")
     panel = figure.subplots()
     curves = {
-        "trained on labels": {
-            step: _metrics(result, "trained on labels") for step, result in labels.items()
-        },
         "CLIP, zero-shot": {
-            0: _metrics(last, "random, as built"),
-            **{step: _metrics(result, "pretrained") for step, result in zero_shot.items()},
+            0: _metrics(last, RANDOM),
+            **{step: _metrics(result, PRETRAINED) for step, result in zero_shot.items()},
         },
+        ON_LABELS: {step: _metrics(result, ON_LABELS) for step, result in labels.items()},
     }
-    for number, (label, metrics) in enumerate(reversed(curves.items())):
+    for number, (label, metrics) in enumerate(curves.items()):
         panel.errorbar(
-            [step * epochs_per_step for step in metrics],
+            [step * epochs_per_step(last) for step in metrics],
             [entry[ACCURACY] for entry in metrics.values()],
             [entry["standard error"] for entry in metrics.values()],
             label=label,

@@ -145,6 +145,16 @@ def build_list() -> dict[str, Picture]:
             plots=("", "_spectrum", "_curves"),
             keys=(ON_CIFAR10, "parallel.threads=1"),
         )
+    pictures["composites"] = Picture(
+        (RESULTS / "composites.png",),
+        ("clip_composites", "composites_labels"),
+        (
+            f"launch/pretrain.py configs/clip_composites.yaml output={RUNS}/clip_composites",
+            "tests/bench/composites.py --train --evaluate",
+        ),
+        "TIME",
+        command=f"tests/bench/composites.py --draw {RESULTS}/composites.png",
+    )
     pictures["segmentation"] = Picture(
         (RESULTS / "segmentation_images.png",), (), (), "", draw=draw_composed_images
     )
