@@ -152,7 +152,7 @@ def build_list() -> dict[str, Picture]:
             f"launch/pretrain.py configs/clip_composites.yaml output={RUNS}/clip_composites",
             "tests/bench/composites.py --train --evaluate",
         ),
-        "TIME",
+        "50 min",
         command=f"tests/bench/composites.py --draw {RESULTS}/composites.png",
     )
     pictures["segmentation"] = Picture(
