@@ -89,7 +89,7 @@ def build_reader(
 
     Args:
         source: The images.
-        views: Recipe of the views. Without crops, processes read only texts.
+        views: Recipe of the views. Without crops, processes read only texts, if there are any.
         plan: Order of the images.
         kind: Way to read the images.
         num_workers: Number of processes or threads.
@@ -100,9 +100,10 @@ def build_reader(
     Raises:
         ValueError: If a key of `views` is invalid, or the images do not fit in memory.
     """
-    if views.crops:
+    has_texts = text_maker is not None and text_maker.num_texts > 0
+    if views.crops or not has_texts:
         recipe.check(views)
-    is_supported = (augment is None and views.crops) or kind is ReaderKind.PROCESSES
+    is_supported = (augment is None and bool(views.crops)) or kind is ReaderKind.PROCESSES
     assert is_supported, "only processes support augment and texts without images"
     device, view_crops = torch.device(device), recipe.crop_per_view(views)
     chunk_size, note = plan.local_batch_size, ""
