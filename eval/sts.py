@@ -5,7 +5,8 @@ number is Spearman's rank correlation of the cosines with the scores, times 100,
 all subsets of a task at once, as in SimCSE (Gao et al., EMNLP 2021, arXiv:2104.08821). Nothing is
 trained on the scores. The average is shown if all seven tasks are there. The row "shared words
 (tf-idf)" counts common words, and "random, as built" has random weights. The result is printed and
-saved to RUN/eval/sts.json. Each subset, and SentEval's means over them, are in sts_grid.json.
+saved to RUN/eval/sts.json, or to sts_NAME.json with --file. If a task has several subsets,
+sts_grid.json has the number of each and SentEval's means over them.
 
     # the tasks in SentEval's layout
     python -m ssl_pretrain.eval.sts runs/simcse --folder SentEval/data/downstream
@@ -79,7 +80,7 @@ def evaluate(
         _print_progress(scores)
     protocol = _describe(run, tasks, origin, scores)
     seconds, provenance = time.monotonic() - start, run.provenance()
-    if any(len(subsets) > 1 for subsets in tasks.values()):
+    if _has_subsets(tasks):
         grid = [results.Row(row_name, _subset_columns(row)) for row_name, row in scores.items()]
         grid_name = f"{name}{results.GRID_SUFFIX}"
         results.save(run.path, grid_name, protocol, grid, provenance, seconds, MEASURE)
@@ -157,11 +158,14 @@ def _describe(
         "similarity": "cosine, whatever method.similarity is",
         "numbers": "Spearman's correlation with people's scores over the pairs of all subsets of a"
         " task at once, times 100; tied values share their mean rank",
-        "mean and wmean": f"means over the subsets, in sts{results.GRID_SUFFIX}; wmean is weighted"
-        " by the number of pairs",
         "shared words": "cosine of tf-idf; the weights of words come from the task's sentences"
         " without the scores",
     }
+    if _has_subsets(tasks):
+        protocol["mean and wmean"] = (
+            f"means over the subsets, in sts{results.GRID_SUFFIX}; wmean is weighted by the number "
+            "of pairs"
+        )
     undefined = [
         f"{task} of {row_name}"
         for row_name, row in scores.items()
@@ -174,6 +178,10 @@ def _describe(
             "embeddings"
         )
     return protocol
+
+
+def _has_subsets(tasks: Tasks) -> bool:
+    return any(len(subsets) > 1 for subsets in tasks.values())
 
 
 def _print_progress(scores: Mapping[str, Scores]) -> None:

@@ -1,7 +1,7 @@
 """Retrieve the second text of each pair by the first.
 
-The first text of every held-out item ranks the second texts of all held-out items. They are
-compared as the run's `method.similarity` says. recall@k is the share of queries with a correct text
+The first text of every held-out item is a query that ranks the second texts of all held-out items
+by the run's `method.similarity`. recall@k is the share of queries with a correct text
 among the first k, and MRR is the mean of 1 / rank of the first correct text. Equal second texts
 count as one, and an item with several second texts needs one of them. If the first text of an item
 has alternatives, only the first one is a query, so that every item counts equally. Two baselines
@@ -30,7 +30,7 @@ from ssl_pretrain.eval.frozen.evaluation_split import UnlabeledError, open_split
 from ssl_pretrain.eval.trained_run import TrainedRun
 from ssl_pretrain.schema import POSITIVE_INT
 
-MAX_TRAINING_TEXTS = 100_000  # texts that determine the weights of words
+MAX_TRAINING_ITEMS = 100_000  # training items whose texts determine the weights of words
 BASELINES = {  # rows of the table, and whether they compare parts of words
     "shared words (tf-idf)": False,
     "shared parts of words (tf-idf)": True,
@@ -61,8 +61,8 @@ class TextPairs:
     candidates: list[str]
     candidate_groups: Tensor
 
-    def among(self, texts: Sequence[str]) -> "TextPairs":
-        """Return the same queries with these texts as wrong candidates, too."""
+    def with_distractors(self, texts: Sequence[str]) -> "TextPairs":
+        """Return the same queries with more texts as wrong candidates."""
         known = set(self.candidates)
         more = [text for text in dict.fromkeys(texts) if text not in known]
         new_groups = 1 + int(self.candidate_groups.max()) + torch.arange(len(more))
@@ -73,7 +73,7 @@ class TextPairs:
         )
 
     def score(self, similarities: Callable[[slice], Tensor]) -> pair_retrieval.RetrievalScores:
-        """Return the scores of similarities, which are those of `pair_retrieval.find_ranks`."""
+        """Return recall and MRR. `pair_retrieval.find_ranks` says what `similarities` is."""
         ranks = pair_retrieval.find_ranks(similarities, self.query_groups, self.candidate_groups)
         return pair_retrieval.score_ranks(ranks, self.query_groups)
 
@@ -119,19 +119,20 @@ def evaluate(run: TrainedRun, queries_per_item: int = 1) -> dict[str, Any]:
             "data.text_columns=[example,definition], or give a file of pairs in data.val"
         )
     pairs = collect_pairs(source, queries_per_item)
-    training_texts = read_candidates(open_split(run, "train"), MAX_TRAINING_TEXTS)
+    training_texts = read_second_texts(open_split(run, "train"), MAX_TRAINING_ITEMS)
     rows = []
     for name, has_ngrams in BASELINES.items():
         rows.append(_row(name, pairs.score_shared_words(training_texts, has_ngrams=has_ngrams)))
     for name in ("random, as built", "pretrained"):
         encoder = sentences.build_encoder(run, is_pretrained=name == "pretrained")
         rows.append(_row(name, pairs.score(_similarities(encoder, pairs))))
+        similarity = encoder.similarity  # the same for both rows
     protocol = {
         **sentences.describe_encoder(run),
         "pairs": f"{source.full_path}: {len(source):,} held-out items, {len(pairs.queries):,}"
         f" queries, at most {queries_per_item} per item, and {len(pairs.candidates):,} different"
         " candidates",
-        "ranking": f"by the {encoder.similarity} of embeddings; ties count against the query; a"
+        "ranking": f"by the {similarity} of embeddings; ties count against the query; a"
         " third text of an item is left out",
         "tf-idf": f"cosine of weighted words, or of sequences of 3 to 5 characters; the weights"
         f" come from {len(training_texts):,} texts of the training split",
@@ -165,7 +166,7 @@ def collect_pairs(source: Source, queries_per_item: int = 1) -> TextPairs:
     )
 
 
-def read_candidates(source: Source, max_items: int) -> list[str]:
+def read_second_texts(source: Source, max_items: int) -> list[str]:
     """Return the second texts of at most `max_items` random items, or their only texts."""
     column = min(1, source.num_texts - 1)
     order = rng.permutation(0, 0, len(source), rng.Purpose.SUBSET)

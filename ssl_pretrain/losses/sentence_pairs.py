@@ -29,12 +29,10 @@ def plain_sentence_pairs(
     if similarity == "cosine":
         anchors, candidates = F.normalize(anchors, dim=1), F.normalize(candidates, dim=1)
     logits = anchors @ candidates.T / temperature
-    own = torch.arange(len(anchors), device=anchors.device)
+    labels = torch.arange(len(anchors), device=anchors.device)  # column of each anchor's positive
     if hard_negatives is not None:
-        weights = torch.zeros_like(logits)
-        weights[own, len(positives) + own] = hard_negative_weight
-        logits = logits + weights
-    return F.cross_entropy(logits, own)
+        logits[labels, len(positives) + labels] += hard_negative_weight
+    return F.cross_entropy(logits, labels)
 
 
 def sentence_pairs(
@@ -74,30 +72,37 @@ def sentence_pairs(
         >>> sentence_pairs(anchors, positives, temperature=1.0)  # ln(1 + 3 / e)
         tensor(0.74...)
     """
-    named = {"anchors": anchors, "positives": positives}
+    candidates = {"positives": positives}
     if hard_negatives is not None:
-        named["hard_negatives"] = hard_negatives
-    check_embeddings("sentence_pairs", **named)
+        candidates["hard_negatives"] = hard_negatives
+    check_embeddings("sentence_pairs", anchors=anchors, **candidates)
     check_positive("sentence_pairs", temperature=temperature)
     if similarity not in ("cosine", "dot"):
         raise ValueError(f"sentence_pairs: similarity must be cosine or dot, got {similarity!r}")
     if hard_negatives is None:
         check_two_images("sentence_pairs", anchors)
-    first, *others = (upcast(z) for z in named.values())
-    half_anchors = half_candidates = None
-    if is_cosine := similarity == "cosine":
-        half_anchors, half_candidates = half_rows(anchors), half_rows(*list(named.values())[1:])
-        first, *others = (F.normalize(z, dim=1) for z in (first, *others))
-    scaled_anchors = first / temperature
-    candidates, half_candidates = gather_unit(torch.cat(others), half_candidates)
+    is_cosine = similarity == "cosine"
+    half_anchors = half_rows(anchors) if is_cosine else None
+    half_candidates = half_rows(*candidates.values()) if is_cosine else None
+    scaled_anchors = _comparable(anchors, is_cosine) / temperature
+    own = {name: _comparable(z, is_cosine) for name, z in candidates.items()}
+    all_candidates, half_candidates = gather_unit(torch.cat(list(own.values())), half_candidates)
     lse = log_sum_exp(
         scaled_anchors,
-        candidates,
+        all_candidates,
         logit_bound=1 / temperature if is_cosine else float("inf"),
         half=scaled_pair(half_anchors, half_candidates, 1 / temperature),
     )
     if hard_negatives is not None and hard_negative_weight:
-        own_logits = (scaled_anchors * others[1]).sum(1)
-        own_shares = torch.exp(own_logits - lse)  # in the sums of exponentials
-        lse = lse + torch.log1p(math.expm1(hard_negative_weight) * own_shares)
-    return (lse - (scaled_anchors * others[0]).sum(1)).mean()
+        negative_logits = (scaled_anchors * own["hard_negatives"]).sum(1)
+        # A new weight of one term multiplies the sum by 1 + (weight - 1) * probability of the term.
+        probabilities = torch.exp(negative_logits - lse)
+        lse = lse + torch.log1p(math.expm1(hard_negative_weight) * probabilities)
+    positive_logits = (scaled_anchors * own["positives"]).sum(1)
+    return (lse - positive_logits).mean()
+
+
+def _comparable(embeddings: Tensor, is_cosine: bool) -> Tensor:
+    """Return embeddings whose dot products are the similarities, in float32 or wider."""
+    embeddings = upcast(embeddings)
+    return F.normalize(embeddings, dim=1) if is_cosine else embeddings

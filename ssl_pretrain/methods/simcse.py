@@ -4,9 +4,10 @@ Sentences alone: a sentence is encoded twice, and only dropout makes the two emb
 other sentences of the global batch are negatives. Pairs and triplets: the second sentence is the
 positive, and the third one a hard negative, as in supervised SimCSE.
 
-The same step trains Sentence-BERT (arXiv:1908.10084) on pairs, with the mean of the tokens and no
-projector, and dense passage retrieval (arXiv:2004.04906), with two encoders and dot products. The
-projector and the defaults follow princeton-nlp/SimCSE at 49fa580 (simcse/models.py).
+Other settings give related methods. The mean of the tokens without a projector is the architecture
+of Sentence-BERT (arXiv:1908.10084), trained with the negatives of the batch instead of its losses.
+Two encoders with dot products are dense passage retrieval (arXiv:2004.04906). The projector and the
+defaults follow princeton-nlp/SimCSE at 49fa580 (simcse/models.py).
 """
 
 import copy
@@ -26,7 +27,7 @@ from ssl_pretrain.views.batch import Batch, TextSet
 
 SMALL_CONFIG = {"temperature": 0.05}
 PROJECTOR_STD = 0.02  # standard deviation of BERT's initial weights
-TEXTS = ("sentences", "pairs", "triplets")
+NUM_TEXTS = {"sentences": 1, "pairs": 2, "triplets": 3}  # by `method.texts`
 
 
 @dataclass
@@ -45,7 +46,8 @@ class Config(SentenceMethodConfig):
     )
     hard_negative_weight: float = setting(
         0.0,
-        "Number added to the logit of an anchor's own hard negative, for triplets.",
+        "Logarithm of the weight of an anchor's own hard negative, for triplets. It is added to "
+        "the logit, so that 0 means a weight of 1.",
         minimum=-100,
         maximum=100,
         unit=DIMENSIONLESS,
@@ -60,7 +62,7 @@ class Config(SentenceMethodConfig):
         "tanh: a linear layer and tanh on the features during training, as in SimCSE. none: the "
         "features themselves, as in Sentence-BERT and DPR.",
     )
-    evaluated: Literal["auto", "features", "projected"] = setting(
+    evaluation_output: Literal["auto", "features", "projected"] = setting(
         "auto",
         "What evaluations compare. auto: features for sentences and the projector's output for "
         "pairs and triplets, as the authors do.",
@@ -69,7 +71,7 @@ class Config(SentenceMethodConfig):
     @property
     def num_texts(self) -> int:
         """Number of texts per item."""
-        return 1 + TEXTS.index(self.texts)
+        return NUM_TEXTS[self.texts]
 
     def check(self, run: Any, world_size: int) -> None:
         """Raise ValueError if settings contradict each other."""
@@ -91,10 +93,10 @@ class Config(SentenceMethodConfig):
                 f"method.hard_negative_weight: {self.hard_negative_weight:g} needs hard negatives, "
                 f"and method.texts is {self.texts}; set method.texts=triplets"
             )
-        if self.evaluated == "projected" and self.projector == "none":
+        if self.evaluation_output == "projected" and self.projector == "none":
             raise ValueError(
-                "method.evaluated: projected needs a projector, and method.projector is none; set "
-                "method.projector=tanh"
+                "method.evaluation_output: projected needs a projector, and method.projector is "
+                "none; set method.projector=tanh"
             )
 
     def build_for_sentences(self, text_encoder: TextEncoder) -> Method:
@@ -121,8 +123,8 @@ class SimCSE(Method):
             self.second_encoder = copy.deepcopy(text_encoder)
             self.second_projector = copy.deepcopy(self.projector)
         uses_projector = config.texts != "sentences" and config.projector != "none"
-        if config.evaluated != "auto":
-            uses_projector = config.evaluated == "projected"
+        if config.evaluation_output != "auto":
+            uses_projector = config.evaluation_output == "projected"
         self.evaluates_projector = uses_projector
 
     def forward(self, batch: Batch) -> Embeddings:
@@ -139,8 +141,7 @@ class SimCSE(Method):
         if self.config.texts == "sentences":
             texts = [texts[0], texts[0]]
         if self.has_two_encoders:
-            groups = [self._encode(texts[:1]), self._encode(texts[1:], second=True)]
-            embeddings = [z for group in groups for z in group]
+            embeddings = self._encode(texts[:1]) + self._encode(texts[1:], second=True)
         else:
             embeddings = self._encode(texts)
         return dict(zip(("z_a", "z_b", "z_negative"), embeddings))

@@ -17,9 +17,9 @@ def measure(column: str, has_ngrams: bool) -> None:
     """Print the scores among the validation definitions and among all of them."""
     val = open_source(DataConfig(source="wordnet", text_columns=["example", column]), "val")
     train = open_source(DataConfig(source="wordnet", text_columns=[column]), "train")
-    training_texts = text_pairs.read_candidates(train, len(train))
+    training_texts = text_pairs.read_second_texts(train, len(train))
     pairs = text_pairs.collect_pairs(val)
-    for name, searched in (("validation", pairs), ("all", pairs.among(training_texts))):
+    for name, searched in (("validation", pairs), ("all", pairs.with_distractors(training_texts))):
         scores = searched.score_shared_words(training_texts, has_ngrams=has_ngrams)
         numbers = ", ".join(
             f"{key} {value:.1f} ± {scores.standard_errors[key]:.1f}"

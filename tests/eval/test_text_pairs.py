@@ -114,7 +114,7 @@ def test_items_with_equal_second_texts_are_correct_for_each_other():
 
 def test_other_texts_are_wrong_candidates():
     pairs = text_pairs.collect_pairs(Items())
-    more = pairs.among(["x", "n", "w", "n", "m"])
+    more = pairs.with_distractors(["x", "n", "w", "n", "m"])
     assert more.candidates == ["x", "y", "z", "w", "n", "m"]
     assert len(set(more.candidate_groups.tolist())) == 4
     assert torch.equal(more.candidate_groups[:4], pairs.candidate_groups)
@@ -128,8 +128,8 @@ def test_alternatives_are_queries_up_to_a_limit():
 
 
 def test_second_texts_of_the_training_split_give_the_weights():
-    assert sorted(text_pairs.read_candidates(Items(), 10)) == ["w", "x", "y", "z", "z"]
-    assert len(text_pairs.read_candidates(Items(), 1)) < 3
+    assert sorted(text_pairs.read_second_texts(Items(), 10)) == ["w", "x", "y", "z", "z"]
+    assert len(text_pairs.read_second_texts(Items(), 1)) < 3
 
 
 def test_a_run_of_sentences_is_evaluated_on_pairs_that_an_override_names(tmp_path, capsys):

@@ -136,8 +136,8 @@ def test_two_encoders_start_with_the_same_weights_and_learn_different_ones():
     [
         ({}, False),
         ({"texts": "pairs"}, True),
-        ({"texts": "pairs", "evaluated": "features"}, False),
-        ({"evaluated": "projected"}, True),
+        ({"texts": "pairs", "evaluation_output": "features"}, False),
+        ({"evaluation_output": "projected"}, True),
         ({"texts": "pairs", "projector": "none"}, False),
     ],
 )
@@ -205,9 +205,9 @@ BERT = {"name": "bert"}
         ),
         (
             BERT,
-            {"projector": "none", "evaluated": "projected"},
-            "method.evaluated: projected needs a projector, and method.projector is none; set "
-            "method.projector=tanh",
+            {"projector": "none", "evaluation_output": "projected"},
+            "method.evaluation_output: projected needs a projector, and method.projector is none; "
+            "set method.projector=tanh",
         ),
     ],
 )
