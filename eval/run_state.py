@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ssl_pretrain import schema
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.checkpoint.manifest import read_manifest
+from ssl_pretrain.config import NO_METHOD
 from ssl_pretrain.data.config import short_name
 from ssl_pretrain.eval import results, saved_settings
 from ssl_pretrain.eval.appended_lines import AppendedLines
@@ -183,7 +184,7 @@ class RunStateReader:
             evaluations=self._evaluations,
             num_alerts=_count_alerts(self.run),
             method=str(schema.value_at(settings, "method.name") or ""),
-            backbone=str(schema.value_at(settings, "backbone.name") or ""),
+            backbone=_network_name(settings),
             data=short_name(
                 str(schema.value_at(settings, "data.source") or ""),
                 str(schema.value_at(settings, "data.root") or ""),
@@ -193,6 +194,14 @@ class RunStateReader:
             updated_at=records.last_time,
             has_report=(self.run / "report.html").is_file(),
         )
+
+
+def _network_name(settings: dict[str, Any]) -> str:
+    """Return the name of the backbone, or of the text encoder of a method of sentences."""
+    is_trained = schema.value_at(settings, "method.name") != NO_METHOD
+    has_no_views = schema.value_at(settings, "views.crops") == {}
+    section = "text_encoder" if is_trained and has_no_views else "backbone"
+    return str(schema.value_at(settings, f"{section}.name") or "")
 
 
 class _RecordSummary:

@@ -197,3 +197,17 @@ def test_only_complete_new_lines_are_read(tmp_path):
     assert lines.read() == ([b"four"], True)
     path.unlink()
     assert lines.read() == ([], True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("method: {name: simcse}\nviews: {crops: {}}", "bert"),
+        ("method: {name: none}\nviews: {crops: {}}", "resnet50"),
+        ("method: {name: clip}\nviews: {crops: {global: {size: 8}}}", "resnet50"),
+    ],
+)
+def test_the_network_of_a_method_of_sentences_is_its_text_encoder(settings, expected, tmp_path):
+    networks = "backbone: {name: resnet50}\ntext_encoder: {name: bert}\n"
+    (tmp_path / "config.yaml").write_text(f"{networks}{settings}\n")
+    assert read(tmp_path).backbone == expected
