@@ -161,9 +161,10 @@ def _try_method(config: RunConfig) -> None:
         method = build_method_on_meta(dataclasses.replace(config, backbone=backbone))
         _check_patch_sizes(config, method)
         if method.couples != "nothing" and config.global_batch_size < 2:
+            noun = "image" if takes_images(config) else "text"
             raise ValueError(
                 f"global_batch_size: {config.global_batch_size} leaves {config.method.name} "
-                "no other image or text to compare with; give 2 or more"
+                f"no other {noun} to compare with; give 2 or more"
             )
         optim.parameter_groups(config.optim, method)
         with torch.device("meta"):
