@@ -196,7 +196,7 @@ class RunStateReader:
         )
 
 
-def _network_name(settings: dict[str, Any]) -> str:
+def _network_name(settings: Mapping[str, Any]) -> str:
     """Return the name of the backbone, or of the text encoder of a method of sentences."""
     is_trained = schema.value_at(settings, "method.name") != NO_METHOD
     has_no_views = schema.value_at(settings, "views.crops") == {}
