@@ -86,7 +86,8 @@ class Method(nn.Module):
     def forward(self, batch: Batch) -> Embeddings:
         """Return the student's embeddings with their graph, one row per image in every tensor.
 
-        This changes no state except the running statistics of batch norm.
+        This changes no state except the running statistics of batch norm. No tensor is a view of a
+        parameter, whose memory FSDP frees before the embeddings are read for the last time.
         """
         raise NotImplementedError
 

@@ -51,7 +51,8 @@ class SigLIP(ImageTextPairs):
 
     def forward(self, batch: Batch) -> Embeddings:
         """Return the embeddings of images and texts, and one scale and one bias per image."""
-        return super().forward(batch) | {"logit_bias": self.logit_bias.expand(len(batch))}
+        bias = self.logit_bias.expand(len(batch)).clone()  # FSDP frees the memory of parameters
+        return super().forward(batch) | {"logit_bias": bias}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the sigmoid loss of all pairs, summed over texts and averaged over images."""

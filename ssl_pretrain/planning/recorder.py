@@ -201,9 +201,6 @@ def count_flops_per_image(config: RunConfig) -> float:
     """Count the floating-point operations of a training step per image, on the meta device."""
     execution = Execution.resolve(config.parallel, torch.device("meta"))
     method = build_method_on_meta(config)
-    # The counter cannot hook a view of a parameter that the forward pass returns, such as SigLIP's
-    # bias. It would need a gradient function, which is missing without gradients.
-    method.requires_grad_(False)
     execution.place_module(method)
     lengths = text_lengths(config)
     return flops_per_image(method, micro_batch.blank_batch(config.views, 2, execution, lengths))

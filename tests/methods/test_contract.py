@@ -147,6 +147,15 @@ def test_the_loss_is_pure(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_embedding_is_a_view_of_a_parameter(name):
+    """FSDP frees the memory of gathered parameters while the embeddings are still in use."""
+    method = contract.build(name)
+    storages = {p.untyped_storage().data_ptr() for p in method.parameters()}
+    for key, z in method(contract.random_batch(name)).items():
+        assert z.untyped_storage().data_ptr() not in storages, key
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_collapse_metrics_compare_two_views_of_the_same_images(name):
     method, images = contract.build(name), contract.random_batch(name)
     embeddings, targets = method(images), method.targets(images)
