@@ -26,7 +26,7 @@ from ssl_pretrain.eval import spectrum as spectrum_module
 from ssl_pretrain.eval.finetuning.selection import FinetuningOptions
 from ssl_pretrain.eval.frozen import cached_linear, named_features, published_linear
 from ssl_pretrain.eval.runs import Run, load_run
-from ssl_pretrain.eval.trained_run import TrainedRun, load_sentence_run
+from ssl_pretrain.eval.trained_run import SENTENCE_EVALUATIONS, TrainedRun, load_sentence_run
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def open_and_evaluate(path: Path, name: str, **settings: Any) -> Evaluation:
             its method or data do not have what the evaluation needs.
     """
     _check_name(name)
-    run = load_sentence_run(path) if name in OF_SENTENCES else load_run(path)
+    run = load_sentence_run(path) if name in SENTENCE_EVALUATIONS else load_run(path)
     return evaluate(run, name, **settings)
 
 
@@ -163,10 +163,6 @@ def corrupted_images(
     return robustness.evaluate(run, list(corruption_names), max_images)
 
 
-OF_SENTENCES: dict[str, Callable[..., dict[str, Any]]] = {
-    "sts": sts.evaluate,
-    "text_pairs": text_pairs.evaluate,
-}
 EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "knn": knn.evaluate,
     "linear": linear,
@@ -180,5 +176,6 @@ EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "spectrum": spectrum_module.evaluate,
     "zeroshot": zeroshot.evaluate,
     "captions": captions.evaluate,
-    **OF_SENTENCES,
+    "sts": sts.evaluate,
+    "text_pairs": text_pairs.evaluate,
 }

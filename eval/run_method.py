@@ -10,7 +10,6 @@ from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.eval.trained_run import TrainedRun
 from ssl_pretrain.models import backbones, text_encoders
 from ssl_pretrain.models.timm_networks import BackboneConfig
-from ssl_pretrain.views import recipe
 
 
 def without_weights(backbone_config: BackboneConfig) -> BackboneConfig:
@@ -36,9 +35,7 @@ def build_method(run: TrainedRun, is_pretrained: bool, backbone_config: Backbone
         torch.manual_seed(rng.derive_seed(run.config.seed, 0, 0))  # as the trainer derives it
         method = config.assemble_method(
             run.config,
-            lambda: backbones.build(
-                backbone_config, recipe.crop_per_view(run.config.views)[0].size
-            ),
+            lambda _, image_size: backbones.build(backbone_config, image_size),
             text_encoders.build_random,
         )
     if is_pretrained:

@@ -16,6 +16,7 @@ from ssl_pretrain.data.config import DataConfig
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.system import program
 
+SENTENCE_EVALUATIONS = ("sts", "text_pairs")  # all that runs without images have
 # Sections and single keys that an evaluation of a run may override.
 RUN_SECTIONS = ("data", "evaluation", "text.templates", "log.bands", "parallel.precision")
 
@@ -76,7 +77,7 @@ def load_sentence_run(
     checkpoint = open_checkpoint(path, checkpoint_path, overrides or [])
     if config.takes_images(checkpoint.config):
         raise ValueError(
-            f"{path}: sts and text_pairs need a method of sentences, and "
+            f"{path}: {' and '.join(SENTENCE_EVALUATIONS)} need a method of sentences, and "
             f"{checkpoint.config.method.name} learns from images; evaluate a run of simcse, or "
             f"this run with `{program.format_command('ssl_pretrain.eval.knn', path)}`"
         )
@@ -95,7 +96,7 @@ def check_takes_images(path: Path, run_config: RunConfig) -> None:
     if not config.takes_images(run_config):
         commands = " or ".join(
             f"`{program.format_command(f'ssl_pretrain.eval.{name}', path)}`"
-            for name in ("sts", "text_pairs")
+            for name in SENTENCE_EVALUATIONS
         )
         raise ValueError(
             f"{path}: method {run_config.method.name} learns from sentences and has no network of "

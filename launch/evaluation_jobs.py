@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
+from ssl_pretrain.eval.trained_run import SENTENCE_EVALUATIONS
 from ssl_pretrain.fault_tolerance.run_lock import find_holder
 from ssl_pretrain.launch import dashboard, held_checkpoints, local, slurm, slurm_job
 from ssl_pretrain.system.exit_status import NO_LABELS, STOPPED
@@ -17,7 +18,6 @@ EVALUATIONS = (
     *("knn", "linear", "attentive", "spectrum", "retrieval", "robustness"),
     *("semi", "finetune", "zeroshot", "captions", "sts", "text_pairs", "export", "report"),
 )
-OF_SENTENCES = ("sts", "text_pairs")  # of methods without images, which have no others
 WITH_TEXTS = ("zeroshot", "captions")  # depend on the section `text` as well
 HELD_FOLDER = ".held"  # folder in RUN/eval with links to the checkpoints that are being evaluated
 
@@ -35,7 +35,7 @@ def check_final_evaluations(config: configuration.RunConfig) -> None:
     """Raise ConfigError if `evaluation.at_end` lists what does not exist or cannot work."""
     at_end, takes_images = config.evaluation.at_end, configuration.takes_images(config)
     check_evaluation_names(at_end, "evaluation.at_end")
-    names = [name for name in EVALUATIONS if (name not in OF_SENTENCES) == takes_images]
+    names = [name for name in EVALUATIONS if (name not in SENTENCE_EVALUATIONS) == takes_images]
     if unsuitable := [name for name in at_end if name not in names]:
         needed, taken = ("sentences", "images") if takes_images else ("images", "sentences")
         raise configuration.ConfigError(

@@ -27,6 +27,7 @@ from ssl_pretrain.fault_tolerance.run_lock import RunLock
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.components import Backbone
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.monitoring import background_writer, image_grids
 from ssl_pretrain.monitoring.collapse import CollapseMonitor
 from ssl_pretrain.monitoring.logger import Logger
@@ -36,6 +37,7 @@ from ssl_pretrain.optim import optimizers, schedules
 from ssl_pretrain.parallel import compile_report, micro_batch, wrap
 from ssl_pretrain.parallel.execution import Execution, resolve_precision
 from ssl_pretrain.planning import hardware, recorder
+from ssl_pretrain.schema.image_sizes import ImageSize
 from ssl_pretrain.step import StepOutput, Stepper, build_stepper
 from ssl_pretrain.system import durable_files
 from ssl_pretrain.views import color, crops, recipe
@@ -236,16 +238,16 @@ def build_method(config: RunConfig, source: Source | None = None) -> Method:
             `backbone.init` do not fit the backbone.
     """
     torch.manual_seed(rng.derive_seed(config.seed, 0, 0))
-    method = configuration.assemble_method(config, partial(_build_backbone, config))
+    method = configuration.assemble_method(config, _build_initialized_backbone)
     if method.needs_labels and source is not None:
         require_labels(source, f"method {config.method.name}")
     return method
 
 
-def _build_backbone(config: RunConfig) -> Backbone:
-    backbone = backbones.build(config.backbone, recipe.crop_per_view(config.views)[0].size)
-    if notes := initial_weights.initialize(backbone, config.backbone):
-        process_group.print_once(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}")
+def _build_initialized_backbone(config: BackboneConfig, image_size: ImageSize) -> Backbone:
+    backbone = backbones.build(config, image_size)
+    if notes := initial_weights.initialize(backbone, config):
+        process_group.print_once(f"backbone.init: {config.init}: {'; '.join(notes)}")
     return backbone
 
 

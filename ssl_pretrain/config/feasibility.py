@@ -11,7 +11,6 @@ from ssl_pretrain.data import order, sources
 from ssl_pretrain.data.config import TEXT_SOURCES
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones, image_size_check, text_encoders, timm_networks
-from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.monitoring import log_config
 from ssl_pretrain.optim import optimizers as optim
@@ -132,13 +131,8 @@ def configured_micro_batch_size(config: RunConfig, world_size: int) -> int | Non
 
 def build_method_on_meta(config: RunConfig) -> Method:
     """Build the run's method on the meta device, where its weights take no memory."""
-
-    def build_backbone() -> Backbone:
-        image_size = recipe.crop_per_view(config.views)[0].size
-        return backbones.build_on_meta(config.backbone, image_size)
-
     with torch.device("meta"):
-        method = assemble_method(config, build_backbone, text_encoders.build_on_meta)
+        method = assemble_method(config, backbones.build_on_meta, text_encoders.build_on_meta)
     if not isinstance(method, Method):
         raise ValueError(
             f"method.name: Config.build of {config.method.name} returns a "

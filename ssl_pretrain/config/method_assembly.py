@@ -3,26 +3,33 @@
 from collections.abc import Callable
 
 from ssl_pretrain.config.run_config import RunConfig
+from ssl_pretrain.data import text_maker
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.methods.base import Method, SentenceMethodConfig, TextMethodConfig
 from ssl_pretrain.methods.image_text_pairs import ImageTextConfig
-from ssl_pretrain.models import text_encoders
+from ssl_pretrain.models import backbones, text_encoders
 from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.text_encoders import TextEncoder, TextEncoderConfig
-from ssl_pretrain.views import tokenizers
+from ssl_pretrain.models.timm_networks import BackboneConfig
+from ssl_pretrain.schema.image_sizes import ImageSize
+from ssl_pretrain.views import recipe, tokenizers
 from ssl_pretrain.views.text_recipe import TextConfig
+
+BuildBackbone = Callable[[BackboneConfig, ImageSize], Backbone]
+BuildTextEncoder = Callable[[TextEncoderConfig, int, int], TextEncoder]
 
 
 def assemble_method(
     config: RunConfig,
-    build_backbone: Callable[[], Backbone],
-    build_text_encoder: Callable[[TextEncoderConfig, int, int], TextEncoder] = text_encoders.build,
+    build_backbone: BuildBackbone = backbones.build,
+    build_text_encoder: BuildTextEncoder = text_encoders.build,
 ) -> Method:
     """Build the method on top of the networks that it takes.
 
     Args:
         config: Configuration of the run.
-        build_backbone: Function that builds the backbone. It is called if the method takes images.
+        build_backbone: Function that builds the backbone for views of a size, on the CPU or the
+            meta device. It is called if the method takes images.
         build_text_encoder: Function that builds the text encoder, on the CPU or the meta device. It
             is called if the method takes texts.
 
@@ -32,15 +39,13 @@ def assemble_method(
     method = config.method
     if isinstance(method, SentenceMethodConfig):
         return method.build_for_sentences(_text_encoder(config, build_text_encoder))
-    backbone = build_backbone()
+    backbone = build_backbone(config.backbone, recipe.crop_per_view(config.views)[0].size)
     if isinstance(method, TextMethodConfig):
         return method.build_with_texts(backbone, _text_encoder(config, build_text_encoder))
     return method.build(backbone)
 
 
-def _text_encoder(
-    config: RunConfig, build: Callable[[TextEncoderConfig, int, int], TextEncoder]
-) -> TextEncoder:
+def _text_encoder(config: RunConfig, build: BuildTextEncoder) -> TextEncoder:
     vocabulary_size = tokenizers.vocabulary_size(config.text)
     return build(config.text_encoder, vocabulary_size, config.text.length)
 
@@ -71,7 +76,7 @@ def check_number_of_texts(config: RunConfig, source: Source) -> None:
     Images with captions, or with the names of their classes in templates, have one text.
     """
     num_taken = _num_texts(config)
-    num_given = 1 if config.text.captions == "class_names" else source.num_texts
+    num_given = text_maker.count_texts(source, config.text)
     if num_taken and num_given and num_taken != num_given:
         raise ValueError(
             f"data.text_columns: {source.full_path} has {num_given} texts per item, and method "

@@ -33,7 +33,7 @@ class TextMaker:
         if config is None:
             return
         _check_source(source, config)
-        self.num_texts = 1 if config.captions == "class_names" else source.num_texts
+        self.num_texts = count_texts(source, config)
         self.length = config.length
         self._tokenizer = tokenizers.build(config)
 
@@ -101,6 +101,11 @@ class TextMaker:
         if label < 0:
             return [[]]
         return [text_recipe.fill_templates(self.config, self.source.classes[label])]
+
+
+def count_texts(source: Source, config: TextConfig) -> int:
+    """Return the number of texts per item. The name of a class in a template is one text."""
+    return 1 if config.captions == "class_names" else source.num_texts
 
 
 def _check_source(source: Source, config: TextConfig) -> None:

@@ -177,7 +177,8 @@ class SimCSE(Method):
     def _encode(self, texts: list[TextSet], second: bool = False) -> list[Tensor]:
         """Return the projected embeddings of several texts per item."""
         encoder, projector = self._networks(second)
-        ids, valid = (torch.cat([getattr(t, name) for t in texts]) for name in ("ids", "valid"))
+        ids = torch.cat([text.ids for text in texts])
+        valid = torch.cat([text.valid for text in texts])
         return list(projector(encoder(ids, valid)).chunk(len(texts)))
 
     def _networks(self, second: bool) -> tuple[nn.Module, nn.Module]:

@@ -16,14 +16,11 @@ from ssl_pretrain.data.order import BatchPlan
 from ssl_pretrain.data.text_maker import TextMaker
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Method
-from ssl_pretrain.models import backbones
-from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.optim import optimizers
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning import recorder
 from ssl_pretrain.planning.step_trace import HALFWAY
 from ssl_pretrain.system import allocator
-from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch, concatenate
 
 READ_BATCH_SIZE = 16
@@ -149,12 +146,7 @@ class _Trial:
     @classmethod
     def build(cls, config: RunConfig, device: torch.device) -> "_Trial":
         execution = Execution.resolve(config.parallel, device)
-
-        def build_backbone() -> Backbone:
-            image_size = recipe.crop_per_view(config.views)[0].size
-            return backbones.build(config.backbone, image_size)
-
-        method = assemble_method(config, build_backbone)
+        method = assemble_method(config)
         execution.place_module(method)
         optimizer = optimizers.build(config.optim, method)
         optimizers.set_rates(

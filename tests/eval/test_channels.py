@@ -18,12 +18,13 @@ from ssl_pretrain.eval.exporting import onnx
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import labeled_splits
 from ssl_pretrain.eval.html import nearest_images
-from ssl_pretrain.eval.named_evaluations import EVALUATIONS, OF_SENTENCES, evaluate
+from ssl_pretrain.eval.named_evaluations import EVALUATIONS, evaluate
+from ssl_pretrain.eval.trained_run import SENTENCE_EVALUATIONS
 
 SIZE = 16
 CHANNELS = (1, 2, 4, 13)
 # The others need a text tower, see test_zeroshot.py, or sentences.
-OF_TEXTS = ("zeroshot", "captions", *OF_SENTENCES)
+OF_TEXTS = ("zeroshot", "captions", *SENTENCE_EVALUATIONS)
 OF_IMAGES = [name for name in EVALUATIONS if name not in OF_TEXTS]
 RARE = [pytest.param(channels, marks=pytest.mark.full) for channels in (1, 2)]
 SETTINGS = {
